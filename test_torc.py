@@ -1,0 +1,3215 @@
+"""Tests of torc.py, in the order of its sections."""
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import symtable
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import torc
+
+TORC = os.path.abspath(torc.__file__)
+SOURCE = Path(TORC).read_text(encoding="utf-8")
+ROOT = Path(TORC).parent
+PYTHON = sys.executable
+
+
+# ==================================================================================================
+# Fixtures
+# ==================================================================================================
+
+
+def until(condition, seconds=20.0, what="the condition"):
+    """Wait until condition() is true and return its value; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come true within {seconds} s")
+        time.sleep(0.01)
+
+
+def check_store(store):
+    """Assert what must hold after every test: counters are true, no status contradicts them."""
+    complete = torc.COMPLETE
+    wrong = store.query(
+        "SELECT id, name, unfinished FROM job WHERE unfinished <> (SELECT count(*) FROM"
+        " job_dependency d JOIN job p ON p.id = d.depends_on_job_id WHERE d.job_id = job.id"
+        f" AND p.status NOT IN {complete})")
+    assert wrong == [], "counters of unfinished dependencies are wrong"
+    assert store.query(f"SELECT id FROM job WHERE status = {torc.READY} AND unfinished > 0") == []
+    assert store.query(
+        f"SELECT j.id FROM job j JOIN workflow w ON w.id = j.workflow_id WHERE j.status ="
+        f" {torc.BLOCKED} AND unfinished = 0 AND NOT w.is_canceled") == []
+    assert store.query(
+        f"SELECT j.id FROM job j WHERE j.status = {torc.RUNNING} AND j.compute_node_id IS NULL AND"
+        " EXISTS (SELECT 1 FROM compute_node n WHERE n.workflow_id = j.workflow_id AND n.beats)"
+    ) == [], "running jobs without an owner"
+    assert store.query("PRAGMA foreign_key_check") == []
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path_factory):
+    """A home of its own for each test, and none of the variables that steer torc."""
+    for name in list(os.environ):
+        if name.startswith(("TORC_", "SLURM_")) or name in ("DATABASE_URL", "RUST_LOG"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("USER", "tester")
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store on a file, checked at the end of the test."""
+    store = torc.Store(str(tmp_path / "store.db"))
+    yield store
+    check_store(store)
+    store.close()
+
+
+@pytest.fixture
+def api(store):
+    """The operations on `store`, called without HTTP."""
+    return torc.LocalClient(store.path, "tester", store)
+
+
+class Server:
+    """A real server process on a database file."""
+
+    def __init__(self, database, port=0, *options, env=None):
+        self.database = str(database)
+        self.process = subprocess.Popen(
+            [PYTHON, TORC, "server", "run", "--port", str(port), "--database", self.database,
+             *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **(env or {})})
+        line = self.process.stdout.readline()
+        if not line.startswith("TORC_SERVER_PORT="):
+            raise AssertionError(f"the server did not start: {self.process.communicate()}")
+        self.port = int(line.split("=")[1])
+        self.url = f"http://127.0.0.1:{self.port}{torc.API_PREFIX}"
+
+    def client(self):
+        return torc.Client(self.url, "tester")
+
+    def kill(self):
+        """kill -9."""
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self):
+        """SIGTERM; returns (exit code, stderr)."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        _, errors = self.process.communicate(timeout=20)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A running server; its database is checked at the end."""
+    server = Server(tmp_path / "server.db")
+    yield server
+    server.stop()
+    store = torc.Store(server.database)
+    check_store(store)
+    store.close()
+
+
+@pytest.fixture(params=["local", "http"])
+def client(request, tmp_path):
+    """The same operations in both modes: on a database file, and over HTTP."""
+    made = request.getfixturevalue("api" if request.param == "local" else "server")
+    client = made if request.param == "local" else made.client()
+    yield client
+    client.close()
+
+
+def make(client, graph, start=True, requirements=None, **options):
+    """A workflow from {"job": ["dependency", ...]}; returns (workflow id, {name: job id}).
+
+    options: job fields by job name, such as b={"cancel_on_blocking_job_failure": False}.
+    """
+    names = list(graph)
+    payload = {"workflow": {"name": "test", "user": "tester"},
+               "resource_requirements": requirements or [],
+               "jobs": [{"name": name, "command": "true", **options.get(name, {}),
+                         "depends_on": [names.index(other) for other in needs]}
+                        for name, needs in graph.items()]}
+    workflow_id = client.post("/workflow_specs", payload)["id"]
+    if start:
+        client.put(f"/workflows/{workflow_id}/status", {"run_id": 1, "is_canceled": False})
+        client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    ids = {job["name"]: job["id"] for job in client.items("/jobs", workflow_id=workflow_id)}
+    return workflow_id, ids
+
+
+def statuses(client, workflow_id):
+    """{name: status} of a workflow's jobs."""
+    return {job["name"]: job["status"] for job in client.items("/jobs", workflow_id=workflow_id)}
+
+
+def make_node(client, workflow_id, **values):
+    """A compute node; returns its id."""
+    return client.post("/compute_nodes", {
+        "workflow_id": workflow_id, "hostname": "here", "pid": 1, "num_cpus": 2, "memory_gb": 4.0,
+        "start_time": torc.iso_time(time.time()), "num_gpus": 0, "num_nodes": 1,
+        "compute_node_type": "local", "is_active": True, **values})["id"]
+
+
+def complete(client, job_id, workflow_id, node_id, code=0, status=None, run_id=1, attempt=1):
+    """Complete a job by upstream's endpoint."""
+    status = status or ("completed" if code == 0 else "failed")
+    return client.post(f"/jobs/{job_id}/complete_job/{status}/{run_id}", {
+        "job_id": job_id, "workflow_id": workflow_id, "run_id": run_id, "attempt_id": attempt,
+        "compute_node_id": node_id, "return_code": code, "exec_time_minutes": 0.5,
+        "completion_time": torc.iso_time(0), "status": status})
+
+
+class Conversation:
+    """A runner's side of runner_step, driven by hand."""
+
+    def __init__(self, client, workflow_id, **node):
+        self.client, self.workflow_id = client, workflow_id
+        self.node = make_node(client, workflow_id, **node)
+        self.number = 0
+        self.held = {}                    # job id: job
+
+    def step(self, completions=(), limit=0, repeat=False, **more):
+        """One step; claimed jobs are held, completed ones no longer."""
+        self.number += not repeat
+        for done in completions:
+            self.held.pop(done["job_id"], None)
+        answer = self.client.post(f"/workflows/{self.workflow_id}/runner_step", {
+            "compute_node_id": self.node, "step": self.number, "completions": list(completions),
+            "held": [[job["id"], job["attempt_id"]] for job in self.held.values()],
+            "claim": {"limit": limit} if limit else None, **more})
+        self.held.update({job["id"]: job for job in answer["jobs"]})
+        return answer
+
+    def done(self, job, code=0, **more):
+        """The completion of a job."""
+        return {"job_id": job["id"], "run_id": job["run_id"], "attempt_id": job["attempt_id"],
+                "status": "completed" if code == 0 else "failed", "return_code": code,
+                "exec_time_minutes": 0.1, "completion_time": torc.iso_time(0), **more}
+
+
+# ==================================================================================================
+# 1 Head
+# ==================================================================================================
+
+
+def test_the_map_in_the_docstring_matches_the_banners():
+    mapped = re.findall(r"^ +(\d+) (\w+(?: \w+)*?)(?: {2,}|$)",
+                        torc.__doc__.split("Map of this file")[1], re.M)
+    assert mapped == re.findall(r"^# =+\n# (\d+) (.+)\n# =+$", SOURCE, re.M)
+
+
+def section_starts():
+    """Line numbers at which sections begin."""
+    return [SOURCE.count("\n", 0, match.start()) + 1
+            for match in re.finditer(r"^# =+\n# \d+ .+\n# =+$", SOURCE, re.M)]
+
+
+def defined_names(tree):
+    """Top-level names and the line where each is defined first."""
+    names = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.setdefault(node.name, node.lineno)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name):
+                        names.setdefault(name.id, node.lineno)
+    return names
+
+
+def global_uses(table):
+    """(line where the function begins, name) of all global names that functions use."""
+    for child in table.get_children():
+        if child.get_type() == "function":
+            for symbol in child.get_symbols():
+                if symbol.is_global() and symbol.is_referenced():
+                    yield child.get_lineno(), symbol.get_name()
+        yield from global_uses(child)
+
+
+def test_code_uses_only_what_stands_in_its_section_or_above():
+    names, starts = defined_names(ast.parse(SOURCE)), section_starts()
+    section = lambda line: sum(start <= line for start in starts)  # noqa: E731
+    below = [f"line {line}: {name}" for line, name in
+             global_uses(symtable.symtable(SOURCE, "torc.py", "exec"))
+             if name in names and section(names[name]) > section(line)]
+    assert below == []
+
+
+def test_bottle_and_waitress_are_never_imported_at_column_0():
+    assert not re.search(r"^(import|from) (bottle|waitress|yaml)", SOURCE, re.M)
+
+
+def test_the_file_parses_as_python_3_9():
+    ast.parse(SOURCE, feature_version=(3, 9))
+
+
+def test_lines_are_not_longer_than_100_characters():
+    long = [number for number, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100]
+    assert long == []
+
+
+# ==================================================================================================
+# 2 Errors and values
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("text, size", [
+    ("512", 512), ("1k", 1024), ("2M", 2 * 2**20), (" 3g ", 3 * 2**30), ("1t", 2**40), ("0", 0)])
+def test_memory_sizes_are_read(text, size):
+    assert torc.parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["1.5g", "1gb", "1 GiB", "-1", "", "g", "9999999t", 5, None])
+def test_bad_memory_sizes_are_refused_with_their_text(text):
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        torc.parse_memory(text)
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("PT0S", 0), ("PT90M", 5400), ("P1DT2H", 93600), ("P0DT1M", 60), ("P2W", 1_209_600),
+    ("P1Y", 31_557_600), ("P1M", 2_629_800), ("PT1.9S", 1), ("P0003-01-02T01:02:03", 97_479_123)])
+def test_durations_are_read(text, seconds):
+    assert torc.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["P", "PT", "pt1h", "PT90", "PT1Hjunk", "1h", "", None])
+def test_bad_durations_are_refused_with_their_text(text):
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        torc.parse_duration(text)
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0.0s"), (-0.001, "0.0s"), (9.94, "9.9s"), (9.97, "10s"), (200, "3m20s"),
+    (7500, "2h05m"), (273600, "3d04h")])
+def test_durations_are_written_for_people(seconds, text):
+    assert torc.format_duration(seconds) == text
+
+
+def test_a_wrong_name_suggests_the_nearest():
+    assert torc.nearest("jbos", ["jobs", "files"]) == ' (did you mean "jobs"?)'
+    assert torc.nearest("zzz", ["jobs", "files"]) == ""
+
+
+# ==================================================================================================
+# 5 Store
+# ==================================================================================================
+
+
+def test_a_database_and_its_companions_are_readable_by_their_owner_alone(tmp_path):
+    store = torc.Store(str(tmp_path / "x.db"))
+    with store.transaction():
+        store.execute("INSERT INTO meta VALUES ('a', 'b')")
+    modes = {name.name: name.stat().st_mode & 0o777 for name in tmp_path.iterdir()}
+    assert modes and set(modes.values()) == {0o600}
+    store.close()
+
+
+def test_an_empty_file_is_a_valid_start(tmp_path):
+    (tmp_path / "empty.db").touch()
+    store = torc.Store(str(tmp_path / "empty.db"))
+    assert re.fullmatch(r"[0-9a-f]{16}", store.id)
+    store.close()
+
+
+def test_the_id_of_a_database_survives_a_restart(tmp_path):
+    first = torc.Store(str(tmp_path / "x.db"))
+    second = torc.Store(str(tmp_path / "x.db"))
+    assert first.id == second.id
+    first.close(), second.close()
+
+
+def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
+    path = str(tmp_path / "new.db")
+    torc.Store(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(torc.Unreachable, match="made by a newer torc .its schema is 99"):
+        torc.Store(path)
+
+
+def test_another_programs_database_is_refused(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as connection:
+        connection.execute("CREATE TABLE mine (a)")
+    with pytest.raises(torc.Unreachable, match="belongs to another program"):
+        torc.Store(str(tmp_path / "x.db"))
+
+
+@pytest.mark.parametrize("make_bad, message", [
+    (lambda path: path.write_text("hello, I am no database at all, " * 99), "not an SQLite database"),
+    (lambda path: path.mkdir(), "Is a directory"),
+])
+def test_what_is_no_database_is_refused_in_one_line(tmp_path, make_bad, message):
+    make_bad(tmp_path / "bad")
+    with pytest.raises(torc.Unreachable, match=message) as caught:
+        torc.Store(str(tmp_path / "bad"))
+    assert "\n" not in str(caught.value) and str(tmp_path / "bad") in str(caught.value)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(torc.Unreachable, match="No such file or directory"):
+        torc.Store(str(tmp_path / "nowhere" / "x.db"))
+
+
+def test_a_failed_transaction_leaves_nothing(store):
+    with pytest.raises(ZeroDivisionError), store.transaction():
+        store.execute("INSERT INTO meta VALUES ('a', 'b')")
+        1 / 0
+    assert store.query("SELECT * FROM meta WHERE key = 'a'") == []
+
+
+def test_readers_see_only_what_is_committed(store):
+    seen = []
+    with store.transaction():
+        store.execute("INSERT INTO meta VALUES ('a', 'b')")
+        reader = threading.Thread(target=lambda: seen.append(
+            store.query("SELECT * FROM meta WHERE key = 'a'")))
+        reader.start(), reader.join()
+    assert seen == [[]] and store.one("SELECT value FROM meta WHERE key = 'a'") == ("b",)
+
+
+def test_many_rows_are_inserted_in_order(store, api):
+    workflow_id, _ = make(api, {})
+    rows = [(workflow_id, f"f{number}", "p") for number in range(2500)]
+    with store.transaction():
+        store.insert_many("INSERT INTO file (workflow_id, name, path)", 3, rows)
+    names = [item["name"] for item in api.items("/files", workflow_id=workflow_id)]
+    assert names == [row[1] for row in rows]
+
+
+def test_news_wakes_who_waits_for_that_workflow(store, api):
+    first, _ = make(api, {"a": []})
+    second, _ = make(api, {"a": []})
+    since = {which: api.get(f"/workflows/{which}/changes")["generation"] for which in (first, second)}
+    woken = []
+    waiter = threading.Thread(target=lambda: (store.wait_news(first, since[first], 30),
+                                              woken.append(True)))
+    waiter.start()
+    until(lambda: store._waiting.get(first))
+    api.put(f"/workflows/{second}/cancel")
+    assert api.get(f"/workflows/{first}/changes")["generation"] == since[first] and not woken
+    api.put(f"/workflows/{first}/cancel")
+    waiter.join(10)
+    assert woken
+
+
+def test_news_of_another_process_is_noticed(tmp_path):
+    one = torc.LocalClient(str(tmp_path / "x.db"))
+    other = torc.LocalClient(str(tmp_path / "x.db"))
+    workflow_id, _ = make(one, {"a": []})
+    since = one.get(f"/workflows/{workflow_id}/changes")["generation"]
+    timer = threading.Timer(0.1, lambda: other.put(f"/workflows/{workflow_id}/cancel"))
+    timer.start()
+    answer = one.get(f"/workflows/{workflow_id}/changes", since=since, wait_s=30)
+    assert answer["is_canceled"] and answer["generation"] != since
+    timer.join()
+    one.close(), other.close()
+
+
+LOCK_AND_WAIT = """
+import sys, torc
+store = torc.Store(sys.argv[1], server=sys.argv[2] == "server", network=True)
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("first, second, refused", [
+    ("local", "local", False), ("local", "server", True), ("server", "local", True)])
+def test_on_a_network_file_system_a_server_excludes_others(tmp_path, first, second, refused):
+    path = str(tmp_path / "x.db")
+    holder = subprocess.Popen([PYTHON, "-c", LOCK_AND_WAIT, path, first], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout.readline() == "open\n"
+    try:
+        store = torc.Store(path, server=second == "server", network=True)
+        store.close()
+        assert not refused
+        assert store._network
+    except torc.Unreachable as error:
+        assert refused and f"pid {holder.pid}" in str(error) and socket.gethostname() in str(error)
+    finally:
+        holder.communicate("")
+
+
+def test_on_a_network_file_system_another_host_is_refused_with_its_name(tmp_path, monkeypatch):
+    path = str(tmp_path / "x.db")
+    store = torc.Store(path, network=True)
+    assert store.one("PRAGMA journal_mode") == ("delete",)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    with pytest.raises(torc.Unreachable, match="in use on host (?!elsewhere)"):
+        torc.Store(path, network=True)
+    store.close()
+
+
+def test_a_full_disk_changes_nothing_and_says_so(tmp_path):
+    store = torc.Store(str(tmp_path / "x.db"))
+    api = torc.LocalClient(store.path, "tester", store)
+    workflow_id, _ = make(api, {"a": []})
+    store._writer.execute(f"PRAGMA max_page_count = {store.one('PRAGMA page_count')[0]}")
+    with pytest.raises(torc.Unreachable, match="the disk is full, so nothing was changed"):
+        api.post("/bulk_jobs", {"jobs": [{"workflow_id": workflow_id, "name": "n" * 1000,
+                                          "command": "c" * 1000}] * 500})
+    store._writer.execute("PRAGMA max_page_count = 1000000")
+    assert api.get(f"/workflows/{workflow_id}/counts")["total"] == 1
+    api.put(f"/workflows/{workflow_id}/cancel")
+    store.close()
+
+
+# ==================================================================================================
+# 6 Engine
+# ==================================================================================================
+
+DIAMOND = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
+
+
+def test_a_dependent_does_not_wait_for_a_tick(api):
+    workflow_id, ids = make(api, DIAMOND)
+    node = make_node(api, workflow_id)
+    assert statuses(api, workflow_id) == dict(a="ready", b="blocked", c="blocked", d="blocked")
+    complete(api, ids["a"], workflow_id, node)
+    assert statuses(api, workflow_id) == dict(a="completed", b="ready", c="ready", d="blocked")
+
+
+def test_a_grandchild_of_a_failure_does_not_run(api):
+    workflow_id, ids = make(api, {"a": [], "b": ["a"], "c": ["b"], "d": ["c"], "other": []})
+    complete(api, ids["a"], workflow_id, make_node(api, workflow_id), code=3)
+    assert statuses(api, workflow_id) == dict(a="failed", b="canceled", c="canceled", d="canceled",
+                                              other="ready")
+
+
+@pytest.mark.parametrize("status, code, flag, expected", [
+    ("failed", 1, True, "canceled"), ("failed", 1, False, "ready"), ("failed", 0, True, "ready"),
+    ("completed", 1, True, "ready"), ("terminated", 152, True, "canceled"),
+    ("canceled", 1, True, "canceled"), ("pending_failed", 1, True, "blocked")])
+def test_what_the_end_of_a_job_does_to_its_dependent(api, status, code, flag, expected):
+    workflow_id, ids = make(api, {"a": [], "b": ["a"]}, b={"cancel_on_blocking_job_failure": flag})
+    complete(api, ids["a"], workflow_id, make_node(api, workflow_id), code, status)
+    assert statuses(api, workflow_id)["b"] == expected
+
+
+def test_a_failure_is_remembered_until_the_last_sibling_ends(tmp_path):
+    store = torc.Store(str(tmp_path / "x.db"))
+    api = torc.LocalClient(store.path, "tester", store)
+    workflow_id, ids = make(api, {"a1": [], "a2": [], "b": ["a1", "a2"]})
+    node = make_node(api, workflow_id)
+    complete(api, ids["a1"], workflow_id, node, code=1)
+    assert statuses(api, workflow_id)["b"] == "blocked"
+    store.close()                         # a restart between the two forgets nothing
+    api = torc.LocalClient(store.path, "tester")
+    complete(api, ids["a2"], workflow_id, node)
+    assert statuses(api, workflow_id)["b"] == "canceled"
+    check_store(api.store)
+    api.close()
+
+
+def test_a_job_that_only_the_cascade_canceled_can_still_be_completed(api):
+    workflow_id, ids = make(api, {"a": [], "b": ["a"], "c": ["b"]})
+    node = make_node(api, workflow_id)
+    complete(api, ids["a"], workflow_id, node, code=1)
+    complete(api, ids["b"], workflow_id, node, code=0)
+    assert statuses(api, workflow_id) == dict(a="failed", b="completed", c="ready")
+    with pytest.raises(torc.Invalid, match="already complete"):
+        complete(api, ids["b"], workflow_id, node, code=0)
+
+
+def test_a_job_cannot_be_handed_out_twice(tmp_path):
+    clients = [torc.LocalClient(str(tmp_path / "x.db")) for _ in range(4)]
+    workflow_id, ids = make(clients[0], {f"j{number}": [] for number in range(200)})
+    taken = []
+
+    def claim(client):
+        while True:
+            jobs = client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=3)["jobs"]
+            if not jobs:
+                return
+            taken.extend(job["id"] for job in jobs)
+
+    threads = [threading.Thread(target=claim, args=(client,)) for client in clients]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert sorted(taken) == sorted(ids.values())
+    [client.close() for client in clients]
+
+
+SIZES = [{"name": "two", "num_cpus": 2, "memory": "1g"}, {"name": "one", "num_cpus": 1, "memory": "1g"},
+         {"name": "gpu", "num_cpus": 1, "num_gpus": 1, "memory": "1g"},
+         {"name": "wide", "num_cpus": 1, "num_nodes": 2, "memory": "1g"},
+         {"name": "long", "num_cpus": 1, "memory": "1g", "runtime": "PT2H"}]
+
+
+def claim_resources(client, workflow_id, limit=10, strict=False, **want):
+    """Names claimed by upstream's claim_jobs_based_on_resources."""
+    answer = client.post(
+        f"/workflows/{workflow_id}/claim_jobs_based_on_resources/{limit}",
+        {"num_cpus": 3, "memory_gb": 64.0, "num_gpus": 0, "num_nodes": 1, **want},
+        strict_scheduler_match=strict)
+    return [job["name"] for job in answer["jobs"]]
+
+
+@pytest.mark.parametrize("kinds, want, limit, claimed", [
+    ([0, 1, 0], {}, 10, ["j0", "j1"]),
+    ([0, 0, 1], {}, 10, ["j0", "j2"]),
+    ([0, 0, 1], {}, 2, ["j0"]),                               # the limit cuts before packing
+    ([0], {"num_nodes": 0}, 10, []),
+    ([2], {}, 10, []), ([2], {"num_gpus": 1}, 10, ["j0"]),
+    ([1], {"memory_gb": 0.5}, 10, []),
+    ([3], {}, 10, []), ([3, 1], {"num_nodes": 2}, 10, ["j0"]),
+    ([3, 1], {"num_nodes": 3}, 10, ["j0", "j1"]),
+    ([1, 1, 1, 1, 1], {"num_nodes": 2, "num_cpus": 2}, 10, ["j0", "j1", "j2", "j3"]),
+    ([4], {"time_limit": "PT1H"}, 10, []), ([4], {"time_limit": "PT2H"}, 10, ["j0"]),
+    ([1, 1], {}, 0, []), ([1, 1, 1], {}, -1, ["j0", "j1", "j2"]),
+])
+def test_jobs_are_packed_by_resources(api, kinds, want, limit, claimed):
+    graph = {f"j{number}": [] for number in range(len(kinds))}
+    workflow_id, _ = make(api, graph, requirements=SIZES, **{
+        f"j{number}": {"resource_requirements": kind} for number, kind in enumerate(kinds)})
+    assert claim_resources(api, workflow_id, limit, **want) == claimed
+
+
+def test_claims_take_higher_priority_first_then_lower_id(api):
+    workflow_id, _ = make(api, {name: [] for name in "abcd"}, b={"priority": 5}, d={"priority": 5})
+    jobs = api.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=3)["jobs"]
+    assert [job["name"] for job in jobs] == ["b", "d", "a"]
+    assert claim_resources(api, workflow_id) == ["c"]
+
+
+def test_jobs_of_other_schedulers_are_claimed_only_when_there_are_no_others(api):
+    workflow_id, ids = make(api, {"a": [], "b": []}, start=False)
+    api.put(f"/jobs/{ids['a']}", {"scheduler_id": 7})
+    api.post(f"/workflows/{workflow_id}/initialize_jobs")
+    assert claim_resources(api, workflow_id, 1, scheduler_config_id=9) == ["b"]
+    assert claim_resources(api, workflow_id, 1, strict=True, scheduler_config_id=9) == []
+    assert claim_resources(api, workflow_id, 1, scheduler_config_id=9) == ["a"]
+
+
+def test_initialize_follows_the_two_modes(api):
+    workflow_id, ids = make(api, DIAMOND)
+    node = make_node(api, workflow_id)
+    complete(api, ids["a"], workflow_id, node)
+    complete(api, ids["b"], workflow_id, node, code=1)
+    complete(api, ids["c"], workflow_id, node)
+    api.post(f"/workflows/{workflow_id}/initialize_jobs")
+    assert statuses(api, workflow_id) == dict(a="completed", b="failed", c="completed", d="canceled")
+    api.post(f"/workflows/{workflow_id}/reset_job_status", failed_only=True)
+    assert statuses(api, workflow_id)["d"] == "uninitialized"
+    api.post(f"/workflows/{workflow_id}/initialize_jobs", only_uninitialized=True)
+    assert statuses(api, workflow_id) == dict(a="completed", b="ready", c="completed", d="blocked")
+    results = api.get("/results", workflow_id=workflow_id)["items"]
+    assert sorted(item["job_id"] for item in results) == [ids["a"], ids["c"]]
+    assert api.get("/results", workflow_id=workflow_id, all_runs=True)["total_count"] == 3
+
+
+def test_files_and_user_data_imply_dependencies(api):
+    payload = {"workflow": {"name": "w", "user": "u"},
+               "files": [{"name": "f", "path": "f"}], "user_data": [{"name": "u"}],
+               "jobs": [{"name": "reads", "command": "true", "input_files": [0]},
+                        {"name": "writes1", "command": "true", "output_files": [0]},
+                        {"name": "writes2", "command": "true", "output_files": [0],
+                         "output_user_data": [0]},
+                        {"name": "knows", "command": "true", "input_user_data": [0]}]}
+    workflow_id = api.post("/workflow_specs", payload)["id"]
+    api.post(f"/workflows/{workflow_id}/initialize_jobs")
+    rows = api.get(f"/workflows/{workflow_id}/job_dependencies")["items"]
+    assert [(row["job_name"], row["depends_on_job_name"]) for row in rows] == [
+        ("reads", "writes1"), ("reads", "writes2"), ("knows", "writes2")]
+
+
+def test_changed_inputs_are_found_until_the_next_initialization(api):
+    workflow_id, ids = make(api, {"a": [], "b": []})
+    node = make_node(api, workflow_id)
+    complete(api, ids["a"], workflow_id, node)
+    complete(api, ids["b"], workflow_id, node)
+    api.put(f"/jobs/{ids['a']}", {"priority": 3})           # no input
+    assert api.post(f"/workflows/{workflow_id}/process_changed_job_inputs",
+                    dry_run=True) == {"reinitialized_jobs": []}
+    api.post(f"/workflows/{workflow_id}/reset_job_status")
+    api.put(f"/jobs/{ids['a']}", {"command": "false"})
+    for _ in range(2):
+        assert api.post(f"/workflows/{workflow_id}/process_changed_job_inputs") == {
+            "reinitialized_jobs": ["a"]}
+    api.post(f"/workflows/{workflow_id}/initialize_jobs")
+    assert api.post(f"/workflows/{workflow_id}/process_changed_job_inputs") == {
+        "reinitialized_jobs": []}
+
+
+def test_cancel_touches_pending_and_running_jobs_only(api):
+    workflow_id, ids = make(api, {"run": [], "wait": [], "child": ["run"]})
+    api.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    assert api.put(f"/workflows/{workflow_id}/cancel")["is_canceled"]
+    assert api.put(f"/workflows/{workflow_id}/cancel")["is_canceled"]
+    assert statuses(api, workflow_id) == dict(run="canceled", wait="ready", child="blocked")
+    assert api.post(f"/workflows/{workflow_id}/claim_next_jobs")["jobs"] == []
+    assert api.get(f"/workflows/{workflow_id}/is_complete")["is_complete"]
+    api.post(f"/workflows/{workflow_id}/reset_status")
+    assert statuses(api, workflow_id) == dict(run="canceled", wait="ready", child="canceled")
+
+
+def test_reset_status_refuses_a_workflow_at_work(api):
+    workflow_id, _ = make(api, {"a": []})
+    api.post(f"/workflows/{workflow_id}/claim_next_jobs")
+    with pytest.raises(torc.Invalid, match="1 jobs pending or running"):
+        api.post(f"/workflows/{workflow_id}/reset_status")
+    api.post(f"/workflows/{workflow_id}/reset_status", force=True)
+
+
+# ---- runner_step
+
+
+def test_a_step_frees_claims_and_reports_in_one_go(client):
+    workflow_id, _ = make(client, DIAMOND)
+    runner = Conversation(client, workflow_id)
+    [job] = runner.step(limit=4)["jobs"]
+    assert job["name"] == "a" and job["run_id"] == 1
+    answer = runner.step([runner.done(job)], limit=4)
+    assert [job["name"] for job in answer["jobs"]] == ["b", "c"] and not answer["has_ready"]
+    answer = runner.step([runner.done(job) for job in answer["jobs"]], limit=4)
+    answer = runner.step([runner.done(job) for job in answer["jobs"]], limit=4, counts=True)
+    assert answer["is_complete"] and answer["counts"]["completed"] == 4
+
+
+def test_a_repeated_step_counts_nothing_twice_and_loses_nothing(client):
+    workflow_id, ids = make(client, {"a": [], "b": ["a"], "c": ["a"], "x": []})
+    runner = Conversation(client, workflow_id)
+    first, second = runner.step(limit=2)["jobs"]
+    done = [runner.done(first)]
+    lost = runner.step(done, limit=1)     # this answer is lost: b was assigned, nobody knows
+    [runner.held.pop(job["id"]) for job in lost["jobs"]]
+    again = runner.step(done, limit=1, repeat=True)
+    assert [job["name"] for job in again["jobs"]] == [job["name"] for job in lost["jobs"]] == ["b"]
+    assert client.get("/results", workflow_id=workflow_id, all_runs=True)["total_count"] == 1
+    assert statuses(client, workflow_id) == dict(a="completed", b="pending", c="ready", x="pending")
+
+
+def test_a_step_older_than_the_last_changes_nothing(client):
+    workflow_id, _ = make(client, {"a": []})
+    runner = Conversation(client, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    runner.held.clear()
+    answer = runner.step(returns=[{"job_id": job["id"], "attempt_id": 1}], limit=1)
+    assert [job["name"] for job in answer["jobs"]] == ["a"]
+    runner.number -= 1                    # a late copy of an earlier request
+    runner.step(returns=[{"job_id": job["id"], "attempt_id": 1}], repeat=True)
+    assert statuses(client, workflow_id) == {"a": "pending"}
+
+
+def test_mixed_sizes_fill_a_node_without_oversubscribing(client):
+    workflow_id, _ = make(client, {f"j{n}": [] for n in range(5)}, requirements=SIZES,
+                          j0={"resource_requirements": 0}, j1={"resource_requirements": 0},
+                          j2={"resource_requirements": 2}, j3={"resource_requirements": 1},
+                          j4={"resource_requirements": 1})
+    runner = Conversation(client, workflow_id)
+    answer = runner.step(claim={"limit": 2, "num_cpus": 3, "memory_bytes": 2.0**36, "num_gpus": 0,
+                                "num_nodes": 1})
+    assert [job["name"] for job in answer["jobs"]] == ["j0", "j3"]
+
+
+def test_prefetched_jobs_are_of_the_same_requirement_and_can_go_back(client):
+    workflow_id, ids = make(client, {f"j{n}": [] for n in range(4)}, requirements=SIZES,
+                            j1={"resource_requirements": 1}, j3={"resource_requirements": 1})
+    need = client.get(f"/jobs/{ids['j1']}")["resource_requirements_id"]
+    runner = Conversation(client, workflow_id)
+    answer = runner.step(claim={"limit": 0, "num_cpus": 0, "memory_bytes": 0, "num_gpus": 0,
+                                "num_nodes": 1, "prefetch": {"resource_requirements_id": need,
+                                                             "limit": 8}})
+    assert [(job["name"], job["prefetched"]) for job in answer["jobs"]] == [("j1", True), ("j3", True)]
+    runner.held.clear()
+    runner.step(returns=[{"job_id": job["id"], "attempt_id": 1} for job in answer["jobs"]])
+    assert set(statuses(client, workflow_id).values()) == {"ready"}
+
+
+def test_a_retried_attempt_does_not_lose_its_result(client):
+    workflow_id, ids = make(client, {"a": []})
+    runner = Conversation(client, workflow_id)
+    for attempt, code in ((1, 7), (2, 8), (3, 0)):
+        [job] = runner.step(limit=1)["jobs"]
+        assert job["attempt_id"] == attempt
+        runner.step([runner.done(job, code, requeue=code != 0, stderr_tail=f"try {attempt}")])
+    results = client.get("/results", workflow_id=workflow_id, all_runs=True, include_stderr=True)
+    assert [(item["attempt_id"], item["return_code"], item["stderr_tail"])
+            for item in results["items"]] == [(1, 7, "try 1"), (2, 8, "try 2"), (3, 0, "try 3")]
+    assert client.get("/results", workflow_id=workflow_id)["items"][0]["attempt_id"] == 3
+
+
+def test_a_canceled_job_is_not_handed_out_again_before_its_process_has_ended(client):
+    workflow_id, ids = make(client, {"a": []})
+    runner, other = Conversation(client, workflow_id), Conversation(client, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    runner.step(starts=[{"job_id": job["id"], "attempt_id": 1}])
+    client.post(f"/jobs/{ids['a']}/stop", status="canceled")
+    client.post(f"/jobs/{ids['a']}/rerun")
+    assert other.step(limit=1)["jobs"] == []
+    assert "still being stopped" in client.get(f"/jobs/{ids['a']}/why")["sentence"]
+    answer = runner.step()
+    assert answer["stop"] == [{"job_id": job["id"], "attempt_id": 1, "status": "ready"}]
+    runner.step([runner.done(job, 143)])
+    assert [job["attempt_id"] for job in other.step(limit=1)["jobs"]] == [2]
+    assert client.get("/results", workflow_id=workflow_id, all_runs=True)["total_count"] == 1
+
+
+def test_stopping_a_job_cancels_its_dependents_and_tells_its_runner(client):
+    workflow_id, ids = make(client, {"a": [], "b": ["a"]})
+    runner = Conversation(client, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    assert client.post(f"/jobs/{ids['a']}/stop", status="terminated")["status"] == "terminated"
+    assert statuses(client, workflow_id) == dict(a="terminated", b="canceled")
+    assert runner.step()["stop"][0]["status"] == "terminated"
+    with pytest.raises(torc.Invalid, match="has already ended"):
+        client.post(f"/jobs/{ids['a']}/stop", status="canceled")
+
+
+def test_a_rerun_job_unblocks_what_its_failure_had_canceled(client):
+    workflow_id, ids = make(client, {"a": [], "b": ["a"], "c": ["b"]})
+    complete(client, ids["a"], workflow_id, make_node(client, workflow_id), code=1)
+    job = client.post(f"/jobs/{ids['a']}/rerun")
+    assert job["attempt_id"] == 2
+    assert statuses(client, workflow_id) == dict(a="ready", b="blocked", c="blocked")
+
+
+def test_a_dead_runners_jobs_are_ready_with_the_next_attempt(client):
+    workflow_id, ids = make(client, {"a": [], "b": [], "c": ["a"]})
+    runner = Conversation(client, workflow_id)
+    first, second = runner.step(limit=2)["jobs"]
+    runner.step(starts=[{"job_id": first["id"], "attempt_id": 1}])
+    answer = client.post(f"/compute_nodes/{runner.node}/release")
+    assert answer == {"requeued": [ids["a"], ids["b"]], "canceled": 0}
+    assert statuses(client, workflow_id) == dict(a="ready", b="ready", c="blocked")
+    [result] = client.get("/results", workflow_id=workflow_id, all_runs=True)["items"]
+    assert (result["job_id"], result["return_code"]) == (ids["a"], -128)
+    assert client.get(f"/compute_nodes/{runner.node}")["is_active"] is False
+
+
+def test_a_killed_runner_does_not_leave_jobs_running_for_ever(store, api):
+    workflow_id, ids = make(api, {"a": [], "b": ["a"], "x": []})
+    runner = Conversation(api, workflow_id)
+    first, second = runner.step(limit=2)["jobs"]
+    runner.step(starts=[{"job_id": first["id"], "attempt_id": 1}])
+    heard = store.heard[runner.node][0]
+    assert torc.expired_nodes(store, heard + 20 * 60, 0)[0] == []
+    assert torc.expired_nodes(store, heard + 20 * 60 + 61, 0)[0] == [runner.node]
+    with store.transaction():
+        torc.expire_node(store, runner.node, time.time())
+    assert statuses(api, workflow_id) == dict(a="failed", b="canceled", x="ready")
+    # Its journal turns up later: the real end replaces the -128 and frees what that canceled.
+    runner.number = 0
+    runner.step([runner.done(first)], replay=True)
+    assert statuses(api, workflow_id) == dict(a="completed", b="ready", x="ready")
+    assert api.get("/results", workflow_id=workflow_id)["items"][0]["return_code"] == 0
+
+
+def test_a_replayed_completion_does_not_touch_a_job_that_was_started_again(api):
+    workflow_id, ids = make(api, {"a": []})
+    dead, alive = Conversation(api, workflow_id), Conversation(api, workflow_id)
+    [job] = dead.step(limit=1)["jobs"]
+    dead.step(starts=[{"job_id": job["id"], "attempt_id": 1}])
+    api.post(f"/compute_nodes/{dead.node}/release")
+    [again] = alive.step(limit=1)["jobs"]
+    dead.step([dead.done(job)], replay=True)
+    assert statuses(api, workflow_id) == {"a": "pending"}
+    alive.step([alive.done(again)])
+    results = api.get("/results", workflow_id=workflow_id, all_runs=True)["items"]
+    assert [(item["attempt_id"], item["return_code"]) for item in results] == [(1, 0), (2, 0)]
+
+
+def test_upstreams_runners_never_beat_and_are_never_failed_for_it(store, api):
+    workflow_id, ids = make(api, {"a": []})
+    node = make_node(api, workflow_id)
+    api.post(f"/workflows/{workflow_id}/claim_next_jobs")
+    api.put(f"/jobs/{ids['a']}/start_job/1/{node}")
+    assert torc.expired_nodes(store, time.monotonic() + 10**6, 0)[0] == []
+
+
+# ---- actions and explanations
+
+
+def test_job_triggers_count_and_actions_have_one_winner(client):
+    workflow_id, ids = make(client, {"a": [], "b": []})
+    action = client.post(f"/workflows/{workflow_id}/actions", {
+        "workflow_id": workflow_id, "trigger_type": "on_jobs_complete",
+        "action_type": "run_commands", "action_config": {"commands": ["true"]},
+        "job_ids": [ids["a"], ids["b"]]})
+    node = make_node(client, workflow_id)
+    pending = f"/workflows/{workflow_id}/actions/pending"
+    complete(client, ids["a"], workflow_id, node)
+    assert client.get(pending) == []
+    complete(client, ids["b"], workflow_id, node)
+    assert [item["id"] for item in client.get(pending, trigger_type=["on_jobs_complete", "x"])] == [
+        action["id"]]
+    claim = f"/workflows/{workflow_id}/actions/{action['id']}/claim"
+    assert client.post(claim, {"compute_node_id": node}) == {"success": True,
+                                                             "action_id": action["id"]}
+    with pytest.raises(torc.Conflict):
+        client.post(claim, {})
+    assert client.get(pending) == []
+
+
+def test_the_last_cancel_of_a_cascade_fires_the_completion_actions(api):
+    workflow_id, ids = make(api, {"a": [], "b": ["a"]})
+    for trigger, jobs in (("on_workflow_complete", None), ("on_jobs_complete", [ids["b"]])):
+        api.post(f"/workflows/{workflow_id}/actions", {
+            "trigger_type": trigger, "action_type": "run_commands", "job_ids": jobs,
+            "action_config": {"commands": ["true"]}, "workflow_id": workflow_id})
+    complete(api, ids["a"], workflow_id, make_node(api, workflow_id), code=1)
+    assert len(api.get(f"/workflows/{workflow_id}/actions/pending")) == 2
+
+
+def test_why_names_the_cause(api):
+    workflow_id, ids = make(api, {"bad": [], "b": ["bad"], "c": ["b"], "slow": [], "d": ["slow"],
+                                  "big": []},
+                            requirements=[{"name": "huge", "num_cpus": 64, "memory": "1m"}],
+                            big={"resource_requirements": 0})
+    sentence = lambda name: api.get(f"/jobs/{ids[name]}/why")["sentence"]  # noqa: E731
+    assert sentence("slow") == (f"it is ready, but no runner is at work on workflow {workflow_id}: "
+                                f"torc run {workflow_id}")
+    node = make_node(api, workflow_id)
+    complete(api, ids["bad"], workflow_id, node, code=139)
+    assert sentence("bad").startswith("it failed with return code 139 (SIGSEGV) on here (pid 1)")
+    assert sentence("c") == (f'it was canceled because "bad" (job {ids["bad"]}), on which it '
+                             "depends, failed")
+    assert sentence("d") == f'it waits for "slow" (job {ids["slow"]}, ready)'
+    assert "it needs 64 CPUs" in sentence("big") and "more than any of the 1 active" in sentence("big")
+
+
+def test_unfinished_names_what_holds_a_workflow_up(api):
+    workflow_id, ids = make(api, {"off": [], "child": ["off"]}, start=False)
+    api.put(f"/jobs/{ids['off']}", {"status": "disabled"})
+    api.post(f"/workflows/{workflow_id}/initialize_jobs")
+    report = api.get(f"/workflows/{workflow_id}/unfinished")
+    assert report["by_status"] == {"blocked": 1} and report["ready"] == []
+    assert report["waiting"] == [{"job_id": ids["off"], "job_name": "off", "status": "disabled",
+                                  "dependents": 1}]
+
+
+# ==================================================================================================
+# 8 API
+# ==================================================================================================
+
+
+def sample(kind):
+    """A body with a value for every field of a kind that a client may set."""
+    values = {"int": 3, "float": 2.5, "str": "text", "bool": True, "any": {"k": [1, None]},
+              "status": "completed", "ints": []}
+    special = {"memory": "2g", "runtime": "PT5M", "name": "a name"}
+    return {field.name: special.get(field.name, values[field.type]) for field in kind.fields
+            if not field.server and field.type != "ints"}
+
+
+@pytest.mark.parametrize("table", [table for table in torc.KINDS if table not in ("workflow", "job")])
+def test_every_kind_round_trips(client, table):
+    kind = torc.KINDS[table]
+    workflow_id, ids = make(client, {"a": []})
+    body = {**sample(kind), "workflow_id": workflow_id}
+    body.update({name: value for name, value in {
+        "job_id": ids["a"], "compute_node_id": table == "result" and make_node(client, workflow_id),
+    }.items() if name in body})
+    created = client.post(kind.path, body)
+    read = client.get(f"{kind.path}/{created['id']}")
+    expected = {**body, "id": created["id"]}
+    if table == "event":
+        expected["timestamp"] = read["timestamp"]
+    assert read == expected
+    path = f"/workflows/{workflow_id}{kind.path}" if table == "failure_handler" else kind.path
+    listed = client.page(path, workflow_id=workflow_id, include_stderr=True)
+    assert read in listed["items"] and listed["max_limit"] == 100_000
+    assert client.delete(f"{kind.path}/{created['id']}") == read
+    with pytest.raises(torc.NotFound):
+        client.get(f"{kind.path}/{created['id']}")
+
+
+def test_a_put_changes_only_what_it_names(client):
+    workflow_id, _ = make(client, {})
+    made = client.post("/slurm_schedulers", {"workflow_id": workflow_id, "name": "s", "account": "a",
+                                             "nodes": 1, "walltime": "01:00:00", "qos": "high"})
+    other, _ = make(client, {})
+    changed = client.put(f"/slurm_schedulers/{made['id']}", {"nodes": 4, "workflow_id": other})
+    assert changed == {**made, "nodes": 4}
+
+
+@pytest.mark.parametrize("method, path, query, body, error, text", [
+    ("GET", "/jobs", {}, None, torc.BadRequest, "workflow_id is missing"),
+    ("GET", "/jobs", {"workflow_id": "x"}, None, torc.BadRequest, "'x' is not an integer"),
+    ("GET", "/jobs", {"workflow_id": 1, "limit": ""}, None, torc.BadRequest, "limit='' is not"),
+    ("GET", "/jobs", {"workflow_id": [1, 2]}, None, torc.BadRequest, "given 2 times"),
+    ("GET", "/jobs", {"workflow_id": 1, "status": "odd"}, None, torc.BadRequest, "a job status"),
+    ("GET", "/jobs", {"workflow_id": 1, "reverse_sort": "yes"}, None, torc.BadRequest, "true or"),
+    ("GET", "/jobs", {"workflow_id": 1, "limit": 100_001}, None, torc.Internal, "larger than 100000"),
+    ("GET", "/jobs", {"workflow_id": 99}, None, torc.NotFound, "Workflow not found"),
+    ("GET", "/jobs/abc", {}, None, torc.BadRequest, "'abc' in the path is not an integer"),
+    ("GET", "/jobs/99", {}, None, torc.NotFound, "Job not found"),
+    ("POST", "/jobs", {}, {"workflow_id": 1, "name": "x"}, torc.Invalid, "missing field `command`"),
+    ("POST", "/jobs", {}, {"workflow_id": 1.0, "name": "x", "command": "c"}, torc.Invalid,
+     "1.0 is not an integer"),
+    ("POST", "/jobs", {}, {"workflow_id": True, "name": "x", "command": "c"}, torc.Invalid,
+     "True is not an integer"),
+    ("POST", "/jobs", {}, {"workflow_id": 1, "name": 5, "command": "c"}, torc.Invalid, "not a string"),
+    ("POST", "/jobs", {}, {"workflow_id": 1, "name": "x", "command": "c", "priority": -1},
+     torc.Invalid, "negative"),
+    ("POST", "/jobs", {}, {"workflow_id": 1, "name": "x", "command": "c", "depends_on_job_ids": [99]},
+     torc.Internal, "FOREIGN KEY"),
+    ("POST", "/jobs", {}, [], torc.Invalid, "not a JSON object"),
+    ("POST", "/bulk_jobs", {}, {"jobs": [{"workflow_id": 1, "name": "x", "command": "c"},
+                                         {"workflow_id": 2, "name": "x", "command": "c"}]},
+     torc.Invalid, "different workflows"),
+    ("POST", "/resource_requirements", {}, {"workflow_id": 1, "name": "default"}, torc.Internal,
+     "reserved"),
+    ("POST", "/resource_requirements", {}, {"workflow_id": 1, "name": "r", "memory": "1gb"},
+     torc.Invalid, "memory '1gb'"),
+    ("POST", "/resource_requirements", {}, {"workflow_id": 1, "name": "r", "num_nodes": 0},
+     torc.Invalid, "not positive"),
+    ("POST", "/workflows/1/actions", {}, {"trigger_type": "x", "action_type": "run_commands",
+                                          "action_config": {"commands": [""]}}, torc.Invalid,
+     "command lines"),
+    ("POST", "/jobs/1/retry/1", {}, None, torc.BadRequest, "max_retries is missing"),
+    ("PUT", "/jobs/1/start_job/1/1", {}, None, torc.Internal, "not pending"),
+    ("PUT", "/jobs/99/manage_status_change/completed/1", {}, None, torc.Invalid, "complete_job only"),
+    ("GET", "/jobs/1/nothing", {}, None, torc.NotFound, "/jobs/1/nothing"),
+])
+def test_bad_requests_are_refused_with_the_value(client, method, path, query, body, error, text):
+    make(client, {"a": []})
+    before = client.get("/workflows/1/counts")
+    with pytest.raises(error, match=re.escape(text)):
+        client.request(method, path, query, body)
+    assert client.get("/workflows/1/counts") == before
+
+
+def test_job_updates_follow_upstreams_rules(client):
+    workflow_id, ids = make(client, {"a": [], "b": ["a"]}, start=False)
+    job = client.get(f"/jobs/{ids['b']}")
+    assert client.put(f"/jobs/{ids['b']}", job) == job       # unchanged values are always fine
+    assert client.put(f"/jobs/{ids['b']}", {"command": "new", "priority": 4})["command"] == "new"
+    with pytest.raises(torc.Invalid, match="immutable"):
+        client.put(f"/jobs/{ids['b']}", {"status": "ready"})
+    with pytest.raises(torc.Invalid, match="immutable"):
+        client.put(f"/jobs/{ids['b']}", {"input_file_ids": [1]})
+    client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    with pytest.raises(torc.Invalid, match="uninitialized"):
+        client.put(f"/jobs/{ids['b']}", {"name": "other"})
+    assert client.put(f"/jobs/{ids['b']}", {"invocation_script": "nice"})["invocation_script"]
+
+
+def test_lists_are_paged_sorted_and_filtered(client):
+    workflow_id, ids = make(client, {f"j{number}": [] for number in range(7)})
+    page = client.page("/jobs", workflow_id=workflow_id, offset=2, limit=3, reverse_sort=True)
+    assert [job["name"] for job in page["items"]] == ["j4", "j3", "j2"]
+    assert (page["offset"], page["count"], page["total_count"], page["has_more"]) == (2, 3, 7, True)
+    assert client.page("/jobs", workflow_id=workflow_id, limit=0)["has_more"]
+    assert client.page("/jobs", workflow_id=workflow_id, limit=-1)["count"] == 7
+    assert client.page("/jobs", workflow_id=workflow_id, offset=-5)["count"] == 7
+    assert client.page("/jobs", workflow_id=workflow_id, sort_by="nonsense")["count"] == 7
+    assert client.page("/jobs", workflow_id=workflow_id, status="blocked")["count"] == 0
+    assert len(list(client.items("/jobs", workflow_id=workflow_id, limit=5, offset=1))) == 5
+
+
+def test_a_large_list_has_the_same_records_as_small_pages(client):
+    workflow_id, _ = make(client, {f"j{number}": [] for number in range(600)},
+                          j7={"invocation_script": "a \"quoted\" é\n", "priority": 3})
+    whole = client.page("/jobs", workflow_id=workflow_id)["items"]
+    pages = [client.page("/jobs", workflow_id=workflow_id, limit=100, offset=start)["items"]
+             for start in range(0, 600, 100)]
+    assert whole == sum(pages, []) and len(whole) == 600
+
+
+def test_deleting_requirements_deletes_their_jobs_and_frees_what_waited(client):
+    workflow_id, ids = make(client, {"a": [], "b": ["a"]},
+                            requirements=[{"name": "r", "num_cpus": 1, "memory": "1m"}],
+                            a={"resource_requirements": 0})
+    need = client.get(f"/jobs/{ids['a']}")["resource_requirements_id"]
+    assert client.delete(f"/resource_requirements/{need}")["name"] == "r"
+    assert statuses(client, workflow_id) == {"b": "ready"}
+
+
+def test_bulk_jobs_answer_in_order_with_consecutive_ids(client):
+    workflow_id, _ = make(client, {})
+    jobs = client.post("/bulk_jobs", {"jobs": [{"workflow_id": workflow_id, "name": f"n{number}",
+                                                "command": "c"} for number in range(1500)]})["jobs"]
+    assert [job["name"] for job in jobs] == [f"n{number}" for number in range(1500)]
+    assert [job["id"] for job in jobs] == list(range(jobs[0]["id"], jobs[0]["id"] + 1500))
+    assert client.post("/bulk_jobs", {"jobs": []}) == {"jobs": []}
+
+
+def test_workflow_defaults_appear_on_get_and_the_echo_stays_an_echo(client):
+    made = client.post("/workflows", {"name": "w", "user": "u"})
+    assert set(made) == {"id", "name", "user", "status_id", "timestamp"}
+    read = client.get(f"/workflows/{made['id']}")
+    assert read["compute_node_wait_for_new_jobs_seconds"] == 90
+    assert read["compute_node_ignore_workflow_completion"] is False
+    assert read["compute_node_wait_for_healthy_database_minutes"] == 20
+    assert "description" not in read
+    status = client.get(f"/workflows/{made['id']}/status")
+    assert status["run_id"] == 0 and status["is_canceled"] is False
+    needs = client.get("/resource_requirements", workflow_id=made["id"])["items"]
+    assert [(item["name"], item["memory"], item["runtime"]) for item in needs] == [
+        ("default", "1m", "P0DT1M")]
+
+
+def test_opaque_texts_come_back_byte_for_byte(client):
+    text = '{"a" :  [1.0, "é\\u00e9"] }'
+    made = client.post("/workflows", {"name": "w", "user": "u", "metadata": text,
+                                      "slurm_defaults": text})
+    read = client.get(f"/workflows/{made['id']}")
+    assert read["metadata"] == read["slurm_defaults"] == text
+
+
+def test_required_files_and_missing_user_data(client):
+    payload = {"workflow": {"name": "w", "user": "u"},
+               "files": [{"name": "in", "path": "in"}, {"name": "mid", "path": "mid"},
+                         {"name": "unused", "path": "x"}],
+               "user_data": [{"name": "set", "data": 1}, {"name": "unset"}],
+               "jobs": [{"name": "a", "command": "c", "input_files": [0], "output_files": [1],
+                         "input_user_data": [0, 1]},
+                        {"name": "b", "command": "c", "input_files": [1]}]}
+    workflow_id = client.post("/workflow_specs", payload)["id"]
+    assert client.get(f"/workflows/{workflow_id}/required_existing_files") == {"files": [1]}
+    assert client.get(f"/workflows/{workflow_id}/missing_user_data") == {"user_data": [2]}
+    rows = client.get(f"/workflows/{workflow_id}/job_file_relationships")["items"]
+    assert [(row["file_name"], row.get("producer_job_name"), row.get("consumer_job_name"))
+            for row in rows] == [("in", None, "a"), ("mid", "a", "b"), ("unused", None, None)]
+
+
+def test_an_interrupted_creation_does_not_leave_half_a_workflow(client):
+    for broken in ({"depends_on": [7]}, {"input_files": [0]}, {"resource_requirements": 3},
+                   {"priority": -2}, {"name": None}):
+        with pytest.raises(torc.TorcError):
+            client.post("/workflow_specs", {
+                "workflow": {"name": "w", "user": "u"},
+                "jobs": [{"name": "ok", "command": "c"}, {"name": "x", "command": "c", **broken}]})
+    assert client.page("/workflows")["total_count"] == 0
+    assert client.post("/workflows", {"name": "w", "user": "u"})["id"] == 1
+
+
+def test_no_error_text_makes_an_upstream_runner_wait(client):
+    """Words that upstream's runner takes for an outage must not occur in ordinary refusals."""
+    make(client, {"a": []})
+    for method, path, body in (("GET", "/jobs/99", None), ("POST", "/jobs", {}),
+                               ("POST", "/jobs/1/complete_job/ready/1", {
+                                   "job_id": 1, "workflow_id": 1, "run_id": 1, "compute_node_id": 1,
+                                   "return_code": 0, "exec_time_minutes": 1, "completion_time": "x",
+                                   "status": "completed"}),
+                               ("PUT", "/jobs/1/start_job/5/1", None)):
+        with pytest.raises(torc.TorcError) as caught:
+            client.request(method, path, {}, body)
+        assert not re.search("connection|timeout|network|dns|resolve|unreachable",
+                             str(caught.value).lower())
+
+
+UPSTREAM_RECORDS = re.compile(r"/(workflows|jobs|bulk_jobs|files|user_data|resource_requirements|"
+                              r"failure_handlers|slurm_schedulers|compute_nodes|events|results|"
+                              r"scheduled_compute_nodes|ping|version)")
+
+
+def test_the_table_of_routes_has_no_double_and_every_route_a_docstring():
+    seen = [(method, path) for method, path, _, _ in torc.ROUTES]
+    assert len(seen) == len(set(seen))
+    assert all(function.__doc__ for _, _, function, _ in torc.ROUTES)
+
+
+# ==================================================================================================
+# 9 Client
+# ==================================================================================================
+
+
+def free_port():
+    """A port on which nothing listens just now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def test_a_refused_connection_says_what_to_do():
+    port = free_port()
+    with pytest.raises(torc.Unreachable, match=rf"no server answers at 127.0.0.1:{port} "
+                                               r"\(connection refused\): start one with `torc server`"):
+        torc.Client(f"http://127.0.0.1:{port}").get("/ping")
+
+
+def test_an_unknown_host_name_is_named():
+    with pytest.raises(torc.Unreachable, match="host name no-such-host.invalid is unknown"):
+        torc.Client("http://no-such-host.invalid:1").get("/ping")
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://h:99999", "http://h:x", "https://h"])
+def test_what_is_no_server_url_is_a_usage_error(url):
+    with pytest.raises(torc.UsageError, match="is no server URL"):
+        torc.Client(url)
+
+
+@contextlib.contextmanager
+def answering(data):
+    """A listener that answers every connection with fixed bytes."""
+    sock = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = sock.accept()
+                connection.recv(65536)
+                connection.sendall(data)
+                connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    sock.close()
+
+
+@pytest.mark.parametrize("data, message", [
+    (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5\r\n\r\nhello",
+     "is a Torc server there"),
+    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "is a Torc server there"),
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP"),
+    (b"", "broke"),
+])
+def test_another_program_on_the_port_is_told_from_a_server(data, message):
+    with answering(data) as url, pytest.raises(torc.Unreachable, match=message):
+        torc.Client(url).get("/ping")
+
+
+def test_a_server_that_moved_to_another_port_is_found_again(tmp_path):
+    first = Server(tmp_path / "x.db")
+    client = first.client()
+    make(client, {"a": []})
+    first.kill()
+    second = Server(tmp_path / "x.db")
+    assert second.port != first.port
+    assert client.page("/workflows")["total_count"] == 1 and client.port == second.port
+    second.stop()
+    with pytest.raises(torc.Unreachable):
+        client.get("/ping")
+
+
+def test_a_note_of_another_database_is_not_followed(tmp_path):
+    first, other = Server(tmp_path / "x.db"), Server(tmp_path / "other.db")
+    client = first.client()
+    server_id = client.server_id()
+    first.kill()
+    path = torc.server_note(server_id)
+    note = json.loads(Path(path).read_text())
+    Path(path).write_text(json.dumps({**note, "urls": [other.url]}))
+    with pytest.raises(torc.Unreachable):
+        client.get("/ping")
+    other.stop()
+
+
+def test_the_note_is_private_and_goes_with_its_server(server):
+    path = Path(torc.server_note(server.client().server_id()))
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    note = json.loads(path.read_text())
+    assert note["urls"][0] == server.url and note["pid"] == server.process.pid
+    server.stop()
+    assert not path.exists()
+
+
+def test_a_post_that_creates_is_not_repeated_after_it_was_sent(tmp_path):
+    """The first connection answers once and then breaks in the middle of a POST."""
+    requests = []
+    sock = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        connection, _ = sock.accept()
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: 2\r\n\r\n{}")
+        for _ in range(2):
+            requests.append(connection.recv(65536)[:4])
+            connection.close()
+            connection, _ = sock.accept()
+
+    threading.Thread(target=serve, daemon=True).start()
+    client = torc.Client(f"http://127.0.0.1:{sock.getsockname()[1]}")
+    client.get("/ping")
+    with pytest.raises(torc.Unreachable):
+        client.post("/workflows", {"name": "n", "user": "u"})
+    assert requests == [b"POST"]
+    sock.close()
+
+
+def test_connect_takes_the_first_of_option_variable_and_local_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = []
+    monkeypatch.setattr(torc, "listener_uid", lambda port: None)
+    client = torc.connect(tell=said.append)
+    assert client.is_local and said == ["using the local database torc_output/torc.db"]
+    client.close()
+    monkeypatch.setenv("TORC_DATABASE", str(tmp_path / "env.db"))
+    assert torc.connect(tell=said.append).path == str(tmp_path / "env.db")
+    assert torc.connect(url="http://h:1").where == f"http://h:1{torc.API_PREFIX}"
+    monkeypatch.setenv("TORC_API_URL", "http://e:2/torc-service/v1")
+    assert torc.connect(tell=said.append).path == str(tmp_path / "env.db")
+    with pytest.raises(torc.UsageError, match="exclude each other"):
+        torc.connect(database="x.db", url="http://h:1")
+    monkeypatch.delenv("TORC_DATABASE")
+    assert torc.connect(tell=said.append).where == "http://e:2/torc-service/v1"
+    with pytest.raises(torc.Unreachable, match="there is no database missing.db yet"):
+        torc.connect(database="missing.db", create=False)
+
+
+def test_another_users_server_at_the_default_url_is_neither_used_nor_passed_over(server, monkeypatch):
+    monkeypatch.setattr(torc, "DEFAULT_URL", server.url)
+    monkeypatch.setattr(torc, "listener_uid", lambda port: os.getuid() + 1)
+    with pytest.raises(torc.Unreachable, match=f"another user .* say --url {server.url}"):
+        torc.connect()
+    monkeypatch.setattr(torc, "listener_uid", lambda port: os.getuid())
+    assert torc.connect().where == server.url
+
+
+def test_the_uid_column_tells_who_listens():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        assert torc.listener_uid(sock.getsockname()[1]) == os.getuid()
+    assert torc.listener_uid(free_port()) is None
+
+
+# ==================================================================================================
+# 10 Runner
+# ==================================================================================================
+
+
+class Ran(NamedTuple):
+    """A finished `torc run`."""
+
+    code: int
+    log: str
+    client: object
+    directory: Path
+
+    def results(self, **query):
+        """Results by job name, in order of attempts."""
+        names = {job["id"]: job["name"] for job in self.client.items("/jobs", workflow_id=1)}
+        found = {}
+        for item in self.client.items("/results", workflow_id=1, all_runs=True,
+                                      include_stderr=True, **query):
+            found.setdefault(names[item["job_id"]], []).append(item)
+        return found
+
+    def output(self, job_id, ending="o", attempt=1):
+        """Text of a job's output file."""
+        name = torc.stdio_name(1, job_id, 1, attempt, ending)
+        return (self.directory / "torc_output" / name).read_text()
+
+
+def write_spec(directory, jobs, **top):
+    """A spec file of jobs given as {"name": command or fields}."""
+    path = directory / "spec.json"
+    path.write_text(json.dumps({"name": "w", **top, "jobs": [
+        {"name": name, **({"command": job} if isinstance(job, str) else job)}
+        for name, job in jobs.items()]}))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run({"name": command or fields}, *options, **top level of the spec) -> Ran."""
+    clients = []
+
+    def run(jobs, *options, env=None, **top):
+        database = str(tmp_path / "x.db")
+        runner = start_run(tmp_path, write_spec(tmp_path, jobs, **top), "--database", database,
+                           *options, env=env)
+        code = runner.wait(100)
+        clients.append(torc.LocalClient(database))
+        return Ran(code, (tmp_path / "run.log").read_text(), clients[-1], tmp_path)
+
+    yield run
+    for client in clients:
+        check_store(client.store)
+        client.close()
+
+
+@pytest.mark.parametrize("jobs, code, text", [
+    ({"a": "true"}, 0, "completed after"),
+    ({}, 0, "completed after"),
+    ({"a": "exit 3", "b": {"command": "true", "depends_on": ["a"]}}, 1,
+     'job 1 "a" failed: return code 3 (torc logs 1)'),
+    ({"a": "kill -9 $$"}, 1, "return code 137"),
+    ({"a": "no-such-command-here"}, 1, "return code 127"),
+])
+def test_run_does_not_exit_0_when_a_job_failed(run, jobs, code, text):
+    ran = run(jobs)
+    assert (ran.code, text in ran.log) == (code, True), ran.log
+
+
+def test_run_does_not_wait_for_what_can_never_run_here(run):
+    ran = run({"big": {"command": "true", "resource_requirements": "huge"}, "small": "true"},
+              resource_requirements=[{"name": "huge", "num_cpus": 4096, "memory": "1m"}])
+    assert ran.code == 3
+    assert re.search(r'stopping with 1 jobs unfinished: 1 ready \(such as "big"\) need 4096 CPUs, '
+                     r"1m memory.*; this runner has \d+ CPUs", ran.log)
+    assert statuses(ran.client, 1) == {"big": "ready", "small": "completed"}
+
+
+def test_run_does_not_hang_on_a_disabled_job_and_names_it(tmp_path):
+    client = torc.LocalClient(str(tmp_path / "x.db"))
+    _, ids = make(client, {"off": [], "child": ["off"]}, start=False)
+    client.put(f"/jobs/{ids['off']}", {"status": "disabled"})
+    client.post("/workflows/1/initialize_jobs")
+    runner = start_run(tmp_path, 1, "--database", tmp_path / "x.db")
+    assert runner.wait(60) == 3
+    assert '"off" (job 1) is disabled and 1 jobs wait for it' in (tmp_path / "run.log").read_text()
+    client.close()
+
+
+def test_a_job_does_not_read_the_runners_stdin(run):
+    assert run({"a": "cat; readlink /proc/self/fd/0"}).output(1) == "/dev/null\n"
+
+
+@pytest.mark.parametrize("mode, files", [
+    ("separate", {"o": "out\n", "e": "err\n"}), ("combined", {"log": "out\nerr\n"}),
+    ("no_stdout", {"e": "err\n"}), ("no_stderr", {"o": "out\n"}), ("none", {})])
+def test_output_goes_where_the_mode_says(run, mode, files):
+    ran = run({"a": "echo out; echo err >&2"}, execution_config={"stdio": {"mode": mode}})
+    names = os.listdir(tmp := ran.directory / "torc_output" / "job_stdio")
+    assert {name.rpartition(".")[2]: (tmp / name).read_text() for name in names} == files
+
+
+def test_output_of_a_successful_job_is_deleted_on_request(run):
+    ran = run({"good": {"command": "echo x", "stdio": {"delete_on_success": True}},
+               "bad": {"command": "echo x; false", "stdio": {"delete_on_success": True}}})
+    names = os.listdir(ran.directory / "torc_output" / "job_stdio")
+    assert sorted(names) == ["job_wf1_j2_r1_a1.e", "job_wf1_j2_r1_a1.o"]
+
+
+def test_a_missing_output_file_fails_the_job_and_is_named(run):
+    ran = run({"a": {"command": "touch there", "output_files": ["there", "gone"]}},
+              files=[{"name": "there", "path": "there"}, {"name": "gone", "path": "sub/gone"}])
+    [result] = ran.results()["a"]
+    assert ran.code == 1 and (result["status"], result["return_code"]) == ("failed", 1)
+    assert result["stderr_tail"] == "torc: output file missing: sub/gone\n" == ran.output(1, "e")
+
+
+def test_modification_times_of_outputs_are_kept(run):
+    ran = run({"a": {"command": "touch there", "output_files": ["f"]}},
+              files=[{"name": "f", "path": "there"}])
+    assert ran.client.get("/files/1")["st_mtime"] == os.stat(ran.directory / "there").st_mtime
+
+
+def test_the_last_4_kb_of_stderr_travel_with_a_failure(run):
+    ran = run({"a": "seq 10000 >&2; exit 1", "b": "echo fine >&2"})
+    [bad], [good] = ran.results()["a"], ran.results()["b"]
+    assert len(bad["stderr_tail"]) == 4096 and bad["stderr_tail"].endswith("9999\n10000\n")
+    assert "stderr_tail" not in good
+
+
+def test_a_job_knows_who_it_is(run):
+    names = ("WORKFLOW_ID JOB_ID JOB_NAME RUN_ID ATTEMPT_ID OUTPUT_DIR DATABASE").split()
+    ran = run({"a job": "; ".join(f"echo $TORC_{name}" for name in names)})
+    assert ran.output(1).splitlines() == [
+        "1", "1", "a job", "1", "1", str(ran.directory / "torc_output"), str(ran.directory / "x.db")]
+
+
+def test_an_invocation_script_stands_before_the_command(run):
+    ran = run({"a": {"command": "echo hello", "invocation_script": "env GREETING=x"}})
+    assert ran.output(1) == "hello\n"
+
+
+def test_a_very_long_command_runs_from_a_file(run):
+    ran = run({"a": "true '" + "x" * 200_000 + "'; echo $0 | wc -l"})
+    assert ran.code == 0 and ran.output(1) == "1\n"
+
+
+def test_broken_pipes_end_a_job_as_in_a_shell(run):
+    ran = run({"a": "yes | head -1; echo ${PIPESTATUS[0]}"})
+    assert ran.output(1) == "y\n141\n" and ran.output(1, "e") == ""
+
+
+HANDLER = [{"name": "h", "rules": [{"exit_codes": [7], "recovery_script": "echo $TORC_RETURN_CODE "
+            "$TORC_ATTEMPT_ID >> recovered", "max_retries": 3},
+           {"match_all_exit_codes": True, "max_retries": 2}]}]
+
+
+def test_a_failure_handler_runs_its_script_before_the_next_attempt(run):
+    ran = run({"a": {"command": "test $TORC_ATTEMPT_ID = 3 && cat recovered || exit 7",
+                     "failure_handler": "h"}}, failure_handlers=HANDLER)
+    assert ran.code == 0, ran.log
+    assert ran.output(1, attempt=3) == "7 1\n7 2\n"
+    assert [(item["attempt_id"], item["return_code"]) for item in ran.results()["a"]] == [
+        (1, 7), (2, 7), (3, 0)]
+
+
+def test_max_retries_counts_attempts_and_other_codes_take_the_catch_all(run):
+    ran = run({"a": {"command": "exit 7", "failure_handler": "h"},
+               "b": {"command": "exit 9", "failure_handler": "h"}}, failure_handlers=HANDLER)
+    assert ran.code == 1
+    assert {name: len(items) for name, items in ran.results().items()} == {"a": 3, "b": 2}
+
+
+def test_a_failing_recovery_script_ends_the_retries(run):
+    rules = [{"name": "h", "rules": [{"exit_codes": [7], "recovery_script": "exit 5"}]}]
+    ran = run({"a": {"command": "exit 7", "failure_handler": "h"}}, failure_handlers=rules)
+    [result] = ran.results()["a"]
+    assert "the recovery script failed: return code 5" in result["stderr_tail"]
+
+
+def test_pending_failed_is_for_failures_without_a_rule(run):
+    ran = run({"a": "exit 4", "b": {"command": "true", "depends_on": ["a"]}},
+              use_pending_failed=True)
+    assert ran.code == 3 and statuses(ran.client, 1) == {"a": "pending_failed", "b": "blocked"}
+    assert '"a" (job 1) is pending_failed and 1 jobs wait for it' in ran.log
+
+
+@pytest.mark.slow
+def test_a_job_over_its_memory_is_killed_with_all_its_children(run):
+    hog = (f"{PYTHON} -c \"x = bytearray(300 * 2**20); import time; time.sleep(60)\" & "
+           "sleep 300 & wait")
+    ran = run({"a": {"command": hog, "resource_requirements": "r"}},
+              resource_requirements=[{"name": "r", "num_cpus": 1, "memory": "50m"}])
+    [result] = ran.results()["a"]
+    assert (ran.code, result["status"], result["return_code"]) == (1, "failed", 137)
+    assert re.search(r'killed: used 3\d\d\.\d MB, the limit is 50\.0 MB \(resource requirements "r"\)',
+                     result["stderr_tail"])
+    assert result["peak_memory_bytes"] > 300 * 2**20
+    until(lambda: not processes_in(ran.directory), what="the end of all processes")
+
+
+@pytest.mark.slow
+def test_the_time_limit_ends_jobs_with_their_children_as_terminated(run):
+    ran = run({"a": "sleep 300 & sleep 301", "quick": "true",
+               "saves": "trap 'echo saved; exit 0' TERM; sleep 302 & wait"}, "--time-limit", "PT8S",
+              "--max-parallel-jobs", 3)
+    assert ran.code == 1, ran.log
+    assert {name: (items[0]["status"], items[0]["return_code"])
+            for name, items in ran.results().items()} == {
+        "a": ("terminated", 152), "quick": ("completed", 0), "saves": ("completed", 0)}
+    until(lambda: not processes_in(ran.directory), what="the end of all processes")
+
+
+def test_nothing_starts_that_does_not_fit_into_the_time_left(run):
+    ran = run({"long": {"command": "true", "resource_requirements": "hours"}, "short": "true"},
+              "--time-limit", "PT10M",
+              resource_requirements=[{"name": "hours", "num_cpus": 1, "memory": "1m",
+                                      "runtime": "PT2H"}])
+    assert ran.code == 3 and statuses(ran.client, 1) == {"long": "ready", "short": "completed"}
+    assert "PT2H" in ran.log and "left" in ran.log
+
+
+def test_gpus_are_given_out_one_by_one(run):
+    job = {"command": "echo $CUDA_VISIBLE_DEVICES; sleep 0.3", "resource_requirements": "gpu"}
+    ran = run({"a": job, "b": job, "none": "echo none$CUDA_VISIBLE_DEVICES"}, "--num-gpus", 2,
+              "--num-cpus", 4, env={"CUDA_VISIBLE_DEVICES": "5,7"},
+              resource_requirements=[{"name": "gpu", "num_cpus": 1, "num_gpus": 1, "memory": "1g"}])
+    assert sorted([ran.output(1), ran.output(2)]) == ["5\n", "7\n"]
+
+
+@pytest.mark.slow
+def test_mixed_sizes_never_use_more_than_there_is(run):
+    jobs = {f"j{number}": {"command": "echo $TORC_JOB_NAME + >> load; sleep 0.05; "
+                                      "echo $TORC_JOB_NAME - >> load",
+                           "resource_requirements": ("one", "two", "three")[number % 3]}
+            for number in range(60)}
+    ran = run(jobs, "--num-cpus", 4, resource_requirements=[
+        {"name": name, "num_cpus": cpus, "memory": "1g"}
+        for name, cpus in (("one", 1), ("two", 2), ("three", 3))])
+    assert ran.code == 0
+    load = most = 0
+    for line in (ran.directory / "load").read_text().splitlines():
+        name, sign = line.split()
+        load += (int(name[1:]) % 3 + 1) * (1 if sign == "+" else -1)
+        most = max(most, load)
+    assert 3 <= most <= 4
+
+
+@pytest.mark.slow
+def test_two_runners_share_long_jobs_evenly(server, tmp_path):
+    client = server.client()
+    bench_workflow(client, [{"name": f"j{number}", "command": "sleep 0.6"} for number in range(20)])
+    runners = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        runners.append(start_run(tmp_path / name, 1, "--url", server.url, "--max-parallel-jobs", 2))
+    assert [runner.wait(60) for runner in runners] == [0, 0]
+    by_node = {}
+    for item in client.items("/results", workflow_id=1):
+        by_node[item["compute_node_id"]] = by_node.get(item["compute_node_id"], 0) + 1
+    assert sorted(by_node.values()) in ([8, 12], [9, 11], [10, 10]), by_node
+
+
+def test_monitoring_is_not_off_without_enabled_and_no_job_reports_0_mb(run):
+    ran = run({"short": f"{PYTHON} -c 'for i in range(10**6): pass'",
+               "long": f"{PYTHON} -c 'import time; x = bytearray(80 * 2**20); time.sleep(2.5)'"},
+              resource_monitor={"granularity": "summary"})
+    [short], [long] = ran.results()["short"], ran.results()["long"]
+    assert short["avg_cpu_percent"] > 20
+    assert long["peak_memory_bytes"] > 80 * 2**20 and long["avg_memory_bytes"] > 0
+    assert short.get("peak_memory_bytes", 1) > 0
+
+
+def test_monitoring_can_be_turned_off(run):
+    [result] = run({"a": "true"}, resource_monitor={"enabled": False}).results()["a"]
+    assert not [name for name in result if "memory" in name or "cpu" in name]
+
+
+@pytest.mark.slow
+def test_a_time_series_is_written_where_plots_look_for_it(run):
+    ran = run({"a": "sleep 3.2"}, resource_monitor={"granularity": "time_series",
+                                                    "sample_interval_seconds": 1})
+    [path] = (ran.directory / "torc_output" / "resource_utilization").iterdir()
+    assert re.fullmatch(r"resource_metrics_wf1_h.*_r1\.db", path.name)
+    with contextlib.closing(sqlite3.connect(path)) as series:
+        rows = series.execute("SELECT job_id, memory_bytes, num_processes FROM"
+                              " job_resource_samples").fetchall()
+        assert len(rows) >= 2 and all(row[0] == 1 and row[1] > 0 and row[2] >= 1 for row in rows)
+        assert series.execute("SELECT * FROM job_metadata").fetchall() == [(1, "a")]
+
+
+def test_actions_run_at_their_moments(run):
+    def action(trigger, *command, **more):
+        return {"trigger_type": trigger, "action_type": "run_commands",
+                "commands": [f"echo {trigger} >> order", *command], **more}
+
+    ran = run({"a": "sleep 0.2; echo a >> torc_output/order",
+               "b": {"command": "echo b >> torc_output/order", "depends_on": ["a"]}},
+              actions=[action("on_workflow_start"), action("on_worker_start"),
+                       action("on_jobs_complete", jobs=["b"]), action("on_workflow_complete"),
+                       action("on_worker_complete", "exit 9", "echo never >> order")])
+    order = (ran.directory / "torc_output" / "order").read_text().split()
+    assert ran.code == 0, ran.log
+    assert order[:4] == ["on_workflow_start", "on_worker_start", "a", "b"]
+    assert sorted(order[4:]) == ["on_jobs_complete", "on_worker_complete", "on_workflow_complete"]
+    assert "`exit 9` failed with return code 9" in ran.log
+
+
+def test_the_guardian_ends_the_jobs_of_a_killed_runner(tmp_path):
+    spec = write_spec(tmp_path, {
+        "a": "sleep 300 & setsid sleep 301 & (env -i sleep 302 &) ; touch started; sleep 303"})
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
+    until((tmp_path / "started").exists)
+    assert len(processes_in(tmp_path)) >= 5
+    runner.kill(), runner.wait()
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+
+
+@pytest.mark.slow
+def test_results_of_a_killed_runner_are_handed_in_by_the_next(tmp_path):
+    """The server dies, a job ends, the runner is killed: its journal knows what nobody else does."""
+    server = Server(tmp_path / "x.db")
+    spec = write_spec(tmp_path, {"a": "echo once >> runs; while test ! -e go; do sleep 0.05; done",
+                                 "b": "sleep 300"})
+    runner = start_run(tmp_path, spec, "--url", server.url, "--max-parallel-jobs", 2)
+    until((tmp_path / "runs").exists)
+    until(lambda: list(statuses(server.client(), 1).values()) == ["running", "running"])
+    server.kill()
+    (tmp_path / "go").touch()
+    [journal] = (tmp_path / "torc_output" / "journal").glob("*.jsonl")
+    assert journal.stat().st_mode & 0o777 == 0o600
+    until(lambda: '"end"' in journal.read_text())
+    runner.kill(), runner.wait()
+    server = Server(tmp_path / "x.db")
+    client = server.client()
+    client.put("/jobs/2", {"priority": 0})
+    runner = start_run(tmp_path, 1, "--url", server.url, "--max-parallel-jobs", 2)
+    until(lambda: statuses(client, 1)["a"] == "completed")
+    client.post("/jobs/2/stop", status="canceled")
+    assert runner.wait(60) == 1
+    assert (tmp_path / "runs").read_text() == "once\n"
+    results = client.page("/results", workflow_id=1, all_runs=True)["items"]
+    assert sorted((item["job_id"], item["attempt_id"], item["return_code"]) for item in results)[
+        :2] == [(1, 1, 0), (2, 1, -128)]
+    assert "1 results of the runner with pid" in (tmp_path / "run.log").read_text()
+    assert not list((tmp_path / "torc_output" / "journal").glob("*.jsonl"))
+    server.stop()
+
+
+def is_running(server):
+    """Whether a job of workflow 1 is running."""
+    with contextlib.suppress(torc.NotFound):
+        return "running" in statuses(server.client(), 1).values()
+
+
+@pytest.mark.slow
+def test_a_lost_server_does_not_end_the_runner_before_the_workflows_own_limit(tmp_path):
+    server = Server(tmp_path / "x.db")
+    spec = write_spec(tmp_path, {"a": "sleep 300"},
+                      compute_node_wait_for_healthy_database_minutes=0)
+    runner = start_run(tmp_path, spec, "--url", server.url)
+    until(lambda: is_running(server))
+    server.kill()
+    assert runner.wait(60) == 1
+    log = (tmp_path / "run.log").read_text()
+    assert "the jobs go on" in log and "as long as the workflow allows" in log
+    assert "`torc run 1` goes on from here" in log
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+    server = Server(tmp_path / "x.db")
+    runner = start_run(tmp_path, 1, "--url", server.url)
+    until(lambda: statuses(server.client(), 1)["a"] == "running"
+          and server.client().get("/jobs/1")["attempt_id"] == 2)
+    runner.terminate()
+    assert runner.wait(60) == 143
+    server.stop()
+
+
+@pytest.mark.slow
+def test_canceling_the_workflow_ends_its_jobs(tmp_path):
+    server = Server(tmp_path / "x.db")
+    runner = start_run(tmp_path, write_spec(tmp_path, {"a": "sleep 300", "b": "sleep 301"}),
+                       "--url", server.url, "--max-parallel-jobs", 1)
+    until(lambda: is_running(server))
+    server.client().put("/workflows/1/cancel")
+    assert runner.wait(60) == 1, (tmp_path / "run.log").read_text()
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+    assert statuses(server.client(), 1) == {"a": "canceled", "b": "ready"}
+    assert server.client().page("/results", workflow_id=1)["total_count"] == 1
+    server.stop()
+
+
+def test_cpus_are_those_we_may_use_not_those_there_are(tmp_path):
+    code = "import torc; print(torc.usable_cpus(), torc.usable_memory() > 2**26)"
+    done = subprocess.run(["taskset", "-c", "0", PYTHON, "-c", code], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.stdout == "1 True\n"
+
+
+def test_gpus_come_from_the_variable_that_hides_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-8f")
+    assert torc.usable_gpus() == ["2", "GPU-8f"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert torc.usable_gpus() == []
+
+
+def test_a_process_that_took_over_a_number_is_not_taken_for_ours():
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    sleeper = subprocess.Popen(["sleep", "60"])
+    assert torc.started_about(sleeper.pid, now) and not torc.started_about(sleeper.pid, now - 60)
+    record = {"hostname": socket.gethostname(), "boot_id": torc.boot_id(), "pid": sleeper.pid,
+              "pid_started": torc.process_start(sleeper.pid)}
+    assert not torc.is_dead_here(record)
+    assert torc.is_dead_here({**record, "pid_started": record["pid_started"] - 1})
+    assert not torc.is_dead_here({**record, "boot_id": "another"})
+    sleeper.kill(), sleeper.wait()
+    assert torc.is_dead_here(record)
+
+
+def test_on_a_terminal_a_bar_counts_the_jobs(tmp_path):
+    import pexpect
+    import pyte
+    spec = write_spec(tmp_path, {f"j{number}": "sleep 0.5" for number in range(12)})
+    screen = pyte.Screen(100, 24)
+    stream = pyte.ByteStream(screen)
+    child = pexpect.spawn(PYTHON, [TORC, "run", str(spec), "--database", str(tmp_path / "x.db"),
+                                   "--max-parallel-jobs", "4"], cwd=str(tmp_path),
+                          dimensions=(24, 100), env={**os.environ, "TERM": "linux"})
+    seen = set()
+    with contextlib.suppress(pexpect.EOF):
+        while True:
+            stream.feed(child.read_nonblocking(4096, 30))
+            seen.update(line.rstrip() for line in screen.display if re.match(r"\[[#.]+\] \d+/12", line))
+    child.close()
+    assert child.exitstatus == 0
+    assert any("running" in line for line in seen), seen
+    assert any(line.endswith("] 12/12, 12 completed, " + line.split(", ")[-1]) for line in seen), seen
+    assert all(len(line) <= 100 for line in seen)
+
+
+# ==================================================================================================
+# 12 Server
+# ==================================================================================================
+
+
+def raw(server, method, path, body=None, **headers):
+    """(status, headers, body text) of one HTTP request."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    return response.status, response.headers, text
+
+
+API = torc.API_PREFIX
+
+
+@pytest.mark.parametrize("method, path, body, headers, status, text", [
+    ("GET", API + "/ping", None, {}, 200, '{"status":"ok"}'),
+    ("HEAD", API + "/ping", None, {}, 200, ""),
+    ("GET", "/", None, {}, 200, None), ("GET", "/dashboard/", None, {}, 200, None),
+    ("GET", "/nowhere", None, {}, 404, ""), ("GET", API + "/ping/", None, {}, 404, ""),
+    ("PATCH", API + "/workflows", None, {}, 405, ""), ("OPTIONS", API + "/ping", None, {}, 405, ""),
+    ("POST", API + "/workflows", "{}", {}, 415, None),
+    ("POST", API + "/workflows", "{", {"Content-Type": "application/json"}, 400, None),
+    ("POST", API + "/workflows", "{}", {"Content-Type": "application/json"}, 422,
+     "missing field `name`"),
+    ("GET", API + "/workflows?limit=100001", None, {}, 500, None),
+    ("GET", API + "/jobs/9", None, {}, 404,
+     '{"error":{"message":"Job not found with ID: 9","error":"NotFound"}}'),
+])
+def test_status_and_body_of_plain_requests(server, method, path, body, headers, status, text):
+    got, answer_headers, answer = raw(server, method, path, body, **headers)
+    assert got == status and (text is None or answer == text)
+    assert answer_headers["X-Content-Type-Options"] == "nosniff"
+    assert answer_headers["X-Frame-Options"] == "DENY" and answer_headers["X-Span-Id"]
+    if status == 405:
+        assert "GET" in answer_headers["Allow"]
+
+
+def test_a_span_id_is_echoed(server):
+    assert raw(server, "GET", API + "/ping", None, **{"X-Span-ID": "abc"})[1]["X-Span-Id"] == "abc"
+
+
+def test_a_body_of_several_megabytes_is_taken_and_one_over_the_limit_refused(server):
+    client = server.client()
+    workflow_id, _ = make(client, {})
+    jobs = [{"workflow_id": workflow_id, "name": "n" * 200, "command": "c" * 300}] * 10_000
+    assert len(client.post("/bulk_jobs", {"jobs": jobs})["jobs"]) == 10_000
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.putrequest("POST", API + "/workflows")
+    connection.putheader("Content-Length", str(80 * 2**20))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+
+
+def test_signals_end_the_server_gracefully(tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        server = Server(tmp_path / "x.db")
+        waiting = threading.Thread(target=lambda: server.client().get("/ping"))
+        waiting.start(), waiting.join()
+        server.process.send_signal(number)
+        assert server.process.wait(20) == 0
+        server.process.communicate()
+
+
+def test_a_waiting_client_does_not_delay_the_end(tmp_path):
+    server = Server(tmp_path / "x.db")
+    client = server.client()
+    workflow_id, _ = make(client, {"a": []})
+    since = client.get(f"/workflows/{workflow_id}/changes")["generation"]
+    answers = []
+
+    def wait():
+        with contextlib.suppress(torc.Unreachable):
+            answers.append(client.get(f"/workflows/{workflow_id}/changes", since=since, wait_s=60))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: raw(server, "GET", API + "/ping")[0] == 200)
+    code, _ = server.stop()
+    assert code == 0
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_more_waiting_clients_than_places_starve_nobody(server):
+    client = server.client()
+    workflow_id, _ = make(client, {"a": []})
+    since = client.get(f"/workflows/{workflow_id}/changes")["generation"]
+    answers = []
+
+    def wait():
+        answers.append(server.client().get(f"/workflows/{workflow_id}/changes", since=since,
+                                           wait_s=50))
+
+    threads = [threading.Thread(target=wait) for _ in range(torc.WAITING_CLIENTS + 4)]
+    [thread.start() for thread in threads]
+    until(lambda: sum("retry_after_s" in answer for answer in answers) == 4)
+    assert client.get("/ping") == {"status": "ok"}
+    client.put(f"/workflows/{workflow_id}/cancel")
+    [thread.join(20) for thread in threads]
+    assert sum(answer["is_canceled"] for answer in answers) == torc.WAITING_CLIENTS
+
+
+def run_server(*words, cwd=None, env=None):
+    """Run a server command that must end by itself: (code, stdout, stderr)."""
+    done = subprocess.run([PYTHON, TORC, "server", "run", *words], capture_output=True, text=True,
+                          timeout=60, cwd=cwd, env={**os.environ, **(env or {})})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_busy_port_does_not_give_a_traceback(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        code, out, err = run_server("--port", str(port), "--database", str(tmp_path / "x.db"))
+    assert code == 1 and out == ""
+    assert err.splitlines()[-1] == (
+        f"torc: port {port} on 127.0.0.1 is in use (pid {os.getpid()}, "
+        f"{Path('/proc/self/comm').read_text().strip()}): stop it, or take --port {port + 1}, or "
+        "--port 0 for any free one")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--host", "no-such-host.invalid"], "the host name 'no-such-host.invalid' is unknown"),
+    (["--host", "192.0.2.7"], "192.0.2.7 is not an address of this machine"),
+    (["--database", "missing/x.db"], "database missing/x.db: No such file or directory"),
+    (["--log-dir", "file/log"], "log directory file/log: Not a directory"),
+    (["--log-level", "loud"], "invalid choice: 'loud'"),
+])
+def test_what_the_user_got_wrong_is_one_line(tmp_path, words, message):
+    (tmp_path / "file").touch()
+    code, out, err = run_server("--port", "0", *words, cwd=tmp_path)
+    assert code in (1, 2) and out == "" and message in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("torc: ") and "Traceback" not in err
+
+
+def test_the_server_does_not_listen_everywhere_by_default(tmp_path):
+    server = Server(tmp_path / "x.db")
+    rows = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    listening = [row.split()[1] for row in rows if row.split()[3] == "0A"]
+    assert f"0100007F:{server.port:04X}" in listening
+    assert f"00000000:{server.port:04X}" not in listening
+    server.stop()
+
+
+def test_without_a_database_option_the_server_takes_torc_db_here_and_says_so(tmp_path):
+    process = subprocess.Popen([PYTHON, TORC, "server", "--port", "0"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith("TORC_SERVER_PORT=")
+    process.terminate()
+    out, err = process.communicate(timeout=20)
+    assert out == "" and str(tmp_path / "torc.db") in err
+    assert (tmp_path / "torc.db").exists()
+
+
+def test_database_url_names_the_database(tmp_path):
+    process = subprocess.Popen([PYTHON, TORC, "server", "--port", "0"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "DATABASE_URL": "sqlite:named.db"})
+    assert process.stdout.readline().startswith("TORC_SERVER_PORT=")
+    process.terminate(), process.communicate(timeout=20)
+    assert (tmp_path / "named.db").exists()
+
+
+def test_closed_or_full_pipes_do_not_disturb_the_server(tmp_path):
+    process = subprocess.Popen([PYTHON, TORC, "server", "--port", "0", "--log-level", "debug",
+                                "--database", str(tmp_path / "x.db")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    port = int(process.stdout.readline().split(b"=")[1])
+    process.stdout.close()
+    client = torc.Client(f"http://127.0.0.1:{port}")
+    for _ in range(1500):                 # about 100 KB of log lines nobody reads
+        client.get("/ping")
+    process.stderr.close()
+    assert client.get("/ping") == {"status": "ok"}
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_json_logs_are_lines_of_json(tmp_path):
+    server = Server(tmp_path / "x.db", 0, "--json-logs", "--log-dir", str(tmp_path / "logs"))
+    _, errors = server.stop()
+    for text in (errors, (tmp_path / "logs" / "torc-server.log").read_text()):
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert lines[-1]["message"] == "stopped"
+
+
+def test_what_was_acknowledged_survives_kill_9(tmp_path):
+    server = Server(tmp_path / "x.db")
+    workflow_id, ids = make(server.client(), {"a": [], "b": ["a"]})
+    complete(server.client(), ids["a"], workflow_id, make_node(server.client(), workflow_id))
+    server.kill()
+    server = Server(tmp_path / "x.db")
+    assert statuses(server.client(), workflow_id) == dict(a="completed", b="ready")
+    server.stop()
+
+
+TORC_CLIENT_DIAMOND = """
+import json, sys
+import torc.openapi_client as oc
+api = oc.ApiClient(oc.Configuration(host=sys.argv[1]))
+workflows, jobs, files = oc.WorkflowsApi(api), oc.JobsApi(api), oc.FilesApi(api)
+nodes, data, results = oc.ComputeNodesApi(api), oc.UserDataApi(api), oc.ResultsApi(api)
+assert oc.SystemApi(api).get_version().api_version == "0.12.0"
+w = workflows.create_workflow(oc.WorkflowModel(name="diamond", user="tester")).id
+f = {n: files.create_file(oc.FileModel(workflow_id=w, name=n, path=n + ".json")).id
+     for n in ("in", "f1", "f2", "out")}
+value = data.create_user_data(oc.UserDataModel(workflow_id=w, name="scale", data={"x": [1, 2.5]})).id
+assert data.get_user_data(value).data == {"x": [1, 2.5]}
+need = oc.ResourceRequirementsApi(api).create_resource_requirements(oc.ResourceRequirementsModel(
+    workflow_id=w, name="small", num_cpus=1, memory="10m", runtime="PT5M")).id
+def job(name, reads, writes, **more):
+    return oc.JobModel(workflow_id=w, name=name, command="true", input_file_ids=[f[n] for n in reads],
+                       output_file_ids=[f[n] for n in writes], resource_requirements_id=need, **more)
+made = jobs.create_jobs(oc.JobsModel(jobs=[
+    job("pre", ["in"], ["f1"], input_user_data_ids=[value]), job("left", ["f1"], ["f2"], priority=2),
+    job("right", ["f1"], []), job("post", ["f2"], ["out"])])).jobs
+names = {j.id: j.name for j in made}
+status = workflows.get_workflow_status(w)
+assert status.run_id == 0 and workflows.is_workflow_uninitialized(w).is_uninitialized
+status.run_id = 1
+workflows.update_workflow_status(w, status)
+workflows.initialize_jobs(w)
+node = nodes.create_compute_node(oc.ComputeNodeModel(
+    workflow_id=w, hostname="h", pid=1, start_time="2026-01-01T00:00:00Z", num_cpus=4, memory_gb=8.0,
+    num_gpus=0, num_nodes=1, compute_node_type="local", is_active=True)).id
+order = []
+while not workflows.is_workflow_complete(w).is_complete:
+    answer = workflows.claim_jobs_based_on_resources(w, 10, oc.ComputeNodesResources(
+        num_cpus=4, memory_gb=8.0, num_gpus=0, num_nodes=1))
+    assert answer.jobs, "nothing to claim"
+    for j in answer.jobs:
+        assert jobs.start_job(j.id, 1, node).status == "running"
+    for j in answer.jobs:
+        order.append(j.name)
+        done = jobs.complete_job(j.id, "completed", 1, oc.ResultModel(
+            job_id=j.id, workflow_id=w, run_id=1, attempt_id=j.attempt_id, compute_node_id=node,
+            return_code=0, exec_time_minutes=0.1, completion_time="2026-01-01T00:00:00Z",
+            status="completed"))
+        assert done.status == "completed"
+assert len(workflows.list_job_dependencies(w).items) == 3
+assert workflows.list_job_ids(w).count == 4
+assert {r.return_code for r in results.list_results(w).items} == {0}
+assert jobs.list_jobs(w, include_relationships=True).items[3].depends_on_job_ids
+assert workflows.list_required_existing_files(w).files
+assert files.delete_files(w).count == 4
+assert oc.EventsApi(api).create_event(oc.EventModel(workflow_id=w, timestamp=0, data={"a": 1})).id
+assert workflows.delete_workflow(w).name == "diamond"
+print(json.dumps(order))
+"""
+
+
+def outside_python(package):
+    """The command line of this Python if it has a package that must not meet our module's name."""
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{package}') is None)"
+    done = subprocess.run([PYTHON, "-c", code], cwd="/", capture_output=True)
+    if done.returncode:
+        if sys.version_info[:2] in ((3, 11), (3, 12), (3, 13)):
+            pytest.fail("torc-client belongs to the extra `test` of this Python version")
+        pytest.skip("torc-client needs Python 3.11 to 3.13")
+    return PYTHON
+
+
+def test_torc_client_takes_a_diamond_from_creation_to_results(server, tmp_path):
+    python = outside_python("torc.openapi_client")
+    done = subprocess.run([python, "-c", TORC_CLIENT_DIAMOND, server.url], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["pre", "left", "right", "post"]
+
+
+def test_torc_starts_beside_torc_client(tmp_path):
+    done = subprocess.run([PYTHON, TORC, "--version"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(f"torc {torc.VERSION} (")
+
+
+# ==================================================================================================
+# 14 Command line
+# ==================================================================================================
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """cli(*words) -> (exit code, stdout, stderr), run in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torc, "listener_uid", lambda port: None)
+
+    def run(*words, ok=None):
+        capsys.readouterr()
+        code = torc.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        if ok is not None:
+            assert code == ok, captured
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def local(cli, tmp_path):
+    """A client of the database file that cli's commands find when nothing else is named."""
+    client = torc.connect(database=str(tmp_path / "torc_output" / "torc.db"))
+    yield client
+    check_store(client.store)
+    client.close()
+
+
+def cli_json(cli, *words, ok=0):
+    """The JSON that a command prints."""
+    return json.loads(cli("-f", "json", *words, ok=ok)[1])
+
+
+def pipeline(client, directory, start=True):
+    """in.txt -> first -> mid.txt -> second -> out.txt, and a job beside; all completed.
+
+    Returns (workflow id, {job name: id}).
+    """
+    names = ["in.txt", "mid.txt", "out.txt"]
+    payload = {"workflow": {"name": "pipeline", "user": client.user},
+               "files": [{"name": name, "path": name} for name in names],
+               "jobs": [{"name": "first", "command": "true", "input_files": [0],
+                         "output_files": [1]},
+                        {"name": "second", "command": "true", "input_files": [1],
+                         "output_files": [2]},
+                        {"name": "alone", "command": "true"}]}
+    workflow_id = client.post("/workflow_specs", payload)["id"]
+    ids = {job["name"]: job["id"] for job in client.items("/jobs", workflow_id=workflow_id)}
+    if start:
+        (directory / "in.txt").write_text("1")
+        torc.initialize_workflow(client, workflow_id)
+        finish_all(client, workflow_id, directory)
+    return workflow_id, ids
+
+
+def finish_all(client, workflow_id, directory):
+    """Run what is ready, writing outputs and their times as a runner does."""
+    node = make_node(client, workflow_id)
+    run_id = client.get(f"/workflows/{workflow_id}/status")["run_id"]
+    while True:
+        jobs = client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=10)["jobs"]
+        if not jobs:
+            break
+        for job in jobs:
+            for file_id in job.get("output_file_ids", ()):
+                path = directory / client.get(f"/files/{file_id}")["path"]
+                path.write_text("x")
+                client.put(f"/files/{file_id}", {"st_mtime": path.stat().st_mtime})
+            complete(client, job["id"], workflow_id, node, run_id=run_id,
+                     attempt=job["attempt_id"])
+    client.put(f"/compute_nodes/{node}", {"is_active": False})
+
+
+def touch(path):
+    """Give a file another time."""
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 5))
+
+
+# ---- framework
+
+@pytest.mark.parametrize("name", sorted(torc.COMMANDS))
+def test_every_command_has_help_that_ends_with_an_example_of_it(cli, name):
+    _, out, err = cli(*name.split(), "--help", ok=0)
+    assert err == ""
+    title, example = out.rstrip().splitlines()[-2:]
+    assert title == "Example:" and f"torc {name}" in example
+
+
+@pytest.mark.parametrize("name", sorted(torc.COMMANDS))
+def test_the_example_of_every_command_can_be_parsed(name):
+    import shlex
+    words = shlex.split(re.split(r" && | > |[()]", torc.COMMANDS[name].example.replace(
+        "source <(", ""))[0])[1:]
+    head, found, rest = torc.find_command(words)
+    assert found == name or name == "server"
+    torc.parse_command(torc.COMMANDS[found], head, rest)
+
+
+def test_torc_alone_prints_grouped_help_that_names_every_command(cli):
+    _, out, _ = cli(ok=0)
+    for name in torc.COMMANDS:
+        assert re.search(rf"^  {re.escape(name.split()[0])} ", out, re.M), name
+    assert cli("--help", ok=0)[1] == out == cli("help", ok=0)[1]
+
+
+def test_a_branch_alone_is_a_usage_error_and_with_help_is_not(cli):
+    code, out, err = cli("jobs")
+    assert (code, out) == (2, "") and "jobs list" in err
+    assert "jobs list" in cli("jobs", "--help", ok=0)[1]
+    assert cli("help", "jobs", "list", ok=0)[1] == cli("jobs", "list", "-h", ok=0)[1]
+
+
+def test_version_names_the_hash_of_the_text_and_the_api(cli):
+    digest = hashlib.sha256(SOURCE.encode()).hexdigest()[:12]
+    assert cli("--version", ok=0)[1] == f"torc 0.1.0 ({digest}, speaks Torc API 0.12.0)\n"
+    assert cli("jobs", "list", "-V", ok=0)[1].startswith("torc 0.1.0")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["run", "--help"]])
+def test_version_and_help_import_neither_http_nor_ssl_nor_sqlite(words):
+    code = ("import sys; sys.argv = ['torc', *sys.argv[1:]]; import torc; torc.main();"
+            "print([name for name in ('http.client', 'ssl', 'sqlite3', 'bottle', 'yaml')"
+            " if name in sys.modules])")
+    out = subprocess.run([PYTHON, "-c", code, *words], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", [
+    "-f json workflows list", "workflows list -f json", "workflows -f json list",
+    "workflows list --format=json", "--format=json workflows list", "workflows list -fjson"])
+def test_global_options_go_before_and_behind_the_command(cli, local, words):
+    assert json.loads(cli(*words.split(), ok=0)[1]) == {"workflows": []}
+
+
+def test_a_later_default_does_not_undo_an_option_given_before_the_command():
+    head, name, rest = torc.find_command("--url http://h -f json --log-level debug server "
+                                         "--port 1".split())
+    args = torc.parse_command(torc.COMMANDS[name], head, rest)
+    assert (args.url, args.format, args.log_level, args.port) == ("http://h", "json", "debug", 1)
+
+
+def test_a_commands_own_short_option_wins_behind_it():
+    head, name, rest = torc.find_command("server -d mine.db -l warn".split())
+    args = torc.parse_command(torc.COMMANDS[name], head, rest)
+    assert (args.database, args.log_level, args.host) == ("mine.db", "warn", "127.0.0.1")
+
+
+def test_the_workflow_id_may_stand_behind_the_options():
+    head, name, rest = torc.find_command("jobs list --status failed 3 -l 5".split())
+    args = torc.parse_command(torc.COMMANDS[name], head, rest)
+    assert (args.workflow_id, args.status, args.limit) == (3, "failed", 5)
+
+
+@pytest.mark.parametrize("words, hint", [
+    ("jbos list", 'did you mean "jobs"?'), ("jobs lst", 'did you mean "list"?'),
+    ("jobs list --statsu failed", 'did you mean "--status"?'),
+    ("--frmat json jobs list", 'did you mean "--format"?'),
+    ("run --exmaple hello", 'did you mean "--example"?'),
+    ("jobs list --status faild 1", "invalid choice"), ("jobs list x", "'x' is not a number"),
+    ("jobs get", "required"), ("-f xml ping", "invalid choice"), ("jobs list 1 2", "2"),
+    ("run --time-limit 5m x.json", "ISO 8601"), ("run --end-time noon x.json", "not a time"),
+    ("submit spec.yaml", "not in this version"), ("run nothing", "neither a specification file"),
+    ("user-data create 1 -n a -d {", "is not JSON"), ("run", "name a specification file"),
+    ("--database a --url http://b ping", "exclude each other"),
+    ("resource-requirements create 1 -n x -m 1.5g", "memory '1.5g'"), ("-x", "unknown option -x"),
+    ("run 1 --example hello", "exclude each other")])
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(cli, words, hint):
+    code, out, err = cli(*words.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("torc: ") and hint in err and err.count("\n") == 1
+
+
+def test_an_error_is_json_on_stdout_too_when_json_is_wanted(cli, local):
+    code, out, err = cli("jobs", "get", "99", "-f", "json")
+    assert code == 1
+    error = json.loads(out)["error"]
+    assert error["error"] == "NotFound" and "99" in error["message"]
+    assert error["message"] in err
+
+
+def test_a_missing_database_is_an_error_that_says_what_makes_one(cli):
+    code, _, err = cli("workflows", "list")
+    assert code == 1 and "torc run SPEC" in err and not os.path.exists("torc_output")
+
+
+def test_an_unexpected_file_is_no_traceback(cli, tmp_path):
+    (tmp_path / "bad.db").write_text("no database, but long enough to look at" * 100)
+    code, _, err = cli("--database", "bad.db", "workflows", "list")
+    assert code == 1 and "bad.db" in err and "Traceback" not in err
+
+
+def test_a_password_in_the_arguments_is_warned_about(cli, local):
+    assert "visible" in cli("--password", "secret", "ping")[2]
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("1970-01-01T00:01:00Z", 60), ("1970-01-01T01:00:00.5+01:00", 0.5),
+    ("1970-01-01 00:00:00.123456789z", 0.123456789)])
+def test_a_time_is_read_with_zone_and_fraction(text, seconds):
+    assert torc.parse_moment(text) == pytest.approx(seconds)
+
+
+# ---- output
+
+def test_a_table_is_aligned_and_numbers_stand_to_the_right():
+    assert torc.table_lines(["ID", "Name"], [["1", "a"], ["10", "long name"]]) == [
+        "ID  Name", "--  ---------", " 1  a", "10  long name"]
+
+
+def test_a_terminal_gets_rules_and_cells_that_fit(monkeypatch):
+    class Terminal:
+        encoding = "utf-8"
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "30")
+    lines = torc.table_lines(["ID", "Name"], [["1", "x" * 100]])
+    monkeypatch.undo()
+    assert "\u2502" in lines[0] and "\u253c" in lines[1] and lines[2].endswith("x..")
+    assert all(len(line) <= 30 for line in lines)
+
+
+def test_a_cell_cannot_steer_the_terminal():
+    assert torc.cell({"name": "a\x1b[2J\nb"}, "name") == "a [2J b"
+
+
+def test_an_empty_list_is_a_sentence_and_exit_code_0(cli, local):
+    workflow_id, _ = make(local, {}, start=False)
+    assert cli("jobs", "list", workflow_id, ok=0)[1] == "No jobs found for workflow 1.\n"
+    assert cli_json(cli, "jobs", "list", workflow_id) == {"jobs": []}
+
+
+def test_a_list_has_heading_columns_and_total(cli, local):
+    make(local, {"a": [], "b": ["a"]})
+    lines = cli("jobs", "list", 1, "-x", "command", ok=0)[1].splitlines()
+    assert lines[0] == "Jobs for workflow 1:" and lines[-1] == "Total: 2 jobs"
+    assert lines[1].split() == ["ID", "Name", "Status", "Priority"]
+    assert lines[3].split() == ["1", "a", "ready", "0"]
+
+
+def test_long_json_lists_are_one_record_a_line(cli, local):
+    make(local, {f"j{number}": [] for number in range(1001)}, start=False)
+    out = cli("-f", "json", "jobs", "list", 1, ok=0)[1]
+    assert len(json.loads(out)["jobs"]) == 1001 and out.count("\n") == 1003
+
+
+# ---- which workflow
+
+def test_the_only_workflow_is_taken_and_named(cli, local):
+    workflow_id, _ = make(local, {"a": []})
+    _, out, err = cli("jobs", "list", ok=0)
+    assert f'workflow {workflow_id} "test"' in err and "Total: 1 job" in out
+
+
+def test_of_several_workflows_none_is_guessed(cli, local):
+    make(local, {"a": []})
+    make(local, {"a": []})
+    code, out, err = cli("status")
+    assert (code, out) == (2, "") and err.count("test") == 2
+    local.put("/workflows/2/status", {"run_id": 1, "is_canceled": False, "is_archived": True})
+    assert cli("status", ok=0)[1].startswith('Workflow 1 "test"')
+
+
+def test_a_question_at_the_terminal_picks_a_workflow(cli, local, monkeypatch):
+    make(local, {"a": []})
+    make(local, {"a": [], "b": []})
+    monkeypatch.setattr(torc, "can_ask", lambda: True)
+    monkeypatch.setattr(torc, "ask", lambda question: "2")
+    assert "2 jobs" in cli("jobs", "list", ok=0)[1]
+    monkeypatch.setattr(torc, "ask", lambda question: "7")
+    assert cli("jobs", "list")[0] == 1
+
+
+# ---- life of a workflow
+
+SPEC = {"name": "small", "jobs": [{"name": "a", "command": "true"},
+                                  {"name": "b", "command": "true", "depends_on": ["a"]}]}
+
+
+def test_create_makes_a_workflow_and_a_dry_run_nothing(cli, tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps(SPEC))
+    answer = cli_json(cli, "create", "small.json", "--dry-run")
+    assert answer["valid"] and answer["summary"]["job_count"] == 2
+    assert not os.path.exists("torc_output")
+    assert "Validation: PASSED" in cli("create", "small.json", "--dry-run", ok=0)[1]
+    answer = cli_json(cli, "create", "small.json")
+    assert (answer["workflow_id"], answer["status"]) == (1, "success")
+    assert cli_json(cli, "status")["jobs_by_status"]["uninitialized"] == 2
+
+
+def test_every_error_of_a_specification_is_a_line(cli, monkeypatch, tmp_path):
+    def fail(path, text=None, skip_checks=False):
+        raise torc.SpecError(["first", "second"])
+
+    monkeypatch.setattr(torc, "read_spec", fail)
+    (tmp_path / "bad.json").write_text("{}")
+    code, out, err = cli("create", "bad.json", "-f", "json")
+    assert code == 1 and err == "torc: first\ntorc: second\n"
+    assert json.loads(out)["error"]["errors"] == ["first", "second"]
+    answer = cli_json(cli, "create", "bad.json", "--dry-run", ok=1)
+    assert (answer["valid"], answer["errors"]) == (False, ["first", "second"])
+
+
+def test_examples_are_listed_and_printed(cli):
+    names = [row["name"] for row in cli_json(cli, "examples")["examples"]]
+    assert names == list(torc.SPEC_EXAMPLES)
+    assert json.loads(cli("examples", names[0], ok=0)[1])["name"]
+    assert cli("examples", "nonsense")[0] == 2
+
+
+def test_run_creates_initializes_and_hands_over_to_the_runner(cli, monkeypatch, tmp_path):
+    seen = []
+
+    class FakeRunner:
+        def __init__(self, client, workflow_id, options):
+            seen.append((statuses(client, workflow_id), options))
+
+        def run(self):
+            return 3
+
+    monkeypatch.setattr(torc, "Runner", FakeRunner)
+    (tmp_path / "small.json").write_text(json.dumps(SPEC))
+    code, _, err = cli("run", "small.json", "--num-cpus", 2, "--end-time", "1970-01-01T00:00:09Z")
+    assert code == 3 and 'created workflow 1 "small" (2 jobs)' in err
+    found, options = seen[0]
+    assert found == {"a": "ready", "b": "blocked"}
+    assert (options.num_cpus, options.end_time, options.output_dir) == (2, 9.0, "torc_output")
+
+
+def test_run_refuses_missing_inputs_before_anything_is_created(cli, tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps({
+        "name": "s", "files": [{"name": "f", "path": "not-there.txt"}],
+        "jobs": [{"name": "a", "command": "true", "input_files": ["f"]}]}))
+    code, _, err = cli("run", "s.json")
+    assert code == 1 and '"not-there.txt"' in err
+    assert cli_json(cli, "workflows", "list") == {"workflows": []}
+
+
+def test_run_of_a_canceled_workflow_says_how_to_go_on(cli, local):
+    make(local, {"a": []})
+    cli("cancel", 1, ok=0)
+    code, _, err = cli("run", "1")
+    assert code == 1 and "reset-status 1 --failed-only --reinitialize" in err
+
+
+def test_status_has_no_negative_times_and_all_its_fields(cli, local):
+    workflow_id, ids = make(local, {"a": [], "b": ["a"]})
+    report = cli_json(cli, "status")
+    assert report["total_exec_time_formatted"] == "0.0s" and report["walltime_seconds"] == 0
+    assert len(report["jobs_by_status"]) == 11 and not report["is_complete"]
+    assert "no runner is at work: torc run 1" in cli("status", ok=0)[1]
+    node = make_node(local, workflow_id)
+    for name in "ab":
+        complete(local, ids[name], workflow_id, node)
+    assert cli_json(cli, "status")["total_exec_time_minutes"] == 1.0
+    assert "complete" in cli("status", ok=0)[1]
+
+
+@pytest.mark.parametrize("codes, expected", [((0, 0), 0), ((0, 1), 1), ((1, None), 1)])
+def test_wait_answers_with_the_exit_code_of_the_end(cli, local, codes, expected):
+    workflow_id, ids = make(local, {"a": [], "b": ["a"]})
+    node = make_node(local, workflow_id)
+    for name, code in zip("ab", codes):
+        if code is not None:
+            complete(local, ids[name], workflow_id, node, code)
+    assert cli("wait", "--timeout", 5)[0] == expected
+
+
+def test_wait_ends_with_3_at_its_timeout_and_when_nothing_can_happen(cli, local):
+    make(local, {"a": []})
+    code, _, err = cli("wait", "--timeout", "0.1")
+    assert code == 3 and "not ended" in err
+    make(local, {"a": []}, start=False)
+    code, _, err = cli("wait", 2)
+    assert code == 3 and '"a" (job 2, uninitialized)' in err
+
+
+def test_delete_asks_and_without_a_terminal_wants_force(cli, local, monkeypatch):
+    make(local, {"a": []})
+    code, _, err = cli("delete", 1)
+    assert code == 2 and "--force" in err
+    monkeypatch.setattr(torc, "can_ask", lambda: True)
+    monkeypatch.setattr(torc, "ask", lambda question: "n")
+    assert cli("delete", 1)[0] == 1
+    assert cli("delete", 1, "--dry-run", ok=0)[1] == 'Would delete workflow 1 "test"\n'
+    monkeypatch.setattr(torc, "ask", lambda question: "y")
+    assert cli("delete", 1, ok=0)[1] == 'Deleted workflow 1 "test"\n'
+    assert cli_json(cli, "workflows", "list") == {"workflows": []}
+
+
+def test_delete_names_what_it_could_not_and_spares_others_workflows(cli, local):
+    make(local, {"a": []})
+    foreign = torc.LocalClient(local.path, "ann", local.store)
+    make(foreign, {"a": []})
+    code, out, err = cli("delete", "1,2", 9, "--force", "-f", "json")
+    assert code == 1 and [row["id"] for row in json.loads(out)] == [1]
+    assert "belongs to ann" in err and "9" in err
+
+
+def test_cancel_and_its_dry_run(cli, local):
+    make(local, {"a": []})
+    assert cli_json(cli, "cancel", "--dry-run")["job_count"] == 0
+    assert not local.get("/workflows/1/status")["is_canceled"]
+    assert cli_json(cli, "cancel")["status"] == "success"
+    assert local.get("/workflows/1/status")["is_canceled"]
+
+
+# ---- output of jobs
+
+def test_logs_come_from_the_node_that_ran_the_job(cli, local, tmp_path):
+    workflow_id, ids = make(local, {"a": []})
+    node = make_node(local, workflow_id, output_dir=str(tmp_path / "out"))
+    complete(local, ids["a"], workflow_id, node, 1)
+    for ending, text in (("o", "to stdout\n"), ("e", "to stderr\n")):
+        path = tmp_path / "out" / torc.stdio_name(workflow_id, ids["a"], 1, 1, ending)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert cli("logs", ids["a"], "--stdout", ok=0)[1] == "to stdout\n"
+    assert cli("logs", ids["a"], "--stderr", "--follow", ok=0)[1] == "to stderr\n"
+    out = cli("logs", ids["a"], ok=0)[1]
+    assert "==> " in out and out.endswith("to stderr\n")
+    assert cli("logs", ids["a"], "--attempt", 2)[0] == 1
+
+
+def test_logs_of_a_job_that_never_ran_say_so(cli, local):
+    make(local, {"a": []})
+    code, _, err = cli("logs", 1)
+    assert code == 1 and "ready" in err and "torc why 1" in err
+
+
+@pytest.mark.parametrize("mode, endings", sorted(torc.STDIO_ENDINGS.items()))
+def test_the_log_report_names_files_as_the_stdio_mode_does(cli, local, mode, endings):
+    workflow_id, ids = make(local, {"a": []}, a={"stdio": json.dumps({"mode": mode})})
+    node = make_node(local, workflow_id, output_dir="/somewhere")
+    complete(local, ids["a"], workflow_id, node)
+    row = json.loads(cli("results", "list", "--include-logs", ok=0)[1])["results"][0]
+    for key, ending in zip(("job_stdout", "job_stderr"), endings):
+        assert (key in row) == (ending is not None)
+        if ending:
+            assert row[key] == "/somewhere/" + torc.stdio_name(workflow_id, ids["a"], 1, 1, ending)
+
+
+def test_why_adds_the_last_lines_of_stderr(cli, local):
+    workflow_id, ids = make(local, {"a": [], "b": ["a"]})
+    assert 'waits for "a"' in cli("why", ids["b"], ok=0)[1]
+    talk = Conversation(local, workflow_id)
+    job = talk.step(limit=1)["jobs"][0]
+    talk.step([talk.done(job, 1, stderr_tail="one\ntwo\n")])
+    out = cli("why", ids["a"], ok=0)[1]
+    assert "return code 1" in out and out.endswith("one\n  two\n")
+    assert cli_json(cli, "why", ids["a"])["stderr_tail"] == "one\ntwo\n"
+
+
+# ---- records
+
+RECORDS = [
+    ("files", ["-n", "f", "-p", "a b.txt"], ["-p", "c.txt"], {"path": "c.txt"}),
+    ("user-data", ["-n", "u", "-d", '{"x": [1]}'], ["-d", "2"], {"data": 2}),
+    ("resource-requirements", ["-n", "r", "-m", "2g"], ["--num-cpus", "3"],
+     {"num_cpus": 3, "memory": "2g"}),
+]
+
+
+@pytest.mark.parametrize("word, create, update, expected", RECORDS)
+def test_a_record_is_created_listed_changed_shown_and_deleted(cli, local, word, create, update,
+                                                              expected):
+    make(local, {"a": []}, start=False)
+    record = cli_json(cli, word, "create", 1, *create)
+    key = word.replace("-", "_")
+    assert record["id"] in [row["id"] for row in cli_json(cli, word, "list", 1)[key]]
+    assert "Total: " in cli(word, "list", 1, ok=0)[1]
+    changed = cli_json(cli, word, "update", record["id"], *update)
+    assert {name: changed[name] for name in expected} == expected
+    assert cli_json(cli, word, "get", record["id"])["name"] == record["name"]
+    assert re.search(r"^name: +\w", cli(word, "get", record["id"], ok=0)[1], re.M)
+    cli(word, "delete", record["id"], "--dry-run", ok=0)
+    assert cli_json(cli, word, "delete", record["id"])["id"] == record["id"]
+    assert cli(word, "get", record["id"])[0] == 1
+
+
+def test_renaming_a_file_keeps_its_time(cli, local):
+    make(local, {"a": []}, start=False)
+    local.post("/files", {"workflow_id": 1, "name": "f", "path": "p", "st_mtime": 5.5})
+    assert cli_json(cli, "files", "update", 1, "-n", "g")["st_mtime"] == 5.5
+
+
+@pytest.mark.parametrize("words, key", [
+    ("workflows list", "workflows"), ("results list 1", "results"), ("events list 1", "events"),
+    ("failure-handlers list 1", "failure_handlers"), ("compute-nodes list 1", "compute_nodes"),
+    ("scheduled-compute-nodes list 1", "scheduled_compute_nodes"),
+    ("job-dependencies job-job 1", "job_dependencies"),
+    ("job-dependencies job-file 1", "job_file_relationships"),
+    ("job-dependencies job-user-data 1", "job_user_data_relationships"),
+    ("jobs list-resource-requirements 1", "jobs"), ("jobs list-failure-handlers 1", "jobs"),
+    ("files list-required-existing 1", "files"), ("user-data list-missing 1", "user_data"),
+    ("workflows list-actions 1", "actions")])
+def test_every_list_is_wrapped_in_its_key(cli, local, words, key):
+    make(local, {"a": [], "b": ["a"]})
+    assert list(cli_json(cli, *words.split())) == [key]
+    cli(*words.split(), ok=0)
+
+
+def test_delete_all_wants_a_yes(cli, local):
+    make(local, {"a": [], "b": []}, start=False)
+    assert cli("jobs", "delete-all", 1)[0] == 2
+    assert cli_json(cli, "jobs", "delete-all", 1, "--dry-run")["count"] == 2
+    assert cli_json(cli, "jobs", "delete-all", 1, "--force")["count"] == 2
+    assert cli_json(cli, "jobs", "list", 1) == {"jobs": []}
+
+
+def test_jobs_are_created_one_by_one_and_from_a_file(cli, local, tmp_path):
+    make(local, {}, start=False)
+    first = cli_json(cli, "jobs", "create", 1, "-n", "job7", "-c", "true")
+    second = cli_json(cli, "jobs", "create", 1, "-n", "b", "-c", "true", "-b", first["id"])
+    assert second["depends_on_job_ids"] == [first["id"]]
+    (tmp_path / "list.txt").write_text("# comment\n\necho 1\n  echo 2\n")
+    made = cli_json(cli, "jobs", "create-from-file", 1, "list.txt", "--cpus-per-job", 2)
+    assert made["jobs_created"] == 2
+    jobs = {job["name"]: job["command"] for job in cli_json(cli, "jobs", "list", 1)["jobs"]}
+    assert jobs["job8"] == "echo 1" and jobs["job9"] == "echo 2"
+
+
+def test_a_runtime_of_one_job_leaves_the_others_alone(cli, local):
+    make(local, {"a": [], "b": []}, start=False)
+    cli("jobs", "update", 1, "--runtime", "PT2H", ok=0)
+    cli("jobs", "update", 1, "--runtime", "PT3H", "--priority", 4, ok=0)
+    rows = cli_json(cli, "jobs", "list-resource-requirements", 1)["jobs"]
+    assert [row["runtime"] for row in rows] == ["PT3H", "P0DT1M"]
+    assert cli_json(cli, "jobs", "get", 1)["priority"] == 4
+
+
+def test_jobs_are_canceled_terminated_and_run_again(cli, local):
+    make(local, {"a": [], "b": ["a"], "c": []})
+    assert cli("jobs", "cancel", 1, "--dry-run", ok=0)[1] == 'Would cancel job 1 "a"\n'
+    assert cli_json(cli, "jobs", "cancel", 1)["status"] == "canceled"
+    assert statuses(local, 1) == {"a": "canceled", "b": "canceled", "c": "ready"}
+    assert cli("jobs", "cancel", 1)[0] == 1
+    cli("jobs", "terminate", 3, ok=0)
+    cli("jobs", "retry", "1,3", ok=0)
+    assert statuses(local, 1) == {"a": "ready", "b": "blocked", "c": "ready"}
+
+
+def test_results_are_filtered(cli, local):
+    workflow_id, ids = make(local, {"a": [], "b": []})
+    node = make_node(local, workflow_id)
+    complete(local, ids["a"], workflow_id, node)
+    complete(local, ids["b"], workflow_id, node, 7)
+    for words in (["--failed"], ["--return-code", 7], ["-s", "failed"], ["-j", ids["b"]],
+                  ["--failed", "-l", 1]):
+        rows = cli_json(cli, "results", "list", 1, *words)["results"]
+        assert [row["job_id"] for row in rows] == [ids["b"]], words
+    assert len(cli_json(cli, "results", "list", 1, "-r", 1)["results"]) == 2
+    assert re.search(r"\bb +1 +1 +1 +7 ", cli("results", "list", 1, ok=0)[1])
+
+
+def test_sorting_by_a_field_there_is_not_names_the_nearest(cli, local):
+    make(local, {"a": []})
+    code, _, err = cli("jobs", "list", 1, "--sort-by", "nam")
+    assert code == 2 and 'did you mean "name"?' in err
+
+
+def test_events_are_filtered_by_type(cli, local):
+    make(local, {"a": []}, start=False)
+    cli("events", "create", 1, "-d", '{"category": "mine"}', ok=0)
+    cli("events", "create", 1, "-d", "3", ok=0)
+    assert len(cli_json(cli, "events", "list", 1, "-t", "mine")["events"]) == 1
+    assert cli_json(cli, "events", "get-latest-event", 1)["data"] in (3, {"category": "mine"})
+
+
+def test_workflows_are_made_changed_archived_and_brought_back(cli):
+    assert cli_json(cli, "workflows", "new", "-n", "x")["user"] == "tester"
+    assert cli_json(cli, "workflows", "update", 1, "--project", "p")["project"] == "p"
+    cli("workflows", "archive", "true", 1, ok=0)
+    assert cli_json(cli, "workflows", "list")["workflows"] == []
+    assert len(cli_json(cli, "workflows", "list", "--archived-only")["workflows"]) == 1
+    cli("workflows", "archive", "false", 1, ok=0)
+    assert cli_json(cli, "workflows", "is-complete")["is_complete"]
+
+
+# ---- initialize and reinitialize
+
+def test_init_names_missing_inputs_and_its_dry_run_changes_nothing(cli, local, tmp_path):
+    pipeline(local, tmp_path, start=False)
+    report = cli_json(cli, "workflows", "init", 1, "--dry-run", ok=1)
+    assert report["missing_input_files"] == ["in.txt"] and not report["safe"]
+    code, _, err = cli("workflows", "init", 1)
+    assert code == 1 and '"in.txt"' in err
+    assert set(statuses(local, 1).values()) == {"uninitialized"}
+    assert local.get("/workflows/1/status")["run_id"] == 0
+    cli("workflows", "init", 1, "--force", ok=0)
+    assert statuses(local, 1) == {"first": "ready", "second": "blocked", "alone": "ready"}
+
+
+def test_init_of_an_initialized_workflow_wants_a_yes(cli, local, tmp_path):
+    pipeline(local, tmp_path)
+    assert cli("workflows", "init", 1)[0] == 2
+    assert cli_json(cli, "workflows", "init", 1, "--dry-run")["existing_output_file_count"] == 2
+    assert set(statuses(local, 1).values()) == {"completed"}
+    cli("workflows", "init", 1, "--no-prompts", ok=0)
+    assert statuses(local, 1)["first"] == "ready"
+    assert local.get("/workflows/1/status")["run_id"] == 2
+
+
+def change_input(directory, client):
+    touch(directory / "in.txt")
+
+
+def lose_output(directory, client):
+    (directory / "out.txt").unlink()
+
+
+def change_output(directory, client):
+    touch(directory / "mid.txt")
+
+
+def lose_first_output(directory, client):
+    (directory / "mid.txt").unlink()
+
+
+def change_user_data(directory, client):
+    # A job that reads user data is put beside the others, initialized, and its value changed.
+    record = client.post("/user_data", {"workflow_id": 1, "name": "u", "data": 1},
+                         consumer_job_id=3)
+    torc.initialize_workflow(client, 1)
+    finish_all(client, 1, directory)
+    client.put(f"/user_data/{record['id']}", {"data": 2})
+
+
+def nothing(directory, client):
+    pass
+
+
+@pytest.mark.parametrize("cause, reasons", [
+    (nothing, {}),
+    (change_input, {"first": 'its input file "in.txt" changed',
+                    "second": 'it depends on "first", which runs again'}),
+    (change_output, {"second": 'its input file "mid.txt" changed'}),
+    (lose_output, {"second": 'its output file "out.txt" is missing'}),
+    (lose_first_output, {"first": 'its output file "mid.txt" is missing',
+                         "second": 'it depends on "first", which runs again'}),
+    (change_user_data, {"alone": "its command, dependencies or user data changed"}),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_reinit_runs_again_what_changed_and_its_dry_run_names_the_same(cli, local, tmp_path, cause,
+                                                                      reasons):
+    pipeline(local, tmp_path)
+    cause(tmp_path, local)
+    run_id = local.get("/workflows/1/status")["run_id"]
+    answer = cli_json(cli, "workflows", "reinit", 1, "--dry-run")
+    assert {job["job_name"]: job["reason"] for job in answer["jobs"]} == reasons
+    table = cli("workflows", "reinit", 1, "--dry-run", ok=0)[1]
+    assert all(reason in table for reason in reasons.values())
+    assert set(statuses(local, 1).values()) == {"completed"}
+    assert local.get("/workflows/1/status")["run_id"] == run_id
+    cli("workflows", "reinit", 1, ok=0)
+    again = {name for name, status in statuses(local, 1).items() if status != "completed"}
+    assert again == set(reasons)
+    finish_all(local, 1, tmp_path)
+    assert cli_json(cli, "workflows", "reinit", 1, "--dry-run")["jobs"] == []
+
+
+def test_reinit_refuses_when_an_input_has_vanished(cli, local, tmp_path):
+    pipeline(local, tmp_path)
+    (tmp_path / "in.txt").unlink()
+    answer = cli_json(cli, "workflows", "reinit", 1, "--dry-run", ok=1)
+    assert answer["missing_input_files"] == ["in.txt"] and answer["job_count"] == 2
+    code, _, err = cli("workflows", "reinit", 1)
+    assert code == 1 and '"in.txt"' in err
+    assert set(statuses(local, 1).values()) == {"completed"}
+    cli("workflows", "reinit", 1, "--force", ok=0)
+    assert statuses(local, 1)["first"] == "ready"
+
+
+def test_reset_status_of_failures_takes_along_what_they_canceled(cli, local):
+    workflow_id, ids = make(local, {"a": [], "b": ["a"], "c": []})
+    node = make_node(local, workflow_id)
+    complete(local, ids["a"], workflow_id, node, 1)
+    complete(local, ids["c"], workflow_id, node)
+    words = ("workflows", "reset-status", 1, "--failed-only")
+    plan = cli_json(cli, *words, "--dry-run")
+    assert {job["job_name"]: job["reason"] for job in plan["jobs"]} == {
+        "a": "it failed", "b": "it was canceled"}
+    assert cli(*words)[0] == 2            # nobody can be asked
+    assert statuses(local, 1)["a"] == "failed"
+    cli(*words, "--no-prompts", "--reinitialize", ok=0)
+    assert statuses(local, 1) == {"a": "ready", "b": "blocked", "c": "completed"}
+    cli("workflows", "reset-status", 1, "--no-prompts", ok=0)
+    assert set(statuses(local, 1).values()) == {"uninitialized"}
+
+
+@pytest.mark.parametrize("words", ["reset-status 1 --no-prompts", "reset-status 1 --dry-run",
+                                   "reset-status 1 -r --no-prompts", "reinit 1"])
+def test_a_workflow_at_work_is_not_half_reset(cli, local, words):
+    make(local, {"a": [], "b": []})
+    talk = Conversation(local, 1)
+    talk.step(limit=1)
+    before = statuses(local, 1), local.get("/workflows/1/status")
+    code, _, err = cli("workflows", *words.split())
+    assert code == 1 and "at work" in err
+    assert (statuses(local, 1), local.get("/workflows/1/status")) == before
+
+
+def test_everything_runs_again_with_few_requests(local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    payload = {"workflow": {"name": "wide", "user": local.user},
+               "files": [{"name": "in", "path": "in"}],
+               "jobs": [{"name": f"j{number}", "command": "true", "input_files": [0]}
+                        for number in range(300)]}
+    workflow_id = local.post("/workflow_specs", payload)["id"]
+    (tmp_path / "in").write_text("")
+    torc.initialize_workflow(local, workflow_id)
+    finish_all(local, workflow_id, tmp_path)
+    touch(tmp_path / "in")
+    calls = []
+    request = local.request
+    monkeypatch.setattr(local, "request", lambda *args: calls.append(args) or request(*args))
+    plan = torc.reinitialize_workflow(local, workflow_id)
+    assert len(plan.jobs) == 300 and len(calls) < 25
+    assert set(statuses(local, workflow_id).values()) == {"ready"}
+
+
+# ---- completion, bundle, main
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_valid_and_names_every_command(cli, tmp_path, shell):
+    out = cli("completions", shell, ok=0)[1]
+    assert all(name.split()[-1] in out for name in torc.COMMANDS)
+    program = shutil.which(shell)
+    if program:
+        (tmp_path / "script").write_text(out)
+        subprocess.run([program, "-n", str(tmp_path / "script")], check=True)
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("jobs l", ["list", "list-failure-handlers", "list-resource-requirements"]),
+    ("jobs list --st", ["--status"]), ("jobs list --status co", ["completed"]),
+    ("-f j", ["json"]), ("-f json jobs li", ["list", "list-failure-handlers",
+                                             "list-resource-requirements"]),
+    ("run --out", ["--output-dir"]), ("run ./", [])])
+def test_bash_completes_commands_options_and_values(cli, tmp_path, words, expected):
+    (tmp_path / "script").write_text(cli("completions", "bash", ok=0)[1])
+    script = (f'source ./script; COMP_WORDS=(torc {words}); COMP_CWORD={len(words.split())}; _torc;'
+              ' printf "%s\\n" "${COMPREPLY[@]}"')
+    out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert sorted(out.split()) == expected
+
+
+def test_a_bundle_is_one_executable_file_with_the_same_hash(cli, tmp_path):
+    for name in torc.BUNDLED:
+        pytest.importorskip(name)
+    import zipfile
+    cli("bundle", "torc.pyz", ok=0)
+    first = (tmp_path / "torc.pyz").read_bytes()
+    cli("bundle", "torc.pyz", ok=0)
+    assert (tmp_path / "torc.pyz").read_bytes() == first
+    assert os.listdir(tmp_path) == ["torc.pyz"] and os.access("torc.pyz", os.X_OK)
+    names = zipfile.ZipFile("torc.pyz").namelist()
+    assert {"__main__.py", "torc.py", "bottle.py", "waitress/__init__.py",
+            "yaml/__init__.py"} <= set(names) and not any(name.endswith(".so") for name in names)
+    out = subprocess.run([PYTHON, "-I", "torc.pyz", "--version"], capture_output=True, text=True,
+                         check=True).stdout
+    assert out == cli("--version")[1]
+
+
+def test_a_bundle_serves_with_nothing_installed(cli, tmp_path):
+    for name in torc.BUNDLED:
+        pytest.importorskip(name)
+    cli("bundle", "torc.pyz", ok=0)
+    process = subprocess.Popen(
+        [PYTHON, "-I", "-S", "torc.pyz", "server", "--port", "0", "--database", "x.db"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline().startswith("TORC_SERVER_PORT=")
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def test_the_other_programs_are_commands_of_this_one(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(torc, "serve", lambda args: seen.append((args.host, args.port)) or 0)
+    for words in (["run", "--port", "1"], ["--port", "2"], []):
+        monkeypatch.setattr(sys, "argv", ["torc-server", *words])
+        assert torc.main_server() == 0
+    assert seen == [("127.0.0.1", 1), ("127.0.0.1", 2), ("127.0.0.1", 8080)]
+    assert torc.main_dash() == 2 and "not in this version" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130_and_a_closed_pipe_is_quiet(cli, monkeypatch):
+    monkeypatch.setattr(torc, "execute", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli("ping")[0] == 130
+    script = f"{PYTHON} {TORC} completions bash | head -n 1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert result.stderr == "" and result.stdout == "_torc() {\n"
+    assert result.returncode in (0, 141)
+
+
+def test_commands_work_on_a_server_as_on_a_file(cli, server):
+    client = server.client()
+    make(client, {"a": [], "b": ["a"]})
+    client.close()
+    answer = cli_json(cli, "--url", server.url, "jobs", "list", 1)
+    assert [job["name"] for job in answer["jobs"]] == ["a", "b"]
+    assert cli("ping", "--url", server.url, ok=0)[1] == "Server is running\n"
+    code, _, err = cli("--url", "http://127.0.0.1:9", "ping")
+    assert code == 1 and "no server answers" in err
+
+
+# ==================================================================================================
+# Faults: what must hold when processes are killed at random moments
+# ==================================================================================================
+
+TRACE = ('echo "$TORC_ATTEMPT_ID start $(date +%s%N)" >> trace/$TORC_JOB_NAME; sleep {0}; '
+         'echo "$TORC_ATTEMPT_ID end $(date +%s%N)" >> trace/$TORC_JOB_NAME')
+
+
+def traced_spec(directory, number, pause="0.02"):
+    """A spec of `number` jobs in two layers; every attempt notes start and end in a file of its
+    job."""
+    (directory / "trace").mkdir()
+    first = number // 2
+    jobs = [{"name": f"j{index}", "command": TRACE.format(pause),
+             **({"depends_on": [f"j{index - first}"]} if index >= first else {})}
+            for index in range(number)]
+    path = directory / "traced.json"
+    path.write_text(json.dumps({"name": "traced", "jobs": jobs}))
+    return path
+
+
+def start_run(directory, *words, env=None):
+    """`torc run ...` as a process with its output in run.log."""
+    with open(directory / "run.log", "ab") as log:
+        return subprocess.Popen([PYTHON, TORC, "run", *map(str, words)], cwd=directory, stdout=log,
+                                stderr=log, stdin=subprocess.DEVNULL,
+                                env={**os.environ, **(env or {})})
+
+
+def processes_in(directory):
+    """pids of processes (not ours) whose working directory is `directory`."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/cwd") == str(directory) and int(pid) != os.getpid():
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z":
+                    found.append(int(pid))
+    return found
+
+
+def check_traces(directory, client, workflow_id):
+    """Every job completed; no attempt twice, none overlapping another, none that ended without its
+    result; no process left."""
+    log = (directory / "run.log").read_text()
+    assert set(statuses(client, workflow_id).values()) == {"completed"}, log
+    results = {}
+    for result in client.items("/results", workflow_id=workflow_id, all_runs=True):
+        results.setdefault(result["job_id"], {})[result["attempt_id"]] = result["return_code"]
+    for job in client.items("/jobs", workflow_id=workflow_id):
+        lines = [line.split() for line in (directory / "trace" / job["name"]).read_text().splitlines()]
+        started = [int(attempt) for attempt, what, _ in lines if what == "start"]
+        ended = [int(attempt) for attempt, what, _ in lines if what == "end"]
+        assert len(started) == len(set(started)), f"{job['name']}: an attempt happened twice: {lines}"
+        assert started == sorted(started), f"{job['name']}: attempts out of order: {lines}"
+        last = 0
+        for attempt, what, when in lines:
+            assert int(when) >= last, f"{job['name']}: attempts overlap: {lines}"
+            last = int(when)
+            if what == "start":
+                current = attempt
+            else:
+                assert attempt == current, f"{job['name']}: attempts overlap: {lines}"
+        missing = set(ended) - set(results.get(job["id"], {}))
+        assert not missing, f"{job['name']}: attempts without result: {missing}"
+        assert results[job["id"]][job["attempt_id"]] == 0
+    until(lambda: not processes_in(directory), 20, "the end of all processes")
+
+
+@pytest.mark.slow
+def test_ten_kills_of_the_server_lose_and_repeat_nothing(tmp_path):
+    chance = random.Random(1)
+    spec = traced_spec(tmp_path, 300)
+    server = Server(tmp_path / "x.db")
+    runner = start_run(tmp_path, spec, "--url", server.url, "--max-parallel-jobs", 4)
+    try:
+        until(lambda: server.client().page("/workflows")["total_count"], what="the workflow")
+        until(lambda: server.client().page("/results", workflow_id=1)["total_count"])
+        for kill in range(10):
+            time.sleep(chance.uniform(0.0, 0.25))            # the moment is to be random
+            server.kill()
+            server = Server(tmp_path / "x.db", port=server.port if kill % 2 else 0)
+        assert runner.wait(120) == 0, (tmp_path / "run.log").read_text()
+        check_traces(tmp_path, server.client(), 1)
+    finally:
+        runner.kill(), runner.wait()
+        server.stop()
+    store = torc.Store(server.database)
+    check_store(store)
+    store.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["local", "http"])
+def test_ten_kills_of_the_runner_lose_and_repeat_nothing(tmp_path, mode):
+    chance = random.Random(2)
+    spec = traced_spec(tmp_path, 200, "0.05")
+    database = str(tmp_path / "x.db")
+    server = Server(database) if mode == "http" else None
+    where = ["--url", server.url] if server else ["--database", database]
+    client = server.client() if server else torc.LocalClient(database)
+    runner = start_run(tmp_path, spec, *where, "--max-parallel-jobs", 4)
+    try:
+        until(lambda: client.page("/workflows")["total_count"], what="the workflow")
+        for _ in range(10):
+            time.sleep(chance.uniform(0.1, 0.5))             # the moment is to be random
+            runner.kill(), runner.wait()
+            runner = start_run(tmp_path, 1, *where, "--max-parallel-jobs", 4)
+        assert runner.wait(120) == 0, (tmp_path / "run.log").read_text()
+        check_traces(tmp_path, client, 1)
+    finally:
+        runner.kill(), runner.wait()
+        client.close()
+        if server:
+            server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_runner_does_not_orphan_its_jobs(tmp_path, number, code):
+    spec = traced_spec(tmp_path, 8, "1.5")
+    database = str(tmp_path / "x.db")
+    client = torc.LocalClient(database)
+    runner = start_run(tmp_path, spec, "--database", database, "--max-parallel-jobs", 4)
+    until(lambda: len(list((tmp_path / "trace").iterdir())) == 4)
+    runner.send_signal(number)
+    assert runner.wait(30) == code, (tmp_path / "run.log").read_text()
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+    results = client.page("/results", workflow_id=1, all_runs=True)["items"]
+    assert [(item["status"], item["attempt_id"]) for item in results] == [("terminated", 1)] * 4
+    jobs = client.page("/jobs", workflow_id=1)["items"]
+    assert [(job["status"], job["attempt_id"]) for job in jobs[:4]] == [("ready", 2)] * 4
+    assert client.page("/compute_nodes", workflow_id=1)["items"][0]["is_active"] is False
+    runner = start_run(tmp_path, 1, "--database", database, "--max-parallel-jobs", 8)
+    assert runner.wait(60) == 0, (tmp_path / "run.log").read_text()
+    check_traces(tmp_path, client, 1)
+    client.close()
+
+
+def test_children_of_a_canceled_job_do_not_survive(tmp_path):
+    spec = tmp_path / "s.json"
+    spec.write_text(json.dumps({"name": "w", "jobs": [
+        {"name": "a", "command": "sleep 300 & (sleep 301 &) ; setsid sleep 302 & touch started; wait"},
+        {"name": "b", "command": "true"}]}))
+    database = str(tmp_path / "x.db")
+    client = torc.LocalClient(database)
+    runner = start_run(tmp_path, spec, "--database", database, "--max-parallel-jobs", 1)
+    until((tmp_path / "started").exists)
+    job = client.page("/jobs", workflow_id=1)["items"][0]
+    client.post(f"/jobs/{job['id']}/stop", status="canceled")
+    assert runner.wait(60) == 1, (tmp_path / "run.log").read_text()
+    assert statuses(client, 1) == {"a": "canceled", "b": "completed"}
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+    assert client.page("/results", workflow_id=1, job_id=job["id"])["total_count"] == 1
+    client.close()
+
+
+def test_a_client_killed_in_the_middle_of_a_creation_leaves_nothing(server):
+    """The connection breaks after half of the body, as when the client is killed."""
+    body = json.dumps({"workflow": {"name": "w", "user": "u"},
+                       "jobs": [{"name": f"j{n}", "command": "true"} for n in range(20_000)]})
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall((f"POST {API}/workflow_specs HTTP/1.1\r\nHost: x\r\nContent-Type: "
+                      f"application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode())
+        sock.sendall(body[:len(body) // 2].encode())
+    client = server.client()
+    assert client.page("/workflows")["total_count"] == 0
+    assert client.post("/workflows", {"name": "w", "user": "u"})["id"] == 1
+
+
+# ==================================================================================================
+# Figures: pytest -m bench -s
+# ==================================================================================================
+
+
+def show(what, figure, floor, ratio=None):
+    """One line of the table of figures."""
+    print(f"\n  {what:<48} {figure:<28} floor: {floor:<26}"
+          + (f" ratio {ratio:.2f}" if ratio is not None else ""))
+
+
+def wall(*words, **options):
+    """Seconds that a command takes; it must succeed."""
+    started = time.perf_counter()
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return time.perf_counter() - started
+
+
+def xargs_rate(number, slots):
+    """No-ops a second of xargs with as many bash processes."""
+    seconds = wall("bash", "-c", f"seq {number} | xargs -P{slots} -n1 bash -c true")
+    return number / seconds
+
+
+def peak_mb(pid):
+    """Peak resident memory of a process so far, MB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+def run_seconds(directory, url, workflow_id):
+    """Seconds from the first to the last moment of a workflow's results, by the run's own clock."""
+    started = time.perf_counter()
+    runner = start_run(directory, workflow_id, "--url", url, "--max-parallel-jobs", 2)
+    assert runner.wait(600) == 0, (directory / "run.log").read_text()
+    return time.perf_counter() - started
+
+
+def bench_workflow(client, jobs):
+    """Create and initialize a workflow from payload jobs; returns its id."""
+    workflow_id = client.post("/workflow_specs", {"workflow": {"name": "b", "user": "tester"},
+                                                  "jobs": jobs})["id"]
+    client.put(f"/workflows/{workflow_id}/status", {"run_id": 1, "is_canceled": False})
+    client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    return workflow_id
+
+
+@pytest.mark.bench
+def test_bench_2000_no_ops_over_http(server, tmp_path):
+    client = server.client()
+    rates, floors, startup = [], [], []
+    for _ in range(3):
+        floors.append(xargs_rate(1000, 2))
+        empty = bench_workflow(client, [{"name": "j", "command": "true"}])
+        startup.append(run_seconds(tmp_path, server.url, empty))
+        workflow_id = bench_workflow(
+            client, [{"name": f"j{number}", "command": "true"} for number in range(2000)])
+        rates.append(2000 / run_seconds(tmp_path, server.url, workflow_id))
+    rate, floor = max(rates), max(floors)
+    show("2,000 no-ops, 2 slots, whole command", f"{rate:.0f} jobs/s",
+         f"xargs {floor:.0f}/s", rate / floor)
+    net = 2000 / (2000 / rate - min(startup))
+    show("  the same without start-up", f"{net:.0f} jobs/s", f"xargs {floor:.0f}/s", net / floor)
+    assert net / floor > 0.6
+
+
+@pytest.mark.bench
+def test_bench_chain_of_200_over_http(server, tmp_path):
+    client = server.client()
+    single = bench_workflow(client, [{"name": "j", "command": "true"}])
+    startup = min(run_seconds(tmp_path, server.url, single) for _ in range(1))
+    workflow_id = bench_workflow(client, [
+        {"name": f"j{number}", "command": "true", "depends_on": [number - 1] if number else []}
+        for number in range(201)])
+    step = (run_seconds(tmp_path, server.url, workflow_id) - startup) / 200
+    floor = 1 / xargs_rate(300, 1)
+    show("chain of 200 `true`, a step", f"{1000 * step:.2f} ms", f"xargs -P1 {1000 * floor:.2f} ms",
+         step / floor)
+    assert step < 0.008
+
+
+def rounds_spec(path, width):
+    """A spec of 4 rounds of `width` jobs with a barrier after each."""
+    jobs = []
+    for number in range(4):
+        names = [f"job_{number}_{index}" for index in range(width)]
+        needs = [f"barrier_{number - 1}"] if number else []
+        jobs += [{"name": name, "command": "true", "depends_on": needs} for name in names]
+        jobs.append({"name": f"barrier_{number}", "command": "true", "depends_on": names})
+    path.write_text(json.dumps({"name": "rounds", "jobs": jobs}))
+    return path
+
+
+MEASURED = "import resource, sys, torc; code = torc.main(sys.argv[1:]); " \
+           "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(code)"
+
+
+@pytest.mark.bench
+def test_bench_100004_jobs(server, tmp_path):
+    spec = rounds_spec(tmp_path / "rounds.json", 25_000)
+    started = time.perf_counter()
+    json.loads(spec.read_text())
+    floor = time.perf_counter() - started
+    started = time.perf_counter()
+    done = subprocess.run([PYTHON, "-c", MEASURED, "create", str(spec), "--url", server.url],
+                          cwd=ROOT, capture_output=True, text=True)
+    created = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr
+    client_mb = int(done.stdout.split("PEAK")[1])
+    started = time.perf_counter()
+    server.client().post("/workflows/1/initialize_jobs")
+    initialized = time.perf_counter() - started
+    server_mb = peak_mb(server.process.pid)
+    assert server.client().get("/workflows/1/counts")["ready"] == 25_000
+    show("create 100,004 jobs", f"{created:.2f} s", f"json.loads {floor:.2f} s")
+    show("  peak memory, client / server", f"{client_mb} / {server_mb:.0f} MB", "goal 500 / 300 MB")
+    show("initialize them", f"{initialized:.2f} s", "goal 3 s")
+    assert created < 10 and initialized < 3 and client_mb < 500 and server_mb < 300
+
+
+@pytest.mark.bench
+def test_bench_cost_per_job_does_not_grow_with_the_workflow(server):
+    client, figures = server.client(), {}
+    for size in (1000, 100_000):
+        workflow_id = bench_workflow(client, [{"name": f"j{number}", "command": "true"}
+                                              for number in range(size)])
+        runner = Conversation(client, workflow_id)
+        jobs, done, started = runner.step(limit=2)["jobs"], 0, time.perf_counter()
+        while done < 900:
+            done += len(jobs)
+            jobs = runner.step([runner.done(job) for job in jobs], limit=2)["jobs"]
+        figures[size] = done / (time.perf_counter() - started)
+    ratio = figures[100_000] / figures[1000]
+    show("runner_step, jobs/s of 100,000", f"{figures[100_000]:.0f}/s",
+         f"of 1,000: {figures[1000]:.0f}/s", ratio)
+    assert ratio > 0.5
+
+
+def upstream_worker(url, workflow_id, node, results):
+    """Claim, start and complete one job at a time until none is left."""
+    client, number = torc.Client(url, "tester"), 0
+    while True:
+        jobs = client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)["jobs"]
+        if not jobs:
+            break
+        client.put(f"/jobs/{jobs[0]['id']}/start_job/1/{node}")
+        complete(client, jobs[0]["id"], workflow_id, node)
+        number += 1
+    results.append(number)
+
+
+def ping_worker(url, results):
+    """500 pings."""
+    client = torc.Client(url, "tester")
+    for _ in range(500):
+        client.get("/ping")
+    results.append(500)
+
+
+WORKER = """
+import sys, time, test_torc
+results = []
+kind, url = sys.argv[1:3]
+sys.stdin.readline()
+if kind == "ping":
+    test_torc.ping_worker(url, results)
+else:
+    test_torc.upstream_worker(url, int(sys.argv[3]), int(sys.argv[4]), results)
+print(results[0])
+"""
+
+
+def rate_of(clients, *words):
+    """Operations a second of so many client processes, started together."""
+    workers = [subprocess.Popen([PYTHON, "-c", WORKER, *map(str, words)], cwd=ROOT, text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+               for _ in range(clients)]
+    time.sleep(1.5 + 0.3 * clients)       # imports are not to be measured
+    started = time.perf_counter()
+    for worker in workers:
+        worker.stdin.write("go\n"), worker.stdin.flush()
+    total = sum(int(worker.stdout.readline()) for worker in workers)
+    seconds = time.perf_counter() - started
+    [worker.communicate() for worker in workers]
+    return total / seconds
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("clients", [1, 8])
+def test_bench_upstreams_endpoints(server, clients):
+    client = server.client()
+    workflow_id = bench_workflow(client, [{"name": f"j{number}", "command": "true"}
+                                          for number in range(600 * min(clients, 3))])
+    node = make_node(client, workflow_id)
+    floor = rate_of(clients, "ping", server.url)
+    rate = rate_of(clients, "jobs", server.url, workflow_id, node)
+    show(f"claim, start, complete; {clients} clients", f"{rate:.0f} jobs/s", f"ping {floor:.0f}/s",
+         rate / floor)
+    assert rate / floor > 0.15
+
+
+@pytest.mark.bench
+def test_bench_start_up(tmp_path):
+    best = lambda *words: min(wall(*words, cwd=tmp_path) for _ in range(7))  # noqa: E731
+    floor = best(PYTHON, "-c", "pass")
+    make(torc.LocalClient(str(tmp_path / "x.db")), {"a": []})
+    cached = [PYTHON, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torc; "
+                            "sys.exit(torc.main(sys.argv[1:]))"]
+    for name, words in (("--version", ["--version"]),
+                        ("jobs list", ["jobs", "list", "1", "--database", "x.db"])):
+        for how, start, goal in (("cached bytecode", cached, 0.060), ("python torc.py",
+                                                                     [PYTHON, TORC], 0.150)):
+            extra = best(*start, *words) - floor
+            show(f"torc {name}, {how}, over the floor", f"{1000 * extra:.0f} ms",
+                 f"python -c pass {1000 * floor:.0f} ms")
+            assert extra < 2.5 * goal
+
+
+@pytest.mark.bench
+def test_bench_idle_server(server):
+    server.client().get("/ping")
+    stat = Path(f"/proc/{server.process.pid}/stat")
+    ticks = lambda: sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))  # noqa: E731
+    before, started = ticks(), time.monotonic()
+    time.sleep(30)                        # idleness cannot be waited for otherwise
+    an_hour = (ticks() - before) / os.sysconf("SC_CLK_TCK") * 3600 / (time.monotonic() - started)
+    memory = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1])
+    show("idle server: CPU an hour, memory", f"{an_hour:.1f} s, {memory / 1024:.0f} MB",
+         "goal 2 s, 60 MB")
+    assert memory < 60 * 1024 and an_hour < 10

@@ -1,0 +1,9226 @@
+#!/usr/bin/env python3
+"""torc: a workflow manager for HPC clusters in one file.
+
+REST server on SQLite, client, command line and job runner. It speaks the REST API of Torc 0.22
+(/torc-service/v1), so clients made for Torc work against it. Python 3.9 or newer; the server also
+needs bottle and waitress, YAML specifications need PyYAML.
+
+    python torc.py run --example hello        run something now, nothing to configure
+    python torc.py run spec.yaml              run a workflow on this machine
+    python torc.py server --help              serve several machines or users
+
+Map of this file. Code uses only what stands above it.
+  1 Head                     constants of the protocol, defaults
+  2 Errors and values        error classes; durations, sizes and times to and from text
+  3 Records                  job statuses and KINDS, one row for each kind of record
+  4 Workflow specification   a spec file to plain records: parse, expand, check
+  5 Store                    schema, migrations, transactions, the generic six operations
+  6 Engine                   what changes job and workflow state
+  8 API                      every operation as a function of a Request; ROUTES
+  9 Client                   over HTTP or on a database file: the same methods and errors
+  10 Runner                  child processes, resources, time limits, journal, guardian
+  12 Server                  bottle and waitress; sockets, logging, shutdown
+  14 Command line            commands with their options, tables and JSON, main
+"""
+from __future__ import annotations
+
+# ==================================================================================================
+# 1 Head
+# ==================================================================================================
+# Standard library only, and only what every command needs: --version must stay quick. Modules that
+# one part alone needs (http.client, sqlite3, subprocess) are imported by the functions there.
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+VERSION = "0.1.0"
+SPOKEN_VERSION = "0.22.1"                 # the release of Torc whose clients we serve
+API_VERSION = "0.12.0"                    # clients refuse another major, warn at another minor
+API_PREFIX = "/torc-service/v1"
+DEFAULT_PORT = 8080
+DEFAULT_URL = f"http://localhost:{DEFAULT_PORT}{API_PREFIX}"
+DEFAULT_OUTPUT_DIR = "torc_output"
+LOCAL_DATABASE = "torc.db"                # below the output directory, when no server is named
+MAX_LIMIT = 100_000                       # records a list answers at most, and the default
+MAX_BODY_BYTES = 64 * 2**20
+STDERR_TAIL_BYTES = 4096                  # of a failed job, travels with its completion
+ORPHAN_RETURN_CODE = -128                 # result of an attempt whose runner died
+LEASE_MARGIN_S = 60.0
+EXTENSIONS = ("runner_step", "changes", "server_info", "workflow_specs", "unfinished",
+              "why", "stop_job", "release")
+
+
+def own_hash():
+    """First 12 hex digits of the SHA-256 of this program's text: people copy this file."""
+    try:
+        with open(__file__, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()[:12]
+    except OSError:                       # inside a zip archive
+        loader = globals().get("__loader__")
+        text = loader.get_data(__file__) if hasattr(loader, "get_data") else VERSION.encode()
+        return hashlib.sha256(text).hexdigest()[:12]
+
+
+# ==================================================================================================
+# 2 Errors and values
+# ==================================================================================================
+# Nothing here has state. An error is raised anywhere and shown once: by the server as a status and
+# a body, by the command line as one line. str(error) is the whole message.
+
+
+class TorcError(Exception):
+    """A failure the user is meant to read: str(error) is the whole message."""
+
+    status = 500
+    exit_code = 1
+    title = "InternalServerError"         # the word that clients see beside the message
+    plain = False                         # True: the body is plain text, not JSON
+
+
+class BadRequest(TorcError):
+    """A path value or query parameter cannot be read, or a body is not JSON."""
+
+    status, title, plain = 400, "BadRequest", True
+
+
+class Unauthorized(TorcError):
+    """Credentials are needed, or those given are wrong."""
+
+    status, title, plain = 401, "Unauthorized", True
+
+
+class Forbidden(TorcError):
+    """The caller may not do this."""
+
+    status, title = 403, "Forbidden"
+
+
+class NotFound(TorcError):
+    """The record named does not exist, or the caller may not know that it does."""
+
+    status, title = 404, "NotFound"
+
+
+class Conflict(TorcError):
+    """Somebody else was first."""
+
+    status, title = 409, "Conflict"
+
+
+class TooLarge(TorcError):
+    """The request body is larger than the server takes."""
+
+    status, title, plain = 413, "PayloadTooLarge", True
+
+
+class UnsupportedMedia(TorcError):
+    """A JSON body came without Content-Type: application/json."""
+
+    status, title, plain = 415, "UnsupportedMediaType", True
+
+
+class Invalid(TorcError):
+    """The request can be read, but its values make no sense in this state."""
+
+    status, title = 422, "UnprocessableEntity"
+
+
+class BadShape(Invalid):
+    """A JSON body lacks a required field or has one of the wrong type."""
+
+    plain = True
+
+
+class Internal(TorcError):
+    """A constraint of the store is violated, or a state forbids the change (upstream: 500)."""
+
+
+class Unreachable(TorcError):
+    """No server answered, or the database file cannot be used."""
+
+    status, title = 503, "Unreachable"
+
+
+class UsageError(TorcError):
+    """The command line makes no sense."""
+
+    exit_code = 2
+
+
+class MissingPackage(TorcError):
+    """A feature needs a package that is not installed."""
+
+    def __init__(self, package, purpose):
+        super().__init__(f"{purpose} needs the package {package}, which is not installed: "
+                         f"python3 -m pip install --user {package}")
+
+
+class SpecError(TorcError):
+    """A workflow specification has errors; `errors` lists them all, one sentence each."""
+
+    status = 422
+
+    def __init__(self, errors):
+        self.errors = list(errors)
+        super().__init__("\n".join(self.errors))
+
+
+ERROR_OF_STATUS = {kind.status: kind for kind in (
+    BadRequest, Unauthorized, Forbidden, NotFound, Conflict, TooLarge, UnsupportedMedia, Invalid,
+    Internal, Unreachable)}
+
+MEMORY_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+DURATION_UNITS = {"Y": 31_557_600, "M": 2_629_800, "W": 604_800, "D": 86_400}
+TIME_UNITS = {"H": 3600, "M": 60, "S": 1}
+
+
+def parse_memory(text):
+    """Bytes of a memory size: an integer and at most one letter k, m, g, t (1024 steps).
+
+    A bare number is bytes. Raises ValueError. "1.5g", "1gb" and negative sizes are refused.
+    """
+    match = re.fullmatch(r"\s*(\d+)([kmgtKMGT]?)\s*", text) if isinstance(text, str) else None
+    size = int(match[1]) * MEMORY_UNITS[match[2].lower()] if match else -1
+    if not 0 <= size < 2**63:
+        raise ValueError(f"memory {text!r} is not a whole number with at most one of k, m, g, t "
+                         'behind it, as in "500m" or "2g"')
+    return size
+
+
+def parse_duration(text):
+    """Whole seconds of an ISO 8601 duration such as PT30M, P1DT2H, P2W, P0003-01-02T01:02:03.
+
+    A year counts 365.25 days, a month a twelfth of that; fractions of a second are cut off.
+    Raises ValueError.
+    """
+    seconds = None
+    if isinstance(text, str):
+        full = re.fullmatch(r"P(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)", text)
+        parts = re.fullmatch(r"P((?:\d+[YMWD])*)(?:T((?:\d+(?:\.\d+)?[HMS])+))?", text)
+        if full:
+            units = (31_557_600, 2_629_800, 86_400, 3600, 60, 1)
+            seconds = sum(int(number) * unit for number, unit in zip(full.groups(), units))
+        elif parts and (parts[1] or parts[2]):
+            seconds = sum(int(number) * DURATION_UNITS[unit]
+                          for number, unit in re.findall(r"(\d+)([YMWD])", parts[1] or ""))
+            seconds += sum(float(number) * TIME_UNITS[unit] for number, unit in
+                           re.findall(r"(\d+(?:\.\d+)?)([HMS])", parts[2] or ""))
+    if seconds is None or seconds >= 2**53:
+        raise ValueError(f"duration {text!r} is not ISO 8601, as in PT30M (30 minutes), PT2H or "
+                         "P1DT12H")
+    return int(seconds)
+
+
+def format_duration(seconds):
+    """A duration for people: 0.4s, 12s, 3m20s, 2h05m, 3d04h."""
+    seconds = max(0.0, seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
+
+
+def format_bytes(size):
+    """A size for people: 512 B, 1.5 MB, 2.0 GB (1024 steps)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TB"
+
+
+def iso_time(seconds):
+    """UTC with milliseconds of seconds since the epoch: 2026-01-02T03:04:05.678Z."""
+    whole, millis = divmod(int(seconds * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
+
+
+def nearest(word, known):
+    """The name in `known` most like `word`, as ' (did you mean "x"?)', or ''."""
+    import difflib
+    names = [str(name) for name in known]
+    if len(names) > 20_000:               # difflib compares with every name
+        names = [name for name in names if name[:2] == str(word)[:2]][:20_000]
+    close = difflib.get_close_matches(str(word), names, 1, 0.6)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def compact(value):
+    """JSON text without blanks."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+# ==================================================================================================
+# 3 Records
+# ==================================================================================================
+# What the program keeps, as tables: the statuses of a job, and a row of KINDS for every kind of
+# record. Store, API and command line are written against these rows.
+
+(UNINITIALIZED, BLOCKED, READY, PENDING, RUNNING, COMPLETED, FAILED, CANCELED, TERMINATED, DISABLED,
+ PENDING_FAILED) = range(11)              # as stored, and the order in which status sorts
+STATUS_NAMES = ("uninitialized", "blocked", "ready", "pending", "running", "completed", "failed",
+                "canceled", "terminated", "disabled", "pending_failed")
+STATUS_OF_NAME = {name: number for number, name in enumerate(STATUS_NAMES)}
+COMPLETE_SET = (COMPLETED, FAILED, CANCELED, TERMINATED)      # these satisfy a dependency
+UNSUCCESSFUL = (FAILED, CANCELED, TERMINATED)
+FINAL_SET = (*COMPLETE_SET, PENDING_FAILED)                   # what complete_job may set
+
+
+class Field(NamedTuple):
+    """One field of a record: its JSON type and whether a client must send it."""
+
+    name: str
+    type: str                             # int, float, str, bool, any, status, ints
+    required: bool = False
+    server: bool = False                  # set by the server, whatever a client sends
+
+
+def fields(text):
+    """Fields from words like "name:str! size:int id:int*": ! is required, * the server's own."""
+    parsed = []
+    for word in text.split():
+        name, kind = word.split(":")
+        parsed.append(Field(name, kind.strip("!*"), kind.endswith("!"), kind.endswith("*")))
+    return tuple(parsed)
+
+
+class Kind(NamedTuple):
+    """One kind of record: its table, its URL, its fields and what a list can be filtered by."""
+
+    name: str                             # in messages: "No file with id 7"
+    table: str
+    path: str
+    fields: tuple
+    filters: str = ""                     # fields compared exactly; others are the list's own
+    unsorted: str = ""                    # fields a list cannot be sorted by
+    ops: str = "create list clear get update delete"
+
+    def field(self, name):
+        """The field called `name`."""
+        return next(field for field in self.fields if field.name == name)
+
+
+KINDS = {kind.table: kind for kind in (
+    Kind("workflow", "workflow", "/workflows", fields(
+        "id:int* name:str! user:str! description:str timestamp:str* project:str metadata:str"
+        " compute_node_expiration_buffer_seconds:int compute_node_wait_for_new_jobs_seconds:int"
+        " compute_node_ignore_workflow_completion:bool"
+        " compute_node_wait_for_healthy_database_minutes:int"
+        " compute_node_min_time_for_new_jobs_seconds:int resource_monitor_config:str"
+        " slurm_defaults:str slurm_config:str execution_config:str use_pending_failed:bool"
+        " enable_ro_crate:bool status_id:int*"),
+        filters="name user", unsorted="slurm_config execution_config", ops="get delete"),
+    Kind("job", "job", "/jobs", fields(
+        "id:int* workflow_id:int! name:str! command:str! invocation_script:str status:status"
+        " cancel_on_blocking_job_failure:bool supports_termination:bool"
+        " resource_requirements_id:int scheduler_id:int failure_handler_id:int attempt_id:int*"
+        " priority:int stdio:str depends_on_job_ids:ints input_file_ids:ints output_file_ids:ints"
+        " input_user_data_ids:ints output_user_data_ids:ints"),
+        unsorted="priority stdio", ops="clear delete"),
+    Kind("file", "file", "/files", fields(
+        "id:int* workflow_id:int! name:str! path:str! st_mtime:float"), filters="name path",
+        ops="create clear get delete"),
+    Kind("user data", "user_data", "/user_data", fields(
+        "id:int* workflow_id:int! name:str! is_ephemeral:bool data:any"),
+        filters="is_ephemeral", ops="clear get update delete"),
+    Kind("resource requirements", "resource_requirements", "/resource_requirements", fields(
+        "id:int* workflow_id:int! name:str! num_cpus:int num_gpus:int num_nodes:int memory:str"
+        " runtime:str"),
+        filters="name memory num_cpus num_gpus num_nodes", ops="clear get delete"),
+    Kind("failure handler", "failure_handler", "/failure_handlers", fields(
+        "id:int* workflow_id:int! name:str! rules:str!"), ops="create get delete"),
+    Kind("Slurm scheduler", "slurm_scheduler", "/slurm_schedulers", fields(
+        "id:int* workflow_id:int! name:str account:str! gres:str mem:str nodes:int!"
+        " ntasks_per_node:int partition:str qos:str tmp:str walltime:str! extra:str")),
+    Kind("compute node", "compute_node", "/compute_nodes", fields(
+        "id:int* workflow_id:int! hostname:str! pid:int! start_time:str! duration_seconds:float"
+        " is_active:bool num_cpus:int! memory_gb:float! num_gpus:int! num_nodes:int!"
+        " time_limit:str scheduler_config_id:int compute_node_type:str! scheduler:any"
+        " boot_id:str pid_started:int output_dir:str"),
+        filters="hostname is_active", unsorted="scheduler"),
+    Kind("scheduled compute node", "scheduled_compute_node", "/scheduled_compute_nodes", fields(
+        "id:int* workflow_id:int! scheduler_id:int! scheduler_config_id:int! scheduler_type:str!"
+        " status:str!"), filters="status"),
+    Kind("result", "result", "/results", fields(
+        "id:int* workflow_id:int! job_id:int! run_id:int! attempt_id:int compute_node_id:int!"
+        " return_code:int! exec_time_minutes:float! completion_time:str! status:status!"
+        " peak_memory_bytes:int avg_memory_bytes:int peak_cpu_percent:float avg_cpu_percent:float"
+        " stderr_tail:str"),
+        filters="job_id run_id return_code status compute_node_id", ops="clear get update delete"),
+    Kind("event", "event", "/events", fields(
+        "id:int* workflow_id:int! timestamp:int data:any"), ops="clear get delete"),
+)}
+RELATIONS = {                             # a job's list of ids: its table, this column, theirs
+    "depends_on_job_ids": ("job_dependency", "job_id", "depends_on_job_id"),
+    "input_file_ids": ("job_input_file", "job_id", "file_id"),
+    "output_file_ids": ("job_output_file", "job_id", "file_id"),
+    "input_user_data_ids": ("job_input_user_data", "job_id", "user_data_id"),
+    "output_user_data_ids": ("job_output_user_data", "job_id", "user_data_id"),
+}
+TRIGGERS = ("on_workflow_start", "on_workflow_complete", "on_jobs_ready", "on_jobs_complete",
+            "on_worker_start", "on_worker_complete")
+STDIO_MODES = ("separate", "combined", "no_stdout", "no_stderr", "none")
+
+
+def stdio_name(workflow_id, job_id, run_id, attempt_id, ending):
+    """Name of a job's output file below the output directory; ending: o, e or log."""
+    return os.path.join("job_stdio",
+                        f"job_wf{workflow_id}_j{job_id}_r{run_id}_a{attempt_id}.{ending}")
+
+
+# ==================================================================================================
+# 4 Workflow specification
+# ==================================================================================================
+# From a file to the plain records that POST /workflow_specs takes: parse, check each record,
+# expand parameters, resolve names, check the whole. All errors are gathered and told together,
+# with the line where one is known.
+
+MOST_ERRORS = 100
+MOST_JOBS = 1_000_000
+PLACEHOLDER = re.compile(r"(\$?)\{([A-Za-z_]\w*)(?::([^{}]*))?\}")
+VARIABLE = re.compile(r"\$\{(files|user_data)\.(input|output)\.([^}]*)\}")
+MODES = "direct|slurm|auto"
+
+# Field: type, with ! when required. Types are explained by EXPECTED.
+PARAMETERIZED = {"parameters": "map", "parameter_mode": "enum:product|zip",
+                 "use_parameters": "strs"}
+SPEC_FIELDS = {
+    "workflow": {
+        "name": "name!", "user": "str", "description": "str", "project": "str", "metadata": "json",
+        "parameters": "map", "jobs": "list!", "files": "list", "user_data": "list",
+        "resource_requirements": "list", "failure_handlers": "list", "slurm_schedulers": "list",
+        "actions": "list", "slurm_defaults": "map", "resource_monitor": "map",
+        "execution_config": "map", "use_pending_failed": "bool", "enable_ro_crate": "bool",
+        "compute_node_wait_for_new_jobs_seconds": "count",
+        "compute_node_ignore_workflow_completion": "bool",
+        "compute_node_wait_for_healthy_database_minutes": "count",
+        "compute_node_min_time_for_new_jobs_seconds": "count",
+        "compute_node_expiration_buffer_seconds": "count"},
+    "job": {
+        "name": "name!", "command": "name!", "invocation_script": "str", "depends_on": "strs",
+        "depends_on_regexes": "strs", "input_files": "strs", "input_file_regexes": "strs",
+        "output_files": "strs", "output_file_regexes": "strs", "input_user_data": "strs",
+        "input_user_data_regexes": "strs", "output_user_data": "strs",
+        "output_user_data_regexes": "strs", "resource_requirements": "str", "scheduler": "str",
+        "failure_handler": "str", "cancel_on_blocking_job_failure": "bool", "priority": "count",
+        "stdio": "map", "supports_termination": "bool", **PARAMETERIZED},
+    "file": {"name": "name!", "path": "name!", "st_mtime": "number", **PARAMETERIZED},
+    "user data": {"name": "name!", "data": "any", "is_ephemeral": "bool"},
+    "resource requirements": {"name": "name!", "num_cpus": "positive!", "memory": "memory!",
+                              "num_gpus": "count", "num_nodes": "positive", "runtime": "duration"},
+    "failure handler": {"name": "name!", "rules": "list!"},
+    "rule": {"exit_codes": "ints", "match_all_exit_codes": "bool", "recovery_script": "str",
+             "max_retries": "count"},
+    "Slurm scheduler": {"name": "name!", "account": "name!", "partition": "str",
+                        "nodes": "positive", "walltime": "walltime", "mem": "slurm memory", "gres": "str", "qos": "str",
+                        "tmp": "str", "ntasks_per_node": "positive", "extra": "str"},
+    "action": {"trigger_type": "enum!:" + "|".join(TRIGGERS),
+               "action_type": "enum!:run_commands|schedule_nodes", "jobs": "strs",
+               "job_name_regexes": "strs", "commands": "strs", "scheduler": "str",
+               "scheduler_type": "enum:slurm", "num_allocations": "positive",
+               "start_one_worker_per_node": "bool", "max_parallel_jobs": "positive",
+               "persistent": "bool"},
+    "resource_monitor": {"enabled": "bool", "granularity": "enum:summary|time_series",
+                         "sample_interval_seconds": "positive", "generate_plots": "bool"},
+    "execution_config": {
+        "mode": "enum:" + MODES, "sigkill_headroom_seconds": "count", "timeout_exit_code": "int",
+        "staggered_start": "bool", "limit_resources": "bool", "termination_signal": "signal",
+        "sigterm_lead_seconds": "count", "oom_exit_code": "int", "srun_termination_signal": "str",
+        "enable_cpu_bind": "bool", "stdio": "map"},
+    "stdio": {"mode": "enum:" + "|".join(STDIO_MODES), "delete_on_success": "bool"},
+}
+EXPECTED = {
+    "name": "a text that is not empty", "str": "a text", "int": "a whole number",
+    "count": "a whole number of at least 0", "positive": "a whole number of at least 1",
+    "number": "a number", "bool": "true or false", "list": "a list", "map": "a mapping",
+    "strs": "a list of texts", "ints": "a list of whole numbers",
+    "json": "a mapping or a text of JSON", "any": "a value",
+    "memory": 'a size such as "500m" or "2g"', "duration": 'an ISO 8601 duration such as "PT30M"',
+    "walltime": 'a time such as "04:00:00" or "1-12:00:00"',
+    "slurm memory": 'a size such as "200g" (MB without a letter)',
+    "signal": 'the name of a signal such as "SIGTERM"',
+}
+DIRECT_ONLY = ("limit_resources", "termination_signal", "sigterm_lead_seconds", "oom_exit_code")
+SLURM_ONLY = ("srun_termination_signal", "enable_cpu_bind")
+NOT_IN_DEFAULTS = ("partition", "nodes", "walltime", "time", "mem", "gres", "name", "job-name")
+LISTS = {"jobs": "job", "files": "file", "user_data": "user data",
+         "resource_requirements": "resource requirements", "failure_handlers": "failure handler",
+         "slurm_schedulers": "Slurm scheduler"}
+JOB_LISTS = {                             # a job's list: what it names, and its list of regexes
+    "depends_on": ("jobs", "depends_on_regexes"), "input_files": ("files", "input_file_regexes"),
+    "output_files": ("files", "output_file_regexes"),
+    "input_user_data": ("user_data", "input_user_data_regexes"),
+    "output_user_data": ("user_data", "output_user_data_regexes")}
+JOB_NAMES = {"resource_requirements": "resource_requirements", "scheduler": "slurm_schedulers",
+             "failure_handler": "failure_handlers"}
+
+
+class Spec(NamedTuple):
+    """A checked specification: what to create, what it amounts to, and what seems odd."""
+
+    payload: dict                         # body of POST /workflow_specs
+    summary: dict
+    warnings: list
+
+
+def parse_walltime(text):
+    """Seconds of a Slurm time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S (sbatch(1)).
+
+    Raises ValueError.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text) \
+        if isinstance(text, str) else None
+    if not match:
+        raise ValueError(f"{text!r} is not {EXPECTED['walltime']}")
+    days, *rest = match.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is not None:
+        parts += [0] * (3 - len(parts))
+    elif len(parts) < 3:                  # minutes, or minutes:seconds
+        parts = [0, *parts, 0][:3] if len(parts) == 1 else [0, *parts]
+    return int(days or 0) * 86_400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
+
+
+def slurm_memory(text):
+    """Bytes of a Slurm memory size; a bare number is MB. Raises ValueError."""
+    text = str(text)
+    return parse_memory(text + "m" if text.isdigit() else text.rstrip("bB"))
+
+
+# ---- reading
+
+class Lines:
+    """Finds the line of a record or field; parses the text once more, and only if asked."""
+
+    def __init__(self, text, as_json):
+        self.text, self.as_json = text, as_json
+        self._root = None
+
+    def of(self, path):
+        """Line of the value at a path such as ("jobs", 3, "command"), or of what contains it."""
+        try:
+            return self._json(path) if self.as_json else self._yaml(path)
+        except Exception:                 # no line is better than no message
+            return None
+
+    def _yaml(self, path):
+        import yaml
+        if self._root is None:
+            self._root = yaml.compose(self.text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        node, line = self._root, None
+        for step in path:
+            if isinstance(node, yaml.MappingNode):
+                pair = next((pair for pair in node.value if pair[0].value == step), None)
+            else:
+                pair = (node.value[step],) * 2 if isinstance(step, int) else None
+            if not pair:
+                break
+            node, line = pair[1], pair[0].start_mark.line + 1
+        return line
+
+    def _json(self, path):
+        if self._root is None:
+            self._spots = SpotDecoder()
+            self._root = self._spots.decode(self.text)
+        value, spot = self._root, None
+        for step in path:
+            inner = value.get(step) if isinstance(value, dict) else value[step]
+            if isinstance(inner, dict):
+                spot = self._spots.start[id(inner)] - 1
+            elif isinstance(value, dict) and step in value:
+                found = re.compile(rf"{re.escape(json.dumps(step))}\s*:").search(
+                    self.text, spot or 0)
+                spot = found.start() if found else spot
+            if inner is None:
+                break
+            value = inner
+        return None if spot is None else self.text.count("\n", 0, spot) + 1
+
+
+class SpotDecoder(json.JSONDecoder):
+    """A JSON decoder that notes where each object begins, by id of the dict."""
+
+    def __init__(self):
+        import json.decoder
+        import json.scanner
+        super().__init__()
+        self.start, self.keep = {}, []
+
+        def parse_object(state, *rest):
+            value, end = json.decoder.JSONObject(state, *rest)
+            self.start[id(value)] = state[1]
+            self.keep.append(value)       # so that no id is used twice
+            return value, end
+
+        self.parse_object = parse_object
+        self.scan_once = json.scanner.py_make_scanner(self)
+
+
+class Problems:
+    """The errors found so far, each with the path of what it is about."""
+
+    def __init__(self, name, lines=None):
+        self.name, self.lines, self.found = name, lines, []
+
+    def add(self, path, text):
+        """Note an error."""
+        self.found.append((path, text))
+
+    def raise_any(self):
+        """Raise SpecError if there are errors."""
+        if not self.found:
+            return
+        sentences = []
+        for path, text in self.found[:MOST_ERRORS]:
+            line = self.lines.of(path) if self.lines and path else None
+            sentences.append(f"{self.name}{f' line {line}' if line else ''}: {text}")
+        if len(self.found) > MOST_ERRORS:
+            sentences.append(f"{self.name}: and {len(self.found) - MOST_ERRORS} more errors")
+        raise SpecError(sentences)
+
+
+def read_spec_text(path):
+    """The text of a specification file. Raises SpecError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise SpecError([f"{path}: not UTF-8 text (byte {error.start})"]) from None
+    except OSError as error:
+        raise SpecError([f"{path}: {error.strerror}"]) from None
+
+
+def parse_spec_text(path, text):
+    """(value, Lines) of a specification's text. Raises SpecError, MissingPackage."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in (".json5", ".kdl"):
+        raise SpecError([f"{path}: {ending[1:].upper()} is not supported yet: convert it to "
+                         "YAML or JSON"])
+    if not text.strip():
+        raise SpecError([f"{path}: the file is empty"])
+    if ending == ".json" or (ending not in (".yaml", ".yml") and text.lstrip()[0] == "{"):
+        return parse_json(path, text), Lines(text, True)
+    return parse_yaml(path, text), Lines(text, False)
+
+
+def parse_json(path, text):
+    """The value of JSON text without duplicate keys or NaN. Raises SpecError."""
+    def pairs(items):
+        value = dict(items)
+        if len(value) < len(items):
+            names = [name for name, _ in items]
+            double = next(name for name in names if names.count(name) > 1)
+            raise SpecError([f'{path}: the key "{double}" occurs twice in one object'])
+        return value
+
+    def constant(name):
+        raise SpecError([f"{path}: {name} is not JSON"])
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise SpecError([f"{path} line {error.lineno}: not JSON: {error.msg} (column "
+                         f"{error.colno})"]) from None
+    except RecursionError:
+        raise SpecError([f"{path}: nested too deeply"]) from None
+
+
+def parse_yaml(path, text):
+    """The value of YAML text by the core schema of YAML 1.2. Raises SpecError, MissingPackage."""
+    try:
+        import yaml
+    except ImportError:
+        raise MissingPackage("PyYAML", f"{path}: reading YAML") from None
+    try:
+        return yaml.load(text, core_loader(yaml))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise SpecError([f"{path}{line}: not YAML: {error.problem or error.context}"]) from None
+    except yaml.YAMLError as error:
+        raise SpecError([f"{path}: not YAML: {str(error).splitlines()[0]}"]) from None
+    except RecursionError:
+        raise SpecError([f"{path}: nested too deeply"]) from None
+
+
+def core_loader(yaml):
+    """A safe loader with the core schema: 1:5, 12:30, no and 2024-01-01 stay texts, 010 is 10."""
+    class CoreLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        yaml_implicit_resolvers = {}
+
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f'the key "{key.value}" occurs twice', key.start_mark)
+                seen.add(key.value if isinstance(key.value, str) else id(key))
+            return super().construct_mapping(node, deep)
+
+    def integer(loader, node):
+        text = loader.construct_scalar(node)
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+    tag = "tag:yaml.org,2002:"
+    for name, pattern, first in (
+            ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+            ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+            ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+            ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?",
+             list("-+0123456789.")),
+            ("merge", r"<<", ["<"])):
+        CoreLoader.add_implicit_resolver(tag + name, re.compile(rf"^(?:{pattern})$"), first)
+    CoreLoader.add_constructor(tag + "int", integer)
+    CoreLoader.add_constructor(tag + "float", lambda loader, node: float(
+        loader.construct_scalar(node)))
+    return CoreLoader
+
+
+# ---- checking records against the tables
+
+def is_of(value, kind):
+    """Whether a value is of a type of SPEC_FIELDS."""
+    import signal
+    if kind in ("count", "positive", "int"):
+        return type(value) is int and value >= {"count": 0, "positive": 1, "int": -2**63}[kind]
+    if kind in ("strs", "ints"):
+        return isinstance(value, list) and all(
+            isinstance(item, str) if kind == "strs" else type(item) is int for item in value)
+    if kind == "name":
+        return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+    if kind == "number":
+        return type(value) in (int, float)
+    if kind == "signal":
+        return isinstance(value, str) and isinstance(getattr(signal, value, None), signal.Signals)
+    readers = {"memory": parse_memory, "duration": parse_duration, "walltime": parse_walltime,
+               "slurm memory": slurm_memory}
+    if kind in readers:
+        try:
+            readers[kind](value)
+            return kind == "slurm memory" or isinstance(value, str)
+        except (ValueError, TypeError):
+            return False
+    types = {"str": str, "bool": bool, "list": list, "map": dict, "json": (dict, str)}
+    return kind == "any" or isinstance(value, types[kind])
+
+
+def fault_of(value, rule):
+    """What is wrong with a field's value by its rule, or None."""
+    kind, _, choices = rule.partition(":")
+    kind = kind.rstrip("!")
+    if kind == "enum":
+        known = choices.split("|")
+        if value in known:
+            return None
+        return f"{value!r:.80} is not one of {', '.join(known)}{nearest(value, known)}"
+    return None if is_of(value, kind) else f"{value!r:.80} is not {EXPECTED[kind]}"
+
+
+def check_fields(problems, path, record, table, what):
+    """The fields of a record that are known, of their type and not null; notes all errors."""
+    rules = SPEC_FIELDS[table]
+    if not isinstance(record, dict):
+        problems.add(path, f"{what} is {record!r:.60}, not a mapping")
+        return {}
+    good = {}
+    for name, value in record.items():
+        rule = rules.get(name)
+        if rule is None:
+            hint = HINTS.get(name) or nearest(name, rules)
+            problems.add((*path, name), f"{what}: unknown field {name!r}{hint}")
+        elif value is not None:
+            if rule == "str" and isinstance(value, str):
+                good[name] = value
+                continue
+            fault = fault_of(value, rule)
+            if fault:
+                problems.add((*path, name), f"{what}: {name}: {fault}")
+            else:
+                good[name] = value
+    for name, rule in rules.items():
+        if "!" in rule.partition(":")[0] and record.get(name) is None:
+            problems.add(path, f"{what}: the field {name} is missing")
+    return good
+
+
+HINTS = {"slurm_config": " (it was removed: use slurm_defaults and execution_config)",
+         "env": " (set variables in the command or with invocation_script)",
+         "retries": " (use a failure_handler)"}
+
+
+def title(table, number, record):
+    """How messages call a record: job "post", or job number 3."""
+    name = record.get("name") if isinstance(record, dict) else None
+    return f'{table} "{name}"' if isinstance(name, str) and name else f"{table} number {number + 1}"
+
+
+# ---- parameters
+
+def number_of(text):
+    """The int or float that a text spells, or None."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            return value if math.isfinite(value) else None
+    return None
+
+
+def parameter_values(value):
+    """The values of a parameter: a list, one value, or a text such as "1:5" or "['a','b']".
+
+    Raises ValueError with what is wrong.
+    """
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("is an empty list")
+        if not all(isinstance(item, (str, int, float)) for item in value):
+            raise ValueError(f"{value!r:.60} has values that are neither texts nor numbers")
+        return value
+    if not isinstance(value, str):
+        if isinstance(value, (int, float)):
+            return [value]
+        raise ValueError(f"{value!r:.60} is neither a list, a text nor a number")
+    text = value.strip()
+    if text.startswith("{") and text.endswith("}"):
+        text = text[1:-1].strip()
+    if text.startswith("[") and text.endswith("]"):
+        words = [word.strip() for word in text[1:-1].split(",")]
+        if words == [""]:
+            raise ValueError(f"{value!r} is an empty list")
+        numbers = [number_of(word) for word in words]
+        return numbers if None not in numbers else [word.strip("'\"") for word in words]
+    parts = [part.strip() for part in text.split(":")]
+    if len(parts) in (2, 3) and all(number_of(part) is not None for part in parts):
+        return range_values(value, parts)
+    number = number_of(text)
+    return [text if number is None else number]
+
+
+def range_values(text, parts):
+    """Inclusive range start:stop[:step] of ints or floats. Raises ValueError when empty."""
+    numbers = [number_of(part) for part in parts]
+    start, stop, step = (*numbers, 1)[:3]
+    if step == 0:
+        raise ValueError(f"{text!r} has the step 0")
+    if (stop - start) * step < 0:
+        raise ValueError(f"{text!r} is empty: from {parts[0]} to {parts[1]} the step must be "
+                         f"{'negative' if stop < start else 'positive'}")
+    count = int((stop - start) / step + 1e-10) + 1
+    if count > MOST_JOBS:
+        raise ValueError(f"{text!r} has {count} values, more than {MOST_JOBS}")
+    if all(isinstance(number, int) for number in (start, stop, step)):
+        return [start + index * step for index in range(count)]
+    digits = max(len(part.partition(".")[2]) if "e" not in part.lower() else 15 for part in parts)
+    return [round(start + index * step, digits) for index in range(count)]
+
+
+def plain(value):
+    """A parameter's value in a text: 1.0 is 1."""
+    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)
+
+
+def substitute(text, values):
+    """Put parameter values in place of {name} and {name:03d}; ${name} is the shell's and stays.
+
+    Raises ValueError when a format does not suit a value.
+    """
+    if "{" not in text:
+        return text
+
+    def put(match):
+        dollar, name, layout = match.groups()
+        if dollar or name not in values:
+            return match[0]
+        if layout is None:
+            return plain(values[name])
+        try:
+            return format(values[name], layout)
+        except (ValueError, TypeError):
+            raise ValueError(f"{match[0]} does not suit the value {values[name]!r}") from None
+
+    return PLACEHOLDER.sub(put, text)
+
+
+def own_parameters(problems, path, record, shared, what):
+    """{name: values} of a record in order, those of use_parameters first; local ones win."""
+    wanted = {}
+    for name in record.get("use_parameters", ()):
+        if name in shared:
+            wanted[name] = shared[name]
+        else:
+            problems.add((*path, "use_parameters"), f"{what}: use_parameters names no parameter "
+                         f"{name!r} of the workflow{nearest(name, shared)}")
+    wanted.update(record.get("parameters", {}))
+    found = {}
+    for name, value in wanted.items():
+        try:
+            found[str(name)] = parameter_values(value)
+        except ValueError as error:
+            problems.add((*path, "parameters"), f"{what}: parameter {name}: {error}")
+    return found
+
+
+def combinations(problems, path, record, found, what):
+    """All combinations of parameter values as dicts, in declared order."""
+    import itertools
+    names = list(found)
+    if record.get("parameter_mode") == "zip":
+        first = names[0]
+        for name in names[1:]:
+            if len(found[name]) != len(found[first]):
+                problems.add(path, f"{what}: parameter_mode zip needs lists of one length: "
+                             f"{first} has {len(found[first])} values, {name} has "
+                             f"{len(found[name])}")
+                return []
+        rows = zip(*found.values())
+    else:
+        number = math.prod(len(values) for values in found.values())
+        if number > MOST_JOBS:
+            problems.add(path, f"{what}: {number} combinations of parameters, more than "
+                               f"{MOST_JOBS}")
+            return []
+        rows = itertools.product(*found.values())
+    return [dict(zip(names, row)) for row in rows]
+
+
+def expand(problems, path, record, shared, what):
+    """The records that one with parameters stands for.
+
+    Combinations that give the same name are one record: its lists hold what all of them give, in
+    order (the documented fan-in), and its other fields must agree.
+    """
+    if "parameters" not in record and "use_parameters" not in record:
+        return [record]
+    found = own_parameters(problems, path, record, shared, what)
+    record = {name: value for name, value in record.items() if name not in PARAMETERIZED or
+              name == "parameter_mode"}
+    if not found:
+        return [record]
+    rows = combinations(problems, path, record, found, what)
+    record.pop("parameter_mode", None)
+    merged = {}
+    for row in rows:
+        one = {}
+        for name, value in record.items():
+            try:
+                if isinstance(value, str):
+                    value = substitute(value, row)
+                elif isinstance(value, list):
+                    value = [substitute(item, row) for item in value]
+            except ValueError as error:
+                problems.add((*path, name), f"{what}: {name}: {error}")
+                return []
+            one[name] = value
+        if not merge(problems, path, merged, one, what):
+            return []
+    return [{name: list(value) if isinstance(value, dict) and isinstance(record[name], list)
+             else value for name, value in one.items()} for one in merged.values()]
+
+
+def merge(problems, path, merged, one, what):
+    """Add an expanded record to those with its name; says whether its fields agree."""
+    before = merged.get(one["name"])
+    if before is None:
+        merged[one["name"]] = {name: dict.fromkeys(value) if isinstance(value, list) else value
+                               for name, value in one.items()}
+        return True
+    for name, value in one.items():
+        if isinstance(value, list):
+            before[name].update(dict.fromkeys(value))
+        elif before[name] != value:
+            problems.add((*path, name), f"{what}: {name} differs between combinations of "
+                         f"parameters that all give the name {one['name']!r}: put the placeholder into the "
+                         "name, too")
+            return False
+    return True
+
+
+def leftover(text):
+    """The first placeholder in a text that no parameter has filled, or None."""
+    match = PLACEHOLDER.search(text) if "{" in text else None
+    return match[0] if match and not match[1] else None
+
+
+# ---- the whole specification
+
+class Reader:
+    """Turns a parsed specification into a payload; one object for one file."""
+
+    def __init__(self, problems, top):
+        self.problems, self.top = problems, top
+        self.records = {name: [] for name in LISTS}       # expanded
+        self.paths = {name: [] for name in LISTS}         # where each comes from
+        self.index = {}                                   # list: {name: index}
+        self.before = {}                                  # list: number before expansion
+        self.warnings = []
+
+    def read(self):
+        """Check and expand all lists, resolve all names; returns the payload's lists."""
+        self.shared = self.top.get("parameters", {})
+        for name in LISTS:
+            self._list(name)
+        for name in LISTS:
+            self._names(name)
+        self._handlers()
+        self.jobs = [self._job(job, path) for job, path in
+                     zip(self.records["jobs"], self.paths["jobs"])]
+        self.actions = [self._action(number, action)
+                        for number, action in enumerate(self.top.get("actions", ()))]
+        self._cycles()
+
+    def _list(self, name):
+        """Check the records of a list and expand their parameters."""
+        table, given = LISTS[name], self.top.get(name, ())
+        self.before[name] = len(given)
+        records, paths = self.records[name], self.paths[name]
+        for number, raw in enumerate(given):
+            path, what = (name, number), title(table, number, raw)
+            record = check_fields(self.problems, path, raw, table, what)
+            if "name" not in record:
+                continue
+            for one in expand(self.problems, path, record, self.shared, what):
+                open_name = leftover(one["name"])
+                if open_name and table in ("job", "file"):
+                    self.problems.add((*path, "name"), f"{what}: name: {open_name} is no parameter "
+                                      f"of this {table}")
+                records.append(one)
+                paths.append(path)
+            if len(records) > MOST_JOBS:
+                self.problems.add(path, f"more than {MOST_JOBS} {name} after expansion")
+                return
+
+    def _names(self, name):
+        """Index a list by name; names must be unique."""
+        index = self.index[name] = {}
+        for number, record in enumerate(self.records[name]):
+            if record["name"] in index:
+                self.problems.add(self.paths[name][number],
+                                  f'{LISTS[name]} name "{record["name"]}" is used twice')
+            index.setdefault(record["name"], number)
+        if "default" in index and name == "resource_requirements":
+            self.problems.add(self.paths[name][index["default"]], 'resource requirements name '
+                              '"default" is reserved for those every workflow has')
+
+    def _handlers(self):
+        """Check the rules of failure handlers."""
+        for handler, path in zip(self.records["failure_handlers"], self.paths["failure_handlers"]):
+            for number, rule in enumerate(handler.get("rules", ())):
+                what = f'failure handler "{handler["name"]}" rule {number + 1}'
+                good = check_fields(self.problems, (*path, "rules", number), rule, "rule", what)
+                if not good.get("exit_codes") and not good.get("match_all_exit_codes"):
+                    self.problems.add((*path, "rules", number), f"{what}: it has neither "
+                                      "exit_codes nor match_all_exit_codes, so it never applies")
+
+    def _find(self, path, what, field, name, which):
+        """Index of a named record, or None with an error that suggests the nearest name."""
+        number = self.index[which].get(name)
+        if number is None:
+            open_name = leftover(name)
+            hint = (f": {open_name} is no parameter of it" if open_name
+                    else nearest(name, self.index[which]))
+            self.problems.add((*path, field), f"{what}: {field} names no "
+                              f"{LISTS[which]} {name!r}{hint}")
+        return number
+
+    def _match(self, path, what, field, pattern, which):
+        """Indexes of the records whose name a regex finds."""
+        try:
+            search = re.compile(pattern).search
+        except re.error as error:
+            self.problems.add((*path, field), f"{what}: {field}: {pattern!r} is no regular "
+                              f"expression: {error}")
+            return []
+        found = [number for name, number in self.index[which].items() if search(name)]
+        if not found:
+            self.problems.add((*path, field), f"{what}: {field}: {pattern!r} matches no "
+                              f"{LISTS[which]}")
+        return found
+
+    def _job(self, job, path):
+        """A job with indexes in place of names."""
+        what = f'job "{job["name"]}"'
+        made = {name: job[name] for name in (
+            "name", "command", "priority", "cancel_on_blocking_job_failure",
+            "supports_termination") if name in job}
+        if job.get("invocation_script"):
+            made["invocation_script"] = job["invocation_script"]
+        for field, which in JOB_NAMES.items():
+            if field in job and not (field == "resource_requirements" and job[field] == "default"):
+                number = self._find(path, what, field, job[field], which)
+                if number is not None:
+                    made[field] = number
+        for field, (which, regexes) in JOB_LISTS.items():
+            numbers = [self._find(path, what, field, name, which) for name in job.get(field, ())]
+            for pattern in job.get(regexes, ()):
+                numbers += self._match(path, what, regexes, pattern, which)
+            if numbers:
+                made[field] = list(dict.fromkeys(number for number in numbers
+                                                 if number is not None))
+        if "stdio" in job:
+            made["stdio"] = compact(check_fields(self.problems, (*path, "stdio"), job["stdio"],
+                                                 "stdio", f"{what}: stdio"))
+        for field in ("command", "invocation_script"):
+            if "${" in made.get(field, ""):
+                made[field] = self._variables(made, path, what, field)
+        return made
+
+    def _variables(self, made, path, what, field):
+        """Replace ${files.input.NAME} and its like, and record the relation each implies."""
+        def put(match):
+            which, way, name = match.groups()
+            number = self._find(path, what, field, name, which)
+            if number is None:
+                return match[0]
+            relation = f"{way}_{which}"
+            made.setdefault(relation, [])
+            if number not in made[relation]:
+                made[relation].append(number)
+            record = self.records[which][number]
+            if which == "files":
+                return record.get("path", "")
+            if record.get("data") is None:
+                self.problems.add((*path, field), f"{what}: {field}: {match[0]} has no data yet: "
+                                  "let the command ask `torc user-data` for it")
+            return compact(record.get("data"))
+
+        return VARIABLE.sub(put, made[field])
+
+    def _action(self, number, raw):
+        """An action with indexes in place of names."""
+        path, what = ("actions", number), f"action {number + 1}"
+        action = check_fields(self.problems, path, raw, "action", what)
+        trigger, kind = action.get("trigger_type"), action.get("action_type")
+        jobs = [self._find(path, what, "jobs", name, "jobs") for name in action.get("jobs", ())]
+        for pattern in action.get("job_name_regexes", ()):
+            jobs += self._match(path, what, "job_name_regexes", pattern, "jobs")
+        for_jobs = trigger in ("on_jobs_ready", "on_jobs_complete")
+        if trigger and for_jobs != bool(jobs):
+            self.problems.add(path, f"{what}: {trigger} " + (
+                "needs jobs or job_name_regexes" if for_jobs else "takes no jobs"))
+        config = {}
+        if kind == "run_commands":
+            config = {"commands": action.get("commands", [])}
+            if not config["commands"] or not all(line.strip() for line in config["commands"]):
+                self.problems.add(path, f"{what}: run_commands needs commands, none of them empty")
+        elif kind == "schedule_nodes":
+            config = self._schedule(action, path, what)
+        made = {"trigger_type": trigger, "action_type": kind, "action_config": config}
+        if jobs:
+            made["jobs"] = list(dict.fromkeys(job for job in jobs if job is not None))
+        if "persistent" in action:
+            made["persistent"] = action["persistent"]
+        return made
+
+    def _schedule(self, action, path, what):
+        """action_config of schedule_nodes."""
+        config = {"num_allocations": action.get("num_allocations", 1), "scheduler_type": "slurm"}
+        for name in ("scheduler", "scheduler_type"):
+            if name not in action:
+                self.problems.add(path, f"{what}: schedule_nodes needs {name}")
+        if "scheduler" in action:
+            config["scheduler"] = self._find(path, what, "scheduler", action["scheduler"],
+                                             "slurm_schedulers")
+        for name in ("start_one_worker_per_node", "max_parallel_jobs"):
+            if name in action:
+                config[name] = action[name]
+        return config
+
+    def _cycles(self):
+        """Jobs must not wait for themselves, directly or through files and user data."""
+        if self.problems.found:
+            return                        # indexes may be missing
+        graph, waits = self._graph()
+        free = [node for node, number in waits.items() if number == 0]
+        while free:
+            for after in graph.get(free.pop(), ()):
+                waits[after] -= 1
+                if waits[after] == 0:
+                    free.append(after)
+        stuck = {node for node, number in waits.items() if number}
+        if stuck:
+            names = self._circle(graph, stuck)
+            self.problems.add(self.paths["jobs"][self.index["jobs"][names[0]]],
+                              f"jobs wait for each other in a circle: {' -> '.join(names)}")
+
+    def _graph(self):
+        """{node: nodes that wait for it} and {node: number it waits for}; nodes are job indexes
+        and ("files" or "user_data", index)."""
+        graph, waits = {}, dict.fromkeys(range(len(self.jobs)), 0)
+        for number, job in enumerate(self.jobs):
+            edges = [(other, number) for other in job.get("depends_on", ())]
+            for what in ("files", "user_data"):
+                edges += [((what, other), number) for other in job.get(f"input_{what}", ())]
+                edges += [(number, (what, other)) for other in job.get(f"output_{what}", ())]
+            for before, after in edges:
+                graph.setdefault(before, []).append(after)
+                waits[after] = waits.get(after, 0) + 1
+                waits.setdefault(before, 0)
+        return graph, waits
+
+    def _circle(self, graph, stuck):
+        """Names of the jobs on one circle, the first again at the end."""
+        before = {after: node for node in stuck for after in graph.get(node, ()) if after in stuck}
+        node, seen = next(iter(before)), []
+        while node not in seen:
+            seen.append(node)
+            node = before[node]
+        circle = [*seen[seen.index(node):], node][::-1]
+        names = [self.jobs[one]["name"] for one in circle if isinstance(one, int)]
+        return names if names[0] == names[-1] and len(names) > 1 else [*names, names[0]]
+
+
+def check_top(problems, top):
+    """Checks of the workflow's own maps; returns what of them goes into its record."""
+    record = {name: top[name] for name in (
+        "name", "description", "project", "use_pending_failed", "enable_ro_crate",
+        *(name for name in SPEC_FIELDS["workflow"] if name.startswith("compute_node_")))
+        if name in top}
+    metadata = top.get("metadata")
+    if isinstance(metadata, dict):
+        record["metadata"] = compact(metadata)
+    elif metadata:
+        try:
+            json.loads(metadata)
+            record["metadata"] = metadata
+        except ValueError:
+            problems.add(("metadata",), f"metadata: {metadata!r:.60} is not {EXPECTED['json']}")
+    for name in top.get("slurm_defaults", ()):
+        if str(name) in NOT_IN_DEFAULTS:
+            problems.add(("slurm_defaults", name), f"slurm_defaults: {name} is not allowed here: "
+                         "it belongs to a scheduler in slurm_schedulers")
+        elif not isinstance(top["slurm_defaults"][name], (str, int, float)):
+            problems.add(("slurm_defaults", name),
+                         f"slurm_defaults: {name} is not a text or number")
+    if top.get("slurm_defaults"):
+        record["slurm_defaults"] = compact(top["slurm_defaults"])
+    if "resource_monitor" in top:
+        monitor = dict(top["resource_monitor"])
+        if isinstance(monitor.get("granularity"), str):
+            monitor["granularity"] = {"Summary": "summary", "TimeSeries": "time_series"}.get(
+                monitor["granularity"], monitor["granularity"])
+        record["resource_monitor_config"] = compact({"enabled": True, **check_fields(
+            problems, ("resource_monitor",), monitor, "resource_monitor", "resource_monitor")})
+    if "execution_config" in top:
+        record["execution_config"] = compact(check_execution(problems, top))
+    return record
+
+
+def check_execution(problems, top):
+    """execution_config with only fields that its mode knows."""
+    path = ("execution_config",)
+    config = check_fields(problems, path, top["execution_config"], "execution_config",
+                          "execution_config")
+    mode = config.get("mode", "direct")
+    if mode == "auto":
+        mode = "slurm" if top.get("slurm_schedulers") else "direct"
+    for names, wanted, other in ((DIRECT_ONLY, "direct", "srun_termination_signal"),
+                                 (SLURM_ONLY, "slurm", "termination_signal")):
+        for name in names:
+            if name in config and mode != wanted:
+                hint = f": use {other}" if name.endswith("termination_signal") else ""
+                problems.add((*path, name), f"execution_config: {name} belongs to the mode "
+                             f"{wanted}, the mode is {mode}{hint}")
+    if "stdio" in config:
+        config["stdio"] = check_fields(problems, (*path, "stdio"), config["stdio"], "stdio",
+                                       "execution_config: stdio")
+    if mode == "slurm":
+        for number, action in enumerate(top.get("actions", ())):
+            if isinstance(action, dict) and action.get("start_one_worker_per_node"):
+                problems.add(("actions", number), f"action {number + 1}: start_one_worker_per_node "
+                             "belongs to the mode direct, the mode is slurm")
+    return config
+
+
+def scheduler_misfits(reader):
+    """(path, sentence) for jobs that their Slurm scheduler could never run."""
+    found = []
+    schedulers, needs = (reader.records[name] for name in ("slurm_schedulers",
+                                                           "resource_requirements"))
+    for job, path in zip(reader.jobs, reader.paths["jobs"]):
+        if "scheduler" not in job or "resource_requirements" not in job:
+            continue
+        one, need = schedulers[job["scheduler"]], needs[job["resource_requirements"]]
+        what = f'job "{job["name"]}"'
+        walltime = one.get("walltime", "01:00:00")
+        runtime = need.get("runtime", "PT1H")
+        if parse_duration(runtime) > parse_walltime(walltime):
+            found.append((path, f"{what}: runtime {runtime} is longer than the walltime {walltime} "
+                          f"of scheduler \"{one['name']}\""))
+        if one.get("mem") and parse_memory(need["memory"]) > slurm_memory(one["mem"]):
+            found.append((path, f"{what}: memory {need['memory']} is more than the mem "
+                          f"{one['mem']} of scheduler \"{one['name']}\""))
+        gpus = re.search(r"gpu(?::[A-Za-z]\w*)?:(\d+)", one.get("gres") or "")
+        if gpus and need.get("num_gpus", 0) > int(gpus[1]):
+            found.append((path, f"{what}: {need['num_gpus']} GPUs are more than the gres "
+                          f"{one['gres']} of scheduler \"{one['name']}\""))
+        if need.get("num_nodes", 1) > one.get("nodes", 1):
+            found.append((path, f"{what}: {need['num_nodes']} nodes are more than the "
+                          f"{one.get('nodes', 1)} of scheduler \"{one['name']}\""))
+    return found
+
+
+def payload_of(reader, workflow):
+    """The body of POST /workflow_specs."""
+    files = []
+    for record in reader.records["files"]:
+        file = {name: record[name] for name in ("name", "path", "st_mtime") if name in record}
+        with contextlib.suppress(OSError):
+            file["st_mtime"] = os.stat(file["path"]).st_mtime
+        files.append(file)
+    schedulers = [{"nodes": 1, "walltime": "01:00:00", **record} for record in
+                  reader.records["slurm_schedulers"]]
+    for record in schedulers:
+        if "mem" in record:
+            record["mem"] = str(record["mem"])
+    return {
+        "workflow": workflow, "files": files, "user_data": reader.records["user_data"],
+        "resource_requirements": [{"runtime": "PT1H", **record} for record in
+                                  reader.records["resource_requirements"]],
+        "failure_handlers": [{"name": record["name"], "rules": compact(record["rules"])}
+                             for record in reader.records["failure_handlers"]],
+        "slurm_schedulers": schedulers, "jobs": reader.jobs, "actions": reader.actions}
+
+
+def spec_summary(reader, payload):
+    """What a specification amounts to, for `torc create --dry-run`."""
+    workflow = payload["workflow"]
+    return {
+        "workflow_name": workflow["name"], "workflow_description": workflow.get("description"),
+        "job_count": len(payload["jobs"]), "job_count_before_expansion": reader.before["jobs"],
+        "file_count": len(payload["files"]), "file_count_before_expansion": reader.before["files"],
+        "user_data_count": len(payload["user_data"]),
+        "resource_requirements_count": len(payload["resource_requirements"]),
+        "slurm_scheduler_count": len(payload["slurm_schedulers"]),
+        "action_count": len(payload["actions"]),
+        "has_schedule_nodes_action": any(action["action_type"] == "schedule_nodes"
+                                         for action in payload["actions"]),
+        "job_names": [job["name"] for job in payload["jobs"]],
+        "scheduler_names": [record["name"] for record in payload["slurm_schedulers"]]}
+
+
+def warnings_of(reader, top):
+    """What is allowed but seems odd."""
+    found = list(reader.warnings)
+    if not reader.jobs:
+        found.append("the workflow has no jobs")
+    if "compute_node_expiration_buffer_seconds" in top:
+        found.append("compute_node_expiration_buffer_seconds is deprecated and has no effect")
+    writers = {}
+    for job in reader.jobs:
+        for number in job.get("output_files", ()):
+            writers.setdefault(number, []).append(job["name"])
+    for number, names in writers.items():
+        if len(names) > 1:
+            found.append(f'file "{reader.records["files"][number]["name"]}" is written by '
+                         f"{len(names)} jobs ({', '.join(names[:3])})")
+    return found
+
+
+def read_spec(path, text=None, skip_checks=False):
+    """Read, expand and check a workflow specification; returns a Spec.
+
+    path: a .yaml, .yml or .json file; with `text` it only names that. skip_checks: jobs that do
+    not fit their Slurm scheduler are warnings. Raises SpecError with all errors, MissingPackage.
+    """
+    value, lines = parse_spec_text(path, read_spec_text(path) if text is None else text)
+    problems = Problems(path, lines)
+    if not isinstance(value, dict):
+        raise SpecError([f"{path}: the specification is {type(value).__name__}, not a mapping with "
+                         "name and jobs"])
+    top = check_fields(problems, (), value, "workflow", "workflow")
+    workflow = check_top(problems, top)
+    reader = Reader(problems, top)
+    reader.read()
+    if not problems.found:
+        for where, sentence in scheduler_misfits(reader):
+            if skip_checks:
+                reader.warnings.append(sentence)
+            else:
+                problems.add(where, sentence)
+    problems.raise_any()
+    payload = payload_of(reader, workflow)
+    return Spec(payload, spec_summary(reader, payload), warnings_of(reader, top))
+
+
+SPEC_EXAMPLES = {
+    "hello": """{
+  "name": "hello",
+  "description": "One job that says hello",
+  "jobs": [
+    {"name": "hello", "command": "echo Hello from $TORC_JOB_NAME on $(hostname)"}
+  ]
+}
+""",
+    "diamond": """{
+  "name": "diamond",
+  "description": "Four jobs that hand files to each other; the files decide the order",
+  "files": [
+    {"name": "numbers", "path": "torc_output/diamond/numbers.txt"},
+    {"name": "sum",     "path": "torc_output/diamond/sum.txt"},
+    {"name": "count",   "path": "torc_output/diamond/count.txt"},
+    {"name": "report",  "path": "torc_output/diamond/report.txt"}
+  ],
+  "jobs": [
+    {"name": "prepare",
+     "command": "mkdir -p torc_output/diamond && seq 100 > ${files.output.numbers}"},
+    {"name": "add",
+     "command": "awk '{ s += $1 } END { print s }' ${files.input.numbers} > ${files.output.sum}"},
+    {"name": "count",
+     "command": "wc -l < ${files.input.numbers} > ${files.output.count}"},
+    {"name": "report",
+     "command": "paste ${files.input.count} ${files.input.sum} | tee ${files.output.report}"}
+  ]
+}
+""",
+    "sweep": """{
+  "name": "sweep",
+  "description": "A job for each combination of two parameters, and one that gathers them",
+  "parameters": {"x": "1:3", "y": [0.5, 2]},
+  "files": [
+    {"name": "out_{x}_{y}", "path": "torc_output/sweep/{x}_{y}.txt", "use_parameters": ["x", "y"]}
+  ],
+  "jobs": [
+    {"name": "prepare", "command": "mkdir -p torc_output/sweep"},
+    {"name": "point_{x}_{y}", "use_parameters": ["x", "y"], "depends_on": ["prepare"],
+     "command": "awk 'BEGIN { print {x} * {y} }' > torc_output/sweep/{x}_{y}.txt",
+     "output_files": ["out_{x}_{y}"]},
+    {"name": "gather", "use_parameters": ["x", "y"], "input_files": ["out_{x}_{y}"],
+     "command": "cat torc_output/sweep/*.txt | sort -n | tee torc_output/sweep/all"}
+  ]
+}
+""",
+}
+
+
+# ==================================================================================================
+# 5 Store
+# ==================================================================================================
+# SQL lives in this section and the next one only. Values are always parameters; names in SQL come
+# from KINDS and RELATIONS. Statements avoid what SQLite before 3.35 lacks (RETURNING).
+
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE workflow (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL, user TEXT NOT NULL, description TEXT, timestamp TEXT NOT NULL,
+    project TEXT, metadata TEXT,
+    compute_node_expiration_buffer_seconds INTEGER,
+    compute_node_wait_for_new_jobs_seconds INTEGER NOT NULL DEFAULT 90,
+    compute_node_ignore_workflow_completion INTEGER NOT NULL DEFAULT 0,
+    compute_node_wait_for_healthy_database_minutes INTEGER NOT NULL DEFAULT 20,
+    compute_node_min_time_for_new_jobs_seconds INTEGER NOT NULL DEFAULT 300,
+    resource_monitor_config TEXT, slurm_defaults TEXT, slurm_config TEXT, execution_config TEXT,
+    use_pending_failed INTEGER, enable_ro_crate INTEGER,
+    run_id INTEGER NOT NULL DEFAULT 0,
+    is_canceled INTEGER NOT NULL DEFAULT 0, is_archived INTEGER NOT NULL DEFAULT 0,
+    has_detected_need_to_run_completion_script INTEGER NOT NULL DEFAULT 0,
+    generation INTEGER NOT NULL DEFAULT 1      -- raised by what a waiting client wants to know
+);
+CREATE TABLE resource_requirements (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    name TEXT NOT NULL, num_cpus INTEGER NOT NULL, num_gpus INTEGER NOT NULL,
+    num_nodes INTEGER NOT NULL, memory TEXT NOT NULL, runtime TEXT NOT NULL,
+    memory_bytes INTEGER NOT NULL, runtime_s INTEGER NOT NULL      -- the two texts, parsed
+);
+CREATE INDEX resource_requirements_workflow ON resource_requirements (workflow_id);
+CREATE TABLE failure_handler (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    name TEXT NOT NULL, rules TEXT NOT NULL
+);
+CREATE INDEX failure_handler_workflow ON failure_handler (workflow_id);
+CREATE TABLE slurm_scheduler (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    name TEXT NOT NULL, account TEXT NOT NULL, gres TEXT, mem TEXT, nodes INTEGER NOT NULL,
+    ntasks_per_node INTEGER, partition TEXT, qos TEXT, tmp TEXT, walltime TEXT NOT NULL, extra TEXT
+);
+CREATE INDEX slurm_scheduler_workflow ON slurm_scheduler (workflow_id);
+CREATE TABLE compute_node (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    hostname TEXT NOT NULL, pid INTEGER NOT NULL, start_time TEXT NOT NULL, duration_seconds REAL,
+    is_active INTEGER NOT NULL DEFAULT 0, num_cpus INTEGER NOT NULL, memory_gb REAL NOT NULL,
+    num_gpus INTEGER NOT NULL, num_nodes INTEGER NOT NULL, time_limit TEXT,
+    scheduler_config_id INTEGER, compute_node_type TEXT NOT NULL, scheduler TEXT,
+    boot_id TEXT, pid_started INTEGER,         -- with hostname and pid: whether its runner lives
+    output_dir TEXT,                           -- absolute, where the logs of its jobs are
+    beats INTEGER NOT NULL DEFAULT 0           -- it has sent a runner_step, so it holds a lease
+);
+CREATE INDEX compute_node_workflow ON compute_node (workflow_id, is_active);
+CREATE TABLE scheduled_compute_node (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    scheduler_id INTEGER NOT NULL, scheduler_config_id INTEGER NOT NULL,
+    scheduler_type TEXT NOT NULL, status TEXT NOT NULL
+);
+CREATE INDEX scheduled_compute_node_workflow ON scheduled_compute_node (workflow_id);
+CREATE TABLE job (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    name TEXT NOT NULL, command TEXT NOT NULL, invocation_script TEXT,
+    status INTEGER NOT NULL DEFAULT 0,
+    cancel_on_blocking_job_failure INTEGER NOT NULL DEFAULT 1,
+    supports_termination INTEGER NOT NULL DEFAULT 0,
+    resource_requirements_id INTEGER NOT NULL REFERENCES resource_requirements ON DELETE CASCADE,
+    scheduler_id INTEGER,
+    failure_handler_id INTEGER REFERENCES failure_handler ON DELETE SET NULL,
+    attempt_id INTEGER NOT NULL DEFAULT 1, priority INTEGER NOT NULL DEFAULT 0, stdio TEXT,
+    unfinished INTEGER NOT NULL DEFAULT 0,     -- dependencies outside the complete set
+    cascaded INTEGER NOT NULL DEFAULT 0,       -- 1: canceled only because a dependency failed
+    compute_node_id INTEGER REFERENCES compute_node ON DELETE SET NULL
+                                               -- the node that may have a process of this job
+);
+CREATE INDEX job_claim ON job (workflow_id, status, priority DESC, id);
+CREATE INDEX job_requirements ON job (resource_requirements_id);
+CREATE INDEX job_handler ON job (failure_handler_id) WHERE failure_handler_id IS NOT NULL;
+CREATE INDEX job_node ON job (compute_node_id) WHERE compute_node_id IS NOT NULL;
+CREATE TABLE job_dependency (
+    job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    depends_on_job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    PRIMARY KEY (job_id, depends_on_job_id)) WITHOUT ROWID;
+CREATE INDEX job_dependency_reverse ON job_dependency (depends_on_job_id, job_id);
+CREATE TABLE job_input_hash (
+    job_id INTEGER PRIMARY KEY REFERENCES job ON DELETE CASCADE, hash TEXT NOT NULL);
+CREATE TABLE file (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    name TEXT NOT NULL, path TEXT NOT NULL, st_mtime REAL
+);
+CREATE INDEX file_workflow ON file (workflow_id);
+CREATE TABLE user_data (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    name TEXT NOT NULL, is_ephemeral INTEGER NOT NULL DEFAULT 0, data TEXT
+);
+CREATE INDEX user_data_workflow ON user_data (workflow_id);
+CREATE TABLE job_input_file (
+    job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    file_id INTEGER NOT NULL REFERENCES file ON DELETE CASCADE,
+    PRIMARY KEY (job_id, file_id)) WITHOUT ROWID;
+CREATE INDEX job_input_file_reverse ON job_input_file (file_id, job_id);
+CREATE TABLE job_output_file (
+    job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    file_id INTEGER NOT NULL REFERENCES file ON DELETE CASCADE,
+    PRIMARY KEY (job_id, file_id)) WITHOUT ROWID;
+CREATE INDEX job_output_file_reverse ON job_output_file (file_id, job_id);
+CREATE TABLE job_input_user_data (
+    job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    user_data_id INTEGER NOT NULL REFERENCES user_data ON DELETE CASCADE,
+    PRIMARY KEY (job_id, user_data_id)) WITHOUT ROWID;
+CREATE INDEX job_input_user_data_reverse ON job_input_user_data (user_data_id, job_id);
+CREATE TABLE job_output_user_data (
+    job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    user_data_id INTEGER NOT NULL REFERENCES user_data ON DELETE CASCADE,
+    PRIMARY KEY (job_id, user_data_id)) WITHOUT ROWID;
+CREATE INDEX job_output_user_data_reverse ON job_output_user_data (user_data_id, job_id);
+CREATE TABLE result (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    run_id INTEGER NOT NULL, attempt_id INTEGER NOT NULL DEFAULT 1,
+    compute_node_id INTEGER NOT NULL REFERENCES compute_node ON DELETE CASCADE,
+    return_code INTEGER NOT NULL, exec_time_minutes REAL NOT NULL, completion_time TEXT NOT NULL,
+    status INTEGER NOT NULL, peak_memory_bytes INTEGER, avg_memory_bytes INTEGER,
+    peak_cpu_percent REAL, avg_cpu_percent REAL, stderr_tail TEXT,
+    UNIQUE (job_id, run_id, attempt_id)
+);
+CREATE INDEX result_workflow ON result (workflow_id);
+CREATE INDEX result_node ON result (compute_node_id);
+CREATE TABLE latest_result (                   -- what a list of results shows by default
+    job_id INTEGER PRIMARY KEY REFERENCES job ON DELETE CASCADE,
+    result_id INTEGER NOT NULL REFERENCES result ON DELETE CASCADE
+);
+CREATE INDEX latest_result_result ON latest_result (result_id);
+CREATE TABLE workflow_action (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    trigger_type TEXT NOT NULL, action_type TEXT NOT NULL, action_config TEXT NOT NULL,
+    job_ids TEXT, trigger_count INTEGER NOT NULL, required_triggers INTEGER NOT NULL,
+    executed INTEGER NOT NULL, executed_at TEXT,
+    executed_by INTEGER REFERENCES compute_node ON DELETE SET NULL,
+    persistent INTEGER NOT NULL, is_recovery INTEGER NOT NULL
+);
+CREATE INDEX workflow_action_workflow ON workflow_action (workflow_id);
+CREATE INDEX workflow_action_node ON workflow_action (executed_by);
+CREATE TABLE action_job (
+    job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    action_id INTEGER NOT NULL REFERENCES workflow_action ON DELETE CASCADE,
+    PRIMARY KEY (job_id, action_id)) WITHOUT ROWID;
+CREATE INDEX action_job_action ON action_job (action_id);
+CREATE TABLE event (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    timestamp INTEGER NOT NULL, data TEXT NOT NULL
+);
+CREATE INDEX event_workflow ON event (workflow_id)
+"""
+MIGRATIONS = (SCHEMA,)                    # step n brings a database from user_version n to n + 1
+
+# File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
+NETWORK_FILE_SYSTEMS = re.compile(
+    r"nfs|lustre|gpfs|beegfs|cifs|smb|ceph|afs|fuse|panfs|9p|glusterfs")
+CHUNK = 900                               # variables in a statement: SQLite before 3.32 takes 999
+
+
+def file_system(path):
+    """Type of the file system that holds `path`, as /proc/self/mountinfo names it, or ''."""
+    try:
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                words = line.split()
+                if words[2] == wanted:
+                    return words[words.index("-") + 1]
+    except (OSError, ValueError):
+        pass
+    return ""
+
+
+class HostLock:
+    """A lock beside a database on a network file system, which only one host may have open.
+
+    Processes of one host share it unless one is a server, which excludes all others. The file
+    names host and pid of whoever locked it first.
+    """
+
+    def __init__(self, path, exclusive):
+        import fcntl
+        import socket
+        host = socket.gethostname()
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(self.fd, 0)
+            os.pwrite(self.fd, compact({"host": host, "pid": os.getpid()}).encode(), 0)
+            if not exclusive:
+                fcntl.flock(self.fd, fcntl.LOCK_SH)
+        except BlockingIOError:
+            self._share(path, host, exclusive)
+        except OSError as error:
+            os.close(self.fd)
+            raise Unreachable(f"file locks do not work in {os.path.dirname(path)} "
+                              f"({error.strerror}): name a --database on a local disk") from None
+
+    def _share(self, path, host, exclusive):
+        import fcntl
+        try:
+            holder = json.loads(os.pread(self.fd, 1000, 0))
+        except ValueError:
+            holder = {}
+        try:
+            if exclusive or holder.get("host") != host:
+                raise BlockingIOError
+            fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.fd)
+            raise Unreachable(
+                f"database {path[:-5]} is in use on host {holder.get('host', 'unknown')} "
+                f"(pid {holder.get('pid', 'unknown')}): work there, or start a server there and "
+                "take --url") from None
+
+    def close(self):
+        """Release the lock."""
+        os.close(self.fd)
+
+
+class Store:
+    """A database file: one writer at a time, readers beside it, and news for those who wait.
+
+    path: the file, created (mode 0600) if absent. server: True excludes other hosts and processes
+    on a network file system. shared: other processes may write, so waiting looks once a second.
+    Raises Unreachable when the file cannot be used.
+    """
+
+    def __init__(self, path, server=False, shared=False, network=None):
+        self.path = os.path.abspath(path)
+        self.shared = shared
+        self.heard = {}                   # compute node: (time.monotonic() of its last step, step)
+        self.closing = False
+        self._lock = threading.RLock()    # before SQLite's own: nobody sleeps in its handler
+        self._writer_thread = None
+        self._news = set()
+        self._waiting = {}                # workflow: [condition, number of waiters]
+        self._waiting_lock = threading.Lock()
+        self._readers = []
+        self._host_lock = None
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise Unreachable(f"database {path}: {error.strerror}: name another with "
+                              "--database FILE") from None
+        if network is None:
+            network = bool(NETWORK_FILE_SYSTEMS.search(file_system(self.path)))
+        self._network = network
+        if network:
+            self._host_lock = HostLock(self.path + ".lock", server)
+        self._writer = self._connect()
+        self._migrate()
+        self.id = self.one("SELECT value FROM meta WHERE key = 'id'")[0]
+
+    def _connect(self):
+        import sqlite3
+        try:
+            connection = sqlite3.connect(self.path, timeout=45, isolation_level=None,
+                                         check_same_thread=False)
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute(f"PRAGMA journal_mode = {'DELETE' if self._network else 'WAL'}")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA journal_size_limit = 67108864")
+            return connection
+        except sqlite3.Error as error:
+            raise self._trouble(error) from None
+
+    def _trouble(self, error):
+        """What an error of SQLite means to the user."""
+        text = str(error)
+        if "locked" in text or "busy" in text:
+            text = ("locked by another process for 45 s: end that process, or name another "
+                    "--database")
+        elif "not a database" in text:
+            text = "not an SQLite database: name another with --database FILE"
+        elif "full" in text:
+            text = "the disk is full, so nothing was changed: free some space and try again"
+        elif "readonly" in text:
+            text = "not writable by you: name another with --database FILE"
+        return Unreachable(f"database {self.path}: {text}")
+
+    def _migrate(self):
+        import secrets
+        version = self.one("PRAGMA user_version")[0]
+        if version == len(MIGRATIONS):
+            return
+        with self.transaction():
+            version = self.one("PRAGMA user_version")[0]
+            if version > len(MIGRATIONS):
+                raise Unreachable(f"database {self.path} was made by a newer torc (its schema is "
+                                  f"{version}, this program knows {len(MIGRATIONS)}): use that one")
+            if version == 0 and self.one("SELECT count(*) FROM sqlite_master")[0]:
+                raise Unreachable(f"database {self.path} belongs to another program: name another "
+                                  "with --database FILE")
+            for step in MIGRATIONS[version:]:
+                for statement in re.sub(r"--[^\n]*", "", step).split(";"):
+                    self.execute(statement)
+            self.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (secrets.token_hex(8),))
+            self.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    def wake(self):
+        """End all waiting, now and in future: the program is about to stop."""
+        self.closing = True
+        with self._waiting_lock:
+            waiting = [condition for condition, _ in self._waiting.values()]
+        for condition in waiting:
+            with condition:
+                condition.notify_all()
+
+    def close(self):
+        """Wake all who wait and close the file."""
+        self.wake()
+        with self._lock:
+            for connection in (*self._readers, self._writer):
+                connection.close()
+            self._readers = []
+        if self._host_lock:
+            self._host_lock.close()
+
+    # ---- transactions and queries
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """The only BEGIN IMMEDIATE / COMMIT / ROLLBACK. Not to be nested."""
+        import sqlite3
+        news = set()
+        with self._lock:
+            self._news = set()
+            self._writer_thread = threading.get_ident()
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                yield
+                self._writer.execute("COMMIT")
+                news = self._news
+            except sqlite3.IntegrityError as error:
+                raise Internal(f"the store refuses this: {error}") from None
+            except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+                raise self._trouble(error) from error
+            finally:
+                self._writer_thread = None
+                if self._writer.in_transaction:      # SQLite may have rolled back by itself
+                    self._writer.execute("ROLLBACK")
+        for workflow_id in news:
+            self._tell(workflow_id)
+
+    def execute(self, sql, params=()):
+        """Run a statement inside the transaction of this thread; returns the number of rows."""
+        return self._writer.execute(sql, params).rowcount
+
+    def insert(self, sql, params=()):
+        """Run an INSERT inside the transaction of this thread; returns the new id."""
+        return self._writer.execute(sql, params).lastrowid
+
+    def insert_many(self, head, width, rows):
+        """Insert `rows` (tuples of `width` values) with few statements; head: INSERT INTO t (c)."""
+        per_statement = max(1, CHUNK // width)
+        one = "(" + ", ".join("?" * width) + ")"
+        for start in range(0, len(rows), per_statement):
+            chunk = rows[start:start + per_statement]
+            self._writer.execute(f"{head} VALUES " + ", ".join([one] * len(chunk)),
+                                 [value for row in chunk for value in row])
+
+    def query(self, sql, params=()):
+        """All rows of a SELECT, as tuples; inside a transaction it sees what that has written."""
+        import sqlite3
+        if self._writer_thread == threading.get_ident():
+            return self._writer.execute(sql, params).fetchall()
+        try:
+            connection = self._readers.pop()
+        except IndexError:
+            connection = self._connect()
+        try:
+            return connection.execute(sql, params).fetchall()
+        except sqlite3.Error as error:
+            raise self._trouble(error) from error
+        finally:
+            self._readers.append(connection)
+
+    def one(self, sql, params=()):
+        """The first row of a SELECT, or None."""
+        rows = self.query(sql, params)
+        return rows[0] if rows else None
+
+    def bulk(self, sql, width, params=()):
+        """All rows of a SELECT of `width` columns, fetched as one row of JSON: with another thread
+        busy, every row fetched by itself would wait for the interpreter's lock. Floats keep 15
+        digits."""
+        names = ", ".join(f"c{number}" for number in range(width))
+        return json.loads(self.one(f"WITH q ({names}) AS ({sql}) SELECT "
+                                   f"json_group_array(json_array({names})) FROM q", params)[0])
+
+    # ---- news
+
+    def news(self, workflow_id):
+        """Inside a transaction: wake those who wait for this workflow once it is committed."""
+        if workflow_id not in self._news:
+            self._news.add(workflow_id)
+            self.execute("UPDATE workflow SET generation = generation + 1 WHERE id = ?",
+                         (workflow_id,))
+
+    def _tell(self, workflow_id):
+        with self._waiting_lock:
+            condition = self._waiting.get(workflow_id, [None])[0]
+        if condition:
+            with condition:
+                condition.notify_all()
+
+    def wait_news(self, workflow_id, since, seconds):
+        """Wait until the workflow's generation differs from `since`, at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        with self._waiting_lock:
+            entry = self._waiting.setdefault(workflow_id, [threading.Condition(), 0])
+            entry[1] += 1
+        try:
+            with entry[0]:
+                while not self.closing:
+                    row = self.one("SELECT generation FROM workflow WHERE id = ?", (workflow_id,))
+                    left = deadline - time.monotonic()
+                    if not row or row[0] != since or left <= 0:
+                        break
+                    entry[0].wait(min(left, 1.0) if self.shared else left)
+        finally:
+            with self._waiting_lock:
+                entry[1] -= 1
+                if not entry[1]:
+                    self._waiting.pop(workflow_id, None)
+
+
+# ---- records: the generic operations, for any row of KINDS
+
+def to_column(field, value):
+    """A JSON value as SQLite keeps it."""
+    if value is None:
+        return None
+    if field.type == "status":
+        return STATUS_OF_NAME[value]
+    return compact(value) if field.type == "any" else value
+
+
+FROM_COLUMN = {"bool": bool, "status": STATUS_NAMES.__getitem__, "any": json.loads}
+
+
+def columns(kind):
+    """The fields of a kind that are columns of its table."""
+    return [field for field in kind.fields if field.type != "ints" and field.name != "status_id"]
+
+
+def to_record(kind_columns, row):
+    """A row as a client sees it: absent values are left out."""
+    record = {}
+    for field, value in zip(kind_columns, row):
+        if value is not None:
+            convert = FROM_COLUMN.get(field.type)
+            record[field.name] = convert(value) if convert else value
+    return record
+
+
+def not_found(kind, record_id):
+    """The error for a record that is not there."""
+    return NotFound(f"{kind.name[0].upper()}{kind.name[1:]} not found with ID: {record_id}")
+
+
+def fetch(store, kind, record_id):
+    """One record by id, as a dict. Raises NotFound."""
+    kind_columns = columns(kind)
+    row = store.one(f"SELECT {', '.join(field.name for field in kind_columns)} FROM {kind.table} "
+                    "WHERE id = ?", (record_id,))
+    if not row:
+        raise not_found(kind, record_id)
+    return to_record(kind_columns, row)
+
+
+def add(store, kind, values):
+    """Insert a record from a checked body; returns its id."""
+    given = [field for field in columns(kind)
+             if not field.server and values.get(field.name) is not None]
+    return store.insert(
+        f"INSERT INTO {kind.table} ({', '.join(field.name for field in given)}) "
+        f"VALUES ({', '.join('?' * len(given))})",
+        [to_column(field, values[field.name]) for field in given])
+
+
+def change(store, kind, record_id, values):
+    """Update the fields that `values` has, but never the workflow a record belongs to."""
+    given = [field for field in columns(kind) if not field.server
+             and field.name in values and field.name != "workflow_id"]
+    if given:
+        pairs = ", ".join(f"{field.name} = ?" for field in given)
+        store.execute(f"UPDATE {kind.table} SET {pairs} WHERE id = ?",
+                      [to_column(field, values[field.name]) for field in given] + [record_id])
+
+
+def remove(store, kind, record_id):
+    """Delete a record; SQLite's cascades take what hangs on it."""
+    store.execute(f"DELETE FROM {kind.table} WHERE id = ?", (record_id,))
+
+
+class Page(NamedTuple):
+    """Which part of a list is wanted."""
+
+    offset: int = 0
+    limit: int = MAX_LIMIT
+    sort_by: str | None = None
+    reverse: bool = False
+
+
+def envelope(items, page, total):
+    """The usual answer of a list."""
+    return {"items": items, "offset": page.offset, "max_limit": MAX_LIMIT, "count": len(items),
+            "total_count": total, "has_more": max(page.offset, 0) + len(items) < total}
+
+
+def listing(store, kind, page, where, params, without=()):
+    """A list envelope of the records for which the SQL condition `where` holds.
+
+    where: text made by this program, with ? for each of `params`; the table is called t.
+    """
+    kind_columns = [field for field in columns(kind) if field.name not in without]
+    sortable = {field.name for field in kind_columns} - set(kind.unsorted.split())
+    order = page.sort_by if page.sort_by in sortable else "id"
+    direction = "DESC" if page.reverse else "ASC"
+    names = ", ".join(f"t.{field.name}" for field in kind_columns)
+    source = f"FROM {kind.table} t WHERE {where}"
+    total = store.one(f"SELECT count(*) {source}", params)[0]
+    part = f"{source} ORDER BY t.{order} {direction}, t.id {direction} LIMIT ? OFFSET ?"
+    params = [*params, page.limit, max(page.offset, 0)]
+    sql = f"SELECT {names} {part}"
+    exact = any(field.type == "float" for field in kind_columns)
+    large = min(total, page.limit if page.limit >= 0 else total) > 500
+    rows = (store.bulk(sql, len(kind_columns), params) if large and not exact
+            else store.query(sql, params))
+    return envelope([to_record(kind_columns, row) for row in rows], page, total)
+
+
+# ==================================================================================================
+# 6 Engine
+# ==================================================================================================
+# What changes the state of jobs and workflows. Functions that write say "in a transaction": the
+# caller has opened one. A job's `unfinished` counts its dependencies outside the complete set and
+# is kept true by every change of status; `compute_node_id` names the node that may still have a
+# process of the job, and a ready job that has one is not handed out, so no two attempts overlap.
+
+NOT_COMPLETE = f"({UNINITIALIZED}, {BLOCKED}, {READY}, {PENDING}, {RUNNING}, {PENDING_FAILED})"
+COMPLETE = f"({', '.join(str(status) for status in COMPLETE_SET)})"
+IDS = "(SELECT value FROM json_each(?))"  # a list of ids as one parameter, of any length
+# Nodes of our runners hold a lease and report what they end; others' are never waited for.
+BEATING = "(SELECT id FROM compute_node WHERE workflow_id = ? AND beats = 1 AND is_active = 1)"
+
+
+class JobRow(NamedTuple):
+    """What the engine needs to know of a job before it changes it."""
+
+    id: int
+    workflow_id: int
+    name: str
+    status: int
+    attempt_id: int
+    compute_node_id: int | None
+    cascaded: int
+
+
+def job_row(store, job_id):
+    """The job's row. Raises NotFound."""
+    row = store.one(f"SELECT {', '.join(JobRow._fields)} FROM job WHERE id = ?", (job_id,))
+    if not row:
+        raise not_found(KINDS["job"], job_id)
+    return JobRow(*row)
+
+
+def workflow_row(store, workflow_id, names):
+    """The named columns of a workflow. Raises NotFound."""
+    row = store.one(f"SELECT {names} FROM workflow WHERE id = ?", (workflow_id,))
+    if not row:
+        raise not_found(KINDS["workflow"], workflow_id)
+    return row
+
+
+def is_complete(store, workflow_id):
+    """Whether the cancel flag is set or no job is outside the complete set or disabled."""
+    return bool(store.one(
+        "SELECT is_canceled OR NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
+        f" AND status IN {NOT_COMPLETE}) FROM workflow WHERE id = ?", (workflow_id,))[0])
+
+
+def counts(store, workflow_id):
+    """Jobs by status (all eleven names) and the flags of the workflow. Raises NotFound."""
+    run_id, canceled, archived = workflow_row(store, workflow_id,
+                                              "run_id, is_canceled, is_archived")
+    number = dict(store.query("SELECT status, count(*) FROM job WHERE workflow_id = ? "
+                              "GROUP BY status", (workflow_id,)))
+    answer = {name: number.get(status, 0) for status, name in enumerate(STATUS_NAMES)}
+    answer["total"] = sum(number.values())
+    open_jobs = answer["total"] - answer["disabled"] - sum(
+        number.get(status, 0) for status in COMPLETE_SET)
+    return {**answer, "run_id": run_id, "is_canceled": bool(canceled),
+            "is_archived": bool(archived), "is_complete": bool(canceled) or not open_jobs}
+
+
+def store_event(store, workflow_id, now, event):
+    """In a transaction: keep an event that clients can list."""
+    return store.insert("INSERT INTO event (workflow_id, timestamp, data) VALUES (?, ?, ?)",
+                        (workflow_id, int(now * 1000), compact(event)))
+
+
+# ---- dependencies: counting, freeing, canceling
+
+def recount(store, workflow_id):
+    """In a transaction: set `unfinished` of every job from the dependencies' statuses."""
+    store.execute(
+        "UPDATE job SET unfinished = (SELECT count(*) FROM job_dependency d JOIN job p"
+        " ON p.id = d.depends_on_job_id WHERE d.job_id = job.id"
+        f" AND p.status NOT IN {COMPLETE}) WHERE workflow_id = ?", (workflow_id,))
+
+
+def shift_dependents(store, job_ids, difference):
+    """In a transaction: jobs entered (-1) or left (+1) the complete set; count their dependents."""
+    for job_id in job_ids:
+        store.execute("UPDATE job SET unfinished = unfinished + ? WHERE id IN"
+                      " (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)",
+                      (difference, job_id))
+
+
+def settle(store, workflow_id, candidates):
+    """In a transaction: free or cancel those of `candidates` that wait for nothing any more.
+
+    A blocked job is canceled if it wants that and a dependency ended badly: failed, canceled or
+    terminated, with a return code other than 0 or with no result (a canceled job has none, so
+    that everything downstream of a failure is canceled). Else it is ready. Canceled jobs settle
+    their own dependents in turn. Returns the ids made ready.
+    """
+    freed, ended = [], []
+    while candidates:
+        waiting = store.query(
+            "SELECT id, cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM job_dependency d"
+            " JOIN job p ON p.id = d.depends_on_job_id LEFT JOIN latest_result l ON l.job_id = p.id"
+            " LEFT JOIN result r ON r.id = l.result_id WHERE d.job_id = job.id AND p.status IN"
+            f" ({FAILED}, {CANCELED}, {TERMINATED}) AND (r.id IS NULL OR r.return_code <> 0))"
+            f" FROM job WHERE id IN {IDS} AND status = {BLOCKED} AND unfinished = 0",
+            (compact(candidates),))
+        freed += [job_id for job_id, doomed in waiting if not doomed]
+        doomed_ids = [job_id for job_id, doomed in waiting if doomed]
+        candidates = end_jobs(store, doomed_ids, CANCELED, cascaded=1) if doomed_ids else []
+        ended += doomed_ids
+    if freed:
+        store.execute(f"UPDATE job SET status = {READY} WHERE id IN {IDS}", (compact(freed),))
+        count_triggers(store, workflow_id, "on_jobs_ready", freed)
+    if ended:
+        count_triggers(store, workflow_id, "on_jobs_complete", ended)
+    return freed
+
+
+def end_jobs(store, job_ids, status, cascaded=0):
+    """In a transaction: put jobs into the complete set; returns the ids of their dependents."""
+    text = compact(job_ids)
+    store.execute(f"UPDATE job SET status = ?, cascaded = ? WHERE id IN {IDS}",
+                  (status, cascaded, text))
+    shift_dependents(store, job_ids, -1)
+    return [row[0] for row in store.query(
+        f"SELECT DISTINCT job_id FROM job_dependency WHERE depends_on_job_id IN {IDS}", (text,))]
+
+
+def undo_cascade(store, job_ids):
+    """In a transaction: jobs that only the cascade below `job_ids` canceled are blocked again."""
+    below = [row[0] for row in store.query(
+        "WITH RECURSIVE below (id) AS (SELECT j.id FROM job_dependency d JOIN job j"
+        f" ON j.id = d.job_id WHERE d.depends_on_job_id IN {IDS} AND j.status = {CANCELED}"
+        " AND j.cascaded = 1 UNION SELECT j.id FROM below JOIN job_dependency d"
+        " ON d.depends_on_job_id = below.id JOIN job j ON j.id = d.job_id"
+        f" WHERE j.status = {CANCELED} AND j.cascaded = 1) SELECT id FROM below",
+        (compact(job_ids),))]
+    if below:
+        store.execute(f"UPDATE job SET status = {BLOCKED}, cascaded = 0 WHERE id IN {IDS}",
+                      (compact(below),))
+        shift_dependents(store, below, 1)
+
+
+def leave_complete(store, job, status):
+    """In a transaction: a job leaves the complete set; what its failure canceled is undone."""
+    if job.status in COMPLETE_SET:
+        shift_dependents(store, [job.id], 1)
+        undo_cascade(store, [job.id])
+    store.execute("UPDATE job SET status = ?, cascaded = 0 WHERE id = ?", (status, job.id))
+
+
+def finish(store, job, status, node=None):
+    """In a transaction: a job's attempt has ended as `status`; free or cancel its dependents.
+
+    node: what compute_node_id becomes (None once no process of the job is left). Returns the ids
+    made ready.
+    """
+    store.execute("UPDATE job SET status = ?, compute_node_id = ?, cascaded = 0 WHERE id = ?",
+                  (status, node, job.id))
+    freed = []
+    if status in COMPLETE_SET:
+        store.execute("UPDATE job SET unfinished = unfinished - 1 WHERE id IN"
+                      " (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)", (job.id,))
+        dependents = [row[0] for row in store.query(
+            "SELECT d.job_id FROM job_dependency d JOIN job j ON j.id = d.job_id WHERE"
+            f" d.depends_on_job_id = ? AND j.unfinished = 0 AND j.status = {BLOCKED}", (job.id,))]
+        if dependents:
+            freed = settle(store, job.workflow_id, dependents)
+    count_triggers(store, job.workflow_id, "on_jobs_complete", [job.id])
+    return freed
+
+
+def check_end(store, workflow_id):
+    """In a transaction, after jobs have ended: tell and trigger if that was the last one."""
+    if is_complete(store, workflow_id):
+        store.execute("UPDATE workflow_action SET trigger_count = required_triggers WHERE"
+                      " workflow_id = ? AND trigger_type = 'on_workflow_complete'", (workflow_id,))
+        store.news(workflow_id)
+
+
+# ---- initialize and reset
+
+def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemeral=False):
+    """In a transaction: derive dependencies, then make every job blocked or ready that should be.
+
+    Upstream: initialize_jobs, both modes. Neither run_id nor attempt_id changes.
+    """
+    workflow_row(store, workflow_id, "id")
+    derive_dependencies(store, workflow_id)
+    if clear_ephemeral:
+        store.execute("UPDATE user_data SET data = NULL WHERE workflow_id = ? AND is_ephemeral = 1",
+                      (workflow_id,))
+    if only_uninitialized:
+        reset_downstream(store, workflow_id)
+    recount(store, workflow_id)
+    only = f"AND status = {UNINITIALIZED}" if only_uninitialized else ""
+    store.execute(f"UPDATE job SET status = {BLOCKED}, cascaded = 0 WHERE workflow_id = ?"
+                  f" AND unfinished > 0 {only}", (workflow_id,))
+    store.execute(
+        f"UPDATE job SET status = {READY}, cascaded = 0 WHERE workflow_id = ? AND status NOT IN"
+        f" ({DISABLED}, {BLOCKED}, {COMPLETED}, {FAILED}, {CANCELED}, {READY})", (workflow_id,))
+    recount(store, workflow_id)
+    disown(store, workflow_id)
+    store.execute("DELETE FROM latest_result WHERE job_id IN (SELECT id FROM job WHERE"
+                  f" workflow_id = ? AND status NOT IN {COMPLETE})", (workflow_id,))
+    hashes = sorted(input_hashes(store, workflow_id).items())
+    store.insert_many("INSERT OR REPLACE INTO job_input_hash (job_id, hash)", 2, hashes)
+    reset_actions(store, workflow_id)
+    store.news(workflow_id)
+
+
+def derive_dependencies(store, workflow_id):
+    """In a transaction: whoever reads a file or user data depends on whoever writes it."""
+    for what, key in (("file", "file_id"), ("user_data", "user_data_id")):
+        store.execute(
+            f"INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM {what} t"
+            f" JOIN job_input_{what} i ON i.{key} = t.id JOIN job_output_{what} o ON o.{key} = t.id"
+            " WHERE t.workflow_id = ?", (workflow_id,))
+
+
+def reset_downstream(store, workflow_id):
+    """In a transaction: everything downstream of an uninitialized job becomes uninitialized."""
+    store.execute(
+        "WITH RECURSIVE below (id) AS (SELECT d.job_id FROM job j JOIN job_dependency d"
+        f" ON d.depends_on_job_id = j.id WHERE j.workflow_id = ? AND j.status = {UNINITIALIZED}"
+        " UNION SELECT d.job_id FROM below JOIN job_dependency d ON d.depends_on_job_id = below.id)"
+        f" UPDATE job SET status = {UNINITIALIZED}, cascaded = 0 WHERE id IN below", (workflow_id,))
+
+
+def disown(store, workflow_id):
+    """In a transaction: jobs that run no more belong to nobody, unless a live runner of ours must
+    still end their process and say so."""
+    store.execute(
+        # The + keeps SQLite from walking the whole workflow: few jobs have a node (index job_node).
+        "UPDATE job SET compute_node_id = NULL WHERE +workflow_id = ? AND status NOT IN"
+        f" ({PENDING}, {RUNNING}) AND compute_node_id IS NOT NULL"
+        f" AND compute_node_id NOT IN {BEATING}", (workflow_id, workflow_id))
+
+
+def input_hashes(store, workflow_id):
+    """Job id: SHA-256 over what decides a job's outcome.
+
+    Command, invocation script, dependencies, input and output files, user data and the contents
+    of the user data read. Not: resources, priority, file times. Upstream: the job input hash.
+    """
+    ids = {name: {} for name in RELATIONS}
+    for name, (table, mine, theirs) in RELATIONS.items():
+        for job_id, other in store.bulk(
+                f"SELECT r.{mine}, r.{theirs} FROM job j JOIN {table} r ON r.{mine} = j.id"
+                " WHERE j.workflow_id = ?", 2, (workflow_id,)):
+            ids[name].setdefault(job_id, []).append(other)
+    contents = dict(store.query("SELECT id, data FROM user_data WHERE workflow_id = ?",
+                                (workflow_id,)))
+    jobs = store.bulk("SELECT id, command, invocation_script FROM job WHERE workflow_id = ?", 3,
+                      (workflow_id,))
+    hashes = {}
+    for job_id, command, script in jobs:
+        parts = [command, script or ""] + [sorted(of_job[job_id]) if job_id in of_job else 0
+                                           for of_job in ids.values()]
+        read = ids["input_user_data_ids"].get(job_id)
+        if read:
+            parts.append([contents.get(other) for other in sorted(read)])
+        hashes[job_id] = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashes
+
+
+def changed_jobs(store, workflow_id):
+    """(id, name) of jobs whose input hash differs from the one stored at initialization, by id."""
+    stored = store.query(
+        "SELECT j.id, j.name, h.hash FROM job j JOIN job_input_hash h ON h.job_id = j.id"
+        " WHERE j.workflow_id = ? ORDER BY j.id", (workflow_id,))
+    present = input_hashes(store, workflow_id)
+    return [(job_id, name) for job_id, name, old in stored if present[job_id] != old]
+
+
+def reset_jobs(store, workflow_id, failed_only=False):
+    """In a transaction: back to uninitialized; returns how many (the dependents not counted).
+
+    failed_only: failed, canceled, terminated and pending_failed jobs, and what of the complete set
+    lies downstream of them. Else all jobs, disabled ones included. Upstream: reset_job_status.
+    """
+    if failed_only:
+        which = f"status IN ({FAILED}, {CANCELED}, {TERMINATED}, {PENDING_FAILED})"
+        downstream = [row[0] for row in store.query(
+            "WITH RECURSIVE below (id) AS (SELECT d.job_id FROM job j JOIN job_dependency d"
+            f" ON d.depends_on_job_id = j.id WHERE j.workflow_id = ? AND j.{which}"
+            " UNION SELECT d.job_id FROM below JOIN job_dependency d"
+            " ON d.depends_on_job_id = below.id) SELECT b.id FROM below b JOIN job j ON j.id = b.id"
+            f" WHERE j.status IN {COMPLETE}", (workflow_id,))]
+    else:
+        which, downstream = f"status <> {UNINITIALIZED}", []
+    updated = store.execute(f"UPDATE job SET status = {UNINITIALIZED}, cascaded = 0"
+                            f" WHERE workflow_id = ? AND {which}", (workflow_id,))
+    store.execute(f"UPDATE job SET status = {UNINITIALIZED}, cascaded = 0 WHERE id IN {IDS}",
+                  (compact(downstream),))
+    recount(store, workflow_id)
+    disown(store, workflow_id)
+    store.news(workflow_id)
+    return updated
+
+
+def cancel_workflow(store, workflow_id, user, now):
+    """In a transaction: set the flag; pending and running jobs are canceled, others untouched."""
+    workflow_row(store, workflow_id, "id")
+    jobs = [row[0] for row in store.query(
+        f"SELECT id FROM job WHERE workflow_id = ? AND status IN ({PENDING}, {RUNNING})",
+        (workflow_id,))]
+    end_jobs(store, jobs, CANCELED)
+    disown(store, workflow_id)
+    store.execute("UPDATE workflow SET is_canceled = 1 WHERE id = ?", (workflow_id,))
+    store_event(store, workflow_id, now, {"category": "workflow_canceled", "user": user,
+                                          "workflow_id": workflow_id})
+    store.news(workflow_id)
+
+
+def reset_workflow(store, workflow_id, force, user, now):
+    """In a transaction: clear the workflow's flags. Raises Invalid.
+
+    Upstream: reset_workflow_status.
+    """
+    archived = workflow_row(store, workflow_id, "is_archived")[0]
+    if archived:
+        raise Invalid(f"workflow {workflow_id} is archived: torc workflows archive false "
+                      f"{workflow_id} brings it back")
+    busy = store.one("SELECT (SELECT count(*) FROM job WHERE workflow_id = ? AND status IN"
+                     f" ({PENDING}, {RUNNING})), (SELECT count(*) FROM scheduled_compute_node"
+                     " WHERE workflow_id = ? AND status IN ('pending', 'active'))",
+                     (workflow_id, workflow_id))
+    if any(busy) and not force:
+        raise Invalid(f"workflow {workflow_id} is at work ({busy[0]} jobs pending or running, "
+                      f"{busy[1]} allocations scheduled): cancel it first, or take --force")
+    store.execute("UPDATE workflow SET is_canceled = 0, is_archived = 0,"
+                  " has_detected_need_to_run_completion_script = 0 WHERE id = ?", (workflow_id,))
+    settle(store, workflow_id, [row[0] for row in store.query(
+        f"SELECT id FROM job WHERE workflow_id = ? AND status = {BLOCKED} AND unfinished = 0",
+        (workflow_id,))])
+    store_event(store, workflow_id, now, {
+        "category": "user_action", "action": "reset_workflow_status", "user": user,
+        "workflow_id": workflow_id, "force": force})
+    store.news(workflow_id)
+
+
+# ---- claims
+
+class Capacity:
+    """What is free for claimed jobs: values of one node, times `nodes`.
+
+    A job of several nodes takes whole ones; single-node jobs share the rest, and only the sum is
+    checked. None for cpus means that resources do not count.
+    """
+
+    def __init__(self, cpus, memory, gpus, nodes):
+        self.node = (cpus, memory, gpus)
+        self.nodes = max(nodes, 1)
+        self.whole = 0
+        self.shared = (0, 0, 0)
+
+    def free(self):
+        """What a single-node job may still take: (cpus, memory_bytes, gpus)."""
+        rest = self.nodes - self.whole
+        return tuple(one * rest - used for one, used in zip(self.node, self.shared))
+
+    def take(self, need, nodes):
+        """Take (cpus, memory, gpus) on `nodes` nodes if they fit; says whether they did."""
+        if nodes > 1:
+            rest = self.nodes - self.whole - nodes
+            if rest < 0 or any(used > one * rest for one, used in zip(self.node, self.shared)):
+                return False
+            self.whole += nodes
+            return True
+        if any(want > free for want, free in zip(need, self.free())):
+            return False
+        self.shared = tuple(used + want for used, want in zip(self.shared, need))
+        return True
+
+
+def candidates(store, workflow_id, limit, fit="1", params=()):
+    """Ready jobs in claim order as (id, requirement id, cpus, memory, gpus, nodes).
+
+    fit: SQL condition on r (the requirement) and j (the job). Uses the index job_claim.
+    """
+    return store.query(
+        "SELECT j.id, r.id, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes FROM job j"
+        " CROSS JOIN resource_requirements r ON r.id = j.resource_requirements_id"
+        f" WHERE j.workflow_id = ? AND j.status = {READY} AND j.compute_node_id IS NULL AND {fit}"
+        " ORDER BY j.priority DESC, j.id LIMIT ?", (workflow_id, *params, limit))
+
+
+def mark_pending(store, job_ids, node_id=None):
+    """In a transaction: jobs are claimed, by a node if that is known."""
+    store.execute(f"UPDATE job SET status = {PENDING}, compute_node_id = ? WHERE id IN {IDS}",
+                  (node_id, compact(job_ids)))
+
+
+def claim_next(store, workflow_id, limit):
+    """In a transaction: claim ready jobs whatever they need; ids in claim order.
+
+    Upstream: claim_next_jobs. Raises NotFound.
+    """
+    if workflow_row(store, workflow_id, "is_canceled")[0] or limit == 0:
+        return []
+    chosen = [row[0] for row in candidates(store, workflow_id, limit)]
+    mark_pending(store, chosen)
+    return chosen
+
+
+def fit_condition(want):
+    """SQL condition and parameters for a requirement and job that suit a node's request."""
+    sql = ["r.num_cpus <= ?", "r.memory_bytes <= ?", "r.num_gpus <= ?", "r.num_nodes <= ?"]
+    params = [want["num_cpus"], want["memory_bytes"], want["num_gpus"], want["num_nodes"]]
+    if want.get("time_left_s") is not None:
+        sql.append("r.runtime_s <= ?")
+        params.append(want["time_left_s"])
+    return " AND ".join(sql), params
+
+
+def scheduler_condition(store, workflow_id, fit, params, scheduler_id, strict):
+    """Narrow `fit` to jobs of this scheduler or of none; all jobs if there are none such, unless
+    strict."""
+    narrow = f"{fit} AND (j.scheduler_id IS NULL OR j.scheduler_id = ?)"
+    narrow_params = [*params, scheduler_id]
+    if strict or candidates(store, workflow_id, 1, narrow, narrow_params):
+        return narrow, narrow_params
+    return fit, params
+
+
+def claim_by_resources(store, workflow_id, limit, want, strict):
+    """In a transaction: claim the ready jobs that fit; ids in claim order.
+
+    want: num_cpus, memory_bytes, num_gpus, num_nodes (free, per node), time_left_s,
+    scheduler_config_id. The limit cuts the candidates before they are packed, as upstream does:
+    claim_jobs_based_on_resources. Raises NotFound.
+    """
+    fit, params = scheduler_condition(store, workflow_id, *fit_condition(want),
+                                      want.get("scheduler_config_id"), strict)
+    capacity = Capacity(want["num_cpus"], want["memory_bytes"], want["num_gpus"], want["num_nodes"])
+    if want["num_nodes"] < 1:
+        return []
+    chosen = [job_id for job_id, _, cpus, memory, gpus, nodes
+              in candidates(store, workflow_id, limit, fit, params)
+              if capacity.take((cpus, memory, gpus), nodes)]
+    mark_pending(store, chosen)
+    return chosen
+
+
+def claim_for_runner(store, workflow_id, node_id, claim):
+    """In a transaction: claim what fits now, round by round until nothing more does.
+
+    claim: see runner_step. Returns (ids of jobs that fit, ids of prefetched ones).
+    """
+    fit, params = "1", []
+    capacity = None
+    limit = claim.get("limit", 0)
+    chosen = []
+    if claim.get("num_cpus") is not None:
+        capacity = Capacity(claim["num_cpus"], claim["memory_bytes"], claim["num_gpus"],
+                            claim["num_nodes"])
+    while len(chosen) < limit:
+        if capacity:
+            cpus, memory, gpus = capacity.free()
+            fit, params = fit_condition({
+                "num_cpus": capacity.node[0], "memory_bytes": capacity.node[1],
+                "num_gpus": capacity.node[2], "num_nodes": capacity.nodes - capacity.whole,
+                "time_left_s": claim.get("time_left_s")})
+            fit += (" AND (r.num_nodes > 1 OR"
+                    " (r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ?))")
+            params += [cpus, memory, gpus]
+        elif claim.get("time_left_s") is not None:
+            fit, params = "r.runtime_s <= ?", [claim["time_left_s"]]
+        fit, params = scheduler_condition(
+            store, workflow_id, fit, params, claim.get("scheduler_config_id"),
+            claim.get("strict_scheduler_match", False))
+        found = candidates(store, workflow_id, limit - len(chosen), fit, params)
+        taken = [row[0] for row in found
+                 if capacity is None or capacity.take(row[2:5], row[5])]
+        if not taken:
+            break
+        mark_pending(store, taken, node_id)
+        chosen += taken
+        if capacity is None or len(taken) == len(found) < limit:
+            break
+    return chosen, prefetch(store, workflow_id, node_id, claim.get("prefetch"))
+
+
+def prefetch(store, workflow_id, node_id, want):
+    """In a transaction: claim a few jobs of one requirement, whatever is free; their ids."""
+    if not want or want["limit"] < 1:
+        return []
+    chosen = [row[0] for row in candidates(store, workflow_id, min(want["limit"], 64),
+                                           "r.id = ?", (want["resource_requirements_id"],))]
+    mark_pending(store, chosen, node_id)
+    return chosen
+
+
+# ---- one conversation per runner
+
+RESULT_COLUMNS = ("workflow_id", "job_id", "run_id", "attempt_id", "compute_node_id", "return_code",
+                  "exec_time_minutes", "completion_time", "status", "peak_memory_bytes",
+                  "avg_memory_bytes", "peak_cpu_percent", "avg_cpu_percent", "stderr_tail")
+
+
+def store_result(store, values, replace=False):
+    """In a transaction: insert a result (columns of RESULT_COLUMNS) and make it the latest."""
+    verb = "INSERT OR REPLACE" if replace else "INSERT"
+    result_id = store.insert(
+        f"{verb} INTO result ({', '.join(RESULT_COLUMNS)}) VALUES"
+        f" ({', '.join('?' * len(RESULT_COLUMNS))})", [values.get(name) for name in RESULT_COLUMNS])
+    store.execute("INSERT OR REPLACE INTO latest_result VALUES (?, ?)",
+                  (values["job_id"], result_id))
+    return result_id
+
+
+def take_completion(store, workflow_id, node_id, done):
+    """In a transaction: apply one completion a runner reports; returns the ids made ready.
+
+    Counts once: the same (job, run, attempt) again changes nothing, except that it replaces the
+    -128 which stands for a runner believed dead. A completion of an attempt that the job has left
+    behind (canceled, reset, taken over) is kept as a result and changes no status.
+    """
+    try:
+        job = job_row(store, done["job_id"])
+    except NotFound:
+        return []                         # deleted meanwhile
+    if job.workflow_id != workflow_id:
+        return []
+    values = {**done, "workflow_id": workflow_id, "compute_node_id": node_id,
+              "status": STATUS_OF_NAME[done["status"]]}
+    earlier = store.one("SELECT return_code FROM result WHERE job_id = ? AND run_id = ?"
+                        " AND attempt_id = ?", (job.id, done["run_id"], done["attempt_id"]))
+    mine = job.compute_node_id == node_id
+    same = job.attempt_id == done["attempt_id"]
+    if mine and same and job.status in (PENDING, RUNNING):
+        store_result(store, values, replace=bool(earlier))
+        return apply_completion(store, job, values)
+    if earlier and earlier[0] == ORPHAN_RETURN_CODE and done["return_code"] != ORPHAN_RETURN_CODE:
+        store_result(store, values, replace=True)
+        if same and job.status == FAILED and not job.compute_node_id:
+            leave_complete(store, job, RUNNING)
+            return apply_completion(store, job._replace(status=RUNNING), values)
+    elif not earlier:
+        latest = store.one("SELECT result_id FROM latest_result WHERE job_id = ?", (job.id,))
+        store_result(store, values)
+        if latest and not same:
+            store.execute("UPDATE latest_result SET result_id = ? WHERE job_id = ?",
+                          (latest[0], job.id))
+    if mine:
+        disown_job(store, job)
+    return []
+
+
+def apply_completion(store, job, values):
+    """In a transaction: the job's status follows its completion; returns the ids made ready."""
+    for file in values.get("output_files") or ():
+        store.execute("UPDATE file SET st_mtime = ? WHERE id = ? AND workflow_id = ?",
+                      (file["st_mtime"], file["id"], job.workflow_id))
+    if values.get("requeue"):
+        return requeue(store, job)
+    return finish(store, job, values["status"])
+
+
+def requeue(store, job):
+    """In a transaction: the job is ready again with the next attempt; returns its id in a list."""
+    store.execute(f"UPDATE job SET status = {READY}, attempt_id = attempt_id + 1,"
+                  " compute_node_id = NULL WHERE id = ?", (job.id,))
+    count_triggers(store, job.workflow_id, "on_jobs_ready", [job.id])
+    return [job.id]
+
+
+def disown_job(store, job):
+    """In a transaction: no process of the job is left, so it may be handed out again."""
+    store.execute("UPDATE job SET compute_node_id = NULL WHERE id = ?", (job.id,))
+    if job.status == READY:
+        store.news(job.workflow_id)
+
+
+def take_starts(store, workflow_id, node_id, starts):
+    """In a transaction: claimed jobs of this node have begun to run."""
+    for start in starts:
+        store.execute(f"UPDATE job SET status = {RUNNING} WHERE id = ? AND workflow_id = ?"
+                      f" AND attempt_id = ? AND compute_node_id = ? AND status = {PENDING}",
+                      (start["job_id"], workflow_id, start["attempt_id"], node_id))
+
+
+def take_returns(store, workflow_id, node_id, returns):
+    """In a transaction: claimed jobs that never started go back; returns their ids."""
+    back = []
+    for job in returns:
+        if store.execute(f"UPDATE job SET status = {READY}, compute_node_id = NULL WHERE id = ?"
+                         " AND workflow_id = ? AND attempt_id = ? AND compute_node_id = ?"
+                         f" AND status = {PENDING}",
+                         (job["job_id"], workflow_id, job["attempt_id"], node_id)):
+            back.append(job["job_id"])
+    return back
+
+
+def compare_held(store, workflow_id, node_id, held):
+    """In a transaction: what this node must stop, and which of its pending jobs it does not know.
+
+    Returns (stop list of the answer, ids to hand out again). Jobs the node no longer has and that
+    have left pending and running are free of it.
+    """
+    owned = {row[0]: JobRow(*row) for row in store.query(
+        f"SELECT {', '.join(JobRow._fields)} FROM job WHERE compute_node_id = ?", (node_id,))}
+    stop, known = [], set()
+    for job_id, attempt_id in held:
+        known.add(job_id)
+        job = owned.get(job_id)
+        if not job or job.attempt_id != attempt_id or job.status not in (PENDING, RUNNING):
+            row = store.one("SELECT status FROM job WHERE id = ?", (job_id,))
+            stop.append({"job_id": job_id, "attempt_id": attempt_id,
+                         "status": STATUS_NAMES[row[0]] if row else "deleted"})
+    lost = [job.id for job in owned.values() if job.id not in known and job.status == PENDING]
+    for job in owned.values():
+        if job.id not in known and job.status not in (PENDING, RUNNING):
+            disown_job(store, job)
+    return stop, lost
+
+
+def claimed_jobs(store, job_ids, run_id, prefetched=()):
+    """Claimed jobs as the runner needs them, in the order of `job_ids`, and their requirements."""
+    names = ("id", "workflow_id", "name", "command", "invocation_script",
+             "resource_requirements_id", "failure_handler_id", "attempt_id", "priority", "stdio")
+    text = compact(job_ids)
+    rows = {row[0]: row for row in store.query(
+        f"SELECT {', '.join(names)} FROM job WHERE id IN {IDS}", (text,))}
+    jobs = [{name: value for name, value in zip(names, rows[job_id]) if value is not None}
+            for job_id in job_ids]
+    by_id = {job["id"]: job for job in jobs}
+    for job in jobs:
+        job["run_id"] = run_id
+        if job["id"] in prefetched:
+            job["prefetched"] = True
+    for job_id, file_id, path in store.query(
+            "SELECT o.job_id, f.id, f.path FROM job_output_file o JOIN file f ON f.id = o.file_id"
+            f" WHERE o.job_id IN {IDS} ORDER BY f.id", (text,)):
+        by_id[job_id].setdefault("output_files", []).append({"id": file_id, "path": path})
+    kind = KINDS["resource_requirements"]
+    wanted = compact(sorted({job["resource_requirements_id"] for job in jobs}))
+    requirements = store.query(
+        f"SELECT {', '.join(field.name for field in kind.fields)} FROM resource_requirements"
+        f" WHERE id IN {IDS}", (wanted,))
+    return jobs, {str(row[0]): to_record(kind.fields, row) for row in requirements}
+
+
+def runner_step(store, workflow_id, step, now):
+    """In a transaction: take what a runner reports and give it work; never waits.
+
+    step: compute_node_id, step number, starts, completions, returns, held, claim, counts, closing,
+    replay. A repeated step (its answer was lost) counts nothing twice and claims nothing new, but
+    hands out again what is assigned to the node and not in `held`. A step older than the last one
+    changes nothing. Raises NotFound.
+    """
+    run_id, canceled, minutes = workflow_row(
+        store, workflow_id, "run_id, is_canceled, compute_node_wait_for_healthy_database_minutes")
+    node_id, number = step["compute_node_id"], step.get("step", 0)
+    node = store.one("SELECT is_active, beats FROM compute_node WHERE id = ? AND workflow_id = ?",
+                     (node_id, workflow_id))
+    if not node:
+        raise not_found(KINDS["compute_node"], node_id)
+    replay = bool(step.get("replay"))
+    last = store.heard.get(node_id, (0, 0))[1]
+    answer = {"jobs": [], "requirements": {}, "stop": [], "run_id": run_id}
+    if not replay and number < last:
+        return {**answer, **situation(store, workflow_id), "lease_s": lease_s(minutes)}
+    if not replay:
+        store.heard[node_id] = (time.monotonic(), number)
+        if node != (1, 1):
+            store.execute("UPDATE compute_node SET is_active = 1, beats = 1 WHERE id = ?",
+                          (node_id,))
+    freed = []
+    take_starts(store, workflow_id, node_id, step.get("starts") or ())
+    for done in step.get("completions") or ():
+        freed += take_completion(store, workflow_id, node_id, done)
+    if replay or number != last:
+        freed += take_returns(store, workflow_id, node_id, step.get("returns") or ())
+    if not replay:
+        answer["stop"], lost = compare_held(store, workflow_id, node_id, step.get("held") or ())
+        claim = step.get("claim")
+        chosen, extra = lost, []
+        if claim and not canceled and number != last:
+            claimed, extra = claim_for_runner(store, workflow_id, node_id, claim)
+            chosen = lost + claimed
+        if chosen or extra:
+            answer["jobs"], answer["requirements"] = claimed_jobs(
+                store, chosen + extra, run_id, extra)
+    if step.get("completions"):
+        check_end(store, workflow_id)
+    if step.get("closing"):
+        close_node(store, node_id, now)
+    answer.update(situation(store, workflow_id))
+    if freed and answer["has_ready"] or step.get("closing"):
+        store.news(workflow_id)           # others may want what this runner left
+        answer.update(situation(store, workflow_id))
+    answer["lease_s"] = lease_s(minutes)
+    if step.get("counts"):
+        answer["counts"] = counts(store, workflow_id)
+    return answer
+
+
+def lease_s(minutes):
+    """How long a runner may be silent before it counts as dead."""
+    return minutes * 60 + LEASE_MARGIN_S
+
+
+def situation(store, workflow_id):
+    """What a waiting client wants to know of a workflow. Raises NotFound."""
+    generation, canceled = workflow_row(store, workflow_id, "generation, is_canceled")
+    ready, pending = store.one(
+        f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status = {READY}"
+        " AND compute_node_id IS NULL), EXISTS (SELECT 1 FROM workflow_action WHERE"
+        " workflow_id = ? AND trigger_count >= required_triggers AND executed = 0)",
+        (workflow_id, workflow_id))
+    return {"generation": generation, "has_ready": bool(ready), "is_canceled": bool(canceled),
+            "is_complete": is_complete(store, workflow_id), "pending_actions": bool(pending)}
+
+
+# ---- nodes that die
+
+def close_node(store, node_id, now):
+    """In a transaction: the node's runner has ended; whatever it owned is nobody's."""
+    store.execute("UPDATE compute_node SET is_active = 0, duration_seconds = ?"
+                  " - strftime('%s', start_time) WHERE id = ? AND is_active = 1",
+                  (round(now, 3), node_id))
+    store.execute(f"UPDATE job SET compute_node_id = NULL WHERE compute_node_id = ? AND status"
+                  f" NOT IN ({PENDING}, {RUNNING})", (node_id,))
+    store.heard.pop(node_id, None)
+
+
+def orphan_result(job, run_id, node_id, now):
+    """The result that stands for an attempt whose runner died."""
+    return {"workflow_id": job.workflow_id, "job_id": job.id, "run_id": run_id,
+            "attempt_id": job.attempt_id, "compute_node_id": node_id,
+            "return_code": ORPHAN_RETURN_CODE, "exec_time_minutes": 0.0,
+            "completion_time": iso_time(now), "status": FAILED,
+            "stderr_tail": f"torc: the runner on compute node {node_id} died"}
+
+
+def release_node(store, node_id, now):
+    """In a transaction: a node's runner is proven dead, so its jobs are ready again.
+
+    Running ones keep a result (-128) of the attempt that was lost; the next attempt has the next
+    number. Returns (requeued ids, number of canceled jobs freed of the node). Raises NotFound.
+    """
+    row = store.one("SELECT workflow_id FROM compute_node WHERE id = ?", (node_id,))
+    if not row:
+        raise not_found(KINDS["compute_node"], node_id)
+    run_id, canceled = workflow_row(store, row[0], "run_id, is_canceled")
+    requeued, freed = [], 0
+    for job in owned_jobs(store, node_id):
+        if job.status == RUNNING:
+            store_result(store, orphan_result(job, run_id, node_id, now), replace=True)
+        if job.status in (PENDING, RUNNING):
+            requeued += requeue(store, job)
+        else:
+            freed += 1
+    close_node(store, node_id, now)
+    store.news(row[0])
+    return requeued, freed
+
+
+def owned_jobs(store, node_id):
+    """Jobs of which the node may have a process."""
+    return [JobRow(*values) for values in store.query(
+        f"SELECT {', '.join(JobRow._fields)} FROM job WHERE compute_node_id = ? ORDER BY id",
+        (node_id,))]
+
+
+def expire_node(store, node_id, now):
+    """In a transaction: a node's lease ran out. Its running jobs fail with -128, its pending ones
+    are ready again with the next attempt."""
+    row = store.one("SELECT workflow_id FROM compute_node WHERE id = ? AND is_active = 1",
+                    (node_id,))
+    if not row:
+        return
+    run_id = workflow_row(store, row[0], "run_id")[0]
+    for job in owned_jobs(store, node_id):
+        if job.status == RUNNING:
+            store_result(store, orphan_result(job, run_id, node_id, now), replace=True)
+            finish(store, job, FAILED)
+        elif job.status == PENDING:
+            requeue(store, job)
+    close_node(store, node_id, now)
+    check_end(store, row[0])
+    store.news(row[0])
+
+
+def expired_nodes(store, now, started):
+    """Ids of nodes whose lease has run out, and the seconds until the next one could.
+
+    now: time.monotonic(); started: when this server began, which begins all leases anew.
+    """
+    expired, wait = [], 600.0
+    for node_id, minutes in store.query(
+            "SELECT n.id, w.compute_node_wait_for_healthy_database_minutes FROM compute_node n"
+            " JOIN workflow w ON w.id = n.workflow_id WHERE n.is_active = 1 AND n.beats = 1"):
+        left = store.heard.get(node_id, (started, 0))[0] + lease_s(minutes) - now
+        if left <= 0:
+            expired.append(node_id)
+        else:
+            wait = min(wait, left)
+    return expired, wait
+
+
+# ---- single jobs
+
+def complete_job(store, job_id, status, run_id, body):
+    """In a transaction: upstream's complete_job. Returns the result's id.
+
+    Raises NotFound, Invalid (already complete; the body names another job), Internal (status not
+    terminal, wrong run, duplicate result, job disabled or pending_failed).
+    """
+    job = job_row(store, job_id)
+    if status not in FINAL_SET:
+        raise Internal(f"status {STATUS_NAMES[status]} does not complete a job")
+    if job.status in COMPLETE_SET:
+        if not (job.status == CANCELED and job.cascaded):
+            raise Invalid(f"job {job_id} is already complete ({STATUS_NAMES[job.status]})")
+    if body["job_id"] != job_id or body["workflow_id"] != job.workflow_id:
+        raise Invalid(f"the result is for job {body['job_id']} of workflow {body['workflow_id']}, "
+                      f"not for job {job_id} of workflow {job.workflow_id}")
+    current = workflow_row(store, job.workflow_id, "run_id")[0]
+    if run_id != current:
+        raise Internal(f"run_id {run_id} is not the workflow's, which is {current}")
+    if job.status in (DISABLED, PENDING_FAILED):
+        raise Internal(f"job {job_id} is {STATUS_NAMES[job.status]}")
+    result_id = store_result(store, {**body, "attempt_id": body.get("attempt_id") or 1,
+                                     "status": STATUS_OF_NAME[body["status"]]})
+    if job.status == CANCELED:            # only the cascade had canceled it
+        leave_complete(store, job, BLOCKED)
+    if finish(store, job, status):
+        store.news(job.workflow_id)
+    check_end(store, job.workflow_id)
+    return result_id
+
+
+def start_job(store, job_id, run_id, node_id):
+    """In a transaction: pending to running. Raises NotFound, Internal, Invalid."""
+    job = job_row(store, job_id)
+    if job.status != PENDING:
+        raise Internal(f"job {job_id} is {STATUS_NAMES[job.status]}, not pending")
+    check_run(store, job.workflow_id, run_id)
+    store.execute(f"UPDATE job SET status = {RUNNING}, compute_node_id = (SELECT id FROM"
+                  " compute_node WHERE id = ?) WHERE id = ?", (node_id, job_id))
+
+
+def check_run(store, workflow_id, run_id):
+    """Raise Invalid unless run_id is the workflow's."""
+    current = workflow_row(store, workflow_id, "run_id")[0]
+    if run_id != current:
+        raise Invalid(f"run_id {run_id} is not the workflow's, which is {current}")
+
+
+def manage_status(store, job_id, status, run_id):
+    """In a transaction: set a status outside the complete set. Upstream: manage_status_change.
+
+    Raises Invalid, NotFound. From the complete set to uninitialized takes direct dependents that
+    are completed or failed along.
+    """
+    if status in COMPLETE_SET:
+        raise Invalid(f"status {STATUS_NAMES[status]} is set by complete_job only")
+    job = job_row(store, job_id)
+    if status == job.status:
+        return
+    check_run(store, job.workflow_id, run_id)
+    leave_complete(store, job, status)
+    if job.status in COMPLETE_SET and status == UNINITIALIZED:
+        for dependent in store.query(
+                "SELECT j.id FROM job_dependency d JOIN job j ON j.id = d.job_id WHERE"
+                f" d.depends_on_job_id = ? AND j.status IN ({COMPLETED}, {FAILED})", (job_id,)):
+            leave_complete(store, job_row(store, dependent[0]), UNINITIALIZED)
+    disown(store, job.workflow_id)
+    store.news(job.workflow_id)
+
+
+def retry_job(store, job_id, run_id, max_retries, now):
+    """In a transaction: ready again with the next attempt. Upstream: retry_job.
+
+    The runner calls it while the job is running. Raises NotFound, Invalid.
+    """
+    job = job_row(store, job_id)
+    check_run(store, job.workflow_id, run_id)
+    if job.status not in (RUNNING, FAILED, TERMINATED):
+        raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}: only running, failed and "
+                      "terminated jobs can be retried")
+    if job.attempt_id >= max_retries:
+        raise Invalid(f"job {job_id} has had {job.attempt_id} attempts of {max_retries}")
+    leave_complete(store, job, READY)
+    requeue(store, job)
+    store_event(store, job.workflow_id, now, {
+        "event_type": "job_retried", "job_id": job_id, "job_name": job.name, "run_id": run_id,
+        "previous_attempt": job.attempt_id, "new_attempt": job.attempt_id + 1,
+        "message": f"job {job.name} is retried"})
+    store.news(job.workflow_id)
+
+
+def stop_job(store, job_id, status):
+    """In a transaction: cancel or terminate a job; its runner is told to end the process.
+
+    Its dependents follow the rules of settle. Raises NotFound, Invalid when it has ended already.
+    """
+    job = job_row(store, job_id)
+    if status not in (CANCELED, TERMINATED):
+        raise Invalid(f"a job is stopped as canceled or terminated, not as {STATUS_NAMES[status]}")
+    if job.status in COMPLETE_SET:
+        raise Invalid(f"job {job_id} has already ended ({STATUS_NAMES[job.status]})")
+    started = job.status in (PENDING, RUNNING)
+    store.execute("DELETE FROM latest_result WHERE job_id = ?", (job_id,))
+    finish(store, job, status, node=job.compute_node_id if started else None)
+    disown(store, job.workflow_id)
+    check_end(store, job.workflow_id)
+    store.news(job.workflow_id)
+
+
+def rerun_job(store, job_id):
+    """In a transaction: an ended job is ready (or blocked) again with the next attempt.
+
+    What its failure had canceled is blocked again. Raises NotFound, Invalid.
+    """
+    job = job_row(store, job_id)
+    if job.status not in (*COMPLETE_SET, PENDING_FAILED):
+        raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}: only a job that has ended can "
+                      "be retried")
+    canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
+    if canceled:
+        raise Invalid(f"workflow {job.workflow_id} is canceled: torc workflows reset-status "
+                      f"{job.workflow_id} --failed-only --reinitialize starts it again")
+    unfinished = store.one("SELECT unfinished FROM job WHERE id = ?", (job_id,))[0]
+    status = BLOCKED if unfinished else READY
+    leave_complete(store, job, status)
+    store.execute("UPDATE job SET attempt_id = attempt_id + 1 WHERE id = ?", (job_id,))
+    store.execute("DELETE FROM latest_result WHERE job_id = ?", (job_id,))
+    if status == READY:
+        count_triggers(store, job.workflow_id, "on_jobs_ready", [job_id])
+    store.news(job.workflow_id)
+
+
+# ---- actions
+
+def count_triggers(store, workflow_id, trigger, job_ids):
+    """In a transaction: jobs became ready or complete; count that for actions that list them."""
+    raised = store.query(
+        "SELECT a.id, count(*) FROM action_job x JOIN workflow_action a ON a.id = x.action_id"
+        f" WHERE x.job_id IN {IDS} AND a.trigger_type = ? AND a.trigger_count < a.required_triggers"
+        " GROUP BY a.id", (compact(job_ids), trigger))
+    for action_id, number in raised:
+        store.execute("UPDATE workflow_action SET trigger_count ="
+                      " min(required_triggers, trigger_count + ?) WHERE id = ?",
+                      (number, action_id))
+    if raised:
+        store.news(workflow_id)
+
+
+def reset_actions(store, workflow_id):
+    """In a transaction, at initialization: recovery actions go, others begin anew."""
+    store.execute("DELETE FROM workflow_action WHERE workflow_id = ? AND is_recovery = 1",
+                  (workflow_id,))
+    store.execute(
+        "UPDATE workflow_action SET executed = 0, executed_by = NULL, trigger_count = CASE"
+        " WHEN trigger_type IN ('on_workflow_start', 'on_worker_start', 'on_worker_complete')"
+        " THEN required_triggers"
+        " WHEN trigger_type IN ('on_jobs_ready', 'on_jobs_complete') THEN (SELECT count(*)"
+        " FROM action_job x JOIN job j ON j.id = x.job_id WHERE x.action_id = workflow_action.id"
+        f" AND (j.status IN {COMPLETE} OR (j.status = {READY} AND trigger_type = 'on_jobs_ready')))"
+        " ELSE 0 END WHERE workflow_id = ?", (workflow_id,))
+
+
+def add_action(store, workflow_id, action):
+    """In a transaction: insert an action from a checked body; returns its id."""
+    job_ids = action.get("job_ids")
+    job_trigger = action["trigger_type"] in ("on_jobs_ready", "on_jobs_complete")
+    action_id = store.insert(
+        "INSERT INTO workflow_action (workflow_id, trigger_type, action_type, action_config,"
+        " job_ids, trigger_count, required_triggers, executed, persistent, is_recovery)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (workflow_id, action["trigger_type"], action["action_type"],
+         compact(action["action_config"]), None if job_ids is None else compact(job_ids),
+         action.get("trigger_count") or 0,
+         len(set(job_ids)) if job_trigger and job_ids is not None else 1,
+         bool(action.get("executed")), bool(action.get("persistent")),
+         bool(action.get("is_recovery"))))
+    store.insert_many("INSERT INTO action_job (job_id, action_id)", 2,
+                      [(job_id, action_id) for job_id in sorted(set(job_ids or ()))])
+    return action_id
+
+
+def actions(store, workflow_id, pending=False, triggers=()):
+    """Actions of a workflow by id; pending: triggered and not executed yet."""
+    names = ("id", "workflow_id", "trigger_type", "action_type", "action_config", "job_ids",
+             "trigger_count", "required_triggers", "executed", "executed_at", "executed_by",
+             "persistent", "is_recovery")
+    condition = "trigger_count >= required_triggers AND executed = 0" if pending else "1"
+    records = []
+    for row in store.query(f"SELECT {', '.join(names)} FROM workflow_action WHERE workflow_id = ?"
+                           f" AND {condition} ORDER BY id", (workflow_id,)):
+        record = {name: value for name, value in zip(names, row) if value is not None}
+        for name in ("executed", "persistent", "is_recovery"):
+            record[name] = bool(record[name])
+        for name in ("action_config", "job_ids"):
+            if name in record:
+                record[name] = json.loads(record[name])
+        if not triggers or record["trigger_type"] in triggers:
+            records.append(record)
+    return records
+
+
+def claim_action(store, workflow_id, action_id, node_id, now):
+    """In a transaction: take an action. Raises NotFound, Conflict when another has it."""
+    row = store.one("SELECT executed, persistent FROM workflow_action WHERE id = ?"
+                    " AND workflow_id = ?", (action_id, workflow_id))
+    if not row:
+        raise NotFound(f"Workflow action not found with ID: {action_id}")
+    if row[0] and not row[1]:
+        raise Conflict(f"action {action_id} has been claimed by another compute node")
+    store.execute("UPDATE workflow_action SET executed = ?, executed_at = ?, executed_by = ?"
+                  " WHERE id = ?", (not row[1], iso_time(now), node_id, action_id))
+
+
+# ---- explaining
+
+def unfinished(store, workflow_id):
+    """What keeps a workflow from completing: see the API's GET /workflows/{id}/unfinished."""
+    by_status = {name: number for name, number in counts(store, workflow_id).items()
+                 if name in STATUS_OF_NAME and number
+                 and STATUS_OF_NAME[name] not in (*COMPLETE_SET, DISABLED)}
+    kind = KINDS["resource_requirements"]
+    ready = []
+    for row in store.query(
+            "SELECT resource_requirements_id, count(*), min(id), sum(compute_node_id IS NOT NULL)"
+            f" FROM job WHERE workflow_id = ? AND status = {READY} GROUP BY 1 ORDER BY 3",
+            (workflow_id,)):
+        ready.append({"resource_requirements": fetch(store, kind, row[0]), "count": row[1],
+                      "job_id": row[2], "job_name": job_row(store, row[2]).name,
+                      "stopping": row[3]})
+    nodes = listing(store, KINDS["compute_node"], Page(), "workflow_id = ? AND is_active = 1",
+                    (workflow_id,))["items"]
+    scheduled = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ?"
+                          " AND status IN ('pending', 'active')", (workflow_id,))[0]
+    return {"by_status": by_status, "ready": ready, "waiting": waiting_for(store, workflow_id),
+            "active_nodes": nodes, "scheduled": scheduled}
+
+
+def waiting_for(store, workflow_id):
+    """At most 20 jobs that will not end by themselves, and so hold the workflow up."""
+    roots = store.query(
+        "SELECT j.id, j.name, j.status, (SELECT count(*) FROM job_dependency d WHERE"
+        " d.depends_on_job_id = j.id) AS dependents FROM job j WHERE j.workflow_id = ? AND"
+        f" (j.status IN ({UNINITIALIZED}, {PENDING_FAILED}) OR (j.status = {DISABLED}"
+        " AND EXISTS (SELECT 1 FROM job_dependency d JOIN job b ON b.id = d.job_id WHERE"
+        f" d.depends_on_job_id = j.id AND b.status = {BLOCKED}))) ORDER BY dependents DESC, j.id"
+        " LIMIT 20", (workflow_id,))
+    if not roots:                         # nothing else to wait for: blocked jobs form a circle
+        roots = store.query(
+            "SELECT j.id, j.name, j.status, (SELECT count(*) FROM job_dependency d WHERE"
+            " d.depends_on_job_id = j.id) FROM job j WHERE j.workflow_id = ?"
+            f" AND j.status = {BLOCKED} AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = ?"
+            " AND status IN"
+            f" ({READY}, {PENDING}, {RUNNING})) ORDER BY j.id LIMIT 20", (workflow_id, workflow_id))
+    return [{"job_id": job_id, "job_name": name, "status": STATUS_NAMES[status],
+             "dependents": dependents} for job_id, name, status, dependents in roots]
+
+
+def why(store, job_id):
+    """One sentence: why a job is not running, or how it ended. Raises NotFound."""
+    job = job_row(store, job_id)
+    canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
+    result = store.one(
+        "SELECT r.return_code, r.completion_time, r.compute_node_id, r.attempt_id, r.run_id,"
+        " r.stderr_tail FROM latest_result l JOIN result r ON r.id = l.result_id"
+        " WHERE l.job_id = ?", (job_id,))
+    if job.status == BLOCKED:
+        return why_blocked(store, job)
+    if job.status == READY:
+        return why_ready(store, job, canceled)
+    if job.status in (FAILED, TERMINATED, COMPLETED, PENDING_FAILED) and result:
+        code, when, node_id, attempt, run, tail = result
+        last = (tail or "").strip().splitlines()[-1:]
+        return (f"it {STATUS_NAMES[job.status].replace('_', ' ')} with {code_meaning(code)} on "
+                f"{node_name(store, node_id)} at {when} (run {run}, attempt {attempt})"
+                + (f": {last[0]}" if last else ""))
+    if job.status == CANCELED and job.cascaded:
+        return f"it was canceled because {bad_dependency(store, job_id)}"
+    return {
+        UNINITIALIZED: f"it is not initialized: torc workflows init {job.workflow_id}",
+        PENDING: f"it is claimed by {node_name(store, job.compute_node_id)}, which is about to "
+                 "start it",
+        RUNNING: f"it is running on {node_name(store, job.compute_node_id)} (attempt "
+                 f"{job.attempt_id})",
+        CANCELED: "it was canceled by a user"
+                  + (", as was the whole workflow" if canceled else ""),
+        DISABLED: "it is disabled, so it never runs and what depends on it waits for ever",
+    }.get(job.status, f"it is {STATUS_NAMES[job.status]}; no result is kept")
+
+
+def why_blocked(store, job):
+    """What a blocked job waits for."""
+    rows = store.query(
+        "SELECT p.id, p.name, p.status FROM job_dependency d JOIN job p ON p.id ="
+        f" d.depends_on_job_id WHERE d.job_id = ? AND p.status NOT IN {COMPLETE} ORDER BY"
+        f" p.status IN ({DISABLED}, {PENDING_FAILED}) DESC, p.id LIMIT 4", (job.id,))
+    total = store.one("SELECT unfinished FROM job WHERE id = ?", (job.id,))[0]
+    names = ", ".join(f'"{name}" (job {job_id}, {STATUS_NAMES[status]})'
+                      for job_id, name, status in rows[:3])
+    more = f" and {total - 3} more" if total > 3 else ""
+    return f"it waits for {names}{more}" if rows else "it is blocked, though it waits for no job"
+
+
+def why_ready(store, job, canceled):
+    """Why a ready job is not running."""
+    if canceled:
+        return (f"workflow {job.workflow_id} is canceled: torc workflows reset-status "
+                f"{job.workflow_id} lifts that")
+    if job.compute_node_id:
+        return (f"an earlier attempt is still being stopped on "
+                f"{node_name(store, job.compute_node_id)}")
+    nodes = store.query("SELECT hostname, num_cpus, memory_gb, num_gpus, num_nodes"
+                        " FROM compute_node WHERE workflow_id = ? AND is_active = 1",
+                        (job.workflow_id,))
+    need = store.one(
+        "SELECT r.name, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes, r.memory FROM job j"
+        " JOIN resource_requirements r ON r.id = j.resource_requirements_id WHERE j.id = ?",
+        (job.id,))
+    if not nodes:
+        return (f"it is ready, but no runner is at work on workflow {job.workflow_id}: torc run "
+                f"{job.workflow_id}")
+    if not any(cpus >= need[1] and memory * 2**30 >= need[2] and gpus >= need[3]
+               and count >= need[4] for _, cpus, memory, gpus, count in nodes):
+        return (f'it needs {need[1]} CPUs, {need[5]} memory, {need[3]} GPUs and {need[4]} nodes '
+                f'(resource requirements "{need[0]}"), more than any of the {len(nodes)} active '
+                "runners has")
+    ahead = store.one(f"SELECT count(*) FROM job j, job me WHERE me.id = ? AND j.workflow_id ="
+                      f" me.workflow_id AND j.status = {READY} AND (j.priority > me.priority OR"
+                      " (j.priority = me.priority AND j.id < me.id))", (job.id,))[0]
+    return f"it is ready and waits for a free place; {ahead} jobs are ahead of it"
+
+
+def bad_dependency(store, job_id):
+    """Which failure, upstream of a canceled job, canceled it."""
+    row = store.one(
+        "WITH RECURSIVE above (id) AS (SELECT depends_on_job_id FROM job_dependency"
+        " WHERE job_id = ? UNION SELECT d.depends_on_job_id FROM above JOIN job a"
+        " ON a.id = above.id JOIN"
+        f" job_dependency d ON d.job_id = a.id WHERE a.status = {CANCELED} AND a.cascaded = 1)"
+        " SELECT j.id, j.name, j.status FROM above JOIN job j ON j.id = above.id WHERE"
+        f" j.status IN ({FAILED}, {TERMINATED}) OR (j.status = {CANCELED} AND j.cascaded = 0)"
+        " ORDER BY j.id LIMIT 1", (job_id,))
+    if not row:
+        return "a job it depends on ended badly"
+    return f'"{row[1]}" (job {row[0]}), on which it depends, {STATUS_PAST[row[2]]}'
+
+
+STATUS_PAST = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was terminated"}
+
+
+def node_name(store, node_id):
+    """A compute node for people: "c1 (pid 4242)"."""
+    row = store.one("SELECT hostname, pid FROM compute_node WHERE id = ?", (node_id,))
+    return f"{row[0]} (pid {row[1]})" if row else "an unknown compute node"
+
+
+def code_meaning(code):
+    """A return code for people."""
+    import signal
+    if code == ORPHAN_RETURN_CODE:
+        return "return code -128 (its runner died)"
+    known = {126: "command cannot be executed", 127: "command not found", 137: "killed, SIGKILL",
+             152: "time limit"}
+    text = known.get(code)
+    if not text and 128 < code < 193:
+        with contextlib.suppress(ValueError):
+            text = signal.Signals(code - 128).name
+    return f"return code {code}" + (f" ({text})" if text else "")
+
+
+# ==================================================================================================
+# 8 API
+# ==================================================================================================
+# Every operation is a plain function of a Request and the URL's values; it returns what becomes
+# JSON and raises our errors. Nothing here knows HTTP: the server and LocalClient both call it.
+# Order of checks: query and body, existence, values, work.
+
+
+class Request(NamedTuple):
+    """One API request, free of HTTP machinery."""
+
+    store: Store
+    user: str | None                      # authenticated user, None for nobody
+    query: dict                           # parameter: list of texts
+    body: Any                             # decoded JSON, None without a body
+    now: float                            # seconds since the epoch
+    urls: tuple = ()                      # where the server can be reached, empty without one
+
+    def param(self, name, kind="str", default=None):
+        """A query parameter as str, int or bool. Raises BadRequest."""
+        values = self.query.get(name)
+        if not values:
+            return default
+        if len(values) > 1:
+            raise BadRequest(f"query parameter {name} is given {len(values)} times")
+        text = values[0]
+        if kind == "int" and re.fullmatch(r"[-+]?\d{1,18}", text):
+            return int(text)
+        if kind == "bool" and text in ("true", "false"):
+            return text == "true"
+        if kind == "status" and text in STATUS_OF_NAME:
+            return STATUS_OF_NAME[text]
+        if kind == "str":
+            return text
+        raise BadRequest(f"query parameter {name}={text!r} is not {TYPE_NAMES[kind]}")
+
+    def need(self, name, kind="int"):
+        """A query parameter that must be there. Raises BadRequest."""
+        value = self.param(name, kind)
+        if value is None:
+            raise BadRequest(f"query parameter {name} is missing")
+        return value
+
+    def page(self, clamp=False):
+        """offset, limit, sort_by and reverse_sort. Raises BadRequest, Internal."""
+        limit = self.param("limit", "int", MAX_LIMIT)
+        if limit > MAX_LIMIT and not clamp:
+            raise Internal(f"limit {limit} is larger than {MAX_LIMIT}")
+        return Page(self.param("offset", "int", 0), min(limit, MAX_LIMIT),
+                    self.param("sort_by"), self.param("reverse_sort", "bool", False))
+
+
+TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false",
+              "status": "a job status", "ints": "a list of integers", "any": "a value",
+              "dict": "an object", "list": "a list"}
+
+
+def has_type(value, kind):
+    """Whether a JSON value is of a field's type; 1.0 is no integer, true is no number."""
+    if kind == "int":
+        return type(value) is int and -2**63 <= value < 2**63
+    if kind == "float":
+        return type(value) in (int, float)
+    if kind == "ints":
+        return isinstance(value, list) and all(has_type(item, "int") for item in value)
+    if kind == "status":
+        return isinstance(value, str) and value in STATUS_OF_NAME
+    return kind == "any" or isinstance(value, {"str": str, "bool": bool, "dict": dict,
+                                               "list": list}[kind])
+
+
+def check_body(body, wanted, partial=False):
+    """The known fields of a JSON object that have a value. Raises BadShape.
+
+    wanted: Fields. partial: required ones may be absent, as in an update.
+    """
+    if not isinstance(body, dict):
+        raise BadShape(f"the body is {type(body).__name__}, not a JSON object")
+    values = {}
+    for field in wanted:
+        value = body.get(field.name)
+        if value is None:
+            if field.required and not partial:
+                raise BadShape(f"missing field `{field.name}`")
+        elif not has_type(value, field.type):
+            raise BadShape(f"field `{field.name}`: {value!r:.80} is not {TYPE_NAMES[field.type]}")
+        else:
+            values[field.name] = value
+    return values
+
+
+def require_workflow(store, workflow_id):
+    """Raise NotFound unless the workflow exists."""
+    workflow_row(store, workflow_id, "id")
+
+
+# ---- the six operations that most kinds share
+
+class Filter(NamedTuple):
+    """A list's filter beyond equality: the parameter's type, the SQL condition, the value that
+    stands for an absent parameter."""
+
+    type: str
+    condition: str
+    default: Any = None
+
+
+CONTAINS = "instr(lower(t.{0}), lower(?)) > 0"
+FILTERS = {
+    "workflow": {"description": Filter("str", CONTAINS.format("description")),
+                 "is_archived": Filter("bool", "t.is_archived = ?")},
+    "job": {"status": Filter("status", "t.status = ?"),
+            "needs_file_id": Filter(
+                "int", "t.id IN (SELECT job_id FROM job_input_file WHERE file_id = ?)"),
+            "upstream_job_id": Filter(
+                "int", "t.id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)"),
+            "active_compute_node_id": Filter("int", "t.compute_node_id = ?")},
+    "file": {"produced_by_job_id": Filter(
+                 "int", "t.id IN (SELECT file_id FROM job_output_file WHERE job_id = ?)"),
+             "is_output": Filter("bool", "(NOT ? OR EXISTS (SELECT 1 FROM job_output_file o WHERE"
+                                         " o.file_id = t.id))")},
+    "user_data": {"name": Filter("str", CONTAINS.format("name")),
+                  "consumer_job_id": Filter(
+                      "int", "t.id IN (SELECT user_data_id FROM job_input_user_data"
+                             " WHERE job_id = ?)"),
+                  "producer_job_id": Filter(
+                      "int", "t.id IN (SELECT user_data_id FROM job_output_user_data"
+                             " WHERE job_id = ?)")},
+    "resource_requirements": {"runtime": Filter("int", "t.runtime_s = ?"),
+                              "job_id": Filter("int", "t.id = (SELECT resource_requirements_id"
+                                                      " FROM job WHERE id = ?)")},
+    "compute_node": {"scheduled_compute_node_id": Filter(
+        "int", "json_extract(t.scheduler, '$.scheduler_id') = ?")},
+    "scheduled_compute_node": {
+        "scheduler_id": Filter("str", "t.scheduler_id = CAST(? AS INTEGER)"),
+        "scheduler_config_id": Filter("str", "t.scheduler_config_id = CAST(? AS INTEGER)")},
+    "result": {"all_runs": Filter(
+        "bool", "(? OR t.id IN (SELECT result_id FROM latest_result))", False)},
+    "event": {"after_timestamp": Filter("int", "t.timestamp > ?")},
+}
+
+
+def conditions(request, kind):
+    """The SQL condition and parameters of a list request's filters."""
+    found = {name: Filter(kind.field(name).type, f"t.{name} = ?") for name in kind.filters.split()}
+    found.update(FILTERS.get(kind.table, {}))
+    where, params = [], []
+    for name, wanted in found.items():
+        value = request.param(name, wanted.type, wanted.default)
+        if value is not None:
+            where.append(wanted.condition)
+            params.append(value)
+    return where, params
+
+
+def list_records(request, kind, workflow_id=None, without=()):
+    """The records of a workflow, filtered and paged."""
+    if workflow_id is None:
+        workflow_id = request.need("workflow_id")
+    page = request.page()
+    where, params = conditions(request, kind)
+    require_workflow(request.store, workflow_id)
+    return listing(request.store, kind, page, " AND ".join(["t.workflow_id = ?", *where]),
+                   [workflow_id, *params], without)
+
+
+def create_record(request, kind):
+    """Store a record; the answer echoes the request with the new id."""
+    values = check_body(request.body, kind.fields)
+    require_workflow(request.store, values["workflow_id"])
+    with request.store.transaction():
+        return {**values, "id": add(request.store, kind, values)}
+
+
+def get_record(request, kind, record_id):
+    """One record by id."""
+    return fetch(request.store, kind, record_id)
+
+
+def update_record(request, kind, record_id):
+    """Change the fields given; absent ones keep their value."""
+    values = check_body(request.body, kind.fields, partial=True)
+    with request.store.transaction():
+        fetch(request.store, kind, record_id)
+        change(request.store, kind, record_id, values)
+    return fetch(request.store, kind, record_id)
+
+
+def delete_record(request, kind, record_id):
+    """Delete a record and answer what it was."""
+    with request.store.transaction():
+        record = fetch(request.store, kind, record_id)
+        if kind.table == "job":
+            delete_jobs(request.store, record["workflow_id"], [record_id])
+        else:
+            remove(request.store, kind, record_id)
+            if kind.table == "resource_requirements":
+                settle_all(request.store, record["workflow_id"])
+            request.store.news(record.get("workflow_id", record_id))
+    return record
+
+
+def clear_records(request, kind):
+    """Delete all records of a kind in a workflow; `count` is what clients read."""
+    workflow_id = request.need("workflow_id")
+    require_workflow(request.store, workflow_id)
+    with request.store.transaction():
+        number = request.store.execute(f"DELETE FROM {kind.table} WHERE workflow_id = ?",
+                                       (workflow_id,))
+        request.store.news(workflow_id)
+    return {"count": number, "deleted_count": number,
+            "message": f"deleted {number} {kind.name} records"}
+
+
+def delete_jobs(store, workflow_id, job_ids):
+    """In a transaction: delete jobs; what waited for them waits no more."""
+    for job_id in job_ids:
+        job = job_row(store, job_id)
+        if job.status not in COMPLETE_SET:
+            shift_dependents(store, [job_id], -1)
+        remove(store, KINDS["job"], job_id)
+    settle_blocked(store, workflow_id)
+    store.news(workflow_id)
+
+
+def settle_blocked(store, workflow_id):
+    """In a transaction: free or cancel blocked jobs that wait for nothing any more."""
+    settle(store, workflow_id, [row[0] for row in store.query(
+        f"SELECT id FROM job WHERE workflow_id = ? AND status = {BLOCKED} AND unfinished = 0",
+        (workflow_id,))])
+
+
+def settle_all(store, workflow_id):
+    """In a transaction: jobs have vanished by a cascade; put the rest in order."""
+    recount(store, workflow_id)
+    settle_blocked(store, workflow_id)
+
+
+# ---- server
+
+def ping(request):
+    """Whether the server answers."""
+    return {"status": "ok"}
+
+
+def version(request):
+    """Versions of program and API, and which operations of ours exist."""
+    return {"version": f"{SPOKEN_VERSION} ({own_hash()})", "api_version": API_VERSION,
+            "git_hash": own_hash(), "server": f"torc.py {VERSION}",
+            "extensions": list(EXTENSIONS)}
+
+
+def server_info(request):
+    """Which database this is and where it can be reached (ours)."""
+    return {"id": request.store.id, "version": VERSION, "urls": list(request.urls),
+            "auth_required": False}
+
+
+# ---- workflows
+
+def create_workflow(request):
+    """Store a workflow and its default resource requirements."""
+    values = check_body(request.body, KINDS["workflow"].fields)
+    with request.store.transaction():
+        return insert_workflow(request, values)
+
+
+DEFAULT_REQUIREMENTS = {"name": "default", "num_cpus": 1, "num_gpus": 0, "num_nodes": 1,
+                        "memory": "1m", "runtime": "P0DT1M"}
+
+
+def insert_workflow(request, values):
+    """In a transaction: the workflow's row and its default requirements; returns the echo."""
+    values = {**values, "user": request.user or values["user"]}
+    for name in ("id", "status_id"):
+        values.pop(name, None)
+    timestamp = iso_time(request.now)
+    names = [field.name for field in columns(KINDS["workflow"])
+             if field.name in values and not field.server]
+    workflow_id = request.store.insert(
+        f"INSERT INTO workflow (timestamp, {', '.join(names)}) VALUES"
+        f" (?{', ?' * len(names)})", [timestamp] + [values[name] for name in names])
+    insert_requirements(request.store, workflow_id, [DEFAULT_REQUIREMENTS])
+    return {**values, "id": workflow_id, "status_id": workflow_id, "timestamp": timestamp}
+
+
+def show_workflow(store, workflow_id):
+    """A workflow as clients see it."""
+    return {**fetch(store, KINDS["workflow"], workflow_id), "status_id": workflow_id}
+
+
+def get_workflow(request, workflow_id):
+    """One workflow."""
+    return show_workflow(request.store, workflow_id)
+
+
+WORKFLOW_STATUS = fields("run_id:int! is_canceled:bool! is_archived:bool"
+                         " has_detected_need_to_run_completion_script:bool")
+
+
+def list_workflows(request):
+    """All workflows; sorting by the status columns needs the is_archived filter, as upstream."""
+    page = request.page()
+    where, params = conditions(request, KINDS["workflow"])
+    answer = listing(request.store, KINDS["workflow"], page, " AND ".join(where) or "1", params)
+    for workflow in answer["items"]:
+        workflow["status_id"] = workflow["id"]
+    return answer
+
+
+def update_workflow(request, workflow_id):
+    """Change the fields given."""
+    values = check_body(request.body, KINDS["workflow"].fields, partial=True)
+    with request.store.transaction():
+        require_workflow(request.store, workflow_id)
+        change(request.store, KINDS["workflow"], workflow_id, values)
+    return show_workflow(request.store, workflow_id)
+
+
+def delete_workflow(request, workflow_id):
+    """Delete a workflow and everything below it."""
+    with request.store.transaction():
+        record = show_workflow(request.store, workflow_id)
+        # Jobs first: the cascades then meet empty tables instead of searching for each parent.
+        request.store.execute("DELETE FROM job WHERE workflow_id = ?", (workflow_id,))
+        request.store.news(workflow_id)
+        remove(request.store, KINDS["workflow"], workflow_id)
+    return record
+
+
+def workflow_status(store, workflow_id):
+    """Run number and flags of a workflow."""
+    names = [field.name for field in WORKFLOW_STATUS]
+    row = workflow_row(store, workflow_id, ", ".join(names))
+    return {"id": workflow_id, **{field.name: bool(value) if field.type == "bool" else value
+                                  for field, value in zip(WORKFLOW_STATUS, row)}}
+
+
+def get_workflow_status(request, workflow_id):
+    """Run number and flags."""
+    return workflow_status(request.store, workflow_id)
+
+
+def update_workflow_status(request, workflow_id):
+    """Set run number and flags; a flag left out becomes false, as upstream."""
+    values = check_body(request.body, WORKFLOW_STATUS)
+    with request.store.transaction():
+        require_workflow(request.store, workflow_id)
+        request.store.execute(
+            "UPDATE workflow SET run_id = ?, is_canceled = ?, is_archived = ?,"
+            " has_detected_need_to_run_completion_script = ? WHERE id = ?",
+            [values.get(field.name, False) for field in WORKFLOW_STATUS] + [workflow_id])
+        request.store.news(workflow_id)
+    return {**values, "id": workflow_id}
+
+
+def is_workflow_complete(request, workflow_id):
+    """Whether all is done, and the flags that tell how."""
+    canceled, script = workflow_row(request.store, workflow_id, "is_canceled,"
+                                    " has_detected_need_to_run_completion_script")
+    return {"is_complete": is_complete(request.store, workflow_id), "is_canceled": bool(canceled),
+            "needs_to_run_completion_script": bool(script)}
+
+
+def is_workflow_uninitialized(request, workflow_id):
+    """Whether every job is uninitialized or disabled."""
+    require_workflow(request.store, workflow_id)
+    return {"is_uninitialized": not request.store.one(
+        f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status NOT IN"
+        f" ({UNINITIALIZED}, {DISABLED}))", (workflow_id,))[0]}
+
+
+def cancel(request, workflow_id):
+    """Cancel a workflow: no more claims, running jobs are ended by their runners."""
+    with request.store.transaction():
+        cancel_workflow(request.store, workflow_id, request.user or "anonymous", request.now)
+    return workflow_status(request.store, workflow_id)
+
+
+def reset_status(request, workflow_id):
+    """Clear a workflow's flags."""
+    force = request.param("force", "bool", False)
+    with request.store.transaction():
+        reset_workflow(request.store, workflow_id, force, request.user or "anonymous", request.now)
+    return workflow_status(request.store, workflow_id)
+
+
+def reset_job_status(request, workflow_id):
+    """Jobs back to uninitialized: all, or the failed ones and what lies downstream of them."""
+    failed_only = request.param("failed_only", "bool", False)
+    with request.store.transaction():
+        require_workflow(request.store, workflow_id)
+        updated = reset_jobs(request.store, workflow_id, failed_only)
+        store_event(request.store, workflow_id, request.now, {
+            "category": "user_action", "action": "reset_job_status",
+            "user": request.user or "anonymous", "workflow_id": workflow_id,
+            "failed_only": failed_only, "updated_count": updated})
+    answer = {"workflow_id": workflow_id, "updated_count": updated, "status": "uninitialized"}
+    return {**answer, "reset_type": "failed_only"} if failed_only else answer
+
+
+def initialize(request, workflow_id):
+    """Derive dependencies and make jobs blocked or ready. Upstream: initialize_jobs."""
+    only = request.param("only_uninitialized", "bool", False)
+    clear = request.param("clear_ephemeral_user_data", "bool", False)
+    with request.store.transaction():
+        initialize_jobs(request.store, workflow_id, only, clear)
+    return {"message": f"initialized the jobs of workflow {workflow_id}"}
+
+
+def process_changed_job_inputs(request, workflow_id):
+    """Jobs whose inputs differ from those of the last initialization become uninitialized."""
+    dry_run = request.param("dry_run", "bool", False)
+    with request.store.transaction():
+        require_workflow(request.store, workflow_id)
+        changed = changed_jobs(request.store, workflow_id)
+        if not dry_run and changed:
+            for job_id, _ in changed:
+                leave_complete(request.store, job_row(request.store, job_id), UNINITIALIZED)
+            disown(request.store, workflow_id)
+    return {"reinitialized_jobs": [name for _, name in changed]}
+
+
+# ---- a whole specification at once
+
+SPEC_LISTS = {"files": "file", "user_data": "user_data",
+              "resource_requirements": "resource_requirements",
+              "failure_handlers": "failure_handler", "slurm_schedulers": "slurm_scheduler"}
+SPEC_JOB = fields("name:str! command:str! invocation_script:str priority:int"
+                  " cancel_on_blocking_job_failure:bool supports_termination:bool stdio:str"
+                  " resource_requirements:int scheduler:int failure_handler:int depends_on:ints"
+                  " input_files:ints output_files:ints input_user_data:ints output_user_data:ints")
+SPEC_RELATIONS = {"input_files": ("files", "input_file_ids"),
+                  "output_files": ("files", "output_file_ids"),
+                  "input_user_data": ("user_data", "input_user_data_ids"),
+                  "output_user_data": ("user_data", "output_user_data_ids")}
+
+
+def create_from_spec(request):
+    """A workflow with all its records from one body, in one transaction (ours).
+
+    Records refer to each other by index into the body's lists. Answers id, name and the number of
+    jobs. Raises BadShape for what a checked specification never has.
+    """
+    body = request.body
+    if not isinstance(body, dict) or not isinstance(body.get("workflow"), dict):
+        raise BadShape("missing field `workflow`")
+    for name in (*SPEC_LISTS, "jobs", "actions"):
+        if not isinstance(body.setdefault(name, []), list):
+            raise BadShape(f"field `{name}` is not a list")
+    values = check_body(body["workflow"], KINDS["workflow"].fields)
+    jobs = [check_body(job, SPEC_JOB) for job in body["jobs"]]
+    store = request.store
+    with store.transaction():
+        workflow = insert_workflow(request, values)
+        workflow_id = workflow["id"]
+        ids = {name: insert_spec_list(store, workflow_id, name, body[name]) for name in SPEC_LISTS}
+        ids["jobs"] = insert_jobs(store, workflow_id, jobs_by_id(jobs, ids, next_id(store, "job")))
+        for action in body["actions"]:
+            insert_spec_action(store, workflow_id, action, ids)
+    return {"id": workflow_id, "name": workflow["name"], "jobs": len(jobs)}
+
+
+def next_id(store, table):
+    """In a transaction: the id that the next insert into a table gets; ids are never reused."""
+    row = store.one("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
+    return (row[0] if row else 0) + 1
+
+
+def insert_spec_list(store, workflow_id, name, records):
+    """In a transaction: insert the records of one list of a specification; returns their ids."""
+    kind = KINDS[SPEC_LISTS[name]]
+    wanted = [field._replace(required=field.required and field.name != "workflow_id")
+              for field in kind.fields]
+    checked = [check_body(record, wanted) for record in records]
+    first = next_id(store, kind.table)
+    if kind.table == "resource_requirements":
+        insert_requirements(store, workflow_id, checked)
+    else:
+        given = [field for field in columns(kind) if not field.server
+                 and field.name != "workflow_id"
+                 and any(field.name in record for record in checked)]
+        names = "".join(f", {field.name}" for field in given)
+        rows = [(workflow_id, *(to_column(field, record.get(field.name, DEFAULTS.get(field.name)))
+                                for field in given)) for record in checked]
+        store.insert_many(f"INSERT INTO {kind.table} (workflow_id{names})", len(given) + 1, rows)
+    return range(first, first + len(records))
+
+
+DEFAULTS = {"is_ephemeral": False}        # of columns that are NOT NULL and may be left out
+
+
+def at(ids, index, what):
+    """The id at an index of a list of ids. Raises BadShape."""
+    if not 0 <= index < len(ids):
+        raise BadShape(f"{what}: index {index} is outside its list of {len(ids)}")
+    return ids[index]
+
+
+def jobs_by_id(jobs, ids, first):
+    """Jobs of a specification with ids in place of indexes, as insert_jobs takes them."""
+    job_ids = range(first, first + len(jobs))
+    for job in jobs:
+        for name, key in (("resource_requirements", "resource_requirements_id"),
+                          ("failure_handler", "failure_handler_id"),
+                          ("scheduler", "scheduler_id")):
+            if name in job:
+                source = name if name == "resource_requirements" else {
+                    "scheduler": "slurm_schedulers"}.get(name, "failure_handlers")
+                job[key] = at(ids[source], job.pop(name), name)
+        if "depends_on" in job:
+            job["depends_on_job_ids"] = [at(job_ids, index, "depends_on")
+                                         for index in job.pop("depends_on")]
+        for name, (source, key) in SPEC_RELATIONS.items():
+            if name in job:
+                job[key] = [at(ids[source], index, name) for index in job.pop(name)]
+    return jobs
+
+
+def insert_spec_action(store, workflow_id, action, ids):
+    """In a transaction: insert an action of a specification, indexes turned into ids."""
+    action = check_body(action, fields("trigger_type:str! action_type:str! action_config:dict!"
+                                       " persistent:bool jobs:ints"))
+    config = dict(action["action_config"])
+    if "scheduler" in config:
+        config["scheduler_id"] = at(ids["slurm_schedulers"], config.pop("scheduler"), "scheduler")
+    action["action_config"] = config
+    if "jobs" in action:
+        action["job_ids"] = [at(ids["jobs"], index, "jobs") for index in action.pop("jobs")]
+    check_action(action)
+    add_action(store, workflow_id, action)
+
+
+# ---- jobs
+
+JOB_COLUMNS = ("id", "workflow_id", "name", "command", "invocation_script",
+               "cancel_on_blocking_job_failure", "supports_termination",
+               "resource_requirements_id", "scheduler_id", "failure_handler_id", "priority",
+               "stdio", "unfinished")
+
+
+def insert_jobs(store, workflow_id, jobs):
+    """In a transaction: insert checked jobs with their relations; returns their consecutive ids.
+
+    Raises Invalid for a negative priority. Unknown ids are refused by the store.
+    """
+    first = next_id(store, "job")
+    default = store.one("SELECT min(id) FROM resource_requirements WHERE workflow_id = ?"
+                        " AND name = 'default'", (workflow_id,))[0]
+    rows, relations = [], {name: [] for name in RELATIONS}
+    for job_id, job in enumerate(jobs, first):
+        if job.get("priority", 0) < 0:
+            raise Invalid(f"priority {job['priority']} of job {job['name']!r} is negative")
+        waits = 0
+        for name, pairs in relations.items():
+            if job.get(name):
+                distinct = set(job[name])
+                pairs += [(job_id, other) for other in distinct]
+                if name == "depends_on_job_ids":
+                    waits = len(distinct)
+        rows.append((job_id, workflow_id, job["name"], job["command"],
+                     job.get("invocation_script"), job.get("cancel_on_blocking_job_failure", True),
+                     job.get("supports_termination", False),
+                     job.get("resource_requirements_id", default), job.get("scheduler_id") or None,
+                     job.get("failure_handler_id") or None, job.get("priority", 0),
+                     job.get("stdio"), waits))
+    store.insert_many(f"INSERT INTO job ({', '.join(JOB_COLUMNS)})", len(JOB_COLUMNS), rows)
+    for name, pairs in relations.items():
+        table, mine, theirs = RELATIONS[name]
+        store.insert_many(f"INSERT INTO {table} ({mine}, {theirs})", 2, sorted(pairs))
+    if store.one("SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status IN"
+                 f" {COMPLETE})", (workflow_id,))[0]:
+        recount(store, workflow_id)       # some dependencies may have ended already
+    store.news(workflow_id)
+    return range(first, first + len(jobs))
+
+
+def created_job(values, job_id, default):
+    """The echo of a job that was created."""
+    return {"resource_requirements_id": default, **values, "id": job_id, "status": "uninitialized"}
+
+
+def create_jobs(request, bodies):
+    """Insert jobs of one workflow; returns their echoes."""
+    jobs = [check_body(body, KINDS["job"].fields) for body in bodies]
+    if not jobs:
+        return []
+    if len(jobs) > MAX_LIMIT:
+        raise Internal(f"{len(jobs)} jobs in one request: at most {MAX_LIMIT}")
+    workflow_id = jobs[0]["workflow_id"]
+    if any(job["workflow_id"] != workflow_id for job in jobs):
+        raise Invalid("the jobs belong to different workflows")
+    require_workflow(request.store, workflow_id)
+    for job in jobs:
+        for name in ("id", "attempt_id"):
+            job.pop(name, None)
+    with request.store.transaction():
+        ids = insert_jobs(request.store, workflow_id, jobs)
+        default = request.store.one("SELECT min(id) FROM resource_requirements WHERE"
+                                    " workflow_id = ? AND name = 'default'", (workflow_id,))[0]
+    return [created_job(job, job_id, default) for job, job_id in zip(jobs, ids)]
+
+
+def create_job(request):
+    """Create one job, uninitialized."""
+    return create_jobs(request, [request.body])[0]
+
+
+def create_bulk_jobs(request):
+    """Create many jobs of one workflow, all or none."""
+    if not isinstance(request.body, dict) or not isinstance(request.body.get("jobs"), list):
+        raise BadShape("missing field `jobs`")
+    return {"jobs": create_jobs(request, request.body["jobs"])}
+
+
+def with_relations(store, jobs):
+    """Add the lists of related ids, each sorted and left out when empty, to job records."""
+    by_id = {job["id"]: job for job in jobs}
+    sql = " UNION ALL ".join(
+        f"SELECT '{name}' AS name, {mine} AS job, {theirs} AS other FROM {table}"
+        f" WHERE {mine} IN {IDS}"
+        for name, (table, mine, theirs) in RELATIONS.items()) + " ORDER BY name, job, other"
+    params = [compact(list(by_id))] * len(RELATIONS)
+    rows = store.query(sql, params) if len(jobs) < 100 else store.bulk(sql, 3, params)
+    for name, job_id, other in rows:
+        by_id[job_id].setdefault(name, []).append(other)
+    return jobs
+
+
+def show_job(store, job_id):
+    """A job as clients see it, relations included."""
+    return with_relations(store, [fetch(store, KINDS["job"], job_id)])[0]
+
+
+def get_job(request, job_id):
+    """One job with its relations."""
+    return show_job(request.store, job_id)
+
+
+def list_jobs(request):
+    """Jobs of a workflow; include_relationships adds the lists of related ids."""
+    relations = request.param("include_relationships", "bool", False)
+    answer = list_records(request, KINDS["job"])
+    if relations:
+        with_relations(request.store, answer["items"])
+    return answer
+
+
+LOCKED = ("name", "command", "depends_on_job_ids")
+IMMUTABLE = tuple(name for name in RELATIONS if name not in LOCKED)
+
+
+def update_job(request, job_id):
+    """Change a job: some fields only while it is uninitialized, relations never.
+
+    Values equal to the stored ones are always fine.
+    """
+    values = check_body(request.body, KINDS["job"].fields, partial=True)
+    store = request.store
+    with store.transaction():
+        job = show_job(store, job_id)
+        values = {name: value for name, value in values.items()
+                  if (sorted(value) if isinstance(value, list) else value)
+                  != job.get(name, [] if isinstance(value, list) else None)}
+        check_update(job, values)
+        if values.get("status") == "disabled":
+            store.execute(f"UPDATE job SET status = {DISABLED} WHERE id = ?", (job_id,))
+        if "depends_on_job_ids" in values:
+            store.execute("DELETE FROM job_dependency WHERE job_id = ?", (job_id,))
+            store.insert_many("INSERT INTO job_dependency (job_id, depends_on_job_id)", 2,
+                              [(job_id, other) for other in set(values["depends_on_job_ids"])])
+            recount(store, job["workflow_id"])
+        allowed = ("name", "command", "invocation_script", "cancel_on_blocking_job_failure",
+                   "supports_termination", "resource_requirements_id", "scheduler_id", "priority",
+                   "stdio")
+        change_job(store, job_id, {name: values[name] for name in allowed if name in values})
+    return show_job(store, job_id)
+
+
+def change_job(store, job_id, values):
+    """In a transaction: write plain columns of a job; scheduler 0 means none."""
+    if values.get("scheduler_id") == 0:
+        values["scheduler_id"] = None
+    for name, value in values.items():
+        store.execute(f"UPDATE job SET {name} = ? WHERE id = ?", (value, job_id))
+
+
+def check_update(job, values):
+    """Raise Invalid for a change that this job's state forbids."""
+    for name in values:
+        if name in LOCKED and job["status"] != "uninitialized":
+            raise Invalid(f"{name} of job {job['id']} can be changed only while it is "
+                          f"uninitialized; it is {job['status']}")
+        if name in IMMUTABLE:
+            raise Invalid(f"{name} of a job is immutable")
+    if values.get("priority", 0) < 0:
+        raise Invalid(f"priority {values['priority']} is negative")
+    status = values.get("status")
+    if status and not (status == "disabled" and job["status"] == "uninitialized"):
+        raise Invalid(f"the status of a job is immutable here: {job['status']} does not become "
+                      f"{status}")
+
+
+def complete_job_request(request, job_id, status, run_id):
+    """Take the result of a job and set its final status. Upstream: complete_job."""
+    body = check_body(request.body, KINDS["result"].fields)
+    with request.store.transaction():
+        complete_job(request.store, job_id, status, run_id, body)
+    return show_job(request.store, job_id)
+
+
+def start_job_request(request, job_id, run_id, node_id):
+    """A claimed job begins to run. Upstream: start_job."""
+    with request.store.transaction():
+        start_job(request.store, job_id, run_id, node_id)
+    return show_job(request.store, job_id)
+
+
+def manage_status_change(request, job_id, status, run_id):
+    """Set a status outside the complete set."""
+    with request.store.transaction():
+        manage_status(request.store, job_id, status, run_id)
+    return show_job(request.store, job_id)
+
+
+def retry_job_request(request, job_id, run_id):
+    """Ready again with the next attempt. Upstream: retry_job."""
+    limit = request.need("max_retries")
+    with request.store.transaction():
+        retry_job(request.store, job_id, run_id, limit, request.now)
+    return show_job(request.store, job_id)
+
+
+def stop_job_request(request, job_id):
+    """Cancel or terminate one job; its runner ends the process (ours)."""
+    status = request.need("status", "status")
+    with request.store.transaction():
+        stop_job(request.store, job_id, status)
+    return show_job(request.store, job_id)
+
+
+def rerun_job_request(request, job_id):
+    """Run an ended job again (ours)."""
+    with request.store.transaction():
+        rerun_job(request.store, job_id)
+    return show_job(request.store, job_id)
+
+
+def why_request(request, job_id):
+    """One sentence: why a job is not running, or how it ended (ours)."""
+    job = job_row(request.store, job_id)
+    return {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
+            "sentence": why(request.store, job_id)}
+
+
+# ---- claims and the runner's conversation
+
+def claimed(request, job_ids):
+    """Claimed jobs in upstream's form: relations only of outputs."""
+    jobs = with_relations(request.store, [fetch(request.store, KINDS["job"], job_id)
+                                          for job_id in job_ids])
+    for job in jobs:
+        for name in ("scheduler_id", "depends_on_job_ids", "input_file_ids", "input_user_data_ids"):
+            job.pop(name, None)
+    return jobs
+
+
+def claim_next_jobs(request, workflow_id):
+    """Claim ready jobs by priority, whatever they need."""
+    limit = request.param("limit", "int", 10)
+    with request.store.transaction():
+        return {"jobs": claimed(request, claim_next(request.store, workflow_id, limit))}
+
+
+CLAIM_BODY = fields("num_cpus:int! memory_gb:float! num_gpus:int! num_nodes:int! time_limit:str"
+                    " scheduler_config_id:int")
+
+
+def claim_jobs_based_on_resources(request, workflow_id, limit):
+    """Claim the ready jobs that fit a node's free resources."""
+    strict = request.param("strict_scheduler_match", "bool", False)
+    body = check_body(request.body, CLAIM_BODY)
+    try:
+        time_left_s = parse_duration(body["time_limit"]) if "time_limit" in body else None
+    except ValueError as error:
+        raise Invalid(f"time_limit: {error}") from None
+    if workflow_row(request.store, workflow_id, "is_canceled")[0]:
+        return {"jobs": [], "reason": "Workflow is canceled"}
+    want = {**body, "memory_bytes": body["memory_gb"] * 2**30, "time_left_s": time_left_s}
+    with request.store.transaction():
+        return {"jobs": claimed(request, claim_by_resources(request.store, workflow_id, limit,
+                                                            want, strict))}
+
+
+STEP_BODY = fields("compute_node_id:int! step:int starts:list completions:list returns:list"
+                   " held:list claim:dict counts:bool closing:bool replay:bool")
+STEP_JOB = fields("job_id:int! attempt_id:int!")
+STEP_DONE = fields("job_id:int! run_id:int! attempt_id:int! status:status! return_code:int!"
+                   " exec_time_minutes:float! completion_time:str! peak_memory_bytes:int"
+                   " avg_memory_bytes:int peak_cpu_percent:float avg_cpu_percent:float"
+                   " stderr_tail:str output_files:list requeue:bool")
+STEP_CLAIM = fields("limit:int! num_cpus:int memory_bytes:float num_gpus:int num_nodes:int"
+                    " time_left_s:float scheduler_config_id:int strict_scheduler_match:bool"
+                    " prefetch:dict")
+
+
+def runner_step_request(request, workflow_id):
+    """A runner reports and is given work, in one transaction (ours)."""
+    step = check_body(request.body, STEP_BODY)
+    for name in ("starts", "returns"):
+        step[name] = [check_body(job, STEP_JOB) for job in step.get(name, ())]
+    step["completions"] = [check_body(done, STEP_DONE) for done in step.get("completions", ())]
+    if "claim" in step:
+        step["claim"] = check_body(step["claim"], STEP_CLAIM)
+        if "prefetch" in step["claim"]:
+            step["claim"]["prefetch"] = check_body(
+                step["claim"]["prefetch"], fields("resource_requirements_id:int! limit:int!"))
+    if any(not has_type(pair, "ints") or len(pair) != 2 for pair in step.get("held", ())):
+        raise BadShape("field `held` is not a list of [job_id, attempt_id]")
+    with request.store.transaction():
+        return runner_step(request.store, workflow_id, step, request.now)
+
+
+def changes(request, workflow_id):
+    """What a waiting client wants to know; waits for news unless they are there already (ours)."""
+    since = request.param("since", "int", 0)
+    wait_s = request.param("wait_s", "int", 0)
+    now = situation(request.store, workflow_id)
+    if now["generation"] == since and wait_s > 0:
+        request.store.wait_news(workflow_id, since, min(wait_s, 60))
+        now = situation(request.store, workflow_id)
+    return now
+
+
+# ---- what is derived
+
+def get_counts(request, workflow_id):
+    """Jobs by status, and the workflow's flags (ours)."""
+    return counts(request.store, workflow_id)
+
+
+def get_unfinished(request, workflow_id):
+    """What keeps a workflow from completing (ours)."""
+    require_workflow(request.store, workflow_id)
+    return unfinished(request.store, workflow_id)
+
+
+def list_job_ids(request, workflow_id):
+    """Ids of all jobs, ascending."""
+    require_workflow(request.store, workflow_id)
+    ids = [row[0] for row in request.store.bulk("SELECT id FROM job WHERE workflow_id = ?"
+                                                " ORDER BY id", 1, (workflow_id,))]
+    return {"job_ids": ids, "count": len(ids)}
+
+
+def relationships(request, workflow_id, names, source, order):
+    """A list envelope of rows of a SELECT, absent values left out."""
+    page = request.page(clamp=True)
+    require_workflow(request.store, workflow_id)
+    total = request.store.one(f"SELECT count(*) {source}", (workflow_id,))[0]
+    direction = "DESC" if page.reverse else "ASC"
+    rows = request.store.bulk(
+        f"SELECT {', '.join(names.values())} {source} ORDER BY "
+        + ", ".join(f"{column} {direction}" for column in order) + " LIMIT ? OFFSET ?",
+        len(names), (workflow_id, page.limit, max(page.offset, 0)))
+    items = [{name: value for name, value in zip(names, row) if value is not None}
+             for row in rows]
+    return envelope(items, page, total)
+
+
+def list_job_dependencies(request, workflow_id):
+    """Which job depends on which; implicit ones after initialization."""
+    names = {"job_id": "j.id", "job_name": "j.name", "depends_on_job_id": "p.id",
+             "depends_on_job_name": "p.name", "workflow_id": "j.workflow_id"}
+    order = {"depends_on_job_id": ("p.id", "j.id")}.get(request.param("sort_by"), ("j.id", "p.id"))
+    return relationships(
+        request, workflow_id, names, "FROM job j JOIN job_dependency d ON d.job_id = j.id"
+        " JOIN job p ON p.id = d.depends_on_job_id WHERE j.workflow_id = ?", order)
+
+
+def relation_names(what):
+    """Columns of a relationship list of files or user data."""
+    names = {f"{what}_id": "t.id", f"{what}_name": "t.name", "workflow_id": "t.workflow_id",
+             "producer_job_id": "p.id", "producer_job_name": "p.name",
+             "consumer_job_id": "c.id", "consumer_job_name": "c.name"}
+    return {**names, "file_path": "t.path"} if what == "file" else names
+
+
+def list_relations(request, what, workflow_id):
+    """One row for each combination of file (or user data), producer and consumer."""
+    return relationships(
+        request, workflow_id, relation_names(what),
+        f"FROM {what} t LEFT JOIN job_output_{what} o ON o.{what}_id = t.id"
+        f" LEFT JOIN job p ON p.id = o.job_id LEFT JOIN job_input_{what} i ON i.{what}_id = t.id"
+        " LEFT JOIN job c ON c.id = i.job_id WHERE t.workflow_id = ?", ("t.id", "p.id", "c.id"))
+
+
+def list_file_relations(request, workflow_id):
+    """Which job writes and reads which file."""
+    return list_relations(request, "file", workflow_id)
+
+
+def list_user_data_relations(request, workflow_id):
+    """Which job writes and reads which user data."""
+    return list_relations(request, "user_data", workflow_id)
+
+
+def needed(store, workflow_id, what, also):
+    """Ids of records that some job reads and none writes, or that a completed job has written."""
+    require_workflow(store, workflow_id)
+    return [row[0] for row in store.query(
+        f"SELECT t.id FROM {what} t WHERE t.workflow_id = ? AND {also} AND ("
+        f"(EXISTS (SELECT 1 FROM job_input_{what} i WHERE i.{what}_id = t.id) AND NOT EXISTS"
+        f" (SELECT 1 FROM job_output_{what} o WHERE o.{what}_id = t.id)) OR EXISTS (SELECT 1 FROM"
+        f" job_output_{what} o JOIN job j ON j.id = o.job_id WHERE o.{what}_id = t.id"
+        f" AND j.status = {COMPLETED})) ORDER BY t.id", (workflow_id,))]
+
+
+def required_existing_files(request, workflow_id):
+    """Files that must exist now."""
+    return {"files": needed(request.store, workflow_id, "file", "1")}
+
+
+def missing_user_data(request, workflow_id):
+    """User data without a value that should have one."""
+    return {"user_data": needed(request.store, workflow_id, "user_data", "t.data IS NULL")}
+
+
+def ready_job_requirements(request, workflow_id):
+    """Totals over the ready jobs."""
+    require_workflow(request.store, workflow_id)
+    row = request.store.one(
+        "SELECT count(*), coalesce(sum(r.num_cpus), 0), coalesce(sum(r.num_gpus), 0),"
+        " coalesce(sum(r.memory_bytes), 0), coalesce(max(r.num_nodes), 0),"
+        " coalesce(max(r.runtime_s), 0) FROM job j JOIN resource_requirements r ON r.id ="
+        f" j.resource_requirements_id WHERE j.workflow_id = ? AND j.status = {READY}",
+        (workflow_id,))
+    return {"num_jobs": row[0], "num_cpus": row[1], "num_gpus": row[2],
+            "memory_gb": row[3] / 2**30, "max_num_nodes": row[4], "max_runtime": f"PT{row[5]}S"}
+
+
+# ---- resource requirements
+
+def checked_requirements(values):
+    """Requirements with defaults filled in and the two texts parsed. Raises Invalid."""
+    full = {"num_cpus": 1, "num_gpus": 0, "num_nodes": 1, "memory": "1m", "runtime": "PT1M",
+            **values}
+    try:
+        parsed = {"memory_bytes": parse_memory(full["memory"]),
+                  "runtime_s": parse_duration(full["runtime"])}
+    except ValueError as error:
+        raise Invalid(f"resource requirements {full['name']!r}: {error}") from None
+    if full["num_nodes"] <= 0:
+        raise Invalid(f"resource requirements {full['name']!r}: num_nodes {full['num_nodes']} is "
+                      "not positive")
+    return {**full, **parsed}
+
+
+REQUIREMENT_COLUMNS = ("name", "num_cpus", "num_gpus", "num_nodes", "memory", "runtime",
+                       "memory_bytes", "runtime_s")
+
+
+def insert_requirements(store, workflow_id, records):
+    """In a transaction: insert resource requirements."""
+    rows = [(workflow_id, *(checked[name] for name in REQUIREMENT_COLUMNS))
+            for checked in map(checked_requirements, records)]
+    store.insert_many(f"INSERT INTO resource_requirements (workflow_id,"
+                      f" {', '.join(REQUIREMENT_COLUMNS)})", len(REQUIREMENT_COLUMNS) + 1, rows)
+
+
+def create_resource_requirements(request):
+    """Store resource requirements; the name "default" is taken."""
+    values = check_body(request.body, KINDS["resource_requirements"].fields)
+    require_workflow(request.store, values["workflow_id"])
+    if values["name"] == "default":
+        raise Internal('the name "default" is reserved for the requirements every workflow has')
+    with request.store.transaction():
+        record_id = next_id(request.store, "resource_requirements")
+        insert_requirements(request.store, values["workflow_id"], [values])
+    full = checked_requirements(values)
+    return {"workflow_id": values["workflow_id"], "id": record_id,
+            **{name: full[name] for name in REQUIREMENT_COLUMNS[:6]}}
+
+
+def update_resource_requirements(request, record_id):
+    """Change resource requirements and keep an event about it."""
+    kind = KINDS["resource_requirements"]
+    values = check_body(request.body, kind.fields, partial=True)
+    store = request.store
+    with store.transaction():
+        old = fetch(store, kind, record_id)
+        full = checked_requirements({**old, **values})
+        store.execute(f"UPDATE resource_requirements SET {' = ?, '.join(REQUIREMENT_COLUMNS)} = ?"
+                      " WHERE id = ?", [full[name] for name in REQUIREMENT_COLUMNS] + [record_id])
+        new = fetch(store, kind, record_id)
+        if new != old:
+            event = {name: new[name] for name in REQUIREMENT_COLUMNS[:6]}
+            store_event(store, old["workflow_id"], request.now, {
+                "category": "user_action", "action": "update_resource_requirements",
+                "user": request.user or "anonymous", "resource_requirements_id": record_id,
+                **event})
+            store.news(old["workflow_id"])
+    return new
+
+
+# ---- files, user data, results, events, nodes, failure handlers
+
+def update_file(request, file_id):
+    """Change a file; st_mtime is always written, absent means none, as upstream."""
+    values = check_body(request.body, KINDS["file"].fields, partial=True)
+    with request.store.transaction():
+        fetch(request.store, KINDS["file"], file_id)
+        change(request.store, KINDS["file"], file_id, {"st_mtime": None, **values})
+    return fetch(request.store, KINDS["file"], file_id)
+
+
+def create_user_data(request):
+    """Store user data, with the jobs that read or write it if the query names them."""
+    relations = [(request.param(name, "int"), table) for name, table in
+                 (("consumer_job_id", "job_input_user_data"),
+                  ("producer_job_id", "job_output_user_data"))]
+    kind = KINDS["user_data"]
+    values = check_body(request.body, kind.fields)
+    require_workflow(request.store, values["workflow_id"])
+    with request.store.transaction():
+        record_id = add(request.store, kind, values)
+        for job_id, table in relations:
+            if job_id is not None:
+                request.store.execute(f"INSERT INTO {table} (job_id, user_data_id) VALUES (?, ?)",
+                                      (job_id, record_id))
+    return {**values, "id": record_id}
+
+
+def create_result(request):
+    """Store a result as the job's latest; no status changes."""
+    values = check_body(request.body, KINDS["result"].fields)
+    require_workflow(request.store, values["workflow_id"])
+    values["attempt_id"] = values.get("attempt_id") or 1
+    with request.store.transaction():
+        result_id = store_result(request.store,
+                                 {**values, "status": STATUS_OF_NAME[values["status"]]})
+    return {**values, "id": result_id}
+
+
+def list_results(request):
+    """Each job's latest result, or all; include_stderr adds the last lines of failed ones."""
+    tail = request.param("include_stderr", "bool", False)
+    return list_records(request, KINDS["result"], without=() if tail else ("stderr_tail",))
+
+
+def create_event(request):
+    """Store an event; the server's clock sets its time."""
+    body = check_body(request.body, fields("workflow_id:int!"))
+    require_workflow(request.store, body["workflow_id"])
+    if "data" not in request.body:
+        raise BadShape("missing field `data`")
+    with request.store.transaction():
+        event_id = store_event(request.store, body["workflow_id"], request.now,
+                               request.body["data"])
+    return fetch(request.store, KINDS["event"], event_id)
+
+
+def update_event(request, event_id):
+    """Replace an event's data by the body."""
+    with request.store.transaction():
+        fetch(request.store, KINDS["event"], event_id)
+        request.store.execute("UPDATE event SET data = ? WHERE id = ?",
+                              (compact(request.body), event_id))
+    return fetch(request.store, KINDS["event"], event_id)
+
+
+def list_failure_handlers(request, workflow_id):
+    """Failure handlers of a workflow."""
+    return list_records(request, KINDS["failure_handler"], workflow_id)
+
+
+def release_compute_node(request, node_id):
+    """A node's runner is proven dead: its jobs are ready again (ours)."""
+    with request.store.transaction():
+        requeued, freed = release_node(request.store, node_id, request.now)
+    return {"requeued": requeued, "canceled": freed}
+
+
+# ---- actions
+
+SCHEDULE_FIELDS = {"scheduler_id": "int", "scheduler_type": "str", "num_allocations": "int",
+                   "start_one_worker_per_node": "bool", "max_parallel_jobs": "int"}
+ACTION_BODY = fields("trigger_type:str! action_type:str! action_config:any! job_ids:ints"
+                     " trigger_count:int required_triggers:int executed:bool persistent:bool"
+                     " is_recovery:bool workflow_id:int")
+
+
+def check_action(action):
+    """Raise Invalid for an action_config that does not suit its action_type."""
+    config, kind = action["action_config"], action["action_type"]
+    if not isinstance(config, dict):
+        raise Invalid("action_config is not an object")
+    if kind == "run_commands":
+        commands = config.get("commands")
+        if list(config) != ["commands"] or not isinstance(commands, list) or not all(
+                isinstance(command, str) and command.strip() for command in commands):
+            raise Invalid('action_config of run_commands is {"commands": [...]} with command lines')
+    elif kind == "schedule_nodes":
+        for name, value in config.items():
+            if name not in SCHEDULE_FIELDS or not has_type(value, SCHEDULE_FIELDS[name]):
+                raise Invalid(f"action_config of schedule_nodes: {name} = {value!r} is not known "
+                              f"or not {TYPE_NAMES.get(SCHEDULE_FIELDS.get(name), 'a field')}")
+
+
+def create_action(request, workflow_id):
+    """Store an action of a workflow; nothing is triggered by that."""
+    action = check_body(request.body, ACTION_BODY)
+    require_workflow(request.store, workflow_id)
+    check_action(action)
+    with request.store.transaction():
+        action_id = add_action(request.store, workflow_id, action)
+        request.store.news(workflow_id)
+    return {**action, "workflow_id": workflow_id, "id": action_id}
+
+
+def get_actions(request, workflow_id):
+    """All actions of a workflow."""
+    require_workflow(request.store, workflow_id)
+    return actions(request.store, workflow_id)
+
+
+def get_pending_actions(request, workflow_id):
+    """Actions that are triggered and not executed; trigger_type may be repeated."""
+    require_workflow(request.store, workflow_id)
+    return actions(request.store, workflow_id, pending=True,
+                   triggers=request.query.get("trigger_type", ()))
+
+
+def claim_action_request(request, workflow_id, action_id):
+    """Take an action; the loser of a race gets Conflict."""
+    body = check_body(request.body, fields("compute_node_id:int"))
+    with request.store.transaction():
+        claim_action(request.store, workflow_id, action_id, body.get("compute_node_id"),
+                     request.now)
+    return {"success": True, "action_id": action_id}
+
+
+# ---- the whole surface
+
+NONE, JSON = "no body", "JSON body"
+VERBS = {                                 # word of Kind.ops: method, path behind the kind's, body
+    "create": ("POST", "", create_record, JSON), "list": ("GET", "", list_records, NONE),
+    "clear": ("DELETE", "", clear_records, NONE), "get": ("GET", "/<id:int>", get_record, NONE),
+    "update": ("PUT", "/<id:int>", update_record, JSON),
+    "delete": ("DELETE", "/<id:int>", delete_record, NONE),
+}
+
+
+def crud_routes(kinds):
+    """Routes of the generic operations that each kind takes part in."""
+    for kind in kinds.values():
+        for word in kind.ops.split():
+            method, path, function, body = VERBS[word]
+            yield method, kind.path + path, bind_kind(function, kind), body
+
+
+def bind_kind(function, kind):
+    """A generic operation for one kind."""
+    def operation(request, *values):
+        return function(request, kind, *values)
+    operation.__doc__ = function.__doc__
+    return operation
+
+
+WF = "/workflows/<id:int>"
+ROUTES = (
+    # method  path                                             function                      body
+    ("GET",    "/ping",                                        ping,                         NONE),
+    ("GET",    "/version",                                     version,                      NONE),
+    ("GET",    "/server_info",                                 server_info,                  NONE),
+    ("POST",   "/workflow_specs",                              create_from_spec,             JSON),
+    ("POST",   "/workflows",                                   create_workflow,              JSON),
+    ("GET",    "/workflows",                                   list_workflows,               NONE),
+    ("GET",    WF,                                             get_workflow,                 NONE),
+    ("PUT",    WF,                                             update_workflow,              JSON),
+    ("DELETE", WF,                                             delete_workflow,              NONE),
+    ("GET",    WF + "/status",                                 get_workflow_status,          NONE),
+    ("PUT",    WF + "/status",                                 update_workflow_status,       JSON),
+    ("GET",    WF + "/counts",                                 get_counts,                   NONE),
+    ("GET",    WF + "/changes",                                changes,                      NONE),
+    ("GET",    WF + "/unfinished",                             get_unfinished,               NONE),
+    ("POST",   WF + "/runner_step",                            runner_step_request,          JSON),
+    ("PUT",    WF + "/cancel",                                 cancel,                       NONE),
+    ("POST",   WF + "/reset_status",                           reset_status,                 NONE),
+    ("POST",   WF + "/reset_job_status",                       reset_job_status,             NONE),
+    ("POST",   WF + "/initialize_jobs",                        initialize,                   NONE),
+    ("POST",   WF + "/process_changed_job_inputs",             process_changed_job_inputs,   NONE),
+    ("GET",    WF + "/is_complete",                            is_workflow_complete,         NONE),
+    ("GET",    WF + "/is_uninitialized",                       is_workflow_uninitialized,    NONE),
+    ("POST",   WF + "/claim_next_jobs",                        claim_next_jobs,              NONE),
+    ("POST",   WF + "/claim_jobs_based_on_resources/<limit:int>", claim_jobs_based_on_resources,
+     JSON),
+    ("GET",    WF + "/job_ids",                                list_job_ids,                 NONE),
+    ("GET",    WF + "/job_dependencies",                       list_job_dependencies,        NONE),
+    ("GET",    WF + "/job_file_relationships",                 list_file_relations,          NONE),
+    ("GET",    WF + "/job_user_data_relationships",            list_user_data_relations,     NONE),
+    ("GET",    WF + "/required_existing_files",                required_existing_files,      NONE),
+    ("GET",    WF + "/missing_user_data",                      missing_user_data,            NONE),
+    ("GET",    WF + "/ready_job_requirements",                 ready_job_requirements,       NONE),
+    ("GET",    WF + "/failure_handlers",                       list_failure_handlers,        NONE),
+    ("POST",   WF + "/actions",                                create_action,                JSON),
+    ("GET",    WF + "/actions",                                get_actions,                  NONE),
+    ("GET",    WF + "/actions/pending",                        get_pending_actions,          NONE),
+    ("POST",   WF + "/actions/<action:int>/claim",             claim_action_request,         JSON),
+    ("POST",   "/jobs",                                        create_job,                   JSON),
+    ("POST",   "/bulk_jobs",                                   create_bulk_jobs,             JSON),
+    ("GET",    "/jobs",                                        list_jobs,                    NONE),
+    ("GET",    "/jobs/<id:int>",                               get_job,                      NONE),
+    ("PUT",    "/jobs/<id:int>",                               update_job,                   JSON),
+    ("POST",   "/jobs/<id:int>/complete_job/<status:status>/<run:int>", complete_job_request,
+     JSON),
+    ("PUT",    "/jobs/<id:int>/start_job/<run:int>/<node:int>", start_job_request,           NONE),
+    ("PUT",    "/jobs/<id:int>/manage_status_change/<status:status>/<run:int>",
+     manage_status_change, NONE),
+    ("POST",   "/jobs/<id:int>/retry/<run:int>",               retry_job_request,            NONE),
+    ("POST",   "/jobs/<id:int>/stop",                          stop_job_request,             NONE),
+    ("POST",   "/jobs/<id:int>/rerun",                         rerun_job_request,            NONE),
+    ("GET",    "/jobs/<id:int>/why",                           why_request,                  NONE),
+    ("POST",   "/resource_requirements",                       create_resource_requirements, JSON),
+    ("GET",    "/resource_requirements",
+     bind_kind(list_records, KINDS["resource_requirements"]), NONE),
+    ("PUT",    "/resource_requirements/<id:int>",              update_resource_requirements, JSON),
+    ("GET",    "/files",                            bind_kind(list_records, KINDS["file"]),  NONE),
+    ("PUT",    "/files/<id:int>",                              update_file,                  JSON),
+    ("POST",   "/user_data",                                   create_user_data,             JSON),
+    ("GET",    "/user_data",                   bind_kind(list_records, KINDS["user_data"]),  NONE),
+    ("POST",   "/results",                                     create_result,                JSON),
+    ("GET",    "/results",                                     list_results,                 NONE),
+    ("POST",   "/events",                                      create_event,                 JSON),
+    ("GET",    "/events",                           bind_kind(list_records, KINDS["event"]), NONE),
+    ("PUT",    "/events/<id:int>",                             update_event,                 JSON),
+    ("POST",   "/compute_nodes/<id:int>/release",              release_compute_node,         NONE),
+    *crud_routes({table: kind for table, kind in KINDS.items() if table != "workflow"}),
+)
+
+
+def path_value(kind, text):
+    """A value in a path as int or status number. Raises BadRequest."""
+    if kind == "int" and re.fullmatch(r"[-+]?\d{1,18}", text):
+        return int(text)
+    if kind == "status" and text in STATUS_OF_NAME:
+        return STATUS_OF_NAME[text]
+    raise BadRequest(f"{text!r} in the path is not {TYPE_NAMES[kind]}")
+
+
+class Endpoint(NamedTuple):
+    """What a route leads to."""
+
+    method: str
+    path: str
+    function: Any
+    body: str
+    types: tuple                          # of the values in its path
+
+
+def build_index(routes):
+    """Routes by (number of segments, fixed segments joined): {method: Endpoint}."""
+    index = {}
+    for method, path, function, body in routes:
+        segments = path.strip("/").split("/")
+        pattern = tuple("*" if segment.startswith("<") else segment for segment in segments)
+        types = tuple(segment[1:-1].split(":")[1] for segment in segments if segment[0] == "<")
+        index.setdefault(pattern, {})[method] = Endpoint(method, path, function, body, types)
+    return index
+
+
+INDEX = build_index(ROUTES)
+PATTERNS = {}
+for _pattern in INDEX:
+    PATTERNS.setdefault(len(_pattern), []).append(_pattern)
+
+
+def find_endpoint(method, path):
+    """(Endpoint, texts of its path values) for a path without prefix.
+
+    Raises NotFound, or BadRequest with .allow (methods that exist) for another method.
+    """
+    segments = path.split("/")[1:]
+    for pattern in PATTERNS.get(len(segments), ()):
+        if all(want == "*" and have or want == have for want, have in zip(pattern, segments)):
+            methods = INDEX[pattern]
+            if method not in methods:
+                error = WrongMethod(f"{path} does not take {method}")
+                error.allow = sorted(methods)
+                raise error
+            return methods[method], [have for want, have in zip(pattern, segments) if want == "*"]
+    raise NoSuchPath(f"there is no {path} here")
+
+
+class WrongMethod(TorcError):
+    """A known path was called with a method it does not have; .allow lists those it has."""
+
+    status, title, plain = 405, "MethodNotAllowed", True
+
+
+class NoSuchPath(NotFound):
+    """The URL leads nowhere; the answer has an empty body."""
+
+
+def call_endpoint(endpoint, texts, request):
+    """Run an operation with the values of its path, converted."""
+    values = [path_value(kind, text) for kind, text in zip(endpoint.types, texts)]
+    return endpoint.function(request, *values)
+
+
+# ==================================================================================================
+# 9 Client
+# ==================================================================================================
+# Client speaks HTTP with the standard library; LocalClient calls the operations of section 8 on a
+# database file. Same methods, same errors. A client is used by one thread at a time.
+
+IDLE_S = 100.0                            # servers close idle connections after 120 s and more
+PAGE_SIZE = 10_000
+PROXY_HINT = "is a Torc server there? the answer is not one of its"
+
+
+def user_name():
+    """The user in whose name we act: TORC_USERNAME, USER, USERNAME, or the login name."""
+    for name in ("TORC_USERNAME", "USER", "USERNAME"):
+        if os.environ.get(name):
+            return os.environ[name]
+    import pwd
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return "unknown"
+
+
+def torc_home():
+    """The directory in the user's home where servers leave a note of where they are."""
+    return os.path.join(os.path.expanduser("~"), ".torc")
+
+
+def server_note(server_id):
+    """Path of the note that the server with this id keeps up to date (0600)."""
+    return os.path.join(torc_home(), "servers", f"{server_id}.json")
+
+
+def query_lists(query):
+    """Query parameters as lists of texts: None is absent, True is "true", a list repeats."""
+    lists = {}
+    for name, value in query.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        texts = [str(item).lower() if isinstance(item, bool) else str(item)
+                 for item in values if item is not None]
+        if texts:
+            lists[name] = texts
+    return lists
+
+
+class Calls:
+    """What Client and LocalClient share: shorthands around request()."""
+
+    user = ""
+    where = ""
+    is_local = False
+
+    def request(self, method, path, query=None, body=None):
+        """Call an operation; returns its decoded JSON. Raises the errors of section 2."""
+        raise NotImplementedError
+
+    def get(self, path, **query):
+        """GET path."""
+        return self.request("GET", path, query)
+
+    def post(self, path, body=None, **query):
+        """POST path, with a JSON body unless it is None."""
+        return self.request("POST", path, query, body)
+
+    def put(self, path, body=None, **query):
+        """PUT path, with a JSON body unless it is None."""
+        return self.request("PUT", path, query, body)
+
+    def delete(self, path, **query):
+        """DELETE path."""
+        return self.request("DELETE", path, query)
+
+    def page(self, path, **query):
+        """One page of a list, with its envelope."""
+        return self.get(path, **query)
+
+    def items(self, path, **query):
+        """All records of a list, page by page; limit and offset in the query are honoured."""
+        left = query.pop("limit", None)
+        offset = query.pop("offset", None) or 0
+        while left is None or left > 0:
+            size = PAGE_SIZE if left is None else min(left, PAGE_SIZE)
+            page = self.get(path, **query, limit=size, offset=offset)
+            yield from page["items"]
+            if not page["has_more"] or not page["items"]:
+                return
+            offset += len(page["items"])
+            left = None if left is None else left - len(page["items"])
+
+    def server_id(self):
+        """Id of the database behind this client; it survives restarts."""
+        return self.get("/server_info")["id"]
+
+
+class LocalClient(Calls):
+    """The operations on a database file, without a server."""
+
+    is_local = True
+
+    def __init__(self, path, user=None, store=None):
+        self.path = os.path.abspath(path)
+        self.where = path
+        self.user = user or user_name()
+        self._owner = store is None
+        self.store = store or Store(path, shared=True)
+
+    def request(self, method, path, query=None, body=None):
+        """See Calls.request."""
+        endpoint, texts = find_endpoint(method, path)
+        return call_endpoint(endpoint, texts, Request(
+            self.store, self.user, query_lists(query or {}), body, time.time()))
+
+    def job_environment(self):
+        """What a job needs to reach its workflow."""
+        return {"TORC_DATABASE": self.path}
+
+    def clone(self):
+        """Another client of the same database, for another thread."""
+        return LocalClient(self.where, self.user, self.store)
+
+    def interrupt(self):
+        """End the wait of another thread in this client, and all later ones."""
+        self.store.wake()
+
+    def close(self):
+        """Close the database, if this client opened it."""
+        if self._owner:
+            self.store.close()
+
+
+class Client(Calls):
+    """The operations over HTTP: one kept-alive connection, Basic credentials if there are any.
+
+    url: base URL with the path prefix (added when missing). After a loss the client looks into the
+    note that its server keeps in the user's home, so a restart on another port is survived.
+    """
+
+    def __init__(self, url, user=None, password=None):
+        from urllib.parse import urlsplit
+        url = url if "//" in url else f"http://{url}"
+        parts = urlsplit(url)
+        try:
+            port = parts.port or 80
+        except ValueError:
+            port = 0
+        if parts.scheme != "http" or not parts.hostname or not port:
+            raise UsageError(f"{url!r} is no server URL: expected something like {DEFAULT_URL}")
+        self.prefix = parts.path.rstrip("/") or API_PREFIX
+        self.host, self.port = parts.hostname, port
+        self.user = user or user_name()
+        self.password = password
+        self.id = None                    # of the server, once an answer has told it
+        self._connection = None
+        self._interrupted = False
+        self._used = 0.0
+
+    @property
+    def where(self):
+        """The URL in use."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}{self.prefix}"
+
+    def job_environment(self):
+        """What a job needs to reach its workflow."""
+        return {"TORC_API_URL": self.where}
+
+    def clone(self):
+        """Another client of the same server, for another thread."""
+        other = Client(self.where, self.user, self.password)
+        other.id = self.id
+        return other
+
+    def interrupt(self):
+        """End the wait of another thread in this client: its request fails with Unreachable."""
+        import socket
+        self._interrupted = True
+        with contextlib.suppress(OSError, AttributeError):
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        """Close the connection."""
+        if self._connection:
+            self._connection.close()
+            self._connection = None
+
+    def request(self, method, path, query=None, body=None):
+        """See Calls.request. Raises Unreachable when no server answers."""
+        from urllib.parse import quote, urlencode
+        lists = query_lists(query or {})
+        target = quote(self.prefix + path) + ("?" + urlencode(lists, doseq=True) if lists else "")
+        headers = {"Accept": "application/json"}
+        data = None
+        if body is not None:
+            data = json.dumps(body, separators=(",", ":")).encode()
+            headers["Content-Type"] = "application/json"
+            if len(data) > MAX_BODY_BYTES:
+                raise TooLarge(f"the request is {format_bytes(len(data))}, a server takes at most "
+                               f"{format_bytes(MAX_BODY_BYTES)}: split the workflow")
+        if self.password is not None:
+            import base64
+            word = f"{self.user}:{self.password}".encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(word).decode()
+        wait_s = int((query or {}).get("wait_s") or 0)
+        repeatable = method == "GET" or path.endswith("/runner_step")
+        status, content_type, answer = self._send(
+            method, target, data, headers, wait_s + 300, repeatable)
+        return self._decode(status, content_type, answer, path)
+
+    def _send(self, method, target, data, headers, timeout, repeatable):
+        """Send on the kept connection; again on a new one if that cannot do harm."""
+        import http.client
+        for again in (repeatable, False):
+            fresh = self._connect(timeout)
+            try:
+                self._connection.request(method, target, data, headers)
+                response = self._connection.getresponse()
+                answer = response.read()
+                self.id = response.headers.get("X-Torc-Server") or self.id
+                self._used = time.monotonic()
+                if response.will_close:
+                    self.close()
+                return response.status, response.headers.get("Content-Type", ""), answer
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if not again or fresh or self._interrupted:
+                    raise self._trouble(error) from None
+        raise AssertionError("unreachable code")
+
+    def _connect(self, timeout):
+        """Make sure there is a connection that the server has not closed; says if it is new."""
+        import http.client
+        import select
+        if self._connection and self._connection.sock:
+            idle = time.monotonic() - self._used
+            if idle < IDLE_S and not (idle > 0.5 and select.select(
+                    [self._connection.sock], [], [], 0)[0]):
+                self._connection.sock.settimeout(timeout)
+                return False
+        self.close()
+        for address in [(self.host, self.port), *self._noted_addresses()]:
+            connection = http.client.HTTPConnection(*address, timeout=min(timeout, 20))
+            try:
+                connection.connect()
+                if address != (self.host, self.port) and not self._is_ours(connection):
+                    connection.close()
+                    continue
+            except OSError as error:
+                trouble = self._trouble(error)
+                connection.close()
+                continue
+            self.host, self.port = address
+            connection.sock.settimeout(timeout)
+            self._connection = connection
+            return True
+        raise trouble
+
+    def _noted_addresses(self):
+        """Where the server we knew says it is now, lazily: read only after a failure."""
+        from urllib.parse import urlsplit
+        if not self.id:
+            return
+        try:
+            with open(server_note(self.id), encoding="utf-8") as file:
+                urls = json.load(file)["urls"]
+        except (OSError, ValueError, KeyError):
+            return
+        for url in urls:
+            parts = urlsplit(url)
+            if (parts.hostname, parts.port) != (self.host, self.port):
+                yield parts.hostname, parts.port
+
+    def _is_ours(self, connection):
+        """Whether the server at the other end has our server's id; asked without credentials."""
+        import http.client
+        try:
+            connection.request("GET", self.prefix + "/ping")
+            response = connection.getresponse()
+            response.read()
+            return response.headers.get("X-Torc-Server") == self.id
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _trouble(self, error):
+        """What went wrong, and what to do, as Unreachable."""
+        import http.client
+        import socket
+        place = f"{self.host}:{self.port}"
+        if isinstance(error, ConnectionRefusedError):
+            text = (f"no server answers at {place} (connection refused): start one with `torc "
+                    "server`, or name another with --url or TORC_API_URL")
+        elif isinstance(error, socket.gaierror):
+            text = f"the host name {self.host} is unknown here: name another with --url"
+        elif isinstance(error, (socket.timeout, TimeoutError)):
+            text = f"{place} does not answer in time: a firewall may drop what is sent to it"
+        elif isinstance(error, http.client.BadStatusLine) and not isinstance(
+                error, http.client.RemoteDisconnected):
+            text = f"{place} does not speak HTTP (TLS, perhaps?): name another with --url"
+        else:
+            text = f"the connection to {place} broke: {error}"
+        return Unreachable(text)
+
+    def _decode(self, status, content_type, answer, path):
+        """The JSON of an answer. Raises the error that its status stands for."""
+        try:
+            value = json.loads(answer) if "json" in content_type else None
+        except ValueError:
+            value = None
+        if 200 <= status < 300 and value is not None:
+            return value
+        if 200 <= status < 300:
+            raise Unreachable(f"{self.where}: {PROXY_HINT} ({content_type or 'no content type'}): "
+                              "name another with --url")
+        if status == 401:
+            raise Unauthorized(f"{self.where} wants a user name and password: set TORC_PASSWORD, "
+                               f"or take --prompt-password (the user is {self.user}: set "
+                               "TORC_USERNAME for another)")
+        if not self.id and status == 404:
+            raise Unreachable(f"{self.where}: {PROXY_HINT} (404): name another with --url")
+        inner = value.get("error") if isinstance(value, dict) else None
+        message = inner.get("message") if isinstance(inner, dict) else None
+        text = answer.decode("utf-8", "replace").strip()[:500]
+        raise ERROR_OF_STATUS.get(status, Internal)(
+            message or text or f"{self.where} answers {path} with status {status}")
+
+
+# ---- which database or server a command works on
+
+def listener_uid(port):
+    """uid of the process that listens on a TCP port of this host's loopback, or None.
+
+    Reads the uid column of /proc/net/tcp and tcp6.
+    """
+    for name in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/net/{name}", encoding="ascii") as file:
+                rows = file.read().splitlines()[1:]
+        except OSError:
+            continue
+        for row in rows:
+            words = row.split()
+            if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+                return int(words[7])
+    return None
+
+
+def default_server(password):
+    """A Client for this user's own server at the default URL, or None.
+
+    Raises Unreachable for another user's Torc server: using it must be said, and so must not
+    using it.
+    """
+    uid = listener_uid(DEFAULT_PORT)
+    if uid is None:
+        return None
+    client = Client(DEFAULT_URL, password=password)
+    with contextlib.suppress(TorcError):
+        Client(DEFAULT_URL).get("/ping")
+        client.get("/ping")
+    if not client.id:
+        return None                       # some other program
+    if uid not in (os.getuid(), 0) or (uid == 0 and os.getuid() != 0):
+        raise Unreachable(f"a Torc server of another user (uid {uid}) listens on port "
+                          f"{DEFAULT_PORT}: say --url {DEFAULT_URL} to use it, or --database "
+                          f"{DEFAULT_OUTPUT_DIR}/{LOCAL_DATABASE} to work without a server")
+    return client
+
+
+def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, password=None, tell=None,
+            create=True):
+    """The client of a command: database, url, this user's server at the default URL, local file.
+
+    tell: called with one sentence that says which it was. create: make the local file if there is
+    none. Raises UsageError when both are given, Unreachable.
+    """
+    database = database or (None if url else os.environ.get("TORC_DATABASE"))
+    url = url or (None if database else os.environ.get("TORC_API_URL"))
+    if database and url:
+        raise UsageError("--database and --url exclude each other: name one of them")
+    tell = tell or (lambda sentence: None)
+    if url:
+        client = Client(url, password=password)
+        tell(f"using the server {client.where}")
+        return client
+    server = None if database else default_server(password)
+    if server:
+        tell(f"using your server {server.where}")
+        return server
+    path = database or os.path.join(output_dir, LOCAL_DATABASE)
+    if not os.path.exists(path):
+        if not create:
+            raise Unreachable(f"there is no database {path} yet: `torc run SPEC` or `torc create "
+                              "SPEC` makes it; name another with --database, or a server with "
+                              "--url")
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    tell(f"using the local database {path}")
+    return LocalClient(path)
+
+
+# ==================================================================================================
+# 10 Runner
+# ==================================================================================================
+# One thread spawns and reaps (the main thread, woken by SIGCHLD through a pipe, never by a timer),
+# one talks to the server, one listens for news, one samples what the jobs use. The first two share
+# a deque of claimed jobs and a list of completions, under one lock.
+
+PREFETCH_LIMIT = 16
+ENOUGH_AHEAD = 4                          # jobs in the queue that allow completions to be gathered
+GATHER_S = 0.01                           # for so long
+PREFETCH_S = 0.1                          # work for this long is claimed ahead at the recent rate
+GIVE_BACK_S = 0.5                         # a prefetched job not started by then goes back
+RUNTIME_GRACE_S = 120                     # by which a requirement's runtime may exceed what is left
+STOP_LEAD_S = 10.0                        # at most, from SIGTERM to SIGKILL when a job is stopped
+SUBREAPER = 36                            # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+                 "TORC_GPU_VISIBLE_DEVICES")
+TOO_LONG = 131_071                        # bytes of one argument: MAX_ARG_STRLEN, execve(2)
+
+
+class RunOptions(NamedTuple):
+    """How a runner is to run. end_time: seconds since the epoch; None for what is detected."""
+
+    output_dir: str = DEFAULT_OUTPUT_DIR
+    max_parallel_jobs: int | None = None
+    num_cpus: int | None = None
+    memory_gb: float | None = None
+    num_gpus: int | None = None
+    end_time: float | None = None
+    quiet: bool = False
+
+
+# ---- what this machine has
+
+def read_text(path):
+    """A small file's text without the last newline, or "" if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def cgroup_values(controller, name_v1, name_v2):
+    """Values of a limit file from our cgroup up to the root (cgroups(7)); v1 has one, v2 many."""
+    for line in read_text("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            while True:
+                yield read_text(f"/sys/fs/cgroup{path}/{name_v2}")
+                if path in ("", "/"):
+                    break
+                path = os.path.dirname(path)
+        elif controller in controllers.split(","):
+            yield read_text(f"/sys/fs/cgroup/{controller}{path}/{name_v1}")
+
+
+def usable_cpus():
+    """CPUs this process may use: affinity, then the quota of its cgroups."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    for text in cgroup_values("cpu", "cpu.cfs_quota_us", "cpu.max"):
+        words = text.split()
+        if words and words[0].isdigit():
+            cpus = min(cpus, int(words[0]) / int(words[1] if len(words) > 1 else 100_000))
+    return max(1, int(cpus))
+
+
+def usable_memory():
+    """Bytes of memory this process may use: the machine's, then the limits of its cgroups."""
+    match = re.search(r"MemTotal:\s+(\d+) kB", read_text("/proc/meminfo"))
+    memory = int(match[1]) * 1024 if match else 2**30
+    for text in cgroup_values("memory", "memory.limit_in_bytes", "memory.max"):
+        if text.isdigit():
+            memory = min(memory, int(text))
+    return memory
+
+
+def usable_gpus():
+    """Ids of the GPUs this process may use, as texts."""
+    import shutil
+    import subprocess
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        if os.environ.get(name) is not None:
+            return [word for word in os.environ[name].split(",") if word.strip()]
+    if shutil.which("nvidia-smi"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True,
+                                    timeout=10)
+            return re.findall(r"^GPU (\d+):", listed.stdout, re.M)
+    return []
+
+
+def boot_id():
+    """Identifies this start of this machine's kernel."""
+    return read_text("/proc/sys/kernel/random/boot_id")
+
+
+def process_start(pid):
+    """When a process started, in clock ticks since boot (field 22 of proc(5) stat), or None."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            words = file.read().rpartition(b")")[2].split()
+        return None if words[0] in (b"Z", b"X") else int(words[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+# ---- ending processes
+
+def marked_processes(token, job_id=None):
+    """pids of this user's processes whose environment names the runner (and the job)."""
+    wanted = [f"TORC_RUNNER={token}".encode()]
+    if job_id is not None:
+        wanted.append(f"TORC_JOB_ID={job_id}".encode())
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    words = file.read().split(b"\0")
+                if all(word in words for word in wanted):
+                    found.append(int(name))
+    return found
+
+
+def signal_group(pid, number):
+    """Signal a process group that we made; says whether anything of it lives."""
+    import signal
+    try:
+        os.killpg(pid, number)
+        os.killpg(pid, signal.SIGCONT)    # a stopped job must wake to see the signal
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
+def started_about(pid, seconds):
+    """Whether a process began about then (seconds since boot), or is gone while its group lives."""
+    ticks = process_start(pid)
+    return ticks is None or abs(ticks / os.sysconf("SC_CLK_TCK") - seconds) < 2
+
+
+def kill_leftovers(token, leaders, seconds=10.0):
+    """SIGKILL what is left of a dead runner: its process groups, and what its mark is found on.
+
+    leaders: (pid, seconds from boot to its start) of group leaders; a number that another process
+    has taken over is spared.
+    """
+    import signal
+    deadline = time.monotonic() + seconds
+    groups = [pid for pid, started in leaders if started_about(pid, started)]
+    while time.monotonic() < deadline:
+        alive = [pid for pid in groups if signal_group(pid, signal.SIGKILL)]
+        marked = [pid for pid in marked_processes(token) if pid != os.getpid()]
+        for pid in marked:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if not marked and not any(group_lives(pid) for pid in alive):
+            return
+        time.sleep(0.02)                  # nothing tells us when a stranger's child is gone
+
+
+def group_lives(pgid):
+    """Whether a process group has a member that is not a zombie."""
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    words = file.read().rpartition(b")")[2].split()
+                if int(words[2]) == pgid and words[0] not in (b"Z", b"X"):
+                    return True
+    return False
+
+
+def start_guardian(journal_path, token):
+    """Fork a process that ends the jobs if this one is killed; returns (its pid, our pipe end).
+
+    It waits for the pipe to hang up, which costs nothing. A byte in the pipe is a clean goodbye.
+    To be called before there are threads.
+    """
+    import select
+    import signal
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(read_end)
+        return pid, write_end
+    try:
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.dup2(read_end, 3)
+        os.closerange(4, 4096)
+        poller = select.poll()
+        poller.register(3, 0)             # POLLHUP comes without being asked for
+        poller.poll()
+        if not os.read(3, 1):
+            kill_leftovers(token, journal_leaders(journal_path))
+    finally:
+        os._exit(0)
+
+
+# ---- the journal
+
+class Journal:
+    """What this runner has started and what has ended, for whoever comes after it if it dies.
+
+    A line of JSON for each: the header, {"start": [job, run, attempt]} before a process is
+    made, {"pid": [pid, seconds since boot]} after, {"end": completion}, {"ok": [[job, run,
+    attempt], ...]} once the server has confirmed. 0600. Records are gathered until flush().
+    """
+
+    def __init__(self, path, header):
+        self.path = path
+        self._told = False
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._lines = []
+        self.add({"header": header})
+        self.flush()
+
+    def add(self, record):
+        """Append a record at the next flush."""
+        self._lines.append(compact(record) + "\n")
+
+    def flush(self):
+        """Write what was added; a full disk is told once and does not stop the jobs."""
+        if not self._lines:
+            return
+        lines, self._lines = self._lines, []
+        try:
+            os.write(self.fd, "".join(lines).encode())
+        except OSError as error:
+            if not self._told:
+                print(f"torc: journal {self.path}: {error.strerror}: if this runner is killed now, "
+                      "results may be lost", file=sys.stderr)
+            self._told = True
+
+    def close(self, remove):
+        """Close it, and remove it when the server knows everything."""
+        self.flush()
+        os.close(self.fd)
+        if remove:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+
+def read_journal(path):
+    """Records of a journal; a last line cut short by a crash is passed over."""
+    records = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
+
+
+def journal_leaders(path):
+    """(pid, start) of every process group that a journal names."""
+    return [tuple(record["pid"]) for record in read_journal(path) if "pid" in record]
+
+
+def replay_journal(client, path):
+    """Tell the server what a dead runner did not get to say; returns the number of completions."""
+    records = read_journal(path)
+    header = records[0]["header"]
+    confirmed = {tuple(key) for record in records for key in record.get("ok", ())}
+    ends = {(end["job_id"], end["run_id"], end["attempt_id"]): end
+            for end in (record["end"] for record in records if "end" in record)}
+    starts = [record["start"] for record in records if "start" in record]
+    unsaid = [end for key, end in ends.items() if key not in confirmed]
+    client.post(f"/workflows/{header['workflow_id']}/runner_step", {
+        "compute_node_id": header["compute_node_id"], "step": 0, "replay": True, "held": [],
+        "starts": [{"job_id": job, "attempt_id": attempt} for job, run, attempt in starts
+                   if (job, run, attempt) not in confirmed],
+        "completions": unsaid})
+    return len(unsaid)
+
+
+def is_dead_here(record):
+    """Proof that the runner of a compute node (or journal header) is gone: this host, this boot,
+    and its pid is free or belongs to a younger process."""
+    import socket
+    return (record.get("hostname") == socket.gethostname() and record.get("boot_id") == boot_id()
+            and record.get("pid_started") is not None
+            and process_start(record["pid"]) != record["pid_started"])
+
+
+def release_dead_nodes(client, workflow_id, output_dir):
+    """Clean up behind runners of this host that were killed; returns what was done, in sentences.
+
+    Ends what lives of their jobs, replays their journals, makes their jobs ready again.
+    """
+    said = []
+    nodes = {node["id"]: node for node in client.items(
+        "/compute_nodes", workflow_id=workflow_id, is_active=True) if is_dead_here(node)}
+    directories = {os.path.abspath(output_dir)} | {
+        node["output_dir"] for node in nodes.values() if node.get("output_dir")}
+    server_id = client.server_id()
+    for directory in sorted(directories):
+        for path in journals_in(directory, server_id, workflow_id):
+            said += clean_up(client, path, nodes)
+    for node in nodes.values():
+        requeued = client.post(f"/compute_nodes/{node['id']}/release")["requeued"]
+        said.append(f"the runner with pid {node['pid']} had died: {len(requeued)} of its jobs are "
+                    "ready again")
+    return said
+
+
+def journals_in(directory, server_id, workflow_id):
+    """Paths of the journals of a workflow of this very database."""
+    folder = os.path.join(directory, "journal")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in names
+            if name.startswith(f"{server_id}_wf{workflow_id}_n")]
+
+
+def clean_up(client, path, nodes):
+    """One journal: if its runner is dead, end its processes, replay it and remove it."""
+    records = read_journal(path)
+    if not records or "header" not in records[0]:
+        return []
+    header = records[0]["header"]
+    if not is_dead_here(header):
+        return []
+    kill_leftovers(header["token"], journal_leaders(path))
+    try:
+        number = replay_journal(client, path)
+    except NotFound:
+        number = 0                        # workflow or node was deleted: nobody wants it
+    os.unlink(path)
+    return [f"{number} results of the runner with pid {header['pid']}, which had died, were handed "
+            "in"] if number else []
+
+
+# ---- one job's process
+
+class Child:
+    """A job that has been started here: its process and what is known of it."""
+
+    def __init__(self, job, need, stdio, gpus):
+        self.job = job
+        self.need = need                  # (1, cpus, memory_bytes, gpus)
+        self.stdio = stdio                # {"mode", "delete_on_success"}
+        self.gpus = gpus
+        self.pid = 0
+        self.started = 0.0
+        self.verdict = None               # why we end it: stop, timeout, oom, interrupt
+        self.status = None                # for stop: the status the server wants
+        self.kill_at = None               # monotonic time of SIGKILL
+        self.note = ""                    # for the tail of its stderr
+        self.limit = None                 # bytes, enforced by the sampler
+        self.memory = []                  # samples: bytes
+        self.cpu = []                     # samples: percent
+        self.ticks = None                 # (monotonic, CPU ticks) of the last sample
+
+    @property
+    def key(self):
+        """(job, run, attempt)."""
+        return self.job["id"], self.job["run_id"], self.job["attempt_id"]
+
+
+def tail_of(path):
+    """The last bytes of a file as text."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - STDERR_TAIL_BYTES))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+class Stdio:
+    """Where a job's output goes; opened in Python, since posix_spawn would hold every thread up
+    while a file system hangs."""
+
+    def __init__(self, directory, workflow_id, key, mode):
+        names = {"separate": ("o", "e"), "combined": ("log", "log"), "no_stdout": (None, "e"),
+                 "no_stderr": ("o", None), "none": (None, None)}[mode]
+        self.paths = [ending and os.path.join(directory, stdio_name(workflow_id, *key, ending))
+                      for ending in names]
+
+    def open(self, null):
+        """File descriptors for stdout and stderr. Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        out = os.open(self.paths[0], flags, 0o666) if self.paths[0] else null
+        if self.paths[1] == self.paths[0] and self.paths[0]:
+            return out, out
+        return out, os.open(self.paths[1], flags, 0o666) if self.paths[1] else null
+
+    def delete(self):
+        """Remove the files."""
+        for path in filter(None, set(self.paths)):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def error_path(self):
+        """The file that has the job's stderr, or None."""
+        return self.paths[1]
+
+
+class Limits(NamedTuple):
+    """execution_config and resource_monitor_config of a workflow, with defaults."""
+
+    sigkill_headroom_s: float
+    sigterm_lead_s: float
+    timeout_exit_code: int
+    oom_exit_code: int
+    termination_signal: int
+    limit_resources: bool
+    stdio: dict
+    monitor: bool
+    time_series: bool
+    sample_interval_s: float
+
+
+def read_limits(workflow):
+    """Limits from a workflow record."""
+    import signal
+    config = json.loads(workflow.get("execution_config") or "{}")
+    monitor = json.loads(workflow.get("resource_monitor_config") or "{}")
+    name = config.get("termination_signal", "SIGTERM")
+    enabled = monitor.get("enabled", True)
+    return Limits(
+        config.get("sigkill_headroom_seconds", 60), config.get("sigterm_lead_seconds", 30),
+        config.get("timeout_exit_code", 152), config.get("oom_exit_code", 137),
+        getattr(signal, name, signal.SIGTERM), config.get("limit_resources", True),
+        {"mode": "separate", "delete_on_success": False, **config.get("stdio", {})},
+        enabled, enabled and str(monitor.get("granularity", "")).lower() == "time_series",
+        monitor.get("sample_interval_seconds", 10))
+
+
+# ---- what the jobs use
+
+class Sampler:
+    """Looks once a second at memory and CPU of the jobs; ends those over their memory limit."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.page = os.sysconf("SC_PAGE_SIZE")
+        self.tick = os.sysconf("SC_CLK_TCK")
+        self.series = None
+        self.series_at = 0.0
+
+    def loop(self):
+        """Until the runner ends."""
+        while not self.runner.ended.wait(1.0):
+            children = list(self.runner.children.values())
+            if children:
+                with contextlib.suppress(OSError):
+                    self.sample(children, time.monotonic())
+
+    def sample(self, children, now):
+        """One look at all processes."""
+        stats = self.processes()
+        owner = {child.pid: child for child in children}
+        used = {}                         # child: [anonymous bytes, largest shared, ticks, number]
+        for pid, (parent, session, ticks) in stats.items():
+            child = owner.get(session) or self.ancestor(pid, stats, owner)
+            if child:
+                total = used.setdefault(child, [0, 0, 0, 0])
+                resident, shared = self.memory(pid)
+                total[0] += resident - shared
+                total[1] = max(total[1], shared)
+                total[2] += ticks
+                total[3] += 1
+        for child, (anonymous, shared, ticks, _) in used.items():
+            self.note(child, anonymous + shared, ticks, now)
+        limits = self.runner.limits
+        if limits.time_series and now - self.series_at >= limits.sample_interval_s:
+            self.series_at = now
+            self.write_series(used)
+
+    def processes(self):
+        """{pid: (parent, session, CPU ticks)} of all processes."""
+        stats = {}
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(OSError, IndexError, ValueError):
+                    with open(f"/proc/{name}/stat", "rb") as file:
+                        words = file.read().rpartition(b")")[2].split()
+                    stats[int(name)] = (int(words[1]), int(words[3]),
+                                        int(words[11]) + int(words[12]))
+        return stats
+
+    def ancestor(self, pid, stats, owner):
+        """The job among a process's ancestors, or None."""
+        for _ in range(64):
+            pid = stats.get(pid, (0,))[0]
+            if pid <= 1:
+                return None
+            if pid in owner:
+                return owner[pid]
+        return None
+
+    def memory(self, pid):
+        """(resident, shared) bytes of a process."""
+        words = read_text(f"/proc/{pid}/statm").split()
+        return (int(words[1]) * self.page, int(words[2]) * self.page) if words else (0, 0)
+
+    def note(self, child, memory, ticks, now):
+        """Keep a sample; end the job if it is over its limit."""
+        child.memory.append(memory)
+        if child.ticks and now > child.ticks[0]:
+            spent = (ticks - child.ticks[1]) / self.tick / (now - child.ticks[0])
+            child.cpu.append(max(0.0, 100 * spent))
+        child.ticks = (now, ticks)
+        if child.limit and memory > child.limit and not child.verdict:
+            self.runner.out_of_memory(child, memory)
+
+    def write_series(self, used):
+        """Append a sample of each job to the time series database."""
+        import sqlite3
+        runner = self.runner
+        try:
+            if self.series is None:
+                self.series = self.open_series()
+            now = time.time()
+            for child, (anonymous, shared, _, number) in used.items():
+                job = child.job
+                self.series.execute("INSERT OR REPLACE INTO job_resource_samples VALUES"
+                                    " (?, ?, ?, ?, ?)", (job["id"], now, (child.cpu or [0.0])[-1],
+                                                         anonymous + shared, number))
+                self.series.execute("INSERT OR IGNORE INTO job_metadata VALUES (?, ?)",
+                                    (job["id"], job["name"]))
+            self.series.commit()
+        except (sqlite3.Error, OSError) as error:
+            runner.say(f"time series of resources are not written: {error}")
+            runner.limits = runner.limits._replace(time_series=False)
+
+    def open_series(self):
+        """The database of samples, made with the tables that Torc's plots read."""
+        import sqlite3
+        runner = self.runner
+        folder = os.path.join(runner.directory, "resource_utilization")
+        os.makedirs(folder, exist_ok=True)
+        label = f"wf{runner.workflow_id}_h{runner.host}_r{runner.run_id}"
+        series = sqlite3.connect(os.path.join(folder, f"resource_metrics_{label}.db"),
+                                 check_same_thread=False)
+        series.execute("CREATE TABLE IF NOT EXISTS job_resource_samples (job_id INTEGER,"
+                       " timestamp REAL, cpu_percent REAL, memory_bytes INTEGER,"
+                       " num_processes INTEGER, PRIMARY KEY (job_id, timestamp))")
+        series.execute("CREATE INDEX IF NOT EXISTS samples_job ON job_resource_samples (job_id)")
+        series.execute("CREATE TABLE IF NOT EXISTS job_metadata (job_id INTEGER PRIMARY KEY,"
+                       " job_name TEXT)")
+        return series
+
+
+# ---- progress
+
+class Progress:
+    """What the user sees while a runner works: a redrawn line on a terminal, else lines."""
+
+    def __init__(self, quiet, log_path):
+        self.terminal = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
+        self.color = self.terminal and "NO_COLOR" not in os.environ
+        self.quiet = quiet
+        self.counts = {}
+        self.began = time.monotonic()
+        self.drawn = 0.0
+        self.told = (self.began, None)
+        self.finished_at_start = None
+        self.lock = threading.Lock()
+        self.log = open(log_path, "a", encoding="utf-8", errors="replace", buffering=1)
+
+    def say(self, text):
+        """A line for the user and the log."""
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            self.log.write(f"[{iso_time(time.time())}] {text}\n")
+            if not self.quiet:
+                clear = "\r\x1b[K" if self.terminal and self.drawn else ""
+                print(f"{clear}torc: {text}", file=sys.stderr, flush=True)
+
+    def update(self, counts):
+        """New counts by status."""
+        self.counts = counts
+        if self.finished_at_start is None:
+            self.finished_at_start = self.finished()
+        if not self.terminal and not self.quiet:
+            now = time.monotonic()
+            text = self.summary()
+            if now - self.told[0] >= 10 and text != self.told[1]:
+                self.told = (now, text)
+                self.say(text)
+
+    def finished(self):
+        """Jobs that need no more work."""
+        return sum(self.counts.get(name, 0) for name in
+                   ("completed", "failed", "canceled", "terminated", "disabled"))
+
+    def summary(self):
+        """The counts that are not zero, in words."""
+        parts = [f"{self.counts[name]} {name.replace('_', ' ')}" for name in STATUS_NAMES
+                 if self.counts.get(name)]
+        return ", ".join(parts) or "no jobs"
+
+    def draw(self, force=False):
+        """Redraw the line, at most five times a second."""
+        now = time.monotonic()
+        if not self.terminal or not self.counts or (now - self.drawn < 0.2 and not force):
+            return
+        self.drawn = now
+        width = os.get_terminal_size(2).columns if os.isatty(2) else 80
+        total, done = self.counts.get("total", 0), self.finished()
+        share = done / total if total else 1.0
+        rate = (done - (self.finished_at_start or 0)) / max(now - self.began, 0.001)
+        left = f", {format_duration((total - done) / rate)} left" if rate and done < total else ""
+        text = f"] {done}/{total}, {self.summary()}, {rate:.1f}/s{left}"
+        room = max(4, min(30, width - len(text) - 3))
+        filled = int(share * room)
+        bar = "#" * filled + "." * (room - filled)
+        if self.color:
+            bar = f"\x1b[3{'1' if self.counts.get('failed') else '2'}m{bar}\x1b[0m"
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            sys.stderr.write("\r\x1b[K[" + bar + text[:max(0, width - room - 2)])
+            sys.stderr.flush()
+
+    def close(self):
+        """End the redrawn line."""
+        self.draw(force=True)
+        if self.terminal and self.drawn:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write("\n")
+                sys.stderr.flush()
+        self.log.close()
+
+
+# ---- the runner
+
+class Runner:
+    """Runs jobs of one initialized workflow on this machine until nothing is left to do.
+
+    run() must be called in the main thread, since it receives signals.
+    """
+
+    def __init__(self, client, workflow_id, options=RunOptions()):
+        import collections
+        import secrets
+        import socket
+        self.client = client
+        self.workflow_id = workflow_id
+        self.options = options
+        self.directory = os.path.abspath(options.output_dir)
+        self.host = socket.gethostname()
+        self.token = secrets.token_hex(8)
+        self.lock = threading.Lock()
+        self.talk = threading.Condition(self.lock)   # wakes the talker
+        self.queue = collections.deque()             # (claimed job, when): not started
+        self.children = {}                           # pid: Child
+        self.ending = {}                             # key: job whose end is being worked out
+        self.starts, self.returns = [], []
+        self.done = []                               # completions the server has not confirmed
+        self.ends = collections.deque(maxlen=32)     # when the last jobs ended
+        self.needs = {}                              # requirement id: record
+        self.used = (0, 0, 0, 0)                     # number, cpus, memory, gpus of running jobs
+        self.code = None                             # exit code once decided
+        self.ended = threading.Event()
+        self.interrupted = 0                         # signal number
+        self.draining = False                        # no more starts
+        self.news = True                             # worth asking for jobs
+        self.situation = {}                          # the server's last answer
+        self.step = 0
+        self.wake_pipe = os.pipe()
+
+    # -- life
+
+    def run(self):
+        """Run; returns the exit code: 0, 1, 3, or 128 + signal."""
+        sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
+        os.makedirs(os.path.join(self.directory, "job_stdio"), exist_ok=True)
+        workflow = self.client.get(f"/workflows/{self.workflow_id}")
+        self.run_id = self.client.get(f"/workflows/{self.workflow_id}/status")["run_id"]
+        self.workflow = workflow
+        self.limits = read_limits(workflow)
+        self.progress = Progress(self.options.quiet, os.path.join(
+            self.directory, f"job_runner_{self.host}_wf{self.workflow_id}_r{self.run_id}.log"))
+        self.say = self.progress.say
+        for sentence in release_dead_nodes(self.client, self.workflow_id, self.directory):
+            self.say(sentence)
+        self._detect()
+        self._register()
+        try:
+            self._work()
+        finally:
+            self._leave()
+        return self.code
+
+    def _detect(self):
+        """What may be used here."""
+        options = self.options
+        self.cpus = options.num_cpus or usable_cpus()
+        self.memory = int((options.memory_gb * 2**30) if options.memory_gb else usable_memory())
+        gpus = usable_gpus()
+        if options.num_gpus is not None:
+            gpus = (gpus + [str(number) for number in range(len(gpus), options.num_gpus)])[
+                :options.num_gpus]
+        self.gpus = gpus
+        self.free_gpus = list(gpus)
+        self.end_time = None
+        if options.end_time:
+            left = options.end_time - time.time()
+            self.end_time = time.monotonic() + left
+            share = max(left, 0) / 4      # a short limit must leave time to work
+            self.limits = self.limits._replace(
+                sigkill_headroom_s=min(self.limits.sigkill_headroom_s, share),
+                sigterm_lead_s=min(self.limits.sigterm_lead_s, share))
+
+    def _register(self):
+        """The compute node's record, the journal and the guardian; no thread exists yet."""
+        identity = {"hostname": self.host, "pid": os.getpid(), "boot_id": boot_id(),
+                    "pid_started": process_start(os.getpid())}
+        self.node_id = self.client.post("/compute_nodes", {
+            **identity, "workflow_id": self.workflow_id, "start_time": iso_time(time.time()),
+            "num_cpus": self.cpus, "memory_gb": round(self.memory / 2**30, 3),
+            "num_gpus": len(self.gpus), "num_nodes": 1, "compute_node_type": "local",
+            "is_active": True, "output_dir": self.directory})["id"]
+        server_id = self.client.server_id()
+        self.journal = Journal(
+            os.path.join(self.directory, "journal",
+                         f"{server_id}_wf{self.workflow_id}_n{self.node_id}.jsonl"),
+            {**identity, "server_id": server_id, "workflow_id": self.workflow_id,
+             "compute_node_id": self.node_id, "run_id": self.run_id, "token": self.token})
+        self.guardian, self.guardian_pipe = start_guardian(self.journal.path, self.token)
+        self._environment()
+        slots = (f"{self.options.max_parallel_jobs} jobs at a time" if
+                 self.options.max_parallel_jobs else
+                 f"{self.cpus} CPUs, {format_bytes(self.memory)}, {len(self.gpus)} GPUs")
+        self.say(f"running workflow {self.workflow_id} \"{self.workflow['name']}\" with {slots}; "
+                 f"output in {self.options.output_dir}")
+
+    def _environment(self):
+        """What all jobs get in their environment, and the shell that runs them."""
+        import shutil
+        self.bash = shutil.which("bash")
+        if not self.bash:
+            raise TorcError("there is no bash on the PATH, which runs the commands of jobs")
+        self.base_environment = {
+            **os.environ, **self.client.job_environment(),
+            "TORC_WORKFLOW_ID": str(self.workflow_id), "TORC_OUTPUT_DIR": self.directory,
+            "TORC_RUNNER": self.token}
+        if not self.client.is_local:
+            self.base_environment.pop("TORC_DATABASE", None)
+
+    def _work(self):
+        """Start actions, then the threads, then the loop."""
+        self._become_subreaper()
+        handlers = [rule for rule in self.client.items(
+            f"/workflows/{self.workflow_id}/failure_handlers")]
+        self.handlers = {handler["id"]: json.loads(handler["rules"]) for handler in handlers}
+        self._signals()
+        self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self.run_actions(self.client, ("on_workflow_start", "on_worker_start"))
+        self.lease_at = time.monotonic()
+        self.waiting = self.client.clone()
+        threads = [threading.Thread(target=target, daemon=True) for target in (
+            self._talker, self._listener, Sampler(self).loop)]
+        if not self.limits.monitor:
+            threads.pop()
+        for thread in threads:
+            thread.start()
+        self._loop()
+        self.ended.set()
+        self.waiting.interrupt()
+        for thread in threads:            # none may be at work when the interpreter ends
+            thread.join(10)
+
+    def _become_subreaper(self):
+        """Orphans of jobs become our children, so that none escapes unseen (prctl(2))."""
+        with contextlib.suppress(OSError, AttributeError, ImportError):
+            import ctypes
+            ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+
+    def _signals(self):
+        """Signals only write a byte to the wake-up pipe; the loop looks what it was."""
+        import signal
+        for end in self.wake_pipe:
+            os.set_blocking(end, False)
+        self.received = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: self.received.append(number))
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(self.wake_pipe[1], warn_on_full_buffer=False)
+
+    def wake(self):
+        """Wake the loop from another thread."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.wake_pipe[1], b"\0")
+
+    def _leave(self):
+        """Good-bye to guardian and journal."""
+        import signal
+        signal.set_wakeup_fd(-1)
+        self.ended.set()
+        complete = self.code is not None and not self.done and not self.ending
+        with contextlib.suppress(OSError):
+            os.write(self.guardian_pipe, b"q" if not self.children else b"")
+        os.close(self.guardian_pipe)
+        with contextlib.suppress(OSError):
+            os.waitpid(self.guardian, 0)
+        self.journal.close(remove=complete)
+        self.progress.close()
+
+    # -- the spawning thread
+
+    def _loop(self):
+        """Until the talker has decided and no process is left."""
+        import select
+        poller = select.poll()
+        poller.register(self.wake_pipe[0], select.POLLIN)
+        while self.code is None or self.children:
+            self._handle_signals()
+            self._reap()
+            self._enforce(time.monotonic())
+            self._launch()
+            self.journal.flush()
+            self.progress.draw()
+            poller.poll(self._patience())
+            with contextlib.suppress(BlockingIOError):
+                while len(os.read(self.wake_pipe[0], 4096)) == 4096:
+                    pass
+
+    def _patience(self):
+        """Milliseconds until something is due by the clock, None for never."""
+        now = time.monotonic()
+        due = [child.kill_at for child in list(self.children.values()) if child.kill_at]
+        if self.end_time and not self.draining:
+            due.append(self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s)
+        if self.progress.terminal:
+            due.append(now + 0.2)
+        return max(0, int(1000 * (min(due) - now)) + 1) if due else None
+
+    def _handle_signals(self):
+        while self.received:
+            number = self.received.pop(0)
+            if self.interrupted:          # the second one: at once
+                for child in list(self.children.values()):
+                    child.kill_at = time.monotonic()
+                continue
+            self.interrupted = number
+            self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
+                     "ready again")
+            self._drain()
+            for child in list(self.children.values()):
+                self._end(child, "interrupt")
+        if self.interrupted:
+            with self.talk:
+                self.talk.notify()
+
+    def _drain(self):
+        """No more starts; what is queued goes back."""
+        with self.talk:
+            self.draining = True
+            self.returns += [job for job, _ in self.queue]
+            self.queue.clear()
+            self.talk.notify()
+
+    def _end(self, child, verdict, status=None, lead=None):
+        """Ask a job to end; SIGKILL follows after the lead."""
+        if child.verdict:
+            return
+        child.verdict, child.status = verdict, status
+        lead = min(self.limits.sigterm_lead_s, STOP_LEAD_S) if lead is None else lead
+        child.kill_at = time.monotonic() + lead
+        self._signal(child, self.limits.termination_signal)
+
+    def _signal(self, child, number):
+        """Signal a job's process group, and what has left that but bears its mark."""
+        signal_group(child.pid, number)
+        for pid in marked_processes(self.token, child.job["id"]):
+            with contextlib.suppress(OSError):
+                if os.getpgid(pid) != child.pid:
+                    os.kill(pid, number)
+
+    def _enforce(self, now):
+        """SIGKILL where the lead is over; the time limit; what the server wants ended."""
+        import signal
+        for child in list(self.children.values()):
+            if child.kill_at and now >= child.kill_at:
+                self._signal(child, signal.SIGKILL)
+                child.kill_at = now + 5   # until it is gone
+        limits = self.limits
+        if self.end_time and not self.draining and (
+                now >= self.end_time - limits.sigkill_headroom_s - limits.sigterm_lead_s):
+            if self.children:
+                self.say(f"the time limit is near: ending {len(self.children)} running jobs")
+            self._drain()
+            for child in list(self.children.values()):
+                self._end(child, "timeout", lead=limits.sigterm_lead_s)
+
+    def out_of_memory(self, child, used):
+        """Called by the sampler: a job is over its memory limit."""
+        import signal
+        name = self.needs[child.job["resource_requirements_id"]]["name"]
+        child.note = (f"torc: killed: used {format_bytes(used)}, the limit is "
+                      f"{format_bytes(child.limit)} (resource requirements \"{name}\")\n")
+        child.verdict = "oom"
+        child.kill_at = time.monotonic() + 5
+        self._signal(child, signal.SIGKILL)
+
+    def _launch(self):
+        """Start the queued jobs that fit."""
+        if not self.queue:
+            return
+        with self.lock:
+            ready, kept = [], []
+            while self.queue and not self.draining:
+                job, claimed = self.queue.popleft()
+                if self._fits(job):
+                    ready.append(job)
+                    self._use(self.need(job), 1)
+                    self.ending[self._key(job)] = job      # held until it is a child
+                else:
+                    kept.append((job, claimed))
+                    if job.get("prefetched"):
+                        break             # those behind it need as much
+            self.queue.extendleft(reversed(kept))
+        for job in ready:
+            self._spawn(job)
+
+    @staticmethod
+    def _key(job):
+        return job["id"], job["run_id"], job["attempt_id"]
+
+    def need(self, job):
+        """(1, cpus, memory_bytes, gpus) of a job."""
+        return self.needs[job["resource_requirements_id"]]["need"]
+
+    def _use(self, need, sign):
+        """A job's share is taken (1) or free again (-1)."""
+        self.used = tuple(have + sign * want for have, want in zip(self.used, need))
+
+    def _fits(self, job):
+        """Whether there is room for a job now."""
+        if self.options.max_parallel_jobs:
+            return self.used[0] < self.options.max_parallel_jobs
+        room = (math.inf, self.cpus, self.memory, len(self.gpus))
+        return all(have + want <= most for have, want, most in zip(self.used, self.need(job), room))
+
+    def _spawn(self, job):
+        """Start a job's process; a failure to start it is a failure of the job."""
+        stdio = {**self.limits.stdio, **json.loads(job.get("stdio") or "{}")}
+        need = self.need(job)
+        gpus = [self.free_gpus.pop(0) for _ in range(min(need[3], len(self.free_gpus)))]
+        child = Child(job, need, stdio, gpus)
+        self.last_kind = job["resource_requirements_id"]
+        child.files = Stdio(self.directory, self.workflow_id, child.key, stdio["mode"])
+        record = self.needs[job["resource_requirements_id"]]
+        if self.limits.limit_resources and self.limits.monitor and record["name"] != "default":
+            child.limit = need[2]
+        self.journal.add({"start": list(child.key)})
+        self.journal.flush()
+        try:
+            child.pid = self._exec(child)
+        except OSError as error:
+            self._failed_to_start(child, error)
+            return
+        child.started = time.monotonic()
+        self.journal.add({"pid": [child.pid, round(time.clock_gettime(time.CLOCK_BOOTTIME), 2)]})
+        with self.lock:
+            self.children[child.pid] = child
+            self.ending.pop(child.key, None)
+            self.starts.append({"job_id": job["id"], "attempt_id": job["attempt_id"]})
+            if len(self.starts) == 1:
+                self.talk.notify()        # so that it is told soon, if the job lasts
+
+    def _failed_to_start(self, child, error):
+        """The process could not be made: return code 126, and the reason in the tail."""
+        self.free_gpus += child.gpus
+        self._use(child.need, -1)
+        text = f"torc: the job could not be started: {error.strerror}: {error.filename or ''}\n"
+        with self.lock:
+            self.ending.pop(child.key, None)
+        self._completed(child, 126, 0.0, None, text)
+
+    def _exec(self, child):
+        """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
+        import signal
+        job = child.job
+        command = job["command"]
+        if job.get("invocation_script"):
+            command = f"{job['invocation_script']} {command}"
+        words = ["bash", "-c", command]
+        if len(command.encode()) >= TOO_LONG:
+            words = ["bash", self._script(child, command)]
+        environment = {**self.base_environment, "TORC_JOB_ID": str(job["id"]),
+                       "TORC_JOB_NAME": job["name"], "TORC_ATTEMPT_ID": str(job["attempt_id"]),
+                       "TORC_RUN_ID": str(job["run_id"])}
+        if child.gpus:
+            environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
+        child.environment = environment if job.get("failure_handler_id") else None
+        out, err = child.files.open(self.null)
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, self.null, 0), (os.POSIX_SPAWN_DUP2, out, 1),
+                       (os.POSIX_SPAWN_DUP2, err, 2)]
+            keywords = {"file_actions": actions, "setsigmask": [],
+                        "setsigdef": [signal.SIGPIPE, signal.SIGXFSZ]}
+            try:
+                return os.posix_spawn(self.bash, words, environment, setsid=True, **keywords)
+            except NotImplementedError:   # a Python built for an old glibc
+                return os.posix_spawn(self.bash, words, environment, setpgroup=0, **keywords)
+        finally:
+            for fd in {out, err} - {self.null}:
+                os.close(fd)
+
+    def _script(self, child, command):
+        """A command too long for an argument, as a script file; returns its path."""
+        path = os.path.join(self.directory, "journal", "job_{}_{}_{}.sh".format(*child.key))
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700), "w",
+                  encoding="utf-8") as file:
+            file.write(command)
+        return path
+
+    def _reap(self):
+        """Take the exits of our own processes, never anybody else's."""
+        for pid in list(self.children):
+            with contextlib.suppress(ChildProcessError):
+                done, status, usage = os.wait4(pid, os.WNOHANG)
+                if done:
+                    self._exited(self.children[pid], status, usage)
+
+    def _exited(self, child, status, usage):
+        """A job's process has ended."""
+        import signal
+        elapsed = time.monotonic() - child.started
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        if child.verdict:                 # nothing of a job that we end may stay behind
+            self._signal(child, signal.SIGKILL)
+        self.free_gpus += child.gpus
+        self.ends.append(time.monotonic())
+        with self.lock:
+            self._use(child.need, -1)
+            del self.children[child.pid]
+            self.ending[child.key] = child.job
+        self._completed(child, code, elapsed, usage, "")
+
+    # -- the end of a job
+
+    def _completed(self, child, code, elapsed, usage, text):
+        """Work out status and result of an ended attempt and hand it to the talker."""
+        job, limits = child.job, self.limits
+        status = "completed" if code == 0 else "failed"
+        files = []
+        if child.verdict == "oom":
+            status, code = "failed", limits.oom_exit_code
+        elif child.verdict == "timeout" and code != 0:
+            status, code = "terminated", limits.timeout_exit_code
+        elif child.verdict in ("stop", "interrupt"):
+            status = child.status or "terminated"
+        elif code == 0 and job.get("output_files"):
+            files, missing = self._outputs(job)
+            if missing:
+                return self._look_again(child, missing, elapsed, usage)
+        return self._report(child, status, code, elapsed, usage, text + child.note, files)
+
+    def _outputs(self, job):
+        """([{id, st_mtime}], [missing paths]) of a job's output files."""
+        present, missing = [], []
+        for file in job["output_files"]:
+            try:
+                present.append({"id": file["id"], "st_mtime": os.stat(file["path"]).st_mtime})
+            except OSError:
+                missing.append(file["path"])
+        return present, missing
+
+    def _look_again(self, child, missing, elapsed, usage):
+        """Outputs are missing: on a network file system they may appear within a minute."""
+        folders = {os.path.dirname(os.path.abspath(path)) for path in missing}
+        slow = any(NETWORK_FILE_SYSTEMS.search(file_system(folder)) for folder in folders
+                   if os.path.isdir(folder))
+
+        def look():
+            deadline = time.monotonic() + (60 if slow else 0)
+            pause = 0.1
+            while True:
+                for folder in folders:    # listing makes the client ask its server again
+                    with contextlib.suppress(OSError):
+                        os.listdir(folder)
+                files, still = self._outputs(child.job)
+                if not still or time.monotonic() >= deadline:
+                    break
+                time.sleep(pause)         # no event tells of a file on another host
+                pause = min(2 * pause, 5)
+            text = "".join(f"torc: output file missing: {path}\n" for path in still)
+            self._report(child, "failed" if still else "completed", 1 if still else 0, elapsed,
+                         usage, text, files)
+
+        if slow:
+            threading.Thread(target=look, daemon=True).start()
+        else:
+            look()
+
+    def _report(self, child, status, code, elapsed, usage, text, files):
+        """Make the completion; a failure goes through its failure handler first."""
+        job = child.job
+        done = {"job_id": job["id"], "run_id": job["run_id"], "attempt_id": job["attempt_id"],
+                "status": status, "return_code": code, "exec_time_minutes": elapsed / 60,
+                "completion_time": iso_time(time.time())}
+        if self.limits.monitor:
+            done.update(self._usage(child, elapsed, usage))
+        if files:
+            done["output_files"] = files
+        path = child.files.error_path()
+        if text and path:
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        if status not in ("completed", "canceled"):
+            tail = tail_of(path) if path else text
+            if tail:
+                done["stderr_tail"] = tail
+        if status == "completed" and child.stdio["delete_on_success"]:
+            child.files.delete()
+        if child.verdict == "interrupt":
+            done["requeue"] = True
+        rule = self._rule(job, code) if status == "failed" and not self.interrupted else None
+        if rule and rule.get("recovery_script"):
+            threading.Thread(target=self._recover, args=(child, done, rule), daemon=True).start()
+            return
+        if rule:
+            done["requeue"] = True
+        self._hand_in(child, done)
+
+    def _rule(self, job, code):
+        """The failure handler's rule for a return code, if there are attempts left."""
+        rules = self.handlers.get(job.get("failure_handler_id"), ())
+        match = next((rule for rule in rules if code in (rule.get("exit_codes") or ())), None)
+        match = match or next((rule for rule in rules if rule.get("match_all_exit_codes")), None)
+        return match if match and job["attempt_id"] < match.get("max_retries", 3) else None
+
+    def _recover(self, child, done, rule):
+        """Run a recovery script; only if it succeeds is the job ready again (a thread)."""
+        import subprocess
+        path = child.files.error_path() or os.devnull
+        with open(path, "ab") as file:
+            code = subprocess.run(
+                ["bash", "-c", rule["recovery_script"]], stdin=subprocess.DEVNULL, stdout=file,
+                stderr=file, start_new_session=True,
+                env={**child.environment, "TORC_RETURN_CODE": str(done["return_code"])}).returncode
+        if code == 0:
+            done["requeue"] = True
+        else:
+            done["stderr_tail"] = (done.get("stderr_tail", "")
+                                   + f"torc: the recovery script failed: return code {code}\n")
+        self._hand_in(child, done)
+
+    def _hand_in(self, child, done):
+        """Journal a completion and give it to the talker."""
+        job = child.job
+        if (done["status"] == "failed" and not done.get("requeue")
+                and self.workflow.get("use_pending_failed")
+                and not self.handlers.get(job.get("failure_handler_id"))):
+            done["status"] = "pending_failed"
+        self.journal.add({"end": done})
+        with self.talk:
+            self.ending.pop(child.key, None)
+            self.done.append(done)
+            if len(self.done) == 1:
+                self.done_since = time.monotonic()
+            if len(self.done) == 1 or len(self.queue) < ENOUGH_AHEAD:
+                self.talk.notify()
+        if done["status"] in ("failed", "pending_failed", "terminated") and not self.interrupted:
+            then = f" (torc logs {job['id']})"
+            if done.get("requeue"):
+                then = "; it will be tried again"
+            self.say(f"job {job['id']} \"{job['name']}\" {done['status'].replace('_', ' ')}: "
+                     f"return code {done['return_code']}{then}")
+
+    def _usage(self, child, elapsed, usage):
+        """Peak and average memory and CPU of an attempt; what is not known is left out."""
+        known = {}
+        if usage and elapsed > 0:
+            known["avg_cpu_percent"] = round(100 * (usage.ru_utime + usage.ru_stime) / elapsed, 1)
+            own = self._own_peak()
+            # exec hands the spawner's own peak down, so a lower value says nothing.
+            peak = usage.ru_maxrss * 1024 if usage.ru_maxrss > own else 0
+            peak = max([peak, *child.memory])
+            if peak:
+                known["peak_memory_bytes"] = peak
+        if child.memory:
+            known["avg_memory_bytes"] = sum(child.memory) // len(child.memory)
+        if child.cpu:
+            known["peak_cpu_percent"] = round(max(child.cpu), 1)
+        return known
+
+    def _own_peak(self):
+        """Peak resident memory of this process in KB, looked up at most once a second."""
+        now = time.monotonic()
+        if now > getattr(self, "_peak_until", 0):
+            match = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))
+            self._peak_kb = int(match[1]) if match else 2**40
+            self._peak_until = now + 1
+        return self._peak_kb
+
+    # -- the talking thread
+
+    def _talker(self):
+        """Send what has happened, take new jobs, decide when to leave."""
+        try:
+            self._converse()
+        except NotFound as error:
+            self._give_up(f"the workflow is gone: {error}")
+        except TorcError as error:
+            self._give_up(str(error))
+        except Exception as error:        # a defect of ours must not leave the loop waiting
+            import traceback
+            self.progress.log.write(traceback.format_exc())
+            self._give_up(f"unexpected error, see the runner's log: {error!r}")
+        self.wake()
+
+    def _give_up(self, reason):
+        """End the jobs and leave with 1; the journal keeps what the server does not know."""
+        self.say(f"{reason}: ending {len(self.children)} running jobs")
+        self._drain()
+        for child in list(self.children.values()):
+            self._end(child, "interrupt")
+        self.wake()
+        while self.children or self.ending:
+            with self.talk:
+                self.talk.wait(0.2)
+        self.say(f"`torc run {self.workflow_id}` goes on from here once the cause is mended")
+        self.code = 1
+
+    def _converse(self):
+        idle_since = None
+        counted = 0.0
+        while True:
+            self._wait_for_cause(idle_since)
+            now = time.monotonic()
+            every = 5.0
+            if self.progress.terminal:    # counting takes 10 ms for 100,000 jobs
+                every = 0.2 if self.progress.counts.get("total", 0) < 10_000 else 1.0
+            count = now - counted >= every or not counted
+            answer = self._exchange(count)
+            counted = now if count else counted
+            if self.interrupted:
+                if self._all_said():
+                    return self._close(128 + self.interrupted)
+                continue
+            if self._busy():
+                idle_since = None
+                continue
+            verdict = self._idle(answer, idle_since)
+            if verdict is not None:
+                return self._close(verdict)
+            idle_since = idle_since or now
+
+    def _busy(self):
+        """Whether anything is held or to be said."""
+        with self.lock:
+            return bool(self.queue or self.children or self.ending or self.done or self.returns
+                        or self.news)
+
+    def _all_said(self):
+        with self.lock:
+            return not (self.queue or self.children or self.ending or self.done or self.returns)
+
+    def _wait_for_cause(self, idle_since):
+        """Sleep until there is something to tell or to ask, or the heartbeat is due."""
+        lease = self.situation.get("lease_s", 120.0)
+        deadline = time.monotonic() + min(30.0, lease / 4)
+        with self.talk:
+            while not (self.returns or self.news):
+                now = time.monotonic()
+                due = deadline
+                if self.done:             # together with the next ones while there is work here
+                    if len(self.queue) < ENOUGH_AHEAD or self.interrupted:
+                        break
+                    due = min(due, self.done_since + GATHER_S)
+                if self.interrupted and not (self.children or self.ending or self.queue):
+                    return
+                if self.starts:           # tell about long jobs soon, about short ones never
+                    due = min(due, now + 0.2)
+                for job, claimed in self.queue:
+                    if job.get("prefetched"):
+                        due = min(due, claimed + GIVE_BACK_S)
+                if idle_since is not None:
+                    due = min(due, idle_since + self._patience_s(), now + 5.0)
+                if due <= now or not self.talk.wait(due - now):
+                    break
+            now = time.monotonic()
+            late = [entry for entry in self.queue
+                    if entry[0].get("prefetched") and now - entry[1] >= GIVE_BACK_S]
+            for entry in late:
+                self.queue.remove(entry)
+                self.returns.append(entry[0])
+
+    def _patience_s(self):
+        """How long to wait for new jobs when others may make some."""
+        return self.workflow["compute_node_wait_for_new_jobs_seconds"]
+
+    def _exchange(self, count):
+        """One step of the conversation, repeated until it is answered."""
+        with self.lock:
+            done, starts = list(self.done), list(self.starts)
+            returns = [{"job_id": job["id"], "attempt_id": job["attempt_id"]}
+                       for job in self.returns]
+            ended = {(item["job_id"], item["attempt_id"]) for item in done}
+            held = [[job["id"], job["attempt_id"]] for job in self._held()]
+            claim = None if self.draining else self._claim()
+            self.news = False
+        self.step += 1
+        body = {"compute_node_id": self.node_id, "step": self.step, "completions": done,
+                "starts": [start for start in starts
+                           if (start["job_id"], start["attempt_id"]) not in ended],
+                "returns": returns, "held": held, "claim": claim, "counts": count}
+        answer = self._send(body)
+        self._take(answer, done, starts, returns, claim)
+        return answer
+
+    def _held(self):
+        """Jobs that are here and not reported yet."""
+        yield from (job for job, _ in self.queue)
+        yield from (child.job for child in self.children.values())
+        yield from self.ending.values()
+
+    def _claim(self):
+        """What this runner could take now, None for nothing."""
+        queued = [self.need(job) for job, _ in self.queue]
+        number, cpus, memory, gpus = (sum(values) for values in zip(self.used, *queued))
+        prefetch = self._prefetch()
+        claim = {"prefetch": prefetch} if prefetch else {}
+        if self.options.max_parallel_jobs:
+            claim["limit"] = self.options.max_parallel_jobs - number
+        else:
+            claim.update(limit=self.cpus - cpus, num_cpus=self.cpus - cpus, num_nodes=1,
+                         memory_bytes=self.memory - memory, num_gpus=len(self.gpus) - gpus)
+        if self.end_time:
+            claim["time_left_s"] = self._time_left()
+        if claim["limit"] <= 0 and not claim.get("prefetch"):
+            return None
+        claim["limit"] = max(claim["limit"], 0)
+        return claim
+
+    def _time_left(self):
+        """Seconds for which new jobs may ask: what is left, and as upstream two minutes' grace."""
+        return max(0.0, self.end_time - time.monotonic()) + RUNTIME_GRACE_S
+
+    def _prefetch(self):
+        """As many jobs of the requirement at work here as will end within 100 ms, at most 16."""
+        now = time.monotonic()
+        kinds = {job["resource_requirements_id"] for job in self._held()}
+        if not kinds and self.ends and now - self.ends[-1] < PREFETCH_S:
+            kinds = {self.last_kind}      # the last one ended just now
+        if len(kinds) != 1 or len(self.ends) < 4:
+            return None
+        rate = (len(self.ends) - 1) / max(now - self.ends[0], 1e-6)
+        ahead = sum(1 for job, _ in self.queue if job.get("prefetched"))
+        number = min(PREFETCH_LIMIT, int(rate * PREFETCH_S)) - ahead
+        return {"resource_requirements_id": kinds.pop(), "limit": number} if number > 0 else None
+
+    def _send(self, body):
+        """POST a step; while the server is away the jobs go on and the step is repeated."""
+        pause, away = 0.1, None
+        path = f"/workflows/{self.workflow_id}/runner_step"
+        while True:
+            try:
+                answer = self.client.post(path, body)
+                self.lease_at = time.monotonic()
+                if away:
+                    self.say(f"the server is back after {format_duration(self.lease_at - away)}")
+                return answer
+            except Unreachable as error:
+                now = time.monotonic()
+                if not away:
+                    away = now
+                    self.say(f"{error}; the jobs go on, their results are kept until it is back")
+                self._check_lease(now, away)
+                with self.talk:           # a completion is no reason to ask sooner, a signal is
+                    self.talk.wait_for(lambda: self.interrupted and not self.children, pause)
+                pause = min(10.0, pause * (1.5 + hash((body["step"], now)) % 100 / 200))
+
+    def _check_lease(self, now, away):
+        """Raise Unreachable when the server would take us for dead soon, or a signal came."""
+        lease = self.situation.get("lease_s", 20 * 60 + LEASE_MARGIN_S)
+        if now - self.lease_at > lease - LEASE_MARGIN_S:
+            away = format_duration(now - self.lease_at)
+            raise Unreachable(f"the server has been away for {away}, as long as the workflow allows")
+        if self.interrupted and not self.children and now - away > STOP_LEAD_S:
+            raise Unreachable("the server is away, the results wait in the journal")
+
+    def _take(self, answer, done, starts, returns, claim):
+        """Take over what an answer brings."""
+        now = time.monotonic()
+        with self.lock:
+            self.done = self.done[len(done):]
+            self.done_since = now         # of those that came meanwhile
+            self.starts = self.starts[len(starts):]
+            self.returns = self.returns[len(returns):]
+            for key, record in answer["requirements"].items():
+                need = (1, record["num_cpus"], parse_memory(record["memory"]), record["num_gpus"])
+                self.needs[int(key)] = {**record, "need": need}
+            if self.draining:
+                self.returns += answer["jobs"]
+            else:
+                self.queue.extend((job, now) for job in answer["jobs"])
+            asked = (claim or {}).get("limit", 0)
+            got = sum(1 for job in answer["jobs"] if not job.get("prefetched"))
+            if asked and got >= asked and answer["has_ready"]:
+                self.news = True          # there may be more that fits
+            self.situation = answer
+            self.run_id = answer["run_id"]
+            held = {(child.job["id"], child.job["attempt_id"]): child
+                    for child in self.children.values()}
+        if done:
+            self.journal.add({"ok": [[item["job_id"], item["run_id"], item["attempt_id"]]
+                                       for item in done]})
+        for stop in answer["stop"]:
+            self._stop(stop, held)
+        if answer.get("counts"):
+            self.progress.update(answer["counts"])
+        if answer["pending_actions"]:
+            self._start_actions()
+        self.wake()
+
+    def _stop(self, stop, held):
+        """The server wants a job ended (or has given it to somebody else)."""
+        key = stop["job_id"], stop["attempt_id"]
+        status = stop["status"] if stop["status"] in ("canceled", "terminated") else "canceled"
+        child = held.get(key)
+        if child:
+            self._end(child, "stop", status)
+            return
+        with self.lock:                   # claimed, not started: simply forgotten
+            for entry in list(self.queue):
+                if (entry[0]["id"], entry[0]["attempt_id"]) == key:
+                    self.queue.remove(entry)
+
+    def _listener(self):
+        """Keep one question open: has anything changed? (a thread)"""
+        client = self.waiting
+        since, failures = 0, 0
+        while not self.ended.is_set():
+            try:
+                answer = client.get(f"/workflows/{self.workflow_id}/changes", since=since,
+                                    wait_s=25)
+                failures = 0
+            except TorcError:
+                failures += 1
+                if failures == 1:
+                    self._ask()           # the talker finds out what is wrong
+                self.ended.wait(min(10.0, 0.2 * 2**min(failures, 6)))
+                continue
+            if answer["generation"] != since:
+                since = answer["generation"]
+                self._ask()
+            self.ended.wait(answer.get("retry_after_s", 0))
+        client.close()
+
+    def _ask(self):
+        """Make the talker send a step now."""
+        with self.talk:
+            self.news = True
+            self.talk.notify()
+
+    # -- what to do when there is nothing to do
+
+    def _idle(self, answer, idle_since):
+        """Exit code when it is time to leave, None to wait for news."""
+        if answer["is_complete"] and not self.workflow.get(
+                "compute_node_ignore_workflow_completion"):
+            self.run_actions(self.client, ("on_workflow_complete",))
+            return self._verdict()
+        if self.draining:
+            return self._time_is_up()
+        report = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
+        others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
+        if others and any(is_dead_here(node) for node in others):
+            for sentence in release_dead_nodes(self.client, self.workflow_id, self.directory):
+                self.say(sentence)
+            self.news = True
+            return None
+        fitting = [entry for entry in report["ready"]
+                   if entry["count"] > entry["stopping"] and self._could_run(entry)]
+        if fitting:
+            self.news = True              # it became ready just now
+            return None
+        stopping = any(entry["stopping"] for entry in report["ready"])
+        waited = idle_since is not None and time.monotonic() - idle_since >= self._patience_s()
+        ignoring = answer["is_complete"] and not answer["is_canceled"]
+        if (others or report["scheduled"] or stopping or ignoring) and not waited:
+            return None
+        if ignoring:
+            return self._verdict()
+        self.say(self._why_stuck(report, others))
+        return 3
+
+    def _could_run(self, entry):
+        """Whether a ready job would fit on this machine when nothing else runs."""
+        record = entry["resource_requirements"]
+        if self.end_time and parse_duration(record["runtime"]) > self._time_left():
+            return False
+        if self.options.max_parallel_jobs:
+            return True
+        return (record["num_cpus"] <= self.cpus and record["num_gpus"] <= len(self.gpus)
+                and record["num_nodes"] <= 1 and parse_memory(record["memory"]) <= self.memory)
+
+    def _why_stuck(self, report, others):
+        """Which jobs are unfinished and why nobody here can run them."""
+        parts = []
+        for entry in report["ready"][:3]:
+            need = entry["resource_requirements"]
+            parts.append(
+                f"{entry['count']} ready (such as \"{entry['job_name']}\") need {need['num_cpus']} "
+                f"CPUs, {need['memory']} memory, {need['num_gpus']} GPUs, {need['num_nodes']} "
+                f"nodes and {need['runtime']}; this runner has {self.cpus} CPUs, "
+                f"{format_bytes(self.memory)}, {len(self.gpus)} GPUs, 1 node"
+                + (f" and {format_duration(max(0, self.end_time - time.monotonic()))} left"
+                   if self.end_time else ""))
+        for entry in report["waiting"][:3]:
+            parts.append(f"\"{entry['job_name']}\" (job {entry['job_id']}) is {entry['status']}"
+                         + (f" and {entry['dependents']} jobs wait for it" if entry["dependents"]
+                            else ""))
+        if others:
+            parts.append(f"{len(others)} other runners have made nothing ready for "
+                         f"{self._patience_s()} s")
+        number = sum(report["by_status"].values())
+        return (f"stopping with {number} jobs unfinished: "
+                + "; ".join(parts or ["nothing is ready"]))
+
+    def _time_is_up(self):
+        counts_now = self.client.get(f"/workflows/{self.workflow_id}/counts")
+        if counts_now["is_complete"]:
+            return self._verdict()
+        self.progress.update(counts_now)
+        self.say(f"stopping at the time limit: {self.progress.summary()}")
+        return 3
+
+    def _verdict(self):
+        """0 or 1 by how the jobs of a complete workflow ended."""
+        now = self.client.get(f"/workflows/{self.workflow_id}/counts")
+        self.progress.update(now)
+        bad = sum(now[name] for name in ("failed", "canceled", "terminated", "pending_failed"))
+        return 1 if bad or now["is_canceled"] else 0
+
+    def _close(self, code):
+        """Last words to the server: the node is done."""
+        self.run_actions(self.client, ("on_worker_complete",))
+        self.step += 1
+        answer = self._send({"compute_node_id": self.node_id, "step": self.step, "held": [],
+                             "claim": None, "counts": True, "closing": True})
+        self.progress.update(answer["counts"])
+        elapsed = format_duration(time.monotonic() - self.progress.began)
+        how = {0: "completed", 1: "ended with failures", 3: "is not finished"}.get(
+            code, "was interrupted")
+        self.say(f"workflow {self.workflow_id} {how} after {elapsed}: {self.progress.summary()}")
+        if code >= 128:
+            self.say(f"`torc run {self.workflow_id}` goes on from here")
+        self.code = code
+
+    # -- actions
+
+    def _start_actions(self):
+        """Run triggered actions beside the jobs, one thread at a time."""
+        thread = getattr(self, "_action_thread", None)
+        if thread and thread.is_alive():
+            return
+        if not self._runnable(self.client, ("on_jobs_ready", "on_jobs_complete")):
+            return
+        self._action_thread = threading.Thread(target=self._run_in_thread, daemon=True)
+        self._action_thread.start()
+
+    def _run_in_thread(self):
+        client = self.client.clone()
+        with contextlib.suppress(TorcError):
+            self.run_actions(client, ("on_jobs_ready", "on_jobs_complete"))
+        client.close()
+
+    def _runnable(self, client, triggers):
+        """Pending actions of these triggers that run commands; others are mentioned once."""
+        pending = client.get(f"/workflows/{self.workflow_id}/actions/pending",
+                             trigger_type=list(triggers))
+        for action in pending:
+            if action["action_type"] != "run_commands" and not getattr(self, "_said_action", False):
+                self._said_action = True
+                self.say(f"action {action['id']} ({action['action_type']}) is not for a local "
+                         "runner: passed over")
+        tried = self.__dict__.setdefault("_tried_actions", set())
+        return [action for action in pending if action["action_type"] == "run_commands"
+                and (not action["persistent"] or action["id"] not in tried)]
+
+    def run_actions(self, client, triggers):
+        """Claim and run the run_commands actions that these triggers have made pending."""
+        for action in self._runnable(client, triggers):
+            self._tried_actions.add(action["id"])
+            try:
+                client.post(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim",
+                            {"compute_node_id": self.node_id})
+            except Conflict:
+                continue                  # another runner has it
+            self._run_commands(action)
+
+    def _run_commands(self, action):
+        """The commands of an action one after another; the first failure ends it."""
+        import subprocess
+        log = os.path.join(self.directory, f"action_{action['id']}.log")
+        for command in action["action_config"]["commands"]:
+            with open(log, "ab") as file:
+                code = subprocess.run(["bash", "-c", command], cwd=self.directory, stdout=file,
+                                      stderr=file, stdin=subprocess.DEVNULL,
+                                      start_new_session=True, env=self.base_environment).returncode
+            if code:
+                self.say(f"action {action['id']} ({action['trigger_type']}): `{command}` failed "
+                         f"with return code {code}, see {log}")
+                return
+
+
+# ==================================================================================================
+# 12 Server
+# ==================================================================================================
+# bottle and waitress are imported here and nowhere else, inside the functions. One loop over the
+# table of operations: build the request, call, serialize, map errors, log.
+
+WAITING_CLIENTS = 56                      # that may hold a thread while they wait for news
+SECURITY_HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"))
+FRONT_PAGE = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title>"
+              f"<p>A torc server. Its API is at <code>{API_PREFIX}</code>.</html>")
+
+
+class Application:
+    """The API as a WSGI application around one store."""
+
+    def __init__(self, store, threads, log):
+        self.store = store
+        self.log = log
+        self.urls = ()
+        self.serving = threading.BoundedSemaphore(threads)
+        self.waiting = threading.BoundedSemaphore(WAITING_CLIENTS)
+
+    def wsgi(self):
+        """The bottle application: one route, since bottle compiles each route it has."""
+        import bottle
+        app = bottle.Bottle()
+        app.catchall = False
+        app.route("<path:re:.*>", "ANY", self.handle)
+        return app
+
+    def handle(self, path):
+        """Answer one request."""
+        import bottle
+        response = bottle.response
+        for name, value in SECURITY_HEADERS:
+            response.set_header(name, value)
+        response.set_header("X-Torc-Server", self.store.id)
+        response.set_header("X-Span-Id", bottle.request.get_header("X-Span-ID")
+                            or str(time.time_ns()))
+        started = time.perf_counter()
+        status, content_type, text = self.answer(bottle.request, path, response)
+        response.status = status
+        if content_type:
+            response.content_type = content_type
+        self.log.debug("%s %s %d %.1f ms", bottle.request.method, path, status,
+                       1000 * (time.perf_counter() - started))
+        return text
+
+    def answer(self, http, path, response):
+        """(status, content type, body) of a request; no exception leaves this."""
+        if path in ("/", "/dashboard", "/dashboard/"):
+            return 200, "text/html; charset=utf-8", FRONT_PAGE
+        try:
+            if not path.startswith(API_PREFIX + "/"):
+                raise NoSuchPath
+            method = "GET" if http.method == "HEAD" else http.method
+            endpoint, texts = find_endpoint(method, path[len(API_PREFIX):])
+            value = self.call(http, endpoint, texts)
+            return 200, "application/json", json.dumps(value, separators=(",", ":"))
+        except NoSuchPath:
+            return 404, None, ""
+        except WrongMethod as error:
+            response.set_header("Allow", ", ".join(error.allow))
+            return 405, None, ""
+        except TorcError as error:
+            if error.plain:
+                return error.status, "text/plain; charset=utf-8", str(error)
+            inner = {"message": str(error)}
+            if error.status in (403, 404, 500):
+                inner["error"] = error.title
+            return error.status, "application/json", compact({"error": inner})
+        except Exception:                 # a defect of ours: its traceback belongs in the log
+            self.log.exception("unexpected error in %s %s", http.method, path)
+            message = "unexpected error, see the server's log"
+            return 500, "application/json", compact({"error": {
+                "error": "InternalServerError", "message": message}})
+
+    def call(self, http, endpoint, texts):
+        """Run an operation; those that wait take a place of their own, so they starve nobody."""
+        from urllib.parse import parse_qs
+        query = parse_qs(http.query_string, keep_blank_values=True)
+        body = read_json(http) if endpoint.body == JSON else None
+        request = Request(self.store, None, query, body, time.time(), self.urls)
+        if endpoint.function is changes and query.get("wait_s", ["0"]) != ["0"]:
+            if not self.waiting.acquire(blocking=False):
+                query["wait_s"] = ["0"]
+                return {**call_endpoint(endpoint, texts, request), "retry_after_s": 5}
+            try:
+                return call_endpoint(endpoint, texts, request)
+            finally:
+                self.waiting.release()
+        with self.serving:
+            return call_endpoint(endpoint, texts, request)
+
+
+def read_json(http):
+    """The decoded JSON body of a request. Raises UnsupportedMedia, TooLarge, BadRequest."""
+    kind = (http.get_header("Content-Type") or "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMedia("expected a request with `Content-Type: application/json`")
+    if http.content_length > MAX_BODY_BYTES:
+        raise TooLarge(f"the body is larger than {format_bytes(MAX_BODY_BYTES)}")
+    try:
+        return json.loads(http.environ["wsgi.input"].read())
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+# ---- sockets
+
+def port_holder(port):
+    """Who listens on a port, as " (pid 4242, python)", or "" when that cannot be seen."""
+    inodes = set()
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as file:
+            for row in file.read().splitlines()[1:]:
+                words = row.split()
+                if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{words[9]}]")
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/{pid}/fd/{fd}") in inodes:
+                        with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
+                            return f" (pid {pid}, {file.read().strip()})"
+    return " (by another user's process)" if inodes else ""
+
+
+def bind_sockets(host, port):
+    """Listening sockets on all local addresses of a host name, all on one port; 0 takes a free one.
+
+    Raises Unreachable: host unknown or not of this machine, port in use or not allowed.
+    """
+    import socket
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError):
+        raise Unreachable(f"the host name {host!r} is unknown: take 127.0.0.1 (this machine only), "
+                          "0.0.0.0 (all its addresses), or a name of this machine") from None
+    sockets = []
+    try:
+        for family, address in dict.fromkeys((row[0], row[4]) for row in found):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+            sock.bind((address[0], port, *address[2:]))
+            sock.listen(1024)
+            port = sock.getsockname()[1]  # further addresses take the port the first one got
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise bind_trouble(error, host, port) from None
+    return sockets
+
+
+def bind_trouble(error, host, port):
+    """Why a socket could not be bound, and the option that helps."""
+    import errno
+    if error.errno == errno.EADDRINUSE:
+        return Unreachable(f"port {port} on {host} is in use{port_holder(port)}: stop it, or take "
+                           f"--port {port + 1}, or --port 0 for any free one")
+    if error.errno == errno.EACCES:
+        return Unreachable(f"port {port} is reserved for root: take --port {DEFAULT_PORT}, or "
+                           "--port 0 for any free one")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return Unreachable(f"{host} is not an address of this machine: take 127.0.0.1 or 0.0.0.0")
+    return Unreachable(f"port {port} on {host} cannot be used: {error.strerror}")
+
+
+def public_urls(host, port):
+    """URLs under which the server can be reached, the most useful first."""
+    import socket
+    names = [host]
+    if host in ("0.0.0.0", "::", ""):
+        names = [socket.getfqdn(), "localhost"]
+    return [f"http://{'[' + name + ']' if ':' in name else name}:{port}{API_PREFIX}"
+            for name in dict.fromkeys(names)]
+
+
+# ---- logging
+
+class JsonLines:
+    """Formats a log record as one line of JSON (a logging.Formatter by duck typing)."""
+
+    def format(self, record):
+        """One line."""
+        line = {"timestamp": iso_time(record.created), "level": record.levelname,
+                "message": record.getMessage()}
+        if record.exc_info:
+            import traceback
+            line["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        return compact(line)
+
+
+def quiet_stderr():
+    """stderr as a stream that neither blocks nor fails when nobody reads it any more.
+
+    A pipe is opened anew without blocking: that leaves the flags of others who share it alone.
+    """
+    import stat
+    try:
+        if stat.S_ISFIFO(os.fstat(2).st_mode):
+            fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            return open(fd, "w", encoding="utf-8", errors="replace", buffering=1)
+    except OSError:
+        pass
+    return sys.stderr
+
+
+def make_log(level, directory, as_json):
+    """The server's logger: stderr, and <directory>/torc-server.log (10 MiB, 5 kept).
+
+    Raises UsageError for an unknown level, Unreachable for a directory that cannot be written.
+    """
+    import logging
+    import logging.handlers
+    names = {"trace": "DEBUG", "warn": "WARNING"}
+    number = logging.getLevelName(names.get(level.lower(), level.upper()))
+    if not isinstance(number, int):
+        raise UsageError(f"log level {level!r}: take error, warn, info, debug or trace")
+    logging.raiseExceptions = False       # a closed stderr must not disturb the server
+    handlers = [logging.StreamHandler(quiet_stderr())]
+    if directory:
+        try:
+            os.makedirs(directory, exist_ok=True)
+            handlers.append(logging.handlers.RotatingFileHandler(
+                os.path.join(directory, "torc-server.log"), maxBytes=10 * 2**20, backupCount=5))
+        except OSError as error:
+            raise Unreachable(f"log directory {directory}: {error.strerror}: name another with "
+                              "--log-dir") from None
+    log = logging.getLogger("torc")
+    log.handlers = []
+    for handler in handlers:
+        handler.setFormatter(JsonLines() if as_json else logging.Formatter(
+            "%(asctime)s %(levelname)-7s %(message)s"))
+        log.addHandler(handler)
+    log.setLevel(number)
+    logging.getLogger("waitress").setLevel(logging.ERROR)
+    logging.getLogger("waitress.queue").setLevel(logging.CRITICAL)
+    return log
+
+
+# ---- life of the server
+
+def watch_leases(store, log, stop):
+    """Fail the jobs of runners that have been silent for longer than their lease (a thread)."""
+    started = time.monotonic()
+    wait = 1.0
+    while not stop.wait(wait):
+        try:
+            expired, wait = expired_nodes(store, time.monotonic(), started)
+            for node_id in expired:
+                with store.transaction():
+                    expire_node(store, node_id, time.time())
+                log.warning("compute node %d was silent for too long: its jobs have failed",
+                            node_id)
+            wait = min(max(wait, 0.1), 60.0)
+        except TorcError as error:        # a full disk, say: the next round tries again
+            log.error("looking after leases: %s", error)
+            wait = 10.0
+
+
+def write_note(store, urls):
+    """Tell clients on the same home where this server is; returns the note's path, or None."""
+    import socket
+    path = server_note(store.id)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        temporary = f"{path}.{os.getpid()}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(compact({"id": store.id, "urls": urls, "pid": os.getpid(),
+                                "host": socket.gethostname(), "database": store.path}))
+        os.replace(temporary, path)
+        return path
+    except OSError:
+        return None                       # a home that cannot be written: clients do without
+
+
+def remove_note(path):
+    """Remove the note, unless a newer server has written it."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        with open(path, encoding="utf-8") as file:
+            if json.load(file)["pid"] == os.getpid():
+                os.unlink(path)
+
+
+def raise_file_limit():
+    """Take all the file descriptors we may have; returns how many."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
+        soft = min(hard, 65_536)
+    return soft
+
+
+def announce(port, urls, path, log):
+    """The one line on stdout, and for people where the server is."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"TORC_SERVER_PORT={port}", flush=True)
+    log.info("torc %s serves %s at %s", VERSION, path, ", ".join(urls))
+
+
+def serve(args):
+    """Run the server until SIGINT or SIGTERM; returns the exit code.
+
+    args: host, port, database, threads, log_level, log_dir, json_logs.
+    """
+    import signal
+    try:
+        from waitress.server import create_server
+    except ImportError:
+        raise MissingPackage("waitress", "the server") from None
+    try:
+        import bottle                     # noqa: F401  (missing: say so before anything is made)
+    except ImportError:
+        raise MissingPackage("bottle", "the server") from None
+    sys.setswitchinterval(0.0005)         # SQLite gives up the interpreter's lock at every step
+    log = make_log(args.log_level, args.log_dir, args.json_logs)
+    database = server_database(args.database, log)
+    sockets = bind_sockets(args.host, args.port)
+    store = Store(database, server=True)
+    application = Application(store, args.threads, log)
+    limit = raise_file_limit()
+    server = create_server(
+        application.wsgi(), sockets=sockets, threads=args.threads + WAITING_CLIENTS,
+        connection_limit=max(50, min(limit - 100, 4000)), asyncore_use_poll=True, ident=None,
+        channel_timeout=130, max_request_body_size=MAX_BODY_BYTES + 2**20,
+        log_socket_errors=False)
+    port = sockets[0].getsockname()[1]
+    application.urls = public_urls(args.host, port)
+    note = write_note(store, application.urls)
+    stop = threading.Event()
+    threading.Thread(target=watch_leases, args=(store, log, stop), daemon=True).start()
+
+    def end(number, frame):
+        stop.set()
+        for sock in sockets:
+            sock.close()
+        store.wake()
+        raise SystemExit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    try:
+        announce(port, application.urls, store.path, log)
+        server.run()                      # ends by SystemExit, after requests at work are answered
+    except SystemExit:
+        pass
+    finally:
+        store.close()
+        remove_note(note)
+        log.info("stopped")
+    return 0
+
+
+def server_database(named, log):
+    """Path of the server's database: option, DATABASE_URL (sqlite:PATH), or torc.db here."""
+    if named:
+        return named
+    url = os.environ.get("DATABASE_URL", "")
+    if url.startswith("sqlite:"):
+        return re.sub(r"^sqlite:(//)?", "", url).partition("?")[0]
+    if url:
+        raise UsageError(f"DATABASE_URL={url!r}: expected sqlite:PATH")
+    log.info("no --database given: taking %s", os.path.abspath("torc.db"))
+    return "torc.db"
+
+
+# ==================================================================================================
+# 14 Command line
+# ==================================================================================================
+# A command is a function of (args, client) with its options beside it; COMMANDS holds them all and
+# feeds parser, help and completion. argparse builds only the parser of the command that is called.
+# A command fetches, then prints through show_list, show_record or say: a table or JSON. What goes
+# wrong is raised and shown once, by main.
+
+class Command(NamedTuple):
+    """A command as it is typed, with its options and how it wants its client."""
+
+    name: str
+    function: Any
+    options: tuple
+    text: str                             # what it does; the first line is the summary
+    example: str
+    client: Any                           # True, False: needs none, "make": makes the local file
+
+    @property
+    def summary(self):
+        """One line about it."""
+        return self.text.partition("\n")[0]
+
+
+COMMANDS = {}                             # by the words that are typed: "jobs list"
+HIDDEN = "hidden"                         # as help: the option is accepted and not shown
+LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
+
+
+def opt(*flags, **settings):
+    """An option or positional argument, as argparse's add_argument takes it."""
+    return flags, settings
+
+
+def command(name, *options, example, client=True, summary=None):
+    """Register a function as a command; its docstring is its help, unless there is a summary."""
+    def register(function):
+        COMMANDS[name] = Command(name, function, options,
+                                 summary or function.__doc__, example, client)
+        return function
+    return register
+
+
+# ---- values of options
+
+def readable(convert):
+    """A converter for argparse whose ValueError is shown as it is."""
+    def converted(text):
+        import argparse
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return converted
+
+
+def bounded(kind, least, what):
+    """A converter for numbers that are not below `least`."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < 2**63:
+            raise ValueError(f"{text!r} is not {what}")
+        return value
+    return readable(convert)
+
+
+def parse_moment(text):
+    """Seconds since the epoch of a time such as 2026-01-02T03:04:05Z; local without an offset."""
+    import datetime
+    try:
+        # Python before 3.11 wants three or six digits of a second, and no Z.
+        match = re.fullmatch(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(\.\d+)?(Z|[-+]\d\d:\d\d)?",
+                             text.strip(), re.I)
+        zone = {"Z": "+00:00", None: ""}.get(match[3] and match[3].upper(), match[3])
+        moment = datetime.datetime.fromisoformat(match[1].upper() + zone)
+        return moment.timestamp() + float(match[2] or 0)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{text!r} is not a time such as 2026-01-02T03:04:05Z") from None
+
+
+def json_value(text):
+    """The value of a JSON text."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not JSON ({error}); a text needs quotes of its own: "
+                         "'\"text\"'") from None
+
+
+def parse_ids(text):
+    """Ids from "3" or "3,4,5"."""
+    if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", text):
+        raise ValueError(f"{text!r} is not an id or a list such as 3,4,5")
+    return [int(word) for word in text.split(",")]
+
+
+def parse_truth(text):
+    """true or false."""
+    if text not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def checked_text(parse):
+    """A converter that gives the text as it is, if `parse` takes it."""
+    def convert(text):
+        parse(text)
+        return text
+    return readable(convert)
+
+
+COUNT = bounded(int, 0, "a number from 0 on")
+POSITIVE = bounded(int, 1, "a number from 1 on")
+IDS_TYPE = readable(parse_ids)
+TRUTH = readable(parse_truth)
+JSON_VALUE = readable(json_value)
+MEMORY = checked_text(parse_memory)
+RUNTIME = checked_text(parse_duration)
+WORKFLOW = opt("workflow_id", nargs="?", type=COUNT, metavar="WORKFLOW_ID",
+               help="default: the only workflow you have, else you are asked")
+ID = opt("id", type=COUNT, metavar="ID")
+LIST_IDS = opt("ids", nargs="+", type=IDS_TYPE, metavar="ID")
+DRY_RUN = opt("--dry-run", action="store_true", help="say what would happen, change nothing")
+FORCE = opt("--force", action="store_true", help="do not ask")
+NO_PROMPTS = opt("--no-prompts", action="store_true", help="do not ask")
+OUTPUT_DIR = opt("-o", "--output-dir", default=DEFAULT_OUTPUT_DIR, metavar="DIR",
+                 help=f"where logs and the local database are (default: {DEFAULT_OUTPUT_DIR})")
+
+
+def paging(offset=(), sort_by=(), reverse=()):
+    """The options of every list; some lists have short forms for them."""
+    return (opt("-l", "--limit", type=COUNT, metavar="N", help="at most so many"),
+            opt(*offset, "--offset", type=COUNT, default=0, metavar="N", help="leave out so many"),
+            opt(*sort_by, "--sort-by", metavar="FIELD", help="a field of the JSON output"),
+            opt(*reverse, "--reverse-sort", action="store_true", help="largest first"))
+
+
+PAGING = paging()
+SHORT_PAGING = paging(["-o"], ["-s"], ["-r"])
+GLOBAL = (
+    opt("-f", "--format", choices=("table", "json"), default="table",
+        help="how to print (default: table)"),
+    opt("--database", metavar="FILE", help="work on this database file, without a server "
+        "(TORC_DATABASE)"),
+    opt("--url", metavar="URL", help=f"work with this server, such as {DEFAULT_URL} "
+        "(TORC_API_URL)"),
+    opt("--prompt-password", action="store_true", help="ask for the server's password; the "
+        "environment's is TORC_PASSWORD, the user TORC_USERNAME or USER"),
+    opt("--password", metavar="TEXT", help="visible to everybody in the list of processes: better "
+        "TORC_PASSWORD or --prompt-password"),
+    opt("--log-level", choices=LOG_LEVELS, help="what is said on stderr (RUST_LOG; default: info)"),
+    opt("--skip-version-check", action="store_true", help="accepted, nothing is checked"),
+    opt("-V", "--version", action="store_true", help="print version and hash of this program"),
+    opt("-h", "--help", action="store_true", help="print help, also behind a command"),
+)
+
+
+# ---- parsing
+
+def default_log_level():
+    """RUST_LOG if it is one of our levels."""
+    level = os.environ.get("RUST_LOG", "").lower()
+    return level if level in LOG_LEVELS else "info"
+
+
+def branches():
+    """Command words that others follow, such as "jobs"; {word: [words that follow]}."""
+    found = {}
+    for name in COMMANDS:
+        first, _, second = name.partition(" ")
+        if second:
+            found.setdefault(first, []).append(second)
+    return found
+
+
+def flags_of(options):
+    """{flag: settings} of options, positional arguments left out."""
+    return {flag: settings for flags, settings in options for flag in flags if flag[0] == "-"}
+
+
+def has_value(settings):
+    """Whether an option is followed by a value."""
+    return settings.get("action") not in ("store_true", "store_false")
+
+
+def find_command(argv):
+    """(global options before the command, the command's words, the rest) of a command line."""
+    known, known_branches = flags_of(GLOBAL), branches()
+    head, name, index = [], "", 0
+    while index < len(argv):
+        word = argv[index]
+        if word[:1] == "-" and len(word) > 1:
+            if name in COMMANDS:
+                break
+            flag = word.partition("=")[0] if word[:2] == "--" else word[:2]
+            if flag not in known:
+                raise UsageError(f"unknown option {flag}{nearest(flag, known)}: see torc --help")
+            long = 1 + (has_value(known[flag]) and flag == word)
+            head += argv[index:index + long]
+            index += long
+            continue
+        longer = f"{name} {word}".strip()
+        if longer not in COMMANDS and longer not in known_branches:
+            break
+        name, index = longer, index + 1
+    return head, name, argv[index:]
+
+
+def build_parser(name, options, description="", example=""):
+    """argparse's parser of one command; global options are added where they do not collide."""
+    import argparse
+    epilog = f"Global options, such as -f json and --url, go anywhere: torc --help\n\n" \
+             f"Example:\n  {example}"
+    parser = argparse.ArgumentParser(
+        prog=f"torc {name}".strip(), description=description, epilog=epilog, allow_abbrev=False,
+        add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def complain(message):
+        raise UsageError(f"{message}: see {parser.prog} --help")
+
+    parser.error = complain
+    taken = flags_of(options)
+    for flags, settings in options:
+        hidden = {"help": argparse.SUPPRESS} if settings.get("help") == HIDDEN else {}
+        parser.add_argument(*flags, **{**settings, **hidden})
+    for flags, settings in GLOBAL:
+        free = [flag for flag in flags if flag not in taken]
+        if free:                          # without a default, which would undo what stood before
+            parser.add_argument(*free, **{**settings, "default": argparse.SUPPRESS,
+                                          "help": argparse.SUPPRESS})
+    return parser
+
+
+def check_options(found, rest):
+    """Raise UsageError for an option that the command does not have, with the nearest one."""
+    known = {**flags_of(GLOBAL), **flags_of(found.options)}
+    for word in rest:
+        if word == "--":
+            return
+        flag = word.partition("=")[0] if word[:2] == "--" else word[:2]
+        if re.match(r"--?[A-Za-z]", word) and " " not in word and flag not in known:
+            raise UsageError(f"torc {found.name} has no option {flag}{nearest(flag, known)}: see "
+                             f"torc {found.name} --help")
+
+
+def parse_command(found, head, rest):
+    """The values of a command line as a namespace."""
+    check_options(found, rest)
+    args = build_parser("", GLOBAL).parse_args(head)
+    if args.log_level is None:
+        args.log_level = default_log_level()
+    parser = build_parser(found.name, found.options)
+    # Intermixed: an optional WORKFLOW_ID may then stand behind the options too.
+    return parser.parse_intermixed_args(rest, args)
+
+
+def wants(words, short, long):
+    """Whether an option without a value is among the words before "--"."""
+    before = words[:words.index("--")] if "--" in words else words
+    return any(word in (short, long) for word in before)
+
+
+def wants_json(argv):
+    """Whether the output is to be JSON, known before anything is parsed."""
+    pairs = list(zip(argv, [*argv[1:], ""]))
+    return ("-f", "json") in pairs or ("--format", "json") in pairs or "--format=json" in argv \
+        or "-fjson" in argv
+
+
+# ---- help
+
+GROUPS = (
+    ("Workflows", "run create examples status wait cancel delete workflows"),
+    ("Jobs and their output", "why logs jobs results"),
+    ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
+     "job-dependencies events compute-nodes scheduled-compute-nodes"),
+    ("Server and program", "server ping completions bundle"),
+)
+BRANCH_SUMMARIES = {
+    "workflows": "Workflows: list, reset, initialize, archive.",
+    "jobs": "Jobs: list, change, cancel, run again.",
+    "results": "Results of jobs.",
+    "files": "Files that jobs read and write.",
+    "user-data": "JSON values that jobs read and write.",
+    "resource-requirements": "What jobs need: CPUs, memory, GPUs, time.",
+    "failure-handlers": "Rules for failed jobs.",
+    "job-dependencies": "Which job waits for which.",
+    "events": "What happened in a workflow.",
+    "compute-nodes": "Runners of a workflow.",
+    "scheduled-compute-nodes": "Allocations of a workflow.",
+}
+ABSENT = ("submit", "watch", "recover", "tui", "dash", "htpasswd", "slurm-job-runner", "slurm",
+          "hpc", "remote", "plot-resources", "ro-crate", "access-groups", "admin", "config",
+          "mcp-server")
+
+
+def summary_of(word):
+    """One line about a command or a branch of commands."""
+    return BRANCH_SUMMARIES.get(word) or COMMANDS[word].summary
+
+
+def overview():
+    """The help of torc itself."""
+    lines = ["torc: run workflows of many jobs on this machine or a cluster.", "",
+             "Usage: torc [OPTIONS] COMMAND ...", ""]
+    for title, words in GROUPS:
+        lines += [f"{title}:", *(f"  {word:<24}{summary_of(word)}" for word in words.split()), ""]
+    lines.append("Options, before or behind the command:")
+    for flags, settings in GLOBAL:
+        text = ", ".join(flags) + (f" {settings.get('metavar', 'NAME')}"
+                                   if has_value(settings) else "")
+        lines.append(f"  {text:<24}{settings['help']}")
+    return "\n".join([*lines, "", "Example:", "  torc run --example hello"])
+
+
+def branch_help(branch):
+    """The help of a word that only begins commands."""
+    names = [name for name in COMMANDS if name.startswith(branch + " ")]
+    width = max(map(len, names)) + 2
+    return "\n".join([summary_of(branch), "", f"Usage: torc {branch} COMMAND ...", "",
+                      *(f"  {name:<{width}}{COMMANDS[name].summary}" for name in names), "",
+                      "Example:", f"  {COMMANDS[names[0]].example}"])
+
+
+def command_help(found):
+    """The help of a command."""
+    text = "\n".join(line.strip() for line in found.text.splitlines()).strip()
+    return build_parser(found.name, found.options, text, found.example).format_help().rstrip()
+
+
+def unknown_command(name, word):
+    """The UsageError for a word that is no command."""
+    if not name and word in ABSENT:
+        return UsageError(f"torc {word} is not in this version")
+    known = branches()[name] if name else {first.partition(" ")[0] for first in COMMANDS}
+    place = f"torc {name}".strip()
+    return UsageError(f"{place} has no command {word!r}{nearest(word, sorted(known))}: see {place} "
+                      "--help")
+
+
+# ---- output
+
+def clean(text):
+    """A text that cannot move the terminal's cursor or break a line."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+
+
+def local_time(value):
+    """Seconds since the epoch (or milliseconds, or a text) as local time."""
+    if isinstance(value, str):
+        return value
+    seconds = value / 1000 if value > 1e11 else value
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+CELLS = {"st_mtime": local_time, "timestamp": local_time, "peak_memory_bytes": format_bytes,
+         "duration_seconds": format_duration, "executed_at": local_time,
+         "exec_time_minutes": lambda minutes: f"{minutes:.3f}",
+         "avg_cpu_percent": lambda percent: f"{percent:.1f}"}
+
+
+def cell(record, name):
+    """A field of a record as text of one line."""
+    value = record.get(name)
+    if value is None:
+        return ""
+    if name in CELLS:
+        return CELLS[name](value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return clean(value if isinstance(value, str) else compact(value))
+
+
+def text_width(text):
+    """Columns that a text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(letter) else
+               2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def shorten(text, width):
+    """A text cut to a width, marked where it was cut."""
+    if text_width(text) <= width:
+        return text
+    kept = text[:max(0, width - 2)]
+    while text_width(kept) > max(0, width - 2):
+        kept = kept[:-1]
+    return kept + ".."
+
+
+def fit_widths(widths, room):
+    """Column widths that fit into `room`: the widest give way first, none below 8."""
+    widths = list(widths)
+    while sum(widths) > room and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+def table_lines(titles, rows):
+    """Lines of a table: rules on a UTF-8 terminal, else plain columns; numbers to the right."""
+    terminal = sys.stdout.isatty()
+    drawn = terminal and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    between, rule = (" \u2502 ", "\u2500") if drawn else ("  ", "-")
+    widths = [max(map(text_width, column)) for column in zip(titles, *rows)]
+    if terminal:
+        import shutil
+        room = shutil.get_terminal_size().columns - len(between) * (len(titles) - 1)
+        widths = fit_widths(widths, room)
+        rows = [[shorten(text, width) for text, width in zip(row, widths)] for row in rows]
+    right = [all(re.fullmatch(r"-?[\d.]*%?", text) for text in column) for column in zip(*rows)]
+
+    def line(texts):
+        padded = [" " * (width - text_width(text)) + text if flush else
+                  text + " " * (width - text_width(text))
+                  for text, width, flush in zip(texts, widths, right)]
+        return between.join(padded).rstrip()
+
+    crossing = rule + "\u253c" + rule if drawn else between
+    return [line(titles), crossing.join(rule * width for width in widths), *map(line, rows)]
+
+
+def print_json(value):
+    """Print JSON; long lists one record a line, since indenting them takes seconds."""
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    if isinstance(value, dict) and any(isinstance(part, list) and len(part) > 1000
+                                       for part in value.values()):
+        parts = (f"{json.dumps(key)}: " + (
+            "[\n" + ",\n".join(json.dumps(item, ensure_ascii=plain) for item in part) + "\n]"
+            if isinstance(part, list) else json.dumps(part, ensure_ascii=plain))
+            for key, part in value.items())
+        print("{" + ",\n".join(parts) + "}")
+    else:
+        print(json.dumps(value, indent=2, ensure_ascii=plain))
+
+
+def split_columns(text):
+    """[(title, field), ...] from "ID=id, Memory (GB)=memory_gb"."""
+    return [tuple(part.strip().rpartition("=")[::2]) for part in text.split(",")]
+
+
+def plural(number, noun):
+    """1 job, 2 jobs; nouns that end in data or requirements have no plural."""
+    if number == 1 or noun.endswith(("data", "requirements")):
+        return f"{number} {noun}"
+    return f"{number} {noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
+
+
+def show_list(args, key, noun, columns_text, records, place="", without=()):
+    """Print records as JSON {key: [...]}, or as a table with heading and total."""
+    records = list(records)
+    if args.format == "json":
+        print_json({key: records})
+        return
+    where = f" for {place}" if place else ""
+    if not records:
+        print(f"No {plural(2, noun)[2:]} found{where}.")
+        return
+    shown = [pair for pair in split_columns(columns_text) if pair[0].lower() not in without]
+    rows = [[cell(record, name) for _, name in shown] for record in records]
+    heading = plural(2, noun)[2:]
+    print(f"{heading[0].upper()}{heading[1:]}{where}:")
+    print("\n".join(table_lines([title for title, _ in shown], rows)))
+    print(f"\nTotal: {plural(len(records), noun)}")
+
+
+def show_record(args, record):
+    """Print one record as JSON, or a line for each of its fields."""
+    if args.format == "json":
+        print_json(record)
+        return
+    width = max(map(len, record), default=0)
+    for name in record:
+        print(f"{name + ':':<{width + 1}} {cell(record, name)}")
+
+
+def say(args, sentence, **values):
+    """Print what a command did: a sentence, or its values as JSON."""
+    if args.format == "json":
+        print_json(values)
+    else:
+        print(sentence)
+
+
+def tell(args, sentence, level="info"):
+    """Say something about the way things go, on stderr."""
+    if LOG_LEVELS.index(level) <= LOG_LEVELS.index(args.log_level):
+        print(f"torc: {clean(sentence)}", file=sys.stderr, flush=True)
+
+
+# ---- asking
+
+def can_ask():
+    """Whether somebody sits at the terminal."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def ask(question):
+    """A line typed as the answer to a question on stderr."""
+    print(question, end=" ", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def confirm(question, sure, option="--force", strict=True):
+    """Go on only after a yes, or if the user was sure from the start.
+
+    strict: where nobody can be asked, demand `option`. Raises UsageError, TorcError.
+    """
+    if sure:
+        return
+    if can_ask():
+        if ask(f"{question} [y/N]").lower() not in ("y", "yes"):
+            raise TorcError("nothing was changed")
+    elif strict:
+        raise UsageError(f"{question} Nobody can be asked here: take {option}")
+
+
+WORKFLOW_COLUMNS = ("ID=id, Name=name, Description=description, Project=project,"
+                    " Metadata=metadata, Timestamp=timestamp")
+
+
+def choose_workflow(args, client):
+    """The id of the user's only non-archived workflow, or of the one that is picked."""
+    found = client.page("/workflows", user=client.user, is_archived=False, limit=50,
+                        sort_by="id", reverse_sort=True)["items"]
+    if not found:
+        raise TorcError(f"{client.user} has no workflow in {client.where}: torc create SPEC or "
+                        "torc run SPEC makes one")
+    if len(found) == 1:
+        tell(args, f'workflow {found[0]["id"]} "{found[0]["name"]}"')
+        return found[0]["id"]
+    lines = table_lines(["ID", "Name", "Description", "Created"], [
+        [cell(workflow, name) for name in ("id", "name", "description", "timestamp")]
+        for workflow in found])
+    listed = "\n".join(lines)
+    if not can_ask():
+        raise UsageError(f"which workflow? Name its id:\n{listed}")
+    print(listed, file=sys.stderr)
+    answer = ask("Which workflow (ID)?")
+    if answer not in {str(workflow["id"]) for workflow in found}:
+        raise TorcError(f"{answer!r} is none of these workflows")
+    return int(answer)
+
+
+# ---- initialize and reinitialize
+
+HAS_RUN = ("completed", "failed", "canceled", "terminated", "pending_failed")
+BAD_ENDS = ("failed", "canceled", "terminated", "pending_failed")
+MTIME_TOLERANCE_S = 0.01
+NAMED_AT_MOST = 10
+
+
+def present_time(path):
+    """st_mtime of a file, None if there is no such file."""
+    try:
+        return os.stat(path).st_mtime
+    except (OSError, ValueError):
+        return None
+
+
+def same_time(stored, present):
+    """Whether two file times, either of which may be None, mean the same state."""
+    if stored is None or present is None:
+        return stored is present
+    return abs(stored - present) <= MTIME_TOLERANCE_S
+
+
+def check_idle(client, workflow_id, force):
+    """Raise unless the workflow may be reset; returns its counts. Nothing is changed."""
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    if counted["is_archived"]:
+        raise Invalid(f"workflow {workflow_id} is archived: torc workflows archive false "
+                      f"{workflow_id} brings it back")
+    busy = counted["pending"] + counted["running"]
+    scheduled = client.get(f"/workflows/{workflow_id}/unfinished")["scheduled"]
+    if (busy or scheduled) and not force:
+        raise Invalid(f"workflow {workflow_id} is at work ({plural(busy, 'job')} pending or "
+                      f"running, {plural(scheduled, 'allocation')} scheduled), so nothing was "
+                      f"changed: torc cancel {workflow_id} first, torc run {workflow_id} if its "
+                      "runner has died, or take --force")
+    return counted
+
+
+def raise_run(client, workflow_id):
+    """Begin another run of a workflow; returns its run_id."""
+    status = client.get(f"/workflows/{workflow_id}/status")
+    status["run_id"] += 1
+    client.put(f"/workflows/{workflow_id}/status", status)
+    return status["run_id"]
+
+
+def store_file_times(client, changed):
+    """Remember the present st_mtime of files: [(file record, st_mtime or None), ...]."""
+    for file, present in changed:
+        client.put(f"/files/{file['id']}", {} if present is None else {"st_mtime": present})
+
+
+def named(texts):
+    """Some texts in quotes, and how many more there are."""
+    quoted = ", ".join(f'"{text}"' for text in texts[:NAMED_AT_MOST])
+    more = len(texts) - NAMED_AT_MOST
+    return quoted + (f" and {more} more" if more > 0 else "")
+
+
+def refuse_missing(workflow_id, files, user_data=()):
+    """Raise TorcError for inputs that do not exist and that no job makes."""
+    missing = [f"input {what} missing: {named(texts)}" for what, texts in
+               (("files", files), ("user data", user_data)) if texts]
+    if missing:
+        raise TorcError(f"workflow {workflow_id}: {'; '.join(missing)}. No job makes them: create "
+                        f"them, or torc workflows init {workflow_id} --force goes on without")
+
+
+def required_files(client, workflow_id, counted):
+    """Records of the files that jobs read and none writes."""
+    wanted = set(client.get(f"/workflows/{workflow_id}/required_existing_files")["files"])
+    if wanted and counted["completed"]:   # then outputs of completed jobs are among them
+        wanted -= {file["id"] for file in client.items("/files", workflow_id=workflow_id,
+                                                       is_output=True)}
+    return [file for file in client.items("/files", workflow_id=workflow_id)
+            if file["id"] in wanted] if wanted else []
+
+
+def required_user_data(client, workflow_id, counted):
+    """Names of user data without a value that jobs read and none writes."""
+    missing = set(client.get(f"/workflows/{workflow_id}/missing_user_data")["user_data"])
+    if missing and counted["completed"]:
+        missing -= {row["user_data_id"] for row in client.items(
+            f"/workflows/{workflow_id}/job_user_data_relationships") if "producer_job_id" in row}
+    return [record["name"] for record in client.items("/user_data", workflow_id=workflow_id)
+            if record["id"] in missing] if missing else []
+
+
+def initialize_workflow(client, workflow_id, force=False, dry_run=False):
+    """Start a workflow from the beginning: all jobs blocked or ready, the next run_id.
+
+    Returns {"workflow_id", "safe", "missing_input_files", ...}; a dry run does no more. Raises
+    TorcError when inputs are missing, Invalid when it is at work; both only without force.
+    """
+    counted = check_idle(client, workflow_id, force)
+    times = [(file, present_time(file["path"]))
+             for file in required_files(client, workflow_id, counted)]
+    missing = [file["path"] for file, present in times if present is None]
+    missing_data = required_user_data(client, workflow_id, counted)
+    report = {"workflow_id": workflow_id, "safe": not missing and not missing_data,
+              "missing_input_files": missing, "missing_input_file_count": len(missing),
+              "missing_user_data": missing_data}
+    if dry_run:
+        existing = [file["path"] for file in client.items(
+            "/files", workflow_id=workflow_id, is_output=True)
+            if present_time(file["path"]) is not None]
+        return {**report, "existing_output_files": existing,
+                "existing_output_file_count": len(existing)}
+    if not force:
+        refuse_missing(workflow_id, missing, missing_data)
+    client.post(f"/workflows/{workflow_id}/reset_status", force=force)
+    if counted["total"] > counted["uninitialized"] + counted["disabled"]:
+        client.post(f"/workflows/{workflow_id}/reset_job_status")
+    raise_run(client, workflow_id)
+    store_file_times(client, [(file, present) for file, present in times
+                              if not same_time(file.get("st_mtime"), present)])
+    client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    return report
+
+
+class Rerun(NamedTuple):
+    """What a reinitialization will do, found out without changing anything."""
+
+    jobs: list                            # those that have run and run again, with the reason
+    roots: list                           # ids to reset one by one; the server resets the rest
+    everything: bool                      # whether all that has run runs again
+    changed_inputs: bool                  # whether the server knows of changed inputs
+    times: list                           # (file record, st_mtime now) of changed files
+    missing: list                         # paths of files that must exist first
+    waiting: int                          # jobs that are uninitialized anyway
+
+
+class Graph:
+    """A workflow's jobs with their dependents and files, read by a few requests."""
+
+    def __init__(self, client, workflow_id):
+        self.jobs = {job["id"]: job for job in client.items("/jobs", workflow_id=workflow_id)}
+        self.dependents, self.producers, self.consumers = {}, {}, {}
+        for row in client.items(f"/workflows/{workflow_id}/job_dependencies"):
+            self.dependents.setdefault(row["depends_on_job_id"], []).append(row["job_id"])
+        self.files = list(client.items("/files", workflow_id=workflow_id))
+        if self.files:
+            path = f"/workflows/{workflow_id}/job_file_relationships"
+            for row in client.items(path):
+                for role, jobs in (("producer_job_id", self.producers),
+                                   ("consumer_job_id", self.consumers)):
+                    if role in row:
+                        jobs.setdefault(row["file_id"], set()).add(row[role])
+        self.reasons = {}                 # job id: why it runs again
+
+    def ran(self, job_id):
+        """Whether a job has run, so that running it is running it again."""
+        return self.jobs[job_id]["status"] in HAS_RUN
+
+    def mark(self, job_ids, reason):
+        """These jobs run again, if they have run."""
+        for job_id in sorted(job_ids):
+            if self.ran(job_id):
+                self.reasons.setdefault(job_id, reason)
+
+    def mark_files(self):
+        """Mark readers of changed files and writers of missing ones; the changed files' times."""
+        changed = []
+        for file in self.files:
+            stored, present = file.get("st_mtime"), present_time(file["path"])
+            writers = self.producers.get(file["id"], ())
+            done = [job_id for job_id in writers if self.jobs[job_id]["status"] == "completed"]
+            if writers and present is None:
+                self.mark(done, f'its output file "{file["path"]}" is missing')
+            elif same_time(stored, present) or (writers and (stored is None or not done)):
+                continue
+            else:
+                word = "appeared" if stored is None else \
+                    "vanished" if present is None else "changed"
+                self.mark(self.consumers.get(file["id"], ()),
+                          f'its input file "{file["path"]}" {word}')
+                changed.append((file, present))
+        return changed
+
+    def spread(self):
+        """Mark everything downstream; returns the ids reached from some other job."""
+        reached = set()
+        queue = [*self.reasons, *(job_id for job_id, job in self.jobs.items()
+                                  if job["status"] == "uninitialized")]
+        for job_id in queue:              # it grows while it is read
+            for below in self.dependents.get(job_id, ()):
+                if below not in reached:
+                    reached.add(below)
+                    queue.append(below)
+                    again = "runs again" if self.ran(job_id) else "has yet to run"
+                    self.mark([below], f'it depends on "{self.jobs[job_id]["name"]}", which '
+                                       f"{again}")
+        return reached
+
+    def missing(self):
+        """Paths of files that nobody makes, do not exist, and are read by a job that will run."""
+        return [file["path"] for file in self.files if file["id"] not in self.producers
+                and any(self.jobs[job_id]["status"] != "completed" or job_id in self.reasons
+                        for job_id in self.consumers.get(file["id"], ()))
+                and present_time(file["path"]) is None]
+
+
+def plan_rerun(client, workflow_id, reset="", with_changes=True):
+    """Which jobs run again and why, as a Rerun; nothing is changed.
+
+    reset: "", "failed" (jobs that ended badly are reset) or "all". with_changes: look at files and
+    inputs too.
+    """
+    graph = Graph(client, workflow_id)
+    if reset == "all":
+        graph.mark(graph.jobs, "all jobs are reset")
+    for status in BAD_ENDS if reset == "failed" else ("terminated", "pending_failed"):
+        word = "was " + status if status in ("canceled", "terminated") else "failed"
+        if reset or with_changes:
+            graph.mark([job_id for job_id, job in graph.jobs.items()
+                        if job["status"] == status], f"it {word}")
+    by_request = set(graph.reasons) if reset else set()
+    times, names = [], set()
+    if with_changes:
+        times = graph.mark_files()
+        names = set(client.post(f"/workflows/{workflow_id}/process_changed_job_inputs",
+                                dry_run=True)["reinitialized_jobs"])
+        graph.mark([job_id for job_id, job in graph.jobs.items() if job["name"] in names],
+                   "its command, dependencies or user data changed")
+    direct = set(graph.reasons)
+    reached = graph.spread()
+    jobs = [{"job_id": job_id, "job_name": graph.jobs[job_id]["name"],
+             "status": graph.jobs[job_id]["status"], "reason": reason}
+            for job_id, reason in sorted(graph.reasons.items())]
+    waiting = sum(job["status"] == "uninitialized" for job in graph.jobs.values())
+    everything = all(job_id in graph.reasons or job["status"] in ("uninitialized", "blocked",
+                                                                  "ready")
+                     for job_id, job in graph.jobs.items())
+    return Rerun(jobs, sorted(direct - reached - by_request), everything, bool(names), times,
+                 graph.missing() if with_changes else [], waiting)
+
+
+def reinitialize_workflow(client, workflow_id, force=False, dry_run=False, reset=""):
+    """Run again what changed: readers of changed files, writers of missing ones, jobs whose inputs
+    differ, and everything downstream of them.
+
+    reset: "failed" or "all" resets those jobs first. Returns a Rerun; a dry run does no more.
+    Raises TorcError when inputs are missing, Invalid when it is at work; both only without force.
+    """
+    check_idle(client, workflow_id, force)
+    plan = plan_rerun(client, workflow_id, reset)
+    if dry_run:
+        return plan
+    if not force:
+        refuse_missing(workflow_id, plan.missing)
+    client.post(f"/workflows/{workflow_id}/reset_status", force=force)
+    if not plan.jobs and not plan.waiting:
+        return plan
+    run_id = raise_run(client, workflow_id)
+    if reset or (plan.roots and plan.everything):
+        client.post(f"/workflows/{workflow_id}/reset_job_status",
+                    failed_only=reset == "failed" and not plan.everything)
+    if not plan.everything:
+        for job_id in plan.roots:
+            client.put(f"/jobs/{job_id}/manage_status_change/uninitialized/{run_id}")
+    if plan.changed_inputs:
+        client.post(f"/workflows/{workflow_id}/process_changed_job_inputs")
+    store_file_times(client, plan.times)
+    client.post(f"/workflows/{workflow_id}/initialize_jobs", only_uninitialized=True)
+    return plan
+
+
+def show_rerun(args, plan, done):
+    """Print what runs again, and why."""
+    if args.format == "json":
+        print_json({"workflow_id": args.workflow_id, "dry_run": args.dry_run, "jobs": plan.jobs,
+                    "job_count": len(plan.jobs), "missing_input_files": plan.missing})
+    elif args.dry_run:
+        show_list(args, "jobs", "job", "Job ID=job_id, Name=job_name, Status=status, Why=reason",
+                  plan.jobs, f"workflow {args.workflow_id} that would run again")
+        if plan.waiting:
+            print(f"{plural(plan.waiting, 'job')} would run for the first time.")
+        if plan.missing:
+            print(f"Missing input files: {named(plan.missing)}")
+    else:
+        print(done)
+    return 1 if args.dry_run and plan.missing else 0
+
+
+# ---- life of a workflow
+
+SPEC_ENDINGS = (".yaml", ".yml", ".json", ".json5", ".kdl")
+SPEC_OPTIONS = (
+    opt("--example", metavar="NAME", help="a built-in specification: torc examples lists them"),
+    opt("--no-resource-monitoring", action="store_true", help="do not measure memory and CPU use"),
+    opt("--skip-checks", action="store_true", help="leave out checks that are not needed to run"),
+)
+
+
+def load_spec(args, path):
+    """The Spec that the command line names: a file, - for stdin, or a built-in example."""
+    if args.example and path:
+        raise UsageError(f"{path} and --example exclude each other: name one of them")
+    if args.example:
+        if args.example not in SPEC_EXAMPLES:
+            raise UsageError(f"no example {args.example!r}{nearest(args.example, SPEC_EXAMPLES)}: "
+                             "torc examples lists them")
+        spec = read_spec(f"{args.example}.json", SPEC_EXAMPLES[args.example])
+    elif not path:
+        raise UsageError("name a specification file, or --example hello")
+    elif path == "-":
+        spec = read_spec("-", sys.stdin.read(), skip_checks=args.skip_checks)
+    else:
+        spec = read_spec(path, skip_checks=args.skip_checks)
+    workflow = spec.payload["workflow"]
+    if args.no_resource_monitoring:
+        monitor = json.loads(workflow.get("resource_monitor_config") or "{}")
+        workflow["resource_monitor_config"] = compact({**monitor, "enabled": False})
+    return spec
+
+
+def create_workflow_from(args, client, spec):
+    """Create the workflow of a Spec and say so; returns its id."""
+    payload = {**spec.payload, "workflow": {**spec.payload["workflow"], "user": client.user}}
+    for warning in spec.warnings:
+        tell(args, f"warning: {warning}", "warn")
+    made = client.post("/workflow_specs", payload)
+    tell(args, f'created workflow {made["id"]} "{made["name"]}" ({plural(made["jobs"], "job")})')
+    return made["id"]
+
+
+SUMMARY_LINES = (("Jobs", "job_count"), ("Files", "file_count"),
+                 ("User data records", "user_data_count"),
+                 ("Resource requirements", "resource_requirements_count"),
+                 ("Slurm schedulers", "slurm_scheduler_count"),
+                 ("Workflow actions", "action_count"))
+
+
+def check_spec(args):
+    """Print what a specification would make; exit code 1 if it is wrong."""
+    errors, warnings, summary = [], [], {}
+    try:
+        spec = load_spec(args, args.file)
+        warnings, summary = spec.warnings, spec.summary
+    except SpecError as error:
+        errors = error.errors
+    if args.format == "json":
+        print_json({"valid": not errors, "errors": errors, "warnings": warnings,
+                    "summary": summary})
+        return 1 if errors else 0
+    print(f"Workflow: {summary.get('workflow_name', args.file or args.example)}")
+    for title, name in SUMMARY_LINES:
+        before = summary.get(name + "_before_expansion", summary.get(name))
+        if name in summary:
+            more = f" (expanded from {before})" if before != summary[name] else ""
+            print(f"  {title}: {summary[name]}{more}")
+    if summary:
+        print("Submission: " + ("ready for the scheduler" if summary.get(
+            "has_schedule_nodes_action") else "local only (no schedule_nodes action)"))
+    for title, texts in (("Errors", errors), ("Warnings", warnings)):
+        if texts:
+            print("\n  ".join([f"{title}:", *texts]))
+    print(f"Validation: {'FAILED' if errors else 'PASSED'}")
+    return 1 if errors else 0
+
+
+@command("create", opt("file", nargs="?", metavar="FILE", help="specification, - for stdin"),
+         *SPEC_OPTIONS, opt("--dry-run", action="store_true",
+                            help="only check; needs neither server nor database"),
+         client=False, example="torc create workflow.yaml --dry-run")
+def do_create(args, client):
+    """Create a workflow from a specification; torc run starts it."""
+    if args.dry_run:
+        return check_spec(args)
+    spec = load_spec(args, args.file)
+    client = open_client(args, make=True)
+    try:
+        workflow_id = create_workflow_from(args, client, spec)
+    finally:
+        client.close()
+    say(args, f"Created workflow {workflow_id}", workflow_id=workflow_id, status="success",
+        message=f"Created workflow {workflow_id}")
+
+
+def missing_inputs(payload):
+    """Paths of files that jobs of a payload read, none writes, and that do not exist."""
+    read, written = set(), set()
+    for job in payload["jobs"]:
+        read.update(job.get("input_files", ()))
+        written.update(job.get("output_files", ()))
+    paths = [payload["files"][index]["path"] for index in sorted(read - written)]
+    return [path for path in paths if present_time(path) is None]
+
+
+def workflow_to_run(args, client, spec):
+    """Id of the workflow that `run` runs, initialized if it never was."""
+    if spec:
+        missing = missing_inputs(spec.payload)
+        if missing:
+            raise TorcError(f"input files missing: {named(missing)}. No job makes them, so no "
+                            "workflow was created")
+        workflow_id = create_workflow_from(args, client, spec)
+    else:
+        workflow_id = int(args.spec)
+        for sentence in release_dead_nodes(client, workflow_id, args.output_dir):
+            tell(args, sentence)
+    if client.get(f"/workflows/{workflow_id}/status")["is_canceled"]:
+        raise TorcError(f"workflow {workflow_id} is canceled: torc workflows reset-status "
+                        f"{workflow_id} --failed-only --reinitialize starts it again")
+    if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
+        initialize_workflow(client, workflow_id)
+    return workflow_id
+
+
+def names_workflow(args):
+    """Whether `run` is given a workflow id, not a specification. Raises UsageError for neither."""
+    text = args.spec
+    if args.example or not text or text == "-" or os.path.exists(text):
+        return False
+    if not text.endswith(SPEC_ENDINGS) and not re.fullmatch(r"\d{1,18}", text):
+        raise UsageError(f"{text!r} is neither a specification file nor a workflow id")
+    return text.isdigit()
+
+
+@command("run", opt("spec", nargs="?", metavar="SPEC|ID", help="specification, or id of a "
+                    "workflow that exists"), *SPEC_OPTIONS,
+         opt("--max-parallel-jobs", type=POSITIVE, metavar="N", help="run so many at a time, "
+             "whatever they need"),
+         opt("--num-cpus", type=POSITIVE, metavar="N", help="default: those of this machine"),
+         opt("--memory-gb", type=bounded(float, 0, "a number from 0 on"), metavar="GB"),
+         opt("--num-gpus", type=COUNT, metavar="N"), OUTPUT_DIR,
+         opt("--time-limit", type=readable(parse_duration), metavar="DURATION",
+             help="as in PT2H: jobs that still run then are terminated"),
+         opt("--end-time", type=readable(parse_moment), metavar="TIME",
+             help="as in 2026-01-02T03:04:05Z; counts before --time-limit"),
+         opt("-p", "--poll-interval", type=float, help=HIDDEN),
+         client=False, example="torc run workflow.yaml --num-cpus 4")
+def do_run(args, client):
+    """Run a specification, or a workflow that exists, on this machine."""
+    spec = None if names_workflow(args) else load_spec(args, args.spec)
+    client = open_client(args, make=spec is not None)
+    try:
+        workflow_id = workflow_to_run(args, client, spec)
+        end_time = args.end_time
+        if end_time is None and args.time_limit is not None:
+            end_time = time.time() + args.time_limit
+        return Runner(client, workflow_id, RunOptions(
+            output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
+            num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
+            end_time=end_time)).run()
+    finally:
+        client.close()
+
+
+@command("examples", opt("name", nargs="?", metavar="NAME"), client=False,
+         example="torc examples hello > hello.json")
+def do_examples(args, client):
+    """List the built-in specifications, or print one."""
+    if args.name is None:
+        records = [{"name": name, "description": json.loads(text).get("description", "")}
+                   for name, text in SPEC_EXAMPLES.items()]
+        show_list(args, "examples", "example", "Name=name, Description=description", records)
+    elif args.name in SPEC_EXAMPLES:
+        print(SPEC_EXAMPLES[args.name].strip())
+    else:
+        raise UsageError(f"no example {args.name!r}{nearest(args.name, SPEC_EXAMPLES)}")
+
+
+def run_times(results):
+    """(sum of run times, time from first start to last end) in seconds; None without results."""
+    total, first, last = 0.0, None, None
+    for result in results:
+        seconds = max(0.0, result["exec_time_minutes"] * 60)
+        total += seconds
+        with contextlib.suppress(ValueError):
+            end = parse_moment(result["completion_time"])
+            first = end - seconds if first is None else min(first, end - seconds)
+            last = end if last is None else max(last, end)
+    return (None, None) if first is None else (total, last - first)
+
+
+def count_records(client, path, **query):
+    """How many records a list has."""
+    return client.page(path, limit=1, **query)["total_count"]
+
+
+def workflow_report(client, workflow_id):
+    """What `torc status` tells, as its JSON."""
+    workflow = client.get(f"/workflows/{workflow_id}")
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    total, wall = run_times(client.items("/results", workflow_id=workflow_id))
+    nodes = {name: count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id,
+                                 status=name) for name in ("active", "pending")}
+    return {"workflow_id": workflow_id, "workflow_name": workflow["name"],
+            "workflow_user": workflow["user"], "total_jobs": counted["total"],
+            "jobs_by_status": {name: counted[name] for name in STATUS_NAMES},
+            "total_exec_time_minutes": (total or 0.0) / 60,
+            "total_exec_time_formatted": format_duration(total or 0.0),
+            "walltime_seconds": wall or 0.0, "walltime_formatted": format_duration(wall or 0.0),
+            "active_compute_nodes": count_records(client, "/compute_nodes", is_active=True,
+                                                  workflow_id=workflow_id),
+            "active_scheduled_nodes": nodes["active"], "pending_scheduled_nodes": nodes["pending"],
+            "is_complete": counted["is_complete"], "is_canceled": counted["is_canceled"]}
+
+
+def verdict(report):
+    """How a workflow stands, in a sentence."""
+    by_status, workflow_id = report["jobs_by_status"], report["workflow_id"]
+    bad = ", ".join(f"{by_status[name]} {name}" for name in BAD_ENDS if by_status[name])
+    if report["is_canceled"]:
+        return "The workflow is canceled."
+    if report["is_complete"]:
+        return f"The workflow is complete with failures ({bad})." if bad \
+            else "The workflow is complete."
+    if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
+        return f"The workflow has not been started: torc run {workflow_id}"
+    ending = f" ({bad})" if bad else ""
+    if report["active_compute_nodes"]:
+        return f"The workflow is in progress{ending}."
+    return f"The workflow is not complete{ending}, and no runner is at work: torc run {workflow_id}"
+
+
+@command("status", WORKFLOW, example="torc status 3")
+def do_status(args, client):
+    """Say how a workflow stands: jobs by status, times, runners."""
+    report = workflow_report(client, args.workflow_id)
+    if args.format == "json":
+        print_json(report)
+        return
+    print(f'Workflow {report["workflow_id"]} "{clean(report["workflow_name"])}" of '
+          f'{report["workflow_user"]}: {plural(report["total_jobs"], "job")}')
+    for name, number in report["jobs_by_status"].items():
+        if number:
+            print(f"  {name:<15}{number:>8}")
+    if report["walltime_seconds"] or report["total_exec_time_minutes"]:
+        print(f"Run time of all jobs: {report['total_exec_time_formatted']}, from first start to "
+              f"last end: {report['walltime_formatted']}")
+    print(f"Active runners: {report['active_compute_nodes']}")
+    if report["active_scheduled_nodes"] or report["pending_scheduled_nodes"]:
+        print(f"Allocations: {report['active_scheduled_nodes']} active, "
+              f"{report['pending_scheduled_nodes']} pending")
+    print(verdict(report))
+
+
+def end_code(counted):
+    """Exit code for a workflow's end: 0 all completed, 1 some ended badly, 3 some did not end."""
+    if counted["is_canceled"] or any(counted[name] for name in BAD_ENDS):
+        return 1
+    ended = counted["completed"] + counted["disabled"]
+    return 0 if ended == counted["total"] else 3
+
+
+def hopeless(client, workflow_id):
+    """Why nothing will happen in a workflow by itself, or None."""
+    left = client.get(f"/workflows/{workflow_id}/unfinished")
+    if any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
+        return None
+    waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
+                        for job in left["waiting"][:5])
+    return f"workflow {workflow_id} is stuck: it waits for {waiting or 'nothing that will happen'}"
+
+
+@command("wait", WORKFLOW,
+         opt("--timeout", type=bounded(float, 0, "a number of seconds"), metavar="SECONDS"),
+         example="torc wait 3 && echo done")
+def do_wait(args, client):
+    """Wait until a workflow ends.
+
+    Exit code 0: all completed; 1: some failed or were canceled; 3: stuck, or not within --timeout.
+    """
+    path = f"/workflows/{args.workflow_id}"
+    deadline = None if args.timeout is None else time.monotonic() + args.timeout
+    news = client.get(f"{path}/changes", since=-1)
+    trouble, code = None, None
+    while not news["is_complete"]:
+        left = 60.0 if deadline is None else deadline - time.monotonic()
+        trouble = hopeless(client, args.workflow_id)
+        if trouble is None and left <= 0:
+            trouble = f"workflow {args.workflow_id} has not ended within {args.timeout:g} s"
+            code = 3
+        if trouble:
+            tell(args, trouble, "error")
+            break
+        asked = time.monotonic()
+        news = client.get(f"{path}/changes", since=news["generation"],
+                          wait_s=max(1, math.ceil(min(left, 60))))
+        if "retry_after_s" in news:       # too many wait already
+            time.sleep(min(news["retry_after_s"], left))
+        else:                             # a busy workflow has news all the time
+            time.sleep(max(0.0, min(0.2 - (time.monotonic() - asked), left)))
+    counted = client.get(f"{path}/counts")
+    code = code or end_code(counted)
+    sentence = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
+    say(args, f"Workflow {args.workflow_id}: {sentence or 'no jobs'}",
+        workflow_id=args.workflow_id, exit_code=code, **counted)
+    return code
+
+
+@command("cancel", WORKFLOW, DRY_RUN, example="torc cancel 3")
+def do_cancel(args, client):
+    """Cancel a workflow: nothing more starts, what runs is ended."""
+    path = f"/workflows/{args.workflow_id}"
+    counted = client.get(f"{path}/counts")
+    busy = counted["pending"] + counted["running"]
+    if args.dry_run:
+        say(args, f"{plural(busy, 'job')} would be ended", workflow_id=args.workflow_id,
+            dry_run=True, job_count=busy)
+        return
+    client.put(f"{path}/cancel")
+    say(args, f"Canceled workflow {args.workflow_id} ({plural(busy, 'job')} pending or running)",
+        status="success", workflow_id=args.workflow_id, canceled_slurm_jobs=[], errors=None)
+
+
+def for_each(args, ids, action):
+    """(results of action(id), exit code); failures are told one by one."""
+    results, code = [], 0
+    for record_id in ids:
+        try:
+            results.append(action(record_id))
+        except (NotFound, Forbidden, Invalid, Internal) as error:
+            tell(args, str(error), "error")
+            code = 1
+    return results, code
+
+
+def flat(lists):
+    """The ids of several lists, each once, in order."""
+    return list(dict.fromkeys(number for part in lists or () for number in part))
+
+
+def delete_workflows(args, client):
+    """Delete workflows that belong to the user, after a question."""
+    def own(workflow_id):
+        workflow = client.get(f"/workflows/{workflow_id}")
+        if workflow["user"] != client.user:
+            raise Forbidden(f"workflow {workflow_id} belongs to {workflow['user']}, not to you "
+                            f"({client.user})")
+        return workflow
+
+    found, code = for_each(args, flat(args.ids), own)
+    names = ", ".join(f'{workflow["id"]} "{clean(workflow["name"])}"' for workflow in found)
+    if found and not args.dry_run:
+        confirm(f"Delete workflow {names} with all its jobs and results?", args.force)
+        found, failed = for_each(args, [workflow["id"] for workflow in found],
+                                 lambda number: client.delete(f"/workflows/{number}"))
+        code = max(code, failed)
+    if args.format == "json":
+        print_json(found)
+    elif found:
+        print(f"{'Would delete' if args.dry_run else 'Deleted'} workflow {names}")
+    return code
+
+
+@command("delete", LIST_IDS, FORCE, DRY_RUN, example="torc delete 3 4 --force")
+def do_delete(args, client):
+    """Delete workflows with everything that belongs to them."""
+    return delete_workflows(args, client)
+
+
+@command("ping", example="torc ping")
+def do_ping(args, client):
+    """Say whether the server (or the local database) answers."""
+    answer = client.get("/ping")
+    say(args, "The local database can be read" if client.is_local else "Server is running",
+        **answer)
+
+
+# ---- output of jobs
+
+STDIO_ENDINGS = {"separate": ("o", "e"), "combined": ("log", "log"), "no_stdout": (None, "e"),
+                 "no_stderr": ("o", None), "none": (None, None)}
+
+
+def stdio_mode(job, workflow):
+    """How a job's output is kept: its own setting, else its workflow's, else separate files."""
+    for text, key in ((job.get("stdio"), None), (workflow.get("execution_config"), "stdio")):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            settings = json.loads(text)
+            mode = (settings.get(key) if key else settings).get("mode")
+            if mode in STDIO_ENDINGS:
+                return mode
+    return "separate"
+
+
+def stdio_paths(directory, mode, job, run_id, attempt_id):
+    """[path of stdout, path of stderr] of an attempt; None where none is kept."""
+    return [ending and os.path.join(directory, stdio_name(job["workflow_id"], job["id"], run_id,
+                                                          attempt_id, ending))
+            for ending in STDIO_ENDINGS[mode]]
+
+
+class Attempt(NamedTuple):
+    """One attempt of a job, and where its output is."""
+
+    run_id: int
+    attempt_id: int
+    stdout: str | None
+    stderr: str | None
+    host: str
+
+
+def find_attempt(client, job, number):
+    """The Attempt of a job with this number, else the latest. Raises NotFound."""
+    workflow_id = job["workflow_id"]
+    results = [result for result in client.items("/results", workflow_id=workflow_id,
+                                                 job_id=job["id"], all_runs=True)
+               if number is None or result["attempt_id"] == number]
+    results.sort(key=lambda result: (result["run_id"], result["attempt_id"]))
+    present = client.get(f"/workflows/{workflow_id}/status")["run_id"]
+    if job["status"] == "running" and number in (None, job["attempt_id"]):
+        nodes = list(client.items("/compute_nodes", workflow_id=workflow_id, is_active=True))
+        run_id, attempt_id = present, job["attempt_id"]
+    elif results:
+        nodes = for_each_quiet(client, [f"/compute_nodes/{results[-1]['compute_node_id']}"])
+        run_id, attempt_id = results[-1]["run_id"], results[-1]["attempt_id"]
+    else:
+        which = "" if number is None else f" attempt {number} of"
+        raise NotFound(f"there is no output of{which} job {job['id']} \"{job['name']}\", which is "
+                       f"{job['status']}: torc why {job['id']}")
+    mode = stdio_mode(job, client.get(f"/workflows/{workflow_id}"))
+    places = [(stdio_paths(node.get("output_dir") or DEFAULT_OUTPUT_DIR, mode, job, run_id,
+                           attempt_id), node["hostname"]) for node in nodes]
+    places.append((stdio_paths(DEFAULT_OUTPUT_DIR, mode, job, run_id, attempt_id), ""))
+    # Several runners may be active: the job's files are where one of them made them.
+    paths, host = next((place for place in places
+                        if any(path and os.path.exists(path) for path in place[0])), places[0])
+    return Attempt(run_id, attempt_id, *paths, host)
+
+
+def for_each_quiet(client, paths):
+    """The records at these paths that still exist."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(NotFound):
+            found.append(client.get(path))
+    return found
+
+
+def copy_output(path, position=0):
+    """Write a file from a position on to stdout as it is; returns the new position."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(position)
+            while True:
+                block = file.read(2**16)
+                if not block:
+                    return position
+                position += len(block)
+                sys.stdout.write(block.decode("utf-8", "backslashreplace"))
+    except FileNotFoundError:
+        return position
+    finally:
+        sys.stdout.flush()
+
+
+def follow_output(client, job_id, attempt, paths):
+    """Copy files as they grow until the attempt has ended."""
+    positions = dict.fromkeys(paths, 0)
+    asked, running = time.monotonic(), True
+    while True:
+        before = dict(positions)
+        for path in paths:
+            positions[path] = copy_output(path, positions[path])
+        if positions == before and not running:
+            return
+        if running and time.monotonic() - asked > 1.0:
+            job = client.get(f"/jobs/{job_id}")
+            running = job["status"] == "running" and job["attempt_id"] == attempt.attempt_id
+            asked = time.monotonic()
+        elif running:
+            time.sleep(0.2)               # files tell nobody that they have grown
+
+
+@command("logs", opt("job_id", type=COUNT, metavar="JOB_ID"),
+         opt("--follow", action="store_true", help="go on while the job runs"),
+         opt("--stdout", action="store_true", help="only stdout"),
+         opt("--stderr", action="store_true", help="only stderr"),
+         opt("--attempt", type=POSITIVE, metavar="N", help="default: the latest"),
+         example="torc logs 17 --stderr")
+def do_logs(args, client):
+    """Print what a job wrote."""
+    job = client.get(f"/jobs/{args.job_id}")
+    attempt = find_attempt(client, job, args.attempt)
+    both = args.stdout == args.stderr
+    paths = list(dict.fromkeys(path for path, wanted in (
+        (attempt.stdout, both or args.stdout), (attempt.stderr, both or args.stderr))
+        if wanted and path))
+    present = [path for path in paths if os.path.exists(path)]
+    if args.format == "json":
+        print_json({"job_id": job["id"], "job_name": job["name"], "run_id": attempt.run_id,
+                    "attempt_id": attempt.attempt_id, "job_stdout": attempt.stdout,
+                    "job_stderr": attempt.stderr, "existing": present})
+        return 0
+    if not paths:
+        raise NotFound(f"job {job['id']} keeps no such output (its stdio mode says so)")
+    if not present and not args.follow:
+        raise NotFound(f"there is no file {paths[0]}: it was deleted after success, or it is on "
+                       f"another machine ({attempt.host or 'unknown'}), or the path means another "
+                       "directory here")
+    if args.follow:
+        follow_output(client, job["id"], attempt, paths)
+        return 0
+    for path in present:
+        if len(present) > 1 and os.path.getsize(path):
+            print(f"==> {path} <==")
+        copy_output(path)
+    return 0
+
+
+@command("why", opt("job_id", type=COUNT, metavar="JOB_ID"), example="torc why 17")
+def do_why(args, client):
+    """Say why a job is not running, or how it ended."""
+    answer = client.get(f"/jobs/{args.job_id}/why")
+    tail = ""
+    if answer["status"] in ("failed", "terminated", "pending_failed"):
+        workflow_id = client.get(f"/jobs/{args.job_id}")["workflow_id"]
+        for result in client.items("/results", workflow_id=workflow_id, job_id=args.job_id,
+                                   include_stderr=True):
+            tail = result.get("stderr_tail") or ""
+    if args.format == "json":
+        print_json({**answer, "stderr_tail": tail} if tail else answer)
+        return
+    print(f'Job {answer["job_id"]} "{clean(answer["job_name"])}" is {answer["status"]}: '
+          f'{clean(answer["sentence"])}')
+    if tail.strip():
+        print("\n  ".join(["Last lines of stderr:", *map(clean, tail.splitlines()[-20:])]))
+
+
+# ---- records: the same verbs for every kind
+
+class Noun(NamedTuple):
+    """A kind of record as commands show it."""
+
+    word: str                             # as typed; with _ for - the key in JSON
+    table: str                            # its row of KINDS
+    columns: str                          # title=field, ...
+    verbs: str
+    create: tuple = ()                    # options whose names are fields
+    update: tuple = ()
+    filters: tuple = ()                   # options of the list, passed on as they are
+    paging: tuple = PAGING
+
+    @property
+    def key(self):
+        """The key of its lists in JSON."""
+        return self.word.replace("-", "_")
+
+    @property
+    def kind(self):
+        """Its row of KINDS."""
+        return KINDS[self.table]
+
+
+def dests(options):
+    """Names under which argparse keeps the values of options."""
+    return [settings.get("dest") or next((flag for flag in flags if flag[:2] == "--"), flags[0])
+            .lstrip("-").replace("-", "_") for flags, settings in options]
+
+
+def given(args, options):
+    """{name: value} of the options that have one."""
+    values = {name: getattr(args, name) for name in dests(options)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def page_query(args, kind=None):
+    """The query of the paging options. Raises UsageError for a field there is not."""
+    if args.sort_by and kind:
+        known = [field.name for field in kind.fields]
+        if args.sort_by not in known:
+            raise UsageError(f"{plural(2, kind.name)[2:]} have no field {args.sort_by!r}"
+                             f"{nearest(args.sort_by, known)}: {', '.join(known)}")
+    return {"limit": args.limit, "offset": args.offset, "sort_by": args.sort_by,
+            "reverse_sort": args.reverse_sort or None}
+
+
+def article(noun):
+    """The noun with its article, unless it has a plural's form."""
+    if noun.endswith(("data", "requirements")):
+        return noun
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def create_verb(noun):
+    """Add `NOUN create`."""
+    @command(f"{noun.word} create", WORKFLOW, *noun.create,
+             summary=f"Create {article(noun.kind.name)}.", example=NOUN_EXAMPLES[noun.word])
+    def create(args, client):
+        values = given(args, noun.create)
+        known = {field.name for field in noun.kind.fields}
+        record = client.post(noun.kind.path, {
+            "workflow_id": args.workflow_id,
+            **{name: value for name, value in values.items() if name in known}},
+            **{name: value for name, value in values.items() if name not in known})
+        say(args, f"Created {noun.kind.name} {record['id']}", **record)
+
+
+def list_verb(noun):
+    """Add `NOUN list`."""
+    @command(f"{noun.word} list", WORKFLOW, *noun.filters, *noun.paging,
+             summary=f"List the {plural(2, noun.kind.name)[2:]} of a workflow.",
+             example=f"torc {noun.word} list 3")
+    def list_all(args, client):
+        query = {**given(args, noun.filters), **page_query(args, noun.kind)}
+        path = noun.kind.path
+        if noun.table == "failure_handler":      # upstream lists them below their workflow
+            path = f"/workflows/{args.workflow_id}{path}"
+        else:
+            query["workflow_id"] = args.workflow_id
+        show_list(args, noun.key, noun.kind.name, noun.columns, client.items(path, **query),
+                  f"workflow {args.workflow_id}")
+
+
+def get_verb(noun):
+    """Add `NOUN get`."""
+    @command(f"{noun.word} get", ID, summary=f"Show {article(noun.kind.name)}.",
+             example=f"torc {noun.word} get 17")
+    def get(args, client):
+        show_record(args, client.get(f"{noun.kind.path}/{args.id}"))
+
+
+def update_verb(noun):
+    """Add `NOUN update`."""
+    @command(f"{noun.word} update", ID, *noun.update,
+             summary=f"Change {article(noun.kind.name)}; what is not named stays.",
+             example=f"torc {noun.word} update 17 {noun.update[0][0][-1]} new")
+    def update(args, client):
+        values = given(args, noun.update)
+        if not values:
+            raise UsageError(f"name what to change: see torc {noun.word} update --help")
+        path = f"{noun.kind.path}/{args.id}"
+        if noun.table == "file":          # this PUT forgets st_mtime unless it is sent
+            values = {"st_mtime": client.get(path).get("st_mtime"), **values}
+        record = client.put(path, values)
+        say(args, f"Updated {noun.kind.name} {args.id}", **record)
+
+
+DONE = {"delete": "Deleted", "cancel": "Canceled", "terminate": "Terminated",
+        "retry": "Will run again:"}
+
+
+def act_on_ids(args, client, noun, verb, action):
+    """Do something to the records named by id, after a dry run or a question; the exit code."""
+    ids, name = flat(args.ids), noun.kind.name
+
+    def look(record_id):
+        return client.get(f"{noun.kind.path}/{record_id}")
+
+    if not args.dry_run:
+        confirm(f"{verb.capitalize()} {name} {', '.join(map(str, ids))}?",
+                args.force or args.no_prompts, strict=False)
+    found, code = for_each(args, ids, look if args.dry_run else action)
+    if args.format == "json":
+        print_json(found[0] if len(ids) == 1 and found else {noun.key: found})
+        return code
+    for record in found:
+        label = f' "{clean(record["name"])}"' if "name" in record else ""
+        print(f"{'Would ' + verb if args.dry_run else DONE[verb]} {name} {record['id']}{label}")
+    return code
+
+
+def delete_verb(noun):
+    """Add `NOUN delete`."""
+    @command(f"{noun.word} delete", LIST_IDS, FORCE, NO_PROMPTS, DRY_RUN,
+             summary=f"Delete {plural(2, noun.kind.name)[2:]}.",
+             example=f"torc {noun.word} delete 17 18")
+    def delete(args, client):
+        return act_on_ids(args, client, noun, "delete",
+                          lambda number: client.delete(f"{noun.kind.path}/{number}"))
+
+
+def delete_all_verb(noun):
+    """Add `NOUN delete-all`."""
+    @command(f"{noun.word} delete-all", WORKFLOW, FORCE, NO_PROMPTS, DRY_RUN,
+             summary=f"Delete all {plural(2, noun.kind.name)[2:]} of a workflow.",
+             example=f"torc {noun.word} delete-all 3 --dry-run")
+    def delete_all(args, client):
+        number = count_records(client, noun.kind.path, workflow_id=args.workflow_id)
+        what = f"{plural(number, noun.kind.name)} of workflow {args.workflow_id}"
+        if not args.dry_run:
+            confirm(f"Delete {what}?", args.force or args.no_prompts)
+            number = client.delete(noun.kind.path, workflow_id=args.workflow_id)["count"]
+        say(args, f"{'Would delete' if args.dry_run else 'Deleted'} {what}", count=number,
+            workflow_id=args.workflow_id, dry_run=args.dry_run)
+
+
+NAME = opt("-n", "--name", metavar="NAME", required=True)
+NEW_NAME = opt("-n", "--name", metavar="NAME")
+REQUIREMENTS = (
+    opt("--num-cpus", type=COUNT, metavar="N"), opt("--num-gpus", type=COUNT, metavar="N"),
+    opt("--num-nodes", type=POSITIVE, metavar="N"),
+    opt("-m", "--memory", type=MEMORY, metavar="SIZE", help="as in 500m or 2g"),
+    opt("-r", "--runtime", type=RUNTIME, metavar="DURATION", help="as in PT30M"))
+NOUNS = (
+    Noun("jobs", "job", "ID=id, Name=name, Status=status, Priority=priority, Command=command",
+         "get delete delete-all"),
+    Noun("files", "file", "ID=id, Name=name, Path=path, Modified Time=st_mtime",
+         "create list get update delete",
+         create=(NAME, opt("-p", "--path", metavar="PATH", required=True)),
+         update=(NEW_NAME, opt("-p", "--path", metavar="PATH")),
+         filters=(opt("--produced-by-job-id", type=COUNT, metavar="ID"),)),
+    Noun("user-data", "user_data", "ID=id, Name=name, Data=data, Ephemeral=is_ephemeral",
+         "create list get update delete delete-all",
+         create=(NAME, opt("-d", "--data", type=JSON_VALUE, metavar="JSON"),
+                 opt("--ephemeral", dest="is_ephemeral", action="store_true"),
+                 opt("--consumer-job-id", type=COUNT, metavar="ID"),
+                 opt("--producer-job-id", type=COUNT, metavar="ID")),
+         update=(NEW_NAME, opt("-d", "--data", type=JSON_VALUE, metavar="JSON"),
+                 opt("--ephemeral", dest="is_ephemeral", type=TRUTH, metavar="true|false")),
+         filters=(opt("--name", metavar="TEXT", help="part of the name"),
+                  opt("--is-ephemeral", type=TRUTH, metavar="true|false"),
+                  opt("--consumer-job-id", type=COUNT, metavar="ID"),
+                  opt("--producer-job-id", type=COUNT, metavar="ID")),
+         paging=paging(["-o"])),
+    Noun("results", "result", "", "get delete"),
+    Noun("events", "event", "ID=id, Time=timestamp, Data=data", "create get delete",
+         create=(opt("-d", "--data", type=JSON_VALUE, metavar="JSON", required=True),)),
+    Noun("resource-requirements", "resource_requirements",
+         "ID=id, Name=name, CPUs=num_cpus, GPUs=num_gpus, Nodes=num_nodes, Memory=memory,"
+         " Runtime=runtime", "create list get update delete",
+         create=(NAME, *REQUIREMENTS), update=(NEW_NAME, *REQUIREMENTS)),
+    Noun("failure-handlers", "failure_handler", "ID=id, Name=name, Rules=rules", "list get"),
+    Noun("compute-nodes", "compute_node",
+         "ID=id, Hostname=hostname, PID=pid, CPUs=num_cpus, Memory (GB)=memory_gb, GPUs=num_gpus,"
+         " Active=is_active, Start Time=start_time, Duration=duration_seconds", "list get",
+         filters=(opt("--scheduled-compute-node", dest="scheduled_compute_node_id", type=COUNT,
+                      metavar="ID"),), paging=SHORT_PAGING),
+    Noun("scheduled-compute-nodes", "scheduled_compute_node",
+         "ID=id, Scheduler ID=scheduler_id, Config ID=scheduler_config_id, Type=scheduler_type,"
+         " Status=status", "list get",
+         filters=(opt("--scheduler-id", type=COUNT, metavar="ID"),
+                  opt("--scheduler-config-id", type=COUNT, metavar="ID"),
+                  opt("--status", metavar="STATUS"))),
+)
+NOUN_EXAMPLES = {
+    "files": "torc files create 3 -n input -p data/input.csv",
+    "user-data": "torc user-data create 3 -n config -d '{\"x\": 1}'",
+    "events": "torc events create 3 -d '{\"note\": \"started by hand\"}'",
+    "resource-requirements": "torc resource-requirements create 3 -n large --num-cpus 8 -m 16g",
+}
+NOUN_VERBS = {"create": create_verb, "list": list_verb, "get": get_verb, "update": update_verb,
+              "delete": delete_verb, "delete-all": delete_all_verb}
+NOUN_OF = {noun.word: noun for noun in NOUNS}
+for _noun in NOUNS:
+    for _verb in _noun.verbs.split():
+        NOUN_VERBS[_verb](_noun)
+
+
+# ---- workflows
+
+@command("workflows new", opt("-n", "--name", metavar="NAME", required=True),
+         opt("-d", "--description", metavar="TEXT"), client="make",
+         example="torc workflows new -n study")
+def do_workflows_new(args, client):
+    """Create an empty workflow."""
+    body = {"name": args.name, "user": client.user, "description": args.description}
+    record = client.post("/workflows", {name: value for name, value in body.items() if value})
+    if args.format == "json":
+        print_json(record)
+    else:
+        print(f"Created workflow {record['id']} \"{clean(record['name'])}\" of {record['user']}")
+
+
+@command("workflows list", *PAGING,
+         opt("--archived-only", action="store_true"),
+         opt("--include-archived", action="store_true"),
+         opt("--all-users", action="store_true"), example="torc workflows list --include-archived")
+def do_workflows_list(args, client):
+    """List your workflows."""
+    archived = True if args.archived_only else None if args.include_archived else False
+    records = client.items("/workflows", is_archived=archived,
+                           user=None if args.all_users else client.user,
+                           **page_query(args, KINDS["workflow"]))
+    more = ", User=user" if args.all_users else ""
+    show_list(args, "workflows", "workflow", WORKFLOW_COLUMNS + more, records,
+              "" if args.all_users else f"user {client.user}")
+
+
+@command("workflows get", WORKFLOW, example="torc workflows get 3")
+def do_workflows_get(args, client):
+    """Show a workflow's settings."""
+    show_record(args, client.get(f"/workflows/{args.workflow_id}"))
+
+
+WORKFLOW_FIELDS = (opt("-n", "--name", metavar="NAME"), opt("-d", "--description", metavar="TEXT"),
+                   opt("--owner-user", dest="user", metavar="USER"),
+                   opt("--project", metavar="TEXT"), opt("--metadata", metavar="JSON"))
+
+
+@command("workflows update", WORKFLOW, *WORKFLOW_FIELDS,
+         example="torc workflows update 3 -d 'second try'")
+def do_workflows_update(args, client):
+    """Change a workflow's name, description, owner, project or metadata."""
+    values = given(args, WORKFLOW_FIELDS)
+    if not values:
+        raise UsageError("name what to change: see torc workflows update --help")
+    record = client.put(f"/workflows/{args.workflow_id}", values)
+    say(args, f"Updated workflow {args.workflow_id}", **record)
+
+
+@command("workflows archive", opt("archived", type=TRUTH, metavar="true|false"),
+         opt("ids", nargs="*", type=IDS_TYPE, metavar="ID"),
+         example="torc workflows archive true 3")
+def do_workflows_archive(args, client):
+    """Hide workflows from lists, or bring them back."""
+    def archive(workflow_id):
+        status = client.get(f"/workflows/{workflow_id}/status")
+        return client.put(f"/workflows/{workflow_id}/status",
+                          {**status, "is_archived": args.archived})
+
+    ids = flat(args.ids) or [choose_workflow(args, client)]
+    found, code = for_each(args, ids, archive)
+    if args.format == "json":
+        print_json(found)
+    for record in found if args.format == "table" else ():
+        print(f"Workflow {record['id']} is {'' if args.archived else 'no longer '}archived")
+    return code
+
+
+@command("workflows reset-status", WORKFLOW,
+         opt("--failed-only", action="store_true", help="failed, canceled, terminated and "
+             "pending_failed jobs, and what depends on them"),
+         opt("-r", "--reinitialize", action="store_true", help="and make them ready"),
+         opt("--force", action="store_true", help="though jobs run or inputs are missing"),
+         NO_PROMPTS, DRY_RUN, example="torc workflows reset-status 3 --failed-only --reinitialize")
+def do_workflows_reset_status(args, client):
+    """Set jobs back to uninitialized: all, or those that failed."""
+    reset, workflow_id = "failed" if args.failed_only else "all", args.workflow_id
+    check_idle(client, workflow_id, args.force)
+    plan = plan_rerun(client, workflow_id, reset, with_changes=args.reinitialize)
+    if not args.dry_run:
+        if plan.missing and not args.force:
+            refuse_missing(workflow_id, plan.missing)
+        confirm(f"Reset {plural(len(plan.jobs), 'job')} of workflow {workflow_id}?",
+                args.no_prompts or args.force, "--no-prompts")
+        if args.reinitialize:
+            plan = reinitialize_workflow(client, workflow_id, args.force, reset=reset)
+        else:
+            client.post(f"/workflows/{workflow_id}/reset_status", force=args.force)
+            client.post(f"/workflows/{workflow_id}/reset_job_status",
+                        failed_only=args.failed_only)
+    next_step = f"torc run {workflow_id}" if args.reinitialize else \
+        f"torc workflows reinit {workflow_id}"
+    return show_rerun(args, plan, f"Reset {plural(len(plan.jobs), 'job')} of workflow "
+                                  f"{workflow_id}; go on with {next_step}")
+
+
+@command("workflows init", WORKFLOW,
+         opt("--force", action="store_true", help="though inputs are missing or jobs run"),
+         NO_PROMPTS, DRY_RUN, example="torc workflows init 3 --dry-run")
+def do_workflows_init(args, client):
+    """Start a workflow from the beginning: all jobs blocked or ready."""
+    workflow_id = args.workflow_id
+    if not args.dry_run:
+        fresh = client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]
+        confirm(f"Workflow {workflow_id} has been initialized before. Start it from the beginning?",
+                fresh or args.force or args.no_prompts, "--no-prompts")
+    report = initialize_workflow(client, workflow_id, args.force, args.dry_run)
+    if args.format == "json":
+        print_json(report if args.dry_run else {**report, "status": "success"})
+    elif not args.dry_run:
+        print(f"Initialized workflow {workflow_id}")
+    else:
+        print("Safe to initialize." if report["safe"] else "Not safe to initialize.")
+        for title, name in (("Missing input files", "missing_input_files"),
+                            ("Missing user data", "missing_user_data"),
+                            ("Output files that exist", "existing_output_files")):
+            if report[name]:
+                print("\n  ".join([f"{title}:", *map(clean, report[name])]))
+    return 1 if args.dry_run and not report["safe"] else 0
+
+
+@command("workflows reinit", WORKFLOW,
+         opt("--force", action="store_true", help="though inputs are missing or jobs run"), DRY_RUN,
+         example="torc workflows reinit 3 --dry-run")
+def do_workflows_reinit(args, client):
+    """Run again what changed since: files, commands, user data, and all that depends on them."""
+    plan = reinitialize_workflow(client, args.workflow_id, args.force, args.dry_run)
+    number = len(plan.jobs) + plan.waiting
+    done = f"Reinitialized workflow {args.workflow_id}: {plural(number, 'job')} to run" if number \
+        else f"Nothing has changed in workflow {args.workflow_id}: no job runs again"
+    return show_rerun(args, plan, done)
+
+
+@command("workflows list-actions", WORKFLOW, example="torc workflows list-actions 3")
+def do_workflows_list_actions(args, client):
+    """List a workflow's actions and how far they are."""
+    records = client.get(f"/workflows/{args.workflow_id}/actions")
+    if args.format == "table":
+        for action in records:
+            triggered = action["trigger_count"] >= action["required_triggers"]
+            action["progress"] = f"{action['trigger_count']}/{action['required_triggers']}"
+            action["status"] = "Executed" if action["executed"] else \
+                "Pending" if triggered else "Waiting"
+    show_list(args, "actions", "action", "ID=id, Trigger=trigger_type, Action=action_type,"
+              " Progress=progress, Status=status, Executed At=executed_at, Job IDs=job_ids",
+              records, f"workflow {args.workflow_id}")
+
+
+@command("workflows is-complete", WORKFLOW, example="torc workflows is-complete 3")
+def do_workflows_is_complete(args, client):
+    """Say whether a workflow is complete; the exit code is 0 in any case (see torc wait)."""
+    answer = client.get(f"/workflows/{args.workflow_id}/is_complete")
+    state = "canceled" if answer["is_canceled"] else \
+        "complete" if answer["is_complete"] else "not complete"
+    say(args, f"Workflow {args.workflow_id} is {state}", **answer)
+
+
+for _name in ("create", "run", "status", "cancel", "delete"):     # where older releases had them
+    COMMANDS[f"workflows {_name}"] = COMMANDS[_name]._replace(
+        name=f"workflows {_name}", example=COMMANDS[_name].example.replace("torc ",
+                                                                           "torc workflows ", 1))
+
+
+# ---- jobs
+
+JOB_IDS = {"nargs": "+", "action": "append", "type": IDS_TYPE, "metavar": "ID"}
+
+
+@command("jobs create", WORKFLOW, opt("-n", "--name", metavar="NAME", required=True),
+         opt("-c", "--command", metavar="COMMAND", required=True),
+         opt("-r", "--resource-requirements-id", type=COUNT, metavar="ID"),
+         opt("--priority", type=COUNT, metavar="N"),
+         opt("-b", "--blocking-job-ids", dest="depends_on_job_ids", **JOB_IDS),
+         opt("-i", "--input-file-ids", **JOB_IDS), opt("-o", "--output-file-ids", **JOB_IDS),
+         example="torc jobs create 3 -n post -c 'python post.py' -b 17,18")
+def do_jobs_create(args, client):
+    """Create a job in a workflow that is not initialized."""
+    body = {"workflow_id": args.workflow_id, "name": args.name, "command": args.command}
+    for name in ("resource_requirements_id", "priority"):
+        if getattr(args, name) is not None:
+            body[name] = getattr(args, name)
+    for name in ("depends_on_job_ids", "input_file_ids", "output_file_ids"):
+        if getattr(args, name):
+            body[name] = flat(part for parts in getattr(args, name) for part in parts)
+    record = client.post("/jobs", body)
+    say(args, f"Created job {record['id']}", **record)
+
+
+def read_commands(path):
+    """The commands in a file: lines that are neither empty nor comments. Raises TorcError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except UnicodeDecodeError:
+        raise TorcError(f"{path} is not UTF-8 text") from None
+    commands = [line for line in lines if line and not line.startswith("#")]
+    if not commands:
+        raise TorcError(f"{path} holds no commands")
+    return commands
+
+
+@command("jobs create-from-file", opt("workflow_id", type=COUNT, metavar="WORKFLOW_ID"),
+         opt("file", metavar="FILE"),
+         opt("--cpus-per-job", type=POSITIVE, default=1, metavar="N"),
+         opt("--memory-per-job", type=MEMORY, default="1m", metavar="SIZE"),
+         opt("--runtime-per-job", type=RUNTIME, default="PT1M", metavar="DURATION"),
+         example="torc jobs create-from-file 3 commands.txt --memory-per-job 2g")
+def do_jobs_create_from_file(args, client):
+    """Create a job for each line of a file."""
+    workflow_id, commands = args.workflow_id, read_commands(args.file)
+    numbers = [int(job["name"][3:]) for job in client.items("/jobs", workflow_id=workflow_id)
+               if re.fullmatch(r"job\d{1,9}", job["name"])]
+    first = max(numbers, default=0) + 1
+    needs = client.post("/resource_requirements", {
+        "workflow_id": workflow_id, "name": f"batch_jobs_req_{int(time.time())}",
+        "num_cpus": args.cpus_per_job, "memory": args.memory_per_job,
+        "runtime": args.runtime_per_job})["id"]
+    jobs = [{"workflow_id": workflow_id, "name": f"job{number}", "command": text,
+             "resource_requirements_id": needs} for number, text in enumerate(commands, first)]
+    made = []
+    for start in range(0, len(jobs), MAX_LIMIT):
+        made += client.post("/bulk_jobs", {"jobs": jobs[start:start + MAX_LIMIT]})["jobs"]
+    say(args, f"Created {plural(len(made), 'job')} in workflow {workflow_id}",
+        workflow_id=workflow_id, jobs_created=len(made), job_ids=[job["id"] for job in made])
+
+
+@command("jobs list", WORKFLOW,
+         opt("-s", "--status", choices=STATUS_NAMES, metavar="STATUS"),
+         opt("--upstream-job-id", type=COUNT, metavar="ID", help="jobs that depend on this one"),
+         *PAGING, opt("--include-relationships", action="store_true",
+                      help="with the ids of dependencies, files and user data"),
+         opt("-x", "--exclude", action="append", default=[], metavar="COLUMN",
+             help="leave a column out of the table"), example="torc jobs list 3 --status failed")
+def do_jobs_list(args, client):
+    """List the jobs of a workflow."""
+    titles = [title.lower() for title, _ in split_columns(NOUN_OF["jobs"].columns)]
+    for column in args.exclude:
+        if column.lower() not in titles:
+            raise UsageError(f"the table has no column {column!r}{nearest(column, titles)}")
+    relations = ", Depends On=depends_on_job_ids, Input Files=input_file_ids," \
+                " Output Files=output_file_ids" if args.include_relationships else ""
+    records = client.items("/jobs", workflow_id=args.workflow_id, status=args.status,
+                           upstream_job_id=args.upstream_job_id,
+                           include_relationships=args.include_relationships or None,
+                           **page_query(args, KINDS["job"]))
+    show_list(args, "jobs", "job", NOUN_OF["jobs"].columns + relations, records,
+              f"workflow {args.workflow_id}", [column.lower() for column in args.exclude])
+
+
+def own_runtime(client, job, runtime):
+    """Id of requirements like the job's with another runtime, which no other job uses."""
+    old = client.get(f"/resource_requirements/{job['resource_requirements_id']}")
+    name = f"{job['name']}_{job['id']}"
+    body = {**old, "name": name, "runtime": runtime}
+    if old["name"] == name:
+        return client.put(f"/resource_requirements/{old['id']}", body)["id"]
+    body.pop("id")
+    return client.post("/resource_requirements", body)["id"]
+
+
+@command("jobs update", ID, opt("-n", "--name", metavar="NAME"),
+         opt("-c", "--command", metavar="COMMAND"), opt("--priority", type=COUNT, metavar="N"),
+         opt("--resource-requirements-id", type=COUNT, metavar="ID"),
+         opt("--runtime", type=RUNTIME, metavar="DURATION", help="of this job alone, as in PT30M"),
+         example="torc jobs update 17 --priority 5")
+def do_jobs_update(args, client):
+    """Change a job; name and command only while it is uninitialized."""
+    values = {name: getattr(args, name) for name in ("name", "command", "priority",
+                                                     "resource_requirements_id")
+              if getattr(args, name) is not None}
+    if not values and not args.runtime:
+        raise UsageError("name what to change: see torc jobs update --help")
+    job = client.put(f"/jobs/{args.id}", values)
+    if args.runtime:
+        job = client.put(f"/jobs/{args.id}", {
+            "resource_requirements_id": own_runtime(client, job, args.runtime)})
+    say(args, f"Updated job {args.id}", **job)
+
+
+def jobs_with(args, client, key, records, columns_text):
+    """Print the jobs of a workflow, or one, beside the records that they refer to by `key`."""
+    jobs = [client.get(f"/jobs/{args.job_id}")] if args.job_id is not None else \
+        client.items("/jobs", workflow_id=args.workflow_id)
+    by_id = {record["id"]: record for record in records}
+    rows = [{**by_id[job[key]], "id": job[key], "job_id": job["id"], "job_name": job["name"]}
+            for job in jobs if job.get(key) in by_id]
+    show_list(args, "jobs", "job", columns_text, rows, f"workflow {args.workflow_id}")
+
+
+JOB_ID = opt("-j", "--job-id", type=COUNT, metavar="ID", help="only this job")
+
+
+@command("jobs list-resource-requirements", WORKFLOW, JOB_ID,
+         example="torc jobs list-resource-requirements 3")
+def do_jobs_list_requirements(args, client):
+    """List what each job needs."""
+    jobs_with(args, client, "resource_requirements_id",
+              client.items("/resource_requirements", workflow_id=args.workflow_id),
+              "Job ID=job_id, Job Name=job_name, RR ID=id, RR Name=name, CPUs=num_cpus,"
+              " GPUs=num_gpus, Nodes=num_nodes, Memory=memory, Runtime=runtime")
+
+
+@command("jobs list-failure-handlers", WORKFLOW, JOB_ID,
+         example="torc jobs list-failure-handlers 3")
+def do_jobs_list_handlers(args, client):
+    """List the failure handler of each job that has one."""
+    jobs_with(args, client, "failure_handler_id",
+              client.items(f"/workflows/{args.workflow_id}/failure_handlers"),
+              "Job ID=job_id, Job Name=job_name, Handler ID=id, Handler=name, Rules=rules")
+
+
+def job_verb(verb, summary, path, **query):
+    """Add `jobs VERB ID...`, a POST for each job."""
+    @command(f"jobs {verb}", LIST_IDS, FORCE, NO_PROMPTS, DRY_RUN, summary=summary,
+             example=f"torc jobs {verb} 17 18")
+    def act(args, client):
+        return act_on_ids(args, client, NOUN_OF["jobs"], verb,
+                          lambda number: client.post(f"/jobs/{number}/{path}", **query))
+
+
+job_verb("cancel", "Cancel jobs: they never start, or are ended; what depends on them is canceled.",
+         "stop", status="canceled")
+job_verb("terminate", "End jobs as a time limit would.", "stop", status="terminated")
+job_verb("retry", "Run jobs again that have ended.", "rerun")
+
+
+# ---- the lists that differ
+
+@command("files list-required-existing", WORKFLOW, example="torc files list-required-existing 3")
+def do_files_list_required(args, client):
+    """List the files that must exist: inputs that no job makes, outputs of completed jobs."""
+    wanted = set(client.get(f"/workflows/{args.workflow_id}/required_existing_files")["files"])
+    show_list(args, "files", "file", NOUN_OF["files"].columns,
+              [file for file in client.items("/files", workflow_id=args.workflow_id)
+               if file["id"] in wanted], f"workflow {args.workflow_id}")
+
+
+@command("user-data list-missing", WORKFLOW, example="torc user-data list-missing 3")
+def do_user_data_list_missing(args, client):
+    """List user data that should have a value and has none."""
+    wanted = set(client.get(f"/workflows/{args.workflow_id}/missing_user_data")["user_data"])
+    show_list(args, "user_data", "user data", NOUN_OF["user-data"].columns,
+              [record for record in client.items("/user_data", workflow_id=args.workflow_id)
+               if record["id"] in wanted], f"workflow {args.workflow_id}")
+
+
+@command("events list", WORKFLOW, opt("-t", "--type", metavar="TYPE", help="category or event_type "
+                                      "in the event's data"), *SHORT_PAGING,
+         example="torc events list 3 -t user_action")
+def do_events_list(args, client):
+    """List what happened in a workflow."""
+    query = page_query(args, KINDS["event"])
+    records = client.items("/events", workflow_id=args.workflow_id,
+                           **{**query, "limit": None if args.type else args.limit})
+    if args.type:
+        records = [event for event in records if isinstance(event["data"], dict) and args.type in (
+            event["data"].get("category"), event["data"].get("event_type"))][:args.limit]
+    show_list(args, "events", "event", NOUN_OF["events"].columns, records,
+              f"workflow {args.workflow_id}")
+
+
+@command("events get-latest-event", WORKFLOW, example="torc events get-latest-event 3")
+def do_events_latest(args, client):
+    """Show the latest event of a workflow."""
+    found = client.page("/events", workflow_id=args.workflow_id, sort_by="timestamp",
+                        reverse_sort=True, limit=1)["items"]
+    if not found:
+        raise NotFound(f"workflow {args.workflow_id} has no events")
+    show_record(args, found[0])
+
+
+DEPENDENCY_LISTS = (
+    ("job-job", "job_dependencies", "dependency", "Which job waits for which.",
+     "Job ID=job_id, Job Name=job_name, Waits For ID=depends_on_job_id,"
+     " Waits For=depends_on_job_name"),
+    ("job-file", "job_file_relationships", "relationship", "Which job writes and reads which file.",
+     "File ID=file_id, Name=file_name, Path=file_path, Producer ID=producer_job_id,"
+     " Producer=producer_job_name, Consumer ID=consumer_job_id, Consumer=consumer_job_name"),
+    ("job-user-data", "job_user_data_relationships", "relationship",
+     "Which job writes and reads which user data.",
+     "User Data ID=user_data_id, Name=user_data_name, Producer ID=producer_job_id,"
+     " Producer=producer_job_name, Consumer ID=consumer_job_id, Consumer=consumer_job_name"),
+)
+
+
+def dependency_list(word, key, noun, summary, columns_text):
+    """Add `job-dependencies WORD`."""
+    @command(f"job-dependencies {word}", WORKFLOW, *PAGING, summary=summary,
+             example=f"torc job-dependencies {word} 3")
+    def list_all(args, client):
+        show_list(args, key, noun, columns_text, client.items(
+            f"/workflows/{args.workflow_id}/{key}", **page_query(args)),
+            f"workflow {args.workflow_id}")
+
+
+for _row in DEPENDENCY_LISTS:
+    dependency_list(*_row)
+
+
+RESULT_COLUMNS_SHOWN = (
+    "ID=id, Job ID=job_id, Job Name=job_name, WF ID=workflow_id, Run ID=run_id, Attempt=attempt_id,"
+    " Return Code=return_code, Exec Time (min)=exec_time_minutes, Peak Mem=peak_memory_bytes,"
+    " Avg CPU %=avg_cpu_percent, Completion Time=completion_time, Status=status")
+
+
+def find_results(args, client):
+    """The results that the options of `results list` ask for."""
+    from itertools import islice
+    query = page_query(args, KINDS["result"])
+    if args.failed:                       # the server cannot filter by "not 0"
+        query["limit"] = None
+    # A run that is named may have been superseded by a later one.
+    found = client.items("/results", workflow_id=args.workflow_id, job_id=args.job_id,
+                         run_id=args.run_id, return_code=args.return_code, status=args.status,
+                         compute_node_id=args.compute_node,
+                         all_runs=args.all_runs or args.run_id is not None, **query)
+    if args.failed:
+        found = islice((result for result in found if result["return_code"] != 0), args.limit)
+    return list(found)
+
+
+@command("results list", WORKFLOW, JOB_ID, opt("-r", "--run-id", type=COUNT, metavar="N"),
+         opt("--return-code", type=int, metavar="N"),
+         opt("--failed", action="store_true", help="return code other than 0"),
+         opt("-s", "--status", choices=STATUS_NAMES, metavar="STATUS"), *PAGING,
+         opt("--all-runs", action="store_true", help="not only each job's latest"),
+         opt("--compute-node", type=COUNT, metavar="ID"),
+         opt("--include-logs", action="store_true", help="a JSON report with the paths of what the "
+             "jobs wrote"),
+         opt("-o", "--output-dir", metavar="DIR", help="with --include-logs: where those files are "
+             "(default: where each runner put them)"),
+         example="torc results list 3 --failed")
+def do_results_list(args, client):
+    """List the results of jobs: return codes, times, memory."""
+    results = find_results(args, client)
+    if args.include_logs:
+        print_json(log_report(args, client, results))
+        return
+    if args.format == "table" and results:
+        jobs = jobs_of(args, client)
+        for result in results:
+            result["job_name"] = jobs[result["job_id"]]["name"]
+    show_list(args, "results", "result", RESULT_COLUMNS_SHOWN, results,
+              f"workflow {args.workflow_id}")
+
+
+def jobs_of(args, client):
+    """{id: job} of the workflow, or only of the job that was named."""
+    jobs = client.items("/jobs", workflow_id=args.workflow_id) if args.job_id is None else \
+        [client.get(f"/jobs/{args.job_id}")]
+    return {job["id"]: job for job in jobs}
+
+
+def log_report(args, client, results):
+    """Results with the paths of what the jobs wrote, as their stdio mode names them."""
+    workflow = client.get(f"/workflows/{args.workflow_id}")
+    jobs = jobs_of(args, client)
+    nodes = {node["id"]: node for node in client.items("/compute_nodes",
+                                                       workflow_id=args.workflow_id)}
+    rows = []
+    for result in results:
+        job, node = jobs[result["job_id"]], nodes.get(result["compute_node_id"], {})
+        directory = args.output_dir or node.get("output_dir") or DEFAULT_OUTPUT_DIR
+        paths = stdio_paths(directory, stdio_mode(job, workflow), job, result["run_id"],
+                            result["attempt_id"])
+        row = {name: result[name] for name in (
+            "job_id", "status", "run_id", "attempt_id", "return_code", "completion_time",
+            "exec_time_minutes")}
+        row.update(job_name=job["name"], compute_node=node.get("hostname"),
+                   job_stdout=paths[0], job_stderr=paths[1])
+        rows.append({name: value for name, value in row.items() if value is not None})
+    return {"workflow_id": args.workflow_id, "workflow_name": workflow["name"],
+            "workflow_user": workflow["user"], "all_runs": args.all_runs,
+            "total_results": len(rows), "results": rows}
+
+
+# ---- completion
+
+def completion_words():
+    """{command words so far: [words that may follow]}, options included."""
+    common = [flags[-1] for flags, _ in GLOBAL]
+    words = {"": sorted({name.partition(" ")[0] for name in COMMANDS}) + common}
+    words.update({name: list(rest) for name, rest in branches().items()})
+    for found in COMMANDS.values():
+        shown = [flag for flag, settings in flags_of(found.options).items()
+                 if flag[:2] == "--" and settings.get("help") != HIDDEN]
+        words[found.name] = words.get(found.name, []) + list(dict.fromkeys([*shown, *common]))
+    return words
+
+
+def valued_flags():
+    """(command, flag, settings) of every option that is followed by a value."""
+    options = {"": (), **{found.name: found.options for found in COMMANDS.values()}}
+    return [(name, flag, settings) for name, own in options.items()
+            for flag, settings in {**flags_of(GLOBAL), **flags_of(own)}.items()
+            if has_value(settings)]
+
+
+def shell_cases():
+    """What bash and zsh share: the pattern of command words, the lines of a case statement."""
+    words = completion_words()
+    values = {}                           # values that may follow: the places where they do
+    for name, flag, settings in valued_flags():
+        values.setdefault(" ".join(settings.get("choices", ())), []).append(f'"{name}|{flag}"')
+    pattern = "|".join(f'"{name}"' if " " in name else f'" {name}"' for name in words if name)
+    return (f'            {pattern}) at="${{at:+$at }}$word" ;;',
+            [f'        {"|".join(places)}) list="{text}" ;;' for text, places in values.items()]
+            + ['        *) case "$at" in']
+            + [f'            "{name}") list="{" ".join(rest)}" ;;' for name, rest in words.items()]
+            + ["        esac ;;"])
+
+
+SHELL_FUNCTION = """\
+_torc() {{
+    local at="" word list="" i
+    for ((i = {first}; i < {current}; i++)); do
+        word="${{{words}[i]}}"
+        case "$at $word" in
+{path}
+        esac
+    done
+    case "$at|${{{words}[{current}-1]}}" in
+{cases}
+    esac
+    {give}
+}}
+{register}"""
+
+
+def bash_completion():
+    """A completion script for bash."""
+    path, cases = shell_cases()
+    return SHELL_FUNCTION.format(
+        first=1, current="COMP_CWORD", words="COMP_WORDS", path=path, cases="\n".join(cases),
+        give='COMPREPLY=($(compgen -W "$list" -- "${COMP_WORDS[COMP_CWORD]}"))',
+        register="complete -o default -F _torc torc torc.py")
+
+
+def zsh_completion():
+    """A completion script for zsh, which counts words from 1."""
+    path, cases = shell_cases()
+    return "#compdef torc torc.py\n" + SHELL_FUNCTION.format(
+        first=2, current="CURRENT", words="words", path=path, cases="\n".join(cases),
+        give='compadd -- ${=list} || _files', register="compdef _torc torc torc.py")
+
+
+def fish_text(text):
+    """A text in quotes, as fish reads it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def fish_completion():
+    """A completion script for fish."""
+    words = completion_words()
+    lines = ["function __torc_at", "    set -l at", "    for word in (commandline -opc)[2..-1]",
+             "        if contains -- (string join ' ' $at $word) "
+             + " ".join(fish_text(name) for name in words if name),
+             "            set at $at $word", "        end", "    end",
+             '    test "$at" = "$argv[1]"', "end"]
+    for name, rest in words.items():
+        for word in rest:
+            if word[:1] != "-":
+                summary = COMMANDS[f"{name} {word}".strip()].summary if name else summary_of(word)
+                lines.append(f"complete -c torc -f -n {fish_text(f'__torc_at {fish_text(name)}')}"
+                             f" -a {word} -d {fish_text(summary)}")
+    for found in COMMANDS.values():
+        for flags, settings in found.options:
+            lines += fish_option(found.name, flags, settings)
+    for flags, settings in GLOBAL:
+        lines += fish_option(None, flags, settings)
+    return "\n".join(lines)
+
+
+def fish_option(name, flags, settings):
+    """The line of an option; none for positional arguments and hidden options."""
+    if flags[0][0] != "-" or settings.get("help") == HIDDEN:
+        return []
+    where = f" -n {fish_text(f'__torc_at {fish_text(name)}')}" if name is not None else ""
+    names = "".join(f" -{'l' if flag[:2] == '--' else 's'} {flag.lstrip('-')}" for flag in flags)
+    values = f" -x -a {fish_text(' '.join(settings['choices']))}" if settings.get("choices") else \
+        " -r" if has_value(settings) else ""
+    return [f"complete -c torc{where}{names}{values} -d {fish_text(settings.get('help', ''))}"]
+
+
+SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+
+
+@command("completions", opt("shell", choices=tuple(SHELLS)), client=False,
+         example="source <(torc completions bash)")
+def do_completions(args, client):
+    """Print a script that completes commands and options with the tab key."""
+    print(SHELLS[args.shell]())
+
+
+# ---- server and bundle
+
+SERVER_OPTIONS = (
+    opt("-H", "--host", default="127.0.0.1", metavar="NAME",
+        help="address to listen on; 0.0.0.0 is open to everybody who reaches this machine "
+        "(default: 127.0.0.1)"),
+    opt("-p", "--port", type=bounded(int, 0, "a port"), default=DEFAULT_PORT, metavar="N",
+        help=f"0 takes a free one (default: {DEFAULT_PORT})"),
+    opt("-d", "--database", metavar="FILE", help="default: DATABASE_URL=sqlite:FILE, else torc.db"),
+    opt("-t", "--threads", type=POSITIVE, default=8, metavar="N",
+        help="requests served at a time (default: 8)"),
+    opt("-l", "--log-level", choices=LOG_LEVELS, help="RUST_LOG; default: info"),
+    opt("--log-dir", metavar="DIR", help="log to files there too (TORC_LOG_DIR)"),
+    opt("--json-logs", action="store_true", help="a JSON object a line"),
+    opt("-c", "--completion-check-interval-secs", type=float, metavar="S",
+        help="accepted and not used: jobs are freed at once"),
+)
+
+
+@command("server run", *SERVER_OPTIONS, client=False,
+         example="torc server run --host 0.0.0.0 --port 8080 --database torc.db")
+def do_server(args, client):
+    """Serve workflows over HTTP until interrupted."""
+    if args.port > 65535:
+        raise UsageError(f"port {args.port} is larger than 65535")
+    args.log_dir = args.log_dir or os.environ.get("TORC_LOG_DIR")
+    return serve(args)
+
+
+COMMANDS["server"] = COMMANDS["server run"]._replace(name="server")
+
+BUNDLED = ("bottle", "waitress", "yaml")
+BUNDLED_DISTRIBUTIONS = ("bottle", "waitress", "PyYAML")
+BUNDLE_MAIN = '''\
+"""Starts the torc in this archive."""
+import sys
+import types
+
+# Compiled by hand: the import of a module from an archive compiles it twice.
+path = __loader__.archive + "/torc.py"
+torc = sys.modules["torc"] = types.ModuleType("torc")
+torc.__file__, torc.__loader__ = path, __loader__
+exec(compile(__loader__.get_data(path), path, "exec"), torc.__dict__)
+sys.exit(torc.main())
+'''
+
+
+def package_files(name):
+    """(name in the archive, path) of the pure Python of an installed module or package."""
+    import importlib.util
+    found = importlib.util.find_spec(name)
+    if not found or not found.origin or not os.path.isfile(found.origin):
+        raise MissingPackage(name, "a bundle")
+    if not found.submodule_search_locations:
+        return [(f"{name}.py", found.origin)]
+    files = []
+    base = os.path.dirname(found.origin)
+    for directory, below, names in os.walk(base):
+        below[:] = sorted(part for part in below if part not in ("__pycache__", "tests"))
+        files += [(os.path.relpath(os.path.join(directory, part), os.path.dirname(base)),
+                   os.path.join(directory, part)) for part in sorted(names)
+                  if part.endswith((".py", ".typed"))]
+    return files
+
+
+def licence_files():
+    """(name in the archive, path) of the licences of the packages in a bundle."""
+    from importlib import metadata
+    files = []
+    for name in BUNDLED_DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            files += [(f"licenses/{name}/{path.name}", str(path.locate()))
+                      for path in metadata.files(name) or ()
+                      if re.match(r"(?i)(licen[cs]e|copying|authors)", path.name)]
+    return [(name, path) for name, path in files if os.path.isfile(path)]
+
+
+def bundle(path):
+    """Write an executable archive of torc with bottle, waitress and PyYAML; the same for the same
+    input. Raises TorcError, MissingPackage, OSError."""
+    import zipfile
+    if not os.path.isfile(__file__):
+        raise TorcError("this torc is a bundle itself: copy it, or make one with torc.py")
+    contents = [("torc.py", __file__), *(file for name in BUNDLED for file in package_files(name)),
+                *licence_files()]
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(b"#!/usr/bin/env python3\n")
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(zipfile.ZipInfo("__main__.py"), BUNDLE_MAIN)
+                for name, source in contents:
+                    with open(source, "rb") as text:
+                        archive.writestr(zipfile.ZipInfo(name), text.read(), zipfile.ZIP_DEFLATED)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@command("bundle", opt("path", metavar="FILE", nargs="?", default="torc.pyz"), client=False,
+         example="torc bundle torc.pyz && ./torc.pyz run --example hello")
+def do_bundle(args, client):
+    """Write one executable file with torc and all it needs, for machines with bare Python."""
+    bundle(args.path)
+    say(args, f"Wrote {args.path} ({format_bytes(os.path.getsize(args.path))})", path=args.path,
+        size=os.path.getsize(args.path), hash=own_hash())
+
+
+# ---- main
+
+def open_client(args, make):
+    """The client that the options and the environment ask for."""
+    password = args.password or os.environ.get("TORC_PASSWORD")
+    if args.password:
+        tell(args, "--password is visible to everybody in the list of processes: take "
+             "TORC_PASSWORD or --prompt-password", "warn")
+    elif args.prompt_password:
+        import getpass
+        password = getpass.getpass(f"Password of {user_name()}: ", sys.stderr)
+    directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
+    return connect(args.database, args.url, directory, password,
+                   tell=lambda sentence: tell(args, sentence), create=make)
+
+
+def call_command(found, args):
+    """Run a command with the client it wants; returns the exit code."""
+    if not found.client:
+        return found.function(args, None) or 0
+    client = open_client(args, make=found.client == "make")
+    try:
+        if getattr(args, "workflow_id", 0) is None:
+            args.workflow_id = choose_workflow(args, client)
+        return found.function(args, client) or 0
+    finally:
+        client.close()
+
+
+def execute(argv):
+    """Carry out a command line; returns the exit code."""
+    head, name, rest = find_command(argv)
+    found = COMMANDS.get(name)
+    if not name and rest[:1] == ["help"]:
+        _, name, rest = find_command(rest[1:])
+        found, head = COMMANDS.get(name), ["--help"]
+    if wants(head + rest, "-V", "--version"):
+        print(f"torc {VERSION} ({own_hash()}, speaks Torc API {API_VERSION})")
+        return 0
+    if found and not wants(head + rest, "-h", "--help"):
+        return call_command(found, parse_command(found, head, rest))
+    if not found and rest:
+        raise unknown_command(name, rest[0])
+    asked = not name or found or wants(head, "-h", "--help")
+    text = command_help(found) if found else branch_help(name) if name else overview()
+    print(text, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def report_error(error, as_json):
+    """Show a failure once: a line on stderr (several for a specification), JSON on stdout."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    prefix = "\x1b[31mtorc:\x1b[0m" if colour else "torc:"
+    for line in getattr(error, "errors", None) or [str(error)]:
+        print(f"{prefix} {line}", file=sys.stderr)
+    if as_json:
+        print_json({"error": {"error": error.title, "message": str(error),
+                              **({"errors": error.errors} if hasattr(error, "errors") else {})}})
+    return error.exit_code
+
+
+def main(argv=None):
+    """The program: a command line to an exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return execute(argv)
+        except TorcError as error:
+            return report_error(error, wants_json(argv))
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("torc: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:               # the reader has had enough
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return report_error(TorcError(f"{place}{error.strerror or error}"), wants_json(argv))
+
+
+def main_server():
+    """The program torc-server: `torc server` under its own name."""
+    return main(["server", *sys.argv[1:]])
+
+
+def absent_program(word):
+    """The program torc-WORD, which this version does not have."""
+    def program():
+        return main([word])
+    return program
+
+
+main_dash = absent_program("dash")
+main_htpasswd = absent_program("htpasswd")
+main_slurm_job_runner = absent_program("slurm-job-runner")
+
+if __name__ == "__main__":
+    sys.exit(main())
