@@ -2984,6 +2984,158 @@ def test_a_client_killed_in_the_middle_of_a_creation_leaves_nothing(server):
 
 
 # ==================================================================================================
+# README and packaging
+# ==================================================================================================
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """A directory with README's files in it, and torc, torc-server and python3 on the PATH."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, words in (("torc", f'{TORC}'), ("torc-server", f'{TORC} server'), ("python3", "")):
+        path = tools / name
+        path.write_text(f'#!/bin/sh\nexec {PYTHON} {words} "$@"\n')
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    for block in re.findall(r"^```yaml\n(.*?)^```", README, re.S | re.M):
+        name = re.match(r"# (\S+)\n", block)
+        if name:
+            (work / name[1]).write_text(block)
+    return work
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_does_what_it_says(shell):
+    background = []
+    try:
+        for block in re.findall(r"^```console\n(.*?)^```", README, re.S | re.M):
+            for line in re.findall(r"^\$ (.*)$", block, re.M):
+                command, _, note = line.partition("  # exits ")
+                if command.endswith("&"):
+                    process = subprocess.Popen(["bash", "-c", "exec " + command[:-1]], text=True,
+                                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                    background.append(process)
+                    assert process.stdout.readline().startswith("TORC_SERVER_PORT=")
+                    continue
+                done = subprocess.run(["bash", "-c", command], capture_output=True, text=True,
+                                      stdin=subprocess.DEVNULL, timeout=120)
+                assert done.returncode == int(note or 0), f"{line}\n{done.stdout}{done.stderr}"
+    finally:
+        for process in background:
+            process.terminate(), process.communicate()
+
+
+def counted(package):
+    """Functions, classes and lines of a package of the standard library, counted directly."""
+    counts = {"functions": 0, "classes": 0, "lines": 0}
+    for path in Path("lib", package).rglob("*.py"):
+        text = path.read_bytes()
+        counts["lines"] += text.count(b"\n")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                counts["functions"] += 1
+            elif isinstance(node, ast.ClassDef):
+                counts["classes"] += 1
+    return counts
+
+
+@pytest.mark.slow
+def test_the_standard_library_is_counted_right_and_only_what_changed_runs_again(shell):
+    import sysconfig
+    packages = re.search(r"package: \[(.*?)\]", README, re.S)[1].replace(",", " ").split()
+    for package in packages:
+        shutil.copytree(Path(sysconfig.get_path("stdlib"), package), Path("lib", package),
+                        ignore=shutil.ignore_patterns("__pycache__", "test*"))
+    torc_run = ["torc", "run", "stdlib.yaml"]
+    done = subprocess.run(torc_run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = {package: counted(package) for package in packages}
+    assert json.loads(Path("total.json").read_text()) == expected
+    touched = Path("lib/json/__init__.py")
+    touched.write_text(touched.read_text() + "\ndef one_more():\n    pass\n")
+    os.utime(touched, (1, 1))
+    plan = subprocess.run(["torc", "workflows", "reinit", "1", "--dry-run"], capture_output=True,
+                          text=True)
+    assert "count_json" in plan.stdout and "merge" in plan.stdout and "count_xml" not in plan.stdout
+    assert subprocess.run(["torc", "workflows", "reinit", "1"]).returncode == 0
+    assert subprocess.run(["torc", "run", "1"]).returncode == 0
+    client = torc.LocalClient("torc_output/torc.db")
+    again = [item["job_id"] for item in client.items("/results", workflow_id=1, run_id=2,
+                                                     all_runs=True)]
+    names = {job["id"]: job["name"] for job in client.items("/jobs", workflow_id=1)}
+    assert sorted(names[job_id] for job_id in again) == ["count_json", "merge"]
+    expected["json"]["functions"] += 1
+    expected["json"]["lines"] += 3
+    assert json.loads(Path("total.json").read_text()) == expected
+    client.close()
+
+
+def test_every_command_is_in_the_readme():
+    missing = [name for name in torc.COMMANDS
+               if not all(re.search(rf"`[^`\n]*\b{re.escape(word)}\b[^`\n]*`", README)
+                          for word in name.split())]
+    assert missing == []
+
+
+def test_the_readme_names_all_our_operations():
+    missing = [path for _, path, _, _ in torc.ROUTES
+               if path.rpartition("/")[2] in ("server_info", "workflow_specs", "runner_step", "changes",
+                                              "counts", "unfinished", "stop", "rerun", "why", "release")
+               and f"/{path.rpartition('/')[2]}" not in README]
+    assert missing == []
+
+
+def test_a_diamond_runs_where_there_is_only_the_interpreter(tmp_path):
+    bare = [PYTHON, "-I", "-S", TORC]
+    done = subprocess.run([*bare, "run", "--example", "diamond"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    listed = subprocess.run([*bare, "results", "list"], cwd=tmp_path, capture_output=True, text=True)
+    assert "Total: 4 results" in listed.stdout
+
+
+@pytest.mark.slow
+def test_a_bundle_runs_yaml_and_serves_where_there_is_only_the_interpreter(tmp_path):
+    bundle = tmp_path / "torc.pyz"
+    assert subprocess.run([PYTHON, TORC, "bundle", str(bundle)], cwd=tmp_path).returncode == 0
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "x.yaml").write_text("name: x\njobs:\n  - {name: a, command: 'echo 1:5'}\n")
+    bare = [PYTHON, "-I", "-S", str(bundle)]
+    done = subprocess.run([*bare, "run", str(tmp_path / "x.yaml")], cwd=empty, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    server = subprocess.Popen([*bare, "server", "--port", "0", "--database", "s.db"], cwd=empty,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        port = int(server.stdout.readline().split("=")[1])
+        url = f"http://127.0.0.1:{port}{torc.API_PREFIX}"
+        assert torc.Client(url).get("/ping") == {"status": "ok"}
+        if sys.version_info[:2] in ((3, 11), (3, 12), (3, 13)):
+            python = outside_python("torc.openapi_client")
+            done = subprocess.run([python, "-c", TORC_CLIENT_DIAMOND, url], cwd=empty,
+                                  capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+    finally:
+        server.terminate(), server.communicate()
+
+
+def test_the_root_holds_five_files_and_dot_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = {name.split("/")[0] for name in listed.stdout.split()}
+    assert {name for name in names if not name.startswith(".")} <= {
+        "torc.py", "test_torc.py", "pyproject.toml", "README.md", "LICENSE"}
+
+
+# ==================================================================================================
 # Figures: pytest -m bench -s
 # ==================================================================================================
 
