@@ -320,6 +320,446 @@ def test_a_wrong_name_suggests_the_nearest():
 
 
 # ==================================================================================================
+# 4 Workflow specification
+# ==================================================================================================
+
+# File name, text, and the sentences it gives; one that ends in ... is the beginning, because the
+# parser's own words behind it differ between versions.
+BAD_SPECS = (
+    ("b.yaml", "",
+     "b.yaml: the file is empty"),
+    ("b.yaml", "   \n",
+     "b.yaml: the file is empty"),
+    ("b.yaml", "- a\n- b\n",
+     "b.yaml: the specification is a list, not a mapping with name and jobs"),
+    ("b.yaml", "just a text",
+     "b.yaml: the specification is a text, not a mapping with name and jobs"),
+    ("b.yaml", "name: w\njobs: [\n",
+     "b.yaml line 3: not YAML:..."),
+    ("b.yaml", "name: w\n\tjobs: []\n",
+     "b.yaml line 2: not YAML:..."),
+    ("b.yaml", "name: w\nname: v\njobs: []\n",
+     'b.yaml line 2: not YAML: the key "name" occurs twice'),
+    ("b.yaml", "name: !!python/object:os.system x\njobs: []\n",
+     "b.yaml line 1: not YAML:..."),
+    ("b.yaml", "name: w\njobs: []\n---\nname: v\n",
+     "b.yaml line 3: not YAML:..."),
+    ("b.json", '{"name": "w",\n "jobs": [,]}',
+     "b.json line 2: not JSON:..."),
+    ("b.json", '{"name": "w", "name": "v", "jobs": []}',
+     'b.json: the key "name" occurs twice in one object'),
+    ("b.json", '{"name": "w", "jobs": [], "metadata": {"x": NaN}}',
+     "b.json: NaN is not JSON"),
+    ("b.kdl", 'name "w"',
+     "b.kdl: KDL is not supported yet: convert it to YAML or JSON"),
+    ("b.json5", "{name: 'w'}",
+     "b.json5: JSON5 is not supported yet: convert it to YAML or JSON"),
+    ("b.yaml", 'jobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml: workflow: the field name is missing"),
+    ("b.yaml", "name: w\n",
+     "b.yaml: workflow: the field jobs is missing"),
+    ("b.yaml", 'name: 5\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 1: workflow: name: 5 is not a text with something in it"),
+    ("b.yaml", 'name: w\njbs: []\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 2: workflow: unknown field 'jbs' (did you mean \"jobs\"?)"),
+    ("b.yaml", 'name: w\nslurm_config: {}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 2: workflow: unknown field 'slurm_config' (it was removed: use "
+     "slurm_defaults and execution_config)"),
+    ("b.yaml", "name: w\njobs: {a: 1}\n",
+     "b.yaml line 2: workflow: jobs: {'a': 1} is not a list"),
+    ("b.yaml", 'name: w\nfiles: f.txt\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 2: workflow: files: 'f.txt' is not a list"),
+    ("b.yaml", "name: w\nmetadata: '{x'\njobs:\n  - {name: a, command: \"true\"}\n",
+     "b.yaml line 2: metadata: '{x' is not a mapping or a text of JSON"),
+    ("b.yaml", 'name: w\nuse_pending_failed: yes\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 2: workflow: use_pending_failed: 'yes' is not true or false"),
+    ("b.yaml", "name: w\ncompute_node_wait_for_new_jobs_seconds: -5\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 2: workflow: compute_node_wait_for_new_jobs_seconds: -5 is not a whole "
+     "number of at least 0"),
+    ("b.yaml", "name: w\njobs:\n  - a\n",
+     "b.yaml line 3: job number 1 is 'a', not a mapping"),
+    ("b.yaml", "name: w\njobs:\n  - {name: a}\n",
+     'b.yaml line 3: job "a": the field command is missing'),
+    ("b.yaml", "name: w\njobs:\n  - {command: c}\n",
+     "b.yaml line 3: job number 1: the field name is missing"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    comand: c\n",
+     "b.yaml line 4: job \"a\": unknown field 'comand' (did you mean \"command\"?)\n"
+     'b.yaml line 3: job "a": the field command is missing'),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    env: {A: b}\n",
+     "b.yaml line 5: job \"a\": unknown field 'env' (set variables in the command or with "
+     "invocation_script)"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    priority: -1\n",
+     'b.yaml line 5: job "a": priority: -1 is not a whole number of at least 0'),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    priority: 1.5\n",
+     'b.yaml line 5: job "a": priority: 1.5 is not a whole number of at least 0'),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    depends_on: b\n",
+     "b.yaml line 5: job \"a\": depends_on: 'b' is not a list of texts"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: ''\n",
+     "b.yaml line 4: job \"a\": command: '' is not a text with something in it"),
+    ("b.yaml", "name: w\njobs:\n  - {name: prepare, command: c}\n  - name: b\n    command: c\n"
+     "    depends_on: [prepar]\n",
+     "b.yaml line 6: job \"b\": depends_on names no job 'prepar' (did you mean \"prepare\"?)"),
+    ("b.json", '{"name": "w",\n "jobs": [\n  {"name": "a", "command": "c"},\n'
+     '  {"name": "b", "command": "c",\n   "depends_on": ["zz"]}]}',
+     "b.json line 5: job \"b\": depends_on names no job 'zz'"),
+    ("b.yaml", "name: w\njobs:\n  - {name: a, command: c}\n  - {name: a, command: c}\n",
+     'b.yaml line 4: job name "a" is used twice'),
+    ("b.yaml", "name: w\nfiles:\n  - {name: f, path: x}\n  - {name: f, path: y}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     'b.yaml line 4: file name "f" is used twice'),
+    ("b.yaml", 'name: w\nfiles:\n  - {name: f}\njobs:\n  - {name: a, command: "true"}\n',
+     'b.yaml line 3: file "f": the field path is missing'),
+    ("b.yaml", 'name: w\nuser_data:\n  - {data: 5}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: user data number 1: the field name is missing"),
+    ("b.yaml", "name: w\nuser_data:\n  - {name: u, parameters: {i: '1:2'}}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 3: user data \"u\": unknown field 'parameters'"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    input_files: [nope]\n",
+     "b.yaml line 5: job \"a\": input_files names no file 'nope'"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    output_user_data: [nope]\n",
+     "b.yaml line 5: job \"a\": output_user_data names no user data 'nope'"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    resource_requirements: smal\n"
+     "resource_requirements:\n  - {name: small, num_cpus: 1, memory: 1m}\n",
+     "b.yaml line 5: job \"a\": resource_requirements names no resource requirements 'smal' "
+     '(did you mean "small"?)'),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    scheduler: s\n",
+     "b.yaml line 5: job \"a\": scheduler names no Slurm scheduler 's'"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    failure_handler: h\n",
+     "b.yaml line 5: job \"a\": failure_handler names no failure handler 'h'"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    depends_on_regexes: ['^q']\n",
+     "b.yaml line 5: job \"a\": depends_on_regexes: '^q' matches no job"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    depends_on_regexes: ['(']\n",
+     "b.yaml line 5: job \"a\": depends_on_regexes: '(' is no regular expression: missing ), "
+     "unterminated subpattern at position 0"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    depends_on_regexes: ['a']\n",
+     "b.yaml line 3: jobs wait for each other in a circle: a -> a"),
+    ("b.yaml", "name: w\nresource_requirements:\n  - {name: r, num_cpus: 1, memory: 1.5g}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 3: resource requirements \"r\": memory: '1.5g' is not a size such as "
+     '"500m" or "2g"'),
+    ("b.yaml", "name: w\nresource_requirements:\n  - {name: r, num_cpus: 1, memory: 512}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     'b.yaml line 3: resource requirements "r": memory: 512 is not a size such as "500m" or '
+     '"2g"'),
+    ("b.yaml", "name: w\nresource_requirements:\n  - {name: r, num_cpus: 0, memory: 1g}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     'b.yaml line 3: resource requirements "r": num_cpus: 0 is not a whole number of at '
+     "least 1"),
+    ("b.yaml", "name: w\nresource_requirements:\n  - {name: r, num_cpus: 1, memory: 1g, runtime: 1h}\n"
+     'jobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: resource requirements \"r\": runtime: '1h' is not an ISO 8601 duration "
+     'such as "PT30M"'),
+    ("b.yaml", "name: w\nresource_requirements:\n  - {name: r, memory: 1g}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     'b.yaml line 3: resource requirements "r": the field num_cpus is missing'),
+    ("b.yaml", "name: w\nresource_requirements:\n  - {name: default, num_cpus: 1, memory: 1g}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     'b.yaml line 3: resource requirements name "default" is reserved for those every '
+     "workflow has"),
+    ("b.yaml", "name: w\nfailure_handlers:\n  - name: h\n    rules:\n      - {exit_codes: ['1']}\n"
+     'jobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 5: failure handler \"h\" rule 1: exit_codes: ['1'] is not a list of whole "
+     "numbers"),
+    ("b.yaml", "name: w\nfailure_handlers:\n  - name: h\n    rules:\n      - {max_retries: 3}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     'b.yaml line 5: failure handler "h" rule 1: it has neither exit_codes nor '
+     "match_all_exit_codes, so it never applies"),
+    ("b.yaml", "name: w\nslurm_schedulers:\n  - {name: s, account: a, walltime: 4 hours}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 3: Slurm scheduler \"s\": walltime: '4 hours' is not a time such as "
+     '"04:00:00" or "1-12:00:00"'),
+    ("b.yaml", 'name: w\nslurm_schedulers:\n  - {name: s}\njobs:\n  - {name: a, command: "true"}\n',
+     'b.yaml line 3: Slurm scheduler "s": the field account is missing'),
+    ("b.yaml", 'name: w\nslurm_defaults: {partition: debug}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 2: slurm_defaults: partition is not allowed here: it belongs to a "
+     "scheduler in slurm_schedulers"),
+    ("b.yaml", "name: w\nactions:\n  - {trigger_type: on_start, action_type: run_commands, commands: "
+     '[x]}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: action 1: trigger_type: 'on_start' is not one of on_workflow_start, "
+     "on_workflow_complete, on_jobs_ready, on_jobs_complete, on_worker_start, "
+     'on_worker_complete (did you mean "on_worker_start"?)'),
+    ("b.yaml", "name: w\nactions:\n  - {trigger_type: on_workflow_start, action_type: run_comands, "
+     'commands: [x]}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: action 1: action_type: 'run_comands' is not one of run_commands, "
+     'schedule_nodes (did you mean "run_commands"?)'),
+    ("b.yaml", "name: w\nactions:\n  - {trigger_type: on_workflow_start, action_type: run_commands}\n"
+     'jobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: action 1: run_commands needs commands, none of them empty"),
+    ("b.yaml", "name: w\nactions:\n  - {trigger_type: on_jobs_ready, action_type: run_commands, "
+     'commands: [x]}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: action 1: on_jobs_ready needs jobs or job_name_regexes"),
+    ("b.yaml", "name: w\nactions:\n  - {trigger_type: on_jobs_ready, action_type: run_commands, "
+     'commands: [x], jobs: [b]}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: action 1: jobs names no job 'b'"),
+    ("b.yaml", "name: w\nactions:\n  - {trigger_type: on_workflow_start, action_type: schedule_nodes, "
+     'scheduler_type: slurm}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: action 1: schedule_nodes needs scheduler"),
+    ("b.yaml", "name: w\nactions:\n  - {trigger_type: on_workflow_start, action_type: schedule_nodes, "
+     'scheduler_type: slurm, scheduler: s}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 3: action 1: scheduler names no Slurm scheduler 's'"),
+    ("b.yaml", 'name: w\nresource_monitor: {granularity: fine}\njobs:\n  - {name: a, command: "true"}\n',
+     "b.yaml line 2: resource_monitor: granularity: 'fine' is not one of summary, time_series"),
+    ("b.yaml", "name: w\nresource_monitor: {sample_interval_seconds: 0}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 2: resource_monitor: sample_interval_seconds: 0 is not a whole number of "
+     "at least 1"),
+    ("b.yaml", "name: w\nexecution_config: {mode: direct, srun_termination_signal: TERM@120}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 2: execution_config: srun_termination_signal belongs to the mode slurm, "
+     "the mode is direct: use termination_signal"),
+    ("b.yaml", "name: w\nexecution_config: {mode: slurm, termination_signal: SIGTERM}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 2: execution_config: termination_signal belongs to the mode direct, the "
+     "mode is slurm: use srun_termination_signal"),
+    ("b.yaml", "name: w\nexecution_config: {termination_signal: SIGFOO}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 2: execution_config: termination_signal: 'SIGFOO' is not the name of a "
+     'signal such as "SIGTERM"'),
+    ("b.yaml", "name: w\nexecution_config: {stdio: {mode: both}}\njobs:\n"
+     '  - {name: a, command: "true"}\n',
+     "b.yaml line 2: execution_config: stdio: mode: 'both' is not one of separate, combined, "
+     "no_stdout, no_stderr, none"),
+    ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: '5:1'}\n",
+     "b.yaml line 5: job \"a_{i}\": parameter i: '5:1' is empty: from 5 to 1 the step must "
+     "be negative"),
+    ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: '1:5:0'}\n",
+     "b.yaml line 5: job \"a_{i}\": parameter i: '1:5:0' has the step 0"),
+    ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: []}\n",
+     'b.yaml line 5: job "a_{i}": parameter i: is an empty list'),
+    ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: {x: 1}}\n",
+     "b.yaml line 5: job \"a_{i}\": parameter i: {'x': 1} is neither a list, a text nor a "
+     "number"),
+    ("b.yaml", "name: w\njobs:\n  - name: a_{i}_{j}\n    command: c\n"
+     "    parameters: {i: '1:3', j: '1:2'}\n    parameter_mode: zip\n",
+     'b.yaml line 3: job "a_{i}_{j}": parameter_mode zip needs lists of one length: i has 3 '
+     "values, j has 2"),
+    ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: '1:3'}\n"
+     "    parameter_mode: cross\n",
+     "b.yaml line 6: job \"a_{i}\": parameter_mode: 'cross' is not one of product, zip"),
+    ("b.yaml", "name: w\nparameters: {count: '1:3'}\njobs:\n  - name: a_{cuont}\n    command: c\n"
+     "    use_parameters: [cuont]\n",
+     "b.yaml line 6: job \"a_{cuont}\": use_parameters names no parameter 'cuont' of the "
+     'workflow (did you mean "count"?)'),
+    ("b.yaml", "name: w\njobs:\n  - name: a_{j}\n    command: c\n    parameters: {i: '1:3'}\n",
+     'b.yaml line 3: job "a_{j}": name: {j} is no parameter of this job'),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c {i}\n    parameters: {i: '1:3'}\n",
+     'b.yaml line 4: job "a": command differs between combinations of parameters that all '
+     "give the name 'a': put the placeholder into the name, too"),
+    ("b.yaml", "name: w\njobs:\n  - name: 'a_{i:03d}'\n    command: c\n    parameters: {i: [x, y]}\n",
+     "b.yaml line 3: job \"a_{i:03d}\": name: {i:03d} does not suit the value 'x'"),
+    ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: '1:9999999'}\n",
+     "b.yaml line 5: job \"a_{i}\": parameter i: '1:9999999' has 9999999 values, more than "
+     "1000000"),
+    ("b.yaml", "name: w\njobs:\n  - name: a\n    command: cat ${files.input.nope}\n",
+     "b.yaml line 4: job \"a\": command names no file 'nope'"),
+    ("b.yaml", "name: w\nuser_data: [{name: u}]\njobs:\n  - name: a\n"
+     "    command: echo ${user_data.input.u}\n",
+     'b.yaml line 5: job "a": command: ${user_data.input.u} has no data yet: let the command '
+     "ask `torc user-data` for it"),
+    ("b.yaml", "name: w\njobs:\n  - {name: a, command: c, depends_on: [b]}\n"
+     "  - {name: b, command: c, depends_on: [a]}\n",
+     "b.yaml line 4: jobs wait for each other in a circle: b -> a -> b"),
+    ("b.yaml", "name: w\njobs:\n  - {name: a, command: c, depends_on: [a]}\n",
+     "b.yaml line 3: jobs wait for each other in a circle: a -> a"),
+    ("b.yaml", "name: w\nfiles: [{name: f, path: f}, {name: g, path: g}]\njobs:\n"
+     "  - {name: a, command: c, input_files: [f], output_files: [g]}\n"
+     "  - {name: b, command: c, input_files: [g], output_files: [f]}\n",
+     "b.yaml line 5: jobs wait for each other in a circle: b -> a -> b"),
+    ("b.yaml", "name: w\nfiles: [{name: f, path: f}]\njobs:\n"
+     "  - {name: a, command: c, input_files: [f], output_files: [f]}\n",
+     "b.yaml line 4: jobs wait for each other in a circle: a -> a"),
+    ("b.yaml", "name: w\nresource_requirements: [{name: r, num_cpus: 1, memory: 2g, runtime: PT2H}]\n"
+     "slurm_schedulers: [{name: s, account: x, walltime: '01:00:00', mem: 1g}]\njobs:\n"
+     "  - {name: a, command: c, resource_requirements: r, scheduler: s}\n",
+     'b.yaml line 5: job "a": runtime PT2H is longer than the walltime 01:00:00 of scheduler '
+     '"s"\nb.yaml line 5: job "a": memory 2g is more than the mem 1g of scheduler "s"'),
+    ("b.yaml", "name: w\njobs:\n  - {name: a, command: c, stdio: {mode: all}}\n",
+     "b.yaml line 3: job \"a\": stdio: mode: 'all' is not one of separate, combined, "
+     "no_stdout, no_stderr, none"),
+)
+
+
+@pytest.mark.parametrize("name, text, message", BAD_SPECS)
+def test_a_broken_spec_is_told_in_an_exact_sentence(name, text, message):
+    with pytest.raises(torc.SpecError) as caught:
+        torc.read_spec(name, text)
+    if message.endswith("..."):
+        assert str(caught.value).startswith(message[:-3])
+    else:
+        assert str(caught.value) == message
+
+
+def test_a_broken_spec_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, (name, text, _) in enumerate(BAD_SPECS):
+        path = tmp_path / f"{number}{os.path.splitext(name)[1]}"
+        path.write_text(text)
+        assert torc.main(["create", str(path), "--database", "x.db"]) == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said and str(number) in said
+    client = torc.LocalClient("x.db")
+    assert client.page("/workflows")["total_count"] == 0
+    assert client.post("/workflows", {"name": "first", "user": "u"})["id"] == 1
+    client.close()
+
+
+def test_all_errors_are_told_together():
+    with pytest.raises(torc.SpecError) as caught:
+        torc.read_spec("b.yaml", "nam: w\njobs:\n  - {name: a, command: 5}\n  - {name: a}\n")
+    assert len(caught.value.errors) == 5
+
+
+@pytest.mark.parametrize("make_bad, message", [
+    (lambda path: None, "No such file or directory"), (lambda path: path.mkdir(), "Is a directory"),
+    (lambda path: path.write_bytes(b"name: \xff\xfe"), "not UTF-8 text"),
+])
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, make_bad, message):
+    make_bad(tmp_path / "s.yaml")
+    with pytest.raises(torc.SpecError, match=message) as caught:
+        torc.read_spec(str(tmp_path / "s.yaml"))
+    assert len(caught.value.errors) == 1
+
+
+def spec_jobs(text):
+    """The jobs of a YAML spec by name, with names in place of the indexes of depends_on."""
+    jobs = torc.read_spec("s.yaml", "name: w\n" + textwrap.dedent(text)).payload["jobs"]
+    for job in jobs:
+        if "depends_on" in job:
+            job["depends_on"] = [jobs[index]["name"] for index in job["depends_on"]]
+    return {job["name"]: job for job in jobs}
+
+
+def test_yaml_is_read_by_the_core_schema_of_1_2():
+    spec = torc.read_spec("s.yaml", "name: no\njobs: []\ndescription: 12:30\nmetadata:\n  a: 010\n"
+                          "  b: 0o17\n  c: 1e3\n  d: yes\n  e: ~\n  f: 2024-01-01\n  g: 0x1F\n")
+    workflow = spec.payload["workflow"]
+    assert workflow["name"] == "no" and workflow["description"] == "12:30"
+    assert json.loads(workflow["metadata"]) == {
+        "a": 10, "b": 15, "c": 1000.0, "d": "yes", "e": None, "f": "2024-01-01", "g": 31}
+
+
+@pytest.mark.parametrize("value, expected", [
+    ("1:5", [1, 2, 3, 4, 5]), ("0:100:50", [0, 50, 100]), ("5:1:-2", [5, 3, 1]), ("{1:3}", [1, 2, 3]),
+    ("0.0:0.3:0.1", [0.0, 0.1, 0.2, 0.3]), ("1.0:2.0", [1.0, 2.0]), ("[1,2]", [1, 2]),
+    ("[0.1,0.5]", [0.1, 0.5]), ("['a','b']", ["a", "b"]), ("x", ["x"]), (7, [7]), (["a", 1], ["a", 1]),
+    ("0.0001:0.01:10", [0.0001]), ("3:3", [3]), ("a:b", ["a:b"])])
+def test_parameters_stand_for_their_values(value, expected):
+    assert torc.parameter_values(value) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("{i:03d}_{i}_{x:.2f}", "007_7_0.50"), ("${i} {i}", "${i} 7"), ("{other} {i}", "{other} 7"),
+    ("awk '{print $1}'", "awk '{print $1}'"), ("{one}", "1"), ("{s:>5}", "    t")])
+def test_every_placeholder_of_a_text_is_filled(text, expected):
+    assert torc.substitute(text, {"i": 7, "x": 0.5, "one": 1.0, "s": "t"}) == expected
+
+
+def test_combinations_come_in_declared_order():
+    jobs = spec_jobs("""
+        jobs:
+          - {name: "{b}{a}", command: c, parameters: {a: "1:2", b: [x, y]}}
+          - {name: "z{b}{a}", command: c, parameters: {a: "1:2", b: [x, y]}, parameter_mode: zip}
+        """)
+    assert list(jobs) == ["x1", "y1", "x2", "y2", "zx1", "zy2"]
+
+
+def test_a_fan_in_job_is_not_copied():
+    jobs = spec_jobs("""
+        parameters: {i: "1:3"}
+        jobs:
+          - {name: "p_{i}", command: c, use_parameters: [i]}
+          - {name: agg, command: c, use_parameters: [i], depends_on: ["p_{i}"]}
+        """)
+    assert list(jobs) == ["p_1", "p_2", "p_3", "agg"]
+    assert jobs["agg"]["depends_on"] == ["p_1", "p_2", "p_3"]
+
+
+def test_a_name_that_varies_in_part_gathers_the_rest():
+    jobs = spec_jobs("""
+        jobs:
+          - {name: "p_{i}_{j}", command: c, parameters: {i: "1:2", j: "1:2"}}
+          - {name: "row_{i}", command: c, parameters: {i: "1:2", j: "1:2"}, depends_on: ["p_{i}_{j}"]}
+        """)
+    assert jobs["row_2"]["depends_on"] == ["p_2_1", "p_2_2"]
+
+
+def test_shared_and_local_parameters_are_merged_and_local_ones_win():
+    jobs = spec_jobs("""
+        parameters: {i: "1:2", k: [far]}
+        jobs:
+          - {name: "{i}{k}", command: "echo {k}", use_parameters: [i, k], parameters: {k: [near]}}
+        """)
+    assert list(jobs) == ["1near", "2near"] and jobs["1near"]["command"] == "echo near"
+
+
+def test_regexes_are_searched_in_the_names():
+    jobs = spec_jobs("""
+        jobs:
+          - {name: "p_{i}", command: c, parameters: {i: "1:12"}}
+          - {name: last, command: c, depends_on_regexes: ["p_1", "_2$"]}
+        """)
+    assert jobs["last"]["depends_on"] == ["p_1", "p_10", "p_11", "p_12", "p_2"]
+
+
+def test_variables_add_to_the_explicit_lists():
+    spec = torc.read_spec("s.yaml", textwrap.dedent("""
+        name: w
+        files: [{name: a, path: pa}, {name: b, path: pb}, {name: out, path: po}]
+        user_data: [{name: u, data: {x: [1, 2]}}]
+        jobs:
+          - name: j
+            command: cat ${files.input.a} > ${files.output.out}; echo '${user_data.input.u}' ${HOME}
+            invocation_script: with ${files.input.b}
+            input_files: [b]
+        """))
+    [job] = spec.payload["jobs"]
+    assert job["command"] == "cat pa > po; echo '{\"x\":[1,2]}' ${HOME}"
+    assert job["invocation_script"] == "with pb"
+    assert (job["input_files"], job["output_files"], job["input_user_data"]) == ([1, 0], [2], [0])
+
+
+def test_a_monitor_section_without_enabled_does_not_turn_monitoring_off():
+    spec = torc.read_spec("s.yaml", "name: w\njobs: []\nresource_monitor: {granularity: TimeSeries}\n")
+    assert json.loads(spec.payload["workflow"]["resource_monitor_config"]) == {
+        "enabled": True, "granularity": "time_series"}
+
+
+def test_jobs_that_do_not_fit_their_scheduler_can_be_let_through():
+    name, text, _ = next(row for row in BAD_SPECS if "longer than the walltime" in row[2])
+    assert len(torc.read_spec(name, text, skip_checks=True).warnings) == 2
+
+
+def test_what_seems_odd_is_a_warning():
+    text = ("name: w\nfiles: [{name: f, path: f}]\njobs:\n"
+            "  - {name: a, command: c, output_files: [f]}\n  - {name: b, command: c, output_files: [f]}\n")
+    assert torc.read_spec("s.yaml", text).warnings == ['file "f" is written by 2 jobs (a, b)']
+    assert torc.read_spec("s.yaml", "name: w\njobs: []\n").warnings == ["the workflow has no jobs"]
+
+
+def test_modification_times_of_existing_files_are_taken_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").touch()
+    spec = torc.read_spec("s.json", json.dumps({"name": "w", "jobs": [], "files": [
+        {"name": "here", "path": "here"}, {"name": "gone", "path": "gone"}]}))
+    assert spec.payload["files"] == [
+        {"name": "here", "path": "here", "st_mtime": os.stat("here").st_mtime},
+        {"name": "gone", "path": "gone"}]
+
+
+@pytest.mark.parametrize("text, seconds", [("30", 1800), ("30:15", 1815), ("04:00:00", 14400),
+                                           ("1-12", 129600), ("2-00:30", 174600),
+                                           ("1-12:00:01", 129601)])
+def test_slurm_times_are_read(text, seconds):
+    assert torc.parse_walltime(text) == seconds
+
+
+@pytest.mark.parametrize("name", sorted(torc.SPEC_EXAMPLES))
+def test_the_built_in_specs_are_valid(name):
+    assert torc.read_spec(f"{name}.json", torc.SPEC_EXAMPLES[name]).warnings == []
+
+
+# ==================================================================================================
 # 5 Store
 # ==================================================================================================
 

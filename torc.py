@@ -443,7 +443,7 @@ SPEC_FIELDS = {
     "stdio": {"mode": "enum:" + "|".join(STDIO_MODES), "delete_on_success": "bool"},
 }
 EXPECTED = {
-    "name": "a text that is not empty", "str": "a text", "int": "a whole number",
+    "name": "a text with something in it", "str": "a text", "int": "a whole number",
     "count": "a whole number of at least 0", "positive": "a whole number of at least 1",
     "number": "a number", "bool": "true or false", "list": "a list", "map": "a mapping",
     "strs": "a list of texts", "ints": "a list of whole numbers",
@@ -857,7 +857,10 @@ def substitute(text, values):
 
 
 def own_parameters(problems, path, record, shared, what):
-    """{name: values} of a record in order, those of use_parameters first; local ones win."""
+    """{name: values} of a record in order, those of use_parameters first; local ones win.
+
+    None when one of them is wrong: then nothing can be expanded.
+    """
     wanted = {}
     for name in record.get("use_parameters", ()):
         if name in shared:
@@ -872,7 +875,8 @@ def own_parameters(problems, path, record, shared, what):
             found[str(name)] = parameter_values(value)
         except ValueError as error:
             problems.add((*path, "parameters"), f"{what}: parameter {name}: {error}")
-    return found
+    complete = set(found) == {*record.get("use_parameters", ()), *record.get("parameters", {})}
+    return found if complete else None
 
 
 def combinations(problems, path, record, found, what):
@@ -909,6 +913,8 @@ def expand(problems, path, record, shared, what):
     found = own_parameters(problems, path, record, shared, what)
     record = {name: value for name, value in record.items() if name not in PARAMETERIZED or
               name == "parameter_mode"}
+    if found is None:
+        return []
     if not found:
         return [record]
     rows = combinations(problems, path, record, found, what)
@@ -1022,7 +1028,8 @@ class Reader:
             for number, rule in enumerate(handler.get("rules", ())):
                 what = f'failure handler "{handler["name"]}" rule {number + 1}'
                 good = check_fields(self.problems, (*path, "rules", number), rule, "rule", what)
-                if not good.get("exit_codes") and not good.get("match_all_exit_codes"):
+                if isinstance(rule, dict) and not rule.get("exit_codes") and not good.get(
+                        "match_all_exit_codes"):
                     self.problems.add((*path, "rules", number), f"{what}: it has neither "
                                       "exit_codes nor match_all_exit_codes, so it never applies")
 
@@ -1340,8 +1347,8 @@ def read_spec(path, text=None, skip_checks=False):
     value, lines = parse_spec_text(path, read_spec_text(path) if text is None else text)
     problems = Problems(path, lines)
     if not isinstance(value, dict):
-        raise SpecError([f"{path}: the specification is {type(value).__name__}, not a mapping with "
-                         "name and jobs"])
+        kind = {"list": "a list", "str": "a text"}.get(type(value).__name__, "a single value")
+        raise SpecError([f"{path}: the specification is {kind}, not a mapping with name and jobs"])
     top = check_fields(problems, (), value, "workflow", "workflow")
     workflow = check_top(problems, top)
     reader = Reader(problems, top)
