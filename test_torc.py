@@ -3777,7 +3777,9 @@ def test_bench_upstreams_endpoints(server, clients):
 
 
 @pytest.mark.bench
-def test_bench_start_up(tmp_path):
+def test_bench_start_up(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "cache"))
     best = lambda *words: min(wall(*words, cwd=tmp_path) for _ in range(7))  # noqa: E731
     floor = best(PYTHON, "-c", "pass")
     make(torc.LocalClient(str(tmp_path / "x.db")), {"a": []})

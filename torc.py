@@ -425,7 +425,8 @@ SPEC_FIELDS = {
     "rule": {"exit_codes": "ints", "match_all_exit_codes": "bool", "recovery_script": "str",
              "max_retries": "count"},
     "Slurm scheduler": {"name": "name!", "account": "name!", "partition": "str",
-                        "nodes": "positive", "walltime": "walltime", "mem": "slurm memory", "gres": "str", "qos": "str",
+                        "nodes": "positive", "walltime": "walltime", "mem": "slurm memory",
+                        "gres": "str", "qos": "str",
                         "tmp": "str", "ntasks_per_node": "positive", "extra": "str"},
     "action": {"trigger_type": "enum!:" + "|".join(TRIGGERS),
                "action_type": "enum!:run_commands|schedule_nodes", "jobs": "strs",
@@ -950,8 +951,8 @@ def merge(problems, path, merged, one, what):
             before[name].update(dict.fromkeys(value))
         elif before[name] != value:
             problems.add((*path, name), f"{what}: {name} differs between combinations of "
-                         f"parameters that all give the name {one['name']!r}: put the placeholder into the "
-                         "name, too")
+                         f"parameters that all give the name {one['name']!r}: put the "
+                         "placeholder into the name, too")
             return False
     return True
 
@@ -6221,7 +6222,8 @@ class Runner:
         lease = self.situation.get("lease_s", 20 * 60 + LEASE_MARGIN_S)
         if now - self.lease_at > lease - LEASE_MARGIN_S:
             away = format_duration(now - self.lease_at)
-            raise Unreachable(f"the server has been away for {away}, as long as the workflow allows")
+            raise Unreachable(f"the server has been away for {away}, as long as the workflow "
+                              "allows")
         if self.interrupted and not self.children and now - away > STOP_LEAD_S:
             raise Unreachable("the server is away, the results wait in the journal")
 
