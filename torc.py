@@ -696,7 +696,8 @@ def is_of(value, kind):
     """Whether a value is of a type of SPEC_FIELDS."""
     import signal
     if kind in ("count", "positive", "int"):
-        return type(value) is int and value >= {"count": 0, "positive": 1, "int": -2**63}[kind]
+        least = {"count": 0, "positive": 1, "int": -2**63}[kind]
+        return type(value) is int and least <= value < 2**63
     if kind in ("strs", "ints"):
         return isinstance(value, list) and all(
             isinstance(item, str) if kind == "strs" else type(item) is int for item in value)
@@ -770,12 +771,12 @@ def title(table, number, record):
 
 # ---- parameters
 
-def number_of(text):
-    """The int or float that a text spells, or None."""
+def number_of(text, exact=True):
+    """The int or float that a text spells, or None; exact: only if it prints as it is written."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            return value if math.isfinite(value) else None
+            return value if math.isfinite(value) and (not exact or repr(value) == text) else None
     return None
 
 
@@ -804,7 +805,7 @@ def parameter_values(value):
         numbers = [number_of(word) for word in words]
         return numbers if None not in numbers else [word.strip("'\"") for word in words]
     parts = [part.strip() for part in text.split(":")]
-    if len(parts) in (2, 3) and all(number_of(part) is not None for part in parts):
+    if len(parts) in (2, 3) and all(number_of(part, False) is not None for part in parts):
         return range_values(value, parts)
     number = number_of(text)
     return [text if number is None else number]
@@ -812,7 +813,7 @@ def parameter_values(value):
 
 def range_values(text, parts):
     """Inclusive range start:stop[:step] of ints or floats. Raises ValueError when empty."""
-    numbers = [number_of(part) for part in parts]
+    numbers = [number_of(part, False) for part in parts]
     start, stop, step = (*numbers, 1)[:3]
     if step == 0:
         raise ValueError(f"{text!r} has the step 0")
@@ -1287,7 +1288,7 @@ def payload_of(reader, workflow):
     files = []
     for record in reader.records["files"]:
         file = {name: record[name] for name in ("name", "path", "st_mtime") if name in record}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             file["st_mtime"] = os.stat(file["path"]).st_mtime
         files.append(file)
     schedulers = [{"nodes": 1, "walltime": "01:00:00", **record} for record in
