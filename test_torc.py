@@ -652,11 +652,11 @@ def test_parameters_stand_for_their_values(value, expected):
 @pytest.mark.parametrize("text, expected", [
     ("{i:03d}_{i}_{x:.2f}", "007_7_0.50"), ("${i} {i}", "${i} 7"), ("{other} {i}", "{other} 7"),
     ("awk '{print $1}'", "awk '{print $1}'"), ("{one}", "1"), ("{s:>5}", "    t")])
-def test_every_placeholder_of_a_text_is_filled(text, expected):
+def test_no_placeholder_of_a_text_stays_half_expanded(text, expected):
     assert torc.substitute(text, {"i": 7, "x": 0.5, "one": 1.0, "s": "t"}) == expected
 
 
-def test_combinations_come_in_declared_order():
+def test_the_order_of_combinations_is_not_random():
     jobs = spec_jobs("""
         jobs:
           - {name: "{b}{a}", command: c, parameters: {a: "1:2", b: [x, y]}}
@@ -703,7 +703,7 @@ def test_regexes_are_searched_in_the_names():
     assert jobs["last"]["depends_on"] == ["p_1", "p_10", "p_11", "p_12", "p_2"]
 
 
-def test_variables_add_to_the_explicit_lists():
+def test_variables_do_not_drop_the_explicit_lists():
     spec = torc.read_spec("s.yaml", textwrap.dedent("""
         name: w
         files: [{name: a, path: pa}, {name: b, path: pb}, {name: out, path: po}]
@@ -2310,6 +2310,14 @@ def test_the_server_does_not_listen_everywhere_by_default(tmp_path):
     server.stop()
 
 
+def test_an_open_server_warns_of_the_risk(tmp_path):
+    server = Server(tmp_path / "x.db", 0, "--host", "0.0.0.0")
+    _, errors = server.stop()
+    assert "WARNING whoever reaches port" in errors and "--host 127.0.0.1" in errors
+    server = Server(tmp_path / "x.db")
+    assert "WARNING" not in server.stop()[1]
+
+
 def test_without_a_database_option_the_server_takes_torc_db_here_and_says_so(tmp_path):
     process = subprocess.Popen([PYTHON, TORC, "server", "--port", "0"], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -2575,7 +2583,7 @@ def test_version_and_help_import_neither_http_nor_ssl_nor_sqlite(words):
 @pytest.mark.parametrize("words", [
     "-f json workflows list", "workflows list -f json", "workflows -f json list",
     "workflows list --format=json", "--format=json workflows list", "workflows list -fjson"])
-def test_global_options_go_before_and_behind_the_command(cli, local, words):
+def test_global_options_are_not_refused_behind_the_command(cli, local, words):
     assert json.loads(cli(*words.split(), ok=0)[1]) == {"workflows": []}
 
 

@@ -4408,9 +4408,9 @@ def build_index(routes):
 
 
 INDEX = build_index(ROUTES)
-PATTERNS = {}
+PATTERNS = {}                             # by number of segments and the first one
 for _pattern in INDEX:
-    PATTERNS.setdefault(len(_pattern), []).append(_pattern)
+    PATTERNS.setdefault((len(_pattern), _pattern[0]), []).append(_pattern)
 
 
 def find_endpoint(method, path):
@@ -4419,7 +4419,7 @@ def find_endpoint(method, path):
     Raises NotFound, or BadRequest with .allow (methods that exist) for another method.
     """
     segments = path.split("/")[1:]
-    for pattern in PATTERNS.get(len(segments), ()):
+    for pattern in PATTERNS.get((len(segments), segments[0]) if segments else (), ()):
         if all(want == "*" and have or want == have for want, have in zip(pattern, segments)):
             methods = INDEX[pattern]
             if method not in methods:
@@ -6755,11 +6755,20 @@ def raise_file_limit():
     return soft
 
 
-def announce(port, urls, path, log):
-    """The one line on stdout, and for people where the server is."""
+def announce(host, port, urls, path, log):
+    """The one line on stdout, and for people where the server is and who could reach it."""
     with contextlib.suppress(OSError, ValueError):
         print(f"TORC_SERVER_PORT={port}", flush=True)
     log.info("torc %s serves %s at %s", VERSION, path, ", ".join(urls))
+    if not is_loopback(host):
+        log.warning("whoever reaches port %d on %s can read and change all workflows, and so run "
+                    "commands as the users whose runners work here: --host 127.0.0.1 keeps it to "
+                    "this machine", port, host)
+
+
+def is_loopback(host):
+    """Whether a host name or address means this machine only."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def serve(args):
@@ -6776,7 +6785,7 @@ def serve(args):
         import bottle                     # noqa: F401  (missing: say so before anything is made)
     except ImportError:
         raise MissingPackage("bottle", "the server") from None
-    sys.setswitchinterval(0.0005)         # SQLite gives up the interpreter's lock at every step
+    sys.setswitchinterval(0.0001)         # SQLite gives up the interpreter's lock at every step
     log = make_log(args.log_level, args.log_dir, args.json_logs)
     database = server_database(args.database, log)
     sockets = bind_sockets(args.host, args.port)
@@ -6804,7 +6813,7 @@ def serve(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     try:
-        announce(port, application.urls, store.path, log)
+        announce(args.host, port, application.urls, store.path, log)
         server.run()                      # ends by SystemExit, after requests at work are answered
     except SystemExit:
         pass
