@@ -2312,6 +2312,7 @@ def test_the_server_does_not_listen_everywhere_by_default(tmp_path):
 
 def test_an_open_server_warns_of_the_risk(tmp_path):
     server = Server(tmp_path / "x.db", 0, "--host", "0.0.0.0")
+    server.client().get("/ping")          # it answers once it has said what it has to say
     _, errors = server.stop()
     assert "WARNING whoever reaches port" in errors and "--host 127.0.0.1" in errors
     server = Server(tmp_path / "x.db")
