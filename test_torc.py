@@ -2029,7 +2029,99 @@ def test_actions_run_at_their_moments(run):
     assert ran.code == 0, ran.log
     assert order[:4] == ["on_workflow_start", "on_worker_start", "a", "b"]
     assert sorted(order[4:]) == ["on_jobs_complete", "on_worker_complete", "on_workflow_complete"]
-    assert "`exit 9` failed with return code 9" in ran.log
+    assert "`exit 9` failed: return code 9" in ran.log
+
+
+def test_a_signal_ends_an_action_at_work_and_no_job_is_begun(tmp_path):
+    spec = write_spec(tmp_path, {"a": "true"}, actions=[
+        {"trigger_type": "on_workflow_start", "action_type": "run_commands",
+         "commands": ["touch ../begun; sleep 300", "touch ../never"]}])
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
+    until((tmp_path / "begun").exists)
+    runner.terminate()
+    assert runner.wait(60) == 143
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        assert statuses(client, 1) == {"a": "ready"}
+        assert client.page("/compute_nodes", workflow_id=1, is_active=True)["items"] == []
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_signal_ends_a_recovery_script_and_the_job_is_tried_again_by_the_next_runner(tmp_path):
+    spec = write_spec(
+        tmp_path, {"a": {"command": "test -e mended", "failure_handler": "h"}},
+        failure_handlers=[{"name": "h", "rules": [
+            {"exit_codes": [1], "recovery_script": "touch begun; sleep 300"}]}])
+    database = ("--database", tmp_path / "x.db")
+    runner = start_run(tmp_path, spec, *database)
+    until((tmp_path / "begun").exists)
+    runner.terminate()
+    assert runner.wait(60) == 143
+    (tmp_path / "mended").touch()
+    assert start_run(tmp_path, 1, *database).wait(60) == 0
+
+
+def test_a_job_that_cannot_be_a_process_fails_and_says_why(tmp_path):
+    database = str(tmp_path / "x.db")
+    with contextlib.closing(torc.LocalClient(database)) as client:
+        workflow_id, ids = make(client, {"a": [], "b": []}, start=False)
+        client.put(f"/jobs/{ids['a']}", {"command": "echo a\0b"})
+        client.post(f"/workflows/{workflow_id}/initialize_jobs")
+        assert start_run(tmp_path, workflow_id, "--database", database).wait(60) == 1
+        [result] = client.page("/results", workflow_id=workflow_id, job_id=ids["a"])["items"]
+        assert result["return_code"] == 126
+        assert "could not be started: embedded null byte" in client.get(
+            f"/jobs/{ids['a']}/why")["sentence"]
+        assert statuses(client, workflow_id)["b"] == "completed"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_disk_is_the_fault_of_the_machine_and_fails_no_job(tmp_path):
+    (tmp_path / "torc_output").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=12", "small",
+                    tmp_path / "torc_output"], check=True)
+    try:
+        spec = write_spec(tmp_path, {f"j{number}": "true" for number in range(20)})
+        runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
+        assert runner.wait(60) == 1
+        log = (tmp_path / "run.log").read_text()
+        assert "jobs cannot be started on this machine: No space left on device: " in log
+        with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+            assert set(statuses(client, 1).values()) == {"completed", "ready"}
+    finally:
+        subprocess.run(["umount", tmp_path / "torc_output"], check=True)
+    assert start_run(tmp_path, 1, "--database", tmp_path / "x.db").wait(60) == 0
+
+
+def test_a_runner_without_bash_leaves_nothing_behind(tmp_path):
+    spec = write_spec(tmp_path, {"a": "true"})
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db",
+                       env={"PATH": str(tmp_path)})
+    assert runner.wait(60) == 1
+    assert "there is no bash on the PATH" in (tmp_path / "run.log").read_text()
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        assert client.page("/compute_nodes", workflow_id=1)["items"] == []
+
+
+@pytest.mark.slow
+def test_a_prefetched_job_given_back_is_not_taken_again(tmp_path):
+    """Quick jobs, then long ones of the same kind: the rate of the quick ones is over."""
+    jobs = {f"quick{number}": {"command": "true", "priority": 9} for number in range(40)}
+    jobs.update({f"long{number}": "sleep 3" for number in range(4)})
+    runner = start_run(tmp_path, write_spec(tmp_path, jobs), "--database", tmp_path / "x.db",
+                       "--max-parallel-jobs", 1)
+    until((tmp_path / "x.db").exists)
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        def long_ones():
+            found = statuses(client, 1) if client.page("/workflows")["items"] else {}
+            return sorted(found.get(f"long{number}", "") for number in range(4))
+
+        until(lambda: long_ones()[3] == "running" and long_ones()[0] == "ready")
+        until(lambda: long_ones() == ["ready", "ready", "ready", "running"])
+        time.sleep(1.2)                   # two rounds of giving back
+        assert long_ones() == ["ready", "ready", "ready", "running"]
+    runner.terminate()
+    assert runner.wait(60) == 143
 
 
 def test_the_guardian_ends_the_jobs_of_a_killed_runner(tmp_path):
@@ -2094,8 +2186,8 @@ def test_a_lost_server_does_not_end_the_runner_before_the_workflows_own_limit(tm
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
     server = Server(tmp_path / "x.db")
     runner = start_run(tmp_path, 1, "--url", server.url)
-    until(lambda: statuses(server.client(), 1)["a"] == "running"
-          and server.client().get("/jobs/1")["attempt_id"] == 2)
+    until(lambda: [server.client().get("/jobs/1")[name] for name in ("status", "attempt_id")]
+          == ["running", 2])              # both from one answer
     runner.terminate()
     assert runner.wait(60) == 143
     server.stop()
@@ -2125,8 +2217,11 @@ def test_cpus_are_those_we_may_use_not_those_there_are(tmp_path):
 def test_gpus_come_from_the_variable_that_hides_them(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-8f")
     assert torc.usable_gpus() == ["2", "GPU-8f"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert torc.usable_gpus() == []
+    for none in ("", "-1", "NoDevFiles", "-1,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert torc.usable_gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 1,-1,2")
+    assert torc.usable_gpus() == ["0", "1"]
 
 
 def test_a_process_that_took_over_a_number_is_not_taken_for_ours():
@@ -2828,6 +2923,7 @@ def test_wait_ends_with_3_at_its_timeout_and_when_nothing_can_happen(cli, local)
     make(local, {"a": []})
     code, _, err = cli("wait", "--timeout", "0.1")
     assert code == 3 and "not ended" in err
+    assert err.count("no runner is at work on workflow 1: `torc run 1` starts one") == 1
     make(local, {"a": []}, start=False)
     code, _, err = cli("wait", 2)
     assert code == 3 and '"a" (job 2, uninitialized)' in err

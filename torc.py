@@ -30,7 +30,9 @@ from __future__ import annotations
 # Standard library only, and only what every command needs: --version must stay quick. Modules that
 # one part alone needs (http.client, sqlite3, subprocess) are imported by the functions there.
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -883,7 +885,6 @@ def own_parameters(problems, path, record, shared, what):
 
 def combinations(problems, path, record, found, what):
     """All combinations of parameter values as dicts, in declared order."""
-    import itertools
     names = list(found)
     if record.get("parameter_mode") == "zip":
         first = names[0]
@@ -4859,6 +4860,8 @@ GIVE_BACK_S = 0.5                         # a prefetched job not started by then
 RUNTIME_GRACE_S = 120                     # by which a requirement's runtime may exceed what is left
 STOP_LEAD_S = 10.0                        # at most, from SIGTERM to SIGKILL when a job is stopped
 SUBREAPER = 36                            # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EAGAIN, errno.ENOMEM,
+                  errno.EMFILE, errno.ENFILE, errno.ESTALE}     # no job can be blamed for these
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
 TOO_LONG = 131_071                        # bytes of one argument: MAX_ARG_STRLEN, execve(2)
@@ -4927,7 +4930,9 @@ def usable_gpus():
     import subprocess
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if os.environ.get(name) is not None:
-            return [word for word in os.environ[name].split(",") if word.strip()]
+            words = [word.strip() for word in os.environ[name].split(",")]
+            # CUDA sees the devices before the first that is none: -1, NoDevFiles, an empty word.
+            return list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, words))
     if shutil.which("nvidia-smi"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True,
@@ -5498,6 +5503,7 @@ class Runner:
         self.queue = collections.deque()             # (claimed job, when): not started
         self.children = {}                           # pid: Child
         self.ending = {}                             # key: job whose end is being worked out
+        self.scripts = set()                         # Popen of actions and recovery scripts
         self.starts, self.returns = [], []
         self.done = []                               # completions the server has not confirmed
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
@@ -5506,6 +5512,8 @@ class Runner:
         self.code = None                             # exit code once decided
         self.ended = threading.Event()
         self.interrupted = 0                         # signal number
+        self.fault = None                            # why this machine cannot start jobs,
+        self.retry_at = 0.0                          # and when it tries again
         self.draining = False                        # no more starts
         self.news = True                             # worth asking for jobs
         self.situation = {}                          # the server's last answer
@@ -5516,8 +5524,13 @@ class Runner:
 
     def run(self):
         """Run; returns the exit code: 0, 1, 3, or 128 + signal."""
+        import shutil
         sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
         os.makedirs(os.path.join(self.directory, "job_stdio"), exist_ok=True)
+        os.makedirs(os.path.join(self.directory, "journal"), mode=0o700, exist_ok=True)
+        self.bash = shutil.which("bash")
+        if not self.bash:
+            raise TorcError("there is no bash on the PATH, which runs the commands of jobs")
         workflow = self.client.get(f"/workflows/{self.workflow_id}")
         self.run_id = self.client.get(f"/workflows/{self.workflow_id}/status")["run_id"]
         self.workflow = workflow
@@ -5528,6 +5541,7 @@ class Runner:
         for sentence in release_dead_nodes(self.client, self.workflow_id, self.directory):
             self.say(sentence)
         self._detect()
+        self._signals()
         self._register()
         try:
             self._work()
@@ -5579,11 +5593,7 @@ class Runner:
                  f"output in {self.options.output_dir}")
 
     def _environment(self):
-        """What all jobs get in their environment, and the shell that runs them."""
-        import shutil
-        self.bash = shutil.which("bash")
-        if not self.bash:
-            raise TorcError("there is no bash on the PATH, which runs the commands of jobs")
+        """What all jobs get in their environment."""
         self.base_environment = {
             **os.environ, **self.client.job_environment(),
             "TORC_WORKFLOW_ID": str(self.workflow_id), "TORC_OUTPUT_DIR": self.directory,
@@ -5592,14 +5602,12 @@ class Runner:
             self.base_environment.pop("TORC_DATABASE", None)
 
     def _work(self):
-        """Start actions, then the threads, then the loop."""
+        """The threads, then the loop."""
         self._become_subreaper()
         handlers = [rule for rule in self.client.items(
             f"/workflows/{self.workflow_id}/failure_handlers")]
         self.handlers = {handler["id"]: json.loads(handler["rules"]) for handler in handlers}
-        self._signals()
         self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self.run_actions(self.client, ("on_workflow_start", "on_worker_start"))
         self.lease_at = time.monotonic()
         self.waiting = self.client.clone()
         threads = [threading.Thread(target=target, daemon=True) for target in (
@@ -5675,21 +5683,26 @@ class Runner:
         due = [child.kill_at for child in list(self.children.values()) if child.kill_at]
         if self.end_time and not self.draining:
             due.append(self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s)
+        if self.retry_at > now:
+            due.append(self.retry_at)
         if self.progress.terminal:
             due.append(now + 0.2)
         return max(0, int(1000 * (min(due) - now)) + 1) if due else None
 
     def _handle_signals(self):
+        import signal
         while self.received:
             number = self.received.pop(0)
             if self.interrupted:          # the second one: at once
                 for child in list(self.children.values()):
                     child.kill_at = time.monotonic()
+                self._end_scripts(signal.SIGKILL)
                 continue
             self.interrupted = number
             self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
                      "ready again")
             self._drain()
+            self._end_scripts(signal.SIGTERM)
             for child in list(self.children.values()):
                 self._end(child, "interrupt")
         if self.interrupted:
@@ -5703,6 +5716,32 @@ class Runner:
             self.returns += [job for job, _ in self.queue]
             self.queue.clear()
             self.talk.notify()
+
+    def _end_scripts(self, number):
+        """Signal the commands of actions and the recovery scripts that are at work."""
+        with self.lock:
+            for process in self.scripts:
+                if process.poll() is None:
+                    signal_group(process.pid, number)
+
+    def _run_script(self, script, path, environment, last=False, cwd=None):
+        """Run a script of the workflow's with its output appended to a file; its return code.
+
+        None: not begun, since the runner is about to leave and it is not one of the last words.
+        """
+        import subprocess
+        with open(path, "ab") as file:
+            with self.lock:               # _drain comes before, or else finds it in the set
+                if self.draining and not last:
+                    return None
+                process = subprocess.Popen(
+                    [self.bash, "-c", script], cwd=cwd, stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=file, start_new_session=True, env=environment)
+                self.scripts.add(process)
+            code = process.wait()
+        with self.lock:
+            self.scripts.discard(process)
+        return code
 
     def _end(self, child, verdict, status=None, lead=None):
         """Ask a job to end; SIGKILL follows after the lead."""
@@ -5734,6 +5773,7 @@ class Runner:
             if self.children:
                 self.say(f"the time limit is near: ending {len(self.children)} running jobs")
             self._drain()
+            self._end_scripts(signal.SIGTERM)
             for child in list(self.children.values()):
                 self._end(child, "timeout", lead=limits.sigterm_lead_s)
 
@@ -5749,7 +5789,7 @@ class Runner:
 
     def _launch(self):
         """Start the queued jobs that fit."""
-        if not self.queue:
+        if not self.queue or time.monotonic() < self.retry_at:
             return
         with self.lock:
             ready, kept = [], []
@@ -5766,6 +5806,8 @@ class Runner:
             self.queue.extendleft(reversed(kept))
         for job in ready:
             self._spawn(job)
+        if self.fault and not self.children:
+            self._drain()
 
     @staticmethod
     def _key(job):
@@ -5801,10 +5843,11 @@ class Runner:
         self.journal.flush()
         try:
             child.pid = self._exec(child)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._failed_to_start(child, error)
             return
         child.started = time.monotonic()
+        self.fault = None
         self.journal.add({"pid": [child.pid, round(time.clock_gettime(time.CLOCK_BOOTTIME), 2)]})
         with self.lock:
             self.children[child.pid] = child
@@ -5814,13 +5857,25 @@ class Runner:
                 self.talk.notify()        # so that it is told soon, if the job lasts
 
     def _failed_to_start(self, child, error):
-        """The process could not be made: return code 126, and the reason in the tail."""
+        """The process could not be made: return code 126, and the reason in the tail.
+
+        If this machine is at fault, the job waits for better times; nothing runs: give up.
+        """
+        reason = getattr(error, "strerror", None) or str(error)
+        reason += f": {error.filename}" if getattr(error, "filename", None) else ""
         self.free_gpus += child.gpus
         self._use(child.need, -1)
-        text = f"torc: the job could not be started: {error.strerror}: {error.filename or ''}\n"
+        if getattr(error, "errno", None) not in MACHINE_FAULTS:
+            self._completed(child, 126, 0.0, None,
+                            f"torc: the job could not be started: {reason}\n")
+            return
+        self.journal.add({"ok": [list(child.key)]})     # it has not been started
         with self.lock:
             self.ending.pop(child.key, None)
-        self._completed(child, 126, 0.0, None, text)
+            self.queue.appendleft((child.job, time.monotonic()))
+        if not self.fault:
+            self.say(f"job {child.job['id']} cannot be started here now: {reason}")
+        self.fault, self.retry_at = reason, time.monotonic() + 5
 
     def _exec(self, child):
         """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
@@ -5877,6 +5932,7 @@ class Runner:
             self._signal(child, signal.SIGKILL)
         self.free_gpus += child.gpus
         self.ends.append(time.monotonic())
+        self.retry_at = 0.0
         with self.lock:
             self._use(child.need, -1)
             del self.children[child.pid]
@@ -5978,14 +6034,13 @@ class Runner:
 
     def _recover(self, child, done, rule):
         """Run a recovery script; only if it succeeds is the job ready again (a thread)."""
-        import subprocess
         path = child.files.error_path() or os.devnull
-        with open(path, "ab") as file:
-            code = subprocess.run(
-                ["bash", "-c", rule["recovery_script"]], stdin=subprocess.DEVNULL, stdout=file,
-                stderr=file, start_new_session=True,
-                env={**child.environment, "TORC_RETURN_CODE": str(done["return_code"])}).returncode
-        if code == 0:
+        try:
+            code = self._run_script(rule["recovery_script"], path, {
+                **child.environment, "TORC_RETURN_CODE": str(done["return_code"])})
+        except (OSError, ValueError) as error:
+            code = str(error)
+        if code == 0 or self.draining:    # cut short by our end: the next runner tries again
             done["requeue"] = True
         else:
             done["stderr_tail"] = (done.get("stderr_tail", "")
@@ -6070,6 +6125,7 @@ class Runner:
         self.code = 1
 
     def _converse(self):
+        self.run_actions(self.client, ("on_workflow_start", "on_worker_start"))
         idle_since = None
         counted = 0.0
         while True:
@@ -6132,6 +6188,8 @@ class Runner:
             for entry in late:
                 self.queue.remove(entry)
                 self.returns.append(entry[0])
+            if late:
+                self.ends.clear()         # the rate that they were claimed at is no longer true
 
     def _patience_s(self):
         """How long to wait for new jobs when others may make some."""
@@ -6310,6 +6368,10 @@ class Runner:
                 "compute_node_ignore_workflow_completion"):
             self.run_actions(self.client, ("on_workflow_complete",))
             return self._verdict()
+        if self.fault:
+            self.say(f"jobs cannot be started on this machine: {self.fault}; `torc run "
+                     f"{self.workflow_id}` goes on from here once that is mended")
+            return 1
         if self.draining:
             return self._time_is_up()
         report = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
@@ -6441,16 +6503,17 @@ class Runner:
 
     def _run_commands(self, action):
         """The commands of an action one after another; the first failure ends it."""
-        import subprocess
         log = os.path.join(self.directory, f"action_{action['id']}.log")
+        last = action["trigger_type"] in ("on_worker_complete", "on_workflow_complete")
         for command in action["action_config"]["commands"]:
-            with open(log, "ab") as file:
-                code = subprocess.run(["bash", "-c", command], cwd=self.directory, stdout=file,
-                                      stderr=file, stdin=subprocess.DEVNULL,
-                                      start_new_session=True, env=self.base_environment).returncode
-            if code:
-                self.say(f"action {action['id']} ({action['trigger_type']}): `{command}` failed "
-                         f"with return code {code}, see {log}")
+            try:
+                code = self._run_script(command, log, self.base_environment, last, self.directory)
+                how = f"return code {code}" if code else "the runner was about to end"
+            except (OSError, ValueError) as error:
+                code, how = None, str(error)
+            if code != 0:
+                self.say(f"action {action['id']} ({action['trigger_type']}): `{command}` failed: "
+                         f"{how}, see {log}")
                 return
 
 
@@ -6615,7 +6678,6 @@ def bind_sockets(host, port):
 
 def bind_trouble(error, host, port):
     """Why a socket could not be bound, and the option that helps."""
-    import errno
     if error.errno == errno.EADDRINUSE:
         return Unreachable(f"port {port} on {host} is in use{port_holder(port)}: stop it, or take "
                            f"--port {port + 1}, or --port 0 for any free one")
@@ -7935,14 +7997,18 @@ def end_code(counted):
     return 0 if ended == counted["total"] else 3
 
 
-def hopeless(client, workflow_id):
-    """Why nothing will happen in a workflow by itself, or None."""
+def prospects(client, workflow_id):
+    """(why nothing will happen in a workflow by itself, why nothing happens now), else None."""
     left = client.get(f"/workflows/{workflow_id}/unfinished")
-    if any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
-        return None
-    waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
-                        for job in left["waiting"][:5])
-    return f"workflow {workflow_id} is stuck: it waits for {waiting or 'nothing that will happen'}"
+    if not any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
+        waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
+                            for job in left["waiting"][:5])
+        return (f"workflow {workflow_id} is stuck: it waits for "
+                f"{waiting or 'nothing that will happen'}"), None
+    if left["scheduled"] or not all(is_dead_here(node) for node in left["active_nodes"]):
+        return None, None
+    return None, (f"no runner is at work on workflow {workflow_id}: `torc run {workflow_id}` "
+                  "starts one; waiting")
 
 
 @command("wait", WORKFLOW,
@@ -7956,10 +8022,13 @@ def do_wait(args, client):
     path = f"/workflows/{args.workflow_id}"
     deadline = None if args.timeout is None else time.monotonic() + args.timeout
     news = client.get(f"{path}/changes", since=-1)
-    trouble, code = None, None
+    trouble, code, told = None, None, None
     while not news["is_complete"]:
         left = 60.0 if deadline is None else deadline - time.monotonic()
-        trouble = hopeless(client, args.workflow_id)
+        trouble, hint = prospects(client, args.workflow_id)
+        if hint and hint != told:
+            tell(args, hint)
+        told = hint or told
         if trouble is None and left <= 0:
             trouble = f"workflow {args.workflow_id} has not ended within {args.timeout:g} s"
             code = 3
