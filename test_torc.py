@@ -30,6 +30,8 @@ TORC = os.path.abspath(torc.__file__)
 SOURCE = Path(TORC).read_text(encoding="utf-8")
 ROOT = Path(TORC).parent
 PYTHON = sys.executable
+# A shell without job control starts its background with SIGINT ignored, which children inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ==================================================================================================
@@ -1149,6 +1151,34 @@ def test_a_repeated_step_counts_nothing_twice_and_loses_nothing(client):
     assert statuses(client, workflow_id) == dict(a="completed", b="pending", c="ready", x="pending")
 
 
+def test_a_repeated_step_does_not_lose_the_job_it_claimed_anew(client):
+    """A step hands in a failure that is tried again and claims; its answer gets lost."""
+    workflow_id, ids = make(client, {"a": []})
+    runner = Conversation(client, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    done = runner.done(job, 1, requeue=True)
+    assert [job["attempt_id"] for job in runner.step([done], limit=1)["jobs"]] == [2]
+    runner.held = {}
+    [again] = runner.step([done], limit=1, repeat=True)["jobs"]
+    assert again["attempt_id"] == 2
+    runner.step([runner.done(again)])
+    assert statuses(client, workflow_id) == {"a": "completed"}
+
+
+def test_a_repeated_completion_does_not_count_for_the_next_run(client):
+    workflow_id, ids = make(client, {"a": []})
+    runner = Conversation(client, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    runner.step([runner.done(job, 1)])
+    client.post(f"/workflows/{workflow_id}/reset_job_status")
+    client.put(f"/workflows/{workflow_id}/status", {"run_id": 2, "is_canceled": False})
+    client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    [again] = runner.step(limit=1)["jobs"]
+    assert (again["run_id"], again["attempt_id"]) == (2, 1)
+    runner.step([runner.done(job, 1)])
+    assert statuses(client, workflow_id) == {"a": "pending"}
+
+
 def test_a_step_older_than_the_last_changes_nothing(client):
     workflow_id, _ = make(client, {"a": []})
     runner = Conversation(client, workflow_id)
@@ -2061,6 +2091,117 @@ def test_a_signal_ends_a_recovery_script_and_the_job_is_tried_again_by_the_next_
     assert start_run(tmp_path, 1, *database).wait(60) == 0
 
 
+@pytest.mark.slow
+def test_an_action_that_ignores_the_signal_does_not_hold_the_runner(tmp_path):
+    spec = write_spec(tmp_path, {"a": "true"}, actions=[
+        {"trigger_type": "on_workflow_start", "action_type": "run_commands",
+         "commands": ["trap '' TERM; touch ../begun; sleep 300"]}])
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
+    until((tmp_path / "begun").exists)
+    runner.terminate()
+    assert runner.wait(60) == 143
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+
+
+def test_an_action_outlasts_the_last_job(run):
+    ran = run({"a": "true"}, actions=[
+        {"trigger_type": "on_jobs_complete", "action_type": "run_commands", "jobs": ["a"],
+         "commands": ["sleep 0.5", "touch ../second", "sleep 0.2; touch ../third"]}])
+    assert ran.code == 0, ran.log
+    assert (ran.directory / "third").exists()
+
+
+def test_a_slot_is_free_while_a_recovery_script_runs(tmp_path):
+    spec = write_spec(
+        tmp_path, {"a": {"command": "sleep 0.7; test -e go", "failure_handler": "h", "priority": 1},
+                   "b": "touch go"},
+        failure_handlers=[{"name": "h", "rules": [
+            {"exit_codes": [1], "recovery_script": "while ! test -e go; do sleep 0.05; done"}]}])
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 1)
+    until((tmp_path / "go").exists, 15)   # the next heartbeat would be after 30 s
+    assert runner.wait(60) == 0
+
+
+def test_nohup_is_honoured(tmp_path):
+    spec = write_spec(tmp_path, {"a": "touch begun; while ! test -e go; do sleep 0.05; done"})
+    runner = subprocess.Popen(["nohup", PYTHON, TORC, "run", str(spec), "--database", "x.db"],
+                              cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    until((tmp_path / "begun").exists)
+    runner.send_signal(signal.SIGHUP)
+    (tmp_path / "go").touch()
+    assert runner.wait(60) == 0
+
+
+def test_a_job_that_has_ended_is_not_taken_for_interrupted(tmp_path):
+    spec = write_spec(tmp_path, {"a": "touch begun; while ! test -e go; do sleep 0.01; done",
+                                 "b": {"command": "true", "depends_on": ["a"]}})
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
+    until((tmp_path / "begun").exists)
+    os.kill(runner.pid, signal.SIGSTOP)
+    (tmp_path / "go").touch()
+    until(lambda: any("(bash) Z" in (Path("/proc") / pid / "stat").read_text()
+                      for pid in children_of(runner.pid)), what="the end of the job")
+    runner.terminate()
+    os.kill(runner.pid, signal.SIGCONT)
+    assert runner.wait(60) == 143
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        assert statuses(client, 1) == {"a": "completed", "b": "ready"}
+
+
+def children_of(pid):
+    """pids of the children of a process's main thread, as texts."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_dead_orphans_of_jobs_are_buried(tmp_path):
+    spec = write_spec(tmp_path, {
+        "a": "(sleep 0.2; touch dead) &", "b": "sleep 1.3",
+        "c": {"command": "while ! test -e go; do sleep 0.05; done", "depends_on": ["b"]}})
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
+    until((tmp_path / "dead").exists)
+    until(lambda: not any(") Z " in (Path("/proc") / pid / "stat").read_text()
+                          for pid in children_of(runner.pid)), what="the end of the zombie")
+    (tmp_path / "go").touch()
+    assert runner.wait(60) == 0
+
+
+def test_a_limit_of_months_is_no_number_too_large(run):
+    assert run({"a": "true"}, "--time-limit", "P300D").code == 0
+
+
+def test_output_files_that_cannot_be_opened_leak_no_descriptor(tmp_path):
+    files = torc.Stdio(str(tmp_path), 1, (1, 1, 1), "separate")
+    os.makedirs(files.paths[1])
+    number = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(IsADirectoryError):
+            files.open(0)
+    assert len(os.listdir("/proc/self/fd")) == number
+
+
+def test_the_journal_loses_nothing_between_threads(tmp_path):
+    journal = torc.Journal(str(tmp_path / "journal" / "x.jsonl"), {"pid": 1})
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def write(thread):
+        for number in range(3000):
+            journal.add({"end": [thread, number]})
+            if number % 3 == 0:
+                journal.flush()
+
+    threads = [threading.Thread(target=write, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    journal.close(remove=False)
+    ends = [record["end"] for record in torc.read_journal(journal.path) if "end" in record]
+    assert sorted(ends) == [[thread, number] for thread in range(4) for number in range(3000)]
+
+
 def test_a_job_that_cannot_be_a_process_fails_and_says_why(tmp_path):
     database = str(tmp_path / "x.db")
     with contextlib.closing(torc.LocalClient(database)) as client:
@@ -2186,8 +2327,8 @@ def test_a_lost_server_does_not_end_the_runner_before_the_workflows_own_limit(tm
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
     server = Server(tmp_path / "x.db")
     runner = start_run(tmp_path, 1, "--url", server.url)
-    until(lambda: [server.client().get("/jobs/1")[name] for name in ("status", "attempt_id")]
-          == ["running", 2])              # both from one answer
+    until(lambda: {"status": "running", "attempt_id": 2}.items()
+          <= server.client().get("/jobs/1").items())
     runner.terminate()
     assert runner.wait(60) == 143
     server.stop()
@@ -2205,6 +2346,126 @@ def test_canceling_the_workflow_ends_its_jobs(tmp_path):
     assert statuses(server.client(), 1) == {"a": "canceled", "b": "ready"}
     assert server.client().page("/results", workflow_id=1)["total_count"] == 1
     server.stop()
+
+
+@contextlib.contextmanager
+def gateway(server, fault):
+    """A reverse proxy before a server; fault(path, number of requests before) is None, "lose" (the
+    answer is lost) or a status that it answers itself. Yields its URL."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    numbers = iter(range(10**9))
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def pass_on(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            trouble = fault(self.path, next(numbers))
+            if isinstance(trouble, int):
+                self.send_response(trouble)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            upstream = http.client.HTTPConnection("127.0.0.1", server.port)
+            upstream.request(self.command, self.path, body, dict(self.headers))
+            response = upstream.getresponse()
+            data = response.read()
+            upstream.close()
+            if trouble == "lose":
+                self.close_connection = True
+                return
+            self.send_response(response.status)
+            for name in ("Content-Type", "X-Torc-Server"):
+                self.send_header(name, response.headers[name])
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_PUT = do_DELETE = pass_on
+
+        def log_message(self, *_):
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=proxy.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}{torc.API_PREFIX}"
+    finally:
+        proxy.shutdown()
+        thread.join()
+        proxy.server_close()
+
+
+@pytest.mark.parametrize("trouble", ["lose", 500, 502, 503, 504])
+def test_a_fault_between_runner_and_server_ends_no_job(server, tmp_path, trouble):
+    """Every third step gets no answer, or that of a gateway in trouble."""
+    spec = traced_spec(tmp_path, 12)
+    client = server.client()
+    steps = iter(range(10**9))
+    with gateway(server, lambda path, _: trouble if path.endswith("/runner_step")
+                 and next(steps) % 3 == 1 else None) as url:
+        runner = start_run(tmp_path, spec, "--url", url, "--max-parallel-jobs", 4)
+        assert runner.wait(100) == 0, (tmp_path / "run.log").read_text()
+    check_traces(tmp_path, client, 1)
+    assert client.page("/results", workflow_id=1, all_runs=True)["total_count"] == 12
+    client.close()
+
+
+def test_a_server_away_during_an_action_does_not_end_the_runner(tmp_path):
+    server = Server(tmp_path / "x.db")
+    spec = write_spec(tmp_path, {"a": "true"}, actions=[
+        {"trigger_type": f"on_{what}", "action_type": "run_commands",
+         "commands": [f"touch ../{what}; while ! test -e ../go_{what}; do sleep 0.05; done"]}
+        for what in ("worker_start", "workflow_complete")])
+    runner = start_run(tmp_path, spec, "--url", server.url)
+    for what in ("worker_start", "workflow_complete"):
+        until((tmp_path / what).exists)
+        server.kill()
+        (tmp_path / f"go_{what}").touch()
+        until(lambda: (tmp_path / "run.log").read_text().count("the jobs go on"))
+        server = Server(tmp_path / "x.db", port=server.port)
+    assert runner.wait(60) == 0, (tmp_path / "run.log").read_text()
+    assert (tmp_path / "run.log").read_text().count("the server is back") == 2
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_runner_that_is_signaled_leaves_though_the_server_does_not_answer(tmp_path, how):
+    server = Server(tmp_path / "x.db")
+    spec = write_spec(tmp_path, {"a": "test -e go || sleep 300"})
+    runner = start_run(tmp_path, spec, "--url", server.url)
+    until(lambda: is_running(server))
+    server.process.send_signal(how)
+    runner.send_signal(signal.SIGINT)
+    assert runner.wait(25) == 130         # ten seconds are for the server
+    log = (tmp_path / "run.log").read_text()
+    assert "the results wait in the journal" in log and "`torc run 1` goes on from here" in log
+    until(lambda: not processes_in(tmp_path) or how == signal.SIGSTOP)
+    server.process.send_signal(signal.SIGCONT)
+    server.kill()
+    assert list((tmp_path / "torc_output" / "journal").glob("*.jsonl"))
+    (tmp_path / "go").touch()
+    assert start_run(tmp_path, 1, "--database", server.database).wait(60) == 0
+
+
+def test_two_successors_of_a_dead_runner_do_not_disturb_each_other(tmp_path, api, monkeypatch):
+    workflow_id, _ = make(api, {"a": []})
+    sleeper = subprocess.Popen(["sleep", "60"])
+    identity = {"hostname": socket.gethostname(), "boot_id": torc.boot_id(), "pid": sleeper.pid,
+                "pid_started": torc.process_start(sleeper.pid)}
+    sleeper.kill(), sleeper.wait()
+    runner = Conversation(api, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    journal = torc.Journal(str(tmp_path / "journal" / "x.jsonl"), {
+        **identity, "workflow_id": workflow_id, "compute_node_id": runner.node, "token": "t"})
+    journal.add({"end": runner.done(job)})
+    journal.close(remove=False)
+    monkeypatch.setattr(torc, "kill_leftovers", lambda *_: os.unlink(journal.path))
+    [sentence] = torc.clean_up(api, journal.path, {})
+    assert sentence.startswith("1 results of the runner")
+    assert statuses(api, workflow_id) == {"a": "completed"}
 
 
 def test_cpus_are_those_we_may_use_not_those_there_are(tmp_path):

@@ -2476,12 +2476,13 @@ def store_result(store, values, replace=False):
     return result_id
 
 
-def take_completion(store, workflow_id, node_id, done):
+def take_completion(store, workflow_id, run_id, node_id, done):
     """In a transaction: apply one completion a runner reports; returns the ids made ready.
 
-    Counts once: the same (job, run, attempt) again changes nothing, except that it replaces the
-    -128 which stands for a runner believed dead. A completion of an attempt that the job has left
-    behind (canceled, reset, taken over) is kept as a result and changes no status.
+    run_id: the workflow's. Counts once: the same (job, run, attempt) again changes nothing, except
+    that it replaces the -128 which stands for a runner believed dead. A completion of an attempt
+    that the job has left behind (canceled, reset, taken over) is kept as a result and changes no
+    status.
     """
     try:
         job = job_row(store, done["job_id"])
@@ -2494,7 +2495,7 @@ def take_completion(store, workflow_id, node_id, done):
     earlier = store.one("SELECT return_code FROM result WHERE job_id = ? AND run_id = ?"
                         " AND attempt_id = ?", (job.id, done["run_id"], done["attempt_id"]))
     mine = job.compute_node_id == node_id
-    same = job.attempt_id == done["attempt_id"]
+    same = job.attempt_id == done["attempt_id"] and (not earlier or done["run_id"] == run_id)
     if mine and same and job.status in (PENDING, RUNNING):
         store_result(store, values, replace=bool(earlier))
         return apply_completion(store, job, values)
@@ -2509,7 +2510,7 @@ def take_completion(store, workflow_id, node_id, done):
         if latest and not same:
             store.execute("UPDATE latest_result SET result_id = ? WHERE job_id = ?",
                           (latest[0], job.id))
-    if mine:
+    if mine and job.status not in (PENDING, RUNNING):   # else the node has its next attempt
         disown_job(store, job)
     return []
 
@@ -2636,7 +2637,7 @@ def runner_step(store, workflow_id, step, now):
     freed = []
     take_starts(store, workflow_id, node_id, step.get("starts") or ())
     for done in step.get("completions") or ():
-        freed += take_completion(store, workflow_id, node_id, done)
+        freed += take_completion(store, workflow_id, run_id, node_id, done)
     if replay or number != last:
         freed += take_returns(store, workflow_id, node_id, step.get("returns") or ())
     if not replay:
@@ -4650,9 +4651,10 @@ class Client(Calls):
             word = f"{self.user}:{self.password}".encode()
             headers["Authorization"] = "Basic " + base64.b64encode(word).decode()
         wait_s = int((query or {}).get("wait_s") or 0)
-        repeatable = method == "GET" or path.endswith("/runner_step")
+        step = path.endswith("/runner_step")
+        timeout = wait_s + 30 if wait_s or step else 300
         status, content_type, answer = self._send(
-            method, target, data, headers, wait_s + 300, repeatable)
+            method, target, data, headers, timeout, step or method == "GET")
         return self._decode(status, content_type, answer, path)
 
     def _send(self, method, target, data, headers, timeout, repeatable):
@@ -4862,6 +4864,7 @@ STOP_LEAD_S = 10.0                        # at most, from SIGTERM to SIGKILL whe
 SUBREAPER = 36                            # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EAGAIN, errno.ENOMEM,
                   errno.EMFILE, errno.ENFILE, errno.ESTALE}     # no job can be blamed for these
+JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete")
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
 TOO_LONG = 131_071                        # bytes of one argument: MAX_ARG_STRLEN, execve(2)
@@ -4974,6 +4977,14 @@ def marked_processes(token, job_id=None):
     return found
 
 
+def has_exited(pid):
+    """Whether a child of ours has ended, reaped or not (waitid(2))."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
 def signal_group(pid, number):
     """Signal a process group that we made; says whether anything of it lives."""
     import signal
@@ -5070,25 +5081,28 @@ class Journal:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._lines = []
+        self._lock = threading.Lock()
         self.add({"header": header})
         self.flush()
 
     def add(self, record):
         """Append a record at the next flush."""
-        self._lines.append(compact(record) + "\n")
+        with self._lock:
+            self._lines.append(compact(record) + "\n")
 
     def flush(self):
         """Write what was added; a full disk is told once and does not stop the jobs."""
         if not self._lines:
             return
-        lines, self._lines = self._lines, []
-        try:
-            os.write(self.fd, "".join(lines).encode())
-        except OSError as error:
-            if not self._told:
-                print(f"torc: journal {self.path}: {error.strerror}: if this runner is killed now, "
-                      "results may be lost", file=sys.stderr)
-            self._told = True
+        with self._lock:
+            lines, self._lines = self._lines, []
+            try:
+                os.write(self.fd, "".join(lines).encode())
+            except OSError as error:
+                if not self._told:
+                    print(f"torc: journal {self.path}: {error.strerror}: if this runner is killed "
+                          "now, results may be lost", file=sys.stderr)
+                self._told = True
 
     def close(self, remove):
         """Close it, and remove it when the server knows everything."""
@@ -5114,9 +5128,8 @@ def journal_leaders(path):
     return [tuple(record["pid"]) for record in read_journal(path) if "pid" in record]
 
 
-def replay_journal(client, path):
+def replay_journal(client, records):
     """Tell the server what a dead runner did not get to say; returns the number of completions."""
-    records = read_journal(path)
     header = records[0]["header"]
     confirmed = {tuple(key) for record in records for key in record.get("ok", ())}
     ends = {(end["job_id"], end["run_id"], end["attempt_id"]): end
@@ -5179,10 +5192,11 @@ def clean_up(client, path, nodes):
         return []
     kill_leftovers(header["token"], journal_leaders(path))
     try:
-        number = replay_journal(client, path)
+        number = replay_journal(client, records)
     except NotFound:
         number = 0                        # workflow or node was deleted: nobody wants it
-    os.unlink(path)
+    with contextlib.suppress(FileNotFoundError):        # another successor was as quick
+        os.unlink(path)
     return [f"{number} results of the runner with pid {header['pid']}, which had died, were handed "
             "in"] if number else []
 
@@ -5197,6 +5211,7 @@ class Child:
         self.need = need                  # (1, cpus, memory_bytes, gpus)
         self.stdio = stdio                # {"mode", "delete_on_success"}
         self.gpus = gpus
+        self.environment = None           # for a recovery script
         self.pid = 0
         self.started = 0.0
         self.verdict = None               # why we end it: stop, timeout, oom, interrupt
@@ -5239,9 +5254,14 @@ class Stdio:
         """File descriptors for stdout and stderr. Raises OSError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         out = os.open(self.paths[0], flags, 0o666) if self.paths[0] else null
-        if self.paths[1] == self.paths[0] and self.paths[0]:
+        if self.paths[1] == self.paths[0]:
             return out, out
-        return out, os.open(self.paths[1], flags, 0o666) if self.paths[1] else null
+        try:
+            return out, os.open(self.paths[1], flags, 0o666) if self.paths[1] else null
+        except OSError:
+            if out != null:
+                os.close(out)
+            raise
 
     def delete(self):
         """Remove the files."""
@@ -5503,7 +5523,8 @@ class Runner:
         self.queue = collections.deque()             # (claimed job, when): not started
         self.children = {}                           # pid: Child
         self.ending = {}                             # key: job whose end is being worked out
-        self.scripts = set()                         # Popen of actions and recovery scripts
+        self.scripts = {}                            # Popen of actions and recoveries: when to kill
+        self.acting = False                          # a thread runs actions
         self.starts, self.returns = [], []
         self.done = []                               # completions the server has not confirmed
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
@@ -5512,6 +5533,9 @@ class Runner:
         self.code = None                             # exit code once decided
         self.ended = threading.Event()
         self.interrupted = 0                         # signal number
+        self.leave_at = None                         # then the server is waited for no more:
+        self.tired = False
+        self.bury_at = 0.0                           # when to look for dead orphans
         self.fault = None                            # why this machine cannot start jobs,
         self.retry_at = 0.0                          # and when it tries again
         self.draining = False                        # no more starts
@@ -5635,7 +5659,8 @@ class Runner:
             os.set_blocking(end, False)
         self.received = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: self.received.append(number))
+            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup, a script's background
+                signal.signal(number, lambda number, frame: self.received.append(number))
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(self.wake_pipe[1], warn_on_full_buffer=False)
 
@@ -5666,8 +5691,8 @@ class Runner:
         poller = select.poll()
         poller.register(self.wake_pipe[0], select.POLLIN)
         while self.code is None or self.children:
-            self._handle_signals()
             self._reap()
+            self._handle_signals()
             self._enforce(time.monotonic())
             self._launch()
             self.journal.flush()
@@ -5681,13 +5706,16 @@ class Runner:
         """Milliseconds until something is due by the clock, None for never."""
         now = time.monotonic()
         due = [child.kill_at for child in list(self.children.values()) if child.kill_at]
+        with self.lock:
+            due += filter(None, [*self.scripts.values(), self.leave_at])
         if self.end_time and not self.draining:
             due.append(self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s)
         if self.retry_at > now:
             due.append(self.retry_at)
         if self.progress.terminal:
             due.append(now + 0.2)
-        return max(0, int(1000 * (min(due) - now)) + 1) if due else None
+        # poll(2) takes an int: a limit of months is looked at once a day.
+        return max(0, min(86_400_000, int(1000 * (min(due) - now)) + 1)) if due else None
 
     def _handle_signals(self):
         import signal
@@ -5718,11 +5746,14 @@ class Runner:
             self.talk.notify()
 
     def _end_scripts(self, number):
-        """Signal the commands of actions and the recovery scripts that are at work."""
+        """Signal the commands of actions and the recovery scripts that are at work; SIGKILL is to
+        follow."""
         with self.lock:
             for process in self.scripts:
+                self.scripts[process] = time.monotonic() + STOP_LEAD_S
                 if process.poll() is None:
                     signal_group(process.pid, number)
+        self.wake()
 
     def _run_script(self, script, path, environment, last=False, cwd=None):
         """Run a script of the workflow's with its output appended to a file; its return code.
@@ -5737,15 +5768,15 @@ class Runner:
                 process = subprocess.Popen(
                     [self.bash, "-c", script], cwd=cwd, stdin=subprocess.DEVNULL, stdout=file,
                     stderr=file, start_new_session=True, env=environment)
-                self.scripts.add(process)
+                self.scripts[process] = None
             code = process.wait()
         with self.lock:
-            self.scripts.discard(process)
+            del self.scripts[process]
         return code
 
     def _end(self, child, verdict, status=None, lead=None):
         """Ask a job to end; SIGKILL follows after the lead."""
-        if child.verdict:
+        if child.verdict or has_exited(child.pid):
             return
         child.verdict, child.status = verdict, status
         lead = min(self.limits.sigterm_lead_s, STOP_LEAD_S) if lead is None else lead
@@ -5767,6 +5798,16 @@ class Runner:
             if child.kill_at and now >= child.kill_at:
                 self._signal(child, signal.SIGKILL)
                 child.kill_at = now + 5   # until it is gone
+        with self.lock:
+            for process, kill_at in self.scripts.items():
+                if kill_at and now >= kill_at:
+                    signal_group(process.pid, signal.SIGKILL)
+                    self.scripts[process] = now + 5
+            leaving = self.interrupted and not self.children and not self.scripts
+            self.leave_at = (self.leave_at or now + STOP_LEAD_S) if leaving else None
+        if self.leave_at and now >= self.leave_at:
+            self.leave_at, self.tired = now + 1, True
+            self.client.interrupt()       # a frozen server must not hold us
         limits = self.limits
         if self.end_time and not self.draining and (
                 now >= self.end_time - limits.sigkill_headroom_s - limits.sigterm_lead_s):
@@ -5881,18 +5922,18 @@ class Runner:
         """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
         import signal
         job = child.job
-        command = job["command"]
-        if job.get("invocation_script"):
-            command = f"{job['invocation_script']} {command}"
-        words = ["bash", "-c", command]
-        if len(command.encode()) >= TOO_LONG:
-            words = ["bash", self._script(child, command)]
         environment = {**self.base_environment, "TORC_JOB_ID": str(job["id"]),
                        "TORC_JOB_NAME": job["name"], "TORC_ATTEMPT_ID": str(job["attempt_id"]),
                        "TORC_RUN_ID": str(job["run_id"])}
         if child.gpus:
             environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
         child.environment = environment if job.get("failure_handler_id") else None
+        command = job["command"]
+        if job.get("invocation_script"):
+            command = f"{job['invocation_script']} {command}"
+        words = ["bash", "-c", command]
+        if len(command.encode()) >= TOO_LONG:
+            words = ["bash", self._script(child, command)]
         out, err = child.files.open(self.null)
         try:
             actions = [(os.POSIX_SPAWN_DUP2, self.null, 0), (os.POSIX_SPAWN_DUP2, out, 1),
@@ -5922,6 +5963,18 @@ class Runner:
                 done, status, usage = os.wait4(pid, os.WNOHANG)
                 if done:
                     self._exited(self.children[pid], status, usage)
+        if time.monotonic() >= self.bury_at:
+            self.bury_at = time.monotonic() + 1
+            self._bury()
+
+    def _bury(self):
+        """Reap dead orphans of jobs, which are our children now; nobody else waits for them."""
+        with self.lock:
+            own = {self.guardian, *self.children, *(process.pid for process in self.scripts)}
+            for word in read_text(f"/proc/self/task/{os.getpid()}/children").split():
+                if int(word) not in own:
+                    with contextlib.suppress(ChildProcessError):
+                        os.waitpid(int(word), os.WNOHANG)
 
     def _exited(self, child, status, usage):
         """A job's process has ended."""
@@ -5991,6 +6044,7 @@ class Runner:
                          usage, text, files)
 
         if slow:
+            self._ask()                   # there is room for another job meanwhile
             threading.Thread(target=look, daemon=True).start()
         else:
             look()
@@ -6019,6 +6073,7 @@ class Runner:
             done["requeue"] = True
         rule = self._rule(job, code) if status == "failed" and not self.interrupted else None
         if rule and rule.get("recovery_script"):
+            self._ask()
             threading.Thread(target=self._recover, args=(child, done, rule), daemon=True).start()
             return
         if rule:
@@ -6113,16 +6168,18 @@ class Runner:
 
     def _give_up(self, reason):
         """End the jobs and leave with 1; the journal keeps what the server does not know."""
+        import signal
         self.say(f"{reason}: ending {len(self.children)} running jobs")
         self._drain()
+        self._end_scripts(signal.SIGTERM)
         for child in list(self.children.values()):
             self._end(child, "interrupt")
         self.wake()
-        while self.children or self.ending:
+        while self.children or self.ending or self.acting:
             with self.talk:
                 self.talk.wait(0.2)
         self.say(f"`torc run {self.workflow_id}` goes on from here once the cause is mended")
-        self.code = 1
+        self.code = 128 + self.interrupted if self.interrupted else 1
 
     def _converse(self):
         self.run_actions(self.client, ("on_workflow_start", "on_worker_start"))
@@ -6153,11 +6210,12 @@ class Runner:
         """Whether anything is held or to be said."""
         with self.lock:
             return bool(self.queue or self.children or self.ending or self.done or self.returns
-                        or self.news)
+                        or self.news or self.acting)
 
     def _all_said(self):
         with self.lock:
-            return not (self.queue or self.children or self.ending or self.done or self.returns)
+            return not (self.queue or self.children or self.ending or self.done or self.returns
+                        or self.acting)
 
     def _wait_for_cause(self, idle_since):
         """Sleep until there is something to tell or to ask, or the heartbeat is due."""
@@ -6256,34 +6314,46 @@ class Runner:
         return {"resource_requirements_id": kinds.pop(), "limit": number} if number > 0 else None
 
     def _send(self, body):
-        """POST a step; while the server is away the jobs go on and the step is repeated."""
-        pause, away = 0.1, None
-        path = f"/workflows/{self.workflow_id}/runner_step"
+        """POST a step, which may be repeated until it is answered."""
+        answer = self._patiently(lambda: self.client.post(
+            f"/workflows/{self.workflow_id}/runner_step", body))
+        self.lease_at = time.monotonic()
+        return answer
+
+    def _patiently(self, ask):
+        """What `ask` returns; while the server is away or in trouble, the jobs go on."""
+        import random
+        pause, away = 0.2, None
         while True:
             try:
-                answer = self.client.post(path, body)
-                self.lease_at = time.monotonic()
+                answer = ask()
                 if away:
-                    self.say(f"the server is back after {format_duration(self.lease_at - away)}")
+                    self.say("the server is back after "
+                             + format_duration(time.monotonic() - away))
                 return answer
-            except Unreachable as error:
-                now = time.monotonic()
+            except (Unreachable, Internal) as error:
                 if not away:
-                    away = now
+                    away = time.monotonic()
                     self.say(f"{error}; the jobs go on, their results are kept until it is back")
-                self._check_lease(now, away)
+                self._check_lease(time.monotonic())
+                leaving = self._is_leaving()
                 with self.talk:           # a completion is no reason to ask sooner, a signal is
-                    self.talk.wait_for(lambda: self.interrupted and not self.children, pause)
-                pause = min(10.0, pause * (1.5 + hash((body["step"], now)) % 100 / 200))
+                    self.talk.wait_for(lambda: not leaving and self._is_leaving(),
+                                       0.2 if leaving else pause)
+                pause = min(10.0, pause * random.uniform(1.5, 2))
 
-    def _check_lease(self, now, away):
+    def _is_leaving(self):
+        """Whether a signal came and all jobs have ended."""
+        return self.interrupted and not self.children
+
+    def _check_lease(self, now):
         """Raise Unreachable when the server would take us for dead soon, or a signal came."""
         lease = self.situation.get("lease_s", 20 * 60 + LEASE_MARGIN_S)
         if now - self.lease_at > lease - LEASE_MARGIN_S:
             away = format_duration(now - self.lease_at)
             raise Unreachable(f"the server has been away for {away}, as long as the workflow "
                               "allows")
-        if self.interrupted and not self.children and now - away > STOP_LEAD_S:
+        if self.tired:
             raise Unreachable("the server is away, the results wait in the journal")
 
     def _take(self, answer, done, starts, returns, claim):
@@ -6374,10 +6444,11 @@ class Runner:
             return 1
         if self.draining:
             return self._time_is_up()
-        report = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
+        report = self._ask_for("unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
         if others and any(is_dead_here(node) for node in others):
-            for sentence in release_dead_nodes(self.client, self.workflow_id, self.directory):
+            for sentence in self._patiently(lambda: release_dead_nodes(
+                    self.client, self.workflow_id, self.directory)):
                 self.say(sentence)
             self.news = True
             return None
@@ -6395,6 +6466,10 @@ class Runner:
             return self._verdict()
         self.say(self._why_stuck(report, others))
         return 3
+
+    def _ask_for(self, what):
+        """GET something of the workflow, however long it takes."""
+        return self._patiently(lambda: self.client.get(f"/workflows/{self.workflow_id}/{what}"))
 
     def _could_run(self, entry):
         """Whether a ready job would fit on this machine when nothing else runs."""
@@ -6430,7 +6505,7 @@ class Runner:
                 + "; ".join(parts or ["nothing is ready"]))
 
     def _time_is_up(self):
-        counts_now = self.client.get(f"/workflows/{self.workflow_id}/counts")
+        counts_now = self._ask_for("counts")
         if counts_now["is_complete"]:
             return self._verdict()
         self.progress.update(counts_now)
@@ -6439,7 +6514,7 @@ class Runner:
 
     def _verdict(self):
         """0 or 1 by how the jobs of a complete workflow ended."""
-        now = self.client.get(f"/workflows/{self.workflow_id}/counts")
+        now = self._ask_for("counts")
         self.progress.update(now)
         bad = sum(now[name] for name in ("failed", "canceled", "terminated", "pending_failed"))
         return 1 if bad or now["is_canceled"] else 0
@@ -6463,24 +6538,26 @@ class Runner:
 
     def _start_actions(self):
         """Run triggered actions beside the jobs, one thread at a time."""
-        thread = getattr(self, "_action_thread", None)
-        if thread and thread.is_alive():
+        if self.acting or self.draining or not self._runnable(self.client, JOB_TRIGGERS):
             return
-        if not self._runnable(self.client, ("on_jobs_ready", "on_jobs_complete")):
-            return
-        self._action_thread = threading.Thread(target=self._run_in_thread, daemon=True)
-        self._action_thread.start()
+        self.acting = True
+        threading.Thread(target=self._run_in_thread, daemon=True).start()
 
     def _run_in_thread(self):
         client = self.client.clone()
-        with contextlib.suppress(TorcError):
-            self.run_actions(client, ("on_jobs_ready", "on_jobs_complete"))
-        client.close()
+        try:
+            self.run_actions(client, JOB_TRIGGERS)
+        except TorcError as error:
+            self.say(f"actions: {error}")
+        finally:
+            client.close()
+            self.acting = False
+            self._ask()                   # the workflow may be complete, or have made more
 
     def _runnable(self, client, triggers):
         """Pending actions of these triggers that run commands; others are mentioned once."""
-        pending = client.get(f"/workflows/{self.workflow_id}/actions/pending",
-                             trigger_type=list(triggers))
+        pending = self._patiently(lambda: client.get(
+            f"/workflows/{self.workflow_id}/actions/pending", trigger_type=list(triggers)))
         for action in pending:
             if action["action_type"] != "run_commands" and not getattr(self, "_said_action", False):
                 self._said_action = True
@@ -6493,13 +6570,22 @@ class Runner:
     def run_actions(self, client, triggers):
         """Claim and run the run_commands actions that these triggers have made pending."""
         for action in self._runnable(client, triggers):
+            if self.draining and triggers == JOB_TRIGGERS:
+                return                    # left for the next runner
             self._tried_actions.add(action["id"])
-            try:
-                client.post(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim",
-                            {"compute_node_id": self.node_id})
-            except Conflict:
-                continue                  # another runner has it
-            self._run_commands(action)
+            if self._claim_action(client, action["id"]):
+                self._run_commands(action)
+
+    def _claim_action(self, client, action_id):
+        """Make an action ours; False if another runner has it."""
+        actions = f"/workflows/{self.workflow_id}/actions"
+        try:
+            self._patiently(lambda: client.post(f"{actions}/{action_id}/claim",
+                                                {"compute_node_id": self.node_id}))
+            return True
+        except Conflict:                  # or it is ours, and the answer that said so was lost
+            return any(action["id"] == action_id and action["executed_by"] == self.node_id
+                       for action in self._patiently(lambda: client.get(actions)))
 
     def _run_commands(self, action):
         """The commands of an action one after another; the first failure ends it."""
