@@ -3838,6 +3838,19 @@ def test_every_command_of_the_readme_does_what_it_says(shell):
             process.terminate(), process.communicate()
 
 
+def test_the_first_output_of_the_readme_is_real(shell):
+    block = re.search(r"^```\n(.*?)^```", README, re.S | re.M)[1]
+    commands = re.findall(r"^\$ (.*)$", block, re.M)
+    done = subprocess.run(["bash", "-c", " && ".join(commands)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+
+    def words(text):
+        return sorted([word for word in line.split() if not re.search(r"\d", word)]
+                      for line in text.splitlines() if not line.startswith("$ "))
+
+    assert words(done.stdout) == words(block)
+
+
 def counted(package):
     """Functions, classes and lines of a package of the standard library, counted directly."""
     counts = {"functions": 0, "classes": 0, "lines": 0}
