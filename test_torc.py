@@ -913,6 +913,16 @@ def test_on_a_network_file_system_another_host_is_refused_with_its_name(tmp_path
     store.close()
 
 
+def test_a_new_database_that_another_process_is_opening_is_waited_for(tmp_path):
+    first = sqlite3.connect(tmp_path / "x.db", isolation_level=None, check_same_thread=False)
+    first.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.2, first.execute, ["ROLLBACK"])
+    timer.start()
+    torc.Store(str(tmp_path / "x.db")).close()
+    timer.join()
+    first.close()
+
+
 def test_a_full_disk_changes_nothing_and_says_so(tmp_path):
     store = torc.Store(str(tmp_path / "x.db"))
     api = torc.LocalClient(store.path, "tester", store)

@@ -1691,12 +1691,26 @@ class Store:
             connection = sqlite3.connect(self.path, timeout=45, isolation_level=None,
                                          check_same_thread=False)
             connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute(f"PRAGMA journal_mode = {'DELETE' if self._network else 'WAL'}")
+            self._set_journal_mode(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("PRAGMA journal_size_limit = 67108864")
             return connection
         except sqlite3.Error as error:
             raise self._trouble(error) from None
+
+    def _set_journal_mode(self, connection):
+        """WAL on a local disk. Two who open a new file at once: SQLite tells one of them "locked"
+        without its busy handler's waiting (sqlite.org/wal.html), so we wait here."""
+        import sqlite3
+        deadline = time.monotonic() + 45
+        while True:
+            try:
+                connection.execute(f"PRAGMA journal_mode = {'DELETE' if self._network else 'WAL'}")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _trouble(self, error):
         """What an error of SQLite means to the user."""
