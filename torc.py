@@ -260,9 +260,12 @@ def nearest(word, known):
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
+ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 def compact(value):
     """JSON text without blanks."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return ENCODER.encode(value)          # json.dumps would make an encoder each time
 
 
 # ==================================================================================================
