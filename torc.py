@@ -16,6 +16,7 @@ Map of this file. Code uses only what stands above it.
   4 Workflow specification   a spec file to plain records: parse, expand, check
   5 Store                    schema, migrations, transactions, the generic six operations
   6 Engine                   what changes job and workflow state
+  7 Access                   password files, credentials of requests, groups
   8 API                      every operation as a function of a Request; ROUTES
   9 Client                   over HTTP or on a database file: the same methods and errors
   10 Runner                  child processes, resources, time limits, journal, guardian
@@ -154,6 +155,7 @@ class UsageError(TorcError):
     """The command line makes no sense."""
 
     exit_code = 2
+    title = "UsageError"
 
 
 class MissingPackage(TorcError):
@@ -244,6 +246,13 @@ def format_bytes(size):
     return f"{size:.1f} TB"
 
 
+def plural(number, noun):
+    """1 job, 2 jobs; nouns that end in data or requirements have no plural."""
+    if number == 1 or noun.endswith(("data", "requirements")):
+        return f"{number} {noun}"
+    return f"{number} {noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
+
+
 def iso_time(seconds):
     """UTC with milliseconds of seconds since the epoch: 2026-01-02T03:04:05.678Z."""
     whole, millis = divmod(int(seconds * 1000), 1000)
@@ -288,7 +297,8 @@ class Field(NamedTuple):
     """One field of a record: its JSON type and whether a client must send it."""
 
     name: str
-    type: str                             # int, float, str, bool, any, status, ints
+    type: str                             # int, float, str, bool, any, status, ints, or echo:
+                                          # a text that is answered but not kept
     required: bool = False
     server: bool = False                  # set by the server, whatever a client sends
 
@@ -356,6 +366,13 @@ KINDS = {kind.table: kind for kind in (
         " time_limit:str scheduler_config_id:int compute_node_type:str! scheduler:any"
         " boot_id:str pid_started:int output_dir:str"),
         filters="hostname is_active", unsorted="scheduler"),
+    Kind("local scheduler", "local_scheduler", "/local_schedulers", fields(
+        "id:int* workflow_id:int! name:echo memory:str num_cpus:int")),
+    Kind("Slurm statistics", "slurm_stats", "/slurm_stats", fields(
+        "id:int* workflow_id:int! job_id:int! run_id:int! attempt_id:int! slurm_job_id:str"
+        " max_rss_bytes:int max_vm_size_bytes:int max_disk_read_bytes:int"
+        " max_disk_write_bytes:int ave_cpu_seconds:float node_list:str"),
+        filters="job_id run_id attempt_id", ops="create"),
     Kind("scheduled compute node", "scheduled_compute_node", "/scheduled_compute_nodes", fields(
         "id:int* workflow_id:int! scheduler_id:int! scheduler_config_id:int! scheduler_type:str!"
         " status:str!"), filters="status"),
@@ -397,6 +414,7 @@ MOST_ERRORS = 100
 MOST_JOBS = 1_000_000
 PLACEHOLDER = re.compile(r"(\$?)\{([A-Za-z_]\w*)(?::([^{}]*))?\}")
 VARIABLE = re.compile(r"\$\{(files|user_data)\.(input|output)\.([^}]*)\}")
+NEARLY_VARIABLE = re.compile(r"\$\{(?:files?|user_?data)\b[^}\s]*\}?")
 MODES = "direct|slurm|auto"
 
 # Field: type, with ! when required. Types are explained by EXPECTED.
@@ -442,16 +460,17 @@ SPEC_FIELDS = {
     "resource_monitor": {"enabled": "bool", "granularity": "enum:summary|time_series",
                          "sample_interval_seconds": "positive", "generate_plots": "bool"},
     "execution_config": {
-        "mode": "enum:" + MODES, "sigkill_headroom_seconds": "count", "timeout_exit_code": "int",
+        "mode": "enum:" + MODES, "sigkill_headroom_seconds": "count", "timeout_exit_code": "byte",
         "staggered_start": "bool", "limit_resources": "bool", "termination_signal": "signal",
-        "sigterm_lead_seconds": "count", "oom_exit_code": "int", "srun_termination_signal": "str",
+        "sigterm_lead_seconds": "count", "oom_exit_code": "byte", "srun_termination_signal": "str",
         "enable_cpu_bind": "bool", "stdio": "map"},
     "stdio": {"mode": "enum:" + "|".join(STDIO_MODES), "delete_on_success": "bool"},
 }
 EXPECTED = {
     "name": "a text with something in it", "str": "a text", "int": "a whole number",
     "count": "a whole number of at least 0", "positive": "a whole number of at least 1",
-    "number": "a number", "bool": "true or false", "list": "a list", "map": "a mapping",
+    "byte": "an exit code from 1 to 255", "number": "a number", "bool": "true or false",
+    "list": "a list", "map": "a mapping",
     "strs": "a list of texts", "ints": "a list of whole numbers",
     "json": "a mapping or a text of JSON", "any": "a value",
     "memory": 'a size such as "500m" or "2g"', "duration": 'an ISO 8601 duration such as "PT30M"',
@@ -703,6 +722,8 @@ def is_of(value, kind):
     if kind in ("count", "positive", "int"):
         least = {"count": 0, "positive": 1, "int": -2**63}[kind]
         return type(value) is int and least <= value < 2**63
+    if kind == "byte":
+        return type(value) is int and 1 <= value <= 255
     if kind in ("strs", "ints"):
         return isinstance(value, list) and all(
             isinstance(item, str) if kind == "strs" else type(item) is int for item in value)
@@ -1111,7 +1132,12 @@ class Reader:
                                   "let the command ask `torc user-data` for it")
             return compact(record.get("data"))
 
-        return VARIABLE.sub(put, made[field])
+        done = VARIABLE.sub(put, made[field])
+        for match in NEARLY_VARIABLE.finditer(VARIABLE.sub("", made[field])):
+            self.problems.add((*path, field), f"{what}: {field}: {match[0]} is none of "
+                              "${files.input.NAME}, ${files.output.NAME}, ${user_data.input.NAME}, "
+                              "${user_data.output.NAME}")
+        return done
 
     def _action(self, number, raw):
         """An action with indexes in place of names."""
@@ -1584,7 +1610,43 @@ CREATE TABLE event (
 );
 CREATE INDEX event_workflow ON event (workflow_id)
 """
-MIGRATIONS = (SCHEMA,)                    # step n brings a database from user_version n to n + 1
+ACCESS_SCHEMA = """
+CREATE TABLE access_group (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, description TEXT,
+    created_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
+);
+INSERT INTO access_group (id, name, description) VALUES (1, 'admin', 'may do everything');
+CREATE TABLE user_group_membership (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, user_name TEXT NOT NULL,
+    group_id INTEGER NOT NULL REFERENCES access_group ON DELETE CASCADE,
+    role TEXT NOT NULL, created_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    UNIQUE (user_name, group_id)
+);
+CREATE INDEX user_group_membership_group ON user_group_membership (group_id);
+CREATE TABLE workflow_access_group (
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    group_id INTEGER NOT NULL REFERENCES access_group ON DELETE CASCADE,
+    created_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (workflow_id, group_id)
+) WITHOUT ROWID;
+CREATE INDEX workflow_access_group_group ON workflow_access_group (group_id);
+CREATE TABLE slurm_stats (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    job_id INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+    run_id INTEGER NOT NULL, attempt_id INTEGER NOT NULL, slurm_job_id TEXT,
+    max_rss_bytes INTEGER, max_vm_size_bytes INTEGER, max_disk_read_bytes INTEGER,
+    max_disk_write_bytes INTEGER, ave_cpu_seconds REAL, node_list TEXT,
+    UNIQUE (workflow_id, job_id, run_id, attempt_id)
+);
+CREATE INDEX slurm_stats_job ON slurm_stats (job_id);
+CREATE TABLE local_scheduler (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    workflow_id INTEGER NOT NULL REFERENCES workflow ON DELETE CASCADE,
+    memory TEXT NOT NULL, num_cpus INTEGER NOT NULL
+);
+CREATE INDEX local_scheduler_workflow ON local_scheduler (workflow_id);
+"""
+MIGRATIONS = (SCHEMA, ACCESS_SCHEMA)      # step n: a database from user_version n to n + 1
 
 # File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
@@ -1892,7 +1954,8 @@ FROM_COLUMN = {"bool": bool, "status": STATUS_NAMES.__getitem__, "any": json.loa
 
 def columns(kind):
     """The fields of a kind that are columns of its table."""
-    return [field for field in kind.fields if field.type != "ints" and field.name != "status_id"]
+    return [field for field in kind.fields
+            if field.type not in ("ints", "echo") and field.name != "status_id"]
 
 
 def to_record(kind_columns, row):
@@ -3064,7 +3127,8 @@ def why(store, job_id):
     if job.status == CANCELED and job.cascaded:
         return f"it was canceled because {bad_dependency(store, job_id)}"
     return {
-        UNINITIALIZED: f"it is not initialized: torc workflows init {job.workflow_id}",
+        UNINITIALIZED: f"it is not initialized: torc workflows reinit {job.workflow_id} starts "
+                       "what is new or has changed",
         PENDING: f"it is claimed by {node_name(store, job.compute_node_id)}, which is about to "
                  "start it",
         RUNNING: f"it is running on {node_name(store, job.compute_node_id)} (attempt "
@@ -3088,6 +3152,16 @@ def why_blocked(store, job):
     return f"it waits for {names}{more}" if rows else "it is blocked, though it waits for no job"
 
 
+def misfits(need, cpus, memory_bytes, gpus, nodes):
+    """What of a requirement (a record) a machine does not have, as phrases."""
+    pairs = ((need["num_cpus"], cpus, "CPU"), (need["num_gpus"], gpus, "GPU"),
+             (need["num_nodes"], nodes, "node"))
+    found = [f"{plural(want, word)} (it has {have})" for want, have, word in pairs if want > have]
+    if parse_memory(need["memory"]) > memory_bytes:
+        found.append(f"{need['memory']} of memory (it has {format_bytes(memory_bytes)})")
+    return found
+
+
 def why_ready(store, job, canceled):
     """Why a ready job is not running."""
     if canceled:
@@ -3096,21 +3170,23 @@ def why_ready(store, job, canceled):
     if job.compute_node_id:
         return (f"an earlier attempt is still being stopped on "
                 f"{node_name(store, job.compute_node_id)}")
-    nodes = store.query("SELECT hostname, num_cpus, memory_gb, num_gpus, num_nodes"
-                        " FROM compute_node WHERE workflow_id = ? AND is_active = 1",
-                        (job.workflow_id,))
-    need = store.one(
-        "SELECT r.name, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes, r.memory FROM job j"
-        " JOIN resource_requirements r ON r.id = j.resource_requirements_id WHERE j.id = ?",
-        (job.id,))
-    if not nodes:
-        return (f"it is ready, but no runner is at work on workflow {job.workflow_id}: torc run "
-                f"{job.workflow_id}")
-    if not any(cpus >= need[1] and memory * 2**30 >= need[2] and gpus >= need[3]
-               and count >= need[4] for _, cpus, memory, gpus, count in nodes):
-        return (f'it needs {need[1]} CPUs, {need[5]} memory, {need[3]} GPUs and {need[4]} nodes '
-                f'(resource requirements "{need[0]}"), more than any of the {len(nodes)} active '
-                "runners has")
+    need = fetch(store, KINDS["resource_requirements"], store.one(
+        "SELECT resource_requirements_id FROM job WHERE id = ?", (job.id,))[0])
+    nodes = store.query("SELECT hostname, num_cpus, memory_gb, num_gpus, num_nodes, is_active"
+                        " FROM compute_node WHERE workflow_id = ? ORDER BY is_active DESC, id DESC"
+                        " LIMIT 1000", (job.workflow_id,))
+    active = [row for row in nodes if row[5]]
+    lacks = [misfits(need, cpus, memory * 2**30, gpus, count)
+             for _, cpus, memory, gpus, count, _ in active or nodes[:1]]
+    too_small = "" if not all(lacks) or not lacks else (
+        f'needs {" and ".join(lacks[0])} (resource requirements "{need["name"]}")')
+    if not active:
+        start = f"no runner is at work on workflow {job.workflow_id}: torc run {job.workflow_id}"
+        return f"it {too_small.replace('it has', f'the last runner, on {nodes[0][0]}, had')}; " \
+            f"{start} on a larger machine" if too_small else f"it is ready, but {start}"
+    if too_small:
+        return f"it {too_small.replace('it has', f'the runner on {active[0][0]} has')}" + (
+            f", and so do the other {len(active) - 1} runners" if len(active) > 1 else "")
     ahead = store.one(f"SELECT count(*) FROM job j, job me WHERE me.id = ? AND j.workflow_id ="
                       f" me.workflow_id AND j.status = {READY} AND (j.priority > me.priority OR"
                       " (j.priority = me.priority AND j.id < me.id))", (job.id,))[0]
@@ -3156,6 +3232,418 @@ def code_meaning(code):
 
 
 # ==================================================================================================
+# 7 Access
+# ==================================================================================================
+# Who asks, and what may they do? Passwords are compared with an htpasswd file. Its hashes are slow
+# on purpose, so threads of their own compute them, never one that serves requests. Who may use a
+# workflow: its owner, the groups it is shared with, and admins.
+
+CRYPT_BUFFER = 131_232                    # bytes of struct crypt_data in an old glibc, the largest
+BCRYPT_BYTES = 72                         # of a password that bcrypt looks at
+BCRYPT_COST = 10                          # 50 ms; htpasswd -B takes 5
+HASHES = {"$2": "bcrypt", "$5$": "SHA-256", "$6$": "SHA-512"}
+OTHER_HASHES = {"$apr1$": "Apache's MD5", "$1$": "MD5", "{SHA}": "SHA-1"}
+HASH_QUEUE = 1000                         # attempts that may wait for a hash, in all
+LANE_QUEUE = 200                          # of one user name from one address
+FORGET_FAILURES_S = 60.0
+LONGEST_DELAY_S = 2.0
+REMEMBERED = 10_000                       # wrong attempts, failing lanes
+
+
+# ---- password hashes
+
+def libcrypt():
+    """libxcrypt through ctypes, or None where there is none."""
+    import ctypes
+    for name in ("libcrypt.so.1", "libcrypt.so.2"):
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(name)
+            library.crypt_r.restype = ctypes.c_char_p
+            return library
+    return None
+
+
+def crypt_text(password, setting):
+    """crypt(3) of a password under a setting (or a hash), b"" if this machine cannot.
+
+    Raises MissingPackage when there is neither libxcrypt nor the bcrypt package.
+    """
+    library = libcrypt()
+    if library:                           # it lets other threads run meanwhile
+        import ctypes
+        buffer = ctypes.create_string_buffer(CRYPT_BUFFER)
+        made = library.crypt_r(password, setting, buffer) or b""
+        if made.startswith(setting[:4]):
+            return made
+    if not setting.startswith(b"$2"):
+        return b""
+    try:
+        import bcrypt
+    except ImportError:
+        raise MissingPackage("bcrypt", "password files") from None
+    with contextlib.suppress(ValueError):
+        return bcrypt.hashpw(password[:BCRYPT_BYTES], setting)
+    return b""
+
+
+def check_password(password, hashed):
+    """Whether a password belongs to a hash."""
+    import hmac
+    data = password.encode()
+    return b"\0" not in data and hmac.compare_digest(
+        crypt_text(data, hashed.encode()), hashed.encode())
+
+
+def hash_password(password, cost=BCRYPT_COST):
+    """The bcrypt hash of a password, as `htpasswd -B` writes it. Raises UsageError."""
+    import base64
+    data = password.encode()
+    if not password or "\0" in password or len(data) > BCRYPT_BYTES:
+        raise UsageError(f"a password has 1 to {BCRYPT_BYTES} bytes and no NUL; this one has "
+                         f"{len(data)} bytes")
+    # 16 random bytes in bcrypt's own base64, of which the last character carries two bits.
+    standard = base64.b64encode(os.urandom(16)).decode().rstrip("=")
+    order = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    ours = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+    salt = standard.translate(str.maketrans(order, ours))
+    made = crypt_text(data, f"$2y${cost:02d}${salt}".encode()).decode()
+    if len(made) != 60:
+        raise TorcError("this machine's libcrypt has no bcrypt: python3 -m pip install bcrypt")
+    return made
+
+
+# ---- password files
+
+class PasswordFile:
+    """An htpasswd file: its lines as they are, and the users in them.
+
+    path: the file; absent: False makes one that does not exist an error. Raises Unreachable with
+    file and line for what cannot be read or used.
+    """
+
+    def __init__(self, path, absent=False):
+        self.path = path
+        self.users = {}
+        try:
+            with open(path, encoding="utf-8") as file:
+                self.signature = self.look()
+                self.lines = file.read().splitlines()
+        except FileNotFoundError:
+            if not absent:
+                raise Unreachable(f"password file {path} does not exist: torc-htpasswd add --file "
+                                  f"{path} USER makes it") from None
+            self.signature, self.lines = None, []
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", error)
+            raise Unreachable(f"password file {path}: {reason}") from None
+        for number, line in enumerate(self.lines, 1):
+            if line.strip() and not line.startswith("#"):
+                self._take(line.strip(), f"password file {path}, line {number}")
+
+    def _take(self, line, place):
+        user, colon, hashed = line.partition(":")
+        if not colon or not user:
+            raise Unreachable(f"{place}: expected USER:HASH")
+        if not hashed.startswith(tuple(HASHES)):
+            kind = next((name for start, name in OTHER_HASHES.items() if hashed.startswith(start)),
+                        "a plain or DES text")
+            raise Unreachable(f"{place}: the password of {user} is stored as {kind}, which is too "
+                              f"weak: htpasswd -B {self.path} {user} (or torc-htpasswd add) "
+                              "makes a good one")
+        self.users[user] = hashed
+
+    def look(self):
+        """What changes when the file does."""
+        found = os.stat(self.path)
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def set(self, user, hashed):
+        """Give a user a hash, in the user's line if there is one; None removes the user."""
+        if not re.fullmatch(r"[^:#\s][^:\s]*", user):
+            raise UsageError(f"{user!r} is no user name: no spaces, no colon, no # at its start")
+        kept, done = [], hashed is None
+        for line in self.lines:
+            if line.partition(":")[0].strip() != user or line.startswith("#"):
+                kept.append(line)
+            elif not done:
+                kept.append(f"{user}:{hashed}")
+                done = True
+        self.lines = kept if done else [*kept, f"{user}:{hashed}"]
+        self.users.pop(user, None)
+        if hashed is not None:
+            self.users[user] = hashed
+
+    def write(self):
+        """Replace the file in one step, readable by nobody else (0600)."""
+        write_private(self.path, "".join(line + "\n" for line in self.lines))
+
+
+def write_private(path, text):
+    """Replace a file in one step; 0600 from its first byte. Raises Unreachable."""
+    path = os.path.realpath(path)         # a link stays a link
+    temporary = f"{path}.{os.getpid()}.new"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise Unreachable(f"{path} cannot be written: {error.strerror}") from None
+
+
+# ---- credentials of requests
+
+def basic_credentials(header):
+    """(user, password) of an Authorization header, None if it carries none (RFC 7617)."""
+    import base64
+    if not header or not header.startswith("Basic "):
+        return None
+    try:
+        user, colon, password = base64.b64decode(header[6:], validate=True).decode().partition(":")
+    except ValueError:
+        return None
+    return (user, password) if colon else None
+
+
+class Verdict(NamedTuple):
+    """What is known of a request's credentials."""
+
+    state: str                            # nobody, known, wrong, busy, or unsure: must be hashed
+    user: str | None = None
+    digest: bytes = b""
+    delay_s: float = 0.0                  # for a wrong one, before it is told
+
+
+NOBODY = Verdict("nobody")
+
+
+class Attempt:
+    """Credentials that wait for their hash to be computed."""
+
+    def __init__(self, user, hashed, password):
+        self.user, self.hashed, self.password = user, hashed, password
+        self.callbacks = []
+
+
+class Gate:
+    """Judges Basic credentials by a password file, which is read again when it changes.
+
+    required: requests without good credentials get 401. ttl_s: for how long a checked password is
+    believed without a new hash. The cache holds keyed digests, never passwords.
+
+    Hashes are computed in a few threads. Those who wait stand in lanes, one for each user name and
+    address, that are served in turn: a flood of guesses delays its own lane only. A user whose
+    password was once seen right costs no hash for any wrong one, since there is just one right one.
+    """
+
+    def __init__(self, path, required=False, ttl_s=60.0, warn=lambda text: None):
+        import collections
+        self.required, self.ttl_s, self.warn = required, ttl_s, warn
+        self.file = PasswordFile(path)
+        if not self.file.users:
+            raise Unreachable(f"password file {path} has no users: torc-htpasswd add --file {path} "
+                              "USER adds one")
+        self.key = os.urandom(32)
+        self.proven = {}                  # user: (hash, digest of the password, believed until)
+        self.refuted = collections.OrderedDict()     # digests of wrong credentials
+        self.failures = collections.OrderedDict()    # lane: (number, time of the last)
+        self.lanes = collections.OrderedDict()       # lane: (first attempts, those of known liars)
+        self.attempts = {}                # digest: Attempt that waits or is at work
+        self.condition = threading.Condition()
+        self.looked = time.monotonic()
+        self.threads = 0
+
+    # -- the file
+
+    def reload(self):
+        """Read the file again. Raises Unreachable, and keeps the users it had."""
+        fresh = PasswordFile(self.file.path)
+        if not fresh.users:
+            raise Unreachable(f"password file {self.file.path} has no users")
+        with self.condition:
+            self.file = fresh
+            self.proven = {user: entry for user, entry in self.proven.items()
+                           if fresh.users.get(user) == entry[0]}
+            self.refuted.clear()
+        return len(fresh.users)
+
+    def _look_at_file(self, now):
+        """Read it again if it has changed, looking at most once a second."""
+        if now - self.looked < 1:
+            return
+        self.looked = now
+        try:
+            if self.file.look() != self.file.signature:
+                self.reload()
+                self.warn(f"password file {self.file.path} has changed: "
+                          f"{len(self.file.users)} users")
+        except (OSError, Unreachable) as error:
+            self.file.signature = None    # complained about once, until it changes again
+            with contextlib.suppress(OSError):
+                self.file.signature = self.file.look()
+                self.warn(f"the users stay as they were: {error}")
+
+    # -- judging
+
+    def _digest(self, user, hashed, password):
+        import hmac
+        data = password.encode()[:BCRYPT_BYTES if hashed.startswith("$2") else None]
+        return hmac.digest(self.key, compact([user, hashed]).encode() + b"\0" + data, "sha256")
+
+    def judge(self, header, address):
+        """The Verdict on an Authorization header from an address; never computes a hash."""
+        import hmac
+        credentials = basic_credentials(header)
+        if not credentials:
+            return NOBODY
+        user, password = credentials
+        now = time.monotonic()
+        self._look_at_file(now)
+        hashed = self.file.users.get(user)
+        if hashed is None:                # names are no secret where people share a machine
+            return self.wrong(user, address, now)
+        digest = self._digest(user, hashed, password)
+        with self.condition:
+            proven = self.proven.get(user)
+            if proven and proven[0] == hashed:
+                if not hmac.compare_digest(proven[1], digest):
+                    return self._wrong(user, address, now)
+                if now < proven[2]:
+                    return Verdict("known", user)
+            if digest in self.refuted:
+                return self._wrong(user, address, now)
+        return Verdict("unsure", user, digest)
+
+    def wrong(self, user, address, now):
+        """A Verdict for wrong credentials; the more of them, the later it is told."""
+        with self.condition:
+            return self._wrong(user, address, now)
+
+    def _wrong(self, user, address, now):
+        lane = address, user
+        number, last = self.failures.pop(lane, (0, now))
+        number = number + 1 if now - last < FORGET_FAILURES_S else 1
+        self.failures[lane] = number, now
+        if len(self.failures) > REMEMBERED:
+            self.failures.popitem(last=False)
+        return Verdict("wrong", None, b"", min(LONGEST_DELAY_S, 0.05 * 2**min(number, 10)))
+
+    # -- hashing
+
+    def ask(self, header, address, digest, liar, callback):
+        """Have credentials checked; callback(Verdict) comes from another thread.
+
+        digest: of judge(). liar: the connection has sent wrong ones before, so others go first.
+        """
+        import collections
+        user, password = basic_credentials(header)
+        hashed = self.file.users.get(user)
+        with self.condition:
+            attempt = self.attempts.get(digest)
+            if attempt:                   # the same is being asked already
+                attempt.callbacks.append(callback)
+                return
+            lane = self.lanes.setdefault((address, user), (collections.deque(),
+                                                           collections.deque()))
+            if hashed is not None and len(self.attempts) < HASH_QUEUE and (
+                    sum(map(len, lane)) < LANE_QUEUE):
+                attempt = self.attempts[digest] = Attempt(user, hashed, password)
+                attempt.callbacks.append(callback)
+                lane[bool(liar)].append((digest, address))
+                if self.threads < max(2, min(4, os.cpu_count() or 1)):
+                    self.threads += 1
+                    threading.Thread(target=self._hash, daemon=True).start()
+                self.condition.notify()
+                return
+            if not any(lane):
+                del self.lanes[address, user]
+        callback(Verdict("busy"))
+
+    def _hash(self):
+        """Compute hashes, a lane after the other (a thread)."""
+        while True:
+            with self.condition:
+                while not self.lanes:
+                    self.condition.wait()
+                name, lane = self.lanes.popitem(last=False)
+                digest, address = (lane[0] or lane[1]).popleft()
+                if any(lane):
+                    self.lanes[name] = lane
+                attempt = self.attempts[digest]
+            try:
+                good = check_password(attempt.password, attempt.hashed)
+            except TorcError as error:
+                self.warn(str(error))
+                good = False
+            now = time.monotonic()
+            with self.condition:
+                del self.attempts[digest]
+                if good:
+                    self.proven[attempt.user] = attempt.hashed, digest, now + self.ttl_s
+                else:
+                    self.refuted[digest] = True
+                    if len(self.refuted) > REMEMBERED:
+                        self.refuted.popitem(last=False)
+            for callback in attempt.callbacks:
+                callback(Verdict("known", attempt.user) if good
+                         else self.wrong(attempt.user, address, now))
+
+
+# ---- groups
+
+ADMIN_GROUP = 1                           # made by the schema, its members by the server's options
+
+
+class Access(NamedTuple):
+    """How a server decides what its users may do; enforced is False without access control."""
+
+    gate: Gate | None = None
+    enforced: bool = False
+
+
+def set_admins(store, admins):
+    """Make the members of the group `admin` those named, with role admin."""
+    with store.transaction():
+        store.execute(f"DELETE FROM user_group_membership WHERE group_id = {ADMIN_GROUP}"
+                      f" AND user_name NOT IN (SELECT value FROM json_each(?))", (compact(admins),))
+        for name in admins:
+            store.execute("INSERT OR IGNORE INTO user_group_membership (user_name, group_id, role)"
+                          f" VALUES (?, {ADMIN_GROUP}, 'admin')", (name,))
+
+
+def is_admin(store, user, group_id=ADMIN_GROUP):
+    """Whether a user is a system admin, or has the role admin in a group."""
+    return bool(user) and store.one(
+        "SELECT EXISTS (SELECT 1 FROM user_group_membership WHERE user_name = ? AND (group_id ="
+        f" {ADMIN_GROUP} OR (group_id = ? AND role = 'admin')))", (user, group_id))[0] == 1
+
+
+USABLE = ("(t.user = ? OR t.id IN (SELECT w.workflow_id FROM workflow_access_group w JOIN"
+          " user_group_membership m ON m.group_id = w.group_id WHERE m.user_name = ?))")
+
+
+def has_access(store, workflow_id, user):
+    """Whether a user owns a workflow or shares it by a group; admin power does not count."""
+    return bool(user) and store.one(
+        f"SELECT EXISTS (SELECT 1 FROM workflow t WHERE t.id = ? AND {USABLE})",
+        (workflow_id, user, user))[0] == 1
+
+
+def require_access(store, workflow_id, user):
+    """Raise Forbidden unless the user may use the workflow; a missing one is not our question."""
+    if store.one("SELECT 1 FROM workflow WHERE id = ?", (workflow_id,)) and not (
+            has_access(store, workflow_id, user) or is_admin(store, user)):
+        raise Forbidden(f"{user or 'anonymous'} may not use workflow {workflow_id}: its owner can "
+                        "share it with a group (torc access-groups add-workflow)")
+
+
+# ==================================================================================================
 # 8 API
 # ==================================================================================================
 # Every operation is a plain function of a Request and the URL's values; it returns what becomes
@@ -3172,6 +3660,13 @@ class Request(NamedTuple):
     body: Any                             # decoded JSON, None without a body
     now: float                            # seconds since the epoch
     urls: tuple = ()                      # where the server can be reached, empty without one
+    access: Access = Access()
+    nobody: str = "anonymous"             # or "unknown" if there were wrong credentials
+
+    @property
+    def subject(self):
+        """The user's name for events and messages."""
+        return self.user or self.nobody
 
     def param(self, name, kind="str", default=None):
         """A query parameter as str, int or bool. Raises BadRequest."""
@@ -3209,6 +3704,7 @@ class Request(NamedTuple):
 
 TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false",
               "status": "a job status", "ints": "a list of integers", "any": "a value",
+              "echo": "a string",
               "dict": "an object", "list": "a list"}
 
 
@@ -3222,8 +3718,8 @@ def has_type(value, kind):
         return isinstance(value, list) and all(has_type(item, "int") for item in value)
     if kind == "status":
         return isinstance(value, str) and value in STATUS_OF_NAME
-    return kind == "any" or isinstance(value, {"str": str, "bool": bool, "dict": dict,
-                                               "list": list}[kind])
+    return kind == "any" or isinstance(value, {"str": str, "echo": str, "bool": bool,
+                                               "dict": dict, "list": list}[kind])
 
 
 def check_body(body, wanted, partial=False):
@@ -3310,11 +3806,11 @@ def conditions(request, kind):
     return where, params
 
 
-def list_records(request, kind, workflow_id=None, without=()):
+def list_records(request, kind, workflow_id=None, without=(), clamp=False):
     """The records of a workflow, filtered and paged."""
     if workflow_id is None:
         workflow_id = request.need("workflow_id")
-    page = request.page()
+    page = request.page(clamp)
     where, params = conditions(request, kind)
     require_workflow(request.store, workflow_id)
     return listing(request.store, kind, page, " AND ".join(["t.workflow_id = ?", *where]),
@@ -3402,15 +3898,18 @@ def ping(request):
 
 def version(request):
     """Versions of program and API, and which operations of ours exist."""
-    return {"version": f"{SPOKEN_VERSION} ({own_hash()})", "api_version": API_VERSION,
-            "git_hash": own_hash(), "server": f"torc.py {VERSION}",
-            "extensions": list(EXTENSIONS)}
+    answer = {"version": f"{SPOKEN_VERSION} ({own_hash()})", "api_version": API_VERSION,
+              "git_hash": own_hash(), "server": f"torc.py {VERSION}",
+              "extensions": list(EXTENSIONS)}
+    if request.access.enforced:
+        del answer["git_hash"]            # as upstream
+    return answer
 
 
 def server_info(request):
     """Which database this is and where it can be reached (ours)."""
     return {"id": request.store.id, "version": VERSION, "urls": list(request.urls),
-            "auth_required": False}
+            "auth_required": bool(request.access.gate and request.access.gate.required)}
 
 
 # ---- workflows
@@ -3459,6 +3958,9 @@ def list_workflows(request):
     """All workflows; sorting by the status columns needs the is_archived filter, as upstream."""
     page = request.page()
     where, params = conditions(request, KINDS["workflow"])
+    if request.access.enforced and not is_admin(request.store, request.user):
+        where.append(USABLE)
+        params += [request.user] * 2      # nobody's name is NULL, which equals nothing
     answer = listing(request.store, KINDS["workflow"], page, " AND ".join(where) or "1", params)
     for workflow in answer["items"]:
         workflow["status_id"] = workflow["id"]
@@ -3469,7 +3971,9 @@ def update_workflow(request, workflow_id):
     """Change the fields given."""
     values = check_body(request.body, KINDS["workflow"].fields, partial=True)
     with request.store.transaction():
-        require_workflow(request.store, workflow_id)
+        owner = workflow_row(request.store, workflow_id, "user")[0]
+        if values.get("user", owner) != owner and request.user != owner:
+            require_admin(request)        # a group that shares a workflow cannot take it over
         change(request.store, KINDS["workflow"], workflow_id, values)
     return show_workflow(request.store, workflow_id)
 
@@ -3530,7 +4034,7 @@ def is_workflow_uninitialized(request, workflow_id):
 def cancel(request, workflow_id):
     """Cancel a workflow: no more claims, running jobs are ended by their runners."""
     with request.store.transaction():
-        cancel_workflow(request.store, workflow_id, request.user or "anonymous", request.now)
+        cancel_workflow(request.store, workflow_id, request.subject, request.now)
     return workflow_status(request.store, workflow_id)
 
 
@@ -3538,7 +4042,7 @@ def reset_status(request, workflow_id):
     """Clear a workflow's flags."""
     force = request.param("force", "bool", False)
     with request.store.transaction():
-        reset_workflow(request.store, workflow_id, force, request.user or "anonymous", request.now)
+        reset_workflow(request.store, workflow_id, force, request.subject, request.now)
     return workflow_status(request.store, workflow_id)
 
 
@@ -3550,7 +4054,7 @@ def reset_job_status(request, workflow_id):
         updated = reset_jobs(request.store, workflow_id, failed_only)
         store_event(request.store, workflow_id, request.now, {
             "category": "user_action", "action": "reset_job_status",
-            "user": request.user or "anonymous", "workflow_id": workflow_id,
+            "user": request.subject, "workflow_id": workflow_id,
             "failed_only": failed_only, "updated_count": updated})
     answer = {"workflow_id": workflow_id, "updated_count": updated, "status": "uninitialized"}
     return {**answer, "reset_type": "failed_only"} if failed_only else answer
@@ -3906,8 +4410,9 @@ def rerun_job_request(request, job_id):
 def why_request(request, job_id):
     """One sentence: why a job is not running, or how it ended (ours)."""
     job = job_row(request.store, job_id)
-    return {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
-            "sentence": why(request.store, job_id)}
+    answer = {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
+              "sentence": why(request.store, job_id)}
+    return {**answer, "compute_node_id": job.compute_node_id} if job.compute_node_id else answer
 
 
 # ---- claims and the runner's conversation
@@ -4154,7 +4659,7 @@ def update_resource_requirements(request, record_id):
             event = {name: new[name] for name in REQUIREMENT_COLUMNS[:6]}
             store_event(store, old["workflow_id"], request.now, {
                 "category": "user_action", "action": "update_resource_requirements",
-                "user": request.user or "anonymous", "resource_requirements_id": record_id,
+                "user": request.subject, "resource_requirements_id": record_id,
                 **event})
             store.news(old["workflow_id"])
     return new
@@ -4238,6 +4743,12 @@ def release_compute_node(request, node_id):
     return {"requeued": requeued, "canceled": freed}
 
 
+def list_slurm_stats(request):
+    """What Slurm's accounting says of attempts; a limit that is too large is cut."""
+    answer = list_records(request, KINDS["slurm_stats"], clamp=True)
+    return {**answer, "max_limit": request.page(clamp=True).limit}
+
+
 # ---- actions
 
 SCHEDULE_FIELDS = {"scheduler_id": "int", "scheduler_type": "str", "num_allocations": "int",
@@ -4295,6 +4806,242 @@ def claim_action_request(request, workflow_id, action_id):
         claim_action(request.store, workflow_id, action_id, body.get("compute_node_id"),
                      request.now)
     return {"success": True, "action_id": action_id}
+
+
+# ---- access: groups, members, what is shared
+
+GROUP = fields("id:int* name:str! description:str created_at:str*")
+MEMBER = fields("id:int* user_name:str! group_id:int role:str! created_at:str*")
+SYSTEM_GROUPS = (ADMIN_GROUP,)
+
+
+def require_admin(request, group_id=ADMIN_GROUP):
+    """Raise Forbidden unless the caller is a system admin, or an admin of the group."""
+    if request.access.enforced and not is_admin(request.store, request.user, group_id):
+        whom = "an admin" if group_id == ADMIN_GROUP else f"an admin of group {group_id}"
+        raise Forbidden(f"{request.subject} is not {whom}")
+
+
+def require_self(request, user):
+    """Raise Forbidden unless the caller is that user or a system admin."""
+    if request.user != user:
+        require_admin(request)
+
+
+def group_row(store, group_id):
+    """A group as clients see it. Raises NotFound."""
+    row = store.one("SELECT id, name, description, created_at FROM access_group WHERE id = ?",
+                    (group_id,))
+    if not row:
+        raise NotFound(f"Access group not found with ID: {group_id}")
+    return to_record(GROUP, row)
+
+
+def short_listing(request, wanted, source, params):
+    """A list of groups or members; upstream gives it an envelope of its own."""
+    page = request.page()
+    total = request.store.one(f"SELECT count(*) FROM {source}", params)[0]
+    names = ", ".join(f"t.{field.name}" for field in wanted)
+    rows = request.store.query(f"SELECT {names} FROM {source} ORDER BY t.id LIMIT ? OFFSET ?",
+                               [*params, page.limit, max(page.offset, 0)])
+    return {"items": [to_record(wanted, row) for row in rows], "offset": page.offset,
+            "limit": page.limit, "total_count": total,
+            "has_more": max(page.offset, 0) + len(rows) < total}
+
+
+def create_access_group(request):
+    """A group of users, with whom workflows can be shared."""
+    values = check_body(request.body, GROUP)
+    require_admin(request)
+    with request.store.transaction():
+        group_id = request.store.insert(
+            "INSERT INTO access_group (name, description) VALUES (?, ?)",
+            (values["name"], values.get("description")))
+    return group_row(request.store, group_id)
+
+
+def list_access_groups(request):
+    """All groups."""
+    require_admin(request)
+    return short_listing(request, GROUP, "access_group t", ())
+
+
+def get_access_group(request, group_id):
+    """One group."""
+    group = group_row(request.store, group_id)
+    require_admin(request)
+    return group
+
+
+def delete_access_group(request, group_id):
+    """Delete a group with its memberships; what it shared is shared no more."""
+    group = group_row(request.store, group_id)
+    require_admin(request)
+    if group_id in SYSTEM_GROUPS:
+        raise Forbidden(f"the system group {group['name']} cannot be deleted")
+    with request.store.transaction():
+        request.store.execute("DELETE FROM access_group WHERE id = ?", (group_id,))
+    return group
+
+
+def members_of(request, group_id):
+    """Check that the caller may change the members of a group. Raises NotFound, Forbidden."""
+    group = group_row(request.store, group_id)
+    if group_id in SYSTEM_GROUPS:
+        raise Forbidden(f"the members of the system group {group['name']} are those named by the "
+                        "server's --admin-user")
+    require_admin(request, group_id)
+
+
+def add_member(request, group_id):
+    """Put a user into a group. Upstream: add_user_to_group."""
+    values = check_body(request.body, MEMBER)
+    members_of(request, group_id)
+    with request.store.transaction():
+        member_id = request.store.insert(
+            "INSERT INTO user_group_membership (user_name, group_id, role) VALUES (?, ?, ?)",
+            (values["user_name"], group_id, values["role"]))
+    return member_row(request.store, "id = ?", (member_id,))
+
+
+def member_row(store, where, params):
+    """A membership as clients see it, None if there is none."""
+    row = store.one("SELECT id, user_name, group_id, role, created_at FROM user_group_membership"
+                    f" WHERE {where}", params)
+    return to_record(MEMBER, row) if row else None
+
+
+def list_members(request, group_id):
+    """The members of a group."""
+    group_row(request.store, group_id)
+    require_admin(request, group_id)
+    return short_listing(request, MEMBER, "user_group_membership t WHERE t.group_id = ?",
+                         (group_id,))
+
+
+def remove_member(request, group_id, user):
+    """Take a user out of a group. Upstream: remove_user_from_group."""
+    members_of(request, group_id)
+    with request.store.transaction():
+        member = member_row(request.store, "group_id = ? AND user_name = ?", (group_id, user))
+        if not member:
+            raise NotFound(f"user {user} is not in group {group_id}")
+        request.store.execute("DELETE FROM user_group_membership WHERE id = ?", (member["id"],))
+    return member
+
+
+def list_user_groups(request, user):
+    """The groups a user is in."""
+    require_self(request, user)
+    return short_listing(request, GROUP, "access_group t JOIN user_group_membership m"
+                         " ON m.group_id = t.id WHERE m.user_name = ?", (user,))
+
+
+def list_workflow_groups(request, workflow_id):
+    """The groups a workflow is shared with."""
+    require_workflow(request.store, workflow_id)
+    return short_listing(request, GROUP, "access_group t JOIN workflow_access_group w"
+                         " ON w.group_id = t.id WHERE w.workflow_id = ?", (workflow_id,))
+
+
+def may_share(request, workflow_id, group_id):
+    """Check that the caller may link workflow and group. Raises NotFound, Forbidden."""
+    owner = workflow_row(request.store, workflow_id, "user")[0]
+    group_row(request.store, group_id)
+    if request.user != owner:
+        require_admin(request, group_id)
+
+
+def share_workflow(request, workflow_id, group_id):
+    """Let a group use a workflow. Upstream: add_workflow_to_group."""
+    may_share(request, workflow_id, group_id)
+    with request.store.transaction():
+        request.store.insert("INSERT INTO workflow_access_group (workflow_id, group_id)"
+                             " VALUES (?, ?)", (workflow_id, group_id))
+    return shared(request.store, workflow_id, group_id)
+
+
+def shared(store, workflow_id, group_id):
+    """A link of workflow and group as clients see it. Raises NotFound."""
+    row = store.one("SELECT created_at FROM workflow_access_group WHERE workflow_id = ?"
+                    " AND group_id = ?", (workflow_id, group_id))
+    if not row:
+        raise NotFound(f"workflow {workflow_id} is not shared with group {group_id}")
+    return {"workflow_id": workflow_id, "group_id": group_id, "created_at": row[0]}
+
+
+def unshare_workflow(request, workflow_id, group_id):
+    """A group may use a workflow no more. Upstream: remove_workflow_from_group."""
+    may_share(request, workflow_id, group_id)
+    with request.store.transaction():
+        link = shared(request.store, workflow_id, group_id)
+        request.store.execute("DELETE FROM workflow_access_group WHERE workflow_id = ?"
+                              " AND group_id = ?", (workflow_id, group_id))
+    return link
+
+
+def access_check(request, workflow_id, user):
+    """Whether a user owns a workflow or shares it. Upstream: check_workflow_access."""
+    require_self(request, user)
+    allowed = has_access(request.store, workflow_id, user)
+    answer = {"has_access": allowed, "user_name": user, "workflow_id": workflow_id}
+    return answer if allowed else {**answer, "reason": "neither owner nor in a group that the "
+                                                       "workflow is shared with"}
+
+
+def reload_auth(request):
+    """Read the password file again. Upstream: reload_auth."""
+    require_admin(request)
+    gate = request.access.gate
+    if not gate:
+        error = Internal("the server was started without --auth-file")
+        error.title = "NoAuthFile"
+        raise error
+    try:
+        number = gate.reload()
+    except Unreachable as trouble:
+        error = Internal(f"{trouble}; the users stay as they were")
+        error.title = "ReloadFailed"
+        raise error from None
+    return {"message": "Auth credentials reloaded successfully", "user_count": number}
+
+
+# ---- who may call what: the last column of ROUTES
+
+def anyone(request, values):
+    """Whoever reaches the server, or whom the operation itself lets."""
+
+
+def somebody(request, values):
+    """Any user, but with a name."""
+    if not request.user:
+        raise Forbidden(f"{request.subject} may not create workflows here: give a user name and "
+                        "password (TORC_USERNAME, TORC_PASSWORD)")
+
+
+def user_of_workflow(request, values):
+    """Who may use the workflow whose id stands in the path."""
+    require_access(request.store, values[0], request.user)
+
+
+def user_of_named(request, values):
+    """Who may use the workflow that the query or the body names."""
+    body = request.body if isinstance(request.body, dict) else {}
+    if isinstance(body.get("jobs"), list):         # bulk_jobs refuses those of several workflows
+        body = next((job for job in body["jobs"] if isinstance(job, dict)), {})
+    named = (request.param("workflow_id", "int") if "workflow_id" in request.query
+             else body.get("workflow_id"))
+    if has_type(named, "int"):
+        require_access(request.store, named, request.user)
+
+
+def user_of(table):
+    """Who may use the workflow of the record whose id stands in the path."""
+    def check(request, values):
+        row = request.store.one(f"SELECT workflow_id FROM {table} WHERE id = ?", (values[0],))
+        if row:
+            require_access(request.store, row[0], request.user)
+    return check
 
 
 # ---- the whole surface
@@ -4392,6 +5139,20 @@ ROUTES = (
     ("GET",    "/events",                           bind_kind(list_records, KINDS["event"]), NONE),
     ("PUT",    "/events/<id:int>",                             update_event,                 JSON),
     ("POST",   "/compute_nodes/<id:int>/release",              release_compute_node,         NONE),
+    ("GET",    "/slurm_stats",                                 list_slurm_stats,             NONE),
+    ("POST",   "/admin/reload-auth",                           reload_auth,                  NONE),
+    ("POST",   "/access_groups",                               create_access_group,          JSON),
+    ("GET",    "/access_groups",                               list_access_groups,           NONE),
+    ("GET",    "/access_groups/<id:int>",                      get_access_group,             NONE),
+    ("DELETE", "/access_groups/<id:int>",                      delete_access_group,          NONE),
+    ("POST",   "/access_groups/<id:int>/members",              add_member,                   JSON),
+    ("GET",    "/access_groups/<id:int>/members",              list_members,                 NONE),
+    ("DELETE", "/access_groups/<id:int>/members/<user:str>",   remove_member,                NONE),
+    ("GET",    "/users/<user:str>/groups",                     list_user_groups,             NONE),
+    ("GET",    "/access_check/<id:int>/<user:str>",            access_check,                 NONE),
+    ("GET",    WF + "/access_groups",                          list_workflow_groups,         NONE),
+    ("POST",   WF + "/access_groups/<group:int>",              share_workflow,               NONE),
+    ("DELETE", WF + "/access_groups/<group:int>",              unshare_workflow,             NONE),
     *crud_routes({table: kind for table, kind in KINDS.items() if table != "workflow"}),
 )
 
@@ -4402,6 +5163,8 @@ def path_value(kind, text):
         return int(text)
     if kind == "status" and text in STATUS_OF_NAME:
         return STATUS_OF_NAME[text]
+    if kind == "str":
+        return text
     raise BadRequest(f"{text!r} in the path is not {TYPE_NAMES[kind]}")
 
 
@@ -4413,6 +5176,27 @@ class Endpoint(NamedTuple):
     function: Any
     body: str
     types: tuple                          # of the values in its path
+    who: Any                              # raises Forbidden for those who may not, see who_may
+
+
+ANYONE = ("/ping", "/version", "/server_info", "/workflows")
+SELF_GUARDED = ("/access_groups", "/users", "/access_check", "/admin")      # they check themselves
+
+
+def who_may(method, path):
+    """The check that access control makes before an operation, by its path."""
+    kinds = {kind.path: kind for kind in KINDS.values()}
+    words = path.split("/")
+    first = "/" + words[1]
+    if path in ("/workflows", "/workflow_specs") and method == "POST":
+        return somebody
+    if path in ANYONE or first in SELF_GUARDED:
+        return anyone
+    if path.startswith(WF):
+        return user_of_workflow
+    if path in kinds or path == "/bulk_jobs":
+        return user_of_named
+    return user_of(kinds[first].table)    # KeyError for a path without a rule
 
 
 def build_index(routes):
@@ -4422,7 +5206,8 @@ def build_index(routes):
         segments = path.strip("/").split("/")
         pattern = tuple("*" if segment.startswith("<") else segment for segment in segments)
         types = tuple(segment[1:-1].split(":")[1] for segment in segments if segment[0] == "<")
-        index.setdefault(pattern, {})[method] = Endpoint(method, path, function, body, types)
+        index.setdefault(pattern, {})[method] = Endpoint(method, path, function, body, types,
+                                                         who_may(method, path))
     return index
 
 
@@ -4462,6 +5247,8 @@ class NoSuchPath(NotFound):
 def call_endpoint(endpoint, texts, request):
     """Run an operation with the values of its path, converted."""
     values = [path_value(kind, text) for kind, text in zip(endpoint.types, texts)]
+    if request.access.enforced:
+        endpoint.who(request, values)
     return endpoint.function(request, *values)
 
 
@@ -4617,6 +5404,8 @@ class Client(Calls):
         self.user = user or user_name()
         self.password = password
         self.id = None                    # of the server, once an answer has told it
+        if url == os.environ.get("TORC_API_URL"):
+            self.id = os.environ.get("TORC_SERVER_ID")       # a runner has told it to its job
         self._connection = None
         self._interrupted = False
         self._used = 0.0
@@ -4629,7 +5418,7 @@ class Client(Calls):
 
     def job_environment(self):
         """What a job needs to reach its workflow."""
-        return {"TORC_API_URL": self.where}
+        return {"TORC_API_URL": self.where, **({"TORC_SERVER_ID": self.id} if self.id else {})}
 
     def clone(self):
         """Another client of the same server, for another thread."""
@@ -5031,8 +5820,12 @@ def kill_leftovers(token, leaders, seconds=10.0):
     while time.monotonic() < deadline:
         alive = [pid for pid in groups if signal_group(pid, signal.SIGKILL)]
         marked = [pid for pid in marked_processes(token) if pid != os.getpid()]
-        for pid in marked:
+        for pid in marked:                # its group too: the runner may have died before noting it
             with contextlib.suppress(OSError):
+                group = os.getpgid(pid)
+                if group != os.getpgid(0) and group not in groups:
+                    groups.append(group)
+                    signal_group(group, signal.SIGKILL)
                 os.kill(pid, signal.SIGKILL)
         if not marked and not any(group_lives(pid) for pid in alive):
             return
@@ -5186,8 +5979,8 @@ def release_dead_nodes(client, workflow_id, output_dir):
             said += clean_up(client, path, nodes)
     for node in nodes.values():
         requeued = client.post(f"/compute_nodes/{node['id']}/release")["requeued"]
-        said.append(f"the runner with pid {node['pid']} had died: {len(requeued)} of its jobs are "
-                    "ready again")
+        said.append(f"the runner with pid {node['pid']} had died" + (
+            f": {plural(len(requeued), 'job')} of its are ready again" if requeued else ""))
     return said
 
 
@@ -5214,8 +6007,8 @@ def clean_up(client, path, nodes):
         number = 0                        # workflow or node was deleted: nobody wants it
     with contextlib.suppress(FileNotFoundError):        # another successor was as quick
         os.unlink(path)
-    return [f"{number} results of the runner with pid {header['pid']}, which had died, were handed "
-            "in"] if number else []
+    return [f"{plural(number, 'result')} of the runner with pid {header['pid']}, which had died, "
+            f"{'was' if number == 1 else 'were'} handed in"] if number else []
 
 
 # ---- one job's process
@@ -5507,13 +6300,18 @@ class Progress:
             sys.stderr.write("\r\x1b[K[" + bar + text[:max(0, width - room - 2)])
             sys.stderr.flush()
 
-    def close(self):
-        """End the redrawn line."""
+    def finish(self):
+        """Draw the line for the last time; what is said from now on stands below it."""
         self.draw(force=True)
-        if self.terminal and self.drawn:
-            with contextlib.suppress(OSError, ValueError):
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            if self.terminal and self.drawn:
                 sys.stderr.write("\n")
                 sys.stderr.flush()
+            self.terminal = False
+
+    def close(self):
+        """The end."""
+        self.finish()
         self.log.close()
 
 
@@ -5556,6 +6354,7 @@ class Runner:
         self.fault = None                            # why this machine cannot start jobs,
         self.retry_at = 0.0                          # and when it tries again
         self.draining = False                        # no more starts
+        self.gone = False                            # the workflow was deleted
         self.news = True                             # worth asking for jobs
         self.situation = {}                          # the server's last answer
         self.step = 0
@@ -5569,6 +6368,11 @@ class Runner:
         sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
         os.makedirs(os.path.join(self.directory, "job_stdio"), exist_ok=True)
         os.makedirs(os.path.join(self.directory, "journal"), mode=0o700, exist_ok=True)
+        for name in ("", "job_stdio", "journal"):
+            folder = os.path.join(self.directory, name)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise TorcError(f"{folder} cannot be written by you: make it writable, or name "
+                                "another --output-dir")
         self.bash = shutil.which("bash")
         if not self.bash:
             raise TorcError("there is no bash on the PATH, which runs the commands of jobs")
@@ -5636,9 +6440,8 @@ class Runner:
     def _environment(self):
         """What all jobs get in their environment."""
         self.base_environment = {
-            **os.environ, **self.client.job_environment(),
-            "TORC_WORKFLOW_ID": str(self.workflow_id), "TORC_OUTPUT_DIR": self.directory,
-            "TORC_RUNNER": self.token}
+            **os.environ, "TORC_WORKFLOW_ID": str(self.workflow_id),
+            "TORC_OUTPUT_DIR": self.directory, "TORC_RUNNER": self.token}
         if not self.client.is_local:
             self.base_environment.pop("TORC_DATABASE", None)
 
@@ -5691,7 +6494,7 @@ class Runner:
         import signal
         signal.set_wakeup_fd(-1)
         self.ended.set()
-        complete = self.code is not None and not self.done and not self.ending
+        complete = self.gone or self.code is not None and not self.done and not self.ending
         with contextlib.suppress(OSError):
             os.write(self.guardian_pipe, b"q" if not self.children else b"")
         os.close(self.guardian_pipe)
@@ -5899,12 +6702,12 @@ class Runner:
             child.limit = need[2]
         self.journal.add({"start": list(child.key)})
         self.journal.flush()
+        child.started = time.monotonic()
         try:
             child.pid = self._exec(child)
         except (OSError, ValueError) as error:
             self._failed_to_start(child, error)
             return
-        child.started = time.monotonic()
         self.fault = None
         self.journal.add({"pid": [child.pid, round(time.clock_gettime(time.CLOCK_BOOTTIME), 2)]})
         with self.lock:
@@ -5939,8 +6742,9 @@ class Runner:
         """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
         import signal
         job = child.job
-        environment = {**self.base_environment, "TORC_JOB_ID": str(job["id"]),
-                       "TORC_JOB_NAME": job["name"], "TORC_ATTEMPT_ID": str(job["attempt_id"]),
+        environment = {**self.base_environment, **self.client.job_environment(),
+                       "TORC_JOB_ID": str(job["id"]), "TORC_JOB_NAME": job["name"],
+                       "TORC_ATTEMPT_ID": str(job["attempt_id"]),
                        "TORC_RUN_ID": str(job["run_id"])}
         if child.gpus:
             environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
@@ -6081,7 +6885,7 @@ class Runner:
             with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
                 file.write(text)
         if status not in ("completed", "canceled"):
-            tail = tail_of(path) if path else text
+            tail = (tail_of(path) if path else "") or text
             if tail:
                 done["stderr_tail"] = tail
         if status == "completed" and child.stdio["delete_on_success"]:
@@ -6115,8 +6919,10 @@ class Runner:
         if code == 0 or self.draining:    # cut short by our end: the next runner tries again
             done["requeue"] = True
         else:
-            done["stderr_tail"] = (done.get("stderr_tail", "")
-                                   + f"torc: the recovery script failed: return code {code}\n")
+            text = f"torc: the recovery script failed: return code {code}\n"
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+            done["stderr_tail"] = (done.get("stderr_tail", "") + text)[-STDERR_TAIL_BYTES:]
         self._hand_in(child, done)
 
     def _hand_in(self, child, done):
@@ -6137,18 +6943,20 @@ class Runner:
         if done["status"] in ("failed", "pending_failed", "terminated") and not self.interrupted:
             then = f" (torc logs {job['id']})"
             if done.get("requeue"):
-                then = "; it will be tried again"
+                then = "" if self.gone else "; it will be tried again"
+            last = done.get("stderr_tail", "").strip().rpartition("\n")[2]
+            cause = last[6:] if last.startswith("torc: ") else f"return code {done['return_code']}"
             self.say(f"job {job['id']} \"{job['name']}\" {done['status'].replace('_', ' ')}: "
-                     f"return code {done['return_code']}{then}")
+                     f"{cause}{then}")
 
     def _usage(self, child, elapsed, usage):
         """Peak and average memory and CPU of an attempt; what is not known is left out."""
         known = {}
         if usage and elapsed > 0:
             known["avg_cpu_percent"] = round(100 * (usage.ru_utime + usage.ru_stime) / elapsed, 1)
-            own = self._own_peak()
-            # exec hands the spawner's own peak down, so a lower value says nothing.
-            peak = usage.ru_maxrss * 1024 if usage.ru_maxrss > own else 0
+            # exec hands the spawner's own peak down, so no more than that says nothing.
+            above = usage.ru_maxrss > self._own_peak() and usage.ru_maxrss > self._own_peak(0)
+            peak = usage.ru_maxrss * 1024 if above else 0
             peak = max([peak, *child.memory])
             if peak:
                 known["peak_memory_bytes"] = peak
@@ -6158,13 +6966,13 @@ class Runner:
             known["peak_cpu_percent"] = round(max(child.cpu), 1)
         return known
 
-    def _own_peak(self):
-        """Peak resident memory of this process in KB, looked up at most once a second."""
+    def _own_peak(self, age_s=1):
+        """Peak resident memory of this process in KB, looked up if it is known for so long."""
         now = time.monotonic()
-        if now > getattr(self, "_peak_until", 0):
+        if now >= getattr(self, "_peak_since", 0) + age_s:
             match = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))
-            self._peak_kb = int(match[1]) if match else 2**40
-            self._peak_until = now + 1
+            self._peak_kb = int(match[1]) + 256 if match else 2**40     # the kernel counts in lumps
+            self._peak_since = now
         return self._peak_kb
 
     # -- the talking thread
@@ -6174,6 +6982,7 @@ class Runner:
         try:
             self._converse()
         except NotFound as error:
+            self.gone = True
             self._give_up(f"the workflow is gone: {error}")
         except TorcError as error:
             self._give_up(str(error))
@@ -6195,7 +7004,8 @@ class Runner:
         while self.children or self.ending or self.acting:
             with self.talk:
                 self.talk.wait(0.2)
-        self.say(f"`torc run {self.workflow_id}` goes on from here once the cause is mended")
+        if not self.gone:
+            self.say(f"`torc run {self.workflow_id}` goes on from here once the cause is mended")
         self.code = 128 + self.interrupted if self.interrupted else 1
 
     def _converse(self):
@@ -6503,22 +7313,24 @@ class Runner:
         parts = []
         for entry in report["ready"][:3]:
             need = entry["resource_requirements"]
-            parts.append(
-                f"{entry['count']} ready (such as \"{entry['job_name']}\") need {need['num_cpus']} "
-                f"CPUs, {need['memory']} memory, {need['num_gpus']} GPUs, {need['num_nodes']} "
-                f"nodes and {need['runtime']}; this runner has {self.cpus} CPUs, "
-                f"{format_bytes(self.memory)}, {len(self.gpus)} GPUs, 1 node"
-                + (f" and {format_duration(max(0, self.end_time - time.monotonic()))} left"
-                   if self.end_time else ""))
+            lacks = misfits(need, self.cpus, self.memory, len(self.gpus), 1)
+            if self.end_time and parse_duration(need["runtime"]) > self._time_left():
+                left = format_duration(max(0, self.end_time - time.monotonic()))
+                lacks.append(f"{need['runtime']} (there are {left} left)")
+            verb = "needs" if entry["count"] == 1 else "need"
+            parts.append(f"{plural(entry['count'], 'ready job')} (such as \"{entry['job_name']}\") "
+                         f"{verb} " + " and ".join(lacks).replace("it has", "this runner has"))
         for entry in report["waiting"][:3]:
             parts.append(f"\"{entry['job_name']}\" (job {entry['job_id']}) is {entry['status']}"
                          + (f" and {entry['dependents']} jobs wait for it" if entry["dependents"]
                             else ""))
+        if "uninitialized" in report["by_status"]:
+            parts.append(f"`torc workflows reinit {self.workflow_id}` starts what is new")
         if others:
             parts.append(f"{len(others)} other runners have made nothing ready for "
                          f"{self._patience_s()} s")
         number = sum(report["by_status"].values())
-        return (f"stopping with {number} jobs unfinished: "
+        return (f"stopping with {plural(number, 'job')} unfinished: "
                 + "; ".join(parts or ["nothing is ready"]))
 
     def _time_is_up(self):
@@ -6543,6 +7355,7 @@ class Runner:
         answer = self._send({"compute_node_id": self.node_id, "step": self.step, "held": [],
                              "claim": None, "counts": True, "closing": True})
         self.progress.update(answer["counts"])
+        self.progress.finish()
         elapsed = format_duration(time.monotonic() - self.progress.began)
         how = {0: "completed", 1: "ended with failures", 3: "is not finished"}.get(
             code, "was interrupted")
@@ -6610,7 +7423,8 @@ class Runner:
         last = action["trigger_type"] in ("on_worker_complete", "on_workflow_complete")
         for command in action["action_config"]["commands"]:
             try:
-                code = self._run_script(command, log, self.base_environment, last, self.directory)
+                environment = {**self.base_environment, **self.client.job_environment()}
+                code = self._run_script(command, log, environment, last, self.directory)
                 how = f"return code {code}" if code else "the runner was about to end"
             except (OSError, ValueError) as error:
                 code, how = None, str(error)
@@ -7203,6 +8017,8 @@ def find_command(argv):
             if flag not in known:
                 raise UsageError(f"unknown option {flag}{nearest(flag, known)}: see torc --help")
             long = 1 + (has_value(known[flag]) and flag == word)
+            if len(argv) < index + long:
+                raise UsageError(f"option {flag} needs a value: see torc --help")
             head += argv[index:index + long]
             index += long
             continue
@@ -7447,13 +8263,6 @@ def print_json(value):
 def split_columns(text):
     """[(title, field), ...] from "ID=id, Memory (GB)=memory_gb"."""
     return [tuple(part.strip().rpartition("=")[::2]) for part in text.split(",")]
-
-
-def plural(number, noun):
-    """1 job, 2 jobs; nouns that end in data or requirements have no plural."""
-    if number == 1 or noun.endswith(("data", "requirements")):
-        return f"{number} {noun}"
-    return f"{number} {noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
 
 
 def show_list(args, key, noun, columns_text, records, place="", without=()):
@@ -7988,16 +8797,24 @@ def names_workflow(args):
 def do_run(args, client):
     """Run a specification, or a workflow that exists, on this machine."""
     spec = None if names_workflow(args) else load_spec(args, args.spec)
+    os.makedirs(args.output_dir, exist_ok=True)          # before there is a workflow
     client = open_client(args, make=spec is not None)
     try:
         workflow_id = workflow_to_run(args, client, spec)
+        if not spec and client.get(f"/workflows/{workflow_id}/is_complete")["is_complete"]:
+            tell(args, f"all jobs of workflow {workflow_id} have ended before: `torc workflows "
+                 f"reset-status {workflow_id} --failed-only --reinitialize` readies those that "
+                 f"failed, `torc workflows init {workflow_id}` all")
         end_time = args.end_time
         if end_time is None and args.time_limit is not None:
             end_time = time.time() + args.time_limit
-        return Runner(client, workflow_id, RunOptions(
+        code = Runner(client, workflow_id, RunOptions(
             output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
             num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
             end_time=end_time)).run()
+        if args.format == "json":
+            print_json({**workflow_report(client, workflow_id), "exit_code": code})
+        return code
     finally:
         client.close()
 
@@ -8047,6 +8864,8 @@ def workflow_report(client, workflow_id):
             "total_exec_time_minutes": (total or 0.0) / 60,
             "total_exec_time_formatted": format_duration(total or 0.0),
             "walltime_seconds": wall or 0.0, "walltime_formatted": format_duration(wall or 0.0),
+            "dead_runners": [node["pid"] for node in client.items(
+                "/compute_nodes", workflow_id=workflow_id, is_active=True) if is_dead_here(node)],
             "active_compute_nodes": count_records(client, "/compute_nodes", is_active=True,
                                                   workflow_id=workflow_id),
             "active_scheduled_nodes": nodes["active"], "pending_scheduled_nodes": nodes["pending"],
@@ -8065,9 +8884,12 @@ def verdict(report):
     if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
         return f"The workflow has not been started: torc run {workflow_id}"
     ending = f" ({bad})" if bad else ""
-    if report["active_compute_nodes"]:
+    if report["active_compute_nodes"] > len(report["dead_runners"]):
         return f"The workflow is in progress{ending}."
-    return f"The workflow is not complete{ending}, and no runner is at work: torc run {workflow_id}"
+    new = by_status["uninitialized"]
+    return (f"The workflow is not complete{ending}, and no runner is at work: torc run "
+            f"{workflow_id}" + (f" (and torc workflows reinit {workflow_id} before, for "
+                                f"{plural(new, 'job')} that are not initialized)" if new else ""))
 
 
 @command("status", WORKFLOW, example="torc status 3")
@@ -8085,7 +8907,9 @@ def do_status(args, client):
     if report["walltime_seconds"] or report["total_exec_time_minutes"]:
         print(f"Run time of all jobs: {report['total_exec_time_formatted']}, from first start to "
               f"last end: {report['walltime_formatted']}")
-    print(f"Active runners: {report['active_compute_nodes']}")
+    dead = report["dead_runners"]
+    print(f"Active runners: {report['active_compute_nodes'] - len(dead)}" + (
+        f" (and {len(dead)} that died: pid {', '.join(map(str, dead))})" if dead else ""))
     if report["active_scheduled_nodes"] or report["pending_scheduled_nodes"]:
         print(f"Allocations: {report['active_scheduled_nodes']} active, "
               f"{report['pending_scheduled_nodes']} pending")
@@ -8369,6 +9193,12 @@ def do_why(args, client):
     """Say why a job is not running, or how it ended."""
     answer = client.get(f"/jobs/{args.job_id}/why")
     tail = ""
+    if answer["status"] in ("pending", "running"):
+        for node in client.items("/compute_nodes", is_active=True, workflow_id=client.get(
+                f"/jobs/{args.job_id}")["workflow_id"]):
+            if node["id"] == answer.get("compute_node_id") and is_dead_here(node):
+                answer["sentence"] = (f"its runner (pid {node['pid']}) has died: torc run "
+                                      f"{node['workflow_id']} runs it again")
     if answer["status"] in ("failed", "terminated", "pending_failed"):
         workflow_id = client.get(f"/jobs/{args.job_id}")["workflow_id"]
         for result in client.items("/results", workflow_id=workflow_id, job_id=args.job_id,
@@ -9140,7 +9970,10 @@ def bash_completion():
     path, cases = shell_cases()
     return SHELL_FUNCTION.format(
         first=1, current="COMP_CWORD", words="COMP_WORDS", path=path, cases="\n".join(cases),
-        give='COMPREPLY=($(compgen -W "$list" -- "${COMP_WORDS[COMP_CWORD]}"))',
+        give="""local word="${COMP_WORDS[COMP_CWORD]}"
+    COMPREPLY=($(compgen -W "$list" -- "$word"))
+    # Options only for who begins one: so files are offered where a file may stand.
+    [[ $word == -* ]] || COMPREPLY=($(printf '%s\\n' "${COMPREPLY[@]}" | grep -v '^-'))""",
         register="complete -o default -F _torc torc torc.py")
 
 
