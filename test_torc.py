@@ -118,6 +118,14 @@ class Server:
         self.process.kill()
         self.process.communicate()
 
+    @contextlib.contextmanager
+    def closing(self):
+        """The server, stopped at the end."""
+        try:
+            yield self
+        finally:
+            self.stop()
+
     def stop(self):
         """SIGTERM; returns (exit code, stderr)."""
         if self.process.poll() is None:
@@ -218,6 +226,13 @@ class Conversation:
 # ==================================================================================================
 # 1 Head
 # ==================================================================================================
+
+
+def test_no_name_is_defined_twice():
+    for source in (SOURCE, Path(__file__).read_text(encoding="utf-8")):
+        names = [node.name for node in ast.parse(source).body
+                 if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        assert sorted(set(names)) == sorted(names)
 
 
 def test_the_map_in_the_docstring_matches_the_banners():
@@ -1402,6 +1417,202 @@ def test_unfinished_names_what_holds_a_workflow_up(api):
 
 
 # ==================================================================================================
+# 7 Access
+# ==================================================================================================
+
+ALICE, BOB = "correct horse", "battery staple"
+
+
+@pytest.fixture(scope="session")
+def passwords(tmp_path_factory):
+    """A password file with alice and bob, hashed as cheaply as bcrypt can."""
+    file = torc.PasswordFile(str(tmp_path_factory.mktemp("passwords") / "users"), absent=True)
+    for user, password in (("alice", ALICE), ("bob", BOB)):
+        file.set(user, torc.hash_password(password, 4))
+    file.write()
+    return file.path
+
+
+def basic(user, password):
+    """An Authorization header."""
+    import base64
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def checked(gate, header, address="10.0.0.1", liar=False):
+    """The final Verdict of a gate."""
+    verdict = gate.judge(header, address)
+    if verdict.state != "unsure":
+        return verdict
+    answers = []
+    gate.ask(header, address, verdict.digest, liar, answers.append)
+    until(lambda: answers)
+    return answers[0]
+
+
+def test_a_password_file_is_private_from_its_first_byte_and_keeps_comments_and_order(tmp_path):
+    path = tmp_path / "users"
+    path.write_text("# our users\n\nzoe:$2y$05$abc\nbob:$6$x$y\n# end\n")
+    file = torc.PasswordFile(str(path))
+    file.set("bob", "$2y$05$new")
+    file.set("amy", "$2y$05$amy")
+    file.write()
+    assert path.read_text() == ("# our users\n\nzoe:$2y$05$abc\nbob:$2y$05$new\n# end\n"
+                                "amy:$2y$05$amy\n")
+    assert path.stat().st_mode & 0o777 == 0o600
+    file.set("zoe", None)
+    assert "zoe" not in file.users and not any(line.startswith("zoe") for line in file.lines)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("alice", "line 1: expected USER:HASH"), (":x", "line 1: expected USER:HASH"),
+    ("# c\nalice:$apr1$a$b", "line 2: the password of alice is stored as Apache's MD5"),
+    ("alice:{SHA}x", "is stored as SHA-1"), ("alice:secret", "is stored as a plain or DES text"),
+    ("", "has no users")])
+def test_a_password_file_that_cannot_be_used_says_line_and_remedy(tmp_path, text, message):
+    (tmp_path / "users").write_text(text)
+    with pytest.raises(torc.Unreachable) as caught:
+        torc.Gate(str(tmp_path / "users"))
+    assert message in str(caught.value) and "secret" not in str(caught.value)
+    with pytest.raises(torc.Unreachable, match="does not exist: torc-htpasswd add"):
+        torc.Gate(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("password", ["x", "grün ☃", "a" * 72])
+def test_a_hash_is_of_its_own_password_only(password):
+    hashed = torc.hash_password(password, 4)
+    assert hashed.startswith("$2y$04$") and len(hashed) == 60
+    assert torc.check_password(password, hashed) and not torc.check_password(password + "!", hashed) \
+        or len(password) == 72
+    assert not torc.check_password("", hashed) and not torc.check_password(password[:-1], hashed)
+    assert torc.hash_password(password, 4) != hashed
+
+
+@pytest.mark.parametrize("password", ["", "a" * 73, "a\0b"])
+def test_bcrypt_takes_no_password_that_it_would_cut(password):
+    with pytest.raises(torc.UsageError, match="1 to 72 bytes"):
+        torc.hash_password(password, 4)
+    assert not torc.check_password("a\0b", torc.hash_password("a", 4))
+
+
+@pytest.mark.parametrize("flags", [["-B"], ["-B", "-C", "6"], ["-5"], ["-2"]])
+def test_files_of_apache_are_taken_and_ours_by_apache(tmp_path, flags):
+    program = shutil.which("htpasswd")
+    if not program:
+        pytest.skip("apache2-utils is not installed")
+    path = str(tmp_path / "users")
+    made = subprocess.run([program, "-c", "-b", *flags, path, "alice", ALICE], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"this htpasswd has no {flags[0]}")
+    gate = torc.Gate(path)
+    assert checked(gate, basic("alice", ALICE)).user == "alice"
+    assert checked(gate, basic("alice", "wrong")).state == "wrong"
+    file = torc.PasswordFile(path)
+    file.set("bob", torc.hash_password(BOB, 5))
+    file.write()
+    assert subprocess.run([program, "-v", "-b", path, "bob", BOB], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("header", [None, "", "Basic", "Basic ", "basic YTpi", "Basic !!!", "Bearer x",
+                                    "Basic YWJj", "Basic /w=="])
+def test_what_is_no_basic_header_is_nobody(passwords, header):
+    assert torc.Gate(passwords).judge(header, "10.0.0.1") == torc.NOBODY
+
+
+def test_a_password_is_hashed_once_and_wrong_ones_never_again(passwords, monkeypatch):
+    gate = torc.Gate(passwords)
+    hashed = []
+    check = torc.check_password
+    monkeypatch.setattr(torc, "check_password",
+                        lambda password, text: hashed.append(1) or check(password, text))
+    for _ in range(3):
+        assert checked(gate, basic("alice", ALICE)) == torc.Verdict("known", "alice")
+        assert checked(gate, basic("alice", f"wrong {len(hashed)}")).state == "wrong"
+        assert checked(gate, basic("bob", "wrong")).state == "wrong"
+        assert checked(gate, basic("nobody", "wrong")).state == "wrong"
+    assert len(hashed) == 2               # alice's right one, bob's wrong one
+    assert ALICE not in repr(vars(gate)) and ALICE.encode() not in repr(gate.proven).encode()
+
+
+def test_a_cached_password_is_hashed_again_when_its_time_is_over(passwords, monkeypatch):
+    gate = torc.Gate(passwords, ttl_s=0)
+    assert checked(gate, basic("alice", ALICE)).user == "alice"
+    assert gate.judge(basic("alice", ALICE), "10.0.0.1").state == "unsure"
+    assert checked(gate, basic("alice", ALICE)).user == "alice"
+
+
+def test_wrong_passwords_are_told_later_and_later_and_the_right_one_at_once(passwords):
+    gate = torc.Gate(passwords)
+    delays = [checked(gate, basic("alice", f"wrong {number}")).delay_s for number in range(9)]
+    assert delays == sorted(delays) and 0 < delays[0] <= 0.1 and delays[-1] == torc.LONGEST_DELAY_S
+    assert checked(gate, basic("alice", "wrong"), "10.0.0.2").delay_s == delays[0]
+    assert checked(gate, basic("alice", ALICE)) == torc.Verdict("known", "alice")
+
+
+def test_a_flood_of_guesses_delays_its_own_lane_only(passwords, monkeypatch):
+    gate = torc.Gate(passwords)
+    go, order = threading.Event(), []
+
+    def check(password, hashed):
+        go.wait(20)
+        order.append(password)
+        return password in (ALICE, BOB)
+
+    monkeypatch.setattr(torc, "check_password", check)
+    answers = []
+
+    def ask(user, password, address, liar=False):
+        header = basic(user, password)
+        gate.ask(header, address, gate.judge(header, address).digest, liar, answers.append)
+
+    for number in range(torc.LANE_QUEUE + 5):
+        ask("alice", f"guess {number}", "10.0.0.1", liar=number > 3)
+    assert [answer.state for answer in answers] == ["busy"] * (len(answers)) and len(answers) >= 3
+    ask("bob", BOB, "10.0.0.1"), ask("alice", ALICE, "10.0.0.2")
+    go.set()
+    until(lambda: sum(answer.state == "known" for answer in answers) == 2)
+    assert max(order.index(BOB), order.index(ALICE)) < 12
+
+
+def test_the_same_question_asked_often_costs_one_hash(passwords, monkeypatch):
+    gate = torc.Gate(passwords)
+    go, hashed, answers = threading.Event(), [], []
+    monkeypatch.setattr(torc, "check_password",
+                        lambda *_: go.wait(20) and not hashed.append(1))
+    header = basic("alice", ALICE)
+    for _ in range(50):
+        gate.ask(header, "10.0.0.1", gate.judge(header, "10.0.0.1").digest, False, answers.append)
+    go.set()
+    until(lambda: len(answers) == 50)
+    assert len(hashed) == 1 and {answer.user for answer in answers} == {"alice"}
+
+
+def test_a_changed_password_file_is_read_again_and_a_broken_one_is_not(passwords, tmp_path):
+    path = str(tmp_path / "users")
+    shutil.copy(passwords, path)
+    warnings = []
+    gate = torc.Gate(path, warn=warnings.append)
+    assert checked(gate, basic("alice", ALICE)).user == "alice"
+    file = torc.PasswordFile(path)
+    file.set("alice", torc.hash_password("another password", 4))
+    file.write()
+    gate.looked -= 2                      # it looks once a second
+    assert checked(gate, basic("alice", ALICE)).state == "wrong"
+    assert checked(gate, basic("alice", "another password")).user == "alice"
+    Path(path).write_text("nonsense\n")
+    gate.looked -= 2
+    assert checked(gate, basic("alice", "another password")).user == "alice"
+    assert "line 1: expected USER:HASH" in warnings[-1]
+
+
+def test_admins_are_those_the_server_was_told(store):
+    torc.set_admins(store, ["amy", "zoe"])
+    torc.set_admins(store, ["zoe"])
+    assert torc.is_admin(store, "zoe") and not torc.is_admin(store, "amy")
+    assert not torc.is_admin(store, None)
+
+
+# ==================================================================================================
 # 8 API
 # ==================================================================================================
 
@@ -1649,14 +1860,16 @@ def test_a_refused_connection_says_what_to_do():
 
 
 def test_an_unknown_host_name_is_named():
-    with pytest.raises(torc.Unreachable, match="host name no-such-host.invalid is unknown"):
+    with pytest.raises(torc.Unreachable, match="no-such-host.invalid:1: this machine does not know the name"):
         torc.Client("http://no-such-host.invalid:1").get("/ping")
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://h:99999", "http://h:x", "https://h"])
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://h:99999", "http://h:x",
+                                 "http://me:secret@h:1"])
 def test_what_is_no_server_url_is_a_usage_error(url):
-    with pytest.raises(torc.UsageError, match="is no server URL"):
+    with pytest.raises(torc.UsageError, match="is no server URL") as caught:
         torc.Client(url)
+    assert "secret" not in str(caught.value)
 
 
 @contextlib.contextmanager
@@ -1681,7 +1894,7 @@ def answering(data):
     (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5\r\n\r\nhello",
      "is a Torc server there"),
     (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "is a Torc server there"),
-    (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP"),
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "what answers is not HTTP"),
     (b"", "broke"),
 ])
 def test_another_program_on_the_port_is_told_from_a_server(data, message):
@@ -1751,7 +1964,7 @@ def test_a_post_that_creates_is_not_repeated_after_it_was_sent(tmp_path):
 def test_connect_takes_the_first_of_option_variable_and_local_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = []
-    monkeypatch.setattr(torc, "listener_uid", lambda port: None)
+    monkeypatch.setattr(torc, "listeners", lambda port: [])
     client = torc.connect(tell=said.append)
     assert client.is_local and said == ["using the local database torc_output/torc.db"]
     client.close()
@@ -1768,19 +1981,30 @@ def test_connect_takes_the_first_of_option_variable_and_local_file(tmp_path, mon
         torc.connect(database="missing.db", create=False)
 
 
+def test_the_default_server_is_found_on_the_one_address_it_listens_on(tmp_path, monkeypatch):
+    server = Server(tmp_path / "x.db", 0, "--host", "127.1.2.3")
+    monkeypatch.setattr(torc, "DEFAULT_PORT", server.port)
+    monkeypatch.setattr(torc, "is_loopback", lambda host: host == "127.0.0.1")
+    assert torc.connect().where == f"http://127.1.2.3:{server.port}{torc.API_PREFIX}"
+    server.stop()
+
+
 def test_another_users_server_at_the_default_url_is_neither_used_nor_passed_over(server, monkeypatch):
-    monkeypatch.setattr(torc, "DEFAULT_URL", server.url)
-    monkeypatch.setattr(torc, "listener_uid", lambda port: os.getuid() + 1)
-    with pytest.raises(torc.Unreachable, match=f"another user .* say --url {server.url}"):
+    monkeypatch.setattr(torc, "DEFAULT_PORT", server.port)
+    monkeypatch.setattr(torc, "listeners", lambda port: [("127.0.0.1", os.getuid() + 1)])
+    url = server.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(torc.Unreachable, match=f"another user .* say --url {url}"):
         torc.connect()
-    monkeypatch.setattr(torc, "listener_uid", lambda port: os.getuid())
-    assert torc.connect().where == server.url
+    monkeypatch.setattr(torc, "listeners", lambda port: [("0.0.0.0", os.getuid())])
+    assert torc.connect().where == url
 
 
 def test_the_uid_column_tells_who_listens():
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        assert torc.listener_uid(sock.getsockname()[1]) == os.getuid()
-    assert torc.listener_uid(free_port()) is None
+        assert torc.listeners(sock.getsockname()[1]) == [("127.0.0.1", os.getuid())]
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
+        assert torc.listeners(sock.getsockname()[1]) == [("::1", os.getuid())]
+    assert torc.listeners(free_port()) == []
 
 
 # ==================================================================================================
@@ -2930,6 +3154,388 @@ def test_torc_starts_beside_torc_client(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith(f"torc {torc.VERSION} (")
 
 
+# ---- passwords and access control over HTTP
+
+def every_route():
+    """(method, path) of every route, with values in its path."""
+    for method, path, *_ in torc.ROUTES:
+        yield method, torc.API_PREFIX + re.sub(r"<\w+:(\w+)>", lambda match: {
+            "int": "1", "status": "completed", "str": "alice"}[match[1]], path)
+
+
+def fetch(server, method, path, header=None, body=None):
+    """(status, headers, body) of a request without any client of ours."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    headers = {**({"Authorization": header} if header else {}),
+               **({"Content-Type": "application/json"} if body is not None else {})}
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    return answer.status, answer.headers, data
+
+
+def guarded(path, passwords, *options, port=0):
+    """A server with a password file."""
+    return Server(path, port, "--auth-file", passwords, *options)
+
+
+def test_require_auth_answers_nobody_on_any_route(tmp_path, passwords):
+    server = guarded(tmp_path / "x.db", passwords, "--require-auth")
+    paths = [*every_route(), ("GET", "/"), ("GET", "/dashboard"), ("GET", "/no/such/path"),
+             ("PATCH", torc.API_PREFIX + "/ping")]
+    for method, path in paths:
+        for header in (None, "Basic !", basic("alice", "wrong"), "Bearer " + ALICE):
+            if header and "YWxpY2U6" in header and path != torc.API_PREFIX + "/ping":
+                continue                  # wrong passwords are answered late: one of them will do
+            status, headers, body = fetch(server, method, path, header)
+            assert (status, headers["WWW-Authenticate"]) == (401, 'Basic realm="Torc"'), path
+            assert body == b"Unauthorized" or method == "HEAD"
+    good = basic("alice", ALICE)
+    assert fetch(server, "GET", torc.API_PREFIX + "/ping", good)[0] == 200
+    assert fetch(server, "GET", "/no/such/path", good)[0] == 404
+    server.stop()
+
+
+def test_pipelined_requests_are_each_judged(tmp_path, passwords):
+    server = guarded(tmp_path / "x.db", passwords, "--require-auth")
+    ping = f"GET {torc.API_PREFIX}/ping HTTP/1.1\r\nHost: x\r\n"
+    good = f"Authorization: {basic('alice', ALICE)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 20) as sock:
+        sock.sendall(f"{ping}{good}\r\n{ping}\r\n{ping}{good}Connection: close\r\n\r\n".encode())
+        data = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", b"401", b"200"]
+    server.stop()
+
+
+def test_optional_passwords_refuse_nobody_and_name_who_is_known(tmp_path, passwords):
+    server = guarded(tmp_path / "x.db", passwords)
+    body = json.dumps({"name": "w", "user": "mallory"})
+    path = torc.API_PREFIX + "/workflows"
+    for header, user, subject in ((None, "mallory", "anonymous"), (basic("alice", ALICE), "alice", "alice"),
+                                  (basic("alice", "wrong"), "mallory", "unknown")):
+        status, _, data = fetch(server, "POST", path, header, body)
+        made = json.loads(data)
+        assert (status, made["user"]) == (200, user)
+        assert fetch(server, "PUT", f"{path}/{made['id']}/cancel", header)[0] == 200
+        [event] = server.client().page("/events", workflow_id=made["id"])["items"]
+        assert event["data"]["user"] == subject
+    server.stop()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--require-auth"], "--require-auth needs --auth-file FILE"),
+    (["--enforce-access-control"], "--enforce-access-control needs --auth-file FILE"),
+    (["--auth-file", "absent"], "password file absent does not exist: torc-htpasswd add --file"),
+    (["--https"], "--https needs --tls-cert FILE and --tls-key FILE"),
+    (["--https", "--tls-cert", "absent", "--tls-key", "absent"], "absent: No such file"),
+])
+def test_a_server_that_cannot_guard_itself_does_not_start(cli, options, message):
+    code, out, err = cli("server", "run", "--port", "0", "--database", "x.db", *options)
+    assert code in (1, 2) and message in err and out == ""
+    assert not os.path.exists("x.db")
+
+
+def test_reload_auth_reads_the_file_and_keeps_the_users_if_it_is_broken(tmp_path, passwords):
+    path = tmp_path / "users"
+    shutil.copy(passwords, path)
+    server = guarded(tmp_path / "x.db", path, "--require-auth")
+    client = torc.Client(server.url, "alice", ALICE)
+    assert client.post("/admin/reload-auth") == {
+        "message": "Auth credentials reloaded successfully", "user_count": 2}
+    path.write_text("broken\n")
+    with pytest.raises(torc.Internal, match="line 1: expected USER:HASH"):
+        client.post("/admin/reload-auth")
+    assert json.loads(fetch(server, "POST", torc.API_PREFIX + "/admin/reload-auth",
+                            basic("alice", ALICE))[2])["error"]["error"] == "ReloadFailed"
+    server.stop()
+    with Server(tmp_path / "y.db").closing() as server:
+        answer = fetch(server, "POST", torc.API_PREFIX + "/admin/reload-auth")
+        assert answer[0] == 500 and json.loads(answer[2])["error"]["error"] == "NoAuthFile"
+
+
+@pytest.fixture
+def walls(tmp_path, passwords):
+    """A server under access control, admin zoe; (server, {user: client})."""
+    path = tmp_path / "users"
+    file = torc.PasswordFile(passwords)
+    file.path = str(path)
+    file.set("zoe", torc.hash_password("zoe's own", 4))
+    file.write()
+    server = guarded(tmp_path / "walls.db", path, "--enforce-access-control", "--admin-user", "zoe")
+    clients = {name: torc.Client(server.url, name, password) for name, password in (
+        ("alice", ALICE), ("bob", BOB), ("zoe", "zoe's own"), (None, None))}
+    yield server, clients
+    server.stop()
+
+
+def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
+    """Everything in alice's workflow, by bob and by nobody, on every route."""
+    server, clients = walls
+    alice, bob, nobody = clients["alice"], clients["bob"], clients[None]
+    workflow_id, ids = make(alice, {"a": [], "b": ["a"]})
+    node = make_node(alice, workflow_id)
+    records = {kind.table: 1 for kind in torc.KINDS.values()}
+    samples = {"resource_requirements": {"name": "r"}, "failure_handler": {"name": "h", "rules": "[]"}}
+    for kind in torc.KINDS.values():
+        if "create" in kind.ops and kind.table not in ("workflow", "job"):
+            alice.post(kind.path, {**sample(kind), "workflow_id": workflow_id, "job_id": ids["a"],
+                                   **samples.get(kind.table, {})})
+    alice.post("/user_data", {"workflow_id": workflow_id, "name": "u"})
+    alice.post("/events", {"workflow_id": workflow_id, "data": {}})
+    alice.post("/results", {**sample(torc.KINDS["result"]), "workflow_id": workflow_id,
+                            "job_id": ids["a"], "compute_node_id": node, "run_id": 1})
+    alice.post(f"/workflows/{workflow_id}/actions", {
+        "workflow_id": workflow_id, "trigger_type": "on_workflow_start",
+        "action_type": "run_commands", "action_config": {"commands": ["true"]}})
+    before = sqlite3.connect(server.database).execute("SELECT count(*) FROM sqlite_master").fetchall()
+    open_to_all = {"/ping", "/version", "/server_info"}
+    for method, path, *_ in torc.ROUTES:
+        if path in open_to_all or path == "/workflows" and method == "GET":
+            continue
+        place = re.sub(r"<\w+:(\w+)>", lambda match: {
+            "int": "1", "status": "completed", "str": "alice"}[match[1]], path)
+        body = {"workflow_id": workflow_id, "name": "x", "user": "bob", "jobs": [
+            {"workflow_id": workflow_id, "name": "x", "command": "true"}], "user_name": "bob",
+            "role": "admin", "workflow": {"name": "x", "user": "bob"}, "command": "true"}
+        for who, client in (("bob", bob), (None, nobody)):
+            if who and path in ("/workflows", "/workflow_specs"):
+                continue                  # a user may create what is his own
+            query = {} if method == "POST" else {"workflow_id": workflow_id}
+            with pytest.raises(torc.Forbidden):
+                client.request(method, place, query, body if method in ("POST", "PUT") else None)
+                pytest.fail(f"{who} may {method} {path}")
+    assert statuses(alice, workflow_id) == {"a": "ready", "b": "blocked"}
+
+
+def test_workflows_are_listed_for_those_who_may_use_them(walls):
+    _, clients = walls
+    made = {name: make(clients[name], {"a": []})[0] for name in ("alice", "bob")}
+
+    def listed(who, **query):
+        return [item["id"] for item in clients[who].page("/workflows", **query)["items"]]
+
+    assert listed("alice") == [made["alice"]] and listed("bob") == [made["bob"]]
+    assert listed("bob", user="alice") == [] and listed(None) == []
+    assert listed("zoe") == sorted(made.values())
+    assert "git_hash" not in clients["bob"].get("/version")
+
+
+def test_a_group_shares_a_workflow_until_the_link_is_cut(walls):
+    _, clients = walls
+    alice, bob, zoe = clients["alice"], clients["bob"], clients["zoe"]
+    workflow_id, ids = make(alice, {"a": []})
+    group = zoe.post("/access_groups", {"name": "team", "description": "d"})
+    assert group["name"] == "team" and re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d",
+                                                    group["created_at"])
+    with pytest.raises(torc.Internal):
+        zoe.post("/access_groups", {"name": "team"})
+    with pytest.raises(torc.Forbidden):
+        bob.post(f"/access_groups/{group['id']}/members", {"user_name": "bob", "role": "member"})
+    zoe.post(f"/access_groups/{group['id']}/members", {"user_name": "bob", "role": "member"})
+    assert bob.get("/users/bob/groups")["items"] == [group]
+    with pytest.raises(torc.Forbidden):
+        bob.get("/users/alice/groups")
+    with pytest.raises(torc.Forbidden):   # not even as an admin of his group
+        bob.post(f"/workflows/{workflow_id}/access_groups/{group['id']}")
+    alice.post(f"/workflows/{workflow_id}/access_groups/{group['id']}")
+    with pytest.raises(torc.Internal):
+        alice.post(f"/workflows/{workflow_id}/access_groups/{group['id']}")
+    assert bob.get(f"/access_check/{workflow_id}/bob")["has_access"]
+    assert statuses(bob, workflow_id) == {"a": "ready"}
+    with pytest.raises(torc.Forbidden):   # but it stays alice's
+        bob.put(f"/workflows/{workflow_id}", {"user": "bob"})
+    listed = bob.get(f"/workflows/{workflow_id}/access_groups")
+    assert set(listed) == {"items", "offset", "limit", "total_count", "has_more"}
+    alice.delete(f"/workflows/{workflow_id}/access_groups/{group['id']}")
+    with pytest.raises(torc.Forbidden):
+        statuses(bob, workflow_id)
+    answer = bob.get(f"/access_check/{workflow_id}/bob")
+    assert (answer["has_access"], answer["workflow_id"]) == (False, workflow_id)
+    assert not zoe.get("/access_check/999/zoe")["has_access"]
+    zoe.delete(f"/access_groups/{group['id']}/members/bob")
+    with pytest.raises(torc.NotFound):
+        zoe.delete(f"/access_groups/{group['id']}/members/bob")
+    assert zoe.delete(f"/access_groups/{group['id']}") == group
+
+
+def test_the_system_group_can_be_neither_deleted_nor_joined(client):
+    assert client.get("/access_groups/1")["name"] == "admin"
+    for method, path, body in (("DELETE", "/access_groups/1", None),
+                               ("POST", "/access_groups/1/members",
+                                {"user_name": "eve", "role": "admin"})):
+        with pytest.raises(torc.Forbidden):
+            client.request(method, path, {}, body)
+
+
+def test_a_missing_record_is_404_also_for_strangers(walls):
+    _, clients = walls
+    for path in ("/workflows/99", "/jobs/99", "/files/99", "/workflows/99/status"):
+        with pytest.raises(torc.NotFound):
+            clients["bob"].get(path)
+
+
+# ---- TLS
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A directory with a CA (ca.pem) and certificates for localhost, for another name, and one
+    that has expired: NAME.pem and NAME.key."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test CA",
+            "-days", "3650", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
+    for name, names, days in (("good", "DNS:localhost,IP:127.0.0.1", "30"),
+                              ("other", "DNS:kl9.test,DNS:www.kl9.test", "30"),
+                              ("expired", "DNS:localhost,IP:127.0.0.1", "-1")):
+        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=x")
+        (folder / "ext").write_text(f"subjectAltName={names}\nbasicConstraints=CA:FALSE\n")
+        when = ["-days", days] if days != "-1" else ["-not_before", "20200101000000Z",
+                                                     "-not_after", "20200201000000Z"]
+        command = ["x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+                   "-CAcreateserial", "-out", f"{name}.pem", "-extfile", "ext"]
+        try:
+            openssl(*command, *when)
+        except subprocess.CalledProcessError:        # before OpenSSL 3.4: the certificate authority
+            (folder / "index.txt").write_text(""), (folder / "serial").write_text("09\n")
+            (folder / "ca.cnf").write_text(
+                "[ca]\ndefault_ca=d\n[d]\ndatabase=index.txt\nserial=serial\nnew_certs_dir=.\n"
+                "default_md=sha256\npolicy=p\nx509_extensions=e\n[p]\ncommonName=supplied\n"
+                f"[e]\nsubjectAltName={names}\n")
+            openssl("ca", "-batch", "-config", "ca.cnf", "-in", f"{name}.csr", "-cert", "ca.pem",
+                    "-keyfile", "ca.key", "-out", f"{name}.pem", "-startdate", "20200101000000Z",
+                    "-enddate", "20200201000000Z", "-notext")
+    return folder
+
+
+def tls_server(path, certificates, name="good", *options):
+    """A server that speaks TLS; its url is of localhost."""
+    server = Server(path, 0, "--https", "--tls-cert", certificates / f"{name}.pem",
+                    "--tls-key", certificates / f"{name}.key", *options)
+    server.url = f"https://localhost:{server.port}{torc.API_PREFIX}"
+    return server
+
+
+def test_a_tls_server_serves_clients_that_know_its_ca(tmp_path, certificates, passwords):
+    server = tls_server(tmp_path / "x.db", certificates, "good", "--auth-file", passwords,
+                        "--require-auth")
+    client = torc.Client(server.url, "alice", ALICE, {"ca_cert": str(certificates / "ca.pem")})
+    workflow_id, _ = make(client, {f"j{number}": [] for number in range(2000)})
+    assert len(list(client.items("/jobs", workflow_id=workflow_id))) == 2000
+    assert client.get("/server_info")["auth_required"]
+    big = "x" * 3_000_000
+    made = client.post("/user_data", {"workflow_id": workflow_id, "name": "big", "data": big})
+    assert client.get(f"/user_data/{made['id']}")["data"] == big
+    client.close()
+    spec = write_spec(tmp_path, {"a": f"{PYTHON} {TORC} user-data list 2"})
+    runner = start_run(tmp_path, spec, "--url", server.url, "--tls-ca-cert", certificates / "ca.pem",
+                       env={"TORC_USERNAME": "alice", "TORC_PASSWORD": ALICE})
+    assert runner.wait(60) == 0, (tmp_path / "run.log").read_text()
+    code, errors = server.stop()
+    assert code == 0 and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("name, tls, message", [
+    ("good", {}, "the signer of its certificate is unknown here .* --tls-ca-cert FILE"),
+    ("other", {"ca_cert": "ca.pem"}, "its certificate is not for localhost but for kl9.test, "
+                                     "www.kl9.test"),
+    ("expired", {"ca_cert": "ca.pem"}, "its certificate has expired"),
+    ("good", {"ca_cert": "absent.pem"}, "absent.pem cannot be read"),
+    ("other", {"insecure": True}, None),
+])
+def test_a_certificate_that_is_not_accepted_is_explained(tmp_path, certificates, name, tls, message):
+    if "ca_cert" in tls:
+        tls = {"ca_cert": str(certificates / tls["ca_cert"])}
+    server = tls_server(tmp_path / "x.db", certificates, name)
+    client = torc.Client(server.url, "alice", None, tls)
+    if message:
+        with pytest.raises(torc.TorcError, match=message):
+            client.get("/ping")
+    else:
+        assert client.get("/ping") == {"status": "ok"}
+    server.stop()
+
+
+def test_plain_http_and_tls_do_not_meet_in_silence(tmp_path, certificates, server):
+    secure = tls_server(tmp_path / "x.db", certificates)
+    with pytest.raises(torc.Unreachable, match="broke|TLS"):
+        torc.Client(secure.url.replace("https", "http")).get("/ping")
+    url = server.url.replace("http", "https")
+    assert torc.probe(url, None, 0.5).state == "not HTTP"
+    secure.stop()
+
+
+def test_stuck_and_broken_handshakes_concern_nobody_else(tmp_path, certificates):
+    server = tls_server(tmp_path / "x.db", certificates)
+    stuck = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(10)]
+    for number, sock in enumerate(stuck):
+        sock.sendall(b"\x16\x03\x01\x02" if number % 2 else b"")      # the first bytes of a hello
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert not sock.recv(100).startswith(b"HTTP")
+    client = torc.Client(server.url, tls={"ca_cert": str(certificates / "ca.pem")})
+    assert client.get("/ping") == {"status": "ok"}
+    assert make(client, {"a": []})[0] == 1
+    for sock in stuck:
+        sock.close()
+    assert client.get("/ping") == {"status": "ok"}
+    client.close()
+    assert server.stop()[0] == 0
+
+
+def test_tls_older_than_1_2_is_refused(tmp_path, certificates):
+    import ssl
+    import warnings
+    server = tls_server(tmp_path / "x.db", certificates)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        with pytest.raises(OSError):
+            context.wrap_socket(sock)
+    server.stop()
+
+
+def test_a_key_that_is_not_the_certificates_is_said(tmp_path, certificates, cli):
+    code, _, err = cli("server", "run", "--port", "0", "--database", "x.db", "--https", "--tls-cert",
+                       certificates / "good.pem", "--tls-key", certificates / "other.key")
+    assert code == 1 and "they do not belong together" in err
+
+
+def test_a_client_does_not_follow_a_note_from_https_to_http(server, monkeypatch):
+    client = server.client()
+    client.get("/ping")
+    client.scheme = "https"
+    assert not client._elsewhere(5)
+    client.scheme = "http"
+    assert not client._elsewhere(5)       # it is where the note says
+
+
+def test_a_server_that_took_the_port_is_asked_nothing(tmp_path):
+    first = Server(tmp_path / "x.db")
+    client = first.client()
+    workflow_id, _ = make(client, {"a": []})
+    first.kill()
+    os.unlink(torc.server_note(client.id))           # so that the client cannot find it again
+    second = Server(tmp_path / "y.db", port=first.port)
+    other, _ = make(second.client(), {"b": []})
+    assert other == workflow_id
+    client.close()                        # else it first learns that the old connection is gone
+    with pytest.raises(torc.Unreachable, match="is another Torc server now"):
+        client.put(f"/workflows/{workflow_id}/cancel")
+    assert not second.client().get(f"/workflows/{workflow_id}/status")["is_canceled"]
+    second.stop()
+
+
 # ==================================================================================================
 # 14 Command line
 # ==================================================================================================
@@ -2939,7 +3545,7 @@ def test_torc_starts_beside_torc_client(tmp_path):
 def cli(tmp_path, monkeypatch, capsys):
     """cli(*words) -> (exit code, stdout, stderr), run in a directory of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torc, "listener_uid", lambda port: None)
+    monkeypatch.setattr(torc, "listeners", lambda port: [])
 
     def run(*words, ok=None):
         capsys.readouterr()
@@ -3948,18 +4554,13 @@ def shell(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def free_port():
-    """A port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def test_every_command_of_the_readme_does_what_it_says(shell):
-    background, port = [], str(free_port())
+    background, ports = [], {}
     try:
         for block in re.findall(r"^```console\n(.*?)^```", README, re.S | re.M):
             for line in re.findall(r"^\$ (.*)$", block, re.M):
-                command, _, note = line.replace("8181", port).partition("  # exits ")
+                line = re.sub(r"818\d", lambda port: ports.setdefault(port[0], str(free_port())), line)
+                command, _, note = line.partition("  # exits ")
                 if command.endswith("&"):
                     process = subprocess.Popen(["bash", "-c", "exec " + command[:-1]], text=True,
                                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -277,6 +277,15 @@ def compact(value):
     return ENCODER.encode(value)          # json.dumps would make an encoder each time
 
 
+def read_text(path):
+    """A small file's text without the last newline, or "" if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 # ==================================================================================================
 # 3 Records
 # ==================================================================================================
@@ -3423,7 +3432,7 @@ class Verdict(NamedTuple):
 NOBODY = Verdict("nobody")
 
 
-class Attempt:
+class Guess:
     """Credentials that wait for their hash to be computed."""
 
     def __init__(self, user, hashed, password):
@@ -3454,7 +3463,7 @@ class Gate:
         self.refuted = collections.OrderedDict()     # digests of wrong credentials
         self.failures = collections.OrderedDict()    # lane: (number, time of the last)
         self.lanes = collections.OrderedDict()       # lane: (first attempts, those of known liars)
-        self.attempts = {}                # digest: Attempt that waits or is at work
+        self.attempts = {}                # digest: Guess that waits or is at work
         self.condition = threading.Condition()
         self.looked = time.monotonic()
         self.threads = 0
@@ -3553,7 +3562,7 @@ class Gate:
                                                            collections.deque()))
             if hashed is not None and len(self.attempts) < HASH_QUEUE and (
                     sum(map(len, lane)) < LANE_QUEUE):
-                attempt = self.attempts[digest] = Attempt(user, hashed, password)
+                attempt = self.attempts[digest] = Guess(user, hashed, password)
                 attempt.callbacks.append(callback)
                 lane[bool(liar)].append((digest, address))
                 if self.threads < max(2, min(4, os.cpu_count() or 1)):
@@ -5285,6 +5294,16 @@ def server_note(server_id):
     return os.path.join(torc_home(), "servers", f"{server_id}.json")
 
 
+def is_loopback(host):
+    """Whether a host name or address means this machine only."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def make_url(scheme, host, port):
+    """The base URL of a server."""
+    return f"{scheme}://{'[' + host + ']' if ':' in host else host}:{port}{API_PREFIX}"
+
+
 def query_lists(query):
     """Query parameters as lists of texts: None is absent, True is "true", a list repeats."""
     lists = {}
@@ -5382,27 +5401,187 @@ class LocalClient(Calls):
             self.store.close()
 
 
+# ---- what can go wrong on the way
+
+MEANINGS = {                              # state of a Probe: what it is, what it means
+    "refused": "connection refused: no program listens there. The server is gone, or it listens on "
+               "another address (one on 127.0.0.1 is reached from its own machine only)",
+    "unknown name": "this machine does not know the name: give the server a --host that it knows",
+    "no route": "there is no way to that address from here: give the server a --host on a network "
+                "that both have",
+    "no answer": "no answer in time: a firewall drops what is sent to that port, or the machine is "
+                 "down. Take a port or a --host that lets it pass",
+    "not Torc": "another program answers there: give the server another --port",
+    "other server": "another Torc server answers there",
+    "not HTTP": "what answers is not HTTP, or not TLS: is the URL's http:// or https:// right?",
+    "certificate": "its certificate is not accepted",
+    "broken": "the connection broke",
+}
+
+
+def state_of(error):
+    """The state of MEANINGS that an error of a connection stands for."""
+    import http.client
+    import socket
+    import ssl
+    if isinstance(error, ssl.SSLError):
+        return "certificate" if isinstance(error, ssl.SSLCertVerificationError) else "not HTTP"
+    if isinstance(error, ConnectionRefusedError):
+        return "refused"
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return "unknown name"
+    if isinstance(error, (socket.timeout, TimeoutError)) or (
+            getattr(error, "errno", None) == errno.ETIMEDOUT):
+        return "no answer"
+    if getattr(error, "errno", None) in (errno.EHOSTUNREACH, errno.ENETUNREACH,
+                                         errno.EADDRNOTAVAIL):
+        return "no route"
+    if isinstance(error, http.client.BadStatusLine) and not isinstance(
+            error, http.client.RemoteDisconnected):
+        return "not HTTP"
+    return "broken"
+
+
+def split_url(url):
+    """(scheme, host, port, path prefix) of a server's URL. Raises UsageError."""
+    from urllib.parse import urlsplit
+    url = url if "//" in url else f"http://{url}"
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        host = parts.hostname
+    except ValueError:
+        port = host = None
+    if not port or not host or parts.username:
+        raise UsageError(f"{hide_password(url)!r} is no server URL: expected something like "
+                         f"{DEFAULT_URL}" + (", without a user name: that is TORC_USERNAME, with "
+                                             "TORC_PASSWORD" if parts.username else ""))
+    return parts.scheme, host, port, parts.path.rstrip("/") or API_PREFIX
+
+
+def hide_password(url):
+    """A URL without what stands before an @, which is no business of logs."""
+    return re.sub(r"//[^/@]*@", "//...@", url)
+
+
+def open_connection(scheme, host, port, timeout, tls=None):
+    """An http.client connection, connected. tls: {"ca_cert": FILE or None, "insecure": bool}.
+
+    Proxy variables such as http_proxy are not looked at: compute nodes and login nodes reach each
+    other directly. Raises OSError (certificates included), UsageError for a bad CA file.
+    """
+    import http.client
+    if scheme == "https":
+        import ssl
+        tls = tls or {}
+        try:
+            context = ssl.create_default_context(cafile=tls.get("ca_cert") or None)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"the CA certificate {tls['ca_cert']} cannot be read: "
+                             f"{getattr(error, 'strerror', error)}") from None
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if tls.get("insecure"):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    try:
+        connection.connect()
+    except OSError as error:
+        greeted = connection.sock is not None        # so it is the handshake that failed
+        connection.close()
+        if greeted and state_of(error) == "no answer":
+            import ssl
+            raise ssl.SSLError("no answer to a TLS handshake") from None
+        raise
+    return connection
+
+
+def certificate_trouble(error, host, port, tls):
+    """What is wrong with a server's certificate, and what to do."""
+    import ssl
+    code = getattr(error, "verify_code", 0)
+    if code in (9, 10):                   # X509_V_ERR_CERT_NOT_YET_VALID, ..._HAS_EXPIRED
+        return (f"its certificate {'has expired' if code == 10 else 'is not valid yet'}: renew it, "
+                "or look at the clocks of both machines")
+    if code == 62 or "ostname mismatch" in str(error) or "IP address mismatch" in str(error):
+        names = "others"
+        with contextlib.suppress(OSError):           # the chain is good, so its names can be read
+            import socket
+            context = ssl.create_default_context(cafile=(tls or {}).get("ca_cert") or None)
+            context.check_hostname = False
+            with socket.create_connection((host, port), 5) as sock, context.wrap_socket(
+                    sock, server_hostname=host) as inner:
+                names = ", ".join(name for _, name in inner.getpeercert()["subjectAltName"])
+        return f"its certificate is not for {host} but for {names}: use such a name in the URL"
+    return (f"the signer of its certificate is unknown here ({error.verify_message}): name the CA "
+            "with --tls-ca-cert FILE (TORC_TLS_CA_CERT)")
+
+
+class Probe(NamedTuple):
+    """What came of looking for a server at a URL."""
+
+    url: str
+    state: str                            # ok, or of MEANINGS
+    text: str = ""                        # what it means and what to do
+    server_id: str | None = None
+
+
+def probe(url, server_id=None, timeout=5.0, tls=None):
+    """Look whether the server with this id (or any) answers at a URL; sends no credentials."""
+    import http.client
+    scheme, host, port, prefix = split_url(url)
+    connection = None
+    try:
+        connection = open_connection(scheme, host, port, timeout, tls)
+        connection.request("GET", prefix + "/ping")
+        found = connection.getresponse().headers.get("X-Torc-Server")
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        state = state_of(error)
+        text = certificate_trouble(error, host, port, tls) if state == "certificate" \
+            else MEANINGS[state]
+        return Probe(url, state, text)
+    finally:
+        if connection:
+            connection.close()
+    if not found:
+        return Probe(url, "not Torc", MEANINGS["not Torc"])
+    if server_id and found != server_id:
+        return Probe(url, "other server", MEANINGS["other server"], found)
+    return Probe(url, "ok", "", found)
+
+
+def race(urls, server_id=None, timeout=5.0, tls=None):
+    """The Probes of some URLs, made at the same time: up to the first good one, which comes last,
+    or all of them."""
+    import queue
+    answers = queue.Queue()
+    for url in urls:                      # a name that is looked up cannot be interrupted
+        threading.Thread(target=lambda url=url: answers.put(
+            probe(url, server_id, timeout, tls)), daemon=True).start()
+    probes = []
+    for _ in urls:
+        probes.append(answers.get())
+        if probes[-1].state == "ok":
+            break
+    return probes
+
+
 class Client(Calls):
     """The operations over HTTP: one kept-alive connection, Basic credentials if there are any.
 
-    url: base URL with the path prefix (added when missing). After a loss the client looks into the
-    note that its server keeps in the user's home, so a restart on another port is survived.
+    url: base URL with the path prefix (added when missing). tls: see open_connection. cookie: a
+    Cookie header, for sites behind a login page. After a loss the client looks into the note that
+    its server keeps in the user's home, so a restart on another port is survived; it tells every
+    server which one it means, so that another one on the same port does nothing.
     """
 
-    def __init__(self, url, user=None, password=None):
-        from urllib.parse import urlsplit
-        url = url if "//" in url else f"http://{url}"
-        parts = urlsplit(url)
-        try:
-            port = parts.port or 80
-        except ValueError:
-            port = 0
-        if parts.scheme != "http" or not parts.hostname or not port:
+    def __init__(self, url, user=None, password=None, tls=None, cookie=None):
+        self.scheme, self.host, self.port, self.prefix = split_url(url)
+        if self.scheme not in ("http", "https"):
             raise UsageError(f"{url!r} is no server URL: expected something like {DEFAULT_URL}")
-        self.prefix = parts.path.rstrip("/") or API_PREFIX
-        self.host, self.port = parts.hostname, port
         self.user = user or user_name()
-        self.password = password
+        self.password, self.tls, self.cookie = password, tls, cookie
         self.id = None                    # of the server, once an answer has told it
         if url == os.environ.get("TORC_API_URL"):
             self.id = os.environ.get("TORC_SERVER_ID")       # a runner has told it to its job
@@ -5414,15 +5593,20 @@ class Client(Calls):
     def where(self):
         """The URL in use."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}{self.prefix}"
+        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
 
     def job_environment(self):
         """What a job needs to reach its workflow."""
-        return {"TORC_API_URL": self.where, **({"TORC_SERVER_ID": self.id} if self.id else {})}
+        tls = self.tls or {}
+        known = {"TORC_API_URL": self.where, "TORC_SERVER_ID": self.id,
+                 "TORC_PASSWORD": self.password, "TORC_COOKIE_HEADER": self.cookie,
+                 "TORC_TLS_CA_CERT": tls.get("ca_cert") and os.path.abspath(tls["ca_cert"]),
+                 "TORC_TLS_INSECURE": "true" if tls.get("insecure") else None}
+        return {name: value for name, value in known.items() if value}
 
     def clone(self):
         """Another client of the same server, for another thread."""
-        other = Client(self.where, self.user, self.password)
+        other = Client(self.where, self.user, self.password, self.tls, self.cookie)
         other.id = self.id
         return other
 
@@ -5456,6 +5640,10 @@ class Client(Calls):
             import base64
             word = f"{self.user}:{self.password}".encode()
             headers["Authorization"] = "Basic " + base64.b64encode(word).decode()
+        if self.cookie:
+            headers["Cookie"] = self.cookie
+        if self.id:
+            headers["X-Torc-Server"] = self.id
         wait_s = int((query or {}).get("wait_s") or 0)
         step = path.endswith("/runner_step")
         timeout = wait_s + 30 if wait_s or step else 300
@@ -5472,7 +5660,15 @@ class Client(Calls):
                 self._connection.request(method, target, data, headers)
                 response = self._connection.getresponse()
                 answer = response.read()
-                self.id = response.headers.get("X-Torc-Server") or self.id
+                told = response.headers.get("X-Torc-Server")
+                if self.id and told != self.id:      # somebody else has taken its port
+                    self.close()
+                    if self._elsewhere(timeout) and (repeatable or response.status == 421):
+                        return self._send(method, target, data, headers, timeout, repeatable)
+                    now = "another Torc server" if told else "no Torc server"
+                    raise Unreachable(f"{self.where} is {now} now: is ours gone? Name where it is "
+                                      "with --url")
+                self.id = told
                 self._used = time.monotonic()
                 if response.will_close:
                     self.close()
@@ -5485,7 +5681,6 @@ class Client(Calls):
 
     def _connect(self, timeout):
         """Make sure there is a connection that the server has not closed; says if it is new."""
-        import http.client
         import select
         if self._connection and self._connection.sock:
             idle = time.monotonic() - self._used
@@ -5494,66 +5689,51 @@ class Client(Calls):
                 self._connection.sock.settimeout(timeout)
                 return False
         self.close()
-        for address in [(self.host, self.port), *self._noted_addresses()]:
-            connection = http.client.HTTPConnection(*address, timeout=min(timeout, 20))
-            try:
-                connection.connect()
-                if address != (self.host, self.port) and not self._is_ours(connection):
-                    connection.close()
-                    continue
-            except OSError as error:
-                trouble = self._trouble(error)
-                connection.close()
-                continue
-            self.host, self.port = address
-            connection.sock.settimeout(timeout)
-            self._connection = connection
-            return True
-        raise trouble
-
-    def _noted_addresses(self):
-        """Where the server we knew says it is now, lazily: read only after a failure."""
-        from urllib.parse import urlsplit
-        if not self.id:
-            return
         try:
-            with open(server_note(self.id), encoding="utf-8") as file:
-                urls = json.load(file)["urls"]
+            self._connection = open_connection(self.scheme, self.host, self.port,
+                                               min(timeout, 20), self.tls)
+            self._connection.sock.settimeout(timeout)
+        except OSError as error:
+            if not self._elsewhere(timeout):
+                raise self._trouble(error) from None
+        return True
+
+    def _elsewhere(self, timeout):
+        """Connect to where our server says it is now, by the note it keeps; says if that worked.
+
+        Never from https to http, which would tell everybody the password.
+        """
+        try:
+            with open(server_note(self.id or ""), encoding="utf-8") as file:
+                urls = [url for url in json.load(file)["urls"]
+                        if url != self.where and url.split(":")[0] in ("https", self.scheme)]
         except (OSError, ValueError, KeyError):
-            return
-        for url in urls:
-            parts = urlsplit(url)
-            if (parts.hostname, parts.port) != (self.host, self.port):
-                yield parts.hostname, parts.port
-
-    def _is_ours(self, connection):
-        """Whether the server at the other end has our server's id; asked without credentials."""
-        import http.client
-        try:
-            connection.request("GET", self.prefix + "/ping")
-            response = connection.getresponse()
-            response.read()
-            return response.headers.get("X-Torc-Server") == self.id
-        except (OSError, http.client.HTTPException):
             return False
+        found = race(urls, self.id, 5.0, self.tls)
+        if not found or found[-1].state != "ok":
+            return False
+        self.scheme, self.host, self.port, self.prefix = split_url(found[-1].url)
+        try:
+            self._connection = open_connection(self.scheme, self.host, self.port,
+                                               min(timeout, 20), self.tls)
+            self._connection.sock.settimeout(timeout)
+        except OSError:
+            return False
+        return True
 
     def _trouble(self, error):
         """What went wrong, and what to do, as Unreachable."""
-        import http.client
-        import socket
+        state = state_of(error)
         place = f"{self.host}:{self.port}"
-        if isinstance(error, ConnectionRefusedError):
+        if state == "certificate":
+            text = f"{place}: " + certificate_trouble(error, self.host, self.port, self.tls)
+        elif state == "refused" and is_loopback(self.host):
             text = (f"no server answers at {place} (connection refused): start one with `torc "
                     "server`, or name another with --url or TORC_API_URL")
-        elif isinstance(error, socket.gaierror):
-            text = f"the host name {self.host} is unknown here: name another with --url"
-        elif isinstance(error, (socket.timeout, TimeoutError)):
-            text = f"{place} does not answer in time: a firewall may drop what is sent to it"
-        elif isinstance(error, http.client.BadStatusLine) and not isinstance(
-                error, http.client.RemoteDisconnected):
-            text = f"{place} does not speak HTTP (TLS, perhaps?): name another with --url"
-        else:
+        elif state == "broken":
             text = f"the connection to {place} broke: {error}"
+        else:
+            text = f"no server answers at {place}: {MEANINGS[state]}"
         return Unreachable(text)
 
     def _decode(self, status, content_type, answer, path):
@@ -5582,52 +5762,54 @@ class Client(Calls):
 
 # ---- which database or server a command works on
 
-def listener_uid(port):
-    """uid of the process that listens on a TCP port of this host's loopback, or None.
-
-    Reads the uid column of /proc/net/tcp and tcp6.
-    """
-    for name in ("tcp", "tcp6"):
-        try:
-            with open(f"/proc/net/{name}", encoding="ascii") as file:
-                rows = file.read().splitlines()[1:]
-        except OSError:
-            continue
-        for row in rows:
+def listeners(port):
+    """[(address, uid)] of the processes of this host that listen on a TCP port (proc(5): tcp)."""
+    import socket
+    import struct
+    found = []
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for row in read_text(f"/proc/net/{name}").splitlines()[1:]:
             words = row.split()
-            if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
-                return int(words[7])
+            digits, _, number = words[1].rpartition(":")
+            if words[3] == "0A" and int(number, 16) == port:
+                data = b"".join(struct.pack("=I", int(digits[at:at + 8], 16))
+                                for at in range(0, len(digits), 8))
+                found.append((socket.inet_ntop(family, data), int(words[7])))
+    return found
+
+
+def default_server(how):
+    """A Client for this user's own server on the default port, or None.
+
+    It may listen on one address of this machine only. Raises Unreachable for another user's Torc
+    server: using it must be said, and so must not using it.
+    """
+    candidates = listeners(DEFAULT_PORT)
+    tls = how.get("tls")
+    for scheme in ("http", "https") if candidates else ():
+        for address, uid in candidates:
+            host = "localhost" if address in ("0.0.0.0", "::") or is_loopback(address) else address
+            url = make_url(scheme, host, DEFAULT_PORT)
+            found = probe(url, None, 5.0, tls)
+            if not found.server_id:
+                continue                  # some other program
+            if uid not in (os.getuid(), 0) or (uid == 0 and os.getuid() != 0):
+                raise Unreachable(f"a Torc server of another user (uid {uid}) listens on port "
+                                  f"{DEFAULT_PORT}: say --url {url} to use it, or --database "
+                                  f"{DEFAULT_OUTPUT_DIR}/{LOCAL_DATABASE} to work without a server")
+            client = Client(url, **how)
+            client.id = found.server_id
+            return client
     return None
 
 
-def default_server(password):
-    """A Client for this user's own server at the default URL, or None.
-
-    Raises Unreachable for another user's Torc server: using it must be said, and so must not
-    using it.
-    """
-    uid = listener_uid(DEFAULT_PORT)
-    if uid is None:
-        return None
-    client = Client(DEFAULT_URL, password=password)
-    with contextlib.suppress(TorcError):
-        Client(DEFAULT_URL).get("/ping")
-        client.get("/ping")
-    if not client.id:
-        return None                       # some other program
-    if uid not in (os.getuid(), 0) or (uid == 0 and os.getuid() != 0):
-        raise Unreachable(f"a Torc server of another user (uid {uid}) listens on port "
-                          f"{DEFAULT_PORT}: say --url {DEFAULT_URL} to use it, or --database "
-                          f"{DEFAULT_OUTPUT_DIR}/{LOCAL_DATABASE} to work without a server")
-    return client
-
-
-def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, password=None, tell=None,
+def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, tell=None,
             create=True):
     """The client of a command: database, url, this user's server at the default URL, local file.
 
-    tell: called with one sentence that says which it was. create: make the local file if there is
-    none. Raises UsageError when both are given, Unreachable.
+    how: keyword arguments of Client. tell: called with one sentence that says which it was.
+    create: make the local file if there is none. Raises UsageError when both are given,
+    Unreachable.
     """
     database = database or (None if url else os.environ.get("TORC_DATABASE"))
     url = url or (None if database else os.environ.get("TORC_API_URL"))
@@ -5635,10 +5817,10 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, password=Non
         raise UsageError("--database and --url exclude each other: name one of them")
     tell = tell or (lambda sentence: None)
     if url:
-        client = Client(url, password=password)
+        client = Client(url, **(how or {}))
         tell(f"using the server {client.where}")
         return client
-    server = None if database else default_server(password)
+    server = None if database else default_server(how or {})
     if server:
         tell(f"using your server {server.where}")
         return server
@@ -5689,15 +5871,6 @@ class RunOptions(NamedTuple):
 
 
 # ---- what this machine has
-
-def read_text(path):
-    """A small file's text without the last newline, or "" if it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
 
 def cgroup_values(controller, name_v1, name_v2):
     """Values of a limit file from our cgroup up to the root (cgroups(7)); v1 has one, v2 many."""
@@ -7449,9 +7622,10 @@ FRONT_PAGE = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</tit
 class Application:
     """The API as a WSGI application around one store."""
 
-    def __init__(self, store, threads, log):
+    def __init__(self, store, threads, log, access=Access()):
         self.store = store
         self.log = log
+        self.access = access
         self.urls = ()
         self.serving = threading.BoundedSemaphore(threads)
         self.waiting = threading.BoundedSemaphore(WAITING_CLIENTS)
@@ -7484,14 +7658,24 @@ class Application:
 
     def answer(self, http, path, response):
         """(status, content type, body) of a request; no exception leaves this."""
+        verdict = verdict_on(http) if self.access.gate else NOBODY
+        if verdict.state == "busy":
+            response.set_header("Retry-After", "1")
+            return 503, "text/plain; charset=utf-8", "too many passwords wait to be checked"
+        if self.access.gate and self.access.gate.required and verdict.state != "known":
+            response.set_header("WWW-Authenticate", 'Basic realm="Torc"')
+            return 401, "text/plain; charset=utf-8", "Unauthorized"
         if path in ("/", "/dashboard", "/dashboard/"):
             return 200, "text/html; charset=utf-8", FRONT_PAGE
+        wanted = http.get_header("X-Torc-Server")
+        if wanted and wanted != self.store.id:       # the client's server was here before
+            return 421, "text/plain; charset=utf-8", f"this is the Torc server {self.store.id}"
         try:
             if not path.startswith(API_PREFIX + "/"):
                 raise NoSuchPath
             method = "GET" if http.method == "HEAD" else http.method
             endpoint, texts = find_endpoint(method, path[len(API_PREFIX):])
-            value = self.call(http, endpoint, texts)
+            value = self.call(http, endpoint, texts, verdict)
             return 200, "application/json", json.dumps(value, separators=(",", ":"))
         except NoSuchPath:
             return 404, None, ""
@@ -7511,12 +7695,13 @@ class Application:
             return 500, "application/json", compact({"error": {
                 "error": "InternalServerError", "message": message}})
 
-    def call(self, http, endpoint, texts):
+    def call(self, http, endpoint, texts, verdict):
         """Run an operation; those that wait take a place of their own, so they starve nobody."""
         from urllib.parse import parse_qs
         query = parse_qs(http.query_string, keep_blank_values=True)
         body = read_json(http) if endpoint.body == JSON else None
-        request = Request(self.store, None, query, body, time.time(), self.urls)
+        request = Request(self.store, verdict.user, query, body, time.time(), self.urls,
+                          self.access, "unknown" if verdict.state == "wrong" else "anonymous")
         if endpoint.function is changes and query.get("wait_s", ["0"]) != ["0"]:
             if not self.waiting.acquire(blocking=False):
                 query["wait_s"] = ["0"]
@@ -7540,6 +7725,167 @@ def read_json(http):
         return json.loads(http.environ["wsgi.input"].read())
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
+
+
+# ---- connections
+
+class Later:
+    """Calls functions after a time, all in one thread."""
+
+    def __init__(self):
+        self.calls = []                   # heap of (when, number, function)
+        self.numbers = itertools.count()
+        self.condition = threading.Condition()
+        threading.Thread(target=self._loop, daemon=True).start()
+
+    def add(self, delay_s, function):
+        """Call function() after so many seconds."""
+        import heapq
+        with self.condition:
+            heapq.heappush(self.calls, (time.monotonic() + delay_s, next(self.numbers), function))
+            self.condition.notify()
+
+    def _loop(self):
+        import heapq
+        while True:
+            with self.condition:
+                now = time.monotonic()
+                if not self.calls or self.calls[0][0] > now:
+                    self.condition.wait(self.calls[0][0] - now if self.calls else None)
+                    continue
+                function = heapq.heappop(self.calls)[2]
+            function()
+
+
+def verdict_on(http):
+    """The gate's Verdict on a request, which its channel keeps."""
+    channel = http.environ["waitress.client_disconnected"].__self__
+    return channel.judged[1]
+
+
+def peer_uid(address):
+    """uid of the process on this machine at the other end of a connection, None if elsewhere."""
+    import socket
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        with contextlib.suppress(OSError, ValueError):
+            data = socket.inet_pton(family, address[0])
+            words = [data[at:at + 4][::-1].hex().upper() for at in range(0, len(data), 4)]
+            mine = f"{''.join(words)}:{address[1]:04X}"
+            with open(f"/proc/net/{name}", encoding="ascii") as file:
+                for row in file:
+                    if row.split()[1] == mine:
+                        return int(row.split()[7])
+    return None
+
+
+def channel_class(gate, tls):
+    """The class of the server's connections: who calls is judged before a request is served.
+
+    A request whose password must be hashed first waits without a thread: service() returns, the
+    request stays the first of its channel, and the answer of the gate makes a task of it again.
+    The same holds for wrong passwords, which are answered late. This rests on waitress 3 (service,
+    requests, add_task, received, send). gate, tls: a Gate and an ssl.SSLContext, or None.
+    """
+    import ssl
+
+    from waitress.channel import HTTPChannel
+    later = Later() if gate else None
+
+    class Channel(HTTPChannel):
+        judged = None, NOBODY             # the request at work, and the verdict on it
+        liar = False                      # wrong credentials came over this connection
+
+        def service(self):
+            request = self.requests[0]
+            if gate and not request.error and self.judged[0] is not request:
+                header = request.headers.get("AUTHORIZATION")
+                verdict = gate.judge(header, self.addr[0])
+                if verdict.state == "unsure":
+                    uid = peer_uid(self.addr)
+                    gate.ask(header, self.addr[0] if uid is None else f"uid {uid}", verdict.digest,
+                             self.liar, lambda verdict: self.decided(request, verdict))
+                    return
+                if verdict.delay_s:
+                    self.decided(request, verdict)
+                    return
+                self.judged = request, verdict
+            super().service()
+
+        def decided(self, request, verdict):
+            """The verdict on a request has come: serve it, a wrong one later."""
+            self.judged = request, verdict
+            self.liar = self.liar or verdict.state == "wrong"
+            later.add(verdict.delay_s, lambda: self.server.add_task(self))
+
+    class TLSChannel(Channel):
+        """Speaks TLS without ever waiting for the other side: a handshake that hangs or is broken
+        concerns nobody else."""
+
+        greeted = False
+
+        def handle_read(self):
+            try:
+                if not isinstance(self.socket, ssl.SSLSocket):
+                    self.tls_lock = threading.Lock()         # reader and writer share the object
+                    self.socket = tls.wrap_socket(self.socket, server_side=True,
+                                                  do_handshake_on_connect=False)
+                with self.tls_lock:
+                    if not self.greeted:
+                        self.socket.do_handshake()
+                        self.greeted = True
+                    data = self.socket.recv(self.adj.recv_bytes)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return
+            except (OSError, ValueError):                    # no TLS, another version, gone
+                self.handle_close()
+                return
+            self.last_activity = time.time()
+            if data:
+                self.received(data)
+            else:
+                self.handle_close()
+
+        def send(self, data, do_close=True):
+            try:
+                with self.tls_lock:
+                    return self.socket.send(data)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return 0
+            except OSError:
+                if do_close:              # never while the lock is held
+                    self.handle_close()
+                return 0
+
+    return TLSChannel if tls else Channel
+
+
+def server_tls(certificate, key):
+    """The SSLContext of the server's certificate: TLS 1.2 and newer. Raises UsageError,
+    Unreachable for files that are missing or do not belong together."""
+    import ssl
+    if not certificate or not key:
+        raise UsageError("--https needs --tls-cert FILE and --tls-key FILE (PEM)")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    def no_password():
+        raise Unreachable(f"{key} is protected by a password: openssl pkey -in {key} -out NEW "
+                          "writes a key without one (keep it 0600)")
+
+    for path in (certificate, key):
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise Unreachable(f"{path}: {error.strerror}") from None
+    try:
+        context.load_cert_chain(certificate, key, no_password)
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        text = {"KEY_VALUES_MISMATCH": "they do not belong together"}.get(
+            reason, f"they are not a certificate and its key in PEM ({reason})")
+        raise Unreachable(f"{certificate} and {key}: {text}") from None
+    return context
 
 
 # ---- sockets
@@ -7606,14 +7952,75 @@ def bind_trouble(error, host, port):
     return Unreachable(f"port {port} on {host} cannot be used: {error.strerror}")
 
 
-def public_urls(host, port):
-    """URLs under which the server can be reached, the most useful first."""
+BRIDGES = re.compile(r"(docker|podman|br-|virbr|veth|cni|flannel|cali|lxc|lxd|vmnet|tun|tap)")
+
+
+def own_addresses():
+    """Addresses of this machine's interfaces by which others can reach it, IPv4 first.
+
+    Without loopback, link-local ones, and the bridges of containers (netdevice(7), proc(5)).
+    """
+    import fcntl
     import socket
-    names = [host]
-    if host in ("0.0.0.0", "::", ""):
-        names = [socket.getfqdn(), "localhost"]
-    return [f"http://{'[' + name + ']' if ':' in name else name}:{port}{API_PREFIX}"
-            for name in dict.fromkeys(names)]
+    import struct
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        for _, name in socket.if_nameindex():
+            if not BRIDGES.match(name):
+                with contextlib.suppress(OSError):           # SIOCGIFADDR
+                    data = fcntl.ioctl(asker, 0x8915, struct.pack("256s", name.encode()[:15]))
+                    found.append(socket.inet_ntoa(data[20:24]))
+    for row in read_text("/proc/net/if_inet6").splitlines():
+        digits, _, _, scope, _, name = row.split()
+        if scope == "00" and not BRIDGES.match(name):        # global
+            found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
+    return [address for address in dict.fromkeys(found)
+            if not address.startswith(("127.", "169.254."))]
+
+
+def own_names(addresses, seconds=2.0):
+    """Names of this machine that do not lead to loopback, as far as they are found in time."""
+    import socket
+    found = []
+
+    def look():
+        for address in addresses:
+            with contextlib.suppress(OSError):
+                found.append(socket.gethostbyaddr(address)[0])
+        with contextlib.suppress(OSError):
+            found.append(socket.getfqdn())
+
+    looker = threading.Thread(target=look, daemon=True)      # a name server may be far away
+    looker.start()
+    looker.join(seconds)
+    return [name for name in dict.fromkeys(found) if any(
+        address in addresses for address in resolved(name))]
+
+
+def resolved(host):
+    """The addresses that a host name leads to here; none if it is unknown."""
+    import socket
+    try:
+        return [row[4][0] for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        return []
+
+
+def public_urls(scheme, host, port, sockets):
+    """URLs that other machines can use, the most useful first; none if only this one can."""
+    bound = {sock.getsockname()[0] for sock in sockets}
+    if bound & {"0.0.0.0", "::"}:
+        addresses = [address for address in own_addresses() if ":" not in address or "::" in bound]
+        hosts = own_names(addresses) + addresses
+    else:
+        hosts = [] if all(map(is_loopback, bound)) else [host, *sorted(bound)]
+    return [make_url(scheme, name, port) for name in dict.fromkeys(hosts) if not is_loopback(name)]
+
+
+def local_url(scheme, sockets):
+    """The URL for this machine itself."""
+    address, port = sockets[0].getsockname()[:2]
+    return make_url(scheme, {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), port)
 
 
 # ---- logging
@@ -7734,20 +8141,41 @@ def raise_file_limit():
     return soft
 
 
-def announce(host, port, urls, path, log):
+def announce(args, port, application, urls):
     """The one line on stdout, and for people where the server is and who could reach it."""
+    log, access, path = application.log, application.access, application.store.path
     with contextlib.suppress(OSError, ValueError):
         print(f"TORC_SERVER_PORT={port}", flush=True)
-    log.info("torc %s serves %s at %s", VERSION, path, ", ".join(urls))
-    if not is_loopback(host):
+    log.info("torc %s serves %s at %s", VERSION, path, ", ".join(dict.fromkeys(urls)))
+    users = len(access.gate.file.users) if access.gate else 0
+    if not is_loopback(args.host) and not (access.gate and access.gate.required):
         log.warning("whoever reaches port %d on %s can read and change all workflows, and so run "
-                    "commands as the users whose runners work here: --host 127.0.0.1 keeps it to "
-                    "this machine", port, host)
+                    "commands as the users whose runners work here: --auth-file FILE "
+                    "--require-auth asks for passwords, --host 127.0.0.1 keeps it to this machine",
+                    port, args.host)
+    elif not is_loopback(args.host) and not args.https:
+        log.warning("passwords travel as they are to port %d on %s: --https --tls-cert FILE "
+                    "--tls-key FILE hides them from the network", port, args.host)
+    if users > 1 and not access.enforced:
+        log.warning("each of the %d users can read and change the workflows of all, and so run "
+                    "commands in their names: --enforce-access-control keeps them apart", users)
 
 
-def is_loopback(host):
-    """Whether a host name or address means this machine only."""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+def server_access(args, log):
+    """The Access that the options ask for. Raises UsageError, Unreachable."""
+    if not args.auth_file:
+        for option, wanted in (("--require-auth", args.require_auth),
+                               ("--enforce-access-control", args.enforce_access_control)):
+            if wanted:
+                raise TorcError(f"{option} needs --auth-file FILE with the users' passwords: "
+                                "torc-htpasswd add --file FILE USER makes one")
+        return Access()
+    with contextlib.suppress(OSError):
+        if os.stat(args.auth_file).st_mode & 0o077:
+            log.warning("others can read or change the password file %s: chmod 600 %s",
+                        args.auth_file, args.auth_file)
+    gate = Gate(args.auth_file, args.require_auth, args.credential_cache_ttl_secs, log.warning)
+    return Access(gate, args.enforce_access_control)
 
 
 def serve(args):
@@ -7766,19 +8194,27 @@ def serve(args):
         raise MissingPackage("bottle", "the server") from None
     sys.setswitchinterval(0.0001)         # SQLite gives up the interpreter's lock at every step
     log = make_log(args.log_level, args.log_dir, args.json_logs)
+    access = server_access(args, log)
+    tls = server_tls(args.tls_cert, args.tls_key) if args.https else None
     database = server_database(args.database, log)
     sockets = bind_sockets(args.host, args.port)
     store = Store(database, server=True)
-    application = Application(store, args.threads, log)
+    set_admins(store, args.admin_user)
+    application = Application(store, args.threads, log, access)
     limit = raise_file_limit()
+    loop = {}                             # waitress registers its listeners here
     server = create_server(
-        application.wsgi(), sockets=sockets, threads=args.threads + WAITING_CLIENTS,
+        application.wsgi(), loop, sockets=sockets, threads=args.threads + WAITING_CLIENTS,
         connection_limit=max(50, min(limit - 100, 4000)), asyncore_use_poll=True, ident=None,
         channel_timeout=130, max_request_body_size=MAX_BODY_BYTES + 2**20,
-        log_socket_errors=False)
+        log_socket_errors=False, recv_bytes=65_536, url_scheme="https" if tls else "http")
+    connection_class = channel_class(access.gate, tls)
+    for listener in [entry for entry in loop.values() if hasattr(entry, "channel_class")]:
+        listener.channel_class = connection_class
     port = sockets[0].getsockname()[1]
-    application.urls = public_urls(args.host, port)
-    note = write_note(store, application.urls)
+    scheme = "https" if tls else "http"
+    application.urls = public_urls(scheme, args.host, port, sockets)
+    note = write_note(store, [local_url(scheme, sockets), *application.urls])
     stop = threading.Event()
     threading.Thread(target=watch_leases, args=(store, log, stop), daemon=True).start()
 
@@ -7792,7 +8228,7 @@ def serve(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     try:
-        announce(args.host, port, application.urls, store.path, log)
+        announce(args, port, application, [local_url(scheme, sockets), *application.urls])
         server.run()                      # ends by SystemExit, after requests at work are answered
     except SystemExit:
         pass
@@ -7969,6 +8405,12 @@ GLOBAL = (
         "environment's is TORC_PASSWORD, the user TORC_USERNAME or USER"),
     opt("--password", metavar="TEXT", help="visible to everybody in the list of processes: better "
         "TORC_PASSWORD or --prompt-password"),
+    opt("--tls-ca-cert", metavar="FILE", help="PEM of the CA that signed the server's certificate "
+        "(TORC_TLS_CA_CERT)"),
+    opt("--tls-insecure", action="store_true", help="take any certificate: anybody between here "
+        "and the server can then read along (TORC_TLS_INSECURE)"),
+    opt("--cookie-header", metavar="TEXT", help="a Cookie header for sites behind a login page "
+        "(TORC_COOKIE_HEADER)"),
     opt("--log-level", choices=LOG_LEVELS, help="what is said on stderr (RUST_LOG; default: info)"),
     opt("--skip-version-check", action="store_true", help="accepted, nothing is checked"),
     opt("-V", "--version", action="store_true", help="print version and hash of this program"),
@@ -8097,9 +8539,12 @@ GROUPS = (
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
-    ("Server and program", "server ping completions bundle"),
+    ("Server and program", "server htpasswd access-groups admin ping completions bundle"),
 )
 BRANCH_SUMMARIES = {
+    "htpasswd": "The server's password file: add, remove, list and verify users.",
+    "access-groups": "Groups of users with whom workflows are shared.",
+    "admin": "For admins of a server.",
     "workflows": "Workflows: list, reset, initialize, archive.",
     "jobs": "Jobs: list, change, cancel, run again.",
     "results": "Results of jobs.",
@@ -8112,8 +8557,8 @@ BRANCH_SUMMARIES = {
     "compute-nodes": "Runners of a workflow.",
     "scheduled-compute-nodes": "Allocations of a workflow.",
 }
-ABSENT = ("submit", "watch", "recover", "tui", "dash", "htpasswd", "slurm-job-runner", "slurm",
-          "hpc", "remote", "plot-resources", "ro-crate", "access-groups", "admin", "config",
+ABSENT = ("submit", "watch", "recover", "tui", "dash", "slurm-job-runner", "slurm",
+          "hpc", "remote", "plot-resources", "ro-crate", "config",
           "mcp-server")
 
 
@@ -9912,6 +10357,229 @@ def log_report(args, client, results):
             "total_results": len(rows), "results": rows}
 
 
+# ---- passwords, groups
+
+def bcrypt_cost(text):
+    """A cost of bcrypt, for argparse."""
+    import argparse
+    if not text.isdigit() or not 4 <= int(text) <= 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a cost from 4 to 31")
+    return int(text)
+
+
+PASSWORD_FILE = opt("-f", "--file", metavar="FILE", default=os.environ.get("TORC_AUTH_FILE"),
+                    help="the password file (TORC_AUTH_FILE)")
+PASSWORD = (opt("--password-stdin", action="store_true", help="read the password from standard "
+                "input instead of asking for it"),
+            opt("-p", "--password", metavar="TEXT", help="visible to everybody in the list of "
+                "processes: better --password-stdin, or wait until it is asked for"))
+COST = opt("-c", "--cost", type=bcrypt_cost, default=BCRYPT_COST, metavar="4-31",
+           help=f"each step doubles the time of a check (default: {BCRYPT_COST}, 50 ms)")
+RELOAD = (opt("--reload-auth", action="store_true", help="let the server of --url read the file "
+              "again at once; by itself it does so within a second or two"),
+          opt("--server-password", metavar="TEXT", help="for that, if TORC_PASSWORD is not set"))
+LEAST_PASSWORD = 8
+
+
+def open_password_file(args, absent=False):
+    """The password file of --file. Raises UsageError, Unreachable."""
+    if not args.file:
+        raise UsageError("name the password file with --file FILE or TORC_AUTH_FILE")
+    return PasswordFile(args.file, absent)
+
+
+def new_password(args, twice=True):
+    """A password from --password, standard input or the terminal. Raises UsageError."""
+    if args.password is not None:
+        tell(args, "--password is visible to everybody in the list of processes: take "
+             "--password-stdin, or let it be asked for", "warn")
+        return args.password
+    if args.password_stdin or not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    import getpass
+    password = getpass.getpass("Password: ", sys.stderr)
+    if twice and getpass.getpass("The same again: ", sys.stderr) != password:
+        raise UsageError("the two passwords differ: nothing was changed")
+    return password
+
+
+def good_password(args, user):
+    """A new password that is not too easy to guess. Raises UsageError."""
+    password = new_password(args)
+    if len(password) < LEAST_PASSWORD or len(set(password)) < 5 or (
+            user and user.lower() in password.lower()):
+        raise UsageError(f"that is too easy to guess: a password has at least {LEAST_PASSWORD} "
+                         "characters, five different ones, and not the user's name in it")
+    return password
+
+
+def after_change(args, sentence):
+    """Say what was done to the password file, and tell the server if that is wished."""
+    if args.reload_auth:
+        args.password = args.server_password         # not the one that was given to a user
+        client = open_client(args, make=False)
+        try:
+            sentence += ". " + client.post("/admin/reload-auth")["message"]
+        finally:
+            client.close()
+    say(args, sentence, message=sentence)
+
+
+@command("htpasswd add", opt("user", metavar="USER"), PASSWORD_FILE, *PASSWORD, COST, *RELOAD,
+         client=False, example="torc htpasswd add --file users.htpasswd alice")
+def do_htpasswd_add(args, client):
+    """Give a user a password, or another one; makes the file (0600) if there is none."""
+    file = open_password_file(args, absent=True)
+    known = args.user in file.users
+    file.set(args.user, "")               # a bad name is refused before anything is asked
+    file.set(args.user, hash_password(good_password(args, args.user), args.cost))
+    file.write()
+    after_change(args, f"{'Changed the password of' if known else 'Added'} {args.user} in "
+                       f"{args.file}")
+
+
+@command("htpasswd remove", opt("user", metavar="USER"), PASSWORD_FILE, *RELOAD,
+         client=False, example="torc htpasswd remove --file users.htpasswd alice")
+def do_htpasswd_remove(args, client):
+    """Take a user out of the file."""
+    file = open_password_file(args)
+    if args.user not in file.users:
+        raise NotFound(f"there is no user {args.user} in {args.file}"
+                       f"{nearest(args.user, file.users)}")
+    file.set(args.user, None)
+    file.write()
+    after_change(args, f"Removed {args.user} from {args.file}")
+
+
+@command("htpasswd list", PASSWORD_FILE, client=False,
+         example="torc htpasswd list --file users.htpasswd")
+def do_htpasswd_list(args, client):
+    """List the users of a password file."""
+    records = [{"user": user, "hash": next(name for start, name in HASHES.items()
+                                           if hashed.startswith(start))}
+               for user, hashed in open_password_file(args).users.items()]
+    show_list(args, "users", "user", "User=user, Hash=hash", records, args.file)
+
+
+@command("htpasswd verify", opt("user", metavar="USER"), PASSWORD_FILE, *PASSWORD, client=False,
+         example="torc htpasswd verify --file users.htpasswd alice")
+def do_htpasswd_verify(args, client):
+    """Check a user's password; exit code 1 if it is wrong."""
+    hashed = open_password_file(args).users.get(args.user)
+    good = bool(hashed) and check_password(new_password(args, twice=False), hashed)
+    say(args, "The password is right." if good else "User or password is wrong.", valid=good)
+    return 0 if good else 1
+
+
+@command("htpasswd hash", opt("user", nargs="?", metavar="USER"), *PASSWORD, COST, client=False,
+         example="torc htpasswd hash alice")
+def do_htpasswd_hash(args, client):
+    """Print the line of a password file for a password, without touching a file."""
+    hashed = hash_password(good_password(args, args.user), args.cost)
+    say(args, f"{args.user}:{hashed}" if args.user else hashed, user=args.user, hash=hashed)
+
+
+GROUP_ID = opt("group_id", type=COUNT, metavar="GROUP")
+USER_NAME = opt("user_name", metavar="USER")
+GROUP_COLUMNS = "ID=id, Name=name, Description=description, Created=created_at"
+MEMBER_COLUMNS = "ID=id, User=user_name, Role=role, Created=created_at"
+
+
+@command("access-groups create", opt("name", metavar="NAME"), opt("-d", "--description"),
+         example="torc access-groups create climate -d 'the climate team'")
+def do_group_create(args, client):
+    """Create a group of users with whom workflows can be shared."""
+    group = client.post("/access_groups", {"name": args.name, "description": args.description})
+    say(args, f"Created access group {group['id']} \"{clean(args.name)}\"", **group)
+
+
+@command("access-groups get", GROUP_ID, example="torc access-groups get 2")
+def do_group_get(args, client):
+    """Show a group."""
+    show_record(args, client.get(f"/access_groups/{args.group_id}"))
+
+
+@command("access-groups list", *SHORT_PAGING, example="torc access-groups list")
+def do_group_list(args, client):
+    """List all groups."""
+    show_list(args, "groups", "group", GROUP_COLUMNS, client.items("/access_groups"))
+
+
+@command("access-groups delete", GROUP_ID, FORCE, example="torc access-groups delete 2")
+def do_group_delete(args, client):
+    """Delete a group; what it shared is shared no more."""
+    group = client.get(f"/access_groups/{args.group_id}")
+    confirm(f"Delete access group \"{clean(group['name'])}\"?", args.force)
+    client.delete(f"/access_groups/{args.group_id}")
+    say(args, f"Deleted access group {args.group_id}", **group)
+
+
+@command("access-groups add-user", GROUP_ID, USER_NAME,
+         opt("-r", "--role", choices=("member", "admin"), default="member"),
+         example="torc access-groups add-user 2 bob")
+def do_group_add_user(args, client):
+    """Put a user into a group; an admin of a group changes its members."""
+    member = client.post(f"/access_groups/{args.group_id}/members", {
+        "user_name": args.user_name, "role": args.role, "group_id": args.group_id})
+    say(args, f"Added {args.user_name} to access group {args.group_id} as {args.role}", **member)
+
+
+@command("access-groups remove-user", GROUP_ID, USER_NAME,
+         example="torc access-groups remove-user 2 bob")
+def do_group_remove_user(args, client):
+    """Take a user out of a group."""
+    from urllib.parse import quote
+    member = client.delete(f"/access_groups/{args.group_id}/members/{quote(args.user_name, '')}")
+    say(args, f"Removed {args.user_name} from access group {args.group_id}", **member)
+
+
+@command("access-groups list-members", GROUP_ID, example="torc access-groups list-members 2")
+def do_group_members(args, client):
+    """List the users in a group."""
+    show_list(args, "members", "member", MEMBER_COLUMNS,
+              client.items(f"/access_groups/{args.group_id}/members"))
+
+
+@command("access-groups list-user-groups", USER_NAME,
+         example="torc access-groups list-user-groups bob")
+def do_user_groups(args, client):
+    """List the groups a user is in."""
+    show_list(args, "groups", "group", GROUP_COLUMNS,
+              client.items(f"/users/{args.user_name}/groups"))
+
+
+@command("access-groups list-workflow-groups", WORKFLOW,
+         example="torc access-groups list-workflow-groups 3")
+def do_workflow_groups(args, client):
+    """List the groups a workflow is shared with."""
+    show_list(args, "groups", "group", GROUP_COLUMNS,
+              client.items(f"/workflows/{args.workflow_id}/access_groups"))
+
+
+@command("access-groups add-workflow", opt("workflow_id", type=COUNT, metavar="WORKFLOW_ID"),
+         GROUP_ID, example="torc access-groups add-workflow 3 2")
+def do_group_add_workflow(args, client):
+    """Let a group use a workflow: see it, run it, change it."""
+    link = client.post(f"/workflows/{args.workflow_id}/access_groups/{args.group_id}")
+    say(args, f"Shared workflow {args.workflow_id} with access group {args.group_id}", **link)
+
+
+@command("access-groups remove-workflow", opt("workflow_id", type=COUNT, metavar="WORKFLOW_ID"),
+         GROUP_ID, example="torc access-groups remove-workflow 3 2")
+def do_group_remove_workflow(args, client):
+    """Share a workflow with a group no more."""
+    link = client.delete(f"/workflows/{args.workflow_id}/access_groups/{args.group_id}")
+    say(args, f"Workflow {args.workflow_id} is shared with access group {args.group_id} no more",
+        **link)
+
+
+@command("admin reload-auth", example="torc admin reload-auth")
+def do_reload_auth(args, client):
+    """Let the server read its password file again."""
+    answer = client.post("/admin/reload-auth")
+    say(args, f"{answer['message']}: {plural(answer['user_count'], 'user')}", **answer)
+
+
 # ---- completion
 
 def completion_words():
@@ -10047,6 +10715,21 @@ SERVER_OPTIONS = (
     opt("-l", "--log-level", choices=LOG_LEVELS, help="RUST_LOG; default: info"),
     opt("--log-dir", metavar="DIR", help="log to files there too (TORC_LOG_DIR)"),
     opt("--json-logs", action="store_true", help="a JSON object a line"),
+    opt("--auth-file", default=os.environ.get("TORC_AUTH_FILE"), metavar="FILE",
+        help="user names and password hashes as of torc-htpasswd (TORC_AUTH_FILE)"),
+    opt("--require-auth", action="store_true", help="answer nobody without a good password"),
+    opt("--enforce-access-control", action="store_true",
+        help="workflows are for their owners, and for the groups they are shared with"),
+    opt("--credential-cache-ttl-secs", type=bounded(float, 0, "a number of seconds"), metavar="S",
+        default=os.environ.get("TORC_CREDENTIAL_CACHE_TTL_SECS", "60"),
+        help="how long a checked password is believed (default: 60)"),
+    opt("--admin-user", action="append", metavar="NAME",
+        help="may do everything; may be repeated (TORC_ADMIN_USERS, with commas)"),
+    opt("--https", action="store_true", help="speak TLS"),
+    opt("--tls-cert", default=os.environ.get("TORC_TLS_CERT"), metavar="FILE",
+        help="certificate chain, PEM (TORC_TLS_CERT)"),
+    opt("--tls-key", default=os.environ.get("TORC_TLS_KEY"), metavar="FILE",
+        help="its private key, PEM (TORC_TLS_KEY)"),
     opt("-c", "--completion-check-interval-secs", type=float, metavar="S",
         help="accepted and not used: jobs are freed at once"),
 )
@@ -10059,6 +10742,8 @@ def do_server(args, client):
     if args.port > 65535:
         raise UsageError(f"port {args.port} is larger than 65535")
     args.log_dir = args.log_dir or os.environ.get("TORC_LOG_DIR")
+    args.admin_user = args.admin_user or [
+        name.strip() for name in os.environ.get("TORC_ADMIN_USERS", "").split(",") if name.strip()]
     return serve(args)
 
 
@@ -10156,8 +10841,17 @@ def open_client(args, make):
         import getpass
         password = getpass.getpass(f"Password of {user_name()}: ", sys.stderr)
     directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
-    return connect(args.database, args.url, directory, password,
+    return connect(args.database, args.url, directory, client_options(args, password),
                    tell=lambda sentence: tell(args, sentence), create=make)
+
+
+def client_options(args, password):
+    """What options and environment say of a Client, as its keyword arguments."""
+    insecure = os.environ.get("TORC_TLS_INSECURE", "").lower() in ("1", "true", "yes")
+    return {"password": password,
+            "tls": {"ca_cert": args.tls_ca_cert or os.environ.get("TORC_TLS_CA_CERT"),
+                    "insecure": args.tls_insecure or insecure},
+            "cookie": args.cookie_header or os.environ.get("TORC_COOKIE_HEADER")}
 
 
 def call_command(found, args):
@@ -10235,6 +10929,11 @@ def main_server():
     return main(["server", *sys.argv[1:]])
 
 
+def main_htpasswd():
+    """The program torc-htpasswd: `torc htpasswd` under its own name."""
+    return main(["htpasswd", *sys.argv[1:]])
+
+
 def absent_program(word):
     """The program torc-WORD, which this version does not have."""
     def program():
@@ -10243,7 +10942,6 @@ def absent_program(word):
 
 
 main_dash = absent_program("dash")
-main_htpasswd = absent_program("htpasswd")
 main_slurm_job_runner = absent_program("slurm-job-runner")
 
 if __name__ == "__main__":
