@@ -4924,3 +4924,75 @@ def test_bench_idle_server(server):
     show("idle server: CPU an hour, memory", f"{an_hour:.1f} s, {memory / 1024:.0f} MB",
          "goal 2 s, 60 MB")
     assert memory < 60 * 1024 and an_hour < 10
+
+
+FLOOD = """
+import asyncio, base64, sys, time
+port, user, rate = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+answered = [0, 0]
+
+async def guess(number):
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        word = base64.b64encode(f"{user}:guess {number}".encode()).decode()
+        writer.write(f"GET /torc-service/v1/ping HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n"
+                     f"Authorization: Basic {word}\\r\\n\\r\\n".encode())
+        await reader.read()
+        writer.close()
+    except OSError:
+        pass
+
+async def flood():
+    started, number, tasks = time.monotonic(), 0, set()
+    while True:
+        number += 1
+        task = asyncio.ensure_future(guess(number))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        await asyncio.sleep(max(0, started + number / rate - time.monotonic()))
+
+asyncio.run(flood())
+"""
+
+
+def answer_seconds(server, user, password, number=1):
+    """Sorted seconds of so many first-to-last requests of one client."""
+    client = torc.Client(server.url, user, password)
+    times = []
+    for _ in range(number):
+        started = time.perf_counter()
+        client.get("/ping")
+        times.append(time.perf_counter() - started)
+    client.close()
+    return sorted(times)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("cost", [5, 10, 12])
+def test_bench_200_wrong_passwords_a_second(tmp_path, cost):
+    file = torc.PasswordFile(str(tmp_path / "users"), absent=True)
+    for user, password in (("alice", ALICE), ("bob", BOB)):
+        file.set(user, torc.hash_password(password, cost))
+    file.write()
+    cached = {}
+    for flooded in (False, True):
+        server = Server(tmp_path / f"{flooded}.db", 0, "--auth-file", file.path, "--require-auth")
+        flood = None
+        if flooded:
+            flood = subprocess.Popen([PYTHON, "-c", FLOOD, str(server.port), "alice", "200"])
+            time.sleep(2)                 # so that guesses stand in line
+        fresh = {"bob": answer_seconds(server, "bob", BOB)[-1]}
+        started = time.perf_counter()
+        with contextlib.suppress(torc.TorcError):    # in the lane of the guesses: it may be unlucky
+            answer_seconds(server, "alice", ALICE)
+        fresh["alice (the guesses' own address and name)"] = time.perf_counter() - started
+        times = answer_seconds(server, "bob", BOB, 200)
+        cached[flooded] = times[100]
+        what = "200 guesses/s for alice" if flooded else "no guesses"
+        show(f"bcrypt cost {cost}, {what}: cached", f"{1000 * times[100]:.1f} ms", "goal 50 ms")
+        for user, seconds in fresh.items():
+            show(f"  not cached: {user}", f"{seconds:.2f} s", "goal 2 s")
+        if flood:
+            flood.kill(), flood.wait()
+        server.stop()
+        assert cached[flooded] < 0.05 and fresh["bob"] < 2

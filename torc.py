@@ -56,6 +56,7 @@ MAX_BODY_BYTES = 64 * 2**20
 STDERR_TAIL_BYTES = 4096                  # of a failed job, travels with its completion
 ORPHAN_RETURN_CODE = -128                 # result of an attempt whose runner died
 LEASE_MARGIN_S = 60.0
+BUSY = "too many passwords wait to be checked"
 EXTENSIONS = ("runner_step", "changes", "server_info", "workflow_specs", "unfinished",
               "why", "stop_job", "release")
 
@@ -3253,7 +3254,8 @@ BCRYPT_COST = 10                          # 50 ms; htpasswd -B takes 5
 HASHES = {"$2": "bcrypt", "$5$": "SHA-256", "$6$": "SHA-512"}
 OTHER_HASHES = {"$apr1$": "Apache's MD5", "$1$": "MD5", "{SHA}": "SHA-1"}
 HASH_QUEUE = 1000                         # attempts that may wait for a hash, in all
-LANE_QUEUE = 200                          # of one user name from one address
+LANE_QUEUE = 32                           # of one user name from one address: a short line that
+                                          # is hard to join beats a long one for who tries again
 FORGET_FAILURES_S = 60.0
 LONGEST_DELAY_S = 2.0
 REMEMBERED = 10_000                       # wrong attempts, failing lanes
@@ -3565,7 +3567,7 @@ class Gate:
                 attempt = self.attempts[digest] = Guess(user, hashed, password)
                 attempt.callbacks.append(callback)
                 lane[bool(liar)].append((digest, address))
-                if self.threads < max(2, min(4, os.cpu_count() or 1)):
+                if self.threads < max(1, min(4, len(os.sched_getaffinity(0)) // 2)):
                     self.threads += 1
                     threading.Thread(target=self._hash, daemon=True).start()
                 self.condition.notify()
@@ -5647,8 +5649,12 @@ class Client(Calls):
         wait_s = int((query or {}).get("wait_s") or 0)
         step = path.endswith("/runner_step")
         timeout = wait_s + 30 if wait_s or step else 300
-        status, content_type, answer = self._send(
-            method, target, data, headers, timeout, step or method == "GET")
+        for _ in range(100):
+            status, content_type, answer = self._send(
+                method, target, data, headers, timeout, step or method == "GET")
+            if status != 503 or answer != BUSY.encode():
+                break
+            time.sleep(0.15)              # it has not even looked at the request
         return self._decode(status, content_type, answer, path)
 
     def _send(self, method, target, data, headers, timeout, repeatable):
@@ -7661,7 +7667,7 @@ class Application:
         verdict = verdict_on(http) if self.access.gate else NOBODY
         if verdict.state == "busy":
             response.set_header("Retry-After", "1")
-            return 503, "text/plain; charset=utf-8", "too many passwords wait to be checked"
+            return 503, "text/plain; charset=utf-8", BUSY
         if self.access.gate and self.access.gate.required and verdict.state != "known":
             response.set_header("WWW-Authenticate", 'Basic realm="Torc"')
             return 401, "text/plain; charset=utf-8", "Unauthorized"
@@ -7763,19 +7769,31 @@ def verdict_on(http):
     return channel.judged[1]
 
 
-def peer_uid(address):
-    """uid of the process on this machine at the other end of a connection, None if elsewhere."""
+def peer_uid(sock):
+    """uid of the process on this machine at the other end of a connection, None if elsewhere.
+
+    Asks the kernel for that one socket (sock_diag(7)); /proc/net/tcp lists thousands that are
+    long closed while somebody floods us.
+    """
     import socket
-    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        with contextlib.suppress(OSError, ValueError):
-            data = socket.inet_pton(family, address[0])
-            words = [data[at:at + 4][::-1].hex().upper() for at in range(0, len(data), 4)]
-            mine = f"{''.join(words)}:{address[1]:04X}"
-            with open(f"/proc/net/{name}", encoding="ascii") as file:
-                for row in file:
-                    if row.split()[1] == mine:
-                        return int(row.split()[7])
-    return None
+    import struct
+    try:
+        here, there = sock.getsockname(), sock.getpeername()
+        hosts = [re.sub("^::ffff:(?=[0-9.]+$)", "", name[0]) for name in (there, here)]
+        family = socket.AF_INET6 if ":" in hosts[0] else socket.AF_INET
+        peer = struct.pack("!HH16s16s", there[1], here[1],
+                           *(socket.inet_pton(family, host) for host in hosts))
+        # inet_diag_req_v2: family, protocol, states; sockid: ports, addresses, any interface, cookie
+        body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + peer \
+            + struct.pack("=I", 0) + b"\xff" * 8
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as kernel:     # SOCK_DIAG
+            kernel.settimeout(1)
+            kernel.send(struct.pack("=IHHII", 16 + len(body), 20, 1, 0, 0) + body)
+            answer = kernel.recv(4096)
+        kind = struct.unpack_from("=H", answer, 4)[0]
+        return struct.unpack_from("=I", answer, 80)[0] if kind == 20 else None
+    except (OSError, struct.error, AttributeError):
+        return None
 
 
 def channel_class(gate, tls):
@@ -7801,7 +7819,7 @@ def channel_class(gate, tls):
                 header = request.headers.get("AUTHORIZATION")
                 verdict = gate.judge(header, self.addr[0])
                 if verdict.state == "unsure":
-                    uid = peer_uid(self.addr)
+                    uid = peer_uid(self.socket)
                     gate.ask(header, self.addr[0] if uid is None else f"uid {uid}", verdict.digest,
                              self.liar, lambda verdict: self.decided(request, verdict))
                     return
