@@ -3269,6 +3269,18 @@ def walls(tmp_path, passwords):
     server.stop()
 
 
+@pytest.mark.parametrize("family, host, listen", [
+    (socket.AF_INET, "127.0.0.1", "127.0.0.1"), (socket.AF_INET6, "::1", "::1"),
+    (socket.AF_INET6, "127.0.0.1", "::")])
+def test_the_kernel_tells_whose_the_other_end_is(family, host, listen):
+    with socket.create_server((listen, 0), family=family,
+                              dualstack_ipv6=listen == "::") as listener:
+        with socket.create_connection((host, listener.getsockname()[1])):
+            with listener.accept()[0] as sock:
+                assert torc.peer_uid(sock) == os.getuid()
+    assert torc.peer_uid(sock) is None
+
+
 def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
     """Everything in alice's workflow, by bob and by nobody, on every route."""
     server, clients = walls

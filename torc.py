@@ -7783,7 +7783,7 @@ def peer_uid(sock):
         family = socket.AF_INET6 if ":" in hosts[0] else socket.AF_INET
         peer = struct.pack("!HH16s16s", there[1], here[1],
                            *(socket.inet_pton(family, host) for host in hosts))
-        # inet_diag_req_v2: family, protocol, states; sockid: ports, addresses, any interface, cookie
+        # inet_diag_req_v2: family, protocol, states; then ports, addresses, interface, cookie
         body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + peer \
             + struct.pack("=I", 0) + b"\xff" * 8
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as kernel:     # SOCK_DIAG
