@@ -4369,6 +4369,169 @@ def test_commands_work_on_a_server_as_on_a_file(cli, server):
 
 
 # ==================================================================================================
+# A real cluster: a login host and two compute nodes, each with a network of its own
+# ==================================================================================================
+
+CLUSTER = Path(os.environ.get("SLURM_CLUSTER", ROOT.parent / "shared" / "slurm"))
+LOGIN = "kl1.hsn.test"                    # the login host's name that compute nodes know
+
+
+class Cluster:
+    """Commands of an ordinary user on the hosts of the cluster, and what they need there."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.python = directory / "venv" / "bin" / "python"
+        self.started = []
+
+    def words(self, host, user, words):
+        return [str(CLUSTER / "on"), host, "-u", user, "env", f"HOME={self.directory / user}",
+                *map(str, words)]
+
+    def run(self, *words, host="kl1", user="hpcuser", timeout=60):
+        """Run a command to its end."""
+        return subprocess.run(self.words(host, user, words), cwd=self.directory / user, text=True,
+                              capture_output=True, timeout=timeout)
+
+    def torc(self, *words, host="kl1", user="hpcuser", env=(), timeout=60):
+        """Run torc; on a compute node with that node's plain Python, outside of any job."""
+        python = self.python if host == "kl1" else "/usr/bin/python3"
+        return self.run(*env, python, self.directory / "torc.py", *words, host=host, user=user,
+                        timeout=timeout)
+
+    def server(self, *options, user="hpcuser"):
+        """Start a server on the login host; (port, what it says on stderr until then)."""
+        log = self.directory / user / f"server{len(self.started)}.log"
+        with open(log, "w") as errors:
+            process = subprocess.Popen(
+                self.words("kl1", user, [self.python, self.directory / "torc.py", "server", "run",
+                                         *options]),
+                cwd=self.directory / user, text=True, stdout=subprocess.PIPE, stderr=errors)
+        self.started.append(process)
+        line = process.stdout.readline()
+        assert line.startswith("TORC_SERVER_PORT="), log.read_text()
+        until(lambda: " serves " in log.read_text())
+        return int(line.split("=")[1]), log.read_text()
+
+    def stop(self):
+        """End the servers."""
+        for process in self.started:
+            process.terminate()
+            process.communicate(timeout=30)
+        self.started.clear()
+
+
+@pytest.fixture(scope="session")
+def cluster_directory():
+    """A directory that all users of the cluster can read, with torc.py and a venv for it."""
+    if not (CLUSTER / "on").exists() or os.geteuid() != 0:
+        pytest.skip("there is no cluster here")
+    import tempfile
+    directory = Path(tempfile.mkdtemp(prefix="torc-cluster-"))
+    directory.chmod(0o755)
+    shutil.copy(TORC, directory / "torc.py")
+    (directory / "torc.py").chmod(0o644)
+    subprocess.run(["/usr/bin/python3", "-m", "venv", directory / "venv"], check=True)
+    subprocess.run([directory / "venv" / "bin" / "pip", "install", "-q", "bottle", "waitress", "PyYAML"],
+                   check=True)
+    for user in ("hpcuser", "other"):
+        (directory / user).mkdir(mode=0o700)
+        shutil.chown(directory / user, user, user)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def cluster(cluster_directory):
+    """The cluster, with servers that end with the test."""
+    cluster = Cluster(cluster_directory)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.mark.slurm
+def test_a_local_server_is_for_its_own_machine_and_says_so_elsewhere(cluster):
+    port, said = cluster.server("--database", "a.db", "--port", "8080")
+    assert f"at http://127.0.0.1:{port}/" in said and "WARNING" not in said
+    done = cluster.torc("workflows", "list")         # nothing set
+    assert done.returncode == 0 and "using your server http://localhost:8080" in done.stderr
+    done = cluster.torc("ping", "--url", f"http://{LOGIN}:{port}", host="c1")
+    assert done.returncode == 1 and (
+        "connection refused: no program listens there. The server is gone, or it listens on another "
+        "address (one on 127.0.0.1 is reached from its own machine only)") in done.stderr
+
+
+@pytest.mark.slurm
+def test_an_open_server_names_addresses_that_compute_nodes_reach(cluster):
+    port, said = cluster.server("--database", "b.db", "--host", "0.0.0.0", "--port", "0")
+    urls = re.findall(r"http://[^,\s]+", said.split(" serves ")[1])
+    assert "--auth-file FILE --require-auth" in said
+    assert [url for url in urls if "127.0.0.1" not in url and "localhost" not in url]
+    for url in urls:
+        done = cluster.torc("ping", "--url", url)
+        assert done.returncode == 0, done.stderr
+        if "127.0.0.1" not in url:
+            for host in ("c1", "c2"):
+                done = cluster.torc("ping", "--url", url, host=host)
+                assert done.returncode == 0, done.stderr
+    assert cluster.run("curl", "-s", f"http://{LOGIN}:{port}{torc.API_PREFIX}/ping",
+                       host="c1").stdout == '{"status":"ok"}'
+
+
+@pytest.mark.slurm
+def test_a_server_on_a_routable_name_is_found_by_all(cluster):
+    cluster.server("--database", "c.db", "--host", LOGIN, "--port", "8080")
+    done = cluster.torc("workflows", "list")         # localhost leads nowhere, but it is ours
+    assert done.returncode == 0 and "using your server http://10.77.0.1:8080" in done.stderr
+    done = cluster.torc("ping", "--url", "http://kl1:8080", host="c2")
+    assert done.returncode == 1 and "kl1:8080: this machine does not know the name" in done.stderr
+    assert cluster.torc("ping", "--url", f"http://{LOGIN}:8080", host="c2").returncode == 0
+
+
+@pytest.mark.slurm
+def test_a_firewall_is_named_as_such(cluster):
+    port, _ = cluster.server("--database", "d.db", "--host", "0.0.0.0", "--port", "0")
+    url = f"http://{LOGIN}:{port}"
+    try:
+        subprocess.run([CLUSTER / "firewall", "on", str(port)], check=True, capture_output=True)
+        done = cluster.torc("ping", "--url", url, host="c1")
+        assert done.returncode == 1 and "a firewall drops what is sent to that port" in done.stderr
+        assert cluster.torc("ping", "--url", url).returncode == 0
+    finally:
+        subprocess.run([CLUSTER / "firewall", "off"], check=True, capture_output=True)
+    assert cluster.torc("ping", "--url", url, host="c1").returncode == 0
+
+
+@pytest.mark.slurm
+def test_proxy_variables_are_not_used(cluster):
+    port, _ = cluster.server("--database", "e.db", "--host", LOGIN, "--port", "0")
+    proxies = [f"{name}=http://192.0.2.1:9" for name in ("http_proxy", "HTTP_PROXY", "https_proxy",
+                                                         "ALL_PROXY")]
+    done = cluster.torc("ping", "--url", f"http://{LOGIN}:{port}", host="c1", env=["env", *proxies])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slurm
+def test_another_user_gets_nothing_without_the_password(cluster):
+    done = cluster.run("bash", "-c", f"echo 'a long sentence' | {cluster.python} {cluster.directory}/"
+                       "torc.py htpasswd add -f users --password-stdin hpcuser")
+    assert done.returncode == 0, done.stderr
+    port, said = cluster.server("--database", "f.db", "--host", "0.0.0.0", "--port", "0",
+                                "--auth-file", "users", "--require-auth")
+    url = f"http://{LOGIN}:{port}"
+    mine = ["env", "TORC_USERNAME=hpcuser", "TORC_PASSWORD=a long sentence"]
+    assert cluster.torc("workflows", "list", "--url", url, env=mine, host="c1").returncode == 0
+    for env in ((), ["env", "TORC_USERNAME=hpcuser", "TORC_PASSWORD=a wrong sentence"]):
+        done = cluster.torc("workflows", "list", "--url", url, user="other", env=env)
+        assert done.returncode == 1 and "wants a user name and password" in done.stderr
+    for name in ("users", "f.db"):
+        assert (cluster.directory / "hpcuser" / name).stat().st_mode & 0o077 == 0
+    seen = cluster.run("bash", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr "
+                       "'\\0' ' '", user="other").stdout
+    assert "torc.py server run" in seen and "long sentence" not in seen
+
+
+# ==================================================================================================
 # Faults: what must hold when processes are killed at random moments
 # ==================================================================================================
 
