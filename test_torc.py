@@ -2450,6 +2450,18 @@ def test_run_with_json_tells_at_the_end_how_it_went(tmp_path):
     assert "all jobs of workflow 1 have ended before: `torc workflows reset-status 1" in done.stderr
 
 
+def test_somebody_elses_workflow_is_run_only_if_that_is_said(tmp_path):
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"), "mallory")) as client:
+        make(client, {"a": []})
+        words = ["1", "--database", tmp_path / "x.db"]
+        assert start_run(tmp_path, *words).wait(60) == 2
+        assert ("Workflow 1 belongs to mallory; its commands would run as you, tester. Run them? "
+                "Nobody can be asked here: take --allow-owner mallory"
+                ) in (tmp_path / "run.log").read_text()
+        assert statuses(client, 1) == {"a": "ready"}
+        assert start_run(tmp_path, *words, "--allow-owner", "mallory").wait(60) == 0
+
+
 def test_a_runner_that_was_killed_is_not_taken_for_alive(tmp_path):
     runner = start_run(tmp_path, write_spec(tmp_path, {"a": "touch begun; sleep 300"}),
                        "--database", "x.db")

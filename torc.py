@@ -9224,6 +9224,10 @@ def workflow_to_run(args, client, spec):
         workflow_id = create_workflow_from(args, client, spec)
     else:
         workflow_id = int(args.spec)
+        owner = client.get(f"/workflows/{workflow_id}")["user"]
+        confirm(f"Workflow {workflow_id} belongs to {owner}; its commands would run as you, "
+                f"{client.user}. Run them?", owner in (client.user, *(args.allow_owner or ())),
+                f"--allow-owner {owner}")
         for sentence in release_dead_nodes(client, workflow_id, args.output_dir):
             tell(args, sentence)
     if client.get(f"/workflows/{workflow_id}/status")["is_canceled"]:
@@ -9255,6 +9259,8 @@ def names_workflow(args):
              help="as in PT2H: jobs that still run then are terminated"),
          opt("--end-time", type=readable(parse_moment), metavar="TIME",
              help="as in 2026-01-02T03:04:05Z; counts before --time-limit"),
+         opt("--allow-owner", action="append", metavar="NAME", help="run workflows of this user "
+             "too, whose commands then run as you; may be repeated"),
          opt("-p", "--poll-interval", type=float, help=HIDDEN),
          client=False, example="torc run workflow.yaml --num-cpus 4")
 def do_run(args, client):
