@@ -3691,6 +3691,21 @@ def test_version_and_help_import_neither_http_nor_ssl_nor_sqlite(words):
     assert out.splitlines()[-1] == "[]"
 
 
+def test_the_doctor_tells_each_trouble_with_its_remedy(cli, tmp_path, passwords):
+    server = guarded(tmp_path / "x.db", passwords, "--require-auth")
+    code, out, _ = cli("doctor", "--url", server.url, "-f", "json")
+    verdicts = {check["check"].split()[0]: check for check in json.loads(out)["checks"]}
+    assert code == 1 and verdicts["credentials"]["verdict"] == "fail"
+    assert "set TORC_PASSWORD" in verdicts["credentials"]["next_step"]
+    server.stop()
+    code, out, _ = cli("doctor", "--url", server.url)
+    assert code == 1 and "refused" in out and "no program listens there" in out
+    assert cli("doctor")[0] == 1
+    with Server(tmp_path / "y.db").closing() as server:
+        code, out, _ = cli("doctor", "--url", server.url)
+        assert code == 0 and re.search(r"clocks +ok +\d s apart", out), out
+
+
 @pytest.mark.parametrize("words", ["-f", "jobs list --status", "--url"])
 def test_an_option_without_its_value_is_a_usage_error(cli, words):
     assert cli(*words.split())[0] == 2
@@ -4512,6 +4527,24 @@ def test_a_firewall_is_named_as_such(cluster):
     finally:
         subprocess.run([CLUSTER / "firewall", "off"], check=True, capture_output=True)
     assert cluster.torc("ping", "--url", url, host="c1").returncode == 0
+
+
+@pytest.mark.slurm
+def test_the_doctor_sees_from_a_compute_node_what_workers_would_see(cluster):
+    port, _ = cluster.server("--database", "g.db", "--host", "0.0.0.0", "--port", "0")
+    shared = cluster.directory / "hpcuser" / "out"
+    done = cluster.torc("doctor", "--url", f"http://{LOGIN}:{port}", "--from-compute", "-o", shared,
+                        "-f", "json", timeout=120)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["ok"], done.stdout
+    seen = {(check["place"], check["check"].split()[0]) for check in report["checks"]}
+    assert {("kl1", "version"), ("c1", "version"), ("c1", "credentials"), ("c1", "output")} <= seen
+    assert not list(shared.iterdir())
+    done = cluster.torc("doctor", "--url", f"http://kl1:{port}", "--from-compute", "-o", shared,
+                        timeout=120)
+    assert done.returncode == 1
+    assert re.search(r"c1 +name kl1 +fail +unknown here +this machine does not know the name",
+                     done.stdout), done.stdout
 
 
 @pytest.mark.slurm

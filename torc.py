@@ -5587,6 +5587,7 @@ class Client(Calls):
         self.id = None                    # of the server, once an answer has told it
         if url == os.environ.get("TORC_API_URL"):
             self.id = os.environ.get("TORC_SERVER_ID")       # a runner has told it to its job
+        self.date = None                  # header of the last answer
         self._connection = None
         self._interrupted = False
         self._used = 0.0
@@ -5675,6 +5676,7 @@ class Client(Calls):
                     raise Unreachable(f"{self.where} is {now} now: is ours gone? Name where it is "
                                       "with --url")
                 self.id = told
+                self.date = response.headers.get("Date")
                 self._used = time.monotonic()
                 if response.will_close:
                     self.close()
@@ -8557,7 +8559,7 @@ GROUPS = (
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
-    ("Server and program", "server htpasswd access-groups admin ping completions bundle"),
+    ("Server and program", "server ping doctor htpasswd access-groups admin completions bundle"),
 )
 BRANCH_SUMMARIES = {
     "htpasswd": "The server's password file: add, remove, list and verify users.",
@@ -10379,6 +10381,167 @@ def log_report(args, client, results):
     return {"workflow_id": args.workflow_id, "workflow_name": workflow["name"],
             "workflow_user": workflow["user"], "all_runs": args.all_runs,
             "total_results": len(rows), "results": rows}
+
+
+# ---- finding out why a server is not reached
+
+class Check(NamedTuple):
+    """One line of `torc doctor`."""
+
+    place: str                            # the host that looked
+    check: str
+    verdict: str                          # ok, warn or fail
+    detail: str
+    next_step: str = ""
+
+
+def doctor_urls(args, how):
+    """The URLs to look at: the one named, else those of this user's own server."""
+    url = args.url or os.environ.get("TORC_API_URL")
+    if url:
+        return [url]
+    server = default_server(how)
+    if not server:
+        raise Unreachable(f"no server is named, and none of yours listens on port {DEFAULT_PORT}: "
+                          "say --url, or start one with `torc server`")
+    try:
+        return [server.where, *(url for url in server.get("/server_info")["urls"]
+                                if url != server.where)]
+    except Unauthorized:
+        return [server.where]
+
+
+def email_date(text):
+    """Seconds since the epoch of a Date header, None if it cannot be read."""
+    from email.utils import parsedate_to_datetime
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def check_server(url, how):
+    """Checks of a server at a URL from this machine, in the order in which they can fail."""
+    import socket
+    here = socket.gethostname()
+    _, host, _, _ = split_url(url)
+    addresses = list(dict.fromkeys(resolved(host)))
+    if not addresses:
+        return [Check(here, f"name {host}", "fail", "unknown here", MEANINGS["unknown name"])]
+    checks = [Check(here, f"name {host}", "ok", ", ".join(addresses[:3]))]
+    found = probe(url, None, 5.0, how.get("tls"))
+    if found.state != "ok":
+        return [*checks, Check(here, url, "fail", found.state, found.text)]
+    checks.append(Check(here, url, "ok", f"a Torc server, id {found.server_id}"))
+    client = Client(url, **how)
+    try:
+        asked = time.time()
+        told = client.get("/version")
+        major = str(told.get("api_version", "?")).partition(".")[0]
+        same = major == API_VERSION.partition(".")[0]
+        checks.append(Check(here, "version", "ok" if same else "fail",
+                            f"{told.get('server', told['version'])}, API {told['api_version']}",
+                            "" if same else f"this program speaks API {API_VERSION}"))
+        client.page("/workflows", limit=1)
+        checks.append(Check(here, "credentials", "ok", f"user {client.user}" + (
+            "" if client.password else ", without a password")))
+        date = email_date(client.date)
+        if date:
+            apart = abs(date - (asked + time.time()) / 2)
+            near = apart < 5
+            checks.append(Check(
+                here, "clocks", "ok" if near else "warn", f"{apart:.0f} s apart", "" if near else
+                "files may seem older or newer than they are: set the clocks (NTP)"))
+    except Unauthorized as error:
+        checks.append(Check(here, "credentials", "fail", f"user {client.user} is refused",
+                            str(error)))
+    except TorcError as error:
+        checks.append(Check(here, "operations", "fail", str(error)))
+    finally:
+        client.close()
+    return checks
+
+
+def check_directory(directory, token):
+    """Whether the output directory can be written, and holds what another host has put there."""
+    import socket
+    here, path = socket.gethostname(), os.path.abspath(directory)
+    mark = os.path.join(path, ".torc_doctor")
+    try:
+        if token:
+            os.listdir(path)              # a network file system then asks its server again
+            same = read_text(mark) == token
+            return Check(here, "output directory", "ok" if same else "fail", path + (
+                "" if same else " is not the same directory here"), "" if same else
+                "take an --output-dir on a file system that all hosts share")
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "cannot be written by you")
+        return Check(here, "output directory", "ok", path)
+    except OSError as error:
+        return Check(here, "output directory", "fail", f"{path}: {error.strerror}",
+                     "take another --output-dir")
+
+
+def check_from_compute(args, urls):
+    """The checks as a compute node of Slurm makes them."""
+    import secrets
+    import shutil
+    import subprocess
+    if not shutil.which("srun"):
+        raise TorcError("there is no srun on the PATH: --from-compute asks a compute node of Slurm")
+    token, path = secrets.token_hex(8), os.path.abspath(args.output_dir)
+    mark = os.path.join(path, ".torc_doctor")
+    write_private(mark, token)
+    command = ["srun", "--ntasks=1", "--nodes=1", "--time=2", "--job-name=torc-doctor",
+               "--immediate=60", *shlex_split(args.srun_options), sys.executable,
+               os.path.abspath(__file__), "doctor", "-f", "json", "--output-dir", path, "--token",
+               token, *(word for url in urls for word in ("--at", url))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        return [Check(**check) for check in json.loads(done.stdout)["checks"]]
+    except (ValueError, KeyError):
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return [Check("a compute node", "this Python and torc.py there", "fail",
+                      f"{sys.executable} {os.path.abspath(__file__)}: {last}",
+                      "both must lie on a file system that compute nodes see")]
+    except subprocess.TimeoutExpired:
+        return [Check("a compute node", "srun", "fail", "no node within three minutes",
+                      "name another partition with --srun-options, or try again later")]
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(mark)
+
+
+def shlex_split(text):
+    """A text in shell words."""
+    import shlex
+    return shlex.split(text or "")
+
+
+@command("doctor", opt("--from-compute", action="store_true",
+                       help="look from a compute node, too (a Slurm job of a few seconds)"),
+         opt("--srun-options", metavar="TEXT", help="as in '--partition=debug --account=a'"),
+         OUTPUT_DIR, opt("--token", help=HIDDEN), opt("--at", action="append", help=HIDDEN),
+         client=False, example="torc doctor --url http://login1:8080 --from-compute")
+def do_doctor(args, client):
+    """Look for what keeps clients and workers from their server; exit code 1 if something does."""
+    password = args.password or os.environ.get("TORC_PASSWORD")
+    how = client_options(args, password)
+    urls = args.at or doctor_urls(args, how)
+    checks = [check for url in urls for check in check_server(url, how)]
+    checks.append(check_directory(args.output_dir, args.token))
+    if args.from_compute:
+        away = [url for url in urls if not is_loopback(split_url(url)[1])]
+        checks += check_from_compute(args, away or urls)
+    failed = any(check.verdict == "fail" for check in checks)
+    if args.format == "json":
+        print_json({"checks": [check._asdict() for check in checks], "ok": not failed})
+    else:
+        records = [check._asdict() for check in dict.fromkeys(checks)]
+        show_list(args, "checks", "check", "Host=place, What=check, Verdict=verdict, Detail=detail,"
+                  " Next Step=next_step", records)
+    return 1 if failed else 0
 
 
 # ---- passwords, groups
