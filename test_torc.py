@@ -3332,6 +3332,27 @@ def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
     assert statuses(alice, workflow_id) == {"a": "ready", "b": "blocked"}
 
 
+@pytest.mark.parametrize("path, query, body", [
+    ("/jobs", "mine", {"workflow_id": "hers", "name": "x", "command": "true"}),
+    ("/jobs", None, {"workflow_id": "hers", "name": "x", "command": "true",
+                     "jobs": [{"workflow_id": "mine"}]}),
+    ("/bulk_jobs", "mine", {"jobs": [{"workflow_id": "hers", "name": "x", "command": "true"}]}),
+    ("/files", "mine", {"workflow_id": "hers", "name": "x", "path": "x"}),
+])
+def test_naming_a_workflow_of_ones_own_beside_does_not_open_anothers(walls, path, query, body):
+    _, clients = walls
+    ids = {"hers": make(clients["alice"], {"a": []})[0], "mine": make(clients["bob"], {"b": []})[0]}
+
+    def filled(value):
+        if isinstance(value, dict):
+            return {name: filled(inner) for name, inner in value.items()}
+        return [filled(inner) for inner in value] if isinstance(value, list) else ids.get(value, value)
+
+    with pytest.raises(torc.Forbidden):
+        clients["bob"].request("POST", path, {"workflow_id": ids.get(query)}, filled(body))
+    assert statuses(clients["alice"], ids["hers"]) == {"a": "ready"}
+
+
 def test_workflows_are_listed_for_those_who_may_use_them(walls):
     _, clients = walls
     made = {name: make(clients[name], {"a": []})[0] for name in ("alice", "bob")}

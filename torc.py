@@ -5036,14 +5036,14 @@ def user_of_workflow(request, values):
 
 
 def user_of_named(request, values):
-    """Who may use the workflow that the query or the body names."""
+    """Who may use every workflow that the query or the body names."""
     body = request.body if isinstance(request.body, dict) else {}
-    if isinstance(body.get("jobs"), list):         # bulk_jobs refuses those of several workflows
-        body = next((job for job in body["jobs"] if isinstance(job, dict)), {})
-    named = (request.param("workflow_id", "int") if "workflow_id" in request.query
-             else body.get("workflow_id"))
-    if has_type(named, "int"):
-        require_access(request.store, named, request.user)
+    jobs = body["jobs"] if isinstance(body.get("jobs"), list) else []
+    named = [body, *(job for job in jobs if isinstance(job, dict))]
+    for workflow_id in {request.param("workflow_id", "int"),
+                        *(record["workflow_id"] for record in named
+                          if has_type(record.get("workflow_id"), "int"))} - {None}:
+        require_access(request.store, workflow_id, request.user)
 
 
 def user_of(table):
