@@ -3456,10 +3456,7 @@ class Gate:
     def __init__(self, path, required=False, ttl_s=60.0, warn=lambda text: None):
         import collections
         self.required, self.ttl_s, self.warn = required, ttl_s, warn
-        self.file = PasswordFile(path)
-        if not self.file.users:
-            raise Unreachable(f"password file {path} has no users: torc-htpasswd add --file {path} "
-                              "USER adds one")
+        self.file = self._read(path)
         self.key = os.urandom(32)
         self.proven = {}                  # user: (hash, digest of the password, believed until)
         self.refuted = collections.OrderedDict()     # digests of wrong credentials
@@ -3472,11 +3469,17 @@ class Gate:
 
     # -- the file
 
+    @staticmethod
+    def _read(path):
+        file = PasswordFile(path)
+        if not file.users:
+            raise Unreachable(f"password file {path} has no users: torc-htpasswd add --file {path} "
+                              "USER adds one")
+        return file
+
     def reload(self):
         """Read the file again. Raises Unreachable, and keeps the users it had."""
-        fresh = PasswordFile(self.file.path)
-        if not fresh.users:
-            raise Unreachable(f"password file {self.file.path} has no users")
+        fresh = self._read(self.file.path)
         with self.condition:
             self.file = fresh
             self.proven = {user: entry for user, entry in self.proven.items()
@@ -3524,25 +3527,22 @@ class Gate:
             proven = self.proven.get(user)
             if proven and proven[0] == hashed:
                 if not hmac.compare_digest(proven[1], digest):
-                    return self._wrong(user, address, now)
+                    return self.wrong(user, address, now)
                 if now < proven[2]:
                     return Verdict("known", user)
             if digest in self.refuted:
-                return self._wrong(user, address, now)
+                return self.wrong(user, address, now)
         return Verdict("unsure", user, digest)
 
     def wrong(self, user, address, now):
         """A Verdict for wrong credentials; the more of them, the later it is told."""
-        with self.condition:
-            return self._wrong(user, address, now)
-
-    def _wrong(self, user, address, now):
         lane = address, user
-        number, last = self.failures.pop(lane, (0, now))
-        number = number + 1 if now - last < FORGET_FAILURES_S else 1
-        self.failures[lane] = number, now
-        if len(self.failures) > REMEMBERED:
-            self.failures.popitem(last=False)
+        with self.condition:              # may be ours already: its lock is reentrant
+            number, last = self.failures.pop(lane, (0, now))
+            number = number + 1 if now - last < FORGET_FAILURES_S else 1
+            self.failures[lane] = number, now
+            if len(self.failures) > REMEMBERED:
+                self.failures.popitem(last=False)
         return Verdict("wrong", None, b"", min(LONGEST_DELAY_S, 0.05 * 2**min(number, 10)))
 
     # -- hashing
@@ -3556,24 +3556,21 @@ class Gate:
         user, password = basic_credentials(header)
         hashed = self.file.users.get(user)
         with self.condition:
-            attempt = self.attempts.get(digest)
-            if attempt:                   # the same is being asked already
-                attempt.callbacks.append(callback)
-                return
-            lane = self.lanes.setdefault((address, user), (collections.deque(),
-                                                           collections.deque()))
-            if hashed is not None and len(self.attempts) < HASH_QUEUE and (
-                    sum(map(len, lane)) < LANE_QUEUE):
-                attempt = self.attempts[digest] = Guess(user, hashed, password)
-                attempt.callbacks.append(callback)
+            guess = self.attempts.get(digest)
+            waiting = sum(map(len, self.lanes.get((address, user), ())))
+            if not guess and hashed is not None and waiting < LANE_QUEUE and (
+                    len(self.attempts) < HASH_QUEUE):
+                guess = self.attempts[digest] = Guess(user, hashed, password)
+                lane = self.lanes.setdefault((address, user), (collections.deque(),
+                                                               collections.deque()))
                 lane[bool(liar)].append((digest, address))
                 if self.threads < max(1, min(4, len(os.sched_getaffinity(0)) // 2)):
                     self.threads += 1
                     threading.Thread(target=self._hash, daemon=True).start()
                 self.condition.notify()
+            if guess:                     # the same may be asked already
+                guess.callbacks.append(callback)
                 return
-            if not any(lane):
-                del self.lanes[address, user]
         callback(Verdict("busy"))
 
     def _hash(self):
@@ -5301,9 +5298,9 @@ def is_loopback(host):
     return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
-def make_url(scheme, host, port):
+def make_url(scheme, host, port, prefix=API_PREFIX):
     """The base URL of a server."""
-    return f"{scheme}://{'[' + host + ']' if ':' in host else host}:{port}{API_PREFIX}"
+    return f"{scheme}://{'[' + host + ']' if ':' in host else host}:{port}{prefix}"
 
 
 def query_lists(query):
@@ -5454,7 +5451,7 @@ def split_url(url):
         host = parts.hostname
     except ValueError:
         port = host = None
-    if not port or not host or parts.username:
+    if parts.scheme not in ("http", "https") or not port or not host or parts.username:
         raise UsageError(f"{hide_password(url)!r} is no server URL: expected something like "
                          f"{DEFAULT_URL}" + (", without a user name: that is TORC_USERNAME, with "
                                              "TORC_PASSWORD" if parts.username else ""))
@@ -5580,8 +5577,6 @@ class Client(Calls):
 
     def __init__(self, url, user=None, password=None, tls=None, cookie=None):
         self.scheme, self.host, self.port, self.prefix = split_url(url)
-        if self.scheme not in ("http", "https"):
-            raise UsageError(f"{url!r} is no server URL: expected something like {DEFAULT_URL}")
         self.user = user or user_name()
         self.password, self.tls, self.cookie = password, tls, cookie
         self.id = None                    # of the server, once an answer has told it
@@ -5595,8 +5590,7 @@ class Client(Calls):
     @property
     def where(self):
         """The URL in use."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
+        return make_url(self.scheme, self.host, self.port, self.prefix)
 
     def job_environment(self):
         """What a job needs to reach its workflow."""
@@ -5698,13 +5692,16 @@ class Client(Calls):
                 return False
         self.close()
         try:
-            self._connection = open_connection(self.scheme, self.host, self.port,
-                                               min(timeout, 20), self.tls)
-            self._connection.sock.settimeout(timeout)
+            self._open(timeout)
         except OSError as error:
             if not self._elsewhere(timeout):
                 raise self._trouble(error) from None
         return True
+
+    def _open(self, timeout):
+        self._connection = open_connection(self.scheme, self.host, self.port, min(timeout, 20),
+                                           self.tls)
+        self._connection.sock.settimeout(timeout)
 
     def _elsewhere(self, timeout):
         """Connect to where our server says it is now, by the note it keeps; says if that worked.
@@ -5722,9 +5719,7 @@ class Client(Calls):
             return False
         self.scheme, self.host, self.port, self.prefix = split_url(found[-1].url)
         try:
-            self._connection = open_connection(self.scheme, self.host, self.port,
-                                               min(timeout, 20), self.tls)
-            self._connection.sock.settimeout(timeout)
+            self._open(timeout)
         except OSError:
             return False
         return True
@@ -5801,7 +5796,7 @@ def default_server(how):
             found = probe(url, None, 5.0, tls)
             if not found.server_id:
                 continue                  # some other program
-            if uid not in (os.getuid(), 0) or (uid == 0 and os.getuid() != 0):
+            if uid != os.getuid():
                 raise Unreachable(f"a Torc server of another user (uid {uid}) listens on port "
                                   f"{DEFAULT_PORT}: say --url {url} to use it, or --database "
                                   f"{DEFAULT_OUTPUT_DIR}/{LOCAL_DATABASE} to work without a server")
@@ -5997,17 +5992,14 @@ def kill_leftovers(token, leaders, seconds=10.0):
     """
     import signal
     deadline = time.monotonic() + seconds
-    groups = [pid for pid, started in leaders if started_about(pid, started)]
+    groups = {pid for pid, started in leaders if started_about(pid, started)}
     while time.monotonic() < deadline:
-        alive = [pid for pid in groups if signal_group(pid, signal.SIGKILL)]
         marked = [pid for pid in marked_processes(token) if pid != os.getpid()]
         for pid in marked:                # its group too: the runner may have died before noting it
             with contextlib.suppress(OSError):
-                group = os.getpgid(pid)
-                if group != os.getpgid(0) and group not in groups:
-                    groups.append(group)
-                    signal_group(group, signal.SIGKILL)
+                groups |= {os.getpgid(pid)} - {os.getpgid(0)}
                 os.kill(pid, signal.SIGKILL)
+        alive = [pid for pid in groups if signal_group(pid, signal.SIGKILL)]
         if not marked and not any(group_lives(pid) for pid in alive):
             return
         time.sleep(0.02)                  # nothing tells us when a stranger's child is gone
@@ -9664,12 +9656,11 @@ def do_why(args, client):
     """Say why a job is not running, or how it ended."""
     answer = client.get(f"/jobs/{args.job_id}/why")
     tail = ""
-    if answer["status"] in ("pending", "running"):
-        for node in client.items("/compute_nodes", is_active=True, workflow_id=client.get(
-                f"/jobs/{args.job_id}")["workflow_id"]):
-            if node["id"] == answer.get("compute_node_id") and is_dead_here(node):
-                answer["sentence"] = (f"its runner (pid {node['pid']}) has died: torc run "
-                                      f"{node['workflow_id']} runs it again")
+    if answer["status"] in ("pending", "running") and "compute_node_id" in answer:
+        node = client.get(f"/compute_nodes/{answer['compute_node_id']}")
+        if node["is_active"] and is_dead_here(node):
+            answer["sentence"] = (f"its runner (pid {node['pid']}) has died: torc run "
+                                  f"{node['workflow_id']} runs it again")
     if answer["status"] in ("failed", "terminated", "pending_failed"):
         workflow_id = client.get(f"/jobs/{args.job_id}")["workflow_id"]
         for result in client.items("/results", workflow_id=workflow_id, job_id=args.job_id,
@@ -10486,6 +10477,7 @@ def check_directory(directory, token):
 def check_from_compute(args, urls):
     """The checks as a compute node of Slurm makes them."""
     import secrets
+    import shlex
     import shutil
     import subprocess
     if not shutil.which("srun"):
@@ -10494,7 +10486,7 @@ def check_from_compute(args, urls):
     mark = os.path.join(path, ".torc_doctor")
     write_private(mark, token)
     command = ["srun", "--ntasks=1", "--nodes=1", "--time=2", "--job-name=torc-doctor",
-               "--immediate=60", *shlex_split(args.srun_options), sys.executable,
+               "--immediate=60", *shlex.split(args.srun_options or ""), sys.executable,
                os.path.abspath(__file__), "doctor", "-f", "json", "--output-dir", path, "--token",
                token, *(word for url in urls for word in ("--at", url))]
     try:
@@ -10513,12 +10505,6 @@ def check_from_compute(args, urls):
             os.unlink(mark)
 
 
-def shlex_split(text):
-    """A text in shell words."""
-    import shlex
-    return shlex.split(text or "")
-
-
 @command("doctor", opt("--from-compute", action="store_true",
                        help="look from a compute node, too (a Slurm job of a few seconds)"),
          opt("--srun-options", metavar="TEXT", help="as in '--partition=debug --account=a'"),
@@ -10526,8 +10512,7 @@ def shlex_split(text):
          client=False, example="torc doctor --url http://login1:8080 --from-compute")
 def do_doctor(args, client):
     """Look for what keeps clients and workers from their server; exit code 1 if something does."""
-    password = args.password or os.environ.get("TORC_PASSWORD")
-    how = client_options(args, password)
+    how = client_options(args)
     urls = args.at or doctor_urls(args, how)
     checks = [check for url in urls for check in check_server(url, how)]
     checks.append(check_directory(args.output_dir, args.token))
@@ -11020,6 +11005,13 @@ def do_bundle(args, client):
 
 def open_client(args, make):
     """The client that the options and the environment ask for."""
+    directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
+    return connect(args.database, args.url, directory, client_options(args),
+                   tell=lambda sentence: tell(args, sentence), create=make)
+
+
+def client_options(args):
+    """What options and environment say of a Client, as its keyword arguments."""
     password = args.password or os.environ.get("TORC_PASSWORD")
     if args.password:
         tell(args, "--password is visible to everybody in the list of processes: take "
@@ -11027,13 +11019,6 @@ def open_client(args, make):
     elif args.prompt_password:
         import getpass
         password = getpass.getpass(f"Password of {user_name()}: ", sys.stderr)
-    directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
-    return connect(args.database, args.url, directory, client_options(args, password),
-                   tell=lambda sentence: tell(args, sentence), create=make)
-
-
-def client_options(args, password):
-    """What options and environment say of a Client, as its keyword arguments."""
     insecure = os.environ.get("TORC_TLS_INSECURE", "").lower() in ("1", "true", "yes")
     return {"password": password,
             "tls": {"ca_cert": args.tls_ca_cert or os.environ.get("TORC_TLS_CA_CERT"),
