@@ -4820,7 +4820,6 @@ def claim_action_request(request, workflow_id, action_id):
 
 GROUP = fields("id:int* name:str! description:str created_at:str*")
 MEMBER = fields("id:int* user_name:str! group_id:int role:str! created_at:str*")
-SYSTEM_GROUPS = (ADMIN_GROUP,)
 
 
 def require_admin(request, group_id=ADMIN_GROUP):
@@ -4885,7 +4884,7 @@ def delete_access_group(request, group_id):
     """Delete a group with its memberships; what it shared is shared no more."""
     group = group_row(request.store, group_id)
     require_admin(request)
-    if group_id in SYSTEM_GROUPS:
+    if group_id == ADMIN_GROUP:
         raise Forbidden(f"the system group {group['name']} cannot be deleted")
     with request.store.transaction():
         request.store.execute("DELETE FROM access_group WHERE id = ?", (group_id,))
@@ -4895,7 +4894,7 @@ def delete_access_group(request, group_id):
 def members_of(request, group_id):
     """Check that the caller may change the members of a group. Raises NotFound, Forbidden."""
     group = group_row(request.store, group_id)
-    if group_id in SYSTEM_GROUPS:
+    if group_id == ADMIN_GROUP:
         raise Forbidden(f"the members of the system group {group['name']} are those named by the "
                         "server's --admin-user")
     require_admin(request, group_id)
@@ -5014,7 +5013,7 @@ def reload_auth(request):
     return {"message": "Auth credentials reloaded successfully", "user_count": number}
 
 
-# ---- who may call what: the last column of ROUTES
+# ---- who may call what: see who_may
 
 def anyone(request, values):
     """Whoever reaches the server, or whom the operation itself lets."""
@@ -5765,19 +5764,26 @@ class Client(Calls):
 
 # ---- which database or server a command works on
 
+def listening(port):
+    """The rows of /proc/net/tcp and tcp6 (proc(5)), in words, of what listens on a TCP port."""
+    for name in ("tcp", "tcp6"):
+        for row in read_text(f"/proc/net/{name}").splitlines()[1:]:
+            words = row.split()
+            if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+                yield words
+
+
 def listeners(port):
-    """[(address, uid)] of the processes of this host that listen on a TCP port (proc(5): tcp)."""
+    """[(address, uid)] of the processes of this host that listen on a TCP port."""
     import socket
     import struct
     found = []
-    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for row in read_text(f"/proc/net/{name}").splitlines()[1:]:
-            words = row.split()
-            digits, _, number = words[1].rpartition(":")
-            if words[3] == "0A" and int(number, 16) == port:
-                data = b"".join(struct.pack("=I", int(digits[at:at + 8], 16))
-                                for at in range(0, len(digits), 8))
-                found.append((socket.inet_ntop(family, data), int(words[7])))
+    for words in listening(port):
+        digits = words[1].partition(":")[0]          # words of four bytes in this host's order
+        data = b"".join(struct.pack("=I", int(digits[at:at + 8], 16))
+                        for at in range(0, len(digits), 8))
+        family = socket.AF_INET if len(data) == 4 else socket.AF_INET6
+        found.append((socket.inet_ntop(family, data), int(words[7])))
     return found
 
 
@@ -7790,16 +7796,14 @@ def peer_uid(sock):
         return None
 
 
-def channel_class(gate, tls):
+def channel_class(gate):
     """The class of the server's connections: who calls is judged before a request is served.
 
     A request whose password must be hashed first waits without a thread: service() returns, the
     request stays the first of its channel, and the answer of the gate makes a task of it again.
     The same holds for wrong passwords, which are answered late. This rests on waitress 3 (service,
-    requests, add_task, received, send). gate, tls: a Gate and an ssl.SSLContext, or None.
+    requests, add_task). gate: a Gate, or None.
     """
-    import ssl
-
     from waitress.channel import HTTPChannel
     later = Later() if gate else None
 
@@ -7829,10 +7833,18 @@ def channel_class(gate, tls):
             self.liar = self.liar or verdict.state == "wrong"
             later.add(verdict.delay_s, lambda: self.server.add_task(self))
 
-    class TLSChannel(Channel):
-        """Speaks TLS without ever waiting for the other side: a handshake that hangs or is broken
-        concerns nobody else."""
+    return Channel
 
+
+def tls_channel(base, tls):
+    """A class of connections that speaks TLS without ever waiting for the other side: a handshake
+    that hangs or is broken concerns nobody else.
+
+    base: of channel_class(); tls: an ssl.SSLContext. This rests on waitress 3 (handle_read, send).
+    """
+    import ssl
+
+    class TLSChannel(base):
         greeted = False
 
         def handle_read(self):
@@ -7868,7 +7880,7 @@ def channel_class(gate, tls):
                     self.handle_close()
                 return 0
 
-    return TLSChannel if tls else Channel
+    return TLSChannel
 
 
 def server_tls(certificate, key):
@@ -7904,13 +7916,7 @@ def server_tls(certificate, key):
 
 def port_holder(port):
     """Who listens on a port, as " (pid 4242, python)", or "" when that cannot be seen."""
-    inodes = set()
-    for name in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as file:
-            for row in file.read().splitlines()[1:]:
-                words = row.split()
-                if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{words[9]}]")
+    inodes = {f"socket:[{words[9]}]" for words in listening(port)}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
@@ -8124,14 +8130,10 @@ def write_note(store, urls):
     path = server_note(store.id)
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        temporary = f"{path}.{os.getpid()}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(compact({"id": store.id, "urls": urls, "pid": os.getpid(),
-                                "host": socket.gethostname(), "database": store.path}))
-        os.replace(temporary, path)
+        write_private(path, compact({"id": store.id, "urls": urls, "pid": os.getpid(),
+                                     "host": socket.gethostname(), "database": store.path}))
         return path
-    except OSError:
+    except (OSError, Unreachable):
         return None                       # a home that cannot be written: clients do without
 
 
@@ -8220,7 +8222,9 @@ def serve(args):
         connection_limit=max(50, min(limit - 100, 4000)), asyncore_use_poll=True, ident=None,
         channel_timeout=130, max_request_body_size=MAX_BODY_BYTES + 2**20,
         log_socket_errors=False, recv_bytes=65_536, url_scheme="https" if tls else "http")
-    connection_class = channel_class(access.gate, tls)
+    connection_class = channel_class(access.gate)
+    if tls:
+        connection_class = tls_channel(connection_class, tls)
     for listener in [entry for entry in loop.values() if hasattr(entry, "channel_class")]:
         listener.channel_class = connection_class
     port = sockets[0].getsockname()[1]
