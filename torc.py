@@ -9323,6 +9323,7 @@ def workflow_report(client, workflow_id):
     workflow = client.get(f"/workflows/{workflow_id}")
     counted = client.get(f"/workflows/{workflow_id}/counts")
     total, wall = run_times(client.items("/results", workflow_id=workflow_id))
+    active = list(client.items("/compute_nodes", workflow_id=workflow_id, is_active=True))
     nodes = {name: count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id,
                                  status=name) for name in ("active", "pending")}
     return {"workflow_id": workflow_id, "workflow_name": workflow["name"],
@@ -9331,10 +9332,8 @@ def workflow_report(client, workflow_id):
             "total_exec_time_minutes": (total or 0.0) / 60,
             "total_exec_time_formatted": format_duration(total or 0.0),
             "walltime_seconds": wall or 0.0, "walltime_formatted": format_duration(wall or 0.0),
-            "dead_runners": [node["pid"] for node in client.items(
-                "/compute_nodes", workflow_id=workflow_id, is_active=True) if is_dead_here(node)],
-            "active_compute_nodes": count_records(client, "/compute_nodes", is_active=True,
-                                                  workflow_id=workflow_id),
+            "dead_runners": [node["pid"] for node in active if is_dead_here(node)],
+            "active_compute_nodes": len(active),
             "active_scheduled_nodes": nodes["active"], "pending_scheduled_nodes": nodes["pending"],
             "is_complete": counted["is_complete"], "is_canceled": counted["is_canceled"]}
 
