@@ -20,6 +20,7 @@ Map of this file. Code uses only what stands above it.
   8 API                      every operation as a function of a Request; ROUTES
   9 Client                   over HTTP or on a database file: the same methods and errors
   10 Runner                  child processes, resources, time limits, journal, guardian
+  11 Slurm                   allocations and their workers, HPC profiles
   12 Server                  bottle and waitress; sockets, logging, shutdown
   14 Command line            commands with their options, tables and JSON, main
 """
@@ -7611,6 +7612,15 @@ class Runner:
                 self.say(f"action {action['id']} ({action['trigger_type']}): `{command}` failed: "
                          f"{how}, see {log}")
                 return
+
+
+# ==================================================================================================
+# 11 Slurm
+# ==================================================================================================
+# What is known of Slurm: its programs and what they print, the batch script of an allocation, the
+# worker inside it, partitions of clusters. The programs are those of Slurm 20.11 and newer.
+
+SLURM_TIMEOUT_S = 60                      # for one call of a Slurm program
 
 
 # ==================================================================================================
