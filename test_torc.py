@@ -1231,9 +1231,36 @@ def test_mixed_sizes_fill_a_node_without_oversubscribing(client):
                           j2={"resource_requirements": 2}, j3={"resource_requirements": 1},
                           j4={"resource_requirements": 1})
     runner = Conversation(client, workflow_id)
-    answer = runner.step(claim={"limit": 2, "num_cpus": 3, "memory_bytes": 2.0**36, "num_gpus": 0,
-                                "num_nodes": 1})
+    answer = runner.step(claim={"limit": 2, "bins": [[3, 2**36, 0]], "whole": [4, 2**36, 0]})
     assert [job["name"] for job in answer["jobs"]] == ["j0", "j3"]
+
+
+@pytest.mark.parametrize("kinds, bins, claimed", [
+    # of SIZES: 0 needs two CPUs, 1 one, 3 two nodes. A node has three CPUs.
+    ([0, 0, 0], [3, 3], ["j0", "j1"]),               # one CPU is left on each: no room for two
+    ([0, 0, 1, 1, 1], [3, 3], ["j0", "j1", "j2", "j3"]),
+    ([3, 1], [3, 3], ["j0"]),
+    ([3, 1], [2, 3], ["j1"]),                        # no two idle nodes
+    ([1, 3], [3, 3, 3], ["j0", "j1"]),
+])
+def test_jobs_are_packed_node_by_node(client, kinds, bins, claimed):
+    workflow_id, _ = make(client, {f"j{n}": [] for n in range(len(kinds))}, requirements=SIZES,
+                          **{f"j{n}": {"resource_requirements": kind}
+                             for n, kind in enumerate(kinds)})
+    runner = Conversation(client, workflow_id)
+    answer = runner.step(claim={"limit": 9, "bins": [[cpus, 2**36, 0] for cpus in bins],
+                                "whole": [3, 2**36, 0]})
+    assert [job["name"] for job in answer["jobs"]] == claimed
+    room = torc.Room(len(bins), (3, 2**36, 0))
+    room.free = [(cpus, 2**36, 0) for cpus in bins]  # and the runner finds room for all of them
+    needs = {int(key): torc.read_need(need) for key, need in answer["requirements"].items()}
+    before = room.copy().free
+    placed = [(needs[job["resource_requirements_id"]], room.place(needs[
+        job["resource_requirements_id"]])) for job in answer["jobs"]]
+    assert all(places for _, places in placed)
+    for need, places in placed:
+        room.leave(need, places)
+    assert room.free == before and room.number == 0
 
 
 def test_prefetched_jobs_are_of_the_same_requirement_and_can_go_back(client):
@@ -1241,9 +1268,8 @@ def test_prefetched_jobs_are_of_the_same_requirement_and_can_go_back(client):
                             j1={"resource_requirements": 1}, j3={"resource_requirements": 1})
     need = client.get(f"/jobs/{ids['j1']}")["resource_requirements_id"]
     runner = Conversation(client, workflow_id)
-    answer = runner.step(claim={"limit": 0, "num_cpus": 0, "memory_bytes": 0, "num_gpus": 0,
-                                "num_nodes": 1, "prefetch": {"resource_requirements_id": need,
-                                                             "limit": 8}})
+    answer = runner.step(claim={"limit": 0, "bins": [[0, 0, 0]], "whole": [4, 2**36, 0],
+                                "prefetch": {"resource_requirements_id": need, "limit": 8}})
     assert [(job["name"], job["prefetched"]) for job in answer["jobs"]] == [("j1", True), ("j3", True)]
     runner.held.clear()
     runner.step(returns=[{"job_id": job["id"], "attempt_id": 1} for job in answer["jobs"]])
@@ -3302,7 +3328,7 @@ def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
     records = {kind.table: 1 for kind in torc.KINDS.values()}
     samples = {"resource_requirements": {"name": "r"}, "failure_handler": {"name": "h", "rules": "[]"}}
     for kind in torc.KINDS.values():
-        if "create" in kind.ops and kind.table not in ("workflow", "job"):
+        if "create" in kind.ops or kind.table == "scheduled_compute_node":
             alice.post(kind.path, {**sample(kind), "workflow_id": workflow_id, "job_id": ids["a"],
                                    **samples.get(kind.table, {})})
     alice.post("/user_data", {"workflow_id": workflow_id, "name": "u"})

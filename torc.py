@@ -386,7 +386,8 @@ KINDS = {kind.table: kind for kind in (
         filters="job_id run_id attempt_id", ops="create"),
     Kind("scheduled compute node", "scheduled_compute_node", "/scheduled_compute_nodes", fields(
         "id:int* workflow_id:int! scheduler_id:int! scheduler_config_id:int! scheduler_type:str!"
-        " status:str!"), filters="status"),
+        " status:str! output_dir:str work_dir:str note:str"), filters="status",
+        ops="list clear get update delete"),
     Kind("result", "result", "/results", fields(
         "id:int* workflow_id:int! job_id:int! run_id:int! attempt_id:int compute_node_id:int!"
         " return_code:int! exec_time_minutes:float! completion_time:str! status:status!"
@@ -1657,7 +1658,12 @@ CREATE TABLE local_scheduler (
 );
 CREATE INDEX local_scheduler_workflow ON local_scheduler (workflow_id);
 """
-MIGRATIONS = (SCHEMA, ACCESS_SCHEMA)      # step n: a database from user_version n to n + 1
+ALLOCATION_SCHEMA = """
+ALTER TABLE scheduled_compute_node ADD COLUMN output_dir TEXT;
+ALTER TABLE scheduled_compute_node ADD COLUMN work_dir TEXT;    -- where its commands run
+ALTER TABLE scheduled_compute_node ADD COLUMN note TEXT;        -- how it ended, in Slurm's words
+"""
+MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA)      # step n: a database from user_version n to n + 1
 
 # File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
@@ -2412,11 +2418,6 @@ class Capacity:
         self.whole = 0
         self.shared = (0, 0, 0)
 
-    def free(self):
-        """What a single-node job may still take: (cpus, memory_bytes, gpus)."""
-        rest = self.nodes - self.whole
-        return tuple(one * rest - used for one, used in zip(self.node, self.shared))
-
     def take(self, need, nodes):
         """Take (cpus, memory, gpus) on `nodes` nodes if they fit; says whether they did."""
         if nodes > 1:
@@ -2425,10 +2426,43 @@ class Capacity:
                 return False
             self.whole += nodes
             return True
-        if any(want > free for want, free in zip(need, self.free())):
+        rest = self.nodes - self.whole
+        if any(used + want > one * rest
+               for want, one, used in zip(need, self.node, self.shared)):
             return False
         self.shared = tuple(used + want for used, want in zip(self.shared, need))
         return True
+
+
+class Bins:
+    """What is free on each node of a runner of ours, packed as its Room does.
+
+    free: [(cpus, memory_bytes, gpus), ...]; node: the same of a whole node.
+    """
+
+    def __init__(self, free, node):
+        self.bins, self.node = [tuple(one) for one in free], tuple(node)
+
+    def idle(self):
+        """Indexes of nodes on which nothing runs."""
+        return [index for index, one in enumerate(self.bins) if one == self.node]
+
+    def most(self):
+        """The most that a single-node job could take of each: (cpus, memory_bytes, gpus)."""
+        return tuple(max(values) for values in zip(*self.bins))
+
+    def take(self, need, nodes):
+        """Take (cpus, memory, gpus) on `nodes` nodes if they fit; says whether they did."""
+        if nodes > 1:
+            idle = self.idle()
+            for index in idle[:nodes] if len(idle) >= nodes else ():
+                self.bins[index] = (0, 0, 0)
+            return len(idle) >= nodes
+        for index, one in enumerate(self.bins):
+            if all(want <= have for want, have in zip(need, one)):
+                self.bins[index] = tuple(have - want for want, have in zip(need, one))
+                return True
+        return False
 
 
 def candidates(store, workflow_id, limit, fit="1", params=()):
@@ -2505,36 +2539,28 @@ def claim_for_runner(store, workflow_id, node_id, claim):
 
     claim: see runner_step. Returns (ids of jobs that fit, ids of prefetched ones).
     """
-    fit, params = "1", []
-    capacity = None
     limit = claim.get("limit", 0)
     chosen = []
-    if claim.get("num_cpus") is not None:
-        capacity = Capacity(claim["num_cpus"], claim["memory_bytes"], claim["num_gpus"],
-                            claim["num_nodes"])
+    bins = Bins(claim["bins"], claim["whole"]) if claim.get("bins") else None
     while len(chosen) < limit:
-        if capacity:
-            cpus, memory, gpus = capacity.free()
-            fit, params = fit_condition({
-                "num_cpus": capacity.node[0], "memory_bytes": capacity.node[1],
-                "num_gpus": capacity.node[2], "num_nodes": capacity.nodes - capacity.whole,
-                "time_left_s": claim.get("time_left_s")})
-            fit += (" AND (r.num_nodes > 1 OR"
-                    " (r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ?))")
-            params += [cpus, memory, gpus]
-        elif claim.get("time_left_s") is not None:
-            fit, params = "r.runtime_s <= ?", [claim["time_left_s"]]
+        fit, params = "1", []
+        if bins:
+            enough = "r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ?"
+            fit = f"CASE WHEN r.num_nodes > 1 THEN r.num_nodes <= ? AND {enough} ELSE {enough} END"
+            params = [len(bins.idle()), *bins.node, *bins.most()]
+        if claim.get("time_left_s") is not None:
+            fit += " AND r.runtime_s <= ?"
+            params.append(claim["time_left_s"])
         fit, params = scheduler_condition(
             store, workflow_id, fit, params, claim.get("scheduler_config_id"),
             claim.get("strict_scheduler_match", False))
         found = candidates(store, workflow_id, limit - len(chosen), fit, params)
-        taken = [row[0] for row in found
-                 if capacity is None or capacity.take(row[2:5], row[5])]
+        taken = [row[0] for row in found if not bins or bins.take(row[2:5], row[5])]
         if not taken:
             break
         mark_pending(store, taken, node_id)
         chosen += taken
-        if capacity is None or len(taken) == len(found) < limit:
+        if not bins or len(taken) == len(found) < limit:
             break
     return chosen, prefetch(store, workflow_id, node_id, claim.get("prefetch"))
 
@@ -2793,27 +2819,38 @@ def orphan_result(job, run_id, node_id, now):
             "stderr_tail": f"torc: the runner on compute node {node_id} died"}
 
 
-def release_node(store, node_id, now):
+def release_node(store, node_id, now, ended=None, reason=""):
     """In a transaction: a node's runner is proven dead, so its jobs are ready again.
 
     Running ones keep a result (-128) of the attempt that was lost; the next attempt has the next
-    number. Returns (requeued ids, number of canceled jobs freed of the node). Raises NotFound.
+    number. ended: (status, return code) that running jobs get instead, where it is known what
+    ended them. reason: for the tail of their stderr. Returns (requeued ids, number of others).
+    Raises NotFound.
     """
     row = store.one("SELECT workflow_id FROM compute_node WHERE id = ?", (node_id,))
     if not row:
         raise not_found(KINDS["compute_node"], node_id)
-    run_id, canceled = workflow_row(store, row[0], "run_id, is_canceled")
-    requeued, freed = [], 0
+    run_id = workflow_row(store, row[0], "run_id")[0]
+    requeued, others = [], 0
     for job in owned_jobs(store, node_id):
         if job.status == RUNNING:
-            store_result(store, orphan_result(job, run_id, node_id, now), replace=True)
-        if job.status in (PENDING, RUNNING):
+            values = orphan_result(job, run_id, node_id, now)
+            if ended:
+                values.update(status=ended[0], return_code=ended[1])
+            if reason:
+                values["stderr_tail"] = f"torc: {reason}"
+            store_result(store, values, replace=True)
+        if job.status == RUNNING and ended:
+            finish(store, job, ended[0])
+            others += 1
+        elif job.status in (PENDING, RUNNING):
             requeued += requeue(store, job)
         else:
-            freed += 1
+            others += 1
     close_node(store, node_id, now)
+    check_end(store, row[0])
     store.news(row[0])
-    return requeued, freed
+    return requeued, others
 
 
 def owned_jobs(store, node_id):
@@ -3071,6 +3108,15 @@ def claim_action(store, workflow_id, action_id, node_id, now):
         raise Conflict(f"action {action_id} has been claimed by another compute node")
     store.execute("UPDATE workflow_action SET executed = ?, executed_at = ?, executed_by = ?"
                   " WHERE id = ?", (not row[1], iso_time(now), node_id, action_id))
+
+
+def unclaim_action(store, workflow_id, action_id):
+    """In a transaction: whoever took an action could not carry it out. Raises NotFound."""
+    if not store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL,"
+                         " executed_by = NULL WHERE id = ? AND workflow_id = ?",
+                         (action_id, workflow_id)):
+        raise NotFound(f"Workflow action not found with ID: {action_id}")
+    store.news(workflow_id)
 
 
 # ---- explaining
@@ -4470,9 +4516,8 @@ STEP_DONE = fields("job_id:int! run_id:int! attempt_id:int! status:status! retur
                    " exec_time_minutes:float! completion_time:str! peak_memory_bytes:int"
                    " avg_memory_bytes:int peak_cpu_percent:float avg_cpu_percent:float"
                    " stderr_tail:str output_files:list requeue:bool")
-STEP_CLAIM = fields("limit:int! num_cpus:int memory_bytes:float num_gpus:int num_nodes:int"
-                    " time_left_s:float scheduler_config_id:int strict_scheduler_match:bool"
-                    " prefetch:dict")
+STEP_CLAIM = fields("limit:int! bins:list whole:ints time_left_s:float scheduler_config_id:int"
+                    " strict_scheduler_match:bool prefetch:dict")
 
 
 def runner_step_request(request, workflow_id):
@@ -4482,7 +4527,10 @@ def runner_step_request(request, workflow_id):
         step[name] = [check_body(job, STEP_JOB) for job in step.get(name, ())]
     step["completions"] = [check_body(done, STEP_DONE) for done in step.get("completions", ())]
     if "claim" in step:
-        step["claim"] = check_body(step["claim"], STEP_CLAIM)
+        claim = step["claim"] = check_body(step["claim"], STEP_CLAIM)
+        if any(not has_type(one, "ints") or len(one) != 3
+               for one in (*claim.get("bins", ()), claim.get("whole", [0, 0, 0]))):
+            raise BadShape("fields `bins` and `whole` are not [cpus, memory_bytes, gpus]")
         if "prefetch" in step["claim"]:
             step["claim"]["prefetch"] = check_body(
                 step["claim"]["prefetch"], fields("resource_requirements_id:int! limit:int!"))
@@ -4746,10 +4794,35 @@ def list_failure_handlers(request, workflow_id):
 
 
 def release_compute_node(request, node_id):
-    """A node's runner is proven dead: its jobs are ready again (ours)."""
+    """A node's runner is proven dead: its jobs are ready again (ours).
+
+    status and return_code: what the running ones become instead. reason: why, for people.
+    """
+    status, code = request.param("status", "status"), request.param("return_code", "int", 1)
+    if status is not None and status not in UNSUCCESSFUL:
+        raise Invalid(f"status {STATUS_NAMES[status]} is not one of a job that was ended")
+    ended = None if status is None else (status, code)
     with request.store.transaction():
-        requeued, freed = release_node(request.store, node_id, request.now)
-    return {"requeued": requeued, "canceled": freed}
+        requeued, others = release_node(request.store, node_id, request.now, ended,
+                                        request.param("reason", default=""))
+    return {"requeued": requeued, "canceled": others}
+
+
+def create_scheduled_node(request):
+    """Store a scheduled compute node; once=true (ours): the one there is for this Slurm job."""
+    kind, store = KINDS["scheduled_compute_node"], request.store
+    values = check_body(request.body, kind.fields)
+    once = request.param("once", "bool", False)
+    require_workflow(store, values["workflow_id"])
+    with store.transaction():
+        row = once and store.one(
+            "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
+            " scheduler_type = ?", tuple(values[name] for name in (
+                "workflow_id", "scheduler_id", "scheduler_type")))
+        if row:
+            return fetch(store, kind, row[0])
+        store.news(values["workflow_id"])
+        return {**values, "id": add(store, kind, values)}
 
 
 def list_slurm_stats(request):
@@ -4814,6 +4887,14 @@ def claim_action_request(request, workflow_id, action_id):
     with request.store.transaction():
         claim_action(request.store, workflow_id, action_id, body.get("compute_node_id"),
                      request.now)
+    return {"success": True, "action_id": action_id}
+
+
+def unclaim_action_request(request, workflow_id, action_id):
+    """An action that was claimed could not be carried out: it is pending again (ours)."""
+    require_workflow(request.store, workflow_id)
+    with request.store.transaction():
+        unclaim_action(request.store, workflow_id, action_id)
     return {"success": True, "action_id": action_id}
 
 
@@ -5119,6 +5200,7 @@ ROUTES = (
     ("GET",    WF + "/actions",                                get_actions,                  NONE),
     ("GET",    WF + "/actions/pending",                        get_pending_actions,          NONE),
     ("POST",   WF + "/actions/<action:int>/claim",             claim_action_request,         JSON),
+    ("DELETE", WF + "/actions/<action:int>/claim",             unclaim_action_request,       NONE),
     ("POST",   "/jobs",                                        create_job,                   JSON),
     ("POST",   "/bulk_jobs",                                   create_bulk_jobs,             JSON),
     ("GET",    "/jobs",                                        list_jobs,                    NONE),
@@ -5147,6 +5229,7 @@ ROUTES = (
     ("GET",    "/events",                           bind_kind(list_records, KINDS["event"]), NONE),
     ("PUT",    "/events/<id:int>",                             update_event,                 JSON),
     ("POST",   "/compute_nodes/<id:int>/release",              release_compute_node,         NONE),
+    ("POST",   "/scheduled_compute_nodes",                     create_scheduled_node,        JSON),
     ("GET",    "/slurm_stats",                                 list_slurm_stats,             NONE),
     ("POST",   "/admin/reload-auth",                           reload_auth,                  NONE),
     ("POST",   "/access_groups",                               create_access_group,          JSON),
@@ -5878,6 +5961,7 @@ class RunOptions(NamedTuple):
     num_gpus: int | None = None
     end_time: float | None = None
     quiet: bool = False
+    schedule: Any = None                  # function(client, action) that submits its allocations
 
 
 # ---- what this machine has
@@ -6191,14 +6275,88 @@ def clean_up(client, path, nodes):
             f"{'was' if number == 1 else 'were'} handed in"] if number else []
 
 
+# ---- room for jobs
+
+class Need(NamedTuple):
+    """What a job takes while it runs; of each node if there are several."""
+
+    cpus: int
+    memory: int                           # bytes
+    gpus: int
+    nodes: int
+
+
+def read_need(record):
+    """The Need of a record of resource requirements."""
+    return Need(record["num_cpus"], parse_memory(record["memory"]), record["num_gpus"],
+                record["num_nodes"])
+
+
+class Room:
+    """What is free on the nodes of a runner, nearly always one. Jobs of one node go where they fit
+    first, jobs of several take idle nodes whole.
+
+    most: so many jobs at a time, whatever they need; None: as many as fit.
+    """
+
+    def __init__(self, nodes, whole, most=None):
+        self.whole = whole                # (cpus, memory_bytes, gpus) of a node
+        self.free = [whole] * nodes
+        self.most = most
+        self.number = 0                   # of jobs at work
+
+    def copy(self):
+        """Another Room like this one."""
+        other = Room(0, self.whole, self.most)
+        other.free, other.number = list(self.free), self.number
+        return other
+
+    def place(self, need):
+        """Take room for a job; returns the indexes of its nodes, or None if there is none."""
+        if self.most:
+            if self.number >= self.most:
+                return None
+            places = []
+        elif need.nodes > 1:
+            places = [index for index, free in enumerate(self.free) if free == self.whole]
+            if len(places) < need.nodes:
+                return None
+            places = places[:need.nodes]
+        else:
+            places = next(([index] for index, free in enumerate(self.free)
+                           if need.cpus <= free[0] and need.memory <= free[1]
+                           and need.gpus <= free[2]), None)
+            if places is None:
+                return None
+        self.number += 1
+        for index in places:
+            self._shift(index, need, -1)
+        return places
+
+    def leave(self, need, places):
+        """A job that was placed has ended."""
+        self.number -= 1
+        for index in places:
+            self._shift(index, need, 1)
+
+    def _shift(self, index, need, sign):
+        if need.nodes > 1:
+            self.free[index] = self.whole if sign > 0 else (0, 0, 0)
+        else:
+            cpus, memory, gpus = self.free[index]
+            self.free[index] = (cpus + sign * need.cpus, memory + sign * need.memory,
+                                gpus + sign * need.gpus)
+
+
 # ---- one job's process
 
 class Child:
     """A job that has been started here: its process and what is known of it."""
 
-    def __init__(self, job, need, stdio, gpus):
+    def __init__(self, job, need, places, stdio, gpus):
         self.job = job
-        self.need = need                  # (1, cpus, memory_bytes, gpus)
+        self.need = need                  # its Need,
+        self.places = places              # and the nodes it has
         self.stdio = stdio                # {"mode", "delete_on_success"}
         self.gpus = gpus
         self.environment = None           # for a recovery script
@@ -6399,8 +6557,7 @@ class Sampler:
         runner = self.runner
         folder = os.path.join(runner.directory, "resource_utilization")
         os.makedirs(folder, exist_ok=True)
-        label = f"wf{runner.workflow_id}_h{runner.host}_r{runner.run_id}"
-        series = sqlite3.connect(os.path.join(folder, f"resource_metrics_{label}.db"),
+        series = sqlite3.connect(os.path.join(folder, f"resource_metrics_{runner.labels()[1]}.db"),
                                  check_same_thread=False)
         series.execute("CREATE TABLE IF NOT EXISTS job_resource_samples (job_id INTEGER,"
                        " timestamp REAL, cpu_percent REAL, memory_bytes INTEGER,"
@@ -6524,7 +6681,6 @@ class Runner:
         self.done = []                               # completions the server has not confirmed
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
         self.needs = {}                              # requirement id: record
-        self.used = (0, 0, 0, 0)                     # number, cpus, memory, gpus of running jobs
         self.code = None                             # exit code once decided
         self.ended = threading.Event()
         self.interrupted = 0                         # signal number
@@ -6561,7 +6717,7 @@ class Runner:
         self.workflow = workflow
         self.limits = read_limits(workflow)
         self.progress = Progress(self.options.quiet, os.path.join(
-            self.directory, f"job_runner_{self.host}_wf{self.workflow_id}_r{self.run_id}.log"))
+            self.directory, f"job_runner_{self.labels()[0]}.log"))
         self.say = self.progress.say
         for sentence in release_dead_nodes(self.client, self.workflow_id, self.directory):
             self.say(sentence)
@@ -6574,8 +6730,13 @@ class Runner:
             self._leave()
         return self.code
 
+    def labels(self):
+        """What tells this runner's log and its time series from those of others."""
+        return (f"{self.host}_wf{self.workflow_id}_r{self.run_id}",
+                f"wf{self.workflow_id}_h{self.host}_r{self.run_id}")
+
     def _detect(self):
-        """What may be used here."""
+        """What may be used here, and until when."""
         options = self.options
         self.cpus = options.num_cpus or usable_cpus()
         self.memory = int((options.memory_gb * 2**30) if options.memory_gb else usable_memory())
@@ -6585,14 +6746,18 @@ class Runner:
                 :options.num_gpus]
         self.gpus = gpus
         self.free_gpus = list(gpus)
+        self.room = Room(1, (self.cpus, self.memory, len(gpus)), options.max_parallel_jobs)
         self.end_time = None
         if options.end_time:
-            left = options.end_time - time.time()
-            self.end_time = time.monotonic() + left
-            share = max(left, 0) / 4      # a short limit must leave time to work
-            self.limits = self.limits._replace(
-                sigkill_headroom_s=min(self.limits.sigkill_headroom_s, share),
-                sigterm_lead_s=min(self.limits.sigterm_lead_s, share))
+            self._end_in(options.end_time - time.time())
+
+    def _end_in(self, left):
+        """There are so many seconds left."""
+        self.end_time = time.monotonic() + left
+        share = max(left, 0) / 4          # a short limit must leave time to work
+        self.limits = self.limits._replace(
+            sigkill_headroom_s=min(self.limits.sigkill_headroom_s, share),
+            sigterm_lead_s=min(self.limits.sigterm_lead_s, share))
 
     def _register(self):
         """The compute node's record, the journal and the guardian; no thread exists yet."""
@@ -6601,8 +6766,9 @@ class Runner:
         self.node_id = self.client.post("/compute_nodes", {
             **identity, "workflow_id": self.workflow_id, "start_time": iso_time(time.time()),
             "num_cpus": self.cpus, "memory_gb": round(self.memory / 2**30, 3),
-            "num_gpus": len(self.gpus), "num_nodes": 1, "compute_node_type": "local",
-            "is_active": True, "output_dir": self.directory})["id"]
+            "num_gpus": len(self.gpus), "num_nodes": len(self.room.free),
+            "compute_node_type": "local", "is_active": True, "output_dir": self.directory,
+            **self._node_values()})["id"]
         server_id = self.client.server_id()
         self.journal = Journal(
             os.path.join(self.directory, "journal",
@@ -6614,8 +6780,14 @@ class Runner:
         slots = (f"{self.options.max_parallel_jobs} jobs at a time" if
                  self.options.max_parallel_jobs else
                  f"{self.cpus} CPUs, {format_bytes(self.memory)}, {len(self.gpus)} GPUs")
+        if len(self.room.free) > 1:
+            slots = f"{len(self.room.free)} nodes of {slots}"
         self.say(f"running workflow {self.workflow_id} \"{self.workflow['name']}\" with {slots}; "
                  f"output in {self.options.output_dir}")
+
+    def _node_values(self):
+        """What else the record of this compute node says."""
+        return {}
 
     def _environment(self):
         """What all jobs get in their environment."""
@@ -6836,17 +7008,17 @@ class Runner:
             ready, kept = [], []
             while self.queue and not self.draining:
                 job, claimed = self.queue.popleft()
-                if self._fits(job):
-                    ready.append(job)
-                    self._use(self.need(job), 1)
+                places = self.room.place(self.need(job))
+                if places is not None:
+                    ready.append((job, places))
                     self.ending[self._key(job)] = job      # held until it is a child
                 else:
                     kept.append((job, claimed))
                     if job.get("prefetched"):
                         break             # those behind it need as much
             self.queue.extendleft(reversed(kept))
-        for job in ready:
-            self._spawn(job)
+        for job, places in ready:
+            self._spawn(job, places)
         if self.fault and not self.children:
             self._drain()
 
@@ -6855,31 +7027,20 @@ class Runner:
         return job["id"], job["run_id"], job["attempt_id"]
 
     def need(self, job):
-        """(1, cpus, memory_bytes, gpus) of a job."""
+        """The Need of a job."""
         return self.needs[job["resource_requirements_id"]]["need"]
 
-    def _use(self, need, sign):
-        """A job's share is taken (1) or free again (-1)."""
-        self.used = tuple(have + sign * want for have, want in zip(self.used, need))
-
-    def _fits(self, job):
-        """Whether there is room for a job now."""
-        if self.options.max_parallel_jobs:
-            return self.used[0] < self.options.max_parallel_jobs
-        room = (math.inf, self.cpus, self.memory, len(self.gpus))
-        return all(have + want <= most for have, want, most in zip(self.used, self.need(job), room))
-
-    def _spawn(self, job):
+    def _spawn(self, job, places):
         """Start a job's process; a failure to start it is a failure of the job."""
         stdio = {**self.limits.stdio, **json.loads(job.get("stdio") or "{}")}
         need = self.need(job)
-        gpus = [self.free_gpus.pop(0) for _ in range(min(need[3], len(self.free_gpus)))]
-        child = Child(job, need, stdio, gpus)
+        gpus = [self.free_gpus.pop(0) for _ in range(min(need.gpus, len(self.free_gpus)))]
+        child = Child(job, need, places, stdio, gpus)
         self.last_kind = job["resource_requirements_id"]
         child.files = Stdio(self.directory, self.workflow_id, child.key, stdio["mode"])
         record = self.needs[job["resource_requirements_id"]]
         if self.limits.limit_resources and self.limits.monitor and record["name"] != "default":
-            child.limit = need[2]
+            child.limit = need.memory
         self.journal.add({"start": list(child.key)})
         self.journal.flush()
         child.started = time.monotonic()
@@ -6905,7 +7066,7 @@ class Runner:
         reason = getattr(error, "strerror", None) or str(error)
         reason += f": {error.filename}" if getattr(error, "filename", None) else ""
         self.free_gpus += child.gpus
-        self._use(child.need, -1)
+        self.room.leave(child.need, child.places)
         if getattr(error, "errno", None) not in MACHINE_FAULTS:
             self._completed(child, 126, 0.0, None,
                             f"torc: the job could not be started: {reason}\n")
@@ -6935,6 +7096,7 @@ class Runner:
         words = ["bash", "-c", command]
         if len(command.encode()) >= TOO_LONG:
             words = ["bash", self._script(child, command)]
+        program, words = self._program(child, words)
         out, err = child.files.open(self.null)
         try:
             actions = [(os.POSIX_SPAWN_DUP2, self.null, 0), (os.POSIX_SPAWN_DUP2, out, 1),
@@ -6942,12 +7104,16 @@ class Runner:
             keywords = {"file_actions": actions, "setsigmask": [],
                         "setsigdef": [signal.SIGPIPE, signal.SIGXFSZ]}
             try:
-                return os.posix_spawn(self.bash, words, environment, setsid=True, **keywords)
+                return os.posix_spawn(program, words, environment, setsid=True, **keywords)
             except NotImplementedError:   # a Python built for an old glibc
-                return os.posix_spawn(self.bash, words, environment, setpgroup=0, **keywords)
+                return os.posix_spawn(program, words, environment, setpgroup=0, **keywords)
         finally:
             for fd in {out, err} - {self.null}:
                 os.close(fd)
+
+    def _program(self, child, words):
+        """(path of the program, its arguments) that run a job's `words`."""
+        return self.bash, words
 
     def _script(self, child, command):
         """A command too long for an argument, as a script file; returns its path."""
@@ -6988,7 +7154,7 @@ class Runner:
         self.ends.append(time.monotonic())
         self.retry_at = 0.0
         with self.lock:
-            self._use(child.need, -1)
+            self.room.leave(child.need, child.places)
             del self.children[child.pid]
             self.ending[child.key] = child.job
         self._completed(child, code, elapsed, usage, "")
@@ -7287,21 +7453,27 @@ class Runner:
 
     def _claim(self):
         """What this runner could take now, None for nothing."""
-        queued = [self.need(job) for job, _ in self.queue]
-        number, cpus, memory, gpus = (sum(values) for values in zip(self.used, *queued))
+        room = self.room.copy()
+        waiting = sum(room.place(self.need(job)) is None for job, _ in self.queue)
         prefetch = self._prefetch()
-        claim = {"prefetch": prefetch} if prefetch else {}
-        if self.options.max_parallel_jobs:
-            claim["limit"] = self.options.max_parallel_jobs - number
+        claim = {**self._claim_values(), **({"prefetch": prefetch} if prefetch else {})}
+        if room.most:
+            claim["limit"] = room.most - room.number - waiting
+        elif waiting:                     # what is free now is meant for those
+            claim["limit"] = 0
         else:
-            claim.update(limit=self.cpus - cpus, num_cpus=self.cpus - cpus, num_nodes=1,
-                         memory_bytes=self.memory - memory, num_gpus=len(self.gpus) - gpus)
+            claim.update(limit=sum(free[0] for free in room.free), whole=list(room.whole),
+                         bins=[list(free) for free in room.free])
         if self.end_time:
             claim["time_left_s"] = self._time_left()
         if claim["limit"] <= 0 and not claim.get("prefetch"):
             return None
         claim["limit"] = max(claim["limit"], 0)
         return claim
+
+    def _claim_values(self):
+        """What else a claim says."""
+        return {}
 
     def _time_left(self):
         """Seconds for which new jobs may ask: what is left, and as upstream two minutes' grace."""
@@ -7372,8 +7544,7 @@ class Runner:
             self.starts = self.starts[len(starts):]
             self.returns = self.returns[len(returns):]
             for key, record in answer["requirements"].items():
-                need = (1, record["num_cpus"], parse_memory(record["memory"]), record["num_gpus"])
-                self.needs[int(key)] = {**record, "need": need}
+                self.needs[int(key)] = {**record, "need": read_need(record)}
             if self.draining:
                 self.returns += answer["jobs"]
             else:
@@ -7485,15 +7656,14 @@ class Runner:
             return False
         if self.options.max_parallel_jobs:
             return True
-        return (record["num_cpus"] <= self.cpus and record["num_gpus"] <= len(self.gpus)
-                and record["num_nodes"] <= 1 and parse_memory(record["memory"]) <= self.memory)
+        return not misfits(record, self.cpus, self.memory, len(self.gpus), len(self.room.free))
 
     def _why_stuck(self, report, others):
         """Which jobs are unfinished and why nobody here can run them."""
         parts = []
         for entry in report["ready"][:3]:
             need = entry["resource_requirements"]
-            lacks = misfits(need, self.cpus, self.memory, len(self.gpus), 1)
+            lacks = misfits(need, self.cpus, self.memory, len(self.gpus), len(self.room.free))
             if self.end_time and parse_duration(need["runtime"]) > self._time_left():
                 left = format_duration(max(0, self.end_time - time.monotonic()))
                 lacks.append(f"{need['runtime']} (there are {left} left)")
