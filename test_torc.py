@@ -3792,7 +3792,7 @@ def test_the_workflow_id_may_stand_behind_the_options():
     ("jobs list --status faild 1", "invalid choice"), ("jobs list x", "'x' is not a number"),
     ("jobs get", "required"), ("-f xml ping", "invalid choice"), ("jobs list 1 2", "2"),
     ("run --time-limit 5m x.json", "ISO 8601"), ("run --end-time noon x.json", "not a time"),
-    ("submit spec.yaml", "not in this version"), ("run nothing", "neither a specification file"),
+    ("plot-resources x", "not in this version"), ("run nothing", "neither a specification file"),
     ("user-data create 1 -n a -d {", "is not JSON"), ("run", "name a specification file"),
     ("--database a --url http://b ping", "exclude each other"),
     ("resource-requirements create 1 -n x -m 1.5g", "memory '1.5g'"), ("-x", "unknown option -x"),

@@ -1663,7 +1663,8 @@ ALTER TABLE scheduled_compute_node ADD COLUMN output_dir TEXT;
 ALTER TABLE scheduled_compute_node ADD COLUMN work_dir TEXT;    -- where its commands run
 ALTER TABLE scheduled_compute_node ADD COLUMN note TEXT;        -- how it ended, in Slurm's words
 """
-MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA)      # step n: a database from user_version n to n + 1
+# Step n brings a database from user_version n to n + 1.
+MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA)
 
 # File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
@@ -5376,9 +5377,27 @@ def server_note(server_id):
     return os.path.join(torc_home(), "servers", f"{server_id}.json")
 
 
+def noted_urls(server_id):
+    """Where the server with this id says it is, by the note it keeps in the user's home."""
+    try:
+        with open(server_note(server_id or ""), encoding="utf-8") as file:
+            return list(json.load(file)["urls"])
+    except (OSError, ValueError, KeyError):
+        return []
+
+
 def is_loopback(host):
     """Whether a host name or address means this machine only."""
     return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def resolved(host):
+    """The addresses that a host name leads to here; none if it is unknown."""
+    import socket
+    try:
+        return [row[4][0] for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        return []
 
 
 def make_url(scheme, host, port, prefix=API_PREFIX):
@@ -5662,6 +5681,7 @@ class Client(Calls):
         self.scheme, self.host, self.port, self.prefix = split_url(url)
         self.user = user or user_name()
         self.password, self.tls, self.cookie = password, tls, cookie
+        self.others = ()                  # URLs at which the same server may be, too
         self.id = None                    # of the server, once an answer has told it
         if url == os.environ.get("TORC_API_URL"):
             self.id = os.environ.get("TORC_SERVER_ID")       # a runner has told it to its job
@@ -5687,7 +5707,7 @@ class Client(Calls):
     def clone(self):
         """Another client of the same server, for another thread."""
         other = Client(self.where, self.user, self.password, self.tls, self.cookie)
-        other.id = self.id
+        other.id, other.others = self.id, (*self.others, self.where)
         return other
 
     def interrupt(self):
@@ -5787,17 +5807,13 @@ class Client(Calls):
         self._connection.sock.settimeout(timeout)
 
     def _elsewhere(self, timeout):
-        """Connect to where our server says it is now, by the note it keeps; says if that worked.
+        """Connect to where our server may be now, by the note it keeps; says if that worked.
 
         Never from https to http, which would tell everybody the password.
         """
-        try:
-            with open(server_note(self.id or ""), encoding="utf-8") as file:
-                urls = [url for url in json.load(file)["urls"]
-                        if url != self.where and url.split(":")[0] in ("https", self.scheme)]
-        except (OSError, ValueError, KeyError):
-            return False
-        found = race(urls, self.id, 5.0, self.tls)
+        urls = [url for url in dict.fromkeys([*noted_urls(self.id), *self.others])
+                if url != self.where and url.split(":")[0] in ("https", self.scheme)]
+        found = race(urls, self.id, 5.0, self.tls) if self.id else None
         if not found or found[-1].state != "ok":
             return False
         self.scheme, self.host, self.port, self.prefix = split_url(found[-1].url)
@@ -6359,6 +6375,7 @@ class Child:
         self.places = places              # and the nodes it has
         self.stdio = stdio                # {"mode", "delete_on_success"}
         self.gpus = gpus
+        self.step = None                  # name of its step of srun, if it is one
         self.environment = None           # for a recovery script
         self.pid = 0
         self.started = 0.0
@@ -6677,6 +6694,9 @@ class Runner:
         self.ending = {}                             # key: job whose end is being worked out
         self.scripts = {}                            # Popen of actions and recoveries: when to kill
         self.acting = False                          # a thread runs actions
+        self.tried_actions, self.said_action = set(), False
+        self.looked_at = None                        # generation at which actions were looked at
+        self.gave_up = False                         # it is this runner that failed
         self.starts, self.returns = [], []
         self.done = []                               # completions the server has not confirmed
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
@@ -7089,6 +7109,7 @@ class Runner:
                        "TORC_RUN_ID": str(job["run_id"])}
         if child.gpus:
             environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
+        environment.update(self._job_values(child))
         child.environment = environment if job.get("failure_handler_id") else None
         command = job["command"]
         if job.get("invocation_script"):
@@ -7110,6 +7131,10 @@ class Runner:
         finally:
             for fd in {out, err} - {self.null}:
                 os.close(fd)
+
+    def _job_values(self, child):
+        """What else a job gets in its environment."""
+        return {}
 
     def _program(self, child, words):
         """(path of the program, its arguments) that run a job's `words`."""
@@ -7341,6 +7366,7 @@ class Runner:
     def _give_up(self, reason):
         """End the jobs and leave with 1; the journal keeps what the server does not know."""
         import signal
+        self.gave_up = not self.interrupted
         self.say(f"{reason}: ending {len(self.children)} running jobs")
         self._drain()
         self._end_scripts(signal.SIGTERM)
@@ -7718,7 +7744,11 @@ class Runner:
 
     def _start_actions(self):
         """Run triggered actions beside the jobs, one thread at a time."""
-        if self.acting or self.draining or not self._runnable(self.client, JOB_TRIGGERS):
+        generation = self.situation["generation"]
+        if self.acting or self.draining or self.looked_at == generation:
+            return
+        self.looked_at = generation       # those that are left are not for this runner
+        if not self._runnable(self.client, JOB_TRIGGERS):
             return
         self.acting = True
         threading.Thread(target=self._run_in_thread, daemon=True).start()
@@ -7735,26 +7765,44 @@ class Runner:
             self._ask()                   # the workflow may be complete, or have made more
 
     def _runnable(self, client, triggers):
-        """Pending actions of these triggers that run commands; others are mentioned once."""
+        """Pending actions of these triggers that this runner can carry out; others are mentioned
+        once. Allocations at the start of a workflow are for `torc submit`."""
         pending = self._patiently(lambda: client.get(
             f"/workflows/{self.workflow_id}/actions/pending", trigger_type=list(triggers)))
+        runnable = []
         for action in pending:
-            if action["action_type"] != "run_commands" and not getattr(self, "_said_action", False):
-                self._said_action = True
-                self.say(f"action {action['id']} ({action['action_type']}) is not for a local "
-                         "runner: passed over")
-        tried = self.__dict__.setdefault("_tried_actions", set())
-        return [action for action in pending if action["action_type"] == "run_commands"
-                and (not action["persistent"] or action["id"] not in tried)]
+            if action["action_type"] == "run_commands" or (
+                    self.options.schedule and action["trigger_type"] != "on_workflow_start"):
+                if action["id"] not in self.tried_actions or (
+                        action["action_type"] == "run_commands" and not action["persistent"]):
+                    runnable.append(action)
+            elif not self.said_action:
+                self.said_action = True
+                self.say(f"action {action['id']} asks for allocations: `torc submit "
+                         f"{self.workflow_id}` on a host of the cluster gets them")
+        return runnable
 
     def run_actions(self, client, triggers):
-        """Claim and run the run_commands actions that these triggers have made pending."""
+        """Claim and carry out the actions that these triggers have made pending."""
         for action in self._runnable(client, triggers):
             if self.draining and triggers == JOB_TRIGGERS:
                 return                    # left for the next runner
-            self._tried_actions.add(action["id"])
-            if self._claim_action(client, action["id"]):
+            self.tried_actions.add(action["id"])
+            if not self._claim_action(client, action["id"]):
+                continue
+            if action["action_type"] == "run_commands":
                 self._run_commands(action)
+            else:
+                self._schedule_nodes(client, action)
+
+    def _schedule_nodes(self, client, action):
+        """Submit the allocations of an action; if that fails it is left for somebody else."""
+        try:
+            self.say(self.options.schedule(client, action))
+        except TorcError as error:
+            self.say(f"action {action['id']}: {error}")
+            with contextlib.suppress(TorcError):
+                client.delete(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim")
 
     def _claim_action(self, client, action_id):
         """Make an action ours; False if another runner has it."""
@@ -7791,6 +7839,862 @@ class Runner:
 # worker inside it, partitions of clusters. The programs are those of Slurm 20.11 and newer.
 
 SLURM_TIMEOUT_S = 60                      # for one call of a Slurm program
+QUEUE_EVERY_S = 60.0                      # how often squeue is asked by those who watch
+WORKER_PATIENCE_S = 600.0                 # for which a worker looks for its server
+TIME_LIMIT_SLACK_S = 75.0                 # by which Slurm's warning may come early, and more
+DEATH_NOTICE_S = 3.0                      # from the jobs' end to ours when an allocation is ended
+CONTROLLER_AWAY = re.compile(r"Unable to contact slurm controller|Socket timed out|Connection "
+                             r"refused|Zero Bytes were transmitted|Transport endpoint", re.I)
+
+
+# ---- programs
+
+def run_program(words, timeout=SLURM_TIMEOUT_S, env=None):
+    """(exit code, stdout, stderr) of a program. Raises TorcError: not on the PATH, hangs."""
+    import subprocess
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              errors="replace", timeout=timeout, env=env)
+    except FileNotFoundError:
+        raise TorcError(f"there is no {words[0]} on the PATH: is this a host of a Slurm cluster, "
+                        "and is its module loaded?") from None
+    except subprocess.TimeoutExpired:
+        raise TorcError(f"{words[0]} has not answered within {timeout} s: is Slurm's controller "
+                        "well?") from None
+    except OSError as error:
+        raise TorcError(f"{words[0]} cannot be started: {error.strerror}") from None
+    return done.returncode, done.stdout, done.stderr
+
+
+def slurm(*words, env=None, again=3):
+    """Output of a Slurm program. Raises TorcError with its own words, or for what run_program does.
+
+    again: how often it is tried again while the controller cannot be reached at all.
+    """
+    words = [str(word) for word in words]
+    for pause in (*range(2, 2 + 4 * again, 4), None):
+        code, out, err = run_program(words, env=env)
+        away = CONTROLLER_AWAY.search(err)
+        # A request that timed out may have been carried out, so sbatch is not repeated then.
+        if code == 0 or not away or pause is None or (
+                words[0] == "sbatch" and "timed out" in err):
+            break
+        time.sleep(pause)
+    if code != 0:
+        said = " ".join(line.strip() for line in err.splitlines() if line.strip())
+        raise TorcError(f"{words[0]}: {said or f'exit code {code}'}")
+    return out
+
+
+# ---- what the queue says
+
+QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD",
+          "SPECIAL_EXIT"}
+LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+
+
+class Queued(NamedTuple):
+    """What Slurm says of an allocation."""
+
+    state: str                            # as squeue(1) and sacct(1) name it
+    time_left_s: float | None = None      # of its walltime
+    where: str = ""                       # its nodes, or in brackets why it waits
+
+    @property
+    def phase(self):
+        """pending, active or over."""
+        return "pending" if self.state in QUEUED else "active" if self.state in LIVE else "over"
+
+
+def time_left(text):
+    """Seconds of squeue's time left (%L): 4:05, 1-02:00:00; None for UNLIMITED and NOT_SET."""
+    try:
+        return float(parse_walltime(text.strip()))
+    except ValueError:
+        return None
+
+
+def ask_queue(ids):
+    """{id: Queued} of the allocations that squeue knows; those that ended long ago are absent.
+
+    Raises TorcError if Slurm cannot be asked, which says nothing about the allocations.
+    """
+    if not ids:
+        return {}
+    try:
+        out = slurm("squeue", "-h", "-t", "all", "-j", ",".join(map(str, sorted(ids))),
+                    "-o", "%i|%T|%L|%R")
+    except TorcError as error:
+        if "Invalid job id" in str(error):           # it knows none of them
+            return {}
+        raise
+    found = {}
+    for line in out.splitlines():
+        number, state, left, where = (line.split("|", 3) + ["", "", ""])[:4]
+        if number.strip().isdigit():
+            found[int(number)] = Queued(state.strip(), time_left(left), where.strip())
+    return found
+
+
+def ask_accounting(ids):
+    """{id: Queued} of allocations by sacct; {} where there is no accounting."""
+    if not ids:
+        return {}
+    try:
+        out = slurm("sacct", "-X", "-n", "-P", "-j", ",".join(map(str, sorted(ids))),
+                    "-o", "JobIDRaw,State,NodeList", again=0)
+    except TorcError:
+        return {}
+    rows = (line.split("|", 2) for line in out.splitlines() if line.count("|") >= 2)
+    return {int(number): Queued(state.split()[0] if state else "UNKNOWN", None, nodes)
+            for number, state, nodes in rows if number.isdigit()}
+
+
+class Watch:
+    """What Slurm says of some allocations, asked for all of them together and once a minute."""
+
+    def __init__(self):
+        self._asked, self._ids, self._found = -math.inf, set(), {}
+
+    def look(self, ids, now):
+        """{id: Queued}; an allocation of which nothing is known any more is over. Raises TorcError.
+
+        now: time.monotonic().
+        """
+        ids = set(ids)
+        if now - self._asked >= QUEUE_EVERY_S or not ids <= self._ids:
+            found = ask_queue(ids)
+            found.update(ask_accounting(ids - set(found)))
+            self._asked, self._ids, self._found = now, ids, found
+        return {number: self._found.get(number, Queued("UNKNOWN")) for number in ids}
+
+
+# ---- getting allocations
+
+class WorkerRequest(NamedTuple):
+    """How the workers of an allocation are to be started."""
+
+    output_dir: str
+    work_dir: str                         # where their commands run
+    urls: tuple                           # at which they look for the server, the best first
+    max_parallel_jobs: int | None = None
+    one_worker_per_node: bool | None = None
+    keep_script: bool = False
+    prefix: str = ""                      # of the Slurm job's name
+
+
+def own_command():
+    """The words that start this program elsewhere on the same file systems."""
+    path = os.path.abspath(__file__)
+    loader = globals().get("__loader__")
+    if not os.path.isfile(path) and hasattr(loader, "archive"):
+        path = os.path.abspath(loader.archive)
+    return [sys.executable, path]
+
+
+def worker_urls(client, named=()):
+    """URLs at which compute nodes are to look for the client's server, the best first.
+
+    The client's own, unless it leads to this machine's loopback; then where the server says it can
+    be reached. named: what the user says instead. Raises UsageError for a local database,
+    Unreachable for a server that listens on loopback only.
+    """
+    if client.is_local:
+        raise UsageError(
+            f"compute nodes cannot work on the database file {client.where}: start a server for "
+            f"it, `torc-server run --host 0.0.0.0 --database {client.where}`, and name that with "
+            "--url or TORC_API_URL")
+    if named:
+        return tuple(make_url(*split_url(url)) for url in named)
+    addresses = resolved(client.host)
+    urls = [] if all(map(is_loopback, addresses)) else [client.where]
+    with contextlib.suppress(NotFound):              # a server that has no such operation
+        urls += client.get("/server_info")["urls"]
+    if not urls:
+        raise Unreachable(
+            f"the server at {client.where} listens on this machine only, so workers on compute "
+            f"nodes could not reach it: start it with `torc-server run --host 0.0.0.0 --port "
+            f"{client.port}` (or --host NAME that compute nodes know), or name an address that "
+            "leads to it with --worker-url URL")
+    return tuple(dict.fromkeys(urls))
+
+
+def sbatch_option(name, value):
+    """An #SBATCH line; "" for an option that is switched off. Raises UsageError."""
+    import shlex
+    if value is None or value is False:
+        return ""
+    if any(letter in str(value) for letter in "\n\r\0"):
+        raise UsageError(f"the Slurm option {name} has a line break in its value: {value!r}")
+    return f"#SBATCH --{name}" + ("" if value is True else f"={shlex.quote(str(value))}")
+
+
+def extra_options(text):
+    """The #SBATCH lines of a scheduler's `extra`, with or without #SBATCH before them."""
+    lines = [re.sub(r"^\s*#SBATCH\s+", "", line).strip() for line in (text or "").splitlines()]
+    return [f"#SBATCH {line}" for line in lines if line]
+
+
+def exports_nothing(scheduler, defaults):
+    """Whether the environment of the submitter is known not to reach the allocation."""
+    words = re.findall(r"--export[= ](\S+)", scheduler.get("extra") or "")
+    words += [str(value) for value in (defaults.get("export"), os.environ.get("SBATCH_EXPORT"))
+              if value]
+    return any("ALL" not in word.upper().split(",") for word in words)
+
+
+SCRIPT_BODY = """
+# Allocation of workflow {workflow_id}, written by torc {version}.
+export SLURM_EXPORT_ENV=ALL{environment}
+trouble() {{
+    echo "torc: on $(hostname): $1" | tee -a {note} >&2
+    exit 1
+}}
+[ -r {program} ] || trouble {unreadable}
+{python} -c "" || trouble {unstartable}
+exec {words}
+"""
+
+
+def allocation_script(workflow, scheduler, name, request, words, environment=()):
+    """Text of the batch script of an allocation: sbatch(1).
+
+    words: the worker's command line; environment: (name, value) pairs that are no secrets. The
+    worker takes the shell's place, so that Slurm's signals reach it.
+    """
+    import shlex
+    defaults = json.loads(workflow.get("slurm_defaults") or "{}")
+    limits = read_limits(workflow)
+    log = os.path.join(request.output_dir.replace("%", "%%"),
+                       f"slurm_output_wf{workflow['id']}_sl%j")
+    options = {"job-name": name, "output": f"{log}.o", "error": f"{log}.e", "open-mode": "append",
+               "chdir": request.work_dir, "account": scheduler.get("account"),
+               "time": scheduler["walltime"], "nodes": scheduler["nodes"],
+               "ntasks-per-node": scheduler.get("ntasks_per_node")}
+    options.update({key: scheduler.get(key) for key in ("partition", "qos", "mem", "gres", "tmp")})
+    if not request.one_worker_per_node:              # srun would end the workers at once
+        options["signal"] = f"B:TERM@{max(1, int(limits.sigkill_headroom_s))}"
+    options.update({str(key).lstrip("-"): value for key, value in defaults.items()
+                    if options.get(str(key).lstrip("-")) is None or key == "signal"})
+    lines = [sbatch_option(key, value) for key, value in options.items()]
+    python, program = words[0], words[1]
+    if request.one_worker_per_node:
+        words = ["srun", "--ntasks-per-node=1", "--overlap", "--cpu-bind=none", "--mem=0",
+                 "--kill-on-bad-exit=0", *words]
+    note = os.path.join(request.output_dir, f"worker_wf{workflow['id']}_sl")
+    body = SCRIPT_BODY.format(
+        workflow_id=workflow["id"], version=VERSION, words=" ".join(map(shlex.quote, words)),
+        environment="".join(f" {key}={shlex.quote(value)}" for key, value in environment),
+        note=shlex.quote(note) + '"$SLURM_JOB_ID".note',
+        program=shlex.quote(program), python=shlex.quote(python),
+        unreadable=shlex.quote(f"{program} cannot be read there: put torc on a file system that "
+                               "compute nodes see, and submit again"),
+        unstartable=shlex.quote(f"{python} does not start there: take a Python that compute nodes "
+                                "have, and submit again"))
+    return "\n".join(["#!/bin/bash", *filter(None, lines), *extra_options(scheduler.get("extra"))]
+                     ) + "\n" + body
+
+
+def worker_words(client, workflow, scheduler, request, number):
+    """The command line of an allocation's worker. number: of allocations asked for together."""
+    words = [*own_command(), "slurm-job-runner", ",".join(request.urls), str(workflow["id"]),
+             request.output_dir, "--server-id", client.server_id(),
+             "--scheduler-config-id", str(scheduler["id"]), "--program-hash", own_hash()]
+    if request.max_parallel_jobs:
+        words += ["--max-parallel-jobs", str(request.max_parallel_jobs)]
+    tls = client.tls or {}
+    if tls.get("ca_cert"):
+        words += ["--tls-ca-cert", os.path.abspath(tls["ca_cert"])]
+    if tls.get("insecure"):
+        words.append("--tls-insecure")
+    if request.one_worker_per_node:
+        words.append("--is-subtask")
+    config = json.loads(workflow.get("execution_config") or "{}")
+    runners = number * (scheduler["nodes"] if request.one_worker_per_node else 1)
+    if config.get("staggered_start", True) and runners > 50:
+        words += ["--startup-delay-seconds", str(min(60, runners // 50))]
+    return words
+
+
+def needs_whole_nodes(client, workflow_id):
+    """Whether the workflow has jobs of several nodes."""
+    wide = {record["id"] for record in client.items("/resource_requirements",
+                                                    workflow_id=workflow_id)
+            if record["num_nodes"] > 1}
+    return bool(wide) and any(job["resource_requirements_id"] in wide for job in client.items(
+        "/jobs", workflow_id=workflow_id))
+
+
+def by_steps(workflow):
+    """Whether the workflow wants its jobs as steps of srun."""
+    config = json.loads(workflow.get("execution_config") or "{}")
+    return config.get("mode") in ("slurm", "auto")
+
+
+def submission_environment(client):
+    """The environment for sbatch: the credentials, nothing of an allocation or job around us."""
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "TORC_")) or name == "SLURM_CONF"}
+    known = client.job_environment()
+    return {**kept, "TORC_USERNAME": client.user,
+            **{name: known[name] for name in ("TORC_PASSWORD", "TORC_COOKIE_HEADER")
+               if name in known}}
+
+
+def submit_allocations(client, workflow, scheduler, number, request):
+    """Ask Slurm for allocations of a scheduler's record; returns the ids of the Slurm jobs.
+
+    Each is stored as a scheduled compute node. Raises TorcError; one that says how many were
+    submitted before has them in .submitted.
+    """
+    import shlex
+    if request.one_worker_per_node is None:
+        request = request._replace(one_worker_per_node=(
+            scheduler["nodes"] > 1 and not by_steps(workflow)
+            and not needs_whole_nodes(client, workflow["id"])))
+    os.makedirs(request.output_dir, mode=0o700, exist_ok=True)
+    words = worker_words(client, workflow, scheduler, request, number)
+    secrets = {"TORC_PASSWORD", "TORC_COOKIE_HEADER"} & set(client.job_environment())
+    defaults = json.loads(workflow.get("slurm_defaults") or "{}")
+    if secrets and exports_nothing(scheduler, defaults):
+        words += ["--credentials", write_credentials(client, workflow["id"], request.output_dir)]
+    made = []
+    for index in range(1, number + 1):
+        name = f"{request.prefix}wf{workflow['id']}_{os.getpid()}_{next(SCRIPT_NUMBERS)}"
+        path = os.path.join(request.output_dir, f"{name}.sh")
+        write_private(path, allocation_script(workflow, scheduler, name, request, words,
+                                              [("TORC_USERNAME", client.user)]))
+        try:
+            out = slurm("sbatch", "--parsable", path, env=submission_environment(client))
+            match = re.search(r"^(\d+)", out, re.M)
+            if not match:
+                raise TorcError(f"sbatch has printed no job id: {out.strip()!r:.200}")
+        except TorcError as error:
+            first = shlex.quote(path)
+            error = TorcError(f"{error} (allocation {index} of {number}, scheduler "
+                              f"\"{scheduler['name']}\"; sbatch --test-only {first} tries it)")
+            error.submitted = made
+            raise error from None
+        made.append(int(match[1]))
+        client.post("/scheduled_compute_nodes", {
+            "workflow_id": workflow["id"], "scheduler_id": made[-1], "scheduler_type": "slurm",
+            "scheduler_config_id": scheduler["id"], "status": "pending",
+            "output_dir": request.output_dir, "work_dir": request.work_dir}, once=True)
+        if not request.keep_script:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    return made
+
+
+SCRIPT_NUMBERS = itertools.count(1)
+
+
+def credentials_path(workflow_id, server_id, output_dir):
+    """The file (0600) from which workers read the password where sites export no environment."""
+    return os.path.join(output_dir, f".credentials_wf{workflow_id}_{server_id}.json")
+
+
+def write_credentials(client, workflow_id, output_dir):
+    """Write that file; returns its path."""
+    path = credentials_path(workflow_id, client.server_id(), output_dir)
+    write_private(path, compact({"password": client.password, "cookie": client.cookie}))
+    return path
+
+
+def schedule_action(client, workflow, action, request):
+    """Carry out a schedule_nodes action that has been claimed; returns the Slurm jobs' ids."""
+    config = action["action_config"]
+    if config.get("scheduler_type", "slurm") != "slurm":
+        raise UsageError(f"action {action['id']}: there are no allocations of "
+                         f"{config['scheduler_type']!r} here")
+    scheduler = client.get(f"/slurm_schedulers/{config['scheduler_id']}")
+    return submit_allocations(client, workflow, scheduler, config.get("num_allocations", 1),
+                              request._replace(
+        max_parallel_jobs=config.get("max_parallel_jobs", request.max_parallel_jobs),
+        one_worker_per_node=config.get("start_one_worker_per_node", request.one_worker_per_node)))
+
+
+def schedule_pending(client, workflow_id, request, triggers=None):
+    """Carry out the schedule_nodes actions that are pending; returns [(action, ids), ...].
+
+    One whose allocations could not be had at all is pending again; the error is raised.
+    """
+    workflow = client.get(f"/workflows/{workflow_id}")
+    path, done = f"/workflows/{workflow_id}/actions", []
+    for action in client.get(f"{path}/pending", trigger_type=triggers):
+        if action["action_type"] != "schedule_nodes":
+            continue
+        try:
+            client.post(f"{path}/{action['id']}/claim", {})
+        except Conflict:
+            continue
+        try:
+            done.append((action, schedule_action(client, workflow, action, request)))
+        except TorcError as error:
+            if not getattr(error, "submitted", None):
+                client.delete(f"{path}/{action['id']}/claim")
+            raise
+    return done
+
+
+# ---- allocations that have ended
+
+def fate(state, limits):
+    """(status, return code) of the jobs that ran when an allocation ended in this state, or None:
+    they are ready again."""
+    if state in ("TIMEOUT", "DEADLINE"):
+        return "terminated", limits.timeout_exit_code
+    if state == "OUT_OF_MEMORY":
+        return "failed", limits.oom_exit_code
+    return None
+
+
+def live_allocations(client, workflow_id):
+    """(scheduled nodes that have not ended, {Slurm job: [active compute nodes in it]})."""
+    scheduled = [record for status in ("pending", "active") for record in client.items(
+        "/scheduled_compute_nodes", workflow_id=workflow_id, status=status)
+        if record["scheduler_type"] == "slurm"]
+    inside = {}
+    for node in client.items("/compute_nodes", workflow_id=workflow_id, is_active=True):
+        number = (node.get("scheduler") or {}).get("scheduler_id")
+        if node["compute_node_type"] == "slurm" and isinstance(number, int):
+            inside.setdefault(number, []).append(node)
+    return scheduled, inside
+
+
+def hand_in_journal(client, node, server_id):
+    """Replay the journal of a runner that is known to be dead, whichever host it was on; returns
+    the number of results."""
+    number = 0
+    for path in journals_in(node.get("output_dir") or DEFAULT_OUTPUT_DIR, server_id,
+                            node["workflow_id"]):
+        records = read_journal(path)
+        header = records[0].get("header", {}) if records else {}
+        if header.get("compute_node_id") == node["id"]:
+            number += replay_journal(client, records)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+    return number
+
+
+def settle_allocations(client, workflow_id, watch=None, dry_run=False):
+    """Put right what allocations that have ended left behind; returns what was done, in sentences.
+
+    Results that their runners did not hand in are read from the journals. Jobs that ran are
+    terminated if it was the time limit, failed if it was the memory limit, else ready again. An
+    allocation of which Slurm cannot be asked is left alone: raises TorcError.
+    """
+    scheduled, inside = live_allocations(client, workflow_id)
+    ids = {record["scheduler_id"] for record in scheduled} | set(inside)
+    if not ids:
+        return []
+    queue = (watch or Watch()).look(ids, time.monotonic())
+    limits = read_limits(client.get(f"/workflows/{workflow_id}"))
+    said = []
+    for number in sorted(ids):
+        entry = queue[number]
+        if entry.phase != "over":
+            continue
+        for node in inside.get(number, ()):
+            said.append(f"allocation {number} ended ({entry.state}) with the runner on "
+                        f"{node['hostname']} at work")
+            if not dry_run:
+                said[-1] += bury_node(client, node, entry.state, fate(entry.state, limits))
+        for record in scheduled:
+            if record["scheduler_id"] == number and not dry_run:
+                gone = "canceled" if entry.state in ("CANCELLED", "REVOKED") else "complete"
+                client.put(f"/scheduled_compute_nodes/{record['id']}",
+                           {"status": gone, "note": entry.state})
+        if number not in inside:
+            said.append(f"allocation {number} has ended ({entry.state})")
+    return said
+
+
+def bury_node(client, node, state, ended):
+    """Hand in and settle what a compute node's dead runner left; returns that in words."""
+    number = hand_in_journal(client, node, client.server_id())
+    query = {"reason": f"its allocation ended: {state}"}
+    if ended:
+        query.update(status=ended[0], return_code=ended[1])
+    freed = client.post(f"/compute_nodes/{node['id']}/release", **query)
+    parts = [f"{plural(number, 'result')} read from its journal"] if number else []
+    if freed["requeued"]:
+        parts.append(f"{plural(len(freed['requeued']), 'job')} ready again")
+    if ended and freed["canceled"]:
+        parts.append(f"{plural(freed['canceled'], 'job')} {ended[0]}")
+    return ": " + ", ".join(parts) if parts else ""
+
+
+# ---- the worker in an allocation
+
+class Allocation(NamedTuple):
+    """Where a worker is, by the variables that Slurm sets: sbatch(1), srun(1)."""
+
+    job_id: int
+    node_index: int                       # of this node in the allocation
+    nodes: int
+    cpus: int                             # of each node
+    memory_bytes: int
+    restarts: int                         # how often Slurm has started it anew
+
+
+def cpus_per_node(text):
+    """The least number in SLURM_JOB_CPUS_PER_NODE, such as "4(x2),8"; None if there is none."""
+    numbers = [int(part) for part in re.findall(r"(?:^|,)(\d+)", text or "")]
+    return min(numbers, default=None)
+
+
+def read_allocation(environ):
+    """The Allocation around this process. Raises UsageError outside of one."""
+    job_id = environ.get("SLURM_JOB_ID", "")
+    if not job_id.isdigit():
+        raise UsageError("there is no SLURM_JOB_ID: this command is for inside of an allocation; "
+                         "`torc submit` gets one, `torc run` needs none")
+
+    def number(name, default=None):
+        text = environ.get(name, "")
+        return int(text) if text.isdigit() else default
+
+    cpus = (cpus_per_node(environ.get("SLURM_JOB_CPUS_PER_NODE"))
+            or number("SLURM_CPUS_ON_NODE") or usable_cpus())
+    memory = usable_memory()
+    given = number("SLURM_MEM_PER_NODE") or cpus * number("SLURM_MEM_PER_CPU", 0)
+    return Allocation(int(job_id), number("SLURM_NODEID", 0), number("SLURM_JOB_NUM_NODES", 1),
+                      cpus, min(memory, given * 2**20) if given else memory,
+                      number("SLURM_RESTART_COUNT", 0))
+
+
+def worker_note(output_dir, workflow_id, job_id):
+    """Where a worker that cannot begin says why, for `status` and `why`."""
+    return os.path.join(output_dir, f"worker_wf{workflow_id}_sl{job_id}.note")
+
+
+def reach_server(urls, server_id, how, note, patience_s=WORKER_PATIENCE_S, say=print):
+    """A Client of the server with this id (or any) at the first URL that leads to it.
+
+    Waits while there is none, since it may be started again. note: path of a file that says what
+    is wrong as long as something is. Raises Unreachable with a line for each URL.
+    """
+    import socket
+    deadline, pause, told = time.monotonic() + patience_s, 1.0, None
+    while True:
+        places = list(dict.fromkeys([*urls, *noted_urls(server_id)]))
+        probes = race(places, server_id, 10.0, how.get("tls"))
+        if probes[-1].state == "ok":
+            client = Client(probes[-1].url, **how)
+            client.id, client.others = probes[-1].server_id, tuple(places)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(note)
+            return client
+        text = "\n".join([f"the worker on {socket.gethostname()} does not reach the server:",
+                          *(f"  {found.url}: {found.text}" for found in probes)])
+        if text != told:
+            say(text)
+            with contextlib.suppress(Unreachable):
+                write_private(note, f"{iso_time(time.time())} {text}\n")
+        told = text
+        if time.monotonic() >= deadline:
+            raise Unreachable(text)
+        time.sleep(pause)                 # a server that comes back tells nobody
+        pause = min(2 * pause, 15.0)
+
+
+class SlurmRunner(Runner):
+    """A runner inside an allocation: its resources and its end come from Slurm.
+
+    On one node it starts jobs as any runner does. On several it starts them as steps of srun, but
+    for jobs of several nodes, which run on the first one and start their own steps.
+    """
+
+    def __init__(self, client, workflow_id, options, allocation, config_id=None, strict=False,
+                 alone=False):
+        super().__init__(client, workflow_id, options)
+        self.allocation, self.config_id, self.strict = allocation, config_id, strict
+        self.alone = alone                # one of several runners in the allocation, each on a node
+        self.steps = False
+        self.hosts = [self.host]
+
+    def labels(self):
+        """See Runner.labels."""
+        where = self.allocation
+        return (f"slurm_wf{self.workflow_id}_sl{where.job_id}_n{where.node_index}_pid{os.getpid()}",
+                f"wf{self.workflow_id}_sl{where.job_id}_n{where.node_index}_p{os.getpid()}")
+
+    def _detect(self):
+        where = self.allocation
+        self.options = self.options._replace(
+            num_cpus=self.options.num_cpus or where.cpus,
+            memory_gb=self.options.memory_gb or where.memory_bytes / 2**30)
+        super()._detect()
+        number = 1 if self.alone else where.nodes
+        self.steps = not self.alone and (number > 1 or by_steps(self.workflow))
+        if self.steps:
+            import shutil
+            self.srun = shutil.which("srun")
+            if not self.srun:
+                raise TorcError("there is no srun on the PATH, which starts jobs in an allocation "
+                                "of several nodes")
+            names = slurm("scontrol", "show", "hostnames",
+                          os.environ.get("SLURM_JOB_NODELIST", self.host)).split()
+            self.hosts = names[:number]
+            # Memory and CPUs of steps are Slurm's business, and what is measured here is srun.
+            self.limits = self.limits._replace(monitor=False, limit_resources=False)
+            self.accounts = Accounts(self)
+            self.free_gpus = []           # srun gives each step its own
+        self.room = Room(number, (self.cpus, self.memory, len(self.gpus)),
+                         self.options.max_parallel_jobs)
+        left = self._ask_time_left()
+        if left is not None and self.end_time is None:
+            self._end_in(left)
+
+    def _ask_time_left(self):
+        """Seconds until Slurm ends the allocation, None if it never does or does not say."""
+        try:
+            entry = ask_queue([self.allocation.job_id]).get(self.allocation.job_id)
+        except TorcError as error:
+            self.say(f"the end of this allocation is unknown: {error}")
+            entry = None
+        if entry and entry.time_left_s is not None:
+            return entry.time_left_s
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        return float(end) - time.time() if end.isdigit() else None
+
+    def _node_values(self):
+        where = self.allocation
+        return {"compute_node_type": "slurm", "scheduler_config_id": self.config_id, "scheduler": {
+            "type": "slurm", "scheduler_id": where.job_id, "node_index": where.node_index,
+            "restarts": where.restarts}}
+
+    def _environment(self):
+        super()._environment()
+        for name in ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"):      # srun takes one of three
+            self.base_environment.pop(name, None)
+
+    def _claim_values(self):
+        return {"scheduler_config_id": self.config_id, "strict_scheduler_match": self.strict}
+
+    # -- signals: Slurm sends SIGTERM before the time limit, and when the allocation is canceled
+
+    def _handle_signals(self):
+        import signal
+        limits, now = self.limits, time.monotonic()
+        lead = limits.sigkill_headroom_s + limits.sigterm_lead_s
+        if signal.SIGTERM in self.received and not self.interrupted and self.end_time and (
+                self.end_time - now < lead + TIME_LIMIT_SLACK_S):
+            self.received.remove(signal.SIGTERM)
+            self.end_time = min(self.end_time, now + lead)           # the time limit is now
+        super()._handle_signals()
+
+    def _completed(self, child, code, elapsed, usage, text):
+        """Slurm signals the jobs of an allocation that ends as well as us: such a job was
+        interrupted, it has not failed."""
+        import signal
+        ours = child.verdict or self.interrupted or self.draining
+        if self.steps and not ours and child.step:
+            self.accounts.add(child, code, elapsed, usage, text)
+        elif code - 128 in (signal.SIGTERM, signal.SIGKILL) and not ours:
+            threading.Thread(target=self._was_it_the_end, daemon=True,
+                             args=(child, code, elapsed, usage, text)).start()
+        else:
+            if self.interrupted and not child.verdict and code != 0:
+                child.verdict = "interrupt"
+            super()._completed(child, code, elapsed, usage, text)
+
+    def _was_it_the_end(self, child, code, elapsed, usage, text):
+        """Report a job that a signal ended, once it is known if it was meant for all (a thread)."""
+        deadline = time.monotonic() + DEATH_NOTICE_S
+        with self.talk:
+            while not self.interrupted and time.monotonic() < deadline:
+                self.talk.wait(deadline - time.monotonic())
+        if self.interrupted:
+            child.verdict = "interrupt"
+        super()._completed(child, code, elapsed, usage, text)
+
+    # -- steps
+
+    def _job_values(self, child):
+        """A job of several nodes starts steps of its own, on its nodes and no others."""
+        if child.need.nodes == 1 or not child.places:
+            return {}
+        names = ",".join(self.hosts[index] for index in child.places)
+        values = {"TORC_NODELIST": names}
+        if len(child.places) < len(self.hosts):
+            number = str(len(child.places))
+            values.update(SLURM_NNODES=number, SLURM_JOB_NUM_NODES=number, SLURM_NODELIST=names,
+                          SLURM_JOB_NODELIST=names, SLURM_TASKS_PER_NODE=f"1(x{number})",
+                          SLURM_NTASKS=number, SLURM_NPROCS=number)
+        return values
+
+    def _program(self, child, words):
+        need = child.need
+        if not self.steps or need.nodes > 1:
+            return self.bash, words
+        record = self.needs[child.job["resource_requirements_id"]]
+        config = json.loads(self.workflow.get("execution_config") or "{}")
+        child.step = "wf{}_j{}_r{}_a{}".format(self.workflow_id, *child.key)
+        memory = "0" if record["name"] == "default" else f"{max(1, need.memory >> 20)}M"
+        options = [f"--jobid={self.allocation.job_id}", "--nodes=1", "--ntasks=1", "--exact",
+                   "--quiet", f"--job-name={child.step}", f"--cpus-per-task={need.cpus}",
+                   f"--mem={memory}"]
+        if child.places:
+            options.append(f"--nodelist={self.hosts[child.places[0]]}")
+        if need.gpus:
+            options.append(f"--gpus={need.gpus}")
+        if not config.get("enable_cpu_bind"):
+            options.append("--cpu-bind=none")
+        if self.end_time:
+            left = self.end_time - time.monotonic() - self.limits.sigkill_headroom_s
+            options.append(f"--time={max(1, math.ceil(left / 60))}")
+        if config.get("srun_termination_signal"):
+            options.append(f"--signal={config['srun_termination_signal']}")
+        return self.srun, ["srun", *options, *words]
+
+    def _signal(self, child, number):
+        """srun ends its step at once when it is signalled itself, so Slurm is asked to signal."""
+        if child.step and not has_exited(child.pid):
+            threading.Thread(target=self._signal_step, args=(child, number), daemon=True).start()
+        else:
+            super()._signal(child, number)
+
+    def _signal_step(self, child, number):
+        try:
+            steps = slurm("squeue", "-h", "-s", "-j", self.allocation.job_id, "-o", "%i|%j")
+            ids = [line.split("|")[0] for line in steps.splitlines()
+                   if line.endswith(f"|{child.step}")]
+            for step in ids:
+                slurm("scancel", f"--signal={int(number)}", step)
+            if ids:
+                return
+        except TorcError as error:
+            self.say(f"job {child.job['id']}: {error}")
+        super()._signal(child, number)    # not begun yet, or Slurm is away
+
+
+# ---- what Slurm's accounting says of steps
+
+STEP_COLUMNS = ("JobName", "State", "ExitCode", "MaxRSS", "MaxVMSize", "MaxDiskRead",
+                "MaxDiskWrite", "AveCPU", "NodeList", "Elapsed")
+
+
+def accounting_bytes(text):
+    """Bytes of a size that sacct prints: 12K, 3.5M, 0; None if there is none."""
+    match = re.fullmatch(r"([\d.]+)([KMGTP]?)", text.strip())
+    return int(float(match[1]) * 1024 ** " KMGTP".index(match[2] or " ")) if match else None
+
+
+def accounting_seconds(text):
+    """Seconds of a time that sacct prints: 00:01:02, 1-00:00:00, 00:00.120; None if none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text.strip())
+    if not match:
+        return None
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return days * 86_400 + hours * 3600 + minutes * 60 + seconds
+
+
+def step_figures(row):
+    """Fields of slurm_stats from a row of STEP_COLUMNS; what is not known is left out."""
+    known = {"max_rss_bytes": accounting_bytes(row["MaxRSS"]),
+             "max_vm_size_bytes": accounting_bytes(row["MaxVMSize"]),
+             "max_disk_read_bytes": accounting_bytes(row["MaxDiskRead"]),
+             "max_disk_write_bytes": accounting_bytes(row["MaxDiskWrite"]),
+             "ave_cpu_seconds": accounting_seconds(row["AveCPU"]),
+             "node_list": row["NodeList"] or None}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+class Accounts:
+    """Asks sacct, for all steps that have ended meanwhile, what became of them and what they used,
+    in a thread of its own; a failed job is reported when that is known."""
+
+    PAUSES = (0.3, 1.0, 2.0, 4.0, 8.0)    # accounts are written a moment after the end
+
+    def __init__(self, runner):
+        import queue
+        self.runner = runner
+        self.ended = queue.Queue()
+        self.thread = threading.Thread(target=self._loop, daemon=True)
+        self.off = False
+
+    def add(self, child, code, elapsed, usage, text):
+        """A step has ended; a success is reported at once, its figures follow."""
+        if code == 0:
+            Runner._completed(self.runner, child, code, elapsed, usage, text)
+        if not self.thread.is_alive():
+            self.thread = threading.Thread(target=self._loop, daemon=True)
+            self.thread.start()
+        self.ended.put((child, code, elapsed, usage, text))
+
+    def _loop(self):
+        """Until nothing has ended for a while."""
+        import queue
+        waiting = []
+        client = self.runner.client.clone()
+        try:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    waiting.append(self.ended.get(timeout=1.0))
+                    while True:
+                        waiting.append(self.ended.get_nowait())
+                if not waiting:
+                    if self.runner.ended.is_set():
+                        return
+                    continue
+                for pause in self.PAUSES if not self.off else ():
+                    time.sleep(pause)
+                    rows = self._ask()
+                    waiting = [entry for entry in waiting
+                               if not self._settle(client, entry, rows.get(entry[0].step))]
+                    if not waiting or self.off:
+                        break
+                for entry in waiting:     # nothing is known of these
+                    self._report(entry, None)
+                waiting = []
+        finally:
+            client.close()
+
+    def _ask(self):
+        """{step name: row} of the steps of this allocation that have ended."""
+        try:
+            out = slurm("sacct", "-n", "-P", "-j", self.runner.allocation.job_id, "-o",
+                        ",".join(STEP_COLUMNS), again=0)
+        except TorcError as error:
+            self.runner.say(f"steps are not accounted for: {error}")
+            self.off = True
+            return {}
+        rows = (dict(zip(STEP_COLUMNS, line.split("|"))) for line in out.splitlines())
+        return {row["JobName"]: row for row in rows if len(row) == len(STEP_COLUMNS)
+                and row["State"].split()[:1] not in ([], ["RUNNING"], ["PENDING"])}
+
+    def _settle(self, client, entry, row):
+        """Report a step if its row has come; says whether it had."""
+        if row is None:
+            return False
+        child = entry[0]
+        self._report(entry, row["State"].split()[0])
+        job_id, run_id, attempt_id = child.key
+        try:
+            client.post("/slurm_stats", {
+                "workflow_id": self.runner.workflow_id, "job_id": job_id, "run_id": run_id,
+                "attempt_id": attempt_id, "slurm_job_id": str(self.runner.allocation.job_id),
+                **step_figures(row)})
+        except TorcError as error:
+            self.runner.say(f"figures of job {job_id} are not kept: {error}")
+        return True
+
+    def _report(self, entry, state):
+        """Hand in a step that did not succeed."""
+        child, code, elapsed, usage, text = entry
+        if code == 0:
+            return
+        runner = self.runner
+        if state == "OUT_OF_MEMORY":
+            child.verdict = "oom"
+            child.note = "torc: killed: out of memory (Slurm's state is OUT_OF_MEMORY)\n"
+        elif state in ("TIMEOUT", "DEADLINE"):
+            child.verdict = "timeout"
+        elif runner.interrupted:
+            child.verdict = "interrupt"
+        Runner._completed(runner, child, code, elapsed, usage, text)
 
 
 # ==================================================================================================
@@ -8195,15 +9099,6 @@ def own_names(addresses, seconds=2.0):
         address in addresses for address in resolved(name))]
 
 
-def resolved(host):
-    """The addresses that a host name leads to here; none if it is unknown."""
-    import socket
-    try:
-        return [row[4][0] for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
-    except (OSError, UnicodeError):
-        return []
-
-
 def public_urls(scheme, host, port, sockets):
     """URLs that other machines can use, the most useful first; none if only this one can."""
     bound = {sock.getsockname()[0] for sock in sockets}
@@ -8580,6 +9475,16 @@ OUTPUT_DIR = opt("-o", "--output-dir", default=DEFAULT_OUTPUT_DIR, metavar="DIR"
                  help=f"where logs and the local database are (default: {DEFAULT_OUTPUT_DIR})")
 
 
+WORKER_URL = opt("--worker-url", action="append", metavar="URL", help="where compute nodes are to "
+                 "look for the server, if torc cannot know (TORC_WORKER_URL); may be repeated")
+MAX_PARALLEL = opt("-m", "--max-parallel-jobs", type=POSITIVE, metavar="N",
+                   help="each worker runs so many at a time, whatever they need")
+KEEP_SCRIPTS = opt("--keep-submission-scripts", action="store_true",
+                   help="leave the batch scripts in the output directory")
+POLL = opt("-p", "--poll-interval", type=float, help=HIDDEN)
+WORKERS = (OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, POLL)
+
+
 def paging(offset=(), sort_by=(), reverse=()):
     """The options of every list; some lists have short forms for them."""
     return (opt("-l", "--limit", type=COUNT, metavar="N", help="at most so many"),
@@ -8731,16 +9636,18 @@ def wants_json(argv):
 # ---- help
 
 GROUPS = (
-    ("Workflows", "run create examples status wait cancel delete workflows"),
+    ("Workflows", "run create submit examples status wait cancel delete workflows"),
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
+    ("Clusters", "slurm slurm-job-runner"),
     ("Server and program", "server ping doctor htpasswd access-groups admin completions bundle"),
 )
 BRANCH_SUMMARIES = {
     "htpasswd": "The server's password file: add, remove, list and verify users.",
     "access-groups": "Groups of users with whom workflows are shared.",
     "admin": "For admins of a server.",
+    "slurm": "Slurm: schedulers of a workflow, allocations, accounting.",
     "workflows": "Workflows: list, reset, initialize, archive.",
     "jobs": "Jobs: list, change, cancel, run again.",
     "results": "Results of jobs.",
@@ -8753,9 +9660,8 @@ BRANCH_SUMMARIES = {
     "compute-nodes": "Runners of a workflow.",
     "scheduled-compute-nodes": "Allocations of a workflow.",
 }
-ABSENT = ("submit", "watch", "recover", "tui", "dash", "slurm-job-runner", "slurm",
-          "hpc", "remote", "plot-resources", "ro-crate", "config",
-          "mcp-server")
+ABSENT = ("watch", "recover", "tui", "dash", "hpc", "remote", "plot-resources", "ro-crate",
+          "config", "mcp-server")
 
 
 def summary_of(word):
@@ -9382,6 +10288,20 @@ def do_create(args, client):
         message=f"Created workflow {workflow_id}")
 
 
+def settle_dead(args, client, workflow_id):
+    """Clean up behind runners of this host and allocations of this cluster that have ended."""
+    import shutil
+    said = release_dead_nodes(client, workflow_id, args.output_dir)
+    if shutil.which("squeue"):
+        try:
+            said += settle_allocations(client, workflow_id)
+        except TorcError as error:
+            said.append(f"allocations were not looked at: {error}")
+    for sentence in said:
+        tell(args, sentence)
+    return said
+
+
 def missing_inputs(payload):
     """Paths of files that jobs of a payload read, none writes, and that do not exist."""
     read, written = set(), set()
@@ -9406,8 +10326,7 @@ def workflow_to_run(args, client, spec):
         confirm(f"Workflow {workflow_id} belongs to {owner}; its commands would run as you, "
                 f"{client.user}. Run them?", owner in (client.user, *(args.allow_owner or ())),
                 f"--allow-owner {owner}")
-        for sentence in release_dead_nodes(client, workflow_id, args.output_dir):
-            tell(args, sentence)
+        settle_dead(args, client, workflow_id)
     if client.get(f"/workflows/{workflow_id}/status")["is_canceled"]:
         raise TorcError(f"workflow {workflow_id} is canceled: torc workflows reset-status "
                         f"{workflow_id} --failed-only --reinitialize starts it again")
@@ -9439,8 +10358,7 @@ def names_workflow(args):
              help="as in 2026-01-02T03:04:05Z; counts before --time-limit"),
          opt("--allow-owner", action="append", metavar="NAME", help="run workflows of this user "
              "too, whose commands then run as you; may be repeated"),
-         opt("-p", "--poll-interval", type=float, help=HIDDEN),
-         client=False, example="torc run workflow.yaml --num-cpus 4")
+         WORKER_URL, POLL, client=False, example="torc run workflow.yaml --num-cpus 4")
 def do_run(args, client):
     """Run a specification, or a workflow that exists, on this machine."""
     spec = None if names_workflow(args) else load_spec(args, args.spec)
@@ -9458,7 +10376,8 @@ def do_run(args, client):
         code = Runner(client, workflow_id, RunOptions(
             output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
             num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
-            end_time=end_time)).run()
+            end_time=end_time, schedule=scheduling(
+                client, workflow_id, lambda: worker_request(args, client)))).run()
         if args.format == "json":
             print_json({**workflow_report(client, workflow_id), "exit_code": code})
         return code
@@ -9538,10 +10457,12 @@ def verdict(report):
                                 f"{plural(new, 'job')} that are not initialized)" if new else ""))
 
 
-@command("status", WORKFLOW, example="torc status 3")
+@command("status", WORKFLOW, OUTPUT_DIR, WORKER_URL, example="torc status 3")
 def do_status(args, client):
     """Say how a workflow stands: jobs by status, times, runners."""
+    look_after(args, client, args.workflow_id)
     report = workflow_report(client, args.workflow_id)
+    report["allocations"] = allocation_lines(client, args.workflow_id)
     if args.format == "json":
         print_json(report)
         return
@@ -9559,6 +10480,8 @@ def do_status(args, client):
     if report["active_scheduled_nodes"] or report["pending_scheduled_nodes"]:
         print(f"Allocations: {report['active_scheduled_nodes']} active, "
               f"{report['pending_scheduled_nodes']} pending")
+    for line in report["allocations"]:
+        print(f"  {clean(line)}")
     print(verdict(report))
 
 
@@ -9584,7 +10507,7 @@ def prospects(client, workflow_id):
                   "starts one; waiting")
 
 
-@command("wait", WORKFLOW,
+@command("wait", WORKFLOW, OUTPUT_DIR, WORKER_URL,
          opt("--timeout", type=bounded(float, 0, "a number of seconds"), metavar="SECONDS"),
          example="torc wait 3 && echo done")
 def do_wait(args, client):
@@ -9598,6 +10521,7 @@ def do_wait(args, client):
     trouble, code, told = None, None, None
     while not news["is_complete"]:
         left = 60.0 if deadline is None else deadline - time.monotonic()
+        look_after(args, client, args.workflow_id)
         trouble, hint = prospects(client, args.workflow_id)
         if hint and hint != told:
             tell(args, hint)
@@ -9634,8 +10558,33 @@ def do_cancel(args, client):
             dry_run=True, job_count=busy)
         return
     client.put(f"{path}/cancel")
-    say(args, f"Canceled workflow {args.workflow_id} ({plural(busy, 'job')} pending or running)",
-        status="success", workflow_id=args.workflow_id, canceled_slurm_jobs=[], errors=None)
+    canceled, errors = cancel_allocations(client, args.workflow_id)
+    for error in errors:
+        tell(args, error, "error")
+    more = f", and {plural(len(canceled), 'allocation')} of Slurm" if canceled else ""
+    say(args, f"Canceled workflow {args.workflow_id} ({plural(busy, 'job')} pending or running)"
+        + more, status="partial_success" if errors else "success", workflow_id=args.workflow_id,
+        canceled_slurm_jobs=canceled, errors=errors or None)
+    return 1 if errors else 0
+
+
+def cancel_allocations(client, workflow_id):
+    """(Slurm jobs that were canceled, errors): scancel for allocations that have not ended."""
+    scheduled, _ = live_allocations(client, workflow_id)
+    if not scheduled:
+        return [], []
+    canceled = []
+    try:
+        queue = ask_queue({record["scheduler_id"] for record in scheduled})
+        canceled = sorted(number for number, entry in queue.items() if entry.phase != "over")
+        if canceled:
+            slurm("scancel", *canceled)
+    except TorcError as error:
+        return [], [f"the allocations of workflow {workflow_id} were not canceled: {error}"]
+    for record in scheduled:              # a worker that is at work closes its own
+        if record["status"] == "pending" or record["scheduler_id"] not in canceled:
+            client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "canceled"})
+    return canceled, []
 
 
 def for_each(args, ids, action):
@@ -9849,11 +10798,16 @@ def do_why(args, client):
         for result in client.items("/results", workflow_id=workflow_id, job_id=args.job_id,
                                    include_stderr=True):
             tail = result.get("stderr_tail") or ""
+    if answer["status"] == "ready":
+        answer["allocations"] = allocation_lines(
+            client, client.get(f"/jobs/{args.job_id}")["workflow_id"])
     if args.format == "json":
         print_json({**answer, "stderr_tail": tail} if tail else answer)
         return
     print(f'Job {answer["job_id"]} "{clean(answer["job_name"])}" is {answer["status"]}: '
           f'{clean(answer["sentence"])}')
+    for line in answer.get("allocations", ()):
+        print(f"  {clean(line)}")
     if tail.strip():
         print("\n  ".join(["Last lines of stderr:", *map(clean, tail.splitlines()[-20:])]))
 
@@ -9871,11 +10825,12 @@ class Noun(NamedTuple):
     update: tuple = ()
     filters: tuple = ()                   # options of the list, passed on as they are
     paging: tuple = PAGING
+    list_key: str = ""                    # if the word is not it
 
     @property
     def key(self):
         """The key of its lists in JSON."""
-        return self.word.replace("-", "_")
+        return self.list_key or self.word.replace("-", "_")
 
     @property
     def kind(self):
@@ -10023,6 +10978,15 @@ REQUIREMENTS = (
     opt("--num-nodes", type=POSITIVE, metavar="N"),
     opt("-m", "--memory", type=MEMORY, metavar="SIZE", help="as in 500m or 2g"),
     opt("-r", "--runtime", type=RUNTIME, metavar="DURATION", help="as in PT30M"))
+SCHEDULER = (
+    opt("-p", "--partition", metavar="NAME"), opt("-q", "--qos", metavar="NAME"),
+    opt("-m", "--mem", type=checked_text(slurm_memory), metavar="SIZE", help="of each node, as in "
+        "180g"),
+    opt("-g", "--gres", metavar="TEXT", help="as in gpu:2"),
+    opt("-t", "--tmp", metavar="SIZE", help="local disk"),
+    opt("--ntasks-per-node", type=POSITIVE, metavar="N", help="CPUs of each node, on partitions "
+        "whose nodes are shared"),
+    opt("-e", "--extra", metavar="TEXT", help="further options of sbatch, as in --exclusive"))
 NOUNS = (
     Noun("jobs", "job", "ID=id, Name=name, Status=status, Priority=priority, Command=command",
          "get delete delete-all"),
@@ -10063,8 +11027,21 @@ NOUNS = (
          filters=(opt("--scheduler-id", type=COUNT, metavar="ID"),
                   opt("--scheduler-config-id", type=COUNT, metavar="ID"),
                   opt("--status", metavar="STATUS"))),
+    Noun("slurm", "slurm_scheduler",
+         "ID=id, Name=name, Account=account, Nodes=nodes, Walltime=walltime, Partition=partition,"
+         " QOS=qos, Mem=mem", "create list get update delete", list_key="slurm_schedulers",
+         create=(NAME, opt("-a", "--account", metavar="NAME", required=True),
+                 opt("-N", "--nodes", type=POSITIVE, default=1, metavar="N"),
+                 opt("-W", "--walltime", type=checked_text(parse_walltime), default="04:00:00",
+                     metavar="TIME", help="as in 04:00:00 or 1-12:00:00 (default: 04:00:00)"),
+                 *SCHEDULER),
+         update=(opt("-N", "--name", metavar="NAME"), opt("-a", "--account", metavar="NAME"),
+                 opt("-n", "--nodes", type=POSITIVE, metavar="N"),
+                 opt("--walltime", type=checked_text(parse_walltime), metavar="TIME"),
+                 *SCHEDULER)),
 )
 NOUN_EXAMPLES = {
+    "slurm": "torc slurm create 3 -n small -a myaccount -p short -W 00:30:00",
     "files": "torc files create 3 -n input -p data/input.csv",
     "user-data": "torc user-data create 3 -n config -d '{\"x\": 1}'",
     "events": "torc events create 3 -d '{\"note\": \"started by hand\"}'",
@@ -10669,16 +11646,16 @@ def check_from_compute(args, urls):
     mark = os.path.join(path, ".torc_doctor")
     write_private(mark, token)
     command = ["srun", "--ntasks=1", "--nodes=1", "--time=2", "--job-name=torc-doctor",
-               "--immediate=60", *shlex.split(args.srun_options or ""), sys.executable,
-               os.path.abspath(__file__), "doctor", "-f", "json", "--output-dir", path, "--token",
-               token, *(word for url in urls for word in ("--at", url))]
+               "--immediate=60", *shlex.split(args.srun_options or ""), *own_command(), "doctor",
+               "-f", "json", "--output-dir", path, "--token", token,
+               *(word for url in urls for word in ("--at", url))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=180)
         return [Check(**check) for check in json.loads(done.stdout)["checks"]]
     except (ValueError, KeyError):
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return [Check("a compute node", "this Python and torc.py there", "fail",
-                      f"{sys.executable} {os.path.abspath(__file__)}: {last}",
+                      f"{' '.join(own_command())}: {last}",
                       "both must lie on a file system that compute nodes see")]
     except subprocess.TimeoutExpired:
         return [Check("a compute node", "srun", "fail", "no node within three minutes",
@@ -10710,6 +11687,387 @@ def do_doctor(args, client):
         show_list(args, "checks", "check", "Host=place, What=check, Verdict=verdict, Detail=detail,"
                   " Next Step=next_step", records)
     return 1 if failed else 0
+
+
+# ---- Slurm
+
+def worker_request(args, client, **more):
+    """The WorkerRequest that the options ask for. Raises UsageError, Unreachable."""
+    named = args.worker_url or list(filter(None, os.environ.get("TORC_WORKER_URL", "").split(",")))
+    return WorkerRequest(os.path.abspath(args.output_dir), os.getcwd(), worker_urls(client, named),
+                         getattr(args, "max_parallel_jobs", None),
+                         keep_script=getattr(args, "keep_submission_scripts", False), **more)
+
+
+def later_request(args, client, workflow_id):
+    """The WorkerRequest for allocations that a workflow asks for later: as the last ones were."""
+    earlier = client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1,
+                          reverse_sort=True)["items"]
+    request = worker_request(args, client)
+    places = {name: earlier[0][name] for name in ("output_dir", "work_dir")
+              if earlier and earlier[0].get(name)}
+    return request._replace(**places)
+
+
+def submitted(number, ids):
+    """What was submitted, as a sentence."""
+    names = ", ".join(map(str, ids[:NAMED_AT_MOST]))
+    return (f"{plural(number, 'allocation')} submitted: Slurm job{'' if number == 1 else 's'} "
+            f"{names}" + (" ..." if number > NAMED_AT_MOST else ""))
+
+
+START_ACTIONS = ("on_workflow_start",)
+NO_ALLOCATIONS = (
+    "workflow {name} asks for no allocations: it needs slurm_schedulers and an action with "
+    "trigger_type on_workflow_start and action_type schedule_nodes. `torc slurm generate SPEC` "
+    "writes them, `torc slurm schedule-nodes ID` gets allocations for a workflow that exists, "
+    "`torc run` needs none")
+
+
+def asks_for_allocations(actions):
+    """Whether an action gets allocations when the workflow starts."""
+    return any(action["trigger_type"] in START_ACTIONS
+               and action["action_type"] == "schedule_nodes" for action in actions)
+
+
+def workflow_to_submit(args, client, spec):
+    """Id of the workflow that `submit` starts, initialized if it never was."""
+    if spec:
+        if not asks_for_allocations(spec.payload["actions"]):
+            raise UsageError(NO_ALLOCATIONS.format(name=f'"{spec.summary["workflow_name"]}"'))
+        missing = [] if args.ignore_missing_data else missing_inputs(spec.payload)
+        if missing:
+            raise TorcError(f"input files missing: {named(missing)}. No job makes them, so no "
+                            "workflow was created; --ignore-missing-data goes on without")
+        return create_workflow_from(args, client, spec)
+    workflow_id = int(args.spec)
+    owner = client.get(f"/workflows/{workflow_id}")["user"]
+    confirm(f"Workflow {workflow_id} belongs to {owner}; its commands would run as you, "
+            f"{client.user}. Submit it?", owner in (client.user, *(args.allow_owner or ())),
+            f"--allow-owner {owner}")
+    if not asks_for_allocations(client.get(f"/workflows/{workflow_id}/actions")):
+        raise UsageError(NO_ALLOCATIONS.format(name=workflow_id))
+    if client.get(f"/workflows/{workflow_id}/status")["is_canceled"]:
+        raise TorcError(f"workflow {workflow_id} is canceled: torc workflows reset-status "
+                        f"{workflow_id} --failed-only --reinitialize starts it again")
+    return workflow_id
+
+
+@command("submit", opt("spec", nargs="?", metavar="SPEC|ID", help="specification, or id of a "
+                       "workflow that exists"), *SPEC_OPTIONS, *WORKERS,
+         opt("-i", "--ignore-missing-data", action="store_true", help="though inputs are missing"),
+         opt("--allow-owner", action="append", metavar="NAME", help="submit workflows of this user "
+             "too, whose commands then run as you; may be repeated"), DRY_RUN,
+         client=False, example="torc submit workflow.yaml")
+def do_submit(args, client):
+    """Start a workflow in allocations of Slurm, as its on_workflow_start actions ask for them."""
+    spec = None if names_workflow(args) else load_spec(args, args.spec)
+    client = open_client(args, make=spec is not None)
+    try:
+        request = worker_request(args, client)       # before there is a workflow
+        if args.dry_run:
+            return dry_submit(args, client, spec, request)
+        workflow_id = workflow_to_submit(args, client, spec)
+        if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
+            initialize_workflow(client, workflow_id, args.ignore_missing_data)
+        return submit_start(args, client, workflow_id, request)
+    finally:
+        client.close()
+
+
+def dry_submit(args, client, spec, request):
+    """Print the batch scripts that `submit` would hand to Slurm."""
+    if spec:
+        workflow = {"id": 0, **spec.payload["workflow"]}
+        actions, schedulers = spec.payload["actions"], dict(enumerate(
+            spec.payload["slurm_schedulers"]))
+    else:
+        workflow = client.get(f"/workflows/{int(args.spec)}")
+        actions = client.get(f"/workflows/{workflow['id']}/actions")
+        schedulers = {record["id"]: record for record in client.items(
+            "/slurm_schedulers", workflow_id=workflow["id"])}
+    if not asks_for_allocations(actions):
+        raise UsageError(NO_ALLOCATIONS.format(name=f'"{workflow["name"]}"'))
+    scripts = []
+    for action in actions:
+        config = action["action_config"]
+        if action["action_type"] == "schedule_nodes" and action["trigger_type"] in START_ACTIONS:
+            scheduler = {"id": 0, **schedulers[config.get("scheduler", config.get("scheduler_id"))]}
+            wanted = request._replace(one_worker_per_node=config.get("start_one_worker_per_node"))
+            words = worker_words(client, workflow, scheduler, wanted, config["num_allocations"])
+            scripts.append({"scheduler": scheduler["name"], "num_allocations":
+                            config["num_allocations"], "script": allocation_script(
+                                workflow, scheduler, f"wf{workflow['id']}", wanted, words)})
+    if args.format == "json":
+        print_json({"dry_run": True, "scripts": scripts})
+    for script in scripts if args.format == "table" else ():
+        print(f"# {plural(script['num_allocations'], 'allocation')} of scheduler "
+              f"\"{script['scheduler']}\" would be submitted:\n{script['script']}")
+
+
+def submit_start(args, client, workflow_id, request):
+    """Carry out what `submit` is for; returns the exit code."""
+    try:
+        done = schedule_pending(client, workflow_id, request, START_ACTIONS)
+    except TorcError as error:
+        some = getattr(error, "submitted", None)
+        error.args = (f"{error}. " + (
+            f"{submitted(len(some), some)}; `torc slurm schedule-nodes {workflow_id}` gets more"
+            if some else f"Workflow {workflow_id} is there and has no allocation: `torc submit "
+                         f"{workflow_id}` tries again"),)
+        raise
+    ids = [number for _, numbers in done for number in numbers]
+    if not ids:
+        raise TorcError(f"the allocations of workflow {workflow_id} have been submitted before: "
+                        f"`torc slurm schedule-nodes {workflow_id}` gets more, `torc status "
+                        f"{workflow_id}` says how it stands")
+    tell(args, f"{submitted(len(ids), ids)}; logs in {request.output_dir}; `torc status "
+         f"{workflow_id}` says how it stands, `torc watch {workflow_id}` waits")
+    say(args, f"Successfully submitted workflow {workflow_id}", workflow_id=workflow_id,
+        slurm_jobs=ids, message=f"Successfully submitted workflow {workflow_id}")
+    return 0
+
+
+def choose_scheduler(args, client):
+    """The Slurm scheduler record that is named, or the only one there is."""
+    if args.scheduler_config_id is not None:
+        return client.get(f"/slurm_schedulers/{args.scheduler_config_id}")
+    found = list(client.items("/slurm_schedulers", workflow_id=args.workflow_id))
+    if len(found) == 1:
+        return found[0]
+    listed = "\n".join(f"  {record['id']}  {record['name']}" for record in found)
+    if not found:
+        raise TorcError(f"workflow {args.workflow_id} has no Slurm scheduler: torc slurm create "
+                        f"{args.workflow_id} -n NAME -a ACCOUNT makes one")
+    if not can_ask():
+        raise UsageError(f"which scheduler? Name it with --scheduler-config-id:\n{listed}")
+    answer = ask(f"{listed}\nWhich scheduler (ID)?")
+    return next((record for record in found if str(record["id"]) == answer), None) or \
+        client.get(f"/slurm_schedulers/{answer if answer.isdigit() else 0}")
+
+
+@command("slurm schedule-nodes", WORKFLOW, *WORKERS,
+         opt("-n", "--num-hpc-jobs", type=POSITIVE, default=1, metavar="N",
+             help="allocations (default: 1)"),
+         opt("--scheduler-config-id", type=COUNT, metavar="ID", help="one of torc slurm list"),
+         opt("--start-one-worker-per-node", action="store_true", default=None),
+         opt("-j", "--job-prefix", default="", metavar="TEXT", help="of the Slurm jobs' names"),
+         example="torc slurm schedule-nodes 3 -n 2")
+def do_slurm_schedule(args, client):
+    """Get allocations for a workflow that exists, by one of its Slurm schedulers."""
+    scheduler = choose_scheduler(args, client)
+    if scheduler["workflow_id"] != args.workflow_id:
+        raise UsageError(f"scheduler {scheduler['id']} belongs to workflow "
+                         f"{scheduler['workflow_id']}, not to {args.workflow_id}")
+    request = worker_request(args, client, prefix=args.job_prefix,
+                             one_worker_per_node=args.start_one_worker_per_node)
+    if client.get(f"/workflows/{args.workflow_id}/is_uninitialized")["is_uninitialized"]:
+        initialize_workflow(client, args.workflow_id)
+    ids = submit_allocations(client, client.get(f"/workflows/{args.workflow_id}"), scheduler,
+                             args.num_hpc_jobs, request)
+    say(args, submitted(len(ids), ids), workflow_id=args.workflow_id, slurm_jobs=ids)
+
+
+def stats_query(args):
+    """The query of `slurm stats`."""
+    return {"workflow_id": args.workflow_id, "job_id": args.job_id, "run_id": args.run_id,
+            "attempt_id": args.attempt_id}
+
+
+@command("slurm stats", WORKFLOW, JOB_ID, opt("--run-id", type=COUNT, metavar="N"),
+         opt("--attempt-id", type=COUNT, metavar="N"), example="torc slurm stats 3")
+def do_slurm_stats(args, client):
+    """List what Slurm's accounting said of the jobs that ran as steps of srun."""
+    show_list(args, "slurm_stats", "record", "Job ID=job_id, Run=run_id, Attempt=attempt_id,"
+              " Slurm Job=slurm_job_id, Max RSS=max_rss_bytes, Max VM=max_vm_size_bytes,"
+              " Read=max_disk_read_bytes, Written=max_disk_write_bytes, CPU s=ave_cpu_seconds,"
+              " Nodes=node_list", client.items("/slurm_stats", **stats_query(args)),
+              f"workflow {args.workflow_id}")
+
+
+ACCOUNT_COLUMNS = (("slurm_job", "JobIDRaw"), ("job_step", "JobName"), ("state", "State"),
+                   ("exit_code", "ExitCode"), ("elapsed", "Elapsed"), ("max_rss", "MaxRSS"),
+                   ("cpu_time", "CPUTime"), ("nodes", "NodeList"))
+
+
+@command("slurm sacct", WORKFLOW, opt("-o", "--output-dir", default=DEFAULT_OUTPUT_DIR,
+                                      metavar="DIR", help="for --save-json"),
+         opt("--save-json", action="store_true", help="keep sacct's own JSON of each allocation"),
+         example="torc slurm sacct 3")
+def do_slurm_sacct(args, client):
+    """Show what Slurm's accounting says of a workflow's allocations and their steps."""
+    ids = sorted({record["scheduler_id"] for record in client.items(
+        "/scheduled_compute_nodes", workflow_id=args.workflow_id)
+        if record["scheduler_type"] == "slurm"})
+    rows = []
+    if ids:
+        out = slurm("sacct", "-n", "-P", "-j", ",".join(map(str, ids)), "-o",
+                    ",".join(column for _, column in ACCOUNT_COLUMNS))
+        names = [name for name, _ in ACCOUNT_COLUMNS]
+        rows = [dict(zip(names, line.split("|"))) for line in out.splitlines()]
+    for number in ids if args.save_json else ():
+        os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
+        write_private(os.path.join(args.output_dir, f"sacct_{number}.json"),
+                      slurm("sacct", "-j", number, "--json"))
+    show_list(args, "steps", "step", "Slurm Job=slurm_job, Job Step=job_step, State=state,"
+              " Exit Code=exit_code, Elapsed=elapsed, Max RSS=max_rss, CPU Time=cpu_time,"
+              " Nodes=nodes", rows, f"workflow {args.workflow_id}")
+
+
+@command("slurm-job-runner", opt("url", metavar="URL[,URL...]"),
+         opt("workflow_id", type=COUNT, metavar="WORKFLOW_ID"), opt("output_dir", metavar="DIR"),
+         MAX_PARALLEL, POLL, opt("--is-subtask", action="store_true", help="one of several workers "
+                                 "of the allocation, each on a node of its own"),
+         opt("--startup-delay-seconds", type=COUNT, default=0, metavar="S",
+             help="wait for a part of that time, so that many workers do not begin at once"),
+         opt("--server-id", metavar="ID", help="work for no other server"),
+         opt("--scheduler-config-id", type=COUNT, metavar="ID"),
+         opt("--strict-scheduler-match", action="store_true", help="only jobs of that scheduler"),
+         opt("--credentials", metavar="FILE", help="a file that `torc submit` has written, where "
+             "allocations get no environment"),
+         opt("--program-hash", help=HIDDEN), client=False,
+         example="torc slurm-job-runner http://login1:8080 3 torc_output")
+def do_slurm_job_runner(args, client):
+    """Work on a workflow inside an allocation of Slurm; `torc submit` starts it."""
+    import random
+    where = read_allocation(os.environ)
+    how = client_options(args)
+    if args.credentials:
+        secrets = json_file(args.credentials)
+        how.update(password=how["password"] or secrets.get("password"),
+                   cookie=how["cookie"] or secrets.get("cookie"))
+    if args.program_hash and args.program_hash != own_hash():
+        tell(args, f"{own_command()[1]} is another one than when this allocation was submitted",
+             "warn")
+    if args.startup_delay_seconds:        # many workers must not begin in one moment
+        time.sleep(random.uniform(0, args.startup_delay_seconds))
+    note = worker_note(args.output_dir, args.workflow_id, where.job_id)
+    client = reach_server(args.url.split(","), args.server_id, how, note,
+                          say=lambda text: print(f"torc: {text}", file=sys.stderr, flush=True))
+    try:
+        return work_in_allocation(args, client, where)
+    except Unauthorized as error:
+        write_private(note, f"{iso_time(time.time())} the worker of allocation {where.job_id} is "
+                            f"refused: {error}. If the site hands no environment to allocations, "
+                            "submit with --export=NONE in slurm_defaults, and torc keeps the "
+                            "password in a file of yours\n")
+        raise
+    finally:
+        client.close()
+
+
+def json_file(path):
+    """The JSON object in a file. Raises TorcError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def work_in_allocation(args, client, where):
+    """Run the worker and keep the allocation's record; the exit code says if torc itself failed."""
+    workflow_id = args.workflow_id
+    record = client.post("/scheduled_compute_nodes", {
+        "workflow_id": workflow_id, "scheduler_id": where.job_id, "scheduler_type": "slurm",
+        "scheduler_config_id": args.scheduler_config_id or 0, "status": "active",
+        "output_dir": os.path.abspath(args.output_dir), "work_dir": os.getcwd()}, once=True)
+    if record["status"] != "active":
+        client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "active"})
+    for node in live_allocations(client, workflow_id)[1].get(where.job_id, ()):
+        before = node["scheduler"]
+        if before.get("node_index") == where.node_index and (
+                before.get("restarts", 0) < where.restarts):
+            bury_node(client, node, "requeued by Slurm", None)
+    options = RunOptions(
+        output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
+        schedule=scheduling(client, workflow_id, lambda: WorkerRequest(
+            os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others))))
+    runner = SlurmRunner(client, workflow_id, options, where, args.scheduler_config_id,
+                         args.strict_scheduler_match, args.is_subtask)
+    try:
+        code = runner.run()
+    finally:
+        with contextlib.suppress(TorcError):
+            close_allocation(client, workflow_id, where, record)
+    return code if code > 128 else int(runner.gave_up)
+
+
+def close_allocation(client, workflow_id, where, record):
+    """The last worker of an allocation notes its end, and removes the password's file if no other
+    allocation may need it."""
+    scheduled, inside = live_allocations(client, workflow_id)
+    if not inside.get(where.job_id):
+        client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "complete"})
+        if all(other["id"] == record["id"] for other in scheduled) and client.get(
+                f"/workflows/{workflow_id}/is_complete")["is_complete"]:
+            with contextlib.suppress(OSError):
+                os.unlink(credentials_path(workflow_id, client.server_id(),
+                                           record.get("output_dir") or ""))
+
+
+def scheduling(client, workflow_id, make_request):
+    """What a runner calls to carry out a schedule_nodes action; None where there is no sbatch.
+
+    make_request: called for the WorkerRequest when it is needed.
+    """
+    import shutil
+    if client.is_local or not shutil.which("sbatch"):
+        return None
+
+    def schedule(client, action):
+        workflow = client.get(f"/workflows/{workflow_id}")
+        ids = schedule_action(client, workflow, action, make_request())
+        return f"action {action['id']}: {submitted(len(ids), ids)}"
+    return schedule
+
+
+def look_after(args, client, workflow_id):
+    """What an owner's command does on the way: where no runner lives that could, carry out pending
+    schedule_nodes actions."""
+    import shutil
+    if client.is_local or not shutil.which("sbatch"):
+        return
+    pending = [action for action in client.get(f"/workflows/{workflow_id}/actions/pending")
+               if action["action_type"] == "schedule_nodes"
+               and action["trigger_type"] not in START_ACTIONS]
+    if not pending or client.get(f"/workflows/{workflow_id}")["user"] != client.user or \
+            count_records(client, "/compute_nodes", workflow_id=workflow_id, is_active=True):
+        return
+    try:
+        request = later_request(args, client, workflow_id)
+        for action, ids in schedule_pending(client, workflow_id, request, sorted(
+                {action["trigger_type"] for action in pending})):
+            tell(args, f"action {action['id']} ({action['trigger_type']}): "
+                       f"{submitted(len(ids), ids)}")
+    except TorcError as error:
+        tell(args, str(error), "warn")
+
+
+def allocation_lines(client, workflow_id):
+    """A sentence on each allocation that has not ended, and what its worker says if it cannot
+    begin."""
+    import shutil
+    scheduled, _ = live_allocations(client, workflow_id)
+    queue, lines = {}, []
+    if scheduled and shutil.which("squeue"):
+        with contextlib.suppress(TorcError):
+            queue = ask_queue({record["scheduler_id"] for record in scheduled})
+    for record in scheduled:
+        number = record["scheduler_id"]
+        entry = queue.get(number)
+        if not queue:
+            text = f"is {record['status']}"
+        elif not entry or entry.phase == "over":
+            text = f"has ended: torc workflows sync-status {workflow_id} settles what it left"
+        else:
+            left = "" if entry.phase == "pending" or entry.time_left_s is None else \
+                f", {format_duration(entry.time_left_s)} left"
+            text = f"is {entry.state.lower()} {entry.where}{left}"
+        lines.append(f"Slurm job {number} {text}")
+        lines += read_text(worker_note(record.get("output_dir") or DEFAULT_OUTPUT_DIR, workflow_id,
+                                       number)).splitlines()
+    return lines
 
 
 # ---- passwords, groups
@@ -11296,8 +12654,12 @@ def absent_program(word):
     return program
 
 
+def main_slurm_job_runner():
+    """The program torc-slurm-job-runner: `torc slurm-job-runner` under its own name."""
+    return main(["slurm-job-runner", *sys.argv[1:]])
+
+
 main_dash = absent_program("dash")
-main_slurm_job_runner = absent_program("slurm-job-runner")
 
 if __name__ == "__main__":
     sys.exit(main())
