@@ -2906,6 +2906,244 @@ def test_on_a_terminal_a_bar_counts_the_jobs(tmp_path):
 
 
 # ==================================================================================================
+# 11 Slurm
+# ==================================================================================================
+
+@pytest.mark.parametrize("function, text, value", [
+    (torc.cpus_per_node, "4(x2),2", 2), (torc.cpus_per_node, "104", 104),
+    (torc.cpus_per_node, "", None), (torc.cpus_per_node, None, None),
+    (torc.time_left, "4:05", 245.0), (torc.time_left, "1-02:00:00", 93_600.0),
+    (torc.time_left, "UNLIMITED", None), (torc.time_left, "INVALID", None),
+    (torc.time_left, "NOT_SET", None), (torc.accounting_bytes, "1564K", 1564 * 1024),
+    (torc.accounting_bytes, "3.5M", 3_670_016), (torc.accounting_bytes, "0", 0),
+    (torc.accounting_bytes, "", None), (torc.accounting_seconds, "00:00.120", 0.12),
+    (torc.accounting_seconds, "00:01:02", 62.0), (torc.accounting_seconds, "1-00:00:01", 86_401.0),
+    (torc.accounting_seconds, "", None)])
+def test_what_slurm_prints_is_read(function, text, value):
+    assert function(text) == value
+
+
+def fake_program(directory, name, text):
+    """A shell script in place of a Slurm program, first on the PATH that is returned."""
+    path = directory / "slurm" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return f"{path.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_the_queue_tells_what_waits_runs_and_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "squeue", """echo "$@" >> asked
+        echo '7|PENDING|10:00|(Resources)'; echo '8|RUNNING|9:30|c[1-2]'; echo '9|TIMEOUT|0:00|c1'"""))
+    monkeypatch.chdir(tmp_path)
+    watch = torc.Watch()
+    found = watch.look({7, 8, 9, 10}, 100.0)
+    assert {number: entry.phase for number, entry in found.items()} == {
+        7: "pending", 8: "active", 9: "over", 10: "over"}
+    assert found[8].time_left_s == 570 and found[7].where == "(Resources)"
+    watch.look({7, 9}, 159.0)             # within the minute: not asked again
+    assert len((tmp_path / "asked").read_text().splitlines()) == 1
+    watch.look({7}, 161.0), watch.look({7, 11}, 162.0)
+    assert len((tmp_path / "asked").read_text().splitlines()) == 3
+
+
+def test_a_queue_that_cannot_be_asked_says_nothing_about_allocations(tmp_path, monkeypatch):
+    monkeypatch.setattr(torc.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("PATH", fake_program(
+        tmp_path, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller "
+        "(connect failure)' >&2; exit 1"))
+    with pytest.raises(torc.TorcError, match="squeue: .*Unable to contact slurm controller"):
+        torc.ask_queue([7])
+    monkeypatch.setenv("PATH", fake_program(
+        tmp_path, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"))
+    assert torc.ask_queue([7]) == {}
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(torc.TorcError, match="there is no squeue on the PATH"):
+        torc.ask_queue([7])
+
+
+def script_of(words=("python", "torc.py"), request=None, workflow=None, **scheduler):
+    """An allocation's script."""
+    request = request or torc.WorkerRequest("/out put/100%", "/work", ("http://a:1",))
+    return torc.allocation_script(
+        {"id": 3, **(workflow or {})}, {"id": 1, "name": "s", "account": "acc", "nodes": 1,
+                                        "walltime": "04:00:00", **scheduler}, "wf3_1_1", request,
+        list(words))
+
+
+def test_the_batch_script_names_everything_and_can_be_run(tmp_path):
+    text = script_of(partition="short", mem="10g", gres="gpu:2", extra="#SBATCH --exclusive\n"
+                     "--constraint=a&b", workflow={"slurm_defaults": json.dumps({
+                         "reservation": "my own", "account": "other", "requeue": True,
+                         "no-kill": False})})
+    lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert lines == [
+        "#SBATCH --job-name=wf3_1_1", "#SBATCH --output='/out put/100%%/slurm_output_wf3_sl%j.o'",
+        "#SBATCH --error='/out put/100%%/slurm_output_wf3_sl%j.e'", "#SBATCH --open-mode=append",
+        "#SBATCH --chdir=/work", "#SBATCH --account=acc", "#SBATCH --time=04:00:00",
+        "#SBATCH --nodes=1", "#SBATCH --partition=short", "#SBATCH --mem=10g", "#SBATCH --gres=gpu:2",
+        "#SBATCH --signal=B:TERM@60", "#SBATCH --reservation='my own'", "#SBATCH --requeue",
+        "#SBATCH --exclusive", "#SBATCH --constraint=a&b"]
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    short = script_of(walltime="00:04:00")
+    assert "--signal" not in short        # Slurm may send it a minute early
+    with pytest.raises(torc.UsageError, match="line break"):
+        script_of(partition="a\n#SBATCH --x")
+
+
+def test_several_nodes_get_a_worker_each(tmp_path):
+    request = torc.WorkerRequest("/out", "/work", ("http://a:1",), one_worker_per_node=True)
+    text = script_of(("py", "torc.py", "slurm-job-runner"), request, nodes=3)
+    assert "exec srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --overlap --cpu-bind=none --mem=0 " \
+        "--kill-on-bad-exit=0 py torc.py slurm-job-runner\n" in text
+    assert "--signal" not in text         # srun would end the workers at once
+
+
+@pytest.mark.parametrize("scheduler, defaults, variable, known", [
+    ({}, {}, None, False), ({}, {}, "NONE", True), ({}, {}, "ALL", False), ({}, {}, "NIL", True),
+    ({"extra": "--export=NONE"}, {}, None, True), ({}, {"export": "ALL,X=1"}, None, False),
+    ({}, {"export": "HOME"}, None, True)])
+def test_sites_that_export_nothing_are_known(monkeypatch, scheduler, defaults, variable, known):
+    if variable:
+        monkeypatch.setenv("SBATCH_EXPORT", variable)
+    assert torc.exports_nothing(scheduler, defaults) is known
+
+
+def test_workers_look_for_the_server_where_compute_nodes_can_reach_it(server, tmp_path):
+    client = server.client()
+    with pytest.raises(torc.Unreachable, match="listens on this machine only.*torc-server run --host "
+                                               f"0.0.0.0 --port {server.port}"):
+        torc.worker_urls(client)
+    assert torc.worker_urls(client, ["http://login:99"]) == ("http://login:99/torc-service/v1",)
+    client.close()
+    local = torc.LocalClient(str(tmp_path / "local.db"))
+    with pytest.raises(torc.UsageError, match="compute nodes cannot work on the database file"):
+        torc.worker_urls(local)
+    local.close()
+
+
+def test_an_allocation_is_read_from_slurms_variables(monkeypatch):
+    monkeypatch.setattr(torc, "usable_memory", lambda: 8 * 2**30)
+    given = {"SLURM_JOB_ID": "17", "SLURM_NODEID": "1", "SLURM_JOB_NUM_NODES": "2",
+             "SLURM_JOB_CPUS_PER_NODE": "4(x2)", "SLURM_MEM_PER_CPU": "1000"}
+    assert torc.read_allocation(given) == (17, 1, 2, 4, 4000 * 2**20, 0)
+    assert torc.read_allocation({**given, "SLURM_MEM_PER_NODE": "99999"}).memory_bytes == 8 * 2**30
+    with pytest.raises(torc.UsageError, match="there is no SLURM_JOB_ID"):
+        torc.read_allocation({})
+
+
+def test_a_dead_allocations_jobs_get_what_ended_them(client):
+    workflow_id, ids = make(client, {"a": [], "b": ["a"], "c": []})
+    runner = Conversation(client, workflow_id)
+    jobs = runner.step(limit=2)["jobs"]
+    runner.step(starts=[{"job_id": jobs[0]["id"], "attempt_id": 1}])
+    answer = client.post(f"/compute_nodes/{runner.node}/release", status="terminated",
+                         return_code=152, reason="its allocation ended: TIMEOUT")
+    assert answer == {"requeued": [ids["c"]], "canceled": 1}
+    assert statuses(client, workflow_id) == {"a": "terminated", "b": "canceled", "c": "ready"}
+    [result] = client.items("/results", workflow_id=workflow_id, include_stderr=True)
+    assert (result["return_code"], result["status"]) == (152, "terminated")
+    assert "its allocation ended: TIMEOUT" in client.get(f"/jobs/{ids['a']}/why")["sentence"]
+    with pytest.raises(torc.Invalid, match="ready is not one of a job that was ended"):
+        client.post(f"/compute_nodes/{runner.node}/release", status="ready")
+
+
+@pytest.mark.parametrize("state, ended", [
+    ("TIMEOUT", ("terminated", 152)), ("OUT_OF_MEMORY", ("failed", 137)), ("CANCELLED", None),
+    ("NODE_FAIL", None), ("PREEMPTED", None), ("FAILED", None), ("UNKNOWN", None)])
+def test_the_fate_of_jobs_follows_slurms_state(state, ended):
+    assert torc.fate(state, torc.read_limits({})) == ended
+
+
+def test_a_slurm_job_is_stored_once(client):
+    workflow_id, _ = make(client, {"a": []})
+    body = {"workflow_id": workflow_id, "scheduler_id": 7, "scheduler_type": "slurm",
+            "scheduler_config_id": 1, "status": "active"}
+    first = client.post("/scheduled_compute_nodes", body, once=True)
+    assert client.post("/scheduled_compute_nodes", {**body, "status": "pending"}, once=True) == first
+    assert client.post("/scheduled_compute_nodes", body)["id"] != first["id"]
+
+
+def test_an_action_that_failed_is_pending_again(client):
+    workflow_id, _ = make(client, {"a": []}, start=False)
+    path = f"/workflows/{workflow_id}/actions"
+    action = client.post(path, {"workflow_id": workflow_id, "trigger_type": "on_workflow_start",
+                                "trigger_count": 1, "action_type": "schedule_nodes",
+                                "action_config": {"scheduler_type": "slurm"}})
+    client.post(f"{path}/{action['id']}/claim", {})
+    assert client.get(f"{path}/pending") == []
+    client.delete(f"{path}/{action['id']}/claim")
+    assert [pending["id"] for pending in client.get(f"{path}/pending")] == [action["id"]]
+    with pytest.raises(torc.NotFound):
+        client.delete(f"{path}/99/claim")
+
+
+GB = 2**30
+NEED = {"name": "r", "memory": "1g", "runtime": "PT1H"}
+
+
+@pytest.mark.parametrize("need, result, peak, cause, change", [
+    (NEED, {"return_code": 137, "exec_time_minutes": 5}, 3 * GB, "memory", {"memory": "4608m"}),
+    (NEED, {"return_code": 137, "exec_time_minutes": 5}, 0, "memory", {"memory": "1536m"}),
+    (NEED, {"return_code": 1, "exec_time_minutes": 5}, 2 * GB, "memory", {"memory": "3g"}),
+    (NEED, {"return_code": 137, "exec_time_minutes": 55}, 0, "runtime", {"runtime": "PT84M"}),
+    (NEED, {"return_code": 152, "exec_time_minutes": 58}, 0, "runtime", {"runtime": "PT84M"}),
+    (NEED, {"return_code": 152, "exec_time_minutes": 90}, 0, "runtime", {"runtime": "PT126M"}),
+    (NEED, {"return_code": 152, "exec_time_minutes": 5}, 0, "lost", {}),
+    (NEED, {"return_code": -128, "exec_time_minutes": 0}, 0, "lost", {}),
+    (NEED, {"return_code": 1, "exec_time_minutes": 5}, 0, "unknown", {}),
+    ({**NEED, "name": "default", "memory": "1m"}, {"return_code": 1, "exec_time_minutes": 5}, GB,
+     "unknown", {}),
+    ({**NEED, "name": "default", "memory": "1m"}, {"return_code": 137, "exec_time_minutes": 5}, 0,
+     "unknown", {}),
+    ({**NEED, "name": "default", "memory": "1m"}, {"return_code": 137, "exec_time_minutes": 5}, GB,
+     "memory", {"memory": "1536m"}),
+])
+def test_a_failure_is_diagnosed(need, result, peak, cause, change):
+    found = torc.diagnose({"id": 1, "status": "failed"}, result, need, torc.read_limits({}), peak,
+                          1.5, 1.4)
+    assert (found.cause, found.need) == (cause, change)
+
+
+def test_recover_raises_only_what_failed_and_runs_it_again(run, cli, monkeypatch):
+    hungry = ("test $TORC_ATTEMPT_ID = 2 || python3 -c 'x = bytearray(200 * 2**20); import time; "
+              "time.sleep(4)'")
+    ran = run({"a": {"command": hungry, "resource_requirements": "r"},
+               "b": {"command": "true", "resource_requirements": "r"}, "c": "exit 3"},
+              resource_requirements=[{"name": "r", "num_cpus": 1, "memory": "50m"}])
+    assert ran.code == 1, ran.log
+    monkeypatch.setenv("TORC_DATABASE", ran.client.path)
+    before = cli_json(cli, "recover", 1, "--dry-run")
+    assert [(job["job_name"], job["cause"]) for job in before["jobs"]] == [("a", "memory")]
+    assert [job["job_name"] for job in before["skipped"]] == ["c"]
+    code, out, _ = cli("recover", 1)
+    assert code == 0 and "torc run 1 goes on from here" in out
+    needs = {job["name"]: job["resource_requirements_id"]
+             for job in cli_json(cli, "jobs", "list", 1)["jobs"]}
+    assert needs["a"] != needs["b"]
+    assert start_run(ran.directory, 1, "--database", ran.client.path).wait(60) == 1
+    assert statuses(ran.client, 1) == {"a": "completed", "b": "completed", "c": "failed"}
+    code, _, err = cli("recover", 1)
+    assert code == 1 and "1 job failed for other reasons: --retry-unknown" in err
+    code, _, err = cli("recover", 1, "--recovery-hook", "test $TORC_WORKFLOW_ID = 2 #")
+    assert code == 1 and "so nothing was changed" in err
+    cli("recover", 1, "--recovery-hook", "test 1 =", ok=0)
+    assert statuses(ran.client, 1)["c"] == "ready"
+
+
+def test_watch_sees_the_end_of_a_workflow_without_slurm(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = write_spec(tmp_path, {"a": "sleep 1", "b": "exit 1"})
+    runner = start_run(tmp_path, spec)
+    until(lambda: (tmp_path / "torc_output" / "torc.db").exists()
+          and cli_json(cli, "workflows", "list")["workflows"])
+    code, _, err = cli("watch", 1)
+    assert code == 1 and "workflow 1 has ended: 1 completed, 1 failed" in err
+    assert runner.wait(20) == 1
+    assert "has ended" in next((tmp_path / "torc_output").glob("watch_*_wf1.log")).read_text()
+
+
+# ==================================================================================================
 # 12 Server
 # ==================================================================================================
 
@@ -3460,7 +3698,7 @@ def certificates(tmp_path_factory):
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test CA",
             "-days", "3650", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
-    for name, names, days in (("good", "DNS:localhost,IP:127.0.0.1", "30"),
+    for name, names, days in (("good", "DNS:localhost,DNS:kl1.hsn.test,IP:127.0.0.1", "30"),
                               ("other", "DNS:kl9.test,DNS:www.kl9.test", "30"),
                               ("expired", "DNS:localhost,IP:127.0.0.1", "-1")):
         openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=x")
@@ -4621,6 +4859,358 @@ def test_another_user_gets_nothing_without_the_password(cluster):
     seen = cluster.run("bash", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr "
                        "'\\0' ' '", user="other").stdout
     assert "torc.py server run" in seen and "long sentence" not in seen
+
+
+# ---- allocations
+
+SMALL = {"name": "small", "num_cpus": 1, "memory": "100m", "runtime": "PT1M"}
+PASSWORD = "a long sentence"
+MINE = ("TORC_USERNAME=hpcuser", f"TORC_PASSWORD={PASSWORD}")
+
+
+def allocation_spec(cluster, name, jobs, needs=(), actions=None, user="hpcuser", number=1,
+                    scheduler=(), **top):
+    """A specification whose jobs run in allocations; returns its path."""
+    path = cluster.directory / user / f"{name}.json"
+    path.write_text(json.dumps({
+        "name": name, "resource_requirements": [SMALL, *needs],
+        "slurm_schedulers": [{"name": "s", "account": "torc", "nodes": 1, "ntasks_per_node": 2,
+                              "walltime": "00:10:00", **dict(scheduler)}],
+        "jobs": [{"name": key, **({"resource_requirements": "small"} if needs != [] else {}),
+                  **({"command": job} if isinstance(job, str) else job)}
+                 for key, job in jobs.items()],
+        "actions": actions or [{"trigger_type": "on_workflow_start", "scheduler": "s",
+                                "action_type": "schedule_nodes", "scheduler_type": "slurm",
+                                "num_allocations": number}], **top}))
+    shutil.chown(path, user, user)
+    return path
+
+
+class Site:
+    """A server that compute nodes reach, and a user's commands on it from the login host, where
+    TORC_API_URL says localhost."""
+
+    def __init__(self, cluster, name, *options, env=(), user="hpcuser"):
+        self.cluster, self.name, self.user = cluster, name, user
+        self.output = cluster.directory / user / f"out_{name}"
+        port, self.said = cluster.server("--database", f"{name}.db", "--host", "0.0.0.0",
+                                         "--port", "0", *options, user=user)
+        self.port = port
+        self.env = [f"TORC_API_URL=http://localhost:{port}", *env]
+
+    def torc(self, *words, ok=True, timeout=90, env=()):
+        """Run a command; its completed process."""
+        done = self.cluster.torc(*words, env=["env", *self.env, *env], user=self.user,
+                                 timeout=timeout)
+        if ok:
+            assert done.returncode == 0, (words, done.stdout, done.stderr)
+        return done
+
+    def json(self, *words, **more):
+        """The JSON that a command prints."""
+        return json.loads(self.torc("-f", "json", *words, **more).stdout)
+
+    def submit(self, spec, *words, **more):
+        """Submit a specification; the ids of the Slurm jobs."""
+        return self.json("submit", spec, "-o", self.output, *words, **more)["slurm_jobs"]
+
+    def statuses(self, workflow_id=1):
+        """{job: status}."""
+        return {job["name"]: job["status"] for job in self.json("jobs", "list",
+                                                                workflow_id)["jobs"]}
+
+    def until(self, wanted, workflow_id=1, seconds=60):
+        """Wait until the jobs have these statuses."""
+        until(lambda: self.statuses(workflow_id) == wanted, seconds, str(wanted))
+
+    def logs(self):
+        """What the workers said, for messages of assertions."""
+        return "\n".join(path.read_text() for path in sorted(self.output.glob("*.e")))
+
+
+@pytest.mark.slurm
+def test_two_nodes_share_forty_jobs_though_the_submitter_says_localhost(cluster):
+    site = Site(cluster, "two")
+    jobs = {f"j{number}": "hostname; sleep 0.3" for number in range(40)}
+    site.submit(allocation_spec(cluster, "two", jobs, scheduler={"nodes": 2, "ntasks_per_node": 4}))
+    done = site.torc("wait", "1")
+    assert "40 completed" in done.stdout, site.logs()
+    hosts = [path.read_text().strip() for path in (site.output / "job_stdio").glob("*.o")]
+    assert set(hosts) == {"c1", "c2"} and len(hosts) == 40
+    nodes = site.json("compute-nodes", "list", 1)["compute_nodes"]
+    assert sorted(node["hostname"] for node in nodes) == ["c1", "c2"]
+    assert {node["compute_node_type"] for node in nodes} == {"slurm"}
+    until(lambda: [record["status"] for record in site.json(
+        "scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"]] == ["complete"])
+    assert not list(site.output.glob("*.sh")) and not list(site.output.glob("*.note"))
+    assert "COMPLETED" in site.torc("slurm", "sacct", 1).stdout
+
+
+@pytest.mark.slurm
+def test_a_server_on_loopback_is_refused_before_anything_is_submitted(cluster):
+    port, _ = cluster.server("--database", "loop.db", "--port", "0")
+    spec = allocation_spec(cluster, "loop", {"a": "true"})
+    env = ["env", f"TORC_API_URL=http://localhost:{port}"]
+    done = cluster.torc("submit", spec, env=env)
+    assert done.returncode == 1 and "torc-server run --host 0.0.0.0 --port" in done.stderr
+    assert json.loads(cluster.torc("-f", "json", "workflows", "list", env=env).stdout) == {
+        "workflows": []}
+    done = cluster.torc("submit", spec, "--database", "local.db")
+    assert done.returncode == 2 and "compute nodes cannot work on the database file" in done.stderr
+    done = cluster.torc("submit", spec, "--worker-url", f"http://{LOGIN}:{port}", "--dry-run", env=env)
+    assert f"slurm-job-runner http://{LOGIN}:{port}/torc-service/v1 " in done.stdout
+
+
+@pytest.mark.slurm
+def test_a_canceled_allocation_gives_its_jobs_back(cluster):
+    site = Site(cluster, "scancel")
+    [number] = site.submit(allocation_spec(cluster, "scancel", {
+        "a": 'test "$TORC_ATTEMPT_ID" = 2 || sleep 100', "b": "true"}))
+    site.until({"a": "running", "b": "completed"})
+    cluster.run("scancel", number)
+    site.until({"a": "ready", "b": "completed"})
+    [first] = [result for result in site.json("results", "list", 1, "--all-runs")["results"]
+               if result["job_id"] == 1]
+    assert (first["status"], first["return_code"]) == ("terminated", 143)
+    site.torc("slurm", "schedule-nodes", 1, "-o", site.output)
+    site.torc("wait", 1)
+    assert site.statuses() == {"a": "completed", "b": "completed"}
+
+
+@pytest.mark.slurm
+def test_at_the_time_limit_jobs_are_terminated_and_the_rest_stays_ready(cluster):
+    site = Site(cluster, "limit")
+    site.submit(allocation_spec(
+        cluster, "limit", {"a": "trap 'echo saved; exit 0' TERM; sleep 300 & wait",
+                           "b": "sleep 300", "c": "sleep 300"}, scheduler={"walltime": "00:01:00"}))
+    site.until({"a": "completed", "b": "terminated", "c": "ready"}, seconds=90)
+    assert site.torc("logs", 1, "--stdout").stdout == "saved\n"
+    assert [result["return_code"] for result in site.json("results", "list", 1)["results"]
+            if result["job_id"] == 2] == [152]
+    assert "152 (time limit)" in site.torc("why", 2).stdout
+
+
+@pytest.mark.slurm
+def test_steps_of_srun_are_told_apart_by_slurms_accounting(cluster):
+    site = Site(cluster, "steps")
+    big = "python3 -c 'x = bytearray(10**9); import time; time.sleep(9)'"
+    wide = {"name": "wide", "num_cpus": 1, "memory": "100m", "num_nodes": 2, "runtime": "PT1M"}
+    site.submit(allocation_spec(cluster, "steps", {
+        "a": "echo step $SLURM_STEP_ID on $(hostname); sleep 2", "b": "sleep 2", "c": "sleep 2",
+        "bad": "exit 3", "big": big,
+        "wide": {"command": "srun --overlap --mem=50 hostname", "resource_requirements": "wide"}},
+        [wide], execution_config={"mode": "slurm"}, scheduler={"nodes": 2, "ntasks_per_node": 1}))
+    site.torc("wait", 1, ok=False, timeout=120)
+    results = {result["job_id"]: (result["status"], result["return_code"])
+               for result in site.json("results", "list", 1)["results"]}
+    assert results == {1: ("completed", 0), 2: ("completed", 0), 3: ("completed", 0),
+                       4: ("failed", 3), 5: ("failed", 137), 6: ("completed", 0)}, site.logs()
+    assert "OUT_OF_MEMORY" in site.torc("why", 5).stdout
+    assert sorted(site.torc("logs", 6, "--stdout").stdout.split()) == ["c1", "c2"]
+    stats = until(lambda: (lambda rows: len(rows) == 5 and rows)(
+        site.json("slurm", "stats", 1)["slurm_stats"]), 40)
+    assert next(row for row in stats if row["job_id"] == 1)["max_rss_bytes"] > 0
+
+
+@pytest.mark.slurm
+def test_a_job_that_needs_more_memory_is_recovered_without_a_hand(cluster):
+    site = Site(cluster, "recover")
+    hungry = "python3 -c 'x = bytearray(140 * 2**20); import time; time.sleep(3)'"
+    site.submit(allocation_spec(cluster, "recover", {
+        "big": hungry, "small": "true", "after": {"command": "true", "depends_on": ["big"]}}))
+    done = site.torc("watch", 1, "--recover", "-o", site.output, timeout=150)
+    assert "runs again (it used" in done.stderr and "memory" in done.stderr
+    assert site.statuses() == {"big": "completed", "small": "completed", "after": "completed"}
+    needs = {record["name"]: record["memory"] for record in
+             site.json("resource-requirements", "list", 1)["resource_requirements"]}
+    assert needs["small"] == "100m"       # of jobs that did not fail
+    assert [name for name in needs if name.startswith("small_recovered")]
+
+
+@pytest.mark.slurm
+def test_a_worker_that_was_killed_is_found_out_and_its_jobs_run_again(cluster):
+    site = Site(cluster, "killed")
+    [number] = site.submit(allocation_spec(cluster, "killed", {
+        "a": 'test "$TORC_ATTEMPT_ID" = 2 || sleep 100', "b": "true"}))
+    site.until({"a": "running", "b": "completed"})
+    [node] = site.json("compute-nodes", "list", 1)["compute_nodes"]
+    os.kill(node["pid"], signal.SIGKILL)
+    until(lambda: f"Slurm job {number} has ended" in site.torc("status", 1).stdout)
+    assert "ready again" not in site.torc("workflows", "sync-status", 1, "--dry-run").stdout
+    assert site.statuses()["a"] == "running"
+    done = site.torc("watch", 1, "--auto-schedule", "-o", site.output, timeout=150)
+    assert "1 job ready again" in done.stderr and "allocation submitted" in done.stderr
+    assert site.statuses() == {"a": "completed", "b": "completed"}
+    assert [result["return_code"] for result in site.json("results", "list", 1, "--all-runs")[
+        "results"] if result["job_id"] == 1] == [-128, 0]
+
+
+@pytest.mark.slurm
+def test_workers_find_a_server_that_comes_back_on_another_port(cluster):
+    site = Site(cluster, "moved")
+    site.submit(allocation_spec(cluster, "moved", {"a": f"touch here; sleep 6",
+                                                   "b": {"command": "true", "depends_on": ["a"]}}))
+    site.until({"a": "running", "b": "blocked"})
+    cluster.stop()
+    moved = Site(cluster, "moved")
+    assert moved.port != site.port
+    moved.until({"a": "completed", "b": "completed"})
+    assert "the server is back" in moved.logs()
+
+
+@pytest.mark.slurm
+def test_later_allocations_are_asked_for_by_runners_and_by_the_owners_next_command(cluster):
+    site = Site(cluster, "later")
+    actions = [{"trigger_type": "on_workflow_start", "scheduler": "s", "scheduler_type": "slurm",
+                "action_type": "schedule_nodes"},
+               {"trigger_type": "on_jobs_ready", "scheduler": "s", "scheduler_type": "slurm",
+                "action_type": "schedule_nodes", "jobs": ["b"]}]
+    wide = {"name": "wide", "num_cpus": 3, "memory": "100m", "runtime": "PT1M"}
+    spec = allocation_spec(cluster, "later", {
+        "a": "true", "b": {"command": "true", "depends_on": ["a"], "resource_requirements": "wide"}},
+        [wide], actions, scheduler={"ntasks_per_node": 4})
+
+    def allocations(workflow_id):
+        return len(site.json("scheduled-compute-nodes", "list", workflow_id)[
+            "scheduled_compute_nodes"])
+
+    site.submit(spec)
+    site.torc("wait", 1)
+    assert allocations(1) == 2
+    # The same while no runner is there that could ask for them.
+    tools = cluster.directory / "tools"
+    tools.mkdir(exist_ok=True)
+    for name in ("bash", "true"):
+        with contextlib.suppress(FileExistsError):
+            (tools / name).symlink_to(shutil.which(name))
+    site.torc("create", spec)
+    done = site.torc("run", 2, "-o", site.output, "--num-cpus", 2, ok=False, env=[f"PATH={tools}"])
+    assert done.returncode == 3 and "asks for allocations: `torc submit 2`" in done.stderr
+    assert site.statuses(2) == {"a": "completed", "b": "ready"} and allocations(2) == 0
+    assert "1 allocation submitted" in site.torc("status", 2, "-o", site.output).stderr
+    site.torc("wait", 2)
+    assert site.statuses(2) == {"a": "completed", "b": "completed"} and allocations(2) == 1
+
+
+@pytest.mark.slurm
+def test_cancel_ends_the_allocations_that_live_and_no_others(cluster):
+    site = Site(cluster, "cancel")
+    ids = site.submit(allocation_spec(cluster, "cancel", {"a": "sleep 100"}, number=3,
+                                      scheduler={"ntasks_per_node": 4}))
+    site.until({"a": "running"})
+    answer = site.json("cancel", 1)
+    assert answer["status"] == "success" and set(answer["canceled_slurm_jobs"]) <= set(ids)
+    until(lambda: not cluster.run("squeue", "-h", "-j", ",".join(map(str, ids))).stdout.strip())
+    assert site.statuses() == {"a": "canceled"}
+    assert site.json("cancel", 1)["canceled_slurm_jobs"] == []
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("export", ["ALL", "NONE"])
+def test_the_password_reaches_workers_and_nobody_else(cluster, export):
+    home = cluster.directory / "hpcuser"
+    cluster.run("bash", "-c", f"echo '{PASSWORD}' | {cluster.python} {cluster.directory}/torc.py "
+                "htpasswd add -f users --password-stdin hpcuser")
+    site = Site(cluster, f"secret{export}", "--auth-file", "users", "--require-auth", env=MINE)
+    [number] = site.submit(allocation_spec(cluster, "secret", {"a": "echo treasure; sleep 4"}),
+                           "--keep-submission-scripts", env=[f"SBATCH_EXPORT={export}"])
+    site.until({"a": "running"})
+    seen = cluster.run("bash", "-c", f"scontrol show job {number}; scontrol write batch_script "
+                       f"{number} -; cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr "
+                       f"'\\0' ' '; cat {site.output}/*.sh {site.output}/.cred* {site.output}/*/*",
+                       user="other").stdout
+    assert f"JobId={number}" in seen and "slurm-job-runner" in seen
+    assert PASSWORD not in seen and "treasure" not in seen.replace("echo treasure", "")
+    [script] = site.output.glob("*.sh")
+    for path in site.output.rglob("*"):
+        if path.is_file() and ".credentials" not in path.name:
+            assert PASSWORD not in path.read_text(), path
+    assert script.stat().st_mode & 0o077 == 0 and site.output.stat().st_mode & 0o077 == 0
+    assert len(list(site.output.glob(".credentials*"))) == (export == "NONE")
+    for path in site.output.glob(".credentials*"):
+        assert path.stat().st_mode & 0o077 == 0
+    assert PASSWORD.encode() not in (home / f"secret{export}.db").read_bytes()
+    site.until({"a": "completed"})
+    until(lambda: not list(site.output.glob(".credentials*")))
+
+
+@pytest.mark.slurm
+def test_users_of_a_shared_server_are_kept_apart_unless_a_group_joins_them(cluster):
+    cluster.run("bash", "-c", "rm -f both; for user in hpcuser other; do echo \"$user's long sentence\" "
+                f"| sed s/$user/my/ | {cluster.python} {cluster.directory}/torc.py htpasswd add -f both "
+                "--password-stdin $user; done")
+    site = Site(cluster, "shared", "--auth-file", "both", "--require-auth", "--enforce-access-control",
+                "--admin-user", "hpcuser",
+                env=("TORC_USERNAME=hpcuser", "TORC_PASSWORD=my's long sentence"))
+    others = ["env", f"TORC_API_URL=http://{LOGIN}:{site.port}", "TORC_USERNAME=other",
+              "TORC_PASSWORD=my's long sentence"]
+    site.submit(allocation_spec(cluster, "shared", {"a": "true"}))
+    site.torc("wait", 1)
+    for words in (["workflows", "get", 1], ["jobs", "list", 1], ["cancel", 1], ["delete", 1, "--force"],
+                  ["run", 1]):
+        done = cluster.torc(*words, user="other", env=others)
+        assert done.returncode == 1 and "may not use workflow 1" in done.stderr, (words, done.stderr)
+    assert "No workflows" in cluster.torc("workflows", "list", "--all-users", user="other",
+                                          env=others).stdout
+    site.torc("access-groups", "create", "team")
+    site.torc("access-groups", "add-user", 2, "other")
+    site.torc("access-groups", "add-workflow", 1, 2)
+    assert cluster.torc("jobs", "list", 1, user="other", env=others).returncode == 0
+    done = cluster.torc("run", 1, user="other", env=others)
+    assert done.returncode == 2 and "--allow-owner hpcuser" in done.stderr
+    _, said = cluster.server("--database", "warned.db", "--port", "0", "--auth-file", "both",
+                             "--require-auth")
+    assert "--enforce-access-control keeps them apart" in said
+
+
+@pytest.mark.slurm
+def test_workers_speak_tls(cluster, certificates):
+    for name in ("good.pem", "good.key", "ca.pem"):
+        shutil.copy(certificates / name, cluster.directory / "hpcuser" / name)
+        shutil.chown(cluster.directory / "hpcuser" / name, "hpcuser", "hpcuser")
+    site = Site(cluster, "tls", "--https", "--tls-cert", "good.pem", "--tls-key", "good.key")
+    site.env = [f"TORC_API_URL=https://localhost:{site.port}", "TORC_TLS_CA_CERT=ca.pem"]
+    site.submit(allocation_spec(cluster, "tls", {"a": "true"}))
+    site.torc("wait", 1)
+    assert site.statuses() == {"a": "completed"}
+
+
+@pytest.mark.slurm
+def test_a_worker_that_reaches_nobody_says_why_in_status_and_why(cluster):
+    site = Site(cluster, "lost")
+    for note in (cluster.directory / "hpcuser" / ".torc" / "servers").iterdir():
+        note.unlink()                     # a home that compute nodes do not have
+    [number] = site.submit(allocation_spec(cluster, "lost", {"a": "true"}), "--worker-url",
+                           f"http://kl1:{site.port}", "--worker-url", f"http://{LOGIN}:9")
+    for words in (["status", 1], ["why", 1]):
+        said = until(lambda: (lambda text: "does not reach" in text and text)(
+            site.torc(*words).stdout), 30)
+        assert f"http://kl1:{site.port}/torc-service/v1: this machine does not know the name" in said
+        assert f"http://{LOGIN}:9/torc-service/v1: connection refused" in said
+    cluster.run("scancel", number)
+
+
+@pytest.mark.slurm
+def test_curl_on_a_compute_node_reaches_a_server_on_a_routable_name(cluster):
+    port, _ = cluster.server("--database", "curl.db", "--host", LOGIN, "--port", "0")
+    done = cluster.run("srun", "--time=1", "curl", "-s",
+                       f"http://{LOGIN}:{port}/torc-service/v1/workflows")
+    assert json.loads(done.stdout)["items"] == [], done.stderr
+    done = cluster.run("srun", "--time=1", "curl", "-sS", f"http://kl1:{port}/torc-service/v1/workflows")
+    assert done.returncode and "Could not resolve host" in done.stderr
+
+
+@pytest.mark.slurm
+def test_a_file_that_compute_nodes_do_not_see_is_named(cluster):
+    site = Site(cluster, "unseen")
+    spec = allocation_spec(cluster, "unseen", {"a": "true"})
+    text = site.torc("submit", spec, "--dry-run").stdout.partition("\n")[2]
+    script = cluster.directory / "hpcuser" / "unseen.sh"
+    script.write_text(text.replace(str(cluster.directory / "torc.py"), "/nowhere/torc.py"))
+    shutil.chown(script, "hpcuser", "hpcuser")
+    done = cluster.run("srun", "--time=1", "bash", script)
+    assert done.returncode and "/nowhere/torc.py cannot be read there: put torc on a file system" in \
+        done.stderr
 
 
 # ==================================================================================================

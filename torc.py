@@ -1298,31 +1298,37 @@ def check_execution(problems, top):
 
 
 def scheduler_misfits(reader):
-    """(path, sentence) for jobs that their Slurm scheduler could never run."""
+    """(path, sentence, whether it is sure) for jobs that their Slurm scheduler could never run, and
+    for those without one that none could run."""
     found = []
     schedulers, needs = (reader.records[name] for name in ("slurm_schedulers",
                                                            "resource_requirements"))
     for job, path in zip(reader.jobs, reader.paths["jobs"]):
-        if "scheduler" not in job or "resource_requirements" not in job:
+        if "resource_requirements" not in job:
             continue
-        one, need = schedulers[job["scheduler"]], needs[job["resource_requirements"]]
-        what = f'job "{job["name"]}"'
-        walltime = one.get("walltime", "01:00:00")
-        runtime = need.get("runtime", "PT1H")
-        if parse_duration(runtime) > parse_walltime(walltime):
-            found.append((path, f"{what}: runtime {runtime} is longer than the walltime {walltime} "
-                          f"of scheduler \"{one['name']}\""))
-        if one.get("mem") and parse_memory(need["memory"]) > slurm_memory(one["mem"]):
-            found.append((path, f"{what}: memory {need['memory']} is more than the mem "
-                          f"{one['mem']} of scheduler \"{one['name']}\""))
-        gpus = re.search(r"gpu(?::[A-Za-z]\w*)?:(\d+)", one.get("gres") or "")
-        if gpus and need.get("num_gpus", 0) > int(gpus[1]):
-            found.append((path, f"{what}: {need['num_gpus']} GPUs are more than the gres "
-                          f"{one['gres']} of scheduler \"{one['name']}\""))
-        if need.get("num_nodes", 1) > one.get("nodes", 1):
-            found.append((path, f"{what}: {need['num_nodes']} nodes are more than the "
-                          f"{one.get('nodes', 1)} of scheduler \"{one['name']}\""))
+        need = needs[job["resource_requirements"]]
+        sure = "scheduler" in job
+        own = [schedulers[job["scheduler"]]] if sure else schedulers
+        reasons = [misfits_of_scheduler(need, one) for one in own]
+        if reasons and all(reasons):
+            found += [(path, f'job "{job["name"]}": {reason}', sure) for reason in reasons[0]]
     return found
+
+
+def misfits_of_scheduler(need, one):
+    """Why requirements do not fit into an allocation of a Slurm scheduler, as phrases."""
+    walltime, runtime = one.get("walltime", "01:00:00"), need.get("runtime", "PT1H")
+    nodes, number = one.get("nodes", 1), need.get("num_nodes", 1)
+    gpus = re.search(r"gpu(?::[A-Za-z]\w*)?:(\d+)", one.get("gres") or "")
+    checks = (
+        (parse_duration(runtime) > parse_walltime(walltime),
+         f"runtime {runtime} is longer than the walltime {walltime}"),
+        (one.get("mem") and parse_memory(need["memory"]) > slurm_memory(one["mem"]),
+         f"memory {need['memory']} is more than the mem {one.get('mem')}"),
+        (gpus and need.get("num_gpus", 0) > int(gpus[1]),
+         f"{need.get('num_gpus')} GPUs are more than the gres {one.get('gres')}"),
+        (number > nodes, f"{number} nodes are more than the {nodes}"))
+    return [f"{text} of scheduler \"{one['name']}\"" for wrong, text in checks if wrong]
 
 
 def payload_of(reader, workflow):
@@ -1398,11 +1404,11 @@ def read_spec(path, text=None, skip_checks=False):
     reader = Reader(problems, top)
     reader.read()
     if not problems.found:
-        for where, sentence in scheduler_misfits(reader):
-            if skip_checks:
-                reader.warnings.append(sentence)
-            else:
+        for where, sentence, sure in scheduler_misfits(reader):
+            if sure and not skip_checks:
                 problems.add(where, sentence)
+            else:
+                reader.warnings.append(sentence)
     problems.raise_any()
     payload = payload_of(reader, workflow)
     return Spec(payload, spec_summary(reader, payload), warnings_of(reader, top))
@@ -1755,7 +1761,11 @@ class Store:
         self._readers = []
         self._host_lock = None
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            # Closing any descriptor of a database drops the locks that this process has on it.
+            if not os.path.isfile(self.path):
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            elif not os.access(self.path, os.R_OK | os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise Unreachable(f"database {path}: {error.strerror}: name another with "
                               "--database FILE") from None
@@ -3238,6 +3248,10 @@ def why_ready(store, job, canceled):
              for _, cpus, memory, gpus, count, _ in active or nodes[:1]]
     too_small = "" if not all(lacks) or not lacks else (
         f'needs {" and ".join(lacks[0])} (resource requirements "{need["name"]}")')
+    waiting = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ? AND"
+                        " status = 'pending'", (job.workflow_id,))[0]
+    if not active and waiting:
+        return f"it is ready and waits for {plural(waiting, 'allocation')} of Slurm to begin"
     if not active:
         start = f"no runner is at work on workflow {job.workflow_id}: torc run {job.workflow_id}"
         return f"it {too_small.replace('it has', f'the last runner, on {nodes[0][0]}, had')}; " \
@@ -7664,12 +7678,16 @@ class Runner:
         stopping = any(entry["stopping"] for entry in report["ready"])
         waited = idle_since is not None and time.monotonic() - idle_since >= self._patience_s()
         ignoring = answer["is_complete"] and not answer["is_canceled"]
-        if (others or report["scheduled"] or stopping or ignoring) and not waited:
+        if (others or self._coming(report) or stopping or ignoring) and not waited:
             return None
         if ignoring:
             return self._verdict()
         self.say(self._why_stuck(report, others))
         return 3
+
+    def _coming(self, report):
+        """How many allocations may bring other runners."""
+        return report["scheduled"]
 
     def _ask_for(self, what):
         """GET something of the workflow, however long it takes."""
@@ -8072,15 +8090,18 @@ def allocation_script(workflow, scheduler, name, request, words, environment=())
                "time": scheduler["walltime"], "nodes": scheduler["nodes"],
                "ntasks-per-node": scheduler.get("ntasks_per_node")}
     options.update({key: scheduler.get(key) for key in ("partition", "qos", "mem", "gres", "tmp")})
-    if not request.one_worker_per_node:              # srun would end the workers at once
+    # A second warning beside the worker's own clock. Slurm may send it a minute early; and srun,
+    # which stands before several workers, would end them at once.
+    if not request.one_worker_per_node and parse_walltime(scheduler["walltime"]) >= 300:
         options["signal"] = f"B:TERM@{max(1, int(limits.sigkill_headroom_s))}"
     options.update({str(key).lstrip("-"): value for key, value in defaults.items()
                     if options.get(str(key).lstrip("-")) is None or key == "signal"})
     lines = [sbatch_option(key, value) for key, value in options.items()]
     python, program = words[0], words[1]
     if request.one_worker_per_node:
-        words = ["srun", "--ntasks-per-node=1", "--overlap", "--cpu-bind=none", "--mem=0",
-                 "--kill-on-bad-exit=0", *words]
+        number = scheduler["nodes"]       # the allocation may have more tasks
+        words = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1",
+                 "--overlap", "--cpu-bind=none", "--mem=0", "--kill-on-bad-exit=0", *words]
     note = os.path.join(request.output_dir, f"worker_wf{workflow['id']}_sl")
     body = SCRIPT_BODY.format(
         workflow_id=workflow["id"], version=VERSION, words=" ".join(map(shlex.quote, words)),
@@ -8465,6 +8486,9 @@ class SlurmRunner(Runner):
             "type": "slurm", "scheduler_id": where.job_id, "node_index": where.node_index,
             "restarts": where.restarts}}
 
+    def _coming(self, report):
+        return max(0, report["scheduled"] - 1)       # one of them is this one
+
     def _environment(self):
         super()._environment()
         for name in ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"):      # srun takes one of three
@@ -8472,6 +8496,12 @@ class SlurmRunner(Runner):
 
     def _claim_values(self):
         return {"scheduler_config_id": self.config_id, "strict_scheduler_match": self.strict}
+
+    def _leave(self):
+        self.ended.set()
+        if self.steps:
+            self.accounts.finish()
+        super()._leave()
 
     # -- signals: Slurm sends SIGTERM before the time limit, and when the allocation is canceled
 
@@ -8612,20 +8642,25 @@ class Accounts:
         import queue
         self.runner = runner
         self.ended = queue.Queue()
-        self.thread = threading.Thread(target=self._loop, daemon=True)
-        self.off = False
+        self.thread = None
+        self.off = False                  # there is no accounting here
 
     def add(self, child, code, elapsed, usage, text):
         """A step has ended; a success is reported at once, its figures follow."""
         if code == 0:
             Runner._completed(self.runner, child, code, elapsed, usage, text)
-        if not self.thread.is_alive():
+        if not self.thread:
             self.thread = threading.Thread(target=self._loop, daemon=True)
             self.thread.start()
         self.ended.put((child, code, elapsed, usage, text))
 
+    def finish(self):
+        """Wait for the figures of the last steps; the runner has ended."""
+        if self.thread:
+            self.thread.join(2 * sum(self.PAUSES))
+
     def _loop(self):
-        """Until nothing has ended for a while."""
+        """Until the runner has ended and nothing is open."""
         import queue
         waiting = []
         client = self.runner.client.clone()
@@ -9640,7 +9675,7 @@ GROUPS = (
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
-    ("Clusters", "slurm slurm-job-runner"),
+    ("Clusters", "watch recover slurm slurm-job-runner"),
     ("Server and program", "server ping doctor htpasswd access-groups admin completions bundle"),
 )
 BRANCH_SUMMARIES = {
@@ -9660,7 +9695,7 @@ BRANCH_SUMMARIES = {
     "compute-nodes": "Runners of a workflow.",
     "scheduled-compute-nodes": "Allocations of a workflow.",
 }
-ABSENT = ("watch", "recover", "tui", "dash", "hpc", "remote", "plot-resources", "ro-crate",
+ABSENT = ("tui", "dash", "hpc", "remote", "plot-resources", "ro-crate",
           "config", "mcp-server")
 
 
@@ -10451,6 +10486,9 @@ def verdict(report):
     ending = f" ({bad})" if bad else ""
     if report["active_compute_nodes"] > len(report["dead_runners"]):
         return f"The workflow is in progress{ending}."
+    queued = report["active_scheduled_nodes"] + report["pending_scheduled_nodes"]
+    if queued:
+        return f"The workflow waits for {plural(queued, 'allocation')} of Slurm{ending}."
     new = by_status["uninitialized"]
     return (f"The workflow is not complete{ending}, and no runner is at work: torc run "
             f"{workflow_id}" + (f" (and torc workflows reinit {workflow_id} before, for "
@@ -12063,11 +12101,518 @@ def allocation_lines(client, workflow_id):
         else:
             left = "" if entry.phase == "pending" or entry.time_left_s is None else \
                 f", {format_duration(entry.time_left_s)} left"
-            text = f"is {entry.state.lower()} {entry.where}{left}"
+            where = "" if entry.where in ("(None)", "") else f" {entry.where}"
+            text = f"is {entry.state.lower()}{where}{left}"
         lines.append(f"Slurm job {number} {text}")
         lines += read_text(worker_note(record.get("output_dir") or DEFAULT_OUTPUT_DIR, workflow_id,
                                        number)).splitlines()
     return lines
+
+
+# ---- allocations for what is left
+
+def open_groups(client, workflow_id):
+    """What is left to run, as plan_allocations takes it: a group for each requirements and
+    whether the jobs can begin now."""
+    needs = {need["id"]: need for need in client.items("/resource_requirements",
+                                                       workflow_id=workflow_id)}
+    groups = {}
+    for status in ("ready", "blocked", "uninitialized"):
+        for job in client.items("/jobs", workflow_id=workflow_id, status=status):
+            key = job["resource_requirements_id"], status != "ready"
+            group = groups.setdefault(key, {
+                **{name: needs[key[0]][name] for name in (
+                    "name", "num_cpus", "memory", "num_gpus", "num_nodes", "runtime")},
+                "jobs": [], "ids": [], "deferred": key[1]})
+            group["jobs"].append(job["name"])
+            group["ids"].append(job["id"])
+    return list(groups.values())
+
+
+def former_account(client, workflow_id):
+    """The account that the workflow's schedulers or slurm_defaults name. Raises UsageError."""
+    defaults = json.loads(client.get(f"/workflows/{workflow_id}").get("slurm_defaults") or "{}")
+    accounts = [record["account"] for record in client.items("/slurm_schedulers",
+                                                             workflow_id=workflow_id)]
+    account = defaults.get("account") or (accounts or [None])[-1]
+    if not account:
+        raise UsageError(f"workflow {workflow_id} has no Slurm scheduler that names an account: "
+                         "take --account NAME")
+    return account
+
+
+def regenerate(args, client, workflow_id, submit=False, dry_run=False):
+    """Make Slurm schedulers for what is left to run of a workflow, and get allocations for what
+    can begin now; the rest is asked for when its jobs are ready.
+
+    Returns {"workflow_id", "dry_run", "schedulers": [...], "slurm_jobs": [...]}. Raises TorcError.
+    """
+    groups = open_groups(client, workflow_id)
+    if not groups:
+        raise TorcError(f"workflow {workflow_id} has no job that waits to run")
+    account = args.account or former_account(client, workflow_id)
+    stamp = time.strftime("regen_%Y%m%d_%H%M%S_")
+    plan = plan_allocations(groups, find_profile(args.profile), account,
+                            partition=args.partition, walltime=args.walltime, prefix=stamp)
+    ids = {name: number for group in groups for name, number in zip(group["jobs"], group["ids"])}
+    report = {"workflow_id": workflow_id, "dry_run": dry_run, "slurm_jobs": [], "schedulers": [
+        {**one["scheduler"], "num_allocations": one["num_allocations"], "jobs": len(one["jobs"]),
+         "trigger": one["trigger"]} for one in plan]}
+    if dry_run:
+        return report
+    request = worker_request(args, client) if submit else None
+    workflow = client.get(f"/workflows/{workflow_id}")
+    for one, shown in zip(plan, report["schedulers"]):
+        record = client.post("/slurm_schedulers", {**one["scheduler"], "workflow_id": workflow_id})
+        shown["id"] = record["id"]
+        for name in one["jobs"]:
+            client.put(f"/jobs/{ids[name]}", {"scheduler_id": record["id"]})
+        if one["trigger"] == "on_jobs_ready":
+            client.post(f"/workflows/{workflow_id}/actions", {
+                "workflow_id": workflow_id, "trigger_type": "on_jobs_ready",
+                "action_type": "schedule_nodes", "is_recovery": True,
+                "job_ids": [ids[name] for name in one["jobs"]],
+                "action_config": {"scheduler_type": "slurm", "scheduler_id": record["id"],
+                                  "num_allocations": one["num_allocations"]}})
+        elif submit:
+            report["slurm_jobs"] += submit_allocations(client, workflow, record,
+                                                       one["num_allocations"], request)
+    return report
+
+
+@command("slurm regenerate", WORKFLOW, *WORKERS,
+         opt("-a", "--account", metavar="NAME", help="default: that of its schedulers"),
+         opt("--profile", metavar="NAME", help="of torc hpc list (default: detected)"),
+         opt("--partition", metavar="NAME"),
+         opt("--walltime", type=checked_text(parse_walltime), metavar="TIME"),
+         opt("--submit", action="store_true", help="and get the allocations"), DRY_RUN,
+         example="torc slurm regenerate 3 --submit")
+def do_slurm_regenerate(args, client):
+    """Make Slurm schedulers anew for the jobs that are left to run."""
+    report = regenerate(args, client, args.workflow_id, args.submit, args.dry_run)
+    if args.format == "json":
+        print_json(report)
+        return
+    show_list(args, "schedulers", "scheduler", ("" if args.dry_run else "ID=id, ") +
+              "Name=name, Partition=partition, Nodes=nodes, Walltime=walltime, Mem=mem,"
+              " Allocations=num_allocations, Jobs=jobs, When=trigger", report["schedulers"],
+              f"workflow {args.workflow_id}")
+    if report["slurm_jobs"]:
+        print(submitted(len(report["slurm_jobs"]), report["slurm_jobs"]))
+    for one in report["schedulers"]:
+        if not args.submit and not args.dry_run and one["trigger"] == "on_workflow_start":
+            print(f"torc slurm schedule-nodes {args.workflow_id} --scheduler-config-id {one['id']} "
+                  f"-n {one['num_allocations']} gets the allocations of {one['name']}")
+
+
+# ---- after failures
+
+@command("workflows sync-status", WORKFLOW, OUTPUT_DIR, WORKER_URL, DRY_RUN,
+         example="torc workflows sync-status 3 --dry-run")
+def do_workflows_sync_status(args, client):
+    """Settle what dead runners and ended allocations left: their jobs, results, records."""
+    if args.dry_run:
+        said = settle_allocations(client, args.workflow_id, dry_run=True) + [
+            f"the runner with pid {node['pid']} has died" for node in client.items(
+                "/compute_nodes", workflow_id=args.workflow_id, is_active=True)
+            if is_dead_here(node)]
+    else:
+        said = release_dead_nodes(client, args.workflow_id, args.output_dir)
+        said += settle_allocations(client, args.workflow_id)
+        look_after(args, client, args.workflow_id)
+    if args.format == "json":
+        print_json({"workflow_id": args.workflow_id, "dry_run": args.dry_run, "changes": said})
+    else:
+        print("\n".join(said) or f"Workflow {args.workflow_id}: nothing to settle")
+
+
+class Diagnosis(NamedTuple):
+    """Why a job failed, and what it would need to succeed."""
+
+    job: dict
+    cause: str                            # memory, runtime, lost or unknown
+    text: str
+    need: dict                            # changed fields of its resource requirements
+
+
+def larger_memory(size, factor):
+    """A memory size for requirements, `factor` times as large, in whole MB or GB."""
+    megabytes = math.ceil(size * factor / 2**20)
+    return f"{megabytes // 1024}g" if megabytes % 1024 == 0 else f"{megabytes}m"
+
+
+def longer_runtime(seconds, factor):
+    """A runtime for requirements, `factor` times as long, in whole minutes."""
+    return f"PT{max(1, math.ceil(seconds * factor / 60))}M"
+
+
+def diagnose(job, result, need, limits, peak, memory_factor, runtime_factor):
+    """The Diagnosis of a job that failed or was terminated.
+
+    result, need: its records; peak: bytes, 0 if unknown. Memory: it was over its limit, or was
+    killed before 80 % of its runtime. Runtime: the time limit's code, or over 90 % of it.
+    """
+    code, spent = result["return_code"], result["exec_time_minutes"] * 60
+    limit, runtime = parse_memory(need["memory"]), parse_duration(need["runtime"])
+    known = need["name"] != "default"     # those requirements mean nothing
+    if known and peak > limit or code == limits.oom_exit_code and (
+            spent < 0.8 * runtime or not known):
+        if not known and not peak:
+            return Diagnosis(job, "unknown", "it was killed, perhaps for its memory; it has no "
+                             "resource requirements that could be raised", {})
+        more = larger_memory(max(limit if known else 0, peak), memory_factor)
+        used = f"used {format_bytes(peak)}" if peak else "was killed"
+        return Diagnosis(job, "memory", f"it {used}, its limit is {need['memory']}",
+                         {"memory": more})
+    if code == ORPHAN_RETURN_CODE:
+        return Diagnosis(job, "lost", "its runner died", {})
+    if job["status"] == "terminated" or code == limits.timeout_exit_code or (
+            known and spent > 0.9 * runtime):
+        if known and spent > 0.9 * runtime:
+            return Diagnosis(job, "runtime", f"it ran for {format_duration(spent)}, its runtime is "
+                             f"{need['runtime']}",
+                             {"runtime": longer_runtime(max(spent, runtime), runtime_factor)})
+        return Diagnosis(job, "lost", f"its allocation ended after {format_duration(spent)}", {})
+    return Diagnosis(job, "unknown", f"return code {code}", {})
+
+
+def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
+    """Diagnoses of all jobs that failed or were terminated."""
+    limits = read_limits(client.get(f"/workflows/{workflow_id}"))
+    needs = {need["id"]: need for need in client.items("/resource_requirements",
+                                                       workflow_id=workflow_id)}
+    results = {result["job_id"]: result for result in client.items("/results",
+                                                                   workflow_id=workflow_id)}
+    peaks = {}
+    for record in client.items("/slurm_stats", workflow_id=workflow_id):
+        key = record["job_id"], record["run_id"], record["attempt_id"]
+        peaks[key] = record.get("max_rss_bytes") or 0
+    found = []
+    for status in ("failed", "terminated", "pending_failed"):
+        for job in client.items("/jobs", workflow_id=workflow_id, status=status):
+            result = results.get(job["id"])
+            if not result:
+                found.append(Diagnosis(job, "unknown", "no result is kept", {}))
+                continue
+            key = job["id"], result["run_id"], result["attempt_id"]
+            peak = max(result.get("peak_memory_bytes") or 0, peaks.get(key, 0))
+            found.append(diagnose(job, result, needs[job["resource_requirements_id"]], limits,
+                                  peak, memory_factor, runtime_factor))
+    return found
+
+
+def check_recoverable(client, workflow_id):
+    """Raise Invalid unless the workflow has ended with failures and nobody works on it."""
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    left = client.get(f"/workflows/{workflow_id}/unfinished")
+    runners = len(left["active_nodes"])
+    moving = counted["ready"] + counted["pending"] + counted["running"]
+    if not counted["is_complete"] and moving and not (
+            counted["failed"] + counted["terminated"] + counted["pending_failed"]):
+        raise Invalid(f"cannot recover workflow {workflow_id}: nothing has failed, and "
+                      f"{plural(moving, 'job')} are ready or running")
+    if runners or left["scheduled"]:
+        raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, {runners} runners "
+                      f"and {left['scheduled']} allocations are at work or wait for it: torc cancel "
+                      f"{workflow_id} ends them, torc wait {workflow_id} waits")
+
+
+def apply_diagnoses(client, workflow_id, chosen):
+    """Give the jobs what they need and make them ready again, with what their failure canceled."""
+    groups = {}
+    for one in chosen:
+        key = one.job["resource_requirements_id"], compact(one.need)
+        groups.setdefault(key, []).append(one)
+    for (need_id, _), members in groups.items():
+        if members[0].need:
+            new_id = raise_need(client, workflow_id, need_id, members)
+            for one in members if new_id != need_id else ():
+                client.put(f"/jobs/{one.job['id']}", {"resource_requirements_id": new_id})
+    for one in chosen:
+        client.post(f"/jobs/{one.job['id']}/rerun")
+
+
+def raise_need(client, workflow_id, need_id, members):
+    """Raise resource requirements; a copy of them if other jobs, which did not fail, use them.
+
+    Returns the id of the requirements that the members are to have.
+    """
+    ids = {one.job["id"] for one in members}
+    need = client.get(f"/resource_requirements/{need_id}")
+    changed = {**need, **{name: max((one.need[name] for one in members), key=size_of(name))
+                          for name in members[0].need}}
+    others = any(job["resource_requirements_id"] == need_id and job["id"] not in ids
+                 for job in client.items("/jobs", workflow_id=workflow_id))
+    if not others and need["name"] != "default":
+        client.put(f"/resource_requirements/{need_id}", changed)
+        return need_id
+    taken = {record["name"] for record in client.items("/resource_requirements",
+                                                       workflow_id=workflow_id)}
+    base = re.sub(r"_recovered\d*$", "", need["name"])
+    name = next(name for number in itertools.count(1)
+                for name in [f"{base}_recovered{number}"] if name not in taken)
+    changed.pop("id")
+    return client.post("/resource_requirements", {**changed, "name": name})["id"]
+
+
+def size_of(name):
+    """What compares values of a field of resource requirements."""
+    return parse_memory if name == "memory" else parse_duration
+
+
+MULTIPLIER = bounded(float, 1, "a factor from 1 on")
+RECOVERY = (
+    opt("--memory-multiplier", type=MULTIPLIER, default=1.5, metavar="X",
+        help="for jobs that ran out of memory (default: 1.5)"),
+    opt("--retry-unknown", action="store_true", help="also jobs that failed for another reason"),
+    opt("--recovery-hook", metavar="COMMAND", help="run before, with the workflow's id as argument "
+        "and in TORC_WORKFLOW_ID; jobs that failed for another reason run again then"),
+    opt("--partition", metavar="NAME", help="of the new allocations"),
+    opt("--walltime", type=checked_text(parse_walltime), metavar="TIME", help="of those"),
+    opt("--account", "-a", metavar="NAME", help="for those (default: as before)"),
+    opt("--profile", metavar="NAME", help="of torc hpc list (default: detected)"))
+
+
+def run_hook(command, workflow_id, client):
+    """Run a recovery hook. Raises TorcError if it fails."""
+    import subprocess
+    environment = {**os.environ, **client.job_environment(), "TORC_WORKFLOW_ID": str(workflow_id)}
+    done = subprocess.run(["bash", "-c", f'{command} "$@"', "hook", str(workflow_id)],
+                          env=environment, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise TorcError(f"the recovery hook {command!r} ended with {done.returncode}, so nothing "
+                        "was changed")
+
+
+def recover_workflow(args, client, workflow_id):
+    """Make ready again what failed, with more memory or time where that was the cause, and get
+    allocations for it where the workflow has had some.
+
+    Returns {"workflow_id", "dry_run", "jobs": [...], "skipped": [...], "slurm_jobs": [...]}.
+    Raises Invalid: not recoverable, TorcError.
+    """
+    settle_dead(args, client, workflow_id)
+    check_recoverable(client, workflow_id)
+    found = diagnose_all(client, workflow_id, args.memory_multiplier, args.runtime_multiplier)
+    again = args.retry_unknown or args.recovery_hook
+    chosen = [one for one in found if one.cause != "unknown" or again]
+    report = {"workflow_id": workflow_id, "dry_run": bool(args.dry_run), "slurm_jobs": [],
+              **{key: [{"job_id": one.job["id"], "job_name": one.job["name"], "cause": one.cause,
+                        "text": one.text, **one.need} for one in some]
+                 for key, some in (("jobs", chosen), ("skipped", [
+                     one for one in found if one not in chosen]))}}
+    if not chosen or args.dry_run:
+        return report
+    on_slurm = had_allocations(client, workflow_id)
+    if on_slurm:                          # what cannot be done later must fail now
+        worker_request(args, client)
+    if args.recovery_hook:
+        run_hook(args.recovery_hook, workflow_id, client)
+    client.post(f"/workflows/{workflow_id}/reset_status", force=True)
+    apply_diagnoses(client, workflow_id, chosen)
+    if on_slurm:
+        report["slurm_jobs"] = regenerate(args, client, workflow_id, submit=True)["slurm_jobs"]
+    return report
+
+
+def had_allocations(client, workflow_id):
+    """Whether the workflow has run in allocations of Slurm."""
+    return bool(client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1)["items"])
+
+
+def show_recovery(args, report):
+    """Print what `recover` did or would do."""
+    if args.format == "json":
+        print_json(report)
+        return
+    for key, title in (("jobs", "run again" if report["dry_run"] is False else "would run again"),
+                       ("skipped", "failed for a reason that a new try does not mend "
+                                   "(--retry-unknown tries all the same)")):
+        if report[key]:
+            rows = [{**row, "change": ", ".join(f"{name} {row[name]}" for name in (
+                "memory", "runtime") if name in row)} for row in report[key]]
+            show_list(args, "jobs", "job", "Job ID=job_id, Name=job_name, Cause=cause, Why=text,"
+                      " New=change", rows, f"workflow {report['workflow_id']} that {title}")
+    if report["slurm_jobs"]:
+        print(submitted(len(report["slurm_jobs"]), report["slurm_jobs"]))
+    elif report["jobs"] and not report["dry_run"]:
+        print(f"torc run {report['workflow_id']} goes on from here")
+
+
+@command("recover", WORKFLOW, *WORKERS, *RECOVERY,
+         opt("--runtime-multiplier", type=MULTIPLIER, default=1.4, metavar="X",
+             help="for jobs that ran out of time (default: 1.4)"),
+         NO_PROMPTS, DRY_RUN, example="torc recover 3 --dry-run")
+def do_recover(args, client):
+    """Run again what failed, with more memory or time where that was the cause."""
+    if not args.dry_run and not args.no_prompts and can_ask():
+        wished, args.dry_run = args.dry_run, True
+        report = recover_workflow(args, client, args.workflow_id)
+        args.dry_run = wished
+        show_recovery(args, report)
+        if report["jobs"]:
+            confirm(f"Run {plural(len(report['jobs']), 'job')} again?", False)
+    report = recover_workflow(args, client, args.workflow_id)
+    if not report["jobs"]:
+        show_recovery(args, report)
+        number = len(report["skipped"])
+        raise TorcError(f"workflow {args.workflow_id}: nothing to recover" + (
+            f", {plural(number, 'job')} failed for other reasons: --retry-unknown runs them again"
+            if number else ""))
+    show_recovery(args, report)
+
+
+# ---- watching
+
+class Watcher:
+    """Looks after a workflow until it ends: `torc watch`."""
+
+    def __init__(self, args, client):
+        self.args, self.client = args, client
+        self.workflow_id = args.workflow_id
+        self.watch = Watch()
+        self.retries = 0
+        self.scheduled_at = -math.inf     # when allocations were asked for last,
+        self.ready_since = None           # since when jobs are ready and none is there
+        self.told = None
+        os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
+        import socket
+        self.log = os.path.join(args.output_dir,
+                                f"watch_{socket.gethostname()}_wf{self.workflow_id}.log")
+
+    def say(self, sentence, level="info"):
+        """A line for the user and the log."""
+        tell(self.args, sentence, level)
+        with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
+            file.write(f"[{iso_time(time.time())}] {clean(sentence)}\n")
+
+    def run(self):
+        """Watch; returns the exit code."""
+        path = f"/workflows/{self.workflow_id}"
+        generation = -1
+        while True:
+            try:
+                news = self.client.get(f"{path}/changes", since=generation, wait_s=math.ceil(
+                    min(60, self.args.poll_interval)) if generation >= 0 else None)
+                generation = news["generation"]
+                self.look()
+                if news["is_complete"]:
+                    code = self.at_end()
+                    if code is not None:
+                        return code
+                    generation = -1
+            except Unreachable as error:
+                self.say(f"{error}; trying again", "warn")
+                time.sleep(10)            # a server that comes back tells nobody
+
+    def look(self):
+        """One look at runners and allocations."""
+        client, workflow_id = self.client, self.workflow_id
+        try:
+            said = release_dead_nodes(client, workflow_id, self.args.output_dir)
+            for sentence in said + settle_allocations(client, workflow_id, self.watch):
+                self.say(sentence)
+        except Unreachable:
+            raise
+        except TorcError as error:        # Slurm's controller is away
+            self.say(f"allocations were not looked at: {error}", "warn")
+        look_after(self.args, client, workflow_id)
+        counted = client.get(f"/workflows/{workflow_id}/counts")
+        if self.args.show_job_counts:
+            text = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
+            if text != self.told:
+                self.say(text)
+            self.told = text
+        if self.args.auto_schedule:
+            self.schedule(counted)
+        elif not counted["is_complete"]:
+            _, hint = prospects(client, workflow_id)
+            if hint and hint != self.told:
+                self.say(hint)
+                self.told = hint
+
+    def schedule(self, counted):
+        """--auto-schedule: allocations for ready jobs that nobody runs."""
+        args, now = self.args, time.monotonic()
+        left = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
+        ready = counted["ready"]
+        if not ready:
+            self.ready_since = None
+            return
+        self.ready_since = self.ready_since or now
+        nobody = not left["active_nodes"] and not left["scheduled"]
+        retried = sum(job["attempt_id"] > 1 for job in self.client.items(
+            "/jobs", workflow_id=self.workflow_id, status="ready")) if not nobody else 0
+        stranded = args.auto_schedule_stranded_timeout
+        due = nobody or now - self.scheduled_at >= args.auto_schedule_cooldown and (
+            retried >= args.auto_schedule_threshold
+            or retried and stranded and now - self.ready_since >= stranded)
+        if due and not counted["is_canceled"]:
+            self.scheduled_at = now
+            made = regenerate(args, self.client, self.workflow_id, submit=True)
+            self.say(f"{plural(ready, 'job')} are ready and nobody runs them: "
+                     + submitted(len(made["slurm_jobs"]), made["slurm_jobs"]))
+
+    def at_end(self):
+        """The workflow is complete: the exit code, or None if it goes on after a recovery."""
+        client, workflow_id = self.client, self.workflow_id
+        counted = client.get(f"/workflows/{workflow_id}/counts")
+        text = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
+        code = end_code(counted)
+        most = self.args.max_retries
+        if code == 0 or counted["is_canceled"] or not self.args.recover:
+            self.say(f"workflow {workflow_id} has ended: {text}")
+            return code
+        if most is not None and self.retries >= most:
+            self.say(f"workflow {workflow_id} has ended after {plural(most, 'recovery')}: {text}",
+                     "error")
+            return 1
+        left = client.get(f"/workflows/{workflow_id}/unfinished")
+        if left["active_nodes"] or left["scheduled"]:
+            time.sleep(1)                 # workers are on their way out
+            return None
+        self.args.dry_run = False
+        report = recover_workflow(self.args, client, workflow_id)
+        self.retries += 1
+        for row in report["jobs"]:
+            change = ", ".join(f"{name} {row[name]}" for name in ("memory", "runtime")
+                               if name in row)
+            self.say(f"job {row['job_id']} \"{row['job_name']}\" runs again ({row['text']}"
+                     + (f"; now {change})" if change else ")"))
+        if not report["jobs"]:
+            self.say(f"workflow {workflow_id} has ended and cannot be recovered: {text}; --retry-"
+                     "unknown runs again what failed for other reasons", "error")
+            return 1
+        self.say(submitted(len(report["slurm_jobs"]), report["slurm_jobs"])
+                 if report["slurm_jobs"] else f"torc run {workflow_id} goes on from here")
+        return None
+
+
+@command("watch", WORKFLOW, OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, *RECOVERY,
+         opt("-p", "--poll-interval", type=bounded(float, 1, "a number of seconds"), default=60.0,
+             metavar="S", help="Slurm is asked as often (default: 60); the end is seen at once"),
+         opt("-r", "--recover", action="store_true", help="when it ends with failures, run again "
+             "what failed, with more memory or time where that was the cause"),
+         opt("--max-retries", type=COUNT, metavar="N", help="recover so many times (default: no "
+             "limit)"),
+         opt("--runtime-multiplier", type=MULTIPLIER, default=1.5, metavar="X",
+             help="for jobs that ran out of time (default: 1.5)"),
+         opt("-s", "--show-job-counts", action="store_true"),
+         opt("--auto-schedule", action="store_true", help="get allocations for ready jobs that "
+             "nobody runs"),
+         opt("--auto-schedule-threshold", type=COUNT, default=5, metavar="N", help="also, while "
+             "others run, for so many jobs that are tried again (default: 5)"),
+         opt("--auto-schedule-cooldown", type=COUNT, default=1800, metavar="S",
+             help="that not more often than this (default: 1800)"),
+         opt("--auto-schedule-stranded-timeout", type=COUNT, default=7200, metavar="S",
+             help="for fewer of them after this time; 0: never (default: 7200)"),
+         example="torc watch 3 --recover")
+def do_watch(args, client):
+    """Look after a workflow until it ends: dead runners, ended allocations, recovery.
+
+    Exit code 0: all completed; 1: some failed or were canceled, or could not be recovered.
+    """
+    return Watcher(args, client).run()
 
 
 # ---- passwords, groups
