@@ -3845,6 +3845,101 @@ def test_a_server_that_took_the_port_is_asked_nothing(tmp_path):
     second.stop()
 
 
+# ---- in the background
+
+@pytest.fixture
+def background(tmp_path):
+    """background(*words) -> the completed process of `torc server ...`; what it started is ended."""
+    def run(*words):
+        return subprocess.run([PYTHON, TORC, "server", *map(str, words)], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=60)
+
+    yield run
+    run("stop")
+
+
+def daemon_pid():
+    """The pid in the pid file."""
+    return int((Path.home() / ".torc" / "torc-server.pid").read_text())
+
+
+def test_a_server_goes_to_the_background_and_is_ended_again(background, tmp_path):
+    started = background("run", "--daemon", "--port", 0, "--database", "a.db")
+    assert started.returncode == 0 and re.fullmatch(r"TORC_SERVER_PORT=\d+\n", started.stdout)
+    assert "the server runs in the background" in started.stderr
+    port, pid = int(started.stdout.split("=")[1]), daemon_pid()
+    client = torc.Client(f"http://127.0.0.1:{port}", "tester")
+    assert client.get("/ping") == {"status": "ok"}
+    assert os.getsid(pid) == pid          # no terminal's end reaches it
+    os.kill(pid, signal.SIGHUP)
+    assert client.get("/ping") == {"status": "ok"}
+    client.close()
+    assert all(os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/null" for fd in range(3))
+    found = json.loads(background("status", "-f", "json").stdout)
+    assert found["pid"] == pid and found["database"] == str(tmp_path / "a.db")
+    again = background("run", "--daemon", "--port", 0, "--database", "b.db")
+    assert again.returncode == 1 and f"runs in the background already (pid {pid}" in again.stderr
+    home = Path.home() / ".torc"
+    for path in [home, *home.rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert background("stop").returncode == 0
+    assert not (home / "torc-server.pid").exists() and not list((home / "servers").iterdir())
+    assert background("status").returncode == 1
+    assert "no server runs in the background" in background("stop").stderr
+
+
+def test_a_killed_server_in_the_background_is_followed_by_another(background):
+    assert background("run", "--daemon", "--port", 0, "--database", "a.db").returncode == 0
+    pid = daemon_pid()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: torc.process_start(pid) is None)
+    assert background("run", "--daemon", "--port", 0, "--database", "a.db").returncode == 0
+    assert daemon_pid() != pid
+
+
+def test_the_pid_of_a_stranger_is_left_alone(background, tmp_path):
+    stranger = subprocess.Popen(["bash", "-c", "exec -a 'server run' sleep 60"])
+    try:
+        path = tmp_path / "pid"
+        path.write_text(f"{stranger.pid}\n")
+        os.utime(path, (1, 1))            # the file is older than the process
+        assert "names none that lives" in background("stop", "--pid-file", path).stderr
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--database", "/nowhere/x.db", "--port", "0"], "database /nowhere/x.db: No such file"),
+    (["--require-auth", "--port", "0"], "--require-auth needs --auth-file"),
+    (["--host", "no-such-host.invalid"], "the host name 'no-such-host.invalid' is unknown")])
+def test_a_failure_in_the_background_is_told_in_the_foreground(background, words, message):
+    done = background("run", "--daemon", *words)
+    assert done.returncode == 1 and message in done.stderr and done.stdout == ""
+    assert not (Path.home() / ".torc" / "torc-server.pid").exists()
+
+
+def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
+    monkeypatch.setattr(torc, "systemctl", lambda user, *words: (None, "systemd does not run here"))
+    text = cli_json(cli, "server", "service", "install", "--user", "--dry-run", "--host", "0.0.0.0",
+                    "--database", "my 100% $x.db", "--admin-user", "a", "--admin-user", "b")["unit"]
+    line = re.search(r"ExecStart=(.*)", text)[1]
+    import shlex
+    words = [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(line)]
+    assert words == [PYTHON, TORC, "server", "run", "--host", "0.0.0.0", "--database",
+                     os.path.abspath("my 100% $x.db"), "--log-dir", str(Path.home() / ".torc/logs"),
+                     "--admin-user", "a", "--admin-user", "b"]
+    path = Path.home() / ".config/systemd/user/torc-server.service"
+    assert not path.exists()
+    code, _, err = cli("server", "service", "install", "--user")
+    assert code == 0 and path.exists() and "`systemctl --user enable --now torc-server.service` is to " \
+        "be run where it does" in err
+    assert cli("server", "service", "uninstall", "--user")[0] == 0 and not path.exists()
+    code, _, err = cli("server", "service", "start", "--user")
+    assert code == 1 and "torc server service install makes it" in err
+
+
 # ==================================================================================================
 # 14 Command line
 # ==================================================================================================

@@ -261,6 +261,14 @@ def iso_time(seconds):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
 
 
+def local_time(value):
+    """Seconds since the epoch (or milliseconds, or a text) as local time."""
+    if isinstance(value, str):
+        return value
+    seconds = value / 1000 if value > 1e11 else value
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 def nearest(word, known):
     """The name in `known` most like `word`, as ' (did you mean "x"?)', or ''."""
     import difflib
@@ -9302,12 +9310,199 @@ def server_access(args, log):
     return Access(gate, args.enforce_access_control)
 
 
+# ---- in the background
+
+class ServerProcess(NamedTuple):
+    """A server that runs in the background."""
+
+    pid: int
+    since: float                          # seconds since the epoch
+    urls: tuple                           # as its note tells them
+    database: str
+
+
+def default_pid_file():
+    """Where the pid of a server in the background is kept, unless --pid-file says otherwise."""
+    return os.path.join(torc_home(), "torc-server.pid")
+
+
+def running_server(pid_file):
+    """The ServerProcess that a pid file names, None if that has ended.
+
+    A process that began after the file was written has only taken over the number.
+    """
+    text = read_text(pid_file)
+    ticks = process_start(int(text)) if text.isdigit() else None
+    if ticks is None or b"server" not in read_bytes(f"/proc/{text}/cmdline"):
+        return None
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    since = boot + ticks / os.sysconf("SC_CLK_TCK")
+    if since > os.stat(pid_file).st_mtime + 1:
+        return None
+    notes = os.path.join(torc_home(), "servers")
+    for name in os.listdir(notes) if os.path.isdir(notes) else ():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            with open(os.path.join(notes, name), encoding="utf-8") as file:
+                note = json.load(file)
+            if note["pid"] == int(text):
+                return ServerProcess(int(text), since, tuple(note["urls"]), note["database"])
+    return ServerProcess(int(text), since, (), "")
+
+
+def read_bytes(path):
+    """A file's bytes, or none if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def wait_for_end(pid, seconds):
+    """Whether a process, which need not be our child, ends within so many seconds."""
+    import select
+    deadline = time.monotonic() + seconds
+    try:
+        handle = os.pidfd_open(pid)
+        try:
+            poller = select.poll()
+            poller.register(handle, select.POLLIN)
+            return bool(poller.poll(1000 * seconds))
+        finally:
+            os.close(handle)
+    except ProcessLookupError:
+        return True
+    except (OSError, AttributeError):     # a kernel before 5.3
+        while process_start(pid) is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return process_start(pid) is None
+
+
+def go_to_background(args):
+    """Fork for --daemon: returns (None, exit code) in the process that was started by the user,
+    and (function to call when the server is ready, None) in the one that is to serve.
+
+    The first waits until the second is ready or has failed; until then both write to the same
+    stderr, so that a failure looks like one in the foreground. Raises Conflict if the pid file
+    names a server that runs.
+    """
+    import signal
+    args.pid_file = os.path.abspath(args.pid_file or default_pid_file())
+    other = running_server(args.pid_file)
+    if other:
+        where = f" at {other.urls[0]}" if other.urls else ""
+        raise Conflict(f"a server runs in the background already (pid {other.pid}{where}, since "
+                       f"{local_time(other.since)}): torc server stop ends it, --pid-file FILE is "
+                       "for one more")
+    args.log_dir = os.path.abspath(args.log_dir or os.path.join(torc_home(), "logs"))
+    os.makedirs(os.path.dirname(args.pid_file), mode=0o700, exist_ok=True)
+    os.makedirs(args.log_dir, mode=0o700, exist_ok=True)
+    read_end, write_end = os.pipe()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        os.close(write_end)
+        with open(read_end, "rb") as pipe:
+            ready = pipe.read(1)
+        if ready:
+            return None, 0
+        return None, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(read_end)
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def ready():
+        write_private(args.pid_file, f"{os.getpid()}\n")
+        print(f"torc: the server runs in the background (pid {os.getpid()}), its log is "
+              f"{os.path.join(args.log_dir, 'torc-server.log')}; torc server stop ends it"
+              + logout_hint(), file=sys.stderr, flush=True)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.write(write_end, b"r")
+        os.close(write_end)
+
+    return ready, None
+
+
+def logout_hint():
+    """What to do where logging out ends what a user has started (logind.conf(5)), or ""."""
+    import shutil
+    if not os.path.isdir("/run/systemd/system") or not shutil.which("loginctl"):
+        return ""
+    with contextlib.suppress(TorcError, OSError):
+        if run_program(["loginctl", "show-user", str(os.getuid()), "-p", "Linger"], 5)[1].strip() \
+                == "Linger=yes":
+            return ""
+    return ("\ntorc: if it ends when you log out, this machine ends what its users leave behind: "
+            f"`loginctl enable-linger {user_name()}` allows it, if the site does")
+
+
+# ---- service: systemd
+
+UNIT_NAME = "torc-server.service"
+UNIT = """\
+[Unit]
+Description=Torc workflow server
+After=network-online.target
+
+[Service]
+Type=simple
+ExecStart={command}
+WorkingDirectory={directory}
+Restart=on-failure
+RestartSec=5
+UMask=0077
+
+[Install]
+WantedBy={target}
+"""
+
+
+def unit_word(word):
+    """A word of ExecStart as systemd reads it back: systemd.syntax(7), systemd.service(5)."""
+    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{word}"' if re.search(r"[^\w@%+=:,./$-]", word) or not word else word
+
+
+def unit_text(words, directory, user):
+    """The unit that starts a server with these words. user: for one user, not for the system."""
+    return UNIT.format(command=" ".join(map(unit_word, words)),
+                       directory=directory.replace("%", "%%"),
+                       target="default.target" if user else "multi-user.target")
+
+
+def unit_path(user):
+    """Where the unit is kept."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(home, "systemd", "user", UNIT_NAME) if user else \
+        os.path.join("/etc/systemd/system", UNIT_NAME)
+
+
+def systemctl(user, *words):
+    """(exit code, what it said) of systemctl; (None, why) where systemd does not run."""
+    import shutil
+    if not shutil.which("systemctl") or not os.path.isdir("/run/systemd/system"):
+        return None, "systemd does not run here"
+    code, out, err = run_program(["systemctl", *(["--user"] if user else []), *words], 60)
+    return code, (out + err).strip()
+
+
+# ---- serving
+
 def serve(args):
     """Run the server until SIGINT or SIGTERM; returns the exit code.
 
-    args: host, port, database, threads, log_level, log_dir, json_logs.
+    args: host, port, database, threads, log_level, log_dir, json_logs, daemon, pid_file, and the
+    options on passwords and TLS.
     """
     import signal
+    os.umask(0o077)                       # logs and notes are the user's own
+    ready = None
+    if args.daemon:
+        ready, code = go_to_background(args)
+        if not ready:
+            return code
     try:
         from waitress.server import create_server
     except ImportError:
@@ -9355,12 +9550,17 @@ def serve(args):
         signal.signal(number, end)
     try:
         announce(args, port, application, [local_url(scheme, sockets), *application.urls])
+        if ready:
+            ready()
+            log.handlers = [handler for handler in log.handlers if hasattr(handler, "baseFilename")]
         server.run()                      # ends by SystemExit, after requests at work are answered
     except SystemExit:
         pass
     finally:
         store.close()
         remove_note(note)
+        if ready and read_text(args.pid_file) == str(os.getpid()):
+            os.unlink(args.pid_file)
         log.info("stopped")
     return 0
 
@@ -9566,9 +9766,11 @@ def branches():
     """Command words that others follow, such as "jobs"; {word: [words that follow]}."""
     found = {}
     for name in COMMANDS:
-        first, _, second = name.partition(" ")
-        if second:
-            found.setdefault(first, []).append(second)
+        words = name.split()
+        for index in range(1, len(words)):
+            following = found.setdefault(" ".join(words[:index]), [])
+            if words[index] not in following:
+                following.append(words[index])
     return found
 
 
@@ -9682,6 +9884,7 @@ BRANCH_SUMMARIES = {
     "htpasswd": "The server's password file: add, remove, list and verify users.",
     "access-groups": "Groups of users with whom workflows are shared.",
     "admin": "For admins of a server.",
+    "server service": "The server as a service of systemd.",
     "slurm": "Slurm: schedulers of a workflow, allocations, accounting.",
     "workflows": "Workflows: list, reset, initialize, archive.",
     "jobs": "Jobs: list, change, cancel, run again.",
@@ -9748,14 +9951,6 @@ def unknown_command(name, word):
 def clean(text):
     """A text that cannot move the terminal's cursor or break a line."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
-
-
-def local_time(value):
-    """Seconds since the epoch (or milliseconds, or a text) as local time."""
-    if isinstance(value, str):
-        return value
-    seconds = value / 1000 if value > 1e11 else value
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 CELLS = {"st_mtime": local_time, "timestamp": local_time, "peak_memory_bytes": format_bytes,
@@ -12927,7 +13122,7 @@ def fish_completion():
     for name, rest in words.items():
         for word in rest:
             if word[:1] != "-":
-                summary = COMMANDS[f"{name} {word}".strip()].summary if name else summary_of(word)
+                summary = summary_of(f"{name} {word}".strip())
                 lines.append(f"complete -c torc -f -n {fish_text(f'__torc_at {fish_text(name)}')}"
                              f" -a {word} -d {fish_text(summary)}")
     for found in COMMANDS.values():
@@ -12993,7 +13188,13 @@ SERVER_OPTIONS = (
 )
 
 
-@command("server run", *SERVER_OPTIONS, client=False,
+PID_FILE = opt("--pid-file", metavar="FILE", help="of a server in the background (default: "
+               "~/.torc/torc-server.pid)")
+DAEMON = (opt("--daemon", action="store_true", help="go on in the background, when it serves"),
+          PID_FILE)
+
+
+@command("server run", *SERVER_OPTIONS, *DAEMON, client=False,
          example="torc server run --host 0.0.0.0 --port 8080 --database torc.db")
 def do_server(args, client):
     """Serve workflows over HTTP until interrupted."""
@@ -13006,6 +13207,133 @@ def do_server(args, client):
 
 
 COMMANDS["server"] = COMMANDS["server run"]._replace(name="server")
+
+
+@command("server stop", PID_FILE, client=False, example="torc server stop")
+def do_server_stop(args, client):
+    """End a server that runs in the background."""
+    import signal
+    path = args.pid_file or default_pid_file()
+    found = running_server(path)
+    if not found:
+        raise NotFound(f"no server runs in the background: {path} "
+                       + ("names none that lives" if os.path.exists(path) else "does not exist"))
+    os.kill(found.pid, signal.SIGTERM)
+    if not wait_for_end(found.pid, 60):
+        raise TorcError(f"the server (pid {found.pid}) has not ended within a minute: it waits for "
+                        f"requests at work; kill -9 {found.pid} loses nothing that was answered")
+    say(args, f"The server (pid {found.pid}) has ended", pid=found.pid, status="stopped")
+
+
+@command("server status", PID_FILE, client=False, example="torc server status")
+def do_server_status(args, client):
+    """Say whether a server runs in the background, and where; exit code 1 if none does."""
+    found = running_server(args.pid_file or default_pid_file())
+    if not found:
+        say(args, "No server runs in the background", running=False)
+        return 1
+    say(args, f"A server runs in the background: pid {found.pid}, since {local_time(found.since)}"
+        + (f", {found.database}, at {', '.join(found.urls)}" if found.urls else ""),
+        running=True, pid=found.pid, since=iso_time(found.since), urls=list(found.urls),
+        database=found.database)
+    return 0
+
+
+# ---- the server as a service
+
+USER_UNIT = opt("--user", action="store_true", help="of yours, not of the system")
+
+
+def service_step(args, *words):
+    """Let systemd do something; says so, or that it must be done later."""
+    code, said = systemctl(args.user, *words)
+    line = " ".join(["systemctl", *(["--user"] if args.user else []), *words])
+    if code is None:
+        tell(args, f"{said}: `{line}` is to be run where it does; `torc server run --daemon` needs "
+                   "no systemd", "warn")
+    elif code:
+        raise TorcError(f"{line}: {said}")
+    return said
+
+
+def server_words(args):
+    """The command line of the server that the options of `service install` ask for."""
+    words = [*own_command(), "server", "run"]
+    usual = {"host": "127.0.0.1", "port": DEFAULT_PORT, "threads": 8, "log_level": "info",
+             "credential_cache_ttl_secs": 60.0}
+    for flags, settings in SERVER_OPTIONS:
+        name = dests([(flags, settings)])[0]
+        value = getattr(args, name)
+        flag = next(flag for flag in flags if flag[:2] == "--")
+        if value is None or value is False or value == usual.get(name):
+            continue
+        if name in ("auth_file", "tls_cert", "tls_key", "database", "log_dir"):
+            value = os.path.abspath(value)
+        for one in value if isinstance(value, list) else [value]:
+            words += [flag] if one is True else [flag, str(one)]
+    return words
+
+
+@command("server service install", *SERVER_OPTIONS, USER_UNIT, DRY_RUN, client=False,
+         example="torc server service install --user --host 0.0.0.0 --auth-file users --require-auth")
+def do_service_install(args, client):
+    """Let systemd run the server, also after a restart of the machine."""
+    if not sys.platform.startswith("linux"):
+        raise TorcError("services are for Linux with systemd: take torc server run --daemon")
+    if not args.user and os.geteuid() != 0 and not args.dry_run:
+        raise Forbidden("a service of the system needs root: take --user for one of your own")
+    home = torc_home() if args.user else "/var/lib/torc"
+    args.database = args.database or os.path.join(home, "torc.db")
+    args.log_dir = args.log_dir or (os.path.join(home, "logs") if args.user else "/var/log/torc")
+    text, path = unit_text(server_words(args), home, args.user), unit_path(args.user)
+    if args.dry_run:
+        say(args, f"# {path}\n{text}", path=path, unit=text, dry_run=True)
+        return
+    for directory in (home, args.log_dir):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_private(path, text)
+    say(args, f"Wrote {path}", path=path, unit=text)
+    service_step(args, "daemon-reload")
+    service_step(args, "enable", "--now", UNIT_NAME)
+    if args.user:
+        tell(args, f"`loginctl enable-linger {user_name()}` lets it run while you are not logged "
+                   "in, if the site allows that")
+
+
+@command("server service uninstall", USER_UNIT, DRY_RUN, client=False,
+         example="torc server service uninstall --user")
+def do_service_uninstall(args, client):
+    """End the service and remove its unit; database and logs stay."""
+    path = unit_path(args.user)
+    if not os.path.exists(path):
+        raise NotFound(f"there is no {path}: nothing is installed")
+    if not args.dry_run:
+        service_step(args, "disable", "--now", UNIT_NAME)
+        os.unlink(path)
+        service_step(args, "daemon-reload")
+    say(args, f"{'Would remove' if args.dry_run else 'Removed'} {path}", path=path,
+        dry_run=args.dry_run)
+
+
+def service_verb(verb, summary):
+    """Add `server service VERB`."""
+    @command(f"server service {verb}", USER_UNIT, client=False, summary=summary,
+             example=f"torc server service {verb} --user")
+    def act(args, client):
+        path = unit_path(args.user)
+        if not os.path.exists(path):
+            raise NotFound(f"there is no {path}: torc server service install makes it")
+        code, said = systemctl(args.user, verb, UNIT_NAME)
+        if code is None:
+            raise TorcError(f"{said}: torc server run --daemon needs no systemd")
+        say(args, said or f"systemd did {verb} {UNIT_NAME}", output=said, code=code)
+        return 1 if code else 0
+
+
+service_verb("start", "Start the service.")
+service_verb("stop", "End the service until the next start.")
+service_verb("status", "Say how the service stands.")
 
 BUNDLED = ("bottle", "waitress", "yaml")
 BUNDLED_DISTRIBUTIONS = ("bottle", "waitress", "PyYAML")
