@@ -8740,6 +8740,424 @@ class Accounts:
         Runner._completed(runner, child, code, elapsed, usage, text)
 
 
+# ---- programs
+
+def run_program(words, timeout=SLURM_TIMEOUT_S, env=None):
+    """(exit code, stdout, stderr) of a program. Raises TorcError if there is none, or it hangs."""
+    import subprocess
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace",
+                              stdin=subprocess.DEVNULL, timeout=timeout, env=env)
+    except FileNotFoundError:
+        raise TorcError(f"there is no {words[0]} on the PATH: do this on a login node of the "
+                        "cluster, or load its Slurm module first") from None
+    except subprocess.TimeoutExpired:
+        raise TorcError(f"{words[0]} gave no answer within {timeout} s: try again later") from None
+    except OSError as error:
+        raise TorcError(f"{words[0]} cannot be started: {error.strerror}") from None
+    return done.returncode, done.stdout, done.stderr
+
+
+# ---- HPC profiles
+
+class Partition(NamedTuple):
+    """Nodes of one kind in a partition of a cluster; None: no limit, or not known.
+
+    A partition with nodes of several kinds has a Partition for each of them.
+    """
+
+    name: str
+    cpus_per_node: int
+    memory_mb: int | None
+    max_walltime_secs: int | None
+    max_nodes: int | None = None
+    max_nodes_per_user: int | None = None
+    min_nodes: int | None = None
+    gpus_per_node: int | None = None
+    gpu_type: str | None = None
+    gpu_memory_gb: int | None = None
+    local_disk_gb: int | None = None
+    shared: bool = False                  # a job gets what it asks for, not the whole node
+    requires_explicit_request: bool = False
+    default_qos: str | None = None
+    features: tuple = ()
+    description: str | None = None
+
+
+class Detection(NamedTuple):
+    """A sign of being on a cluster: env (name = value), hostname (a regex), or file (a path)."""
+
+    type: str
+    value: str
+    name: str | None = None               # of the environment variable
+
+
+class Profile(NamedTuple):
+    """What is known of a cluster."""
+
+    name: str
+    display_name: str
+    description: str
+    detection: tuple
+    partitions: tuple
+    default_account: str | None = None
+    charge_factor_cpu: float | None = None
+    charge_factor_gpu: float | None = None
+    metadata: dict = {}
+
+
+HOUR, DAY = 3600, 86_400
+H100 = {"gpu_type": "h100", "gpu_memory_gb": 80, "shared": True}
+ON_REQUEST = {"requires_explicit_request": True}
+
+# Sources: nrel.github.io/HPC/Documentation/Systems/Kestrel/Running and Torc's profile of Kestrel.
+# "shared" has to be named in a job, which our schedulers always do, so it is no special request.
+KESTREL = Profile(
+    "kestrel", "NLR Kestrel", "CPU and H100 nodes of the National Laboratory of the Rockies (NREL)",
+    (Detection("env", "kestrel", "NREL_CLUSTER"),), (
+        #         name       CPUs      MB       walltime  nodes  for a user
+        Partition("debug",     104,   246_064,      HOUR,     2,    2, gpus_per_node=2,
+                  **H100, **ON_REQUEST, features=("debug",)),
+        Partition("short",     104,   246_064,  4 * HOUR, 2_240),
+        Partition("standard",  104,   246_064,   2 * DAY, 2_240, 1_050),
+        Partition("long",      104,   246_064,  10 * DAY,   430,  215),
+        Partition("medmem",    104,   984_256,  10 * DAY,    64,   32, features=("highmem",)),
+        Partition("bigmem",    104, 2_000_000,   2 * DAY,    10,    4, local_disk_gb=5_600,
+                  features=("bigmem", "nvme")),
+        Partition("bigmeml",   104, 2_000_000,  10 * DAY,     4,    2, local_disk_gb=5_600,
+                  features=("bigmem", "nvme")),
+        Partition("hbw",       104,   246_064,   2 * DAY,   512,  256, 2, **ON_REQUEST,
+                  features=("dual-nic",)),
+        Partition("hbwl",      104,   246_064,  10 * DAY,   128,   64, 2, **ON_REQUEST,
+                  features=("dual-nic",)),
+        Partition("nvme",      104,   246_064,   2 * DAY,   256,  128, local_disk_gb=1_700,
+                  **ON_REQUEST, features=("nvme",)),
+        Partition("shared",    104,   246_064,   2 * DAY,   128,   64, shared=True),
+        Partition("sharedl",   104,   246_064,  10 * DAY,    32,   16, shared=True),
+        Partition("gpu-h100s", 128,   360_000,  4 * HOUR,   156, None, gpus_per_node=4,
+                  local_disk_gb=3_400, **H100, features=("gpu", "h100")),
+        Partition("gpu-h100",  128,   360_000,   2 * DAY,   156, None, gpus_per_node=4,
+                  local_disk_gb=3_400, **H100, features=("gpu", "h100")),
+        Partition("gpu-h100l", 128,   360_000,  10 * DAY,    39, None, gpus_per_node=4,
+                  local_disk_gb=3_400, **H100, features=("gpu", "h100")),
+    ), charge_factor_cpu=10.0, charge_factor_gpu=100.0, metadata={
+        "documentation": "https://nrel.github.io/HPC/Documentation/Systems/Kestrel/Running/"})
+
+# Source: Torc's profile of Dane; how many nodes each partition has is not published.
+DANE = Profile(
+    "dane", "LLNL Dane", "CPU nodes of Lawrence Livermore National Laboratory",
+    (Detection("env", "dane", "CLUSTER"),), (
+        Partition("pdebug",   112, 257_054,    HOUR, **ON_REQUEST, features=("debug",)),
+        Partition("pbatch",   112, 257_054,     DAY),
+        Partition("pci",      112, 257_054,     DAY, **ON_REQUEST, features=("ci",)),
+        Partition("pserial",  112, 257_054, 7 * DAY, **ON_REQUEST, features=("serial",)),
+        Partition("pjupyter", 112, 257_054,     DAY, **ON_REQUEST, shared=True,
+                  features=("jupyter",)),
+        Partition("pall",     112, 257_054,    None, **ON_REQUEST, features=("special",)),
+    ), charge_factor_cpu=1.0, metadata={
+        "documentation": "https://hpc.llnl.gov/hardware/compute-platforms/dane"})
+
+BUILT_IN_PROFILES = {profile.name: profile for profile in (KESTREL, DANE)}
+DYNAMIC_PROFILE = "slurm"                 # read from the cluster's own programs
+PROFILE_RULES = {                         # types as in SPEC_FIELDS
+    "name": "name!", "display_name": "str", "description": "str", "detection": "list",
+    "partitions": "list!", "default_account": "str", "charge_factor_cpu": "number",
+    "charge_factor_gpu": "number", "metadata": "map"}
+DETECTION_RULES = {"type": "enum!:env|hostname|file", "value": "name!", "name": "str"}
+PARTITION_RULES = {
+    "name": "name!", "cpus_per_node": "positive!", "memory_mb": "positive",
+    "max_walltime_secs": "positive", "max_nodes": "positive", "max_nodes_per_user": "positive",
+    "min_nodes": "count", "gpus_per_node": "count", "gpu_type": "str", "gpu_memory_gb": "positive",
+    "local_disk_gb": "count", "shared": "bool", "requires_explicit_request": "bool",
+    "default_qos": "str", "features": "strs", "description": "str"}
+
+
+def profile_json(profile):
+    """A profile as JSON values; read_profile reads it back."""
+    return {**profile._asdict(),
+            "detection": [sign._asdict() for sign in profile.detection],
+            "partitions": [{**one._asdict(), "features": list(one.features)}
+                           for one in profile.partitions]}
+
+
+def checked_record(record, rules, what):
+    """The fields of a record of a profile that are not null. Raises TorcError."""
+    if not isinstance(record, dict):
+        raise TorcError(f"{what} is {record!r:.60}, not a mapping")
+    for name, value in record.items():
+        if name not in rules:
+            raise TorcError(f"{what}: unknown field {name!r}{nearest(name, rules)}")
+        fault = fault_of(value, rules[name]) if value is not None else None
+        if fault:
+            raise TorcError(f"{what}: {name}: {fault}")
+    for name, rule in rules.items():
+        if "!" in rule.partition(":")[0] and record.get(name) is None:
+            raise TorcError(f"{what}: the field {name} is missing")
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def read_profile(path):
+    """The Profile in a JSON file, as `torc hpc generate` writes it. Raises TorcError."""
+    record = checked_record(parse_json(path, read_spec_text(path)), PROFILE_RULES, path)
+    signs, partitions = [], []
+    for number, one in enumerate(record.get("detection", ())):
+        what = f"{path}: detection {number + 1}"
+        sign = Detection(**checked_record(one, DETECTION_RULES, what))
+        if sign.type == "env" and not sign.name:
+            raise TorcError(f"{what}: the field name, of the environment variable, is missing")
+        with contextlib.suppress(re.error):
+            re.compile(sign.value if sign.type == "hostname" else "")
+            signs.append(sign)
+            continue
+        raise TorcError(f"{what}: {sign.value!r} is no regular expression")
+    for number, one in enumerate(record["partitions"]):
+        good = checked_record(one, PARTITION_RULES, f"{path}: {title('partition', number, one)}")
+        partitions.append(Partition(**{"memory_mb": None, "max_walltime_secs": None, **good,
+                                       "features": tuple(good.get("features", ()))}))
+    if record["name"] == DYNAMIC_PROFILE:
+        raise TorcError(f'{path}: the name "{DYNAMIC_PROFILE}" is that of the profile that is read '
+                        "from the cluster: take another")
+    return Profile(**{"display_name": record["name"], "description": "", **record,
+                      "detection": tuple(signs), "partitions": tuple(partitions)})
+
+
+def known_profiles():
+    """{name: Profile}: the user's own in ~/.torc/hpc first, then the built-in ones.
+
+    Raises TorcError for a file that is wrong.
+    """
+    directory, own = os.path.expanduser("~/.torc/hpc"), {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in sorted(os.listdir(directory)):
+            if name.endswith(".json"):
+                profile = read_profile(os.path.join(directory, name))
+                own[profile.name] = profile
+    return {**own, **{name: profile for name, profile in BUILT_IN_PROFILES.items()
+                      if name not in own}}
+
+
+def is_here(sign, hostname):
+    """Whether a sign of a cluster is found on this machine."""
+    if sign.type == "env":
+        return os.environ.get(sign.name) == sign.value
+    if sign.type == "hostname":
+        return bool(re.search(sign.value, hostname))
+    return os.path.exists(os.path.expanduser(sign.value))
+
+
+def detect_profile(profiles):
+    """The first of {name: Profile} that has a sign here, or None."""
+    import socket
+    hostname = socket.gethostname()
+    return next((profile for profile in profiles.values()
+                 if any(is_here(sign, hostname) for sign in profile.detection)), None)
+
+
+def find_profile(name=None):
+    """The Profile of a name; without one the one detected here, else what this cluster says.
+
+    Raises TorcError.
+    """
+    import shutil
+    if name == DYNAMIC_PROFILE:
+        return slurm_profile()
+    profiles = known_profiles()
+    if name:
+        if name not in profiles:
+            names = [*profiles, DYNAMIC_PROFILE]
+            raise NotFound(f"no HPC profile {name!r}{nearest(name, names)}: there are "
+                           f"{', '.join(names)}")
+        return profiles[name]
+    found = detect_profile(profiles)
+    if found or shutil.which("sinfo"):
+        return found or slurm_profile()
+    raise TorcError("this machine is no HPC system that is known, and has no Slurm (no sinfo on "
+                    f"the PATH): name a profile ({', '.join(profiles)})")
+
+
+def number_in(text):
+    """The whole number at the beginning of Slurm's output such as 4, 4000+, 1.5K; else None."""
+    match = re.match(r"(\d+(?:\.\d+)?)([KM]?)", text or "")
+    return int(float(match[1]) * {"": 1, "K": 1000, "M": 10**6}[match[2]]) if match else None
+
+
+def gpus_in(gres):
+    """(number, type) of the GPUs in Slurm's text of generic resources; (None, None) for none.
+
+    gpu:a100:4(S:0-1), gpu:2, (null), gpu:a100:2,gpu:v100:2,nvme:1
+    """
+    number, kind = 0, None
+    for word in re.sub(r"\([^)]*\)", "", gres).split(","):
+        parts = word.split(":")
+        if parts[0] == "gpu":
+            counted = len(parts) > 1 and parts[-1].isdigit()
+            number += int(parts[-1]) if counted else 1
+            kind = kind or "".join(parts[1:-1] if counted else parts[1:]) or None
+    return number or None, kind
+
+
+def time_limit(text):
+    """Seconds of a time limit that Slurm prints; None for infinite, UNLIMITED, n/a and the like."""
+    try:
+        return parse_walltime(text) or None
+    except ValueError:
+        return None
+
+
+def least(*values):
+    """The smallest of values that are not None, or None."""
+    return min((value for value in values if value is not None), default=None)
+
+
+def read_partitions(sinfo, scontrol):
+    """Partitions from the output of `sinfo -e -h -o '%P|%c|%m|%l|%G|%D'` and `scontrol -o show
+    partition`: one for each kind of nodes; those that cannot be used now are left out."""
+    more = {}
+    for line in scontrol.splitlines():
+        fields = dict(word.partition("=")[::2] for word in line.split())
+        more[fields.get("PartitionName")] = fields
+    found = {}                            # as a dict: the same kind on two lines is one
+    for line in sinfo.splitlines():
+        words = [word.strip() for word in line.split("|")]
+        name, fields = words[0].rstrip("*"), more.get(words[0].rstrip("*"), {})
+        cpus = number_in(words[1]) if len(words) == 6 else None
+        if not cpus or fields.get("State", "UP") != "UP" or fields.get("RootOnly") == "YES":
+            continue
+        gpus, gpu_type = gpus_in(words[4])
+        memory = number_in(words[2])
+        memory = memory if memory and memory > 1 else None   # 1: the site has configured none
+        key = (name, cpus, memory, gpus, gpu_type)
+        nodes = (found[key].max_nodes if key in found else 0) + (number_in(words[5]) or 0)
+        debug = "debug" in name.lower()
+        found[key] = Partition(
+            name, least(cpus, number_in(fields.get("MaxCPUsPerNode"))),
+            least(memory, number_in(fields.get("MaxMemPerNode"))),
+            time_limit(words[3]), max_nodes=nodes, gpus_per_node=gpus, gpu_type=gpu_type,
+            min_nodes=number_in(fields.get("MinNodes")) or None,
+            shared=not fields.get("OverSubscribe", "NO").startswith("EXCLUSIVE"),
+            requires_explicit_request=debug,
+            features=("default",) * words[0].endswith("*") + ("debug",) * debug)
+    return tuple(one._replace(max_nodes=least(
+        one.max_nodes or None, number_in(more.get(one.name, {}).get("MaxNodes"))))
+        for one in found.values())
+
+
+def slurm_output(*words):
+    """What a Slurm program prints. Raises TorcError if there is none or it fails."""
+    code, out, errors = run_program(list(words))
+    if code:
+        last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+        raise TorcError(f"{words[0]} failed: {last}")
+    return out
+
+
+def slurm_profile(name=DYNAMIC_PROFILE, display_name=None):
+    """The profile of this cluster, as its Slurm describes it. Raises TorcError."""
+    partitions = read_partitions(slurm_output("sinfo", "-e", "-h", "-o", "%P|%c|%m|%l|%G|%D"),
+                                 slurm_output("scontrol", "-o", "show", "partition"))
+    if not partitions:
+        raise TorcError("sinfo names no partition that can be used: look at it with `sinfo`")
+    return Profile(name, display_name or "this cluster", "read from sinfo and scontrol", (),
+                   partitions)
+
+
+def partitions_named(profile, name):
+    """The Partitions of a name. Raises NotFound."""
+    found = [one for one in profile.partitions if one.name == name]
+    if not found:
+        names = dict.fromkeys(one.name for one in profile.partitions)
+        raise NotFound(f"{profile.name} has no partition {name!r}{nearest(name, names)}: it has "
+                       f"{', '.join(names)}")
+    return found
+
+
+SMALL_CPUS, SMALL_MEMORY_MB = 26, 60_000  # a job up to this prefers nodes shared with others
+
+
+def misfits(one, cpus, memory_bytes, walltime_s, gpus=0, nodes=1, named=False):
+    """What of a job a Partition cannot take, as texts; cpus, memory and gpus are those of a node.
+
+    A job without GPUs does not take nodes that have them, unless they are named.
+    """
+    most_nodes = least(one.max_nodes, one.max_nodes_per_user)
+    found = []
+    if cpus > one.cpus_per_node:
+        found.append(f"has {plural(one.cpus_per_node, 'CPU')} a node")
+    if one.memory_mb is not None and memory_bytes > one.memory_mb * 2**20:
+        found.append(f"has {format_bytes(one.memory_mb * 2**20)} a node")
+    if one.max_walltime_secs is not None and walltime_s > one.max_walltime_secs:
+        found.append(f"ends jobs after {format_duration(one.max_walltime_secs)}")
+    if gpus > (one.gpus_per_node or 0):
+        found.append(f"has {plural(one.gpus_per_node, 'GPU')} a node" if one.gpus_per_node
+                     else "has no GPUs")
+    if one.gpus_per_node and not gpus and not named:
+        found.append("is for jobs with GPUs")
+    if most_nodes is not None and nodes > most_nodes:
+        found.append(f"gives at most {plural(most_nodes, 'node')}")
+    if nodes < (one.min_nodes or 1):
+        found.append(f"takes jobs of {one.min_nodes} nodes and more")
+    return found
+
+
+def matching_partitions(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
+    """The Partitions that take a job, the best first; those only on request come last."""
+    small = not gpus and nodes == 1 and cpus <= SMALL_CPUS and \
+        memory_bytes <= SMALL_MEMORY_MB * 2**20
+    return sorted(
+        (one for one in profile.partitions
+         if not misfits(one, cpus, memory_bytes, walltime_s, gpus, nodes)),
+        key=lambda one: (on_request(one), not gpus and one.shared != small,
+                         one.memory_mb or math.inf, one.max_walltime_secs or math.inf,
+                         "default" not in one.features))
+
+
+def on_request(one):
+    """Whether a Partition is only for jobs that name it."""
+    return one.requires_explicit_request or "debug" in one.features
+
+
+def best_partition(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
+    """The Partition for a job that names none, or None if there is none for it.
+
+    cpus, memory_bytes, gpus: on each of its nodes. Small jobs prefer nodes shared with others; then
+    the least memory, then the closest time limit.
+    """
+    found = matching_partitions(profile, cpus, memory_bytes, walltime_s, gpus, nodes)
+    return found[0] if found and not on_request(found[0]) else None
+
+
+def need_text(cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
+    """What a job needs, as in "4 CPUs, 2.0 GB and 1 GPU for 2h00m"."""
+    words = [plural(cpus, "CPU"), format_bytes(memory_bytes)] + [plural(gpus, "GPU")] * bool(gpus)
+    where = f" on each of {nodes} nodes" if nodes > 1 else ""
+    return f"{', '.join(words[:-1])} and {words[-1]}{where} for {format_duration(walltime_s)}"
+
+
+def why_no_partition(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
+    """One sentence: what of a job is too much for which partition, the nearest first."""
+    need = (cpus, memory_bytes, walltime_s, gpus, nodes)
+    rows, special = {}, []
+    for one in profile.partitions:
+        found = misfits(one, *need)
+        if found:
+            rows.setdefault(", ".join(found), []).append(one.name)
+        elif on_request(one):
+            special.append(one.name)
+    said = [f"{some(names)} {text}" for text, names in
+            sorted(rows.items(), key=lambda row: row[0].count(","))]
+    more = f"; {len(said) - 4} more" if len(said) > 4 else ""
+    asked = f"{some(special)} would, but only if it is named; " if special else ""
+    return (f"no partition of {profile.name} takes {need_text(*need)} ({asked}"
+            f"{'; '.join(said[:4])}{more})")
+
+
+def some(names, most=4):
+    """The first of some names and how many more there are."""
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 # ==================================================================================================
 # 12 Server
 # ==================================================================================================
