@@ -9158,6 +9158,414 @@ def some(names, most=4):
     return ", ".join(names[:most]) + more
 
 
+# ---- planning allocations
+
+STRATEGIES = ("max-job-runtime", "max-partition-time")
+SPARE_S = 120                             # of walltime beyond the jobs, at least: workers start, end
+WORKER_MB = 256                           # the worker's own, where a job gets what it asks for
+
+
+class Wish(NamedTuple):
+    """How long allocations are to be."""
+
+    strategy: str
+    multiplier: float                     # walltime over runtime, for max-job-runtime
+    walltime_s: int | None                # what the user says, lengthened where jobs need more
+
+    def walltime(self, need_s, limit):
+        """Walltime in seconds, whole minutes, for jobs that need need_s <= limit (None: none)."""
+        wanted = self.walltime_s
+        if wanted is None and self.strategy == "max-partition-time":
+            wanted = limit
+        if wanted is None:
+            wanted = max(need_s * self.multiplier, need_s + SPARE_S)
+        return least(limit, math.ceil(max(wanted, need_s) / 60) * 60)
+
+
+class Part(NamedTuple):
+    """Jobs of one requirement on one partition: of one level of dependencies, or of several that
+    run one after the other in the same allocations."""
+
+    name: str
+    partition: Partition
+    need: Need
+    runtime_s: int                        # of a job
+    jobs: list
+    first: list                           # those of the first level
+    width: int                            # most jobs of a level
+    steps: int                            # levels
+    level: int                            # of the first; 0: they wait for nothing
+    keys: set                             # (name, level) of its levels
+    after: frozenset | None               # keys of what they wait for; None: not known
+
+    @property
+    def length_s(self):
+        """Seconds that its levels take one after the other."""
+        return self.runtime_s * self.steps
+
+    @property
+    def at_once(self):
+        """Jobs that run at the same time in an allocation as small as one job allows."""
+        one, need = self.partition, self.need
+        if need.nodes > 1:
+            return 1
+        return max(1, least(one.cpus_per_node // need.cpus,
+                            need.gpus and one.gpus_per_node // need.gpus or None,
+                            one.memory_mb and one.memory_mb * 2**20 // max(1, need.memory)))
+
+    def share(self, walltime_s):
+        """Allocations of that length it fills, as a fraction."""
+        return self.width / (self.at_once * max(1, walltime_s // self.length_s))
+
+
+def dependency_levels(jobs):
+    """([level of each job], [keys of the jobs each waits for]); a key is (requirement, level).
+
+    jobs: as in a payload, with indexes in depends_on, input_files, output_files, input_user_data,
+    output_user_data. Level 0 waits for nothing; others are one above the highest they wait for.
+    """
+    writers = {}
+    for number, job in enumerate(jobs):
+        for what in ("files", "user_data"):
+            for other in job.get(f"output_{what}", ()):
+                writers.setdefault((what, other), []).append(number)
+    parents = []
+    for number, job in enumerate(jobs):
+        found = set(job.get("depends_on", ()))
+        for what in ("files", "user_data"):
+            for other in job.get(f"input_{what}", ()):
+                found.update(writers.get((what, other), ()))
+        found.discard(number)
+        parents.append(found)
+    children, waits = {}, [len(found) for found in parents]
+    for number, found in enumerate(parents):
+        for parent in found:
+            children.setdefault(parent, []).append(number)
+    levels, free = [0] * len(jobs), [number for number, left in enumerate(waits) if not left]
+    while free:
+        number = free.pop()
+        for child in children.get(number, ()):
+            levels[child] = max(levels[child], levels[number] + 1)
+            waits[child] -= 1
+            if not waits[child]:
+                free.append(child)
+    return levels, [{(jobs[parent].get("resource_requirements"), levels[parent])
+                     for parent in found} for found in parents]
+
+
+def group_jobs(jobs, requirements):
+    """Groups for plan_allocations: jobs of one requirement and one level of dependencies.
+
+    jobs, requirements: records as in a payload; a job names its requirement by index.
+    Raises TorcError for jobs without requirements.
+    """
+    bare = [job["name"] for job in jobs if job.get("resource_requirements") is None]
+    if bare:
+        raise TorcError(f"without resource_requirements nobody knows what to ask Slurm for: "
+                        f"{plural(len(bare), 'job')} {'has' if len(bare) == 1 else 'have'} none "
+                        f"({some(bare)})")
+    levels, after = dependency_levels(jobs)
+    groups = {}
+    for job, level, keys in zip(jobs, levels, after):
+        number = job["resource_requirements"]
+        group = groups.setdefault((level, number), {
+            **requirements[number], "jobs": [], "deferred": level > 0, "level": level,
+            "after": set()})
+        group["jobs"].append(job["name"])
+        group["after"].update((requirements[other]["name"], above) for other, above in keys)
+    return [groups[key] for key in sorted(groups)]
+
+
+def choose_partition(profile, name, wish, need, runtime_s):
+    """The Partition for jobs, by name or the best one. Raises TorcError with the reason."""
+    size = (need.cpus, need.memory, runtime_s, need.gpus, need.nodes)
+    if not name:
+        longer = (*size[:2], wish.walltime(runtime_s, None), *size[3:])
+        one = best_partition(profile, *longer) or best_partition(profile, *size)
+        if one is None:
+            raise TorcError(why_no_partition(profile, *size))
+        return one
+    kinds = partitions_named(profile, name)
+    kinds.sort(key=lambda one: bool(one.gpus_per_node) != bool(need.gpus))
+    faults = [misfits(one, *size, named=True) for one in kinds]
+    if all(faults):
+        raise TorcError(f"they need {need_text(*size)}, and partition {name} "
+                        f"{'; or '.join(map(', '.join, faults))}")
+    return kinds[faults.index([])]
+
+
+def plan_part(group, choose):
+    """The Part of a group of jobs. Raises TorcError if no partition takes them."""
+    need = Need(group["num_cpus"], parse_memory(group["memory"]), group.get("num_gpus") or 0,
+                group.get("num_nodes") or 1)
+    runtime_s = max(1, parse_duration(group.get("runtime") or "PT1H"))
+    try:
+        partition = choose(need, runtime_s)
+    except TorcError as error:
+        raise type(error)(f"{plural(len(group['jobs']), 'job')} with the resource requirements "
+                          f'"{group["name"]}": {error}') from None
+    level = group.get("level", int(bool(group["deferred"])))
+    after = frozenset(group["after"]) if "after" in group else None
+    return Part(group["name"], partition, need, runtime_s, list(group["jobs"]), group["jobs"],
+                len(group["jobs"]), 1, level, {(group["name"], level)}, after)
+
+
+def join_levels(parts):
+    """Parts in which levels share allocations: where as many nodes go on with jobs of the same
+    requirement that wait for nothing else, within the partition's limit."""
+    joined, latest = [], {}
+    for part in sorted(parts, key=lambda part: part.level):
+        place = latest.get(part.name)
+        before = None if place is None else joined[place]
+        if (before and part.partition == before.partition and part.need == before.need
+                and part.level == before.level + before.steps
+                and part.after is not None and part.after <= before.keys
+                and math.ceil(part.width / part.at_once)
+                == math.ceil(before.width / before.at_once)
+                and part.runtime_s + before.length_s
+                <= (part.partition.max_walltime_secs or math.inf)):
+            before.jobs.extend(part.jobs)
+            before.keys.update(part.keys)
+            joined[place] = before._replace(width=max(before.width, part.width),
+                                            steps=before.steps + 1)
+        else:
+            latest[part.name] = len(joined)
+            joined.append(part)
+    return joined
+
+
+def merge_parts(parts, wish, by_partition):
+    """Lists of Parts that share their allocations: on one partition, due at the same moment, with
+    as many nodes a job; all of them by_partition, else if two allocations are enough."""
+    groups, found = {}, []
+    for part in parts:
+        groups.setdefault((part.partition, part.need.nodes, part.level), []).append(part)
+    for group in groups.values():
+        total = sum(number_of_allocations([part], walltime_of([part], wish)) for part in group)
+        found += [group] if by_partition or total <= 2 else [[part] for part in group]
+    return found
+
+
+def walltime_of(parts, wish):
+    """Walltime in seconds of the allocations of some Parts."""
+    return wish.walltime(max(part.length_s for part in parts),
+                         parts[0].partition.max_walltime_secs)
+
+
+def number_of_allocations(parts, walltime_s):
+    """How many allocations of that length some Parts fill, never more than there are jobs."""
+    needed = math.ceil(sum(part.share(walltime_s) for part in parts) - 1e-9)
+    return max(1, min(needed, sum(part.width for part in parts)))
+
+
+def one_allocation(parts, number, walltime_s):
+    """(nodes, walltime in seconds) of a single allocation in place of `number` of them; longer
+    where the partition gives fewer nodes."""
+    one, size = parts[0].partition, parts[0].need.nodes
+    most = least(one.max_nodes, one.max_nodes_per_user)
+    fewer = number if most is None else min(number, max(1, most // size))
+    if fewer < number:
+        rounds = math.ceil(sum(part.width / part.at_once for part in parts) / fewer - 1e-9)
+        longest = rounds * max(part.length_s for part in parts)
+        walltime_s = least(one.max_walltime_secs,
+                           math.ceil(max(walltime_s, longest) / 60) * 60)
+    return fewer * size, walltime_s
+
+
+def what_to_ask(parts, number, walltime_s):
+    """Fields of a scheduler that say what to ask for on each node: all of it, or where nodes are
+    shared with others what the jobs use at the same time."""
+    one = parts[0].partition
+    cpus, memory_mb, gpus = one.cpus_per_node, one.memory_mb, one.gpus_per_node or 0
+    asked = {}
+    if one.shared:
+        times = [(part.need, min(part.at_once, math.ceil(part.share(walltime_s)
+                                                         * part.at_once / number - 1e-9)))
+                 for part in parts]
+        cpus = min(cpus, sum(n * need.cpus for need, n in times))
+        memory_mb = least(memory_mb, WORKER_MB + sum(n * math.ceil(need.memory / 2**20)
+                                                     for need, n in times))
+        gpus = min(gpus, sum(n * need.gpus for need, n in times))
+    if memory_mb is not None:
+        asked["mem"] = f"{memory_mb}M"
+    if gpus and any(part.need.gpus for part in parts):
+        asked["gres"] = f"gpu:{gpus}"
+    if one.shared:                        # where Slurm gives a batch job one CPU if it says nothing
+        asked["extra"] = f"--cpus-per-task={cpus}"
+    return asked
+
+
+def slurm_time(seconds):
+    """A time as Slurm writes it: HH:MM:SS or D-HH:MM:SS."""
+    days, rest = divmod(int(seconds), DAY)
+    text = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days}-{text}" if days else text
+
+
+def plan_allocations(groups, profile, account, *, partition=None, walltime=None,
+                     strategy=STRATEGIES[0], multiplier=1.5, single_allocation=False,
+                     by_partition=False, prefix="", deferred_suffix="_deferred"):
+    """The Slurm schedulers that some jobs need, and how many allocations of each.
+
+    groups: [{"name": of the requirement, "num_cpus", "memory", "num_gpus", "num_nodes", "runtime",
+    "jobs": [names], "deferred": they wait for others}, ...]; "level" and "after", as group_jobs
+    gives them, let levels share allocations. partition, walltime (text): instead of chosen ones; a
+    walltime that is too short for the jobs is lengthened. by_partition: a scheduler for each.
+    Returns [{"scheduler": record, "num_allocations", "jobs", "trigger", "trigger_jobs": those that
+    must be ready, "start_one_worker_per_node"}, ...]. Raises TorcError when nothing fits.
+    """
+    import functools
+    if strategy not in STRATEGIES:
+        raise TorcError(f"no strategy {strategy!r}{nearest(strategy, STRATEGIES)}: there are "
+                        f"{', '.join(STRATEGIES)}")
+    wish = Wish(strategy, multiplier, walltime and parse_walltime(walltime))
+    choose = functools.lru_cache(None)(functools.partial(choose_partition, profile, partition, wish))
+    parts = [plan_part(group, choose) for group in groups if group["jobs"]]
+    plan, taken = [], {}
+    for some_parts in merge_parts(join_levels(parts), wish, by_partition):
+        first = some_parts[0]
+        base = first.partition.name if len(some_parts) > 1 else first.name
+        base = f"{prefix}{base}{deferred_suffix if first.level else ''}"
+        name = base
+        while name in taken:
+            taken[base] += 1
+            name = f"{base}_{taken[base]}"
+        taken[name] = 1
+        plan.append(plan_scheduler(some_parts, wish, f"{name}_scheduler", account,
+                                   single_allocation))
+    return plan
+
+
+def plan_scheduler(parts, wish, name, account, single_allocation):
+    """An entry of a plan: the scheduler of some Parts, its allocations and jobs."""
+    first = parts[0]
+    walltime_s = walltime_of(parts, wish)
+    number = number_of_allocations(parts, walltime_s)
+    asked = what_to_ask(parts, number, walltime_s)
+    nodes = first.need.nodes
+    if single_allocation:
+        nodes, walltime_s = one_allocation(parts, number, walltime_s)
+        number = 1
+    scheduler = {"name": name, "account": account, "partition": first.partition.name,
+                 "nodes": nodes, "walltime": slurm_time(walltime_s), **asked}
+    if first.partition.default_qos:
+        scheduler["qos"] = first.partition.default_qos
+    return {"scheduler": scheduler, "num_allocations": number,
+            "jobs": [job for part in parts for job in part.jobs],
+            "trigger": "on_jobs_ready" if first.level else "on_workflow_start",
+            "trigger_jobs": [job for part in parts for job in part.first] if first.level else [],
+            "start_one_worker_per_node": nodes > 1 and first.need.nodes == 1}
+
+
+# ---- a specification with its allocations
+
+def schedules_nodes(action):
+    """Whether an action of a specification asks for allocations."""
+    return isinstance(action, dict) and action.get("action_type") == "schedule_nodes"
+
+
+def without_allocations(document):
+    """A specification, as it was parsed, without schedulers and what names them."""
+    bare = {name: value for name, value in document.items()
+            if name not in ("slurm_schedulers", "actions")}
+    bare["jobs"] = [{name: value for name, value in job.items() if name != "scheduler"}
+                    for job in document.get("jobs") or ()]
+    kept = [action for action in document.get("actions") or () if not schedules_nodes(action)]
+    return {**bare, "actions": kept} if kept else bare
+
+
+def expanded_names(document):
+    """The names of the jobs that each job of a correct specification stands for, in order."""
+    problems, shared = Problems("", None), document.get("parameters") or {}
+    return [[one["name"] for one in
+             expand(problems, (), {name: value for name, value in job.items()
+                                   if value is not None}, shared, "")]
+            for job in document["jobs"]]
+
+
+def name_pattern(name):
+    """A regular expression for the names that a job's name with placeholders stands for."""
+    parts, end = [], 0
+    for match in PLACEHOLDER.finditer(name):
+        parts += [re.escape(name[end:match.start()]), ".+"]
+        end = match.end()
+    return f"^{''.join(parts)}{re.escape(name[end:])}$"
+
+
+def naming(wanted, document, names):
+    """The fields jobs and job_name_regexes of an action for the jobs `wanted`.
+
+    names: of expanded_names. Many jobs with one name pattern become that pattern, if it finds no
+    others; there are at most a hundred, since each is tried on all names.
+    """
+    wanted, total = set(wanted), sum(map(len, names))
+    listed, patterns = [], []
+    for job, own in zip(document["jobs"], names):
+        found = [name for name in own if name in wanted]
+        if len(found) == len(own) > 20 and len(own) * 100 >= total:
+            pattern = name_pattern(job["name"])
+            search = re.compile(pattern).search
+            if all(name in wanted for names in names for name in names if search(name)):
+                patterns.append(pattern)
+                continue
+        listed += found
+    return {**({"jobs": listed} if listed else {}),
+            **({"job_name_regexes": patterns} if patterns else {})}
+
+
+def with_allocations(document, plan, actions=True):
+    """(specification, notes): one without allocations, with those of a plan; notes are sentences.
+
+    Jobs name their scheduler; actions ask for the allocations unless there are to be none.
+    """
+    names, notes = expanded_names(document), []
+    scheduler_of = {job: one["scheduler"]["name"] for one in plan for job in one["jobs"]}
+    jobs = []
+    for job, own in zip(document["jobs"], names):
+        schedulers = list(dict.fromkeys(scheduler_of[name] for name in own))
+        if len(schedulers) == 1:
+            job = {**job, "scheduler": schedulers[0]}
+        else:
+            notes.append(f'the jobs of "{job["name"]}" belong to {len(schedulers)} schedulers '
+                         f"({some(schedulers)}): they are bound to none and run in any allocation "
+                         "they fit into")
+        jobs.append(job)
+    done = {**document, "jobs": jobs, "slurm_schedulers": [one["scheduler"] for one in plan]}
+    mode = (document.get("execution_config") or {}).get("mode", "direct")
+    if actions:
+        done["actions"] = list(document.get("actions") or ()) + [
+            {"trigger_type": one["trigger"], "action_type": "schedule_nodes",
+             **naming(one["trigger_jobs"], document, names),
+             "scheduler": one["scheduler"]["name"], "scheduler_type": "slurm",
+             "num_allocations": one["num_allocations"],
+             **({"start_one_worker_per_node": True}
+                if one["start_one_worker_per_node"] and mode == "direct" else {})}
+            for one in plan]
+    return done, notes
+
+
+def specification_text(document, as_json):
+    """The text of a specification, JSON or YAML that YAML 1.1 and 1.2 read alike."""
+    if as_json:
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    import yaml                           # it is there: a YAML specification was read with it
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes what either version takes for something else than a text; blocks for lines."""
+        yaml_implicit_resolvers = {
+            letter: [*yaml.SafeDumper.yaml_implicit_resolvers.get(letter, ()),
+                     *core_loader(yaml).yaml_implicit_resolvers.get(letter, ())]
+            for letter in {*yaml.SafeDumper.yaml_implicit_resolvers,
+                           *core_loader(yaml).yaml_implicit_resolvers}}
+
+        def ignore_aliases(self, data):
+            return True
+
+    Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
+    return yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 # ==================================================================================================
 # 12 Server
 # ==================================================================================================
