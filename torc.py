@@ -9047,7 +9047,7 @@ def slurm_output(*words):
     code, out, errors = run_program(list(words))
     if code:
         last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
-        raise TorcError(f"{words[0]} failed: {last}")
+        raise TorcError(f"{words[0]} failed: {last} (torc asks it on a login node of the cluster)")
     return out
 
 
@@ -9082,20 +9082,20 @@ def misfits(one, cpus, memory_bytes, walltime_s, gpus=0, nodes=1, named=False):
     most_nodes = least(one.max_nodes, one.max_nodes_per_user)
     found = []
     if cpus > one.cpus_per_node:
-        found.append(f"has {plural(one.cpus_per_node, 'CPU')} a node")
+        found.append(f"only {plural(one.cpus_per_node, 'CPU')} a node")
     if one.memory_mb is not None and memory_bytes > one.memory_mb * 2**20:
-        found.append(f"has {format_bytes(one.memory_mb * 2**20)} a node")
+        found.append(f"only {format_bytes(one.memory_mb * 2**20)} a node")
     if one.max_walltime_secs is not None and walltime_s > one.max_walltime_secs:
-        found.append(f"ends jobs after {format_duration(one.max_walltime_secs)}")
+        found.append(f"at most {format_duration(one.max_walltime_secs)}")
     if gpus > (one.gpus_per_node or 0):
-        found.append(f"has {plural(one.gpus_per_node, 'GPU')} a node" if one.gpus_per_node
-                     else "has no GPUs")
+        found.append(f"only {plural(one.gpus_per_node, 'GPU')} a node" if one.gpus_per_node
+                     else "no GPUs")
     if one.gpus_per_node and not gpus and not named:
-        found.append("is for jobs with GPUs")
+        found.append("for jobs with GPUs")
     if most_nodes is not None and nodes > most_nodes:
-        found.append(f"gives at most {plural(most_nodes, 'node')}")
+        found.append(f"at most {plural(most_nodes, 'node')}")
     if nodes < (one.min_nodes or 1):
-        found.append(f"takes jobs of {one.min_nodes} nodes and more")
+        found.append(f"at least {plural(one.min_nodes, 'node')}")
     return found
 
 
@@ -9128,9 +9128,11 @@ def best_partition(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
 
 def need_text(cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
     """What a job needs, as in "4 CPUs, 2.0 GB and 1 GPU for 2h00m"."""
-    words = [plural(cpus, "CPU"), format_bytes(memory_bytes)] + [plural(gpus, "GPU")] * bool(gpus)
+    words = [plural(cpus, "CPU"), *[format_bytes(memory_bytes)] * bool(memory_bytes),
+             *[plural(gpus, "GPU")] * bool(gpus)]
     where = f" on each of {nodes} nodes" if nodes > 1 else ""
-    return f"{', '.join(words[:-1])} and {words[-1]}{where} for {format_duration(walltime_s)}"
+    how_long = f" for {format_duration(walltime_s)}" if walltime_s else ""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + where + how_long
 
 
 def why_no_partition(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
@@ -9143,7 +9145,7 @@ def why_no_partition(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
             rows.setdefault(", ".join(found), []).append(one.name)
         elif on_request(one):
             special.append(one.name)
-    said = [f"{some(names)} {text}" for text, names in
+    said = [f"{some(names)}: {text}" for text, names in
             sorted(rows.items(), key=lambda row: row[0].count(","))]
     more = f"; {len(said) - 4} more" if len(said) > 4 else ""
     asked = f"{some(special)} would, but only if it is named; " if special else ""
@@ -9289,7 +9291,7 @@ def choose_partition(profile, name, wish, need, runtime_s):
     kinds.sort(key=lambda one: bool(one.gpus_per_node) != bool(need.gpus))
     faults = [misfits(one, *size, named=True) for one in kinds]
     if all(faults):
-        raise TorcError(f"they need {need_text(*size)}, and partition {name} "
+        raise TorcError(f"they need {need_text(*size)}; partition {name}: "
                         f"{'; or '.join(map(', '.join, faults))}")
     return kinds[faults.index([])]
 
@@ -9548,7 +9550,10 @@ def specification_text(document, as_json):
     """The text of a specification, JSON or YAML that YAML 1.1 and 1.2 read alike."""
     if as_json:
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    import yaml                           # it is there: a YAML specification was read with it
+    try:
+        import yaml
+    except ImportError:
+        raise MissingPackage("PyYAML", "writing YAML") from None
 
     class Dumper(yaml.SafeDumper):
         """Quotes what either version takes for something else than a text; blocks for lines."""
@@ -10703,7 +10708,7 @@ GROUPS = (
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
-    ("Clusters", "watch recover slurm slurm-job-runner"),
+    ("Clusters", "watch recover slurm slurm-job-runner hpc"),
     ("Server and program", "server ping doctor htpasswd access-groups admin completions bundle"),
 )
 BRANCH_SUMMARIES = {
@@ -10723,9 +10728,9 @@ BRANCH_SUMMARIES = {
     "events": "What happened in a workflow.",
     "compute-nodes": "Runners of a workflow.",
     "scheduled-compute-nodes": "Allocations of a workflow.",
+    "hpc": "HPC systems: their partitions, and which of them suits a job.",
 }
-ABSENT = ("tui", "dash", "hpc", "remote", "plot-resources", "ro-crate",
-          "config", "mcp-server")
+ABSENT = ("tui", "dash", "remote", "plot-resources", "ro-crate", "config", "mcp-server")
 
 
 def summary_of(word):
@@ -13634,6 +13639,353 @@ def do_watch(args, client):
     Exit code 0: all completed; 1: some failed or were canceled, or could not be recovered.
     """
     return Watcher(args, client).run()
+
+
+# ---- HPC profiles
+
+PROFILE_NAME = opt("name", nargs="?", metavar="NAME", help="a profile: torc hpc list; default: the "
+                   "one of this machine")
+PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory, Walltime=walltime,"
+                     " GPUs=gpus, Nodes=nodes, Shared=shared,"
+                     " On Request=requires_explicit_request")
+
+
+def walltime_text(text):
+    """Seconds of a time as Slurm or ISO 8601 writes it, for argparse."""
+    try:
+        return parse_duration(text) if text.startswith("P") else parse_walltime(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a time such as 04:00:00, 1-12:00:00 or PT4H") from None
+
+
+def at_least_one(text):
+    """A factor of 1 or more, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 1000:
+        raise ValueError(f"{text!r} is not a factor from 1 on")
+    return value
+
+
+def partition_row(one):
+    """A Partition as JSON with texts for its table."""
+    bounds = [str(one.min_nodes or 1), str(least(one.max_nodes, one.max_nodes_per_user) or "")]
+    gpus = f"{one.gpus_per_node} {one.gpu_type or ''}".strip() if one.gpus_per_node else ""
+    return {**one._asdict(), "features": list(one.features), "gpus": gpus,
+            "memory": "" if one.memory_mb is None else format_bytes(one.memory_mb * 2**20),
+            "walltime": "" if one.max_walltime_secs is None else slurm_time(one.max_walltime_secs),
+            "nodes": f"{bounds[0]}-{bounds[1]}" if bounds[1] else bounds[0] + "-"}
+
+
+def show_partitions(args, profile, rows, columns=PARTITION_COLUMNS):
+    """Print rows of partitions; JSON has their fields without the texts of the table."""
+    if args.format == "json":
+        texts = ("memory", "walltime", "gpus", "nodes")
+        rows = [{name: value for name, value in row.items() if name not in texts} for row in rows]
+    show_list(args, "partitions", "partition", columns, rows, profile.name)
+
+
+@command("hpc list", client=False, example="torc hpc list")
+def hpc_list(args, client):
+    """List the profiles of HPC systems: yours in ~/.torc/hpc, the built-in ones."""
+    profiles = known_profiles()
+    here = detect_profile(profiles)
+    show_list(args, "profiles", "profile", "Name=name, Display Name=display_name,"
+              " Partitions=partitions, Own=own, Detected=detected", [
+                  {"name": one.name, "display_name": one.display_name,
+                   "partitions": len({part.name for part in one.partitions}),
+                   "own": one is not BUILT_IN_PROFILES.get(one.name), "detected": one is here}
+                  for one in profiles.values()])
+    if args.format != "json":
+        print(f"Any other cluster: --profile {DYNAMIC_PROFILE} asks its own Slurm.")
+
+
+@command("hpc detect", client=False, example="torc hpc detect")
+def hpc_detect(args, client):
+    """Say which HPC system this machine belongs to; exit code 1 if none is known."""
+    import shutil
+    found = detect_profile(known_profiles())
+    if found:
+        say(args, f"{found.name} ({found.display_name})", detected=True, name=found.name,
+            display_name=found.display_name)
+    elif shutil.which("sinfo"):
+        say(args, f"{DYNAMIC_PROFILE} (no known system, but it has Slurm, which is asked for its "
+            "partitions)", detected=True, name=DYNAMIC_PROFILE, display_name="this cluster")
+    else:
+        say(args, "no HPC system that is known, and no Slurm (no sinfo on the PATH)",
+            detected=False, name=None)
+        return 1
+
+
+@command("hpc show", PROFILE_NAME, client=False, example="torc hpc show kestrel")
+def hpc_show(args, client):
+    """Show a profile: how it is detected, account, charge factors; with -f json all of it."""
+    profile = find_profile(args.name)
+    if args.format == "json":
+        print_json(profile_json(profile))
+        return
+    signs = [f"{sign.name}={sign.value}" if sign.type == "env" else f"{sign.type} {sign.value}"
+             for sign in profile.detection]
+    fields = {
+        "name": profile.name, "display_name": profile.display_name,
+        "description": profile.description, "detection": " or ".join(signs),
+        "default_account": profile.default_account,
+        "charge_factor_cpu": profile.charge_factor_cpu,
+        "charge_factor_gpu": profile.charge_factor_gpu, **profile.metadata,
+        "partitions": ", ".join(dict.fromkeys(one.name for one in profile.partitions))}
+    show_record(args, {name: value for name, value in fields.items() if value not in (None, "")})
+
+
+@command("hpc partitions", PROFILE_NAME,
+         opt("--gpu", action="store_true", help="only those with GPUs"),
+         opt("--shared", action="store_true", help="only those whose nodes are shared"),
+         client=False, example="torc hpc partitions kestrel --gpu")
+def hpc_partitions(args, client):
+    """List the partitions of a system: what their nodes have, how long and how wide jobs may be."""
+    profile = find_profile(args.name)
+    show_partitions(args, profile, [
+        partition_row(one) for one in profile.partitions
+        if (one.gpus_per_node or not args.gpu) and (one.shared or not args.shared)])
+
+
+@command("hpc match", PROFILE_NAME,
+         opt("--cpus", type=POSITIVE, default=1, metavar="N", help="on a node (default: 1)"),
+         opt("--memory", type=checked_text(slurm_memory), default="0", metavar="SIZE",
+             help="on a node: 100g, or a number of MB"),
+         opt("--walltime", type=readable(walltime_text), default="0", metavar="TIME",
+             help="04:00:00, 1-12:00:00 or PT4H"),
+         opt("--gpus", type=COUNT, default=0, metavar="N", help="on a node (default: 0)"),
+         opt("--nodes", type=POSITIVE, default=1, metavar="N", help="default: 1"),
+         client=False, example="torc hpc match kestrel --cpus 52 --memory 100g --walltime 06:00:00")
+def hpc_match(args, client):
+    """List the partitions that take a job, the best first."""
+    profile = find_profile(args.name)
+    need = (args.cpus, slurm_memory(args.memory), args.walltime, args.gpus, args.nodes)
+    found, best = matching_partitions(profile, *need), best_partition(profile, *need)
+    if not found:
+        raise TorcError(why_no_partition(profile, *need))
+    show_partitions(args, profile, [
+        {**partition_row(one), "best": one is best} for one in found],
+        PARTITION_COLUMNS + ", Best=best")
+
+
+def host_pattern(hostname):
+    """A regular expression for hosts named like this one, which may differ in their number."""
+    return re.sub(r"\d+$", lambda match: r"\d+", re.escape(hostname.partition(".")[0]))
+
+
+@command("hpc generate",
+         opt("-n", "--name", metavar="NAME", help="default: the cluster's own"),
+         opt("-d", "--display-name", metavar="TEXT", help="for people"),
+         opt("-o", "--output", metavar="FILE", help="default: standard output; one in ~/.torc/hpc "
+             "is used from then on"),
+         opt("--skip-stdby", action="store_true", help="leave out standby partitions"),
+         client=False, example="torc hpc generate -n mycluster -o ~/.torc/hpc/mycluster.json")
+def hpc_generate(args, client):
+    """Write a profile of this cluster as JSON, from what its Slurm says; edit it as you like."""
+    import socket
+    config = slurm_output("scontrol", "show", "config")
+    cluster = re.search(r"^ClusterName\s*=\s*(\S+)", config, re.M)
+    name = args.name or (cluster[1] if cluster else "cluster")
+    if name == DYNAMIC_PROFILE:
+        raise UsageError(f"{name} names the profile that is read from the cluster each time: take "
+                         "another with --name")
+    profile = slurm_profile(name, args.display_name or name)
+    kept = [one for one in profile.partitions
+            if not (args.skip_stdby and re.search("stdby|standby", one.name))]
+    sign = Detection("hostname", f"^{host_pattern(socket.gethostname())}(\\.|$)")
+    text = json.dumps(profile_json(profile._replace(
+        partitions=tuple(kept), detection=(sign,),
+        description=f"read from sinfo and scontrol on {time.strftime('%Y-%m-%d')}")), indent=2)
+    if not args.output:
+        print(text)
+        return
+    write_text(args.output, text + "\n")
+    own = os.path.expanduser("~/.torc/hpc")
+    used = os.path.dirname(os.path.abspath(args.output)) == own and args.output.endswith(".json")
+    say(args, f"Wrote {args.output}: profile {name}, {plural(len(kept), 'partition')}, for hosts "
+        f"like {socket.gethostname()}" + ("" if used else f". Put it into {own} to use it"),
+        name=name, file=args.output, partitions=len(kept))
+
+
+def write_text(path, text):
+    """Write a file as a whole or not at all; makes its directory."""
+    directory = os.path.dirname(os.path.abspath(path))
+    os.makedirs(directory, exist_ok=True)
+    part = os.path.join(directory, f".{os.path.basename(path)}.{os.getpid()}")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise TorcError(f"{path} cannot be written: {error.strerror}") from None
+
+
+PLANNING = (
+    opt("file", metavar="FILE", help="specification, YAML or JSON; - for standard input"),
+    opt("-a", "--account", metavar="NAME", help="default: slurm_defaults.account of the "
+        "specification, else the profile's"),
+    opt("-p", "--partition", metavar="NAME", help="default: the best for each requirement"),
+    opt("--profile", "--hpc-profile", metavar="NAME", help="torc hpc list; default: the one of "
+        "this machine"),
+    opt("--group-by", choices=("resource-requirements", "partition"),
+        default="resource-requirements", help="what gets a scheduler of its own (default: "
+        "resource-requirements)"),
+    opt("--walltime-strategy", choices=STRATEGIES, default=STRATEGIES[0],
+        help="as long as the longest job times the multiplier, or as the partition allows"),
+    opt("--walltime-multiplier", type=readable(at_least_one), default=1.5, metavar="X",
+        help="default: 1.5"),
+    opt("--single-allocation", action="store_true", help="one allocation of several nodes in place "
+        "of several of one"),
+    opt("--overwrite", action="store_true", help="replace schedulers and schedule_nodes actions "
+        "that the specification has"),
+)
+
+
+def read_for_planning(args):
+    """(document, Spec, whether it is JSON) of a specification, without its allocations.
+
+    Raises SpecError with all errors, TorcError if it has allocations and is to keep them.
+    """
+    text = sys.stdin.read() if args.file == "-" else read_spec_text(args.file)
+    spec = read_spec(args.file, text, skip_checks=True)
+    document, lines = parse_spec_text(args.file, text)
+    has = [name for name, there in (
+        ("slurm_schedulers", document.get("slurm_schedulers")),
+        ("schedule_nodes actions", any(map(schedules_nodes, document.get("actions") or ()))))
+        if there]
+    if has and not args.overwrite:
+        raise TorcError(f"{args.file} has {' and '.join(has)} already: --overwrite replaces them")
+    return without_allocations(document), spec, lines.as_json
+
+
+def make_plan(args, spec, profile, account):
+    """The plan of allocations for a Spec."""
+    payload = spec.payload
+    if not payload["jobs"]:
+        raise TorcError(f"{args.file} has no jobs")
+    return plan_allocations(
+        group_jobs(payload["jobs"], payload["resource_requirements"]), profile, account,
+        partition=args.partition, strategy=args.walltime_strategy,
+        multiplier=args.walltime_multiplier, single_allocation=args.single_allocation,
+        by_partition=args.group_by == "partition")
+
+
+def account_for(args, document, profile):
+    """The account to charge, or None."""
+    return args.account or (document.get("slurm_defaults") or {}).get("account") or \
+        profile.default_account
+
+
+def show_plan(args, profile, plan, more=(), columns=""):
+    """Print a plan as a table or as JSON; more: a dict of further fields for each entry."""
+    rows = [{**one["scheduler"], **one, **extra, "jobs": len(one["jobs"])}
+            for one, extra in itertools.zip_longest(plan, more, fillvalue={})]
+    for row in rows:
+        del row["scheduler"], row["trigger_jobs"]
+    show_list(args, "schedulers", "scheduler", "Scheduler=name, Partition=partition, Jobs=jobs,"
+              " Allocations=num_allocations, Nodes=nodes, Walltime=walltime, Memory=mem,"
+              f" Gres=gres, When=trigger{columns}", rows, f"{args.file} on {profile.name}")
+
+
+@command("slurm generate", *PLANNING,
+         opt("-o", "--output", metavar="FILE", help="default: standard output"),
+         opt("--no-actions", action="store_true", help="only schedulers: nothing asks for "
+             "allocations by itself"),
+         opt("--dry-run", action="store_true", help="show the schedulers, write nothing"),
+         client=False, example="torc slurm generate workflow.yaml --account proj -o for_slurm.yaml")
+def slurm_generate(args, client):
+    """Add to a specification the Slurm schedulers and allocations that its jobs need."""
+    document, spec, from_json = read_for_planning(args)
+    profile = find_profile(args.profile)
+    account = account_for(args, document, profile)
+    if not account:
+        raise TorcError("no account to charge: say --account NAME, or put account into "
+                        "slurm_defaults of the specification")
+    plan = make_plan(args, spec, profile, account)
+    done, notes = with_allocations(document, plan, not args.no_actions)
+    ending = os.path.splitext(args.output or "")[1].lower()
+    as_json = {".json": True, ".yaml": False, ".yml": False}.get(
+        ending, from_json or (not args.output and args.format == "json"))
+    text = specification_text(done, as_json)
+    read_spec("the specification that was made", text)
+    for note in notes:
+        tell(args, note, "warn")
+    if args.dry_run:
+        show_plan(args, profile, plan)
+        return
+    if not from_json:
+        tell(args, "the new specification has none of the comments of the YAML file", "warn")
+    total = sum(one["num_allocations"] for one in plan)
+    sentence = f"{plural(len(plan), 'scheduler')} and {plural(total, 'allocation')} on " \
+               f"{profile.name} for {plural(len(spec.payload['jobs']), 'job')}"
+    if args.output:
+        write_text(args.output, text)
+        say(args, f"Wrote {args.output}: {sentence}", file=args.output, allocations=total,
+            schedulers=[one["scheduler"] for one in plan])
+    else:
+        tell(args, sentence)
+        sys.stdout.write(text)
+
+
+def idle_nodes():
+    """{partition: nodes that are idle now}, by sinfo. Raises TorcError."""
+    found = {}
+    for line in slurm_output("sinfo", "-h", "-o", "%P|%t|%D").splitlines():
+        name, state, number = (line.split("|") + ["", ""])[:3]
+        idle = re.fullmatch(r"idle[~#%]?", state.strip())
+        name = name.strip().rstrip("*")
+        found[name] = found.get(name, 0) + (number_in(number.strip()) or 0 if idle else 0)
+    return found
+
+
+def predicted_start(scheduler):
+    """When Slurm would start an allocation now: a local time, or why it would not take it."""
+    words = [f"--{option}={scheduler[name]}" for name, option in (
+        ("account", "account"), ("partition", "partition"), ("nodes", "nodes"),
+        ("walltime", "time"), ("mem", "mem"), ("gres", "gres"), ("qos", "qos"))
+        if scheduler.get(name)]
+    code, out, errors = run_program(
+        ["sbatch", "--test-only", *words, *(scheduler.get("extra") or "").split(), "--wrap=true"],
+        env={**os.environ, "SLURM_TIME_FORMAT": "standard"})
+    match = re.search(r"to start at (\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)", errors + out)
+    if match and not code:
+        return f"{match[1]} {match[2]}"
+    last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
+    return re.sub(r"^(sbatch: |error: |allocation failure: )+", "", last)
+
+
+@command("slurm plan-allocations", *PLANNING,
+         opt("--offline", action="store_true", help="do not ask the cluster anything"),
+         opt("--skip-test-only", action="store_true", help="do not ask when they would start"),
+         client=False, example="torc slurm plan-allocations workflow.yaml --profile kestrel "
+         "--offline")
+def slurm_plan_allocations(args, client):
+    """Show the allocations that slurm generate would ask for, idle nodes, and predicted starts."""
+    document, spec, _ = read_for_planning(args)
+    if args.offline and args.profile == DYNAMIC_PROFILE:
+        raise UsageError(f"--profile {DYNAMIC_PROFILE} asks the cluster, which --offline forbids: "
+                         "name another profile")
+    profile = detect_profile(known_profiles()) if args.offline and not args.profile else None
+    if args.offline and not args.profile and not profile:
+        raise UsageError("--offline needs a profile, and none is detected here: --profile NAME, "
+                         "see torc hpc list")
+    profile = profile or find_profile(args.profile)
+    plan = make_plan(args, spec, profile, account_for(args, document, profile) or "")
+    more, columns = [{} for _ in plan], ""
+    if not args.offline:
+        idle, columns = idle_nodes(), ", Idle Nodes=idle_nodes"
+        for one, row in zip(plan, more):
+            row["idle_nodes"] = idle.get(one["scheduler"]["partition"])
+    if not args.offline and not args.skip_test_only:
+        columns += ", Start Now=predicted_start"
+        for one, row in zip(plan, more):
+            row["predicted_start"] = predicted_start(one["scheduler"])
+    show_plan(args, profile, plan, more, columns)
 
 
 # ---- passwords, groups
