@@ -3143,6 +3143,522 @@ def test_watch_sees_the_end_of_a_workflow_without_slurm(tmp_path, cli, monkeypat
     assert "has ended" in next((tmp_path / "torc_output").glob("watch_*_wf1.log")).read_text()
 
 
+HOURS = 3600
+SCONTROL = ("PartitionName={} Default=NO MaxNodes={} MaxTime=1-00:00:00 MinNodes={} State={}"
+            " OverSubscribe={} RootOnly=NO MaxCPUsPerNode=UNLIMITED MaxMemPerNode=UNLIMITED")
+
+
+def scontrol(name, most="UNLIMITED", least=0, state="UP", shared="NO"):
+    """A line of `scontrol -o show partition`."""
+    return SCONTROL.format(name, most, least, state, shared)
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """programs(sinfo="script", ...) puts only these programs on the PATH."""
+    directory = tmp_path / "programs"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", str(directory))
+
+    def write(**scripts):
+        for name, script in scripts.items():
+            (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+            (directory / name).chmod(0o755)
+
+    return write
+
+
+# ---- programs
+
+def test_a_program_gives_its_code_and_what_it_printed(programs):
+    programs(squeue="echo out; echo err >&2; exit 3")
+    assert torc.run_program(["squeue"]) == (3, "out\n", "err\n")
+
+
+def test_a_program_that_is_missing_or_hangs_is_named(programs):
+    programs(squeue="while :; do :; done")
+    with pytest.raises(torc.TorcError, match="there is no sinfo on the PATH: is this a host"):
+        torc.run_program(["sinfo"])
+    with pytest.raises(torc.TorcError, match="squeue has not answered within 0.2 s"):
+        torc.run_program(["squeue"], timeout=0.2)
+
+
+# ---- HPC profiles
+
+def test_the_built_in_profiles_have_their_partitions():
+    kestrel, dane = torc.BUILT_IN_PROFILES["kestrel"], torc.BUILT_IN_PROFILES["dane"]
+    assert (len(kestrel.partitions), len(dane.partitions)) == (15, 6)
+    for one in kestrel.partitions + dane.partitions:
+        assert one.cpus_per_node in (104, 112, 128) and 240_000 < one.memory_mb <= 2_000_000
+        assert one.max_walltime_secs or one.name == "pall"
+        assert bool(one.gpus_per_node) == bool(one.gpu_type)
+
+
+@pytest.mark.parametrize("text, gpus", [
+    ("(null)", (None, None)), ("", (None, None)), ("gpu:4", (4, None)), ("gpu", (1, None)),
+    ("gpu:a100:4(S:0-1)", (4, "a100")), ("gpu:3090:2", (2, "3090")), ("gpu:h100", (1, "h100")),
+    ("nvme:1,gpu:a100:2(S:0,2),gpu:v100:2(S:1)", (4, "a100")), ("craynetwork:4", (None, None))])
+def test_gpus_are_counted_in_generic_resources(text, gpus):
+    assert torc.gpus_in(text) == gpus
+
+
+@pytest.mark.parametrize("line, more, expected", [
+    ("debug*|4|4000|1:00:00|(null)|2", scontrol("debug"),
+     {"name": "debug", "cpus_per_node": 4, "memory_mb": 4000, "max_walltime_secs": 3600,
+      "max_nodes": 2, "gpus_per_node": None, "shared": True, "requires_explicit_request": True,
+      "features": ("default", "debug")}),
+    ("batch|64+|190000+|infinite|(null)|1.5K", scontrol("batch", "UNLIMITED", 0, "UP", "EXCLUSIVE"),
+     {"cpus_per_node": 64, "memory_mb": 190_000, "max_walltime_secs": None, "max_nodes": 1500,
+      "shared": False, "min_nodes": None}),
+    ("wide|64|190000|10-00:00:00|(null)|40", scontrol("wide", 16, 4),
+     {"max_walltime_secs": 864_000, "max_nodes": 16, "min_nodes": 4}),
+    ("short|2+|1|10:00|(null)|2", "", {"cpus_per_node": 2, "memory_mb": None,
+                                       "max_walltime_secs": 600}),
+    ("gpu|128|500000|UNLIMITED|gpu:a100:4(S:0-1)|8", scontrol("gpu"),
+     {"gpus_per_node": 4, "gpu_type": "a100", "max_walltime_secs": None}),
+    ("old|8|8000|n/a|(null)|3", scontrol("old", state="DOWN"), None),
+    ("sinfo: something odd", "", None), ("", "", None)])
+def test_partitions_are_read_from_what_slurm_prints(line, more, expected):
+    found = torc.read_partitions(line + "\n", more + "\n")
+    assert len(found) == (expected is not None)
+    for name, value in (expected or {}).items():
+        assert getattr(found[0], name) == value, name
+
+
+def test_a_partition_with_nodes_of_two_kinds_is_read_as_two():
+    found = torc.read_partitions(
+        "mix*|64|256000|2-00:00:00|(null)|100\nmix*|64|256000|2-00:00:00|(null)|20\n"
+        "mix*|64|512000|2-00:00:00|gpu:a100:4|8\n", scontrol("mix"))
+    assert [(one.memory_mb, one.gpus_per_node, one.max_nodes) for one in found] == [
+        (256_000, None, 120), (512_000, 4, 8)]
+    profile = torc.Profile("x", "x", "", (), found)
+    assert torc.best_partition(profile, 4, GB, 60).gpus_per_node is None
+    assert torc.best_partition(profile, 4, GB, 60, gpus=1).gpus_per_node == 4
+
+
+@pytest.mark.parametrize("sign, here", [
+    (torc.Detection("env", "kestrel", "NREL_CLUSTER"), True),
+    (torc.Detection("env", "other", "NREL_CLUSTER"), False),
+    (torc.Detection("env", "x", "UNSET_VARIABLE"), False),
+    (torc.Detection("hostname", r"^kl\d+"), True), (torc.Detection("hostname", r"^l\d+"), False),
+    (torc.Detection("file", "/"), True), (torc.Detection("file", "/no/such/file"), False)])
+def test_signs_of_a_cluster_are_seen(monkeypatch, sign, here):
+    monkeypatch.setenv("NREL_CLUSTER", "kestrel")
+    assert torc.is_here(sign, "kl1") == here
+
+
+@pytest.mark.parametrize("profile, need, name", [
+    ("kestrel", (4, 2 * GB, HOURS), "shared"),              # small
+    ("kestrel", (26, 60_000 * 2**20, HOURS), "shared"),
+    ("kestrel", (27, 2 * GB, HOURS), "short"),              # not small
+    ("kestrel", (4, 59 * GB, HOURS), "short"),
+    ("kestrel", (4, 2 * GB, 72 * HOURS), "sharedl"),
+    ("kestrel", (104, 100 * GB, 5 * HOURS), "standard"),
+    ("kestrel", (104, 100 * GB, 72 * HOURS), "long"),
+    ("kestrel", (104, 300 * GB, HOURS), "medmem"),
+    ("kestrel", (104, 1500 * GB, 50 * HOURS), "bigmeml"),
+    ("kestrel", (104, 100 * GB, HOURS, 0, 300), "short"),   # several nodes
+    ("kestrel", (4, 2 * GB, HOURS, 0, 2), "short"),
+    ("kestrel", (8, 8 * GB, HOURS, 1), "gpu-h100s"),
+    ("kestrel", (8, 8 * GB, 5 * HOURS, 4), "gpu-h100"),
+    ("kestrel", (120, 8 * GB, HOURS), None),                # CPU jobs take no GPU nodes
+    ("kestrel", (8, 8 * GB, HOURS, 5), None),
+    ("kestrel", (8, 8 * GB, 300 * HOURS), None),
+    ("dane", (4, 2 * GB, HOURS), "pbatch"),
+    ("dane", (4, 2 * GB, 48 * HOURS), None),                # pserial is only for who names it
+    ("dane", (4, 2 * GB, HOURS, 1), None)])
+def test_the_best_partition_for_a_job(profile, need, name):
+    profile = torc.BUILT_IN_PROFILES[profile]
+    best = torc.best_partition(profile, *need)
+    assert (best.name if best else None) == name
+    if not best:
+        assert torc.why_no_partition(profile, *need).startswith(
+            f"no partition of {profile.name} takes ")
+
+
+def test_why_no_partition_names_what_is_too_much():
+    assert torc.why_no_partition(torc.DANE, 200, 2 * GB, 48 * HOURS) == (
+        "no partition of dane takes 200 CPUs and 2.0 GB for 2d00h (pserial, pall: only 112 CPUs a "
+        "node; pdebug: only 112 CPUs a node, at most 1h00m; pbatch, pci, pjupyter: only 112 CPUs a "
+        "node, at most 1d00h)")
+    assert "(pserial, pall would, but only if it is named; pdebug: at most 1h00m; " in \
+        torc.why_no_partition(torc.DANE, 4, 2 * GB, 48 * HOURS)
+
+
+# ---- planning allocations
+
+SMALL = {"name": "small", "num_cpus": 1, "memory": "2g", "runtime": "PT1H"}
+HALF = {"name": "half", "num_cpus": 52, "memory": "100g", "runtime": "PT3H"}
+GPU = {"name": "gpu", "num_cpus": 8, "memory": "20g", "num_gpus": 1, "runtime": "PT2H"}
+WIDE = {"name": "wide", "num_cpus": 104, "memory": "200g", "num_nodes": 4, "runtime": "PT10H"}
+
+
+def group(requirement, jobs, deferred=False, **more):
+    """A group of jobs for plan_allocations."""
+    return {**requirement, "jobs": [f"{requirement['name']}{i}" for i in range(jobs)],
+            "deferred": deferred, **more}
+
+
+def planned(*groups, profile=torc.KESTREL, **options):
+    """[(scheduler name, partition, nodes, walltime, allocations, jobs), ...] of a plan."""
+    return [(one["scheduler"]["name"], *(one["scheduler"][name] for name in (
+        "partition", "nodes", "walltime")), one["num_allocations"], len(one["jobs"]))
+            for one in torc.plan_allocations(list(groups), profile, "a", **options)]
+
+
+@pytest.mark.parametrize("groups, options, expected", [
+    ([group(SMALL, 1)], {}, [("small_scheduler", "shared", 1, "01:30:00", 1, 1)]),
+    ([group(HALF, 9)], {}, [("half_scheduler", "standard", 1, "04:30:00", 5, 9)]),
+    ([group(HALF, 9)], {"multiplier": 1.0}, [("half_scheduler", "short", 1, "03:02:00", 5, 9)]),
+    ([group(HALF, 9)], {"multiplier": 3}, [("half_scheduler", "standard", 1, "09:00:00", 3, 9)]),
+    ([group(HALF, 90)], {"strategy": "max-partition-time"},
+     [("half_scheduler", "standard", 1, "2-00:00:00", 3, 90)]),
+    ([group(HALF, 9)], {"single_allocation": True},
+     [("half_scheduler", "standard", 5, "04:30:00", 1, 9)]),
+    ([group(HALF, 9)], {"partition": "bigmem"},
+     [("half_scheduler", "bigmem", 1, "04:30:00", 5, 9)]),
+    ([group(HALF, 40)], {"partition": "bigmem", "single_allocation": True},  # 4 nodes a user
+     [("half_scheduler", "bigmem", 4, "15:00:00", 1, 40)]),
+    ([group(HALF, 9)], {"walltime": "06:00:00"},
+     [("half_scheduler", "standard", 1, "06:00:00", 5, 9)]),
+    ([group(HALF, 9)], {"walltime": "01:00:00"},               # too short
+     [("half_scheduler", "short", 1, "03:00:00", 5, 9)]),
+    ([group(WIDE, 3)], {}, [("wide_scheduler", "standard", 4, "15:00:00", 3, 3)]),
+    ([group(WIDE, 3)], {"single_allocation": True},
+     [("wide_scheduler", "standard", 12, "15:00:00", 1, 3)]),
+    ([group(GPU, 9)], {}, [("gpu_scheduler", "gpu-h100s", 1, "03:00:00", 3, 9)]),
+    ([group(HALF, 2, True)], {}, [("half_deferred_scheduler", "standard", 1, "04:30:00", 1, 2)]),
+    ([group(HALF, 2, True)], {"prefix": "r_", "deferred_suffix": "_later"},
+     [("r_half_later_scheduler", "standard", 1, "04:30:00", 1, 2)]),
+    ([group(SMALL, 1), group({**SMALL, "name": "tiny"}, 1)], {},
+     [("shared_scheduler", "shared", 1, "01:30:00", 1, 2)]),
+    ([group(SMALL, 1), group({**SMALL, "name": "tiny"}, 1, True)], {},
+     [("small_scheduler", "shared", 1, "01:30:00", 1, 1),
+      ("tiny_deferred_scheduler", "shared", 1, "01:30:00", 1, 1)]),
+    ([group(HALF, 9), group({**HALF, "name": "other"}, 9)], {"by_partition": True},
+     [("standard_scheduler", "standard", 1, "04:30:00", 9, 18)]),
+    ([group(HALF, 9), group({**HALF, "name": "other"}, 9)], {},
+     [("half_scheduler", "standard", 1, "04:30:00", 5, 9),
+      ("other_scheduler", "standard", 1, "04:30:00", 5, 9)]),
+    ([group(SMALL, 0)], {}, [])])
+def test_allocations_are_planned(groups, options, expected):
+    assert planned(*groups, **options) == expected
+
+
+def test_a_job_as_long_as_its_partition_allows_gets_all_of_it():
+    assert planned(group({**HALF, "runtime": "P10D"}, 1)) == [
+        ("half_scheduler", "long", 1, "10-00:00:00", 1, 1)]
+
+
+@pytest.mark.parametrize("jobs, asked", [
+    (1, {"mem": "2304M", "extra": "--cpus-per-task=1"}),
+    (10, {"mem": "20736M", "extra": "--cpus-per-task=10"}),
+    (150, {"mem": "153856M", "extra": "--cpus-per-task=75"})])   # two allocations
+def test_of_shared_nodes_only_what_the_jobs_use_is_asked_for(jobs, asked):
+    scheduler = torc.plan_allocations([group(SMALL, jobs)], torc.KESTREL, "a")[0]["scheduler"]
+    assert {name: scheduler[name] for name in asked} == asked
+
+
+def test_gpus_and_memory_are_asked_for():
+    gpu = torc.plan_allocations([group(GPU, 3)], torc.KESTREL, "a")[0]["scheduler"]
+    assert gpu == {"name": "gpu_scheduler", "account": "a", "partition": "gpu-h100s", "nodes": 1,
+                   "walltime": "03:00:00", "mem": "61696M", "gres": "gpu:3",
+                   "extra": "--cpus-per-task=24"}
+    whole = torc.plan_allocations([group(HALF, 1)], torc.KESTREL, "a")[0]["scheduler"]
+    assert whole["mem"] == "246064M" and "extra" not in whole and "gres" not in whole
+
+
+def test_a_default_qos_is_asked_for():
+    one = torc.KESTREL.partitions[1]._replace(default_qos="high")
+    plan = torc.plan_allocations([group(HALF, 1)], torc.KESTREL._replace(partitions=(one,)), "a")
+    assert plan[0]["scheduler"]["qos"] == "high"
+
+
+@pytest.mark.parametrize("requirement, options, text", [
+    ({**HALF, "num_cpus": 400}, {}, '2 jobs with the resource requirements "half": no partition of '
+     "kestrel takes 400 CPUs and 100.0 GB for 3h00m (short, standard, long, medmem and 5 more: "
+     "only 104 CPUs a node; "),
+    ({**HALF, "runtime": "PT5H"}, {"partition": "short"}, "they need 52 CPUs and 100.0 GB for "
+     "5h00m; partition short: at most 4h00m"),
+    (HALF, {"partition": "shorty"}, "kestrel has no partition 'shorty' (did you mean \"short\"?)"),
+    (HALF, {"partition": "hbw"}, "partition hbw: at least 2 nodes"),
+    (HALF, {"strategy": "max"}, "no strategy 'max': there are max-job-runtime, ")])
+def test_what_cannot_be_planned_is_explained(requirement, options, text):
+    with pytest.raises(torc.TorcError, match=re.escape(text)):
+        torc.plan_allocations([group(requirement, 2)], torc.KESTREL, "a", **options)
+
+
+def grouped(edges):
+    """The plan of jobs {"name": [names it waits for]}; those with an o need another requirement."""
+    names, records = list(edges), [HALF, {**HALF, "name": "other"}]
+    jobs = [{"name": name, "resource_requirements": int(name[0] == "o"),
+             "depends_on": [names.index(other) for other in needs]}
+            for name, needs in edges.items()]
+    return [(one["trigger"], one["num_allocations"], sorted(one["jobs"]),
+             sorted(one["trigger_jobs"]))
+            for one in torc.plan_allocations(torc.group_jobs(jobs, records), torc.KESTREL, "a")]
+
+
+def test_jobs_that_wait_for_each_other_never_share_a_trigger():
+    assert grouped({"a": [], "o": ["a"], "b": ["o"], "c": ["b"]}) == [
+        ("on_workflow_start", 1, ["a"], []), ("on_jobs_ready", 1, ["o"], ["o"]),
+        ("on_jobs_ready", 1, ["b", "c"], ["b"])]
+
+
+def test_a_chain_shares_an_allocation_that_is_long_enough():
+    edges = {"a": [], "b": ["a"], "c": ["b"]}
+    assert grouped(edges) == [("on_workflow_start", 1, ["a", "b", "c"], [])]
+    groups = torc.group_jobs([{"name": "abc"[i], "resource_requirements": 0,
+                               "depends_on": [i - 1] if i else []} for i in range(3)], [HALF])
+    assert planned(*groups) == [("half_scheduler", "standard", 1, "13:30:00", 1, 3)]
+
+
+def test_a_chain_longer_than_the_partition_allows_is_cut():
+    groups = torc.group_jobs([{"name": str(i), "resource_requirements": 0,
+                               "depends_on": [i - 1] if i else []} for i in range(20)], [HALF])
+    assert planned(*groups) == [
+        ("half_scheduler", "standard", 1, "2-00:00:00", 1, 16),
+        ("half_deferred_scheduler", "standard", 1, "18:00:00", 1, 4)]
+
+
+def test_levels_of_different_width_get_allocations_of_their_own():
+    edges = {"a": [], **{f"b{i}": ["a"] for i in range(9)},
+             "c": [f"b{i}" for i in range(9)]}
+    assert [row[:2] for row in grouped(edges)] == [
+        ("on_workflow_start", 1), ("on_jobs_ready", 5), ("on_jobs_ready", 1)]
+
+
+def test_levels_follow_files_and_user_data():
+    levels, after = torc.dependency_levels([
+        {"output_files": [0], "resource_requirements": 0},
+        {"input_files": [0], "output_user_data": [0], "resource_requirements": 1},
+        {"input_user_data": [0], "resource_requirements": 0}])
+    assert levels == [0, 1, 2] and after == [set(), {(0, 0)}, {(1, 1)}]
+
+
+def test_jobs_without_requirements_cannot_be_planned():
+    with pytest.raises(torc.TorcError, match=r"1 job has none \(a\)"):
+        torc.group_jobs([{"name": "a"}], [])
+
+
+def test_a_hundred_thousand_jobs_are_planned():
+    jobs = [{"name": f"j{i}", "resource_requirements": i % 2,
+             "depends_on": [i % 100] if i >= 100 else []} for i in range(100_000)]
+    plan = torc.plan_allocations(torc.group_jobs(jobs, [SMALL, HALF]), torc.KESTREL, "a")
+    assert sum(len(one["jobs"]) for one in plan) == 100_000
+    assert sum(one["num_allocations"] for one in plan) == 1 + 481 + 25 + 24_975
+
+
+# ---- a specification with its allocations
+
+SLURM_SPEC = """# a comment
+name: sweep
+slurm_defaults: {account: proj}
+resource_requirements:
+  - {name: small, num_cpus: 1, memory: 500m, runtime: PT10M}
+  - {name: half, num_cpus: 52, memory: 100g, runtime: PT3H}
+jobs:
+  - {name: prep, command: 'echo "a: b"; exit 0', resource_requirements: small}
+  - name: "work_{i:03d}"
+    parameters: {i: "1:40"}
+    depends_on: [prep]
+    command: |
+      echo {i}
+      echo 12:30
+    resource_requirements: half
+  - {name: "no", command: "1e3", resource_requirements: small, depends_on_regexes: ["^work_"]}
+actions:
+  - {trigger_type: on_workflow_start, action_type: run_commands, commands: [date]}
+"""
+
+
+@pytest.fixture
+def spec_file(cli, tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(SLURM_SPEC)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_generate_makes_a_specification_that_can_be_read(cli, spec_file, ending):
+    out = spec_file.parent / f"out.{ending}"
+    _, said, errors = cli("slurm", "generate", spec_file, "--profile", "kestrel", "-o", out, ok=0)
+    assert said.startswith(f"Wrote {out}: 3 schedulers and 22 allocations on kestrel for 42 jobs")
+    assert "none of the comments" in errors
+    before, after = torc.read_spec(str(spec_file)), torc.read_spec(str(out))
+    fields = ("name", "command", "resource_requirements", "depends_on")
+    assert [[job.get(name) for name in fields] for job in before.payload["jobs"]] == \
+        [[job.get(name) for name in fields] for job in after.payload["jobs"]]
+    names = after.summary["scheduler_names"]
+    assert [names[job["scheduler"]] for job in after.payload["jobs"]] == [
+        "small_scheduler", *["half_deferred_scheduler"] * 40, "small_deferred_scheduler"]
+    assert [(action["trigger_type"], action["action_type"], len(action.get("jobs", ())))
+            for action in after.payload["actions"]] == [
+        ("on_workflow_start", "run_commands", 0), ("on_workflow_start", "schedule_nodes", 0),
+        ("on_jobs_ready", "schedule_nodes", 40), ("on_jobs_ready", "schedule_nodes", 1)]
+    assert "^work_.+$" in out.read_text() and "work_001" not in out.read_text()
+    assert {record["account"] for record in after.payload["slurm_schedulers"]} == {"proj"}
+
+
+def test_generate_prints_the_format_of_its_input(cli, spec_file):
+    out = cli("slurm", "generate", spec_file, "--profile", "dane", "-a", "mine", ok=0)[1]
+    assert out.startswith("name: sweep\n") and "account: mine" in out
+    value = cli_json(cli, "slurm", "generate", spec_file, "--profile", "dane")
+    assert value["name"] == "sweep" and len(value["slurm_schedulers"]) == 3
+    (spec_file.parent / "in.json").write_text(json.dumps(value))
+    again = cli("slurm", "generate", "in.json", "--overwrite", "--profile", "dane", ok=0)[1]
+    assert json.loads(again) == value
+
+
+def test_generate_refuses_what_has_allocations_and_replaces_them_if_told(cli, spec_file):
+    cli("slurm", "generate", spec_file, "--profile", "kestrel", "-o", spec_file, ok=0)
+    _, _, errors = cli("slurm", "generate", spec_file, "--profile", "kestrel", ok=1)
+    assert "has slurm_schedulers and schedule_nodes actions already: --overwrite replaces" in errors
+    out = cli("slurm", "generate", spec_file, "--profile", "dane", "--overwrite", "--no-actions",
+              ok=0)[1]
+    assert "pbatch" in out and "schedule_nodes" not in out and "run_commands" in out
+    assert len(torc.read_spec("x.yaml", out).payload["slurm_schedulers"]) == 3
+
+
+def test_jobs_of_one_name_with_different_requirements_are_bound_to_no_scheduler(cli, tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps({
+        "name": "s", "resource_requirements": [
+            {"name": "r1", "num_cpus": 104, "memory": "1g"},
+            {"name": "r2", "num_cpus": 104, "memory": "500g"}],
+        "jobs": [{"name": "j{i}", "parameters": {"i": "1:2"}, "command": "true",
+                  "resource_requirements": "r{i}"}]}))
+    _, out, errors = cli("slurm", "generate", "s.json", "-a", "x", "--profile", "kestrel", ok=0)
+    assert 'the jobs of "j{i}" belong to 2 schedulers (r1_scheduler, r2_scheduler)' in errors
+    assert "scheduler" not in json.loads(out)["jobs"][0]
+    assert len(torc.read_spec("s.json", out).payload["actions"]) == 2
+
+
+def test_a_pattern_that_would_find_other_jobs_too_is_not_used():
+    document = {"jobs": [{"name": "a{i}"}, {"name": "ab{i}"}]}
+    names = [[f"a{i}" for i in range(30)], [f"ab{i}" for i in range(30)]]
+    assert torc.naming(names[0], document, names) == {"jobs": names[0]}
+    assert torc.naming(names[1], document, names) == {"job_name_regexes": ["^ab.+$"]}
+
+
+@pytest.mark.parametrize("text", ["no", "12:30", "1:5", "010", "1e3", "0o17", "~", "", "2024-01-01",
+                                  "=", "<<", "a: b", "# x", "on", "1_000", ".5", "x\ny\n", " x ",
+                                  "x \ny", "0x1F", "\u00e4", "null", "!x", "*x", "1."])
+def test_texts_survive_in_yaml_by_either_version(text):
+    import yaml
+    written = torc.specification_text({"value": text, "n": [10, 1.5, True, None]}, False)
+    for value in (torc.parse_yaml("x", written), yaml.safe_load(written)):
+        assert value == {"value": text, "n": [10, 1.5, True, None]}
+
+
+@pytest.mark.parametrize("words, text", [
+    (["slurm", "generate", "no.yaml"], "no.yaml: No such file or directory"),
+    (["slurm", "generate", "bare.json", "--profile", "kestrel"],
+     "no account to charge: say --account NAME, or put account into slurm_defaults"),
+    (["slurm", "generate", "bare.json", "-a", "x", "--profile", "kestrel"],
+     "1 job has none (a)"),
+    (["slurm", "generate", "spec.yaml", "--profile", "kestrl"], 'did you mean "kestrel"?'),
+    (["slurm", "generate", "spec.yaml"], "this machine is no HPC system that is known, and has no "
+     "Slurm (no sinfo on the PATH): name a profile (kestrel, dane)"),
+    (["slurm", "generate", "spec.yaml", "--profile", "slurm"], "there is no sinfo on the PATH"),
+    (["slurm", "generate", "spec.yaml", "--walltime-multiplier", "0.5"],
+     "'0.5' is not a factor from 1 on"),
+    (["slurm", "plan-allocations", "spec.yaml", "--offline"], "--offline needs a profile"),
+    (["hpc", "match", "kestrel", "--walltime", "soon"], "'soon' is not a time such as 04:00:00"),
+    (["hpc", "match", "kestrel", "--gpus", "9"], "kestrel takes 1 CPU and 9 GPUs (debug: only 2 "),
+    (["hpc", "partitions", "danne"], 'did you mean "dane"?')])
+def test_errors_of_planning_say_what_to_do(cli, spec_file, programs, words, text):
+    programs()
+    (spec_file.parent / "bare.json").write_text(
+        '{"name": "x", "jobs": [{"name": "a", "command": "true"}]}')
+    code, _, errors = cli(*words)
+    assert code in (1, 2) and text in errors and "Traceback" not in errors
+
+
+def test_the_plan_is_shown_without_a_cluster(cli, spec_file):
+    rows = cli_json(cli, "slurm", "plan-allocations", spec_file, "--profile", "kestrel",
+                    "--offline")["schedulers"]
+    assert [(row["partition"], row["jobs"], row["num_allocations"]) for row in rows] == [
+        ("shared", 1, 1), ("standard", 40, 20), ("shared", 1, 1)]
+    out = cli("slurm", "plan-allocations", spec_file, "--profile", "kestrel", "--offline", ok=0)[1]
+    assert "half_deferred_scheduler" in out and "Idle" not in out
+
+
+def test_the_plan_asks_slurm_for_idle_nodes_and_starts(cli, spec_file, programs):
+    programs(sinfo="echo 'shared*|idle|3'; echo 'shared|alloc|9'; echo 'standard|idle~|2'",
+             sbatch='echo "sbatch: Job 7 to start at 2026-01-02T03:04:05 using 1 processors on '
+                    'nodes c1 in partition x" >&2')
+    rows = cli_json(cli, "slurm", "plan-allocations", spec_file, "--profile",
+                    "kestrel")["schedulers"]
+    assert [row["idle_nodes"] for row in rows] == [3, 2, 3]
+    assert {row["predicted_start"] for row in rows} == {"2026-01-02 03:04:05"}
+    programs(sbatch="echo 'allocation failure: Invalid account' >&2; exit 1")
+    rows = cli_json(cli, "slurm", "plan-allocations", spec_file, "--profile",
+                    "kestrel")["schedulers"]
+    assert {row["predicted_start"] for row in rows} == {"Invalid account"}
+
+
+# ---- commands for profiles
+
+SINFO = """case "$*" in
+  *config*) echo "ClusterName             = blue" ;;
+  *scontrol*|*partition*) echo "PartitionName=cpu State=UP OverSubscribe=EXCLUSIVE MinNodes=0" ;;
+  *) echo "cpu*|64|250000|2-00:00:00|(null)|10"; echo "cpu-stdby|64|250000|infinite|(null)|10" ;;
+esac"""
+
+
+def test_a_generated_profile_is_found_and_wins(cli, programs, monkeypatch):
+    programs(sinfo=SINFO, scontrol=SINFO)
+    home = Path(os.environ["HOME"])
+    assert "slurm (no known system, but it has Slurm" in cli("hpc", "detect", ok=0)[1]
+    out = cli("hpc", "generate", "-o", home / ".torc/hpc/blue.json", "--skip-stdby", ok=0)[1]
+    assert "profile blue, 1 partition, for hosts like" in out
+    assert cli_json(cli, "hpc", "detect")["name"] == "blue"
+    shown = cli_json(cli, "hpc", "show")
+    assert shown == json.loads((home / ".torc/hpc/blue.json").read_text())
+    assert [one["name"] for one in cli_json(cli, "hpc", "partitions")["partitions"]] == ["cpu"]
+    (home / ".torc/hpc/k.json").write_text(json.dumps({**shown, "name": "kestrel"}))
+    rows = cli_json(cli, "hpc", "list")["profiles"]
+    assert [(row["name"], row["own"]) for row in rows] == [
+        ("blue", True), ("kestrel", True), ("dane", False)]
+    names = [one["name"] for one in cli_json(cli, "hpc", "partitions", "slurm")["partitions"]]
+    assert names == ["cpu", "cpu-stdby"]
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("{", "k.json line 1: not JSON"), ("[]", "k.json is [], not a mapping"),
+    ('{"name": "x"}', "k.json: the field partitions is missing"),
+    ('{"name": "x", "partitions": [{"name": "p", "cpus_per_nod": 4}]}',
+     "k.json: partition \"p\": unknown field 'cpus_per_nod' (did you mean \"cpus_per_node\"?)"),
+    ('{"name": "x", "partitions": [{"name": "p", "cpus_per_node": "4"}]}',
+     "k.json: partition \"p\": cpus_per_node: '4' is not a whole number of at least 1"),
+    ('{"name": "x", "partitions": [], "detection": [{"type": "hostname", "value": "("}]}',
+     "k.json: detection 1: '(' is no regular expression"),
+    ('{"name": "x", "partitions": [], "detection": [{"type": "env", "value": "x"}]}',
+     "k.json: detection 1: the field name, of the environment variable, is missing"),
+    ('{"name": "slurm", "partitions": []}', 'the name "slurm" is that of the profile')])
+def test_a_wrong_profile_is_explained(cli, text, fault):
+    path = Path(os.environ["HOME"]) / ".torc" / "hpc" / "k.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    _, _, errors = cli("hpc", "list", ok=1)
+    assert fault in errors
+
+
+def test_match_marks_the_best_partition(cli):
+    rows = cli_json(cli, "hpc", "match", "kestrel", "--cpus", "52", "--memory", "100g",
+                    "--walltime", "PT6H")["partitions"]
+    assert [row["name"] for row in rows if row["best"]] == ["standard"] == [rows[0]["name"]]
+    rows = cli_json(cli, "hpc", "match", "dane", "--walltime", "2-00:00:00")["partitions"]
+    assert [(row["name"], row["best"]) for row in rows] == [("pserial", False), ("pall", False)]
+
+
+@pytest.mark.parametrize("name", ["kestrel", "dane"])
+def test_a_profile_survives_its_file(cli, tmp_path, name):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(cli_json(cli, "hpc", "show", name)))
+    assert torc.read_profile(str(path)) == torc.BUILT_IN_PROFILES[name]
+
+
 # ==================================================================================================
 # 12 Server
 # ==================================================================================================
@@ -5306,6 +5822,44 @@ def test_a_file_that_compute_nodes_do_not_see_is_named(cluster):
     done = cluster.run("srun", "--time=1", "bash", script)
     assert done.returncode and "/nowhere/torc.py cannot be read there: put torc on a file system" in \
         done.stderr
+
+
+@pytest.mark.slurm
+def test_the_cluster_describes_itself(cluster):
+    shown = json.loads(cluster.torc("-f", "json", "hpc", "partitions", "slurm").stdout)
+    assert [(one["name"], one["cpus_per_node"], one["memory_mb"], one["max_walltime_secs"],
+             one["max_nodes"], one["requires_explicit_request"]) for one in shown["partitions"]] == [
+        ("debug", 4, 4000, 3600, 2, True), ("short", 4, 4000, 600, 2, False)]
+    done = cluster.torc("hpc", "generate", "-o", ".torc/hpc/here.json")
+    assert "profile torctest, 2 partitions, for hosts like kl1" in done.stdout, done.stderr
+    assert cluster.torc("hpc", "detect").stdout == "torctest (torctest)\n"
+    done = cluster.torc("hpc", "match", "--cpus", "8")
+    assert "no partition of torctest takes 8 CPUs (debug, short: only 4 CPUs a node)" in done.stderr
+    cluster.run("rm", "-r", ".torc/hpc")
+
+
+@pytest.mark.slurm
+def test_slurm_takes_what_is_planned_for_it(cluster):
+    spec = {"name": "s", "resource_requirements": [
+        {"name": "small", "num_cpus": 1, "memory": "500m", "runtime": "PT2M"},
+        {"name": "wide", "num_cpus": 2, "memory": "1g", "runtime": "PT3M", "num_nodes": 2}],
+        "jobs": [{"name": "w{i}", "parameters": {"i": "1:20"}, "command": "true",
+                  "resource_requirements": "small"},
+                 {"name": "m", "command": "true", "depends_on_regexes": ["^w"],
+                  "resource_requirements": "wide"}]}
+    path = cluster.directory / "hpcuser" / "planned.json"
+    path.write_text(json.dumps(spec))
+    path.chmod(0o644)
+    done = cluster.torc("-f", "json", "slurm", "plan-allocations", path.name, "-a", "torc")
+    rows = json.loads(done.stdout)["schedulers"]
+    assert [(row["partition"], row["nodes"], row["num_allocations"]) for row in rows] == [
+        ("short", 1, 5), ("short", 2, 1)]
+    for row in rows:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", row["predicted_start"]), row
+        assert row["idle_nodes"] in (0, 1, 2)
+    done = cluster.torc("slurm", "generate", path.name, "-a", "torc", "-o", "out.json")
+    assert done.returncode == 0, done.stderr
+    assert cluster.torc("create", "out.json", "--dry-run").returncode == 0
 
 
 # ==================================================================================================

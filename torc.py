@@ -9074,7 +9074,7 @@ def partitions_named(profile, name):
 SMALL_CPUS, SMALL_MEMORY_MB = 26, 60_000  # a job up to this prefers nodes shared with others
 
 
-def misfits(one, cpus, memory_bytes, walltime_s, gpus=0, nodes=1, named=False):
+def lacks_of(one, cpus, memory_bytes, walltime_s, gpus=0, nodes=1, named=False):
     """What of a job a Partition cannot take, as texts; cpus, memory and gpus are those of a node.
 
     A job without GPUs does not take nodes that have them, unless they are named.
@@ -9105,7 +9105,7 @@ def matching_partitions(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1
         memory_bytes <= SMALL_MEMORY_MB * 2**20
     return sorted(
         (one for one in profile.partitions
-         if not misfits(one, cpus, memory_bytes, walltime_s, gpus, nodes)),
+         if not lacks_of(one, cpus, memory_bytes, walltime_s, gpus, nodes)),
         key=lambda one: (on_request(one), not gpus and one.shared != small,
                          one.memory_mb or math.inf, one.max_walltime_secs or math.inf,
                          "default" not in one.features))
@@ -9140,7 +9140,7 @@ def why_no_partition(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
     need = (cpus, memory_bytes, walltime_s, gpus, nodes)
     rows, special = {}, []
     for one in profile.partitions:
-        found = misfits(one, *need)
+        found = lacks_of(one, *need)
         if found:
             rows.setdefault(", ".join(found), []).append(one.name)
         elif on_request(one):
@@ -9217,7 +9217,8 @@ class Part(NamedTuple):
 
     def share(self, walltime_s):
         """Allocations of that length it fills, as a fraction."""
-        return self.width / (self.at_once * max(1, walltime_s // self.length_s))
+        rounds = max(1, (walltime_s - SPARE_S) // self.length_s)
+        return self.width / (self.at_once * rounds)
 
 
 def dependency_levels(jobs):
@@ -9289,7 +9290,7 @@ def choose_partition(profile, name, wish, need, runtime_s):
         return one
     kinds = partitions_named(profile, name)
     kinds.sort(key=lambda one: bool(one.gpus_per_node) != bool(need.gpus))
-    faults = [misfits(one, *size, named=True) for one in kinds]
+    faults = [lacks_of(one, *size, named=True) for one in kinds]
     if all(faults):
         raise TorcError(f"they need {need_text(*size)}; partition {name}: "
                         f"{'; or '.join(map(', '.join, faults))}")
@@ -9507,7 +9508,7 @@ def naming(wanted, document, names):
         if len(found) == len(own) > 20 and len(own) * 100 >= total:
             pattern = name_pattern(job["name"])
             search = re.compile(pattern).search
-            if all(name in wanted for names in names for name in names if search(name)):
+            if all(name in wanted for name in itertools.chain(*names) if search(name)):
                 patterns.append(pattern)
                 continue
         listed += found
