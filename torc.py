@@ -9163,7 +9163,7 @@ def some(names, most=4):
 # ---- planning allocations
 
 STRATEGIES = ("max-job-runtime", "max-partition-time")
-SPARE_S = 120                             # of walltime beyond the jobs, at least: workers start, end
+SPARE_S = 120                             # walltime beyond the jobs', at least: workers start, end
 WORKER_MB = 256                           # the worker's own, where a job gets what it asks for
 
 
@@ -9422,7 +9422,8 @@ def plan_allocations(groups, profile, account, *, partition=None, walltime=None,
         raise TorcError(f"no strategy {strategy!r}{nearest(strategy, STRATEGIES)}: there are "
                         f"{', '.join(STRATEGIES)}")
     wish = Wish(strategy, multiplier, walltime and parse_walltime(walltime))
-    choose = functools.lru_cache(None)(functools.partial(choose_partition, profile, partition, wish))
+    choose = functools.lru_cache(None)(
+        functools.partial(choose_partition, profile, partition, wish))
     parts = [plan_part(group, choose) for group in groups if group["jobs"]]
     plan, taken = [], {}
     for some_parts in merge_parts(join_levels(parts), wish, by_partition):
