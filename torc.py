@@ -8740,24 +8740,6 @@ class Accounts:
         Runner._completed(runner, child, code, elapsed, usage, text)
 
 
-# ---- programs
-
-def run_program(words, timeout=SLURM_TIMEOUT_S, env=None):
-    """(exit code, stdout, stderr) of a program. Raises TorcError if there is none, or it hangs."""
-    import subprocess
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace",
-                              stdin=subprocess.DEVNULL, timeout=timeout, env=env)
-    except FileNotFoundError:
-        raise TorcError(f"there is no {words[0]} on the PATH: do this on a login node of the "
-                        "cluster, or load its Slurm module first") from None
-    except subprocess.TimeoutExpired:
-        raise TorcError(f"{words[0]} gave no answer within {timeout} s: try again later") from None
-    except OSError as error:
-        raise TorcError(f"{words[0]} cannot be started: {error.strerror}") from None
-    return done.returncode, done.stdout, done.stderr
-
-
 # ---- HPC profiles
 
 class Partition(NamedTuple):
@@ -9042,19 +9024,10 @@ def read_partitions(sinfo, scontrol):
         for one in found.values())
 
 
-def slurm_output(*words):
-    """What a Slurm program prints. Raises TorcError if there is none or it fails."""
-    code, out, errors = run_program(list(words))
-    if code:
-        last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
-        raise TorcError(f"{words[0]} failed: {last} (torc asks it on a login node of the cluster)")
-    return out
-
-
 def slurm_profile(name=DYNAMIC_PROFILE, display_name=None):
     """The profile of this cluster, as its Slurm describes it. Raises TorcError."""
-    partitions = read_partitions(slurm_output("sinfo", "-e", "-h", "-o", "%P|%c|%m|%l|%G|%D"),
-                                 slurm_output("scontrol", "-o", "show", "partition"))
+    partitions = read_partitions(slurm("sinfo", "-e", "-h", "-o", "%P|%c|%m|%l|%G|%D"),
+                                 slurm("scontrol", "-o", "show", "partition"))
     if not partitions:
         raise TorcError("sinfo names no partition that can be used: look at it with `sinfo`")
     return Profile(name, display_name or "this cluster", "read from sinfo and scontrol", (),
@@ -13788,7 +13761,7 @@ def host_pattern(hostname):
 def hpc_generate(args, client):
     """Write a profile of this cluster as JSON, from what its Slurm says; edit it as you like."""
     import socket
-    config = slurm_output("scontrol", "show", "config")
+    config = slurm("scontrol", "show", "config")
     cluster = re.search(r"^ClusterName\s*=\s*(\S+)", config, re.M)
     name = args.name or (cluster[1] if cluster else "cluster")
     if name == DYNAMIC_PROFILE:
@@ -13937,7 +13910,7 @@ def slurm_generate(args, client):
 def idle_nodes():
     """{partition: nodes that are idle now}, by sinfo. Raises TorcError."""
     found = {}
-    for line in slurm_output("sinfo", "-h", "-o", "%P|%t|%D").splitlines():
+    for line in slurm("sinfo", "-h", "-o", "%P|%t|%D").splitlines():
         name, state, number = (line.split("|") + ["", ""])[:3]
         idle = re.fullmatch(r"idle[~#%]?", state.strip())
         name = name.strip().rstrip("*")
