@@ -6081,6 +6081,44 @@ def test_every_command_of_the_readme_does_what_it_says(shell):
             process.terminate(), process.communicate()
 
 
+SLURM_BLOCKS = re.findall(r"^```console slurm\n(.*?)^```", README, re.S | re.M)
+
+
+def block_script(block):
+    """A bash script of a block's commands, which ends at the first that does not end as it says."""
+    lines = ["set -u", "trap 'kill $(jobs -p) 2> /dev/null; wait' EXIT"]
+    for number, line in enumerate(re.findall(r"^\$ (.*)$", block, re.M)):
+        command, _, code = line.partition("    # exits ")
+        if command.endswith("&"):
+            lines += [f"{command[:-1]} > server{number} &",
+                      f"until grep -q TORC_SERVER_PORT server{number}; do sleep 0.05; kill -0 $! || "
+                      "exit 90; done"]
+        else:
+            lines += [command, f"code=$?; [ $code = {code or 0} ] || {{ echo \"$code from: "
+                      f"{number}\" >&2; exit 91; }}"]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("number", range(len(SLURM_BLOCKS)))
+def test_the_readmes_commands_for_clusters_do_what_they_say(cluster, number):
+    home = cluster.directory / "hpcuser" / f"readme{number}"
+    tools = home / "tools"
+    tools.mkdir(parents=True)
+    for name, words in (("torc", ""), ("torc-server", " server")):
+        (tools / name).write_text(f'#!/bin/sh\nexec {cluster.python} {cluster.directory}/torc.py{words} '
+                                  '"$@"\n')
+        (tools / name).chmod(0o755)
+    for text in re.findall(r"^```yaml\n(.*?)^```", README, re.S | re.M):
+        (home / re.match(r"# (\S+)\n", text)[1]).write_text(text)
+    script = block_script(SLURM_BLOCKS[number].replace("login1.example.org", LOGIN))
+    (home / "script").write_text(script)
+    subprocess.run(["chown", "-R", "hpcuser:", home], check=True)
+    done = cluster.run("bash", "-c", f"cd {home} && HOME={home} PATH={tools}:$PATH USER=hpcuser bash "
+                       "script", timeout=170)
+    assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+
+
 def test_the_first_output_of_the_readme_is_real(shell):
     block = re.search(r"^```\n(.*?)^```", README, re.S | re.M)[1]
     commands = re.findall(r"^\$ (.*)$", block, re.M)

@@ -12704,6 +12704,17 @@ def check_from_compute(args, urls):
             os.unlink(mark)
 
 
+def urls_for_workers(urls, how):
+    """The URLs that workers would be given for a server at one of these."""
+    client = Client(urls[0], **how)
+    try:
+        return list(worker_urls(client))
+    except TorcError:                     # the compute node's own view says why
+        return urls
+    finally:
+        client.close()
+
+
 @command("doctor", opt("--from-compute", action="store_true",
                        help="look from a compute node, too (a Slurm job of a few seconds)"),
          opt("--srun-options", metavar="TEXT", help="as in '--partition=debug --account=a'"),
@@ -12716,8 +12727,7 @@ def do_doctor(args, client):
     checks = [check for url in urls for check in check_server(url, how)]
     checks.append(check_directory(args.output_dir, args.token))
     if args.from_compute:
-        away = [url for url in urls if not is_loopback(split_url(url)[1])]
-        checks += check_from_compute(args, away or urls)
+        checks += check_from_compute(args, urls_for_workers(urls, how))
     failed = any(check.verdict == "fail" for check in checks)
     if args.format == "json":
         print_json({"checks": [check._asdict() for check in checks], "ok": not failed})
@@ -13313,9 +13323,9 @@ def check_recoverable(client, workflow_id):
         raise Invalid(f"cannot recover workflow {workflow_id}: nothing has failed, and "
                       f"{plural(moving, 'job')} are ready or running")
     if runners or left["scheduled"]:
-        raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, {runners} runners "
-                      f"and {left['scheduled']} allocations are at work or wait for it: torc cancel "
-                      f"{workflow_id} ends them, torc wait {workflow_id} waits")
+        raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, {runners} "
+                      f"runners and {left['scheduled']} allocations are at work or wait for it: "
+                      f"torc cancel {workflow_id} ends them, torc wait {workflow_id} waits")
 
 
 def apply_diagnoses(client, workflow_id, chosen):
@@ -14428,7 +14438,8 @@ def server_words(args):
 
 
 @command("server service install", *SERVER_OPTIONS, USER_UNIT, DRY_RUN, client=False,
-         example="torc server service install --user --host 0.0.0.0 --auth-file users --require-auth")
+         example="torc server service install --user --host 0.0.0.0 --auth-file users "
+                 "--require-auth")
 def do_service_install(args, client):
     """Let systemd run the server, also after a restart of the machine."""
     if not sys.platform.startswith("linux"):
