@@ -12727,7 +12727,8 @@ def do_doctor(args, client):
     checks = [check for url in urls for check in check_server(url, how)]
     checks.append(check_directory(args.output_dir, args.token))
     if args.from_compute:
-        checks += check_from_compute(args, urls_for_workers(urls, how))
+        away = [url for url in urls if not is_loopback(split_url(url)[1])]
+        checks += check_from_compute(args, away or urls_for_workers(urls, how))
     failed = any(check.verdict == "fail" for check in checks)
     if args.format == "json":
         print_json({"checks": [check._asdict() for check in checks], "ok": not failed})
