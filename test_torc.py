@@ -3287,7 +3287,7 @@ def test_why_no_partition_names_what_is_too_much():
 
 # ---- planning allocations
 
-SMALL = {"name": "small", "num_cpus": 1, "memory": "2g", "runtime": "PT1H"}
+LITTLE = {"name": "small", "num_cpus": 1, "memory": "2g", "runtime": "PT1H"}
 HALF = {"name": "half", "num_cpus": 52, "memory": "100g", "runtime": "PT3H"}
 GPU = {"name": "gpu", "num_cpus": 8, "memory": "20g", "num_gpus": 1, "runtime": "PT2H"}
 WIDE = {"name": "wide", "num_cpus": 104, "memory": "200g", "num_nodes": 4, "runtime": "PT10H"}
@@ -3307,7 +3307,7 @@ def planned(*groups, profile=torc.KESTREL, **options):
 
 
 @pytest.mark.parametrize("groups, options, expected", [
-    ([group(SMALL, 1)], {}, [("small_scheduler", "shared", 1, "01:30:00", 1, 1)]),
+    ([group(LITTLE, 1)], {}, [("small_scheduler", "shared", 1, "01:30:00", 1, 1)]),
     ([group(HALF, 9)], {}, [("half_scheduler", "standard", 1, "04:30:00", 5, 9)]),
     ([group(HALF, 9)], {"multiplier": 1.0}, [("half_scheduler", "short", 1, "03:02:00", 5, 9)]),
     ([group(HALF, 9)], {"multiplier": 3}, [("half_scheduler", "standard", 1, "09:00:00", 3, 9)]),
@@ -3330,9 +3330,9 @@ def planned(*groups, profile=torc.KESTREL, **options):
     ([group(HALF, 2, True)], {}, [("half_deferred_scheduler", "standard", 1, "04:30:00", 1, 2)]),
     ([group(HALF, 2, True)], {"prefix": "r_", "deferred_suffix": "_later"},
      [("r_half_later_scheduler", "standard", 1, "04:30:00", 1, 2)]),
-    ([group(SMALL, 1), group({**SMALL, "name": "tiny"}, 1)], {},
+    ([group(LITTLE, 1), group({**LITTLE, "name": "tiny"}, 1)], {},
      [("shared_scheduler", "shared", 1, "01:30:00", 1, 2)]),
-    ([group(SMALL, 1), group({**SMALL, "name": "tiny"}, 1, True)], {},
+    ([group(LITTLE, 1), group({**LITTLE, "name": "tiny"}, 1, True)], {},
      [("small_scheduler", "shared", 1, "01:30:00", 1, 1),
       ("tiny_deferred_scheduler", "shared", 1, "01:30:00", 1, 1)]),
     ([group(HALF, 9), group({**HALF, "name": "other"}, 9)], {"by_partition": True},
@@ -3340,7 +3340,7 @@ def planned(*groups, profile=torc.KESTREL, **options):
     ([group(HALF, 9), group({**HALF, "name": "other"}, 9)], {},
      [("half_scheduler", "standard", 1, "04:30:00", 5, 9),
       ("other_scheduler", "standard", 1, "04:30:00", 5, 9)]),
-    ([group(SMALL, 0)], {}, [])])
+    ([group(LITTLE, 0)], {}, [])])
 def test_allocations_are_planned(groups, options, expected):
     assert planned(*groups, **options) == expected
 
@@ -3355,7 +3355,7 @@ def test_a_job_as_long_as_its_partition_allows_gets_all_of_it():
     (10, {"mem": "20736M", "extra": "--cpus-per-task=10"}),
     (150, {"mem": "153856M", "extra": "--cpus-per-task=75"})])   # two allocations
 def test_of_shared_nodes_only_what_the_jobs_use_is_asked_for(jobs, asked):
-    scheduler = torc.plan_allocations([group(SMALL, jobs)], torc.KESTREL, "a")[0]["scheduler"]
+    scheduler = torc.plan_allocations([group(LITTLE, jobs)], torc.KESTREL, "a")[0]["scheduler"]
     assert {name: scheduler[name] for name in asked} == asked
 
 
@@ -3444,7 +3444,7 @@ def test_jobs_without_requirements_cannot_be_planned():
 def test_a_hundred_thousand_jobs_are_planned():
     jobs = [{"name": f"j{i}", "resource_requirements": i % 2,
              "depends_on": [i % 100] if i >= 100 else []} for i in range(100_000)]
-    plan = torc.plan_allocations(torc.group_jobs(jobs, [SMALL, HALF]), torc.KESTREL, "a")
+    plan = torc.plan_allocations(torc.group_jobs(jobs, [LITTLE, HALF]), torc.KESTREL, "a")
     assert sum(len(one["jobs"]) for one in plan) == 100_000
     assert sum(one["num_allocations"] for one in plan) == 1 + 481 + 25 + 24_975
 
