@@ -13123,22 +13123,19 @@ def allocation_lines(client, workflow_id):
 
 # ---- allocations for what is left
 
-def open_groups(client, workflow_id):
-    """What is left to run, as plan_allocations takes it: a group for each requirements and
-    whether the jobs can begin now."""
-    needs = {need["id"]: need for need in client.items("/resource_requirements",
-                                                       workflow_id=workflow_id)}
-    groups = {}
-    for status in ("ready", "blocked", "uninitialized"):
-        for job in client.items("/jobs", workflow_id=workflow_id, status=status):
-            key = job["resource_requirements_id"], status != "ready"
-            group = groups.setdefault(key, {
-                **{name: needs[key[0]][name] for name in (
-                    "name", "num_cpus", "memory", "num_gpus", "num_nodes", "runtime")},
-                "jobs": [], "ids": [], "deferred": key[1]})
-            group["jobs"].append(job["name"])
-            group["ids"].append(job["id"])
-    return list(groups.values())
+def open_jobs(client, workflow_id):
+    """What is left to run, {job id: record}, and the same as group_jobs takes it: jobs named by
+    their ids, and the requirements."""
+    needs = list(client.items("/resource_requirements", workflow_id=workflow_id))
+    number = {need["id"]: index for index, need in enumerate(needs)}
+    left = {job["id"]: job for status in ("ready", "blocked", "uninitialized")
+            for job in client.items("/jobs", workflow_id=workflow_id, status=status,
+                                    include_relationships=True)}
+    place = {job_id: index for index, job_id in enumerate(left)}
+    jobs = [{"name": str(job_id), "resource_requirements": number[job["resource_requirements_id"]],
+             "depends_on": [place[other] for other in job.get("depends_on_job_ids", ())
+                            if other in place]} for job_id, job in left.items()]
+    return left, jobs, needs
 
 
 def former_account(client, workflow_id):
@@ -13159,14 +13156,13 @@ def regenerate(args, client, workflow_id, submit=False, dry_run=False):
 
     Returns {"workflow_id", "dry_run", "schedulers": [...], "slurm_jobs": [...]}. Raises TorcError.
     """
-    groups = open_groups(client, workflow_id)
-    if not groups:
+    left, jobs, needs = open_jobs(client, workflow_id)
+    if not left:
         raise TorcError(f"workflow {workflow_id} has no job that waits to run")
     account = args.account or former_account(client, workflow_id)
     stamp = time.strftime("regen_%Y%m%d_%H%M%S_")
-    plan = plan_allocations(groups, find_profile(args.profile), account,
+    plan = plan_allocations(group_jobs(jobs, needs), find_profile(args.profile), account,
                             partition=args.partition, walltime=args.walltime, prefix=stamp)
-    ids = {name: number for group in groups for name, number in zip(group["jobs"], group["ids"])}
     report = {"workflow_id": workflow_id, "dry_run": dry_run, "slurm_jobs": [], "schedulers": [
         {**one["scheduler"], "num_allocations": one["num_allocations"], "jobs": len(one["jobs"]),
          "trigger": one["trigger"]} for one in plan]}
@@ -13177,18 +13173,22 @@ def regenerate(args, client, workflow_id, submit=False, dry_run=False):
     for one, shown in zip(plan, report["schedulers"]):
         record = client.post("/slurm_schedulers", {**one["scheduler"], "workflow_id": workflow_id})
         shown["id"] = record["id"]
-        for name in one["jobs"]:
-            client.put(f"/jobs/{ids[name]}", {"scheduler_id": record["id"]})
+        for name in one["jobs"]:          # one without a scheduler runs in any allocation
+            if left[int(name)].get("scheduler_id"):
+                client.put(f"/jobs/{name}", {"scheduler_id": record["id"]})
         if one["trigger"] == "on_jobs_ready":
             client.post(f"/workflows/{workflow_id}/actions", {
                 "workflow_id": workflow_id, "trigger_type": "on_jobs_ready",
                 "action_type": "schedule_nodes", "is_recovery": True,
-                "job_ids": [ids[name] for name in one["jobs"]],
-                "action_config": {"scheduler_type": "slurm", "scheduler_id": record["id"],
-                                  "num_allocations": one["num_allocations"]}})
+                "job_ids": [int(name) for name in one["trigger_jobs"]],
+                "action_config": {
+                    "scheduler_type": "slurm", "scheduler_id": record["id"],
+                    "num_allocations": one["num_allocations"],
+                    "start_one_worker_per_node": bool(one["start_one_worker_per_node"])}})
         elif submit:
-            report["slurm_jobs"] += submit_allocations(client, workflow, record,
-                                                       one["num_allocations"], request)
+            report["slurm_jobs"] += submit_allocations(
+                client, workflow, record, one["num_allocations"], request._replace(
+                    one_worker_per_node=one["start_one_worker_per_node"] or None))
     return report
 
 
