@@ -5656,6 +5656,54 @@ def test_a_worker_that_was_killed_is_found_out_and_its_jobs_run_again(cluster):
         "results"] if result["job_id"] == 1] == [-128, 0]
 
 
+def scontrol(*words, check=True):
+    """scontrol as root, on the login host."""
+    subprocess.run([CLUSTER / "on", "kl1", "scontrol", *words], check=check, capture_output=True)
+
+
+@pytest.mark.slurm
+def test_a_node_that_goes_down_costs_an_attempt_and_no_job(cluster):
+    site = Site(cluster, "down")
+    site.submit(allocation_spec(cluster, "down", {
+        "a": 'hostname; test "$TORC_ATTEMPT_ID" = 2 || sleep 100', "b": "true"}))
+    site.until({"a": "running", "b": "completed"})
+    [node] = site.json("compute-nodes", "list", 1)["compute_nodes"]
+    host = node["hostname"]
+    try:
+        scontrol("update", f"nodename={host}", "state=down", "reason=test")
+        done = site.torc("watch", 1, "--auto-schedule", "-o", site.output, timeout=150)
+    finally:
+        scontrol("update", f"nodename={host}", "state=resume", check=False)    # or it is back
+    assert site.statuses() == {"a": "completed", "b": "completed"}, done.stderr
+    codes = {result["attempt_id"]: result["return_code"] for result in site.json(
+        "results", "list", 1, "--all-runs")["results"] if result["job_id"] == 1}
+    assert codes[2] == 0 and codes[1] != 0
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("busy, message", [
+    ("torc", "is in use (pid {pid}, python"), ("other", "another program answers there")])
+def test_a_port_that_is_taken_is_named_with_who_has_it(cluster, busy, message):
+    port = free_port()
+    other = subprocess.Popen(
+        cluster.words("kl1", "hpcuser", [cluster.python, "-m", "http.server", port, "--bind", "0.0.0.0"]),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: cluster.run("curl", "-s", f"http://localhost:{port}/").returncode == 0)
+        if busy == "other":
+            done = cluster.torc("ping", "--url", f"http://{LOGIN}:{port}", host="c2")
+            assert done.returncode == 1 and "is a Torc server there?" in done.stderr
+            done = cluster.torc("doctor", "--url", f"http://{LOGIN}:{port}", host="c2")
+        else:
+            done = cluster.torc("server", "run", "--port", port, "--database", "busy.db")
+        assert done.returncode == 1
+        said = done.stdout + done.stderr
+        assert re.search(re.escape(message).replace(r"\{pid\}", r"\d+"), said), said
+        assert busy == "other" or f"--port {port + 1}, or --port 0" in said
+    finally:
+        other.terminate(), other.wait()
+
+
 @pytest.mark.slurm
 def test_workers_find_a_server_that_comes_back_on_another_port(cluster):
     site = Site(cluster, "moved")
