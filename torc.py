@@ -3324,7 +3324,7 @@ BCRYPT_COST = 10                          # 50 ms; htpasswd -B takes 5
 HASHES = {"$2": "bcrypt", "$5$": "SHA-256", "$6$": "SHA-512"}
 OTHER_HASHES = {"$apr1$": "Apache's MD5", "$1$": "MD5", "{SHA}": "SHA-1"}
 HASH_QUEUE = 1000                         # attempts that may wait for a hash, in all
-LANE_QUEUE = 32                           # of one user name from one address: a short line that
+LANE_QUEUE = 2                            # of one user name from one address: a short line that
                                           # is hard to join beats a long one for who tries again
 FORGET_FAILURES_S = 60.0
 LONGEST_DELAY_S = 2.0
@@ -5374,6 +5374,7 @@ def call_endpoint(endpoint, texts, request):
 
 IDLE_S = 100.0                            # servers close idle connections after 120 s and more
 PAGE_SIZE = 10_000
+BUSY_PATIENCE_S = 15.0                    # while others guess passwords in our name
 PROXY_HINT = "is a Torc server there? the answer is not one of its"
 
 
@@ -5769,12 +5770,14 @@ class Client(Calls):
         wait_s = int((query or {}).get("wait_s") or 0)
         step = path.endswith("/runner_step")
         timeout = wait_s + 30 if wait_s or step else 300
-        for _ in range(100):
+        deadline, pause = time.monotonic() + BUSY_PATIENCE_S, 0.004
+        while True:
             status, content_type, answer = self._send(
                 method, target, data, headers, timeout, step or method == "GET")
-            if status != 503 or answer != BUSY.encode():
+            if status != 503 or answer != BUSY.encode() or time.monotonic() > deadline:
                 break
-            time.sleep(0.15)              # it has not even looked at the request
+            time.sleep(pause)             # it has not even looked at the request
+            pause = min(0.05, 1.02 * pause)
         return self._decode(status, content_type, answer, path)
 
     def _send(self, method, target, data, headers, timeout, repeatable):
