@@ -23,6 +23,7 @@ Map of this file. Code uses only what stands above it.
   11 Slurm                   allocations and their workers, HPC profiles
   12 Server                  bottle and waitress; sockets, logging, shutdown
   14 Command line            commands with their options, tables and JSON, main
+  15 Pages                   HTML, CSS and JavaScript of the dashboard
 """
 from __future__ import annotations
 
@@ -5400,13 +5401,19 @@ def server_note(server_id):
     return os.path.join(torc_home(), "servers", f"{server_id}.json")
 
 
-def noted_urls(server_id):
-    """Where the server with this id says it is, by the note it keeps in the user's home."""
+def read_note(server_id):
+    """What the server with this id says of itself in the user's home; {} if it does not."""
     try:
         with open(server_note(server_id or ""), encoding="utf-8") as file:
-            return list(json.load(file)["urls"])
-    except (OSError, ValueError, KeyError):
-        return []
+            note = json.load(file)
+        return note if isinstance(note, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def noted_urls(server_id):
+    """Where the server with this id says it is, by the note it keeps in the user's home."""
+    return list(read_note(server_id).get("urls") or ())
 
 
 def is_loopback(host):
@@ -5751,22 +5758,13 @@ class Client(Calls):
         from urllib.parse import quote, urlencode
         lists = query_lists(query or {})
         target = quote(self.prefix + path) + ("?" + urlencode(lists, doseq=True) if lists else "")
-        headers = {"Accept": "application/json"}
-        data = None
+        headers, data = self._headers(), None
         if body is not None:
             data = json.dumps(body, separators=(",", ":")).encode()
             headers["Content-Type"] = "application/json"
             if len(data) > MAX_BODY_BYTES:
                 raise TooLarge(f"the request is {format_bytes(len(data))}, a server takes at most "
                                f"{format_bytes(MAX_BODY_BYTES)}: split the workflow")
-        if self.password is not None:
-            import base64
-            word = f"{self.user}:{self.password}".encode()
-            headers["Authorization"] = "Basic " + base64.b64encode(word).decode()
-        if self.cookie:
-            headers["Cookie"] = self.cookie
-        if self.id:
-            headers["X-Torc-Server"] = self.id
         wait_s = int((query or {}).get("wait_s") or 0)
         step = path.endswith("/runner_step")
         timeout = wait_s + 30 if wait_s or step else 300
@@ -5778,7 +5776,49 @@ class Client(Calls):
                 break
             time.sleep(pause)             # it has not even looked at the request
             pause = min(0.05, 1.02 * pause)
+        if status == 401 and self.password is None:
+            # A server of this user's own has left a password for her in her home.
+            self.password = read_text(read_note(self.id).get("password_file") or "") or None
+            if self.password:
+                return self.request(method, path, query, body)
         return self._decode(status, content_type, answer, path)
+
+    def _headers(self):
+        """What every request says of us."""
+        headers = {"Accept": "application/json"}
+        if self.password is not None:
+            import base64
+            word = f"{self.user}:{self.password}".encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(word).decode()
+        if self.cookie:
+            headers["Cookie"] = self.cookie
+        if self.id:
+            headers["X-Torc-Server"] = self.id
+        return headers
+
+    def forward(self, method, path, query, data=None):
+        """(status, content type, body) of a request that is handed on as it is.
+
+        path: without prefix; query: the text behind the question mark. Raises Unreachable.
+        """
+        from urllib.parse import quote
+        headers = self._headers()
+        if data is not None:
+            headers["Content-Type"] = "application/json"
+        target = quote(self.prefix + path) + (f"?{query}" if query else "")
+        return self._send(method, target, data, headers, 300, method == "GET")
+
+    def open_stream(self, path, query):
+        """(connection, response) of an event stream, on a connection of its own; a read waits 30 s
+        at most. Raises Unreachable."""
+        from urllib.parse import quote
+        try:
+            connection = open_connection(self.scheme, self.host, self.port, 30, self.tls)
+            connection.request("GET", quote(self.prefix + path) + (f"?{query}" if query else ""),
+                               headers={**self._headers(), "Accept": "text/event-stream"})
+            return connection, connection.getresponse()
+        except OSError as error:
+            raise self._trouble(error) from None
 
     def _send(self, method, target, data, headers, timeout, repeatable):
         """Send on the kept connection; again on a new one if that cannot do harm."""
@@ -10051,14 +10091,26 @@ def watch_leases(store, log, stop):
             wait = 10.0
 
 
-def write_note(store, urls):
-    """Tell clients on the same home where this server is; returns the note's path, or None."""
+def end_with_parent():
+    """Let the kernel send us SIGTERM when our parent ends (PR_SET_PDEATHSIG, prctl(2))."""
+    import signal
+    with contextlib.suppress(OSError, AttributeError, ImportError):
+        import ctypes
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+
+
+def write_note(store, urls, password_file=None):
+    """Tell clients on the same home where this server is; returns the note's path, or None.
+
+    password_file: where a password for it is kept, which only this user can read.
+    """
     import socket
     path = server_note(store.id)
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        write_private(path, compact({"id": store.id, "urls": urls, "pid": os.getpid(),
-                                     "host": socket.gethostname(), "database": store.path}))
+        write_private(path, compact({
+            "id": store.id, "urls": urls, "pid": os.getpid(), "host": socket.gethostname(),
+            "database": store.path, "password_file": password_file}))
         return path
     except (OSError, Unreachable):
         return None                       # a home that cannot be written: clients do without
@@ -10344,7 +10396,9 @@ def serve(args):
     port = sockets[0].getsockname()[1]
     scheme = "https" if tls else "http"
     application.urls = public_urls(scheme, args.host, port, sockets)
-    note = write_note(store, [local_url(scheme, sockets), *application.urls])
+    note = write_note(store, [local_url(scheme, sockets), *application.urls], args.password_note)
+    if args.end_with_parent:
+        end_with_parent()
     stop = threading.Event()
     threading.Thread(target=watch_leases, args=(store, log, stop), daemon=True).start()
 
@@ -10385,6 +10439,297 @@ def server_database(named, log):
         raise UsageError(f"DATABASE_URL={url!r}: expected sqlite:PATH")
     log.info("no --database given: taking %s", os.path.abspath("torc.db"))
     return "torc.db"
+
+
+# ---- dashboard
+
+DASH_PORT = 8090
+DASH_STREAMS = 24                         # event streams of one browser, all tabs together
+DASH_TAIL_BYTES = 64 * 1024               # of a log, when it is opened
+DASH_PART_BYTES = 512 * 1024              # of a log, in one answer
+DASH_HEADERS = (
+    ("Content-Security-Policy", "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
+                                "form-action 'none'"),
+    ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"))
+NO_ENTRY = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title><p>This dashboard "
+            "is for the user who started it. Its terminal shows a link that opens it; each link "
+            "works once, and a new one is shown when it was used.</html>")
+
+
+class Dashboard:
+    """The pages and a door to the server for one user's browser: a WSGI application.
+
+    client: a Client of the server, whose credentials the browser never sees. names: host names and
+    addresses under which it may be called, so that no other site's page can call it. actions:
+    {path: function(client, method, query, body) that returns JSON}. trusted: requests come over a
+    socket that only this user can open, so no link is needed. say: called with sentences.
+    """
+
+    def __init__(self, client, names, actions, port=0, trusted=False, say=lambda text: None):
+        import secrets
+        self.client, self.names, self.actions = client, set(names), actions
+        self.trusted, self.say, self.port = trusted, say, port
+        self.cookie, self.secret = f"torc_dash_{port}", secrets.token_urlsafe(32)
+        self.token = None                 # of the link that has not been used
+        self.local = threading.local()
+        self.streams = threading.BoundedSemaphore(DASH_STREAMS)
+        self.stopping = threading.Event()
+        self.files = {path: (kind, text.encode(), hashlib.sha256(text.encode()).hexdigest()[:16])
+                      for path, kind, text in (("/", "text/html", DASH_HTML),
+                                               ("/dash.css", "text/css", DASH_CSS),
+                                               ("/dash.js", "text/javascript", DASH_JS))}
+
+    def new_link(self):
+        """A URL that lets one browser in, once."""
+        import secrets
+        self.token = secrets.token_urlsafe(24)
+        host = next(name for name in ("127.0.0.1", "::1", *sorted(self.names))
+                    if name in self.names)
+        return make_url("http", host, self.port, f"/?token={self.token}")
+
+    def __call__(self, environ, start_response):
+        """WSGI: answer one request; no exception leaves this."""
+        headers = list(DASH_HEADERS)
+        try:
+            answer = self.refusal(environ, headers) or self.answer(environ, headers)
+        except TorcError as error:
+            # What the server cannot do for the dashboard is no fault of the browser's.
+            away = isinstance(error, (Unreachable, Unauthorized))
+            answer = self.failed("502 Bad Gateway" if away else f"{error.status} {error.title}",
+                                 str(error))
+        except OSError as error:
+            answer = self.failed("500 Internal Server Error", str(error))
+        except Exception as error:        # a defect of ours: its traceback belongs in the terminal
+            import traceback
+            traceback.print_exc()
+            answer = self.failed("500 Internal Server Error",
+                                 f"unexpected error, see the dashboard's terminal: {error!r}")
+        status, kind, body = answer
+        if callable(body):                # an event stream
+            return body(start_response, headers)
+        headers += [("Content-Type", kind), ("Content-Length", str(len(body)))]
+        start_response(status, headers)
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
+
+    @staticmethod
+    def line(status):
+        """A status as WSGI wants it."""
+        from http.client import responses
+        return f"{status} {responses.get(status, 'Status')}"
+
+    @staticmethod
+    def failed(status, message):
+        """A refusal as the pages read it."""
+        return status, "application/json", compact({"error": {"message": message}}).encode()
+
+    # -- who may
+
+    def refusal(self, environ, headers):
+        """What is answered to those who may not, None for those who may."""
+        from urllib.parse import parse_qs, urlsplit
+        host = environ.get("HTTP_HOST", "")
+        if urlsplit(f"//{host}").hostname not in self.names:
+            return self.failed("403 Forbidden", f"this dashboard is not called {host!r}")
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            origin, site = environ.get("HTTP_ORIGIN"), environ.get("HTTP_SEC_FETCH_SITE")
+            same = urlsplit(origin).netloc == host if origin else site == "same-origin"
+            if not same or site not in (None, "same-origin"):
+                return self.failed("403 Forbidden", "requests from other sites are refused")
+        if self.trusted or self.knows(environ):
+            return None
+        token = parse_qs(environ.get("QUERY_STRING", "")).get("token", [""])[0]
+        if environ["PATH_INFO"] == "/" and self.use(token):
+            headers += [("Set-Cookie", f"{self.cookie}={self.secret}; Path=/; HttpOnly; "
+                                       "SameSite=Strict"), ("Location", "/")]
+            return "303 See Other", "text/plain", b""
+        if environ["PATH_INFO"] == "/":
+            return "403 Forbidden", "text/html; charset=utf-8", NO_ENTRY.encode()
+        return self.failed("401 Unauthorized", "open the dashboard with a new link")
+
+    def knows(self, environ):
+        """Whether a request carries the cookie."""
+        import hmac
+        for part in environ.get("HTTP_COOKIE", "").split(";"):
+            name, _, value = part.strip().partition("=")
+            if name == self.cookie and hmac.compare_digest(value.encode(), self.secret.encode()):
+                return True
+        return False
+
+    def use(self, token):
+        """Whether a link's token is the one that has not been used; then it is."""
+        import hmac
+        wanted, good = self.token, False
+        if wanted and hmac.compare_digest(token.encode(), wanted.encode()):
+            good = True
+            self.say(f"a browser was let in; another one takes {self.new_link()}")
+        return good
+
+    # -- answers
+
+    def answer(self, environ, headers):
+        """(status, content type, body) of a request of the user's."""
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        if path in self.files and method in ("GET", "HEAD"):
+            kind, body, tag = self.files[path]
+            headers += [("ETag", f'"{tag}"'), ("Cache-Control", "no-cache")]
+            if environ.get("HTTP_IF_NONE_MATCH") == f'"{tag}"':
+                return "304 Not Modified", kind, b""
+            return "200 OK", f"{kind}; charset=utf-8", body
+        if path == "/favicon.ico":
+            return "204 No Content", "image/x-icon", b""
+        data = environ["wsgi.input"].read() if method in ("POST", "PUT") else None
+        if path.startswith(API_PREFIX + "/"):
+            return self.forward(environ, method, path[len(API_PREFIX):], data)
+        if path.startswith("/dash/"):
+            return self.own(environ, method, path[len("/dash/"):], data)
+        return self.failed("404 Not Found", f"there is no {path} here")
+
+    def mine(self):
+        """This thread's client."""
+        if not hasattr(self.local, "client"):
+            self.local.client = self.client.clone()
+        return self.local.client
+
+    def own(self, environ, method, name, data):
+        """An action of the dashboard's own."""
+        from urllib.parse import parse_qs
+        name, _, rest = name.partition("/")
+        if name not in self.actions:
+            raise NotFound(f"there is no /dash/{name} here")
+        query = {key: values[-1] for key, values in
+                 parse_qs(environ.get("QUERY_STRING", "")).items()}
+        try:
+            body = json.loads(data) if data else {}
+        except ValueError as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
+        value = self.actions[name](self.mine(), {**query, "rest": rest, "method": method}, body)
+        return "200 OK", "application/json", compact(value).encode()
+
+    def forward(self, environ, method, path, data):
+        """Hand a request on to the server, with the dashboard's credentials."""
+        if path.endswith("/events/stream"):
+            if not self.streams.acquire(blocking=False):
+                return self.failed("503 Service Unavailable", "too many event streams are open")
+            return "200 OK", None, lambda start, headers: self.stream(environ, path, start, headers)
+        status, kind, body = self.mine().forward(method, path, environ.get("QUERY_STRING", ""),
+                                                 data)
+        if status == 401:
+            raise Unauthorized(f"the server {self.client.where} refuses the dashboard's user name "
+                               "and password: start it again with the right TORC_PASSWORD")
+        return self.line(status), kind or "application/json", body
+
+    def stream(self, environ, path, start_response, headers):
+        """Hand an event stream on, piece by piece, until one of both sides ends it."""
+        import http.client
+        gone = environ.get("waitress.client_disconnected", lambda: False)
+        connection = None
+        try:
+            connection, response = self.mine().open_stream(path, environ.get("QUERY_STRING", ""))
+            if response.status != 200:
+                start_response(self.line(response.status), [*headers, (
+                    "Content-Type", "application/json")])
+                yield response.read()
+                return
+            start_response("200 OK", [*headers, ("Content-Type", "text/event-stream"),
+                                      ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")])
+            yield b": live\n\n"           # so that the browser knows at once
+            while not gone() and not self.stopping.is_set():
+                try:
+                    part = response.read1(65_536)
+                except (TimeoutError, OSError) as error:
+                    if state_of(error) != "no answer":
+                        return
+                    yield b": quiet\n\n"  # a browser that has gone is noticed by this
+                    connection.close()
+                    connection, response = self.mine().open_stream(
+                        path, environ.get("QUERY_STRING", ""))
+                    continue
+                if not part:
+                    return
+                yield part
+        except (TorcError, http.client.HTTPException) as error:
+            with contextlib.suppress(AssertionError):
+                start_response("502 Bad Gateway", [*headers, ("Content-Type", "application/json")])
+            yield compact({"error": {"message": str(error)}}).encode()
+        finally:
+            self.streams.release()
+            if connection:
+                connection.close()
+
+
+def dash_sockets(host, port, say):
+    """Listening sockets for the dashboard: on this port, or on the next one that is free."""
+    for number in range(port, min(port + 100, 65_536)):
+        try:
+            sockets = bind_sockets(host, number)
+        except Unreachable as error:
+            if "is in use" not in str(error) or port == 0:
+                raise
+            continue
+        if number != port:
+            say(f"port {port} is in use{port_holder(port)}: taking {number}")
+        return sockets
+    raise Unreachable(f"the ports {port} to {port + 99} on {host} are in use: take --port 0")
+
+
+def private_socket(path):
+    """A listening UNIX socket that nobody but this user can open, from its first instant.
+
+    Replaces nothing but a socket of this user to which nobody listens any more. Raises Unreachable.
+    """
+    import socket
+    import stat
+    if os.path.lexists(path):
+        found = os.lstat(path)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
+            raise Unreachable(f"{path} exists and is no socket of yours: name another --socket")
+        with socket.socket(socket.AF_UNIX) as probe_socket:
+            try:
+                probe_socket.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)           # whoever made it is gone
+            except OSError as error:
+                raise Unreachable(f"{path}: {error.strerror}: name another --socket") from None
+            else:
+                raise Unreachable(f"a dashboard listens on {path} already: use it, or name another "
+                                  "--socket")
+    made = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        made.bind(path)
+    except OSError as error:
+        made.close()
+        raise Unreachable(f"{path}: {error.strerror or error}: name another --socket") from None
+    finally:
+        os.umask(before)
+    made.listen(128)
+    return made
+
+
+def serve_dashboard(dashboard, sockets):
+    """Serve a Dashboard on listening sockets until SIGINT or SIGTERM."""
+    import signal
+    try:
+        from waitress.server import create_server
+    except ImportError:
+        raise MissingPackage("waitress", "the dashboard") from None
+    server = create_server(
+        dashboard, {}, sockets=sockets, threads=8 + DASH_STREAMS, connection_limit=500,
+        asyncore_use_poll=True, ident=None, channel_timeout=130, send_bytes=1,
+        max_request_body_size=MAX_BODY_BYTES, log_socket_errors=False,
+        channel_request_lookahead=1, clear_untrusted_proxy_headers=True)
+
+    def end(number, frame):
+        dashboard.stopping.set()
+        for sock in sockets:
+            sock.close()
+        raise SystemExit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    with contextlib.suppress(SystemExit):
+        server.run()
 
 
 # ==================================================================================================
@@ -10687,7 +11032,8 @@ GROUPS = (
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
     ("Clusters", "watch recover slurm slurm-job-runner hpc"),
-    ("Server and program", "server ping doctor htpasswd access-groups admin completions bundle"),
+    ("Server and program", "server dash ping doctor htpasswd access-groups admin completions "
+     "bundle"),
 )
 BRANCH_SUMMARIES = {
     "htpasswd": "The server's password file: add, remove, list and verify users.",
@@ -10708,7 +11054,7 @@ BRANCH_SUMMARIES = {
     "scheduled-compute-nodes": "Allocations of a workflow.",
     "hpc": "HPC systems: their partitions, and which of them suits a job.",
 }
-ABSENT = ("tui", "dash", "remote", "plot-resources", "ro-crate", "config", "mcp-server")
+ABSENT = ("tui", "remote", "plot-resources", "ro-crate", "config", "mcp-server")
 
 
 def summary_of(word):
@@ -14200,6 +14546,600 @@ def do_reload_auth(args, client):
     say(args, f"{answer['message']}: {plural(answer['user_count'], 'user')}", **answer)
 
 
+# ---- dashboard
+
+class Logs:
+    """Output of the commands that the dashboard has started, by number."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.numbers = itertools.count(1)
+        self.paths = {}
+
+    def start(self, client, words, name):
+        """Start a command of ours that outlives the page; returns the number of its output."""
+        import subprocess
+        number = next(self.numbers)
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        path = os.path.join(self.directory, f"dash_{name}_{os.getpid()}_{number}.log")
+        environment = {**os.environ, **client.job_environment(), "TORC_USERNAME": client.user,
+                       "NO_COLOR": "1"}
+        environment.pop("TORC_DATABASE", None)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+            process = subprocess.Popen([*own_command(), *map(str, words)], stdout=file, stderr=file,
+                                       stdin=subprocess.DEVNULL, env=environment,
+                                       start_new_session=True)
+        threading.Thread(target=process.wait, daemon=True).start()    # no zombie stays
+        self.paths[number] = path
+        return number
+
+
+def readable_text(data):
+    """Bytes as text without what would move a terminal's cursor or hide something."""
+    text = data.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)", "", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+def log_part(path, offset):
+    """{"text", "from", "size"} of a file from a position on; its end if that is 0."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = offset if 0 < offset <= size else max(0, size - DASH_TAIL_BYTES)
+            file.seek(start)
+            data = file.read(DASH_PART_BYTES)
+    except FileNotFoundError:
+        return {"text": "", "from": 0, "size": 0}
+    return {"text": readable_text(data), "from": start, "size": start + len(data)}
+
+
+def inside(path, directory):
+    """Whether a file, links followed, lies below a directory."""
+    place = os.path.realpath(directory)
+    return os.path.commonpath([os.path.realpath(path), place]) == place
+
+
+def plan_of(title, lines, verb, **more):
+    """The question that an action asks first."""
+    return {"title": title, "lines": [line for line in lines if line], "verb": verb, **more}
+
+
+def names_of(rows, key="job_name"):
+    """A few names, and how many more there are."""
+    texts = [row[key] for row in rows]
+    more = len(texts) - 5
+    return ", ".join(texts[:5]) + (f" and {more} more" if more > 0 else "")
+
+
+class DashActions:
+    """What the pages ask of us besides the API: /dash/NAME. do/VERB?dry_run=true answers the words
+    of the question ({} asks none), without dry_run it is done."""
+
+    def __init__(self, args, say):
+        self.args, self.say = args, say
+        self.output_dir = os.path.abspath(args.output_dir)
+        self.logs = Logs(self.output_dir)
+
+    def table(self):
+        """{path: function}, as Dashboard takes it."""
+        return {name: getattr(self, name) for name in (
+            "log", "do", "validate", "create", "open", "wizard", "doctor")}
+
+    # -- output
+
+    def log(self, client, query, body):
+        """Output of a job's attempt or of a command that was started here."""
+        offset = int(query.get("offset") or 0)
+        if query.get("log"):
+            path = self.logs.paths.get(int(query["log"]))
+            if not path:
+                raise NotFound(f"there is no output {query['log']}")
+            return log_part(path, offset)
+        job = client.get(f"/jobs/{int(query['job'])}")
+        number = query.get("attempt")
+        try:
+            attempt = find_attempt(client, job, int(number) if number else None)
+        except NotFound:                  # it has not run
+            return {"text": "", "from": 0, "size": 0}
+        path = attempt.stdout if query.get("stream") == "stdout" else attempt.stderr
+        if not path:
+            return {"text": "", "from": 0, "size": 0}
+        if not inside(path, os.path.dirname(os.path.dirname(path))):
+            raise Forbidden(f"{path} leads out of the output directory")
+        if not os.path.exists(path) and attempt.host and not os.path.isdir(os.path.dirname(path)):
+            raise NotFound(f"{path} is on {attempt.host}, and not to be seen from here")
+        return log_part(path, offset)
+
+    # -- new workflows
+
+    @staticmethod
+    def name_of(text):
+        """A file name for a specification, by what it looks like."""
+        return "spec.json" if text.lstrip()[:1] in "{[" else "spec.yaml"
+
+    def validate(self, client, query, body):
+        """Problems of a specification by line, or what it amounts to."""
+        text = str(body.get("spec", ""))
+        try:
+            spec = read_spec(self.name_of(text), text)
+        except (SpecError, MissingPackage) as error:
+            problems = []
+            for sentence in getattr(error, "errors", None) or [str(error)]:
+                match = re.match(r"spec\.\w+(?: line (\d+))?: (.*?)(?: \((did you mean .*)\))?$",
+                                 sentence, re.S)
+                line, message, hint = match.groups() if match else (None, sentence, None)
+                problems.append({"line": int(line or 1), "message": message, "hint": hint or ""})
+            return {"problems": problems, "summary": ""}
+        more = f", {plural(len(spec.warnings), 'warning')}: {spec.warnings[0]}" if spec.warnings \
+            else ""
+        return {"problems": [], "summary": f"Valid: {plural(spec.summary['job_count'], 'job')}, "
+                + plural(spec.summary["resource_requirements_count"], "resource requirements")
+                + more}
+
+    def create(self, client, query, body):
+        """Create a workflow of a specification, and run it here if that is wished."""
+        text = str(body.get("spec", ""))
+        payload = read_spec(self.name_of(text), text).payload
+        payload["workflow"]["user"] = client.user
+        made = client.post("/workflow_specs", payload)
+        sentence = f"Created workflow {made['id']}: {plural(made['jobs'], 'job')}"
+        answer = {"id": made["id"], "message": sentence}
+        if body.get("run"):
+            self.do_run(client, made["id"], False, body)
+            answer["message"] += "; a runner starts"
+        return answer
+
+    def open(self, client, query, body):
+        """The text of a specification file on this machine."""
+        path = os.path.expanduser(str(body.get("path", "")))
+        if os.path.getsize(path) > 16 * 2**20:
+            raise TooLarge(f"{path} is larger than 16 MB: create it with torc create")
+        with open(path, encoding="utf-8", errors="strict") as file:
+            return {"spec": file.read()}
+
+    def wizard(self, client, query, body):
+        """A specification made of a few answers; an example without them."""
+        if not body.get("name"):
+            return {"spec": DASH_EXAMPLE}
+        each = {"name": f"{body['name']}_{{i}}", "command": body.get("command", ""),
+                "resource_requirements": "each", "use_parameters": ["i"]}
+        jobs = [each] if not body.get("after") else [each, {
+            "name": f"{body['name']}_after", "command": body["after"], "use_parameters": ["i"],
+            "resource_requirements": "each", "depends_on": [each["name"]]}]
+        spec = {"name": body["name"], "parameters": {"i": body.get("values", "1:3")},
+                "resource_requirements": [{
+                    "name": "each", "num_cpus": int(body.get("cpus") or 1),
+                    "memory": body.get("memory") or "1g",
+                    "runtime": body.get("runtime") or "PT1H"}], "jobs": jobs}
+        return {"spec": json.dumps(spec, indent=2)}
+
+    # -- the server
+
+    def doctor(self, client, query, body):
+        """Where the server is, from here and from a compute node."""
+        info = {}
+        with contextlib.suppress(NotFound):
+            info = client.get("/server_info")
+        urls = list(dict.fromkeys([client.where, *info.get("urls", ())]))
+        try:
+            best, trouble = worker_urls(client)[0], ""
+        except TorcError as error:
+            best, trouble = "", str(error)
+        node, there = self.look_from_node(urls) if query.get("probe") == "node" else ("a node", {})
+        addresses = []
+        for url in urls:
+            began = time.monotonic()
+            found = probe(url, client.id, 5.0, client.tls)
+            here = ["completed", f"{1000 * (time.monotonic() - began):.1f} ms"] \
+                if found.state == "ok" else ["failed", found.state]
+            means = found.text or ("workers use this one" if url == best else
+                                   "only this machine" if is_loopback(split_url(url)[1]) else "")
+            addresses.append({"url": url, "here": here, "means": means,
+                              "there": there.get(url, ["uninitialized", "not looked at"])})
+        version = client.get("/version")
+        facts = [["Address", client.where], ["Id", client.server_id()],
+                 ["Password", "needed" if info.get("auth_required") else "not needed"],
+                 ["Version", f"{version['version']}, API {version['api_version']}"]]
+        return {"good": not trouble, "node": node, "addresses": addresses, "server": facts,
+                "sentence": f"Workers reach the server at {best}." if best else
+                "Workers on compute nodes cannot reach the server.", "next": trouble,
+                "fixes": [["Look from a compute node:", "torc doctor --from-compute"],
+                          ["Listen where compute nodes can reach it:",
+                           "torc-server run --host 0.0.0.0 --auth-file users --require-auth"]]}
+
+    def look_from_node(self, urls):
+        """(host, {url: [status, text]}) of a look from a compute node. Raises TorcError."""
+        self.args.srun_options = None
+        checks = check_from_compute(self.args, urls)
+        words = {"ok": "completed", "warn": "pending_failed", "fail": "failed"}
+        return checks[0].place, {check.check: [words[check.verdict], check.detail]
+                                 for check in checks if check.check in urls}
+
+    # -- actions
+
+    def do(self, client, query, body):
+        """Carry out a verb, or say what it would do."""
+        verb = query["rest"]
+        function = getattr(self, f"do_{verb}", None)
+        if not function or query["method"] != "POST":
+            raise NotFound(f"there is no action {verb!r}")
+        return function(client, int(body.get("workflow_id") or 0), query.get("dry_run") == "true",
+                        body)
+
+    def do_initialize(self, client, workflow_id, dry_run, body):
+        """All jobs blocked or ready."""
+        if dry_run:
+            report = initialize_workflow(client, workflow_id, dry_run=True)
+            if report["safe"] and not report["existing_output_files"]:
+                return {}
+            files = report["missing_input_files"] + report["missing_user_data"]
+            old = report["existing_output_files"]
+            return plan_of("Initialize all the same?", [
+                files and f"Missing inputs, which no job makes: {', '.join(files[:5])}.",
+                old and f"{plural(len(old), 'output file')} are there already, such as {old[0]}; "
+                        "they are not removed."], "Initialize")
+        initialize_workflow(client, workflow_id, force=True)
+        counted = client.get(f"/workflows/{workflow_id}/counts")
+        return {"message": f"Initialized: {plural(counted['ready'], 'job')} ready"}
+
+    def do_reinitialize(self, client, workflow_id, dry_run, body):
+        """What changed runs again."""
+        plan = reinitialize_workflow(client, workflow_id, dry_run=dry_run)
+        number = len(plan.jobs) + plan.waiting
+        if dry_run and not number:
+            raise Invalid("nothing has changed: no job would run again")
+        if dry_run:
+            return plan_of("Reinitialize?", [
+                *(f"{row['job_name']}: {row['reason']}." for row in plan.jobs[:5]),
+                len(plan.jobs) > 5 and f"And {len(plan.jobs) - 5} more.",
+                plan.missing and f"Missing inputs: {', '.join(plan.missing[:3])}."],
+                f"Reinitialize {plural(number, 'job')}")
+        return {"message": f"{plural(number, 'job')} to run"}
+
+    def do_reset(self, client, workflow_id, dry_run, body):
+        """All jobs back to the start."""
+        counted = check_idle(client, workflow_id, False)
+        if dry_run:
+            return plan_of("Reset all jobs?", [
+                f"All {plural(counted['total'], 'job')} go back to not initialized; "
+                f"{counted['completed']} completed ones would run again.",
+                f"Results of run {counted['run_id']} stay readable."],
+                f"Reset {plural(counted['total'], 'job')}", danger=True)
+        client.post(f"/workflows/{workflow_id}/reset_status")
+        client.post(f"/workflows/{workflow_id}/reset_job_status")
+        return {"message": f"{plural(counted['total'], 'job')} reset"}
+
+    def chosen_jobs(self, client, workflow_id, body):
+        """Ids of the jobs that an action names, or of a group of failures; None for neither."""
+        if body.get("ids"):
+            return parse_ids(str(body["ids"]))
+        if body.get("group") is None:
+            return None
+        groups = client.get(f"/workflows/{workflow_id}/failures")["groups"]
+        group = next((one for one in groups if str(one.get("id")) == str(body["group"])), None)
+        if not group:
+            raise NotFound("these failures are no longer there: load the page again")
+        return group["job_ids"]
+
+    def do_rerun(self, client, workflow_id, dry_run, body):
+        """Failed jobs, or those that are named, run again."""
+        ids = self.chosen_jobs(client, workflow_id, body)
+        if ids is not None:
+            if dry_run:
+                names = [client.get(f"/jobs/{number}")["name"] for number in ids[:5]]
+                more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+                return plan_of("Rerun?", [f"These run again: {', '.join(names)}{more}.",
+                                          "What their failure canceled comes back too."],
+                               f"Rerun {plural(len(ids), 'job')}")
+            for number in ids:
+                client.post(f"/jobs/{number}/rerun")
+            return {"message": f"{plural(len(ids), 'job')} will run again"}
+        plan = reinitialize_workflow(client, workflow_id, dry_run=dry_run, reset="failed")
+        failed = [row for row in plan.jobs if row["reason"].startswith("it ")
+                  and not row["reason"].startswith("it depends")]
+        if dry_run:
+            return plan_of("Rerun?", [
+                f"{plural(len(failed), 'job')} failed or was canceled: {names_of(failed)}.",
+                len(plan.jobs) > len(failed)
+                and f"{plural(len(plan.jobs) - len(failed), 'job')} that depend on them run too.",
+                "The others keep their results."], f"Rerun {plural(len(plan.jobs), 'job')}")
+        return {"message": f"{plural(len(plan.jobs), 'job')} reset"}
+
+    def recovery_args(self, workflow_id, dry_run):
+        """The options of `recover`, as its parser gives them."""
+        return parse_command(COMMANDS["recover"], [], [
+            str(workflow_id), "-o", self.output_dir, "--no-prompts",
+            *(["--dry-run"] if dry_run else [])])
+
+    def do_recover(self, client, workflow_id, dry_run, body):
+        """Run again what more memory or time can mend."""
+        report = recover_workflow(self.recovery_args(workflow_id, dry_run), client, workflow_id)
+        number = plural(len(report["jobs"]), "job")
+        if not report["jobs"]:
+            raise Invalid("nothing to recover: no job failed for want of memory or time, or with "
+                          "its runner")
+        if dry_run:
+            return plan_of("Recover?", [
+                *(f"{row['job_name']}: {row['text']}" + "".join(
+                    f"; it gets {name} {row[name]}" for name in ("memory", "runtime")
+                    if name in row) + "." for row in report["jobs"][:5]),
+                report["skipped"] and f"{plural(len(report['skipped']), 'job')} failed for other "
+                "causes: they stay as they are."], f"Rerun {number}")
+        ids = report["slurm_jobs"]
+        return {"message": f"{number} reset" + (f"; {submitted(len(ids), ids)}" if ids else "")}
+
+    def do_cancel(self, client, workflow_id, dry_run, body):
+        """Nothing more starts, what runs is ended."""
+        counted = client.get(f"/workflows/{workflow_id}/counts")
+        busy = counted["pending"] + counted["running"]
+        if dry_run:
+            scheduled, _ = live_allocations(client, workflow_id)
+            return plan_of("Cancel the run?", [
+                f"{plural(busy, 'running job')} get SIGTERM, and SIGKILL later.",
+                scheduled and f"{plural(len(scheduled), 'allocation')} of Slurm are canceled.",
+                f"{plural(counted['completed'], 'completed job')} keep their results."],
+                f"Cancel {plural(busy, 'job')}", danger=True)
+        client.put(f"/workflows/{workflow_id}/cancel")
+        canceled, errors = cancel_allocations(client, workflow_id)
+        return {"message": "; ".join([f"Canceled: {plural(busy, 'job')} ended", *(
+            [f"{plural(len(canceled), 'allocation')} canceled"] if canceled else []), *errors])}
+
+    def stop_jobs(self, client, workflow_id, dry_run, body, status):
+        """cancel_job and terminate_job."""
+        ids = self.chosen_jobs(client, workflow_id, body) or []
+        if dry_run:
+            below = [row["job_name"] for number in ids[:20] for row in client.items(
+                "/jobs", workflow_id=workflow_id, upstream_job_id=number)
+                for row in [{"job_name": row["name"]}]]
+            return plan_of(f"{'Cancel' if status == 'canceled' else 'End'} "
+                           f"{plural(len(ids), 'job')}?", [
+                "Its process group gets SIGTERM, and SIGKILL later.",
+                below and f"What waits for it is canceled: {', '.join(below[:5])}."],
+                f"Cancel {plural(len(ids), 'job')}", danger=True)
+        for number in ids:
+            client.post(f"/jobs/{number}/stop", status=status)
+        return {"message": f"{plural(len(ids), 'job')} {status}"}
+
+    def do_cancel_job(self, client, workflow_id, dry_run, body):
+        """End jobs; what depends on them is canceled."""
+        return self.stop_jobs(client, workflow_id, dry_run, body, "canceled")
+
+    def do_terminate_job(self, client, workflow_id, dry_run, body):
+        """End jobs as a time limit would."""
+        return self.stop_jobs(client, workflow_id, dry_run, body, "terminated")
+
+    def do_delete(self, client, workflow_id, dry_run, body):
+        """Remove workflows from the database."""
+        ids = parse_ids(str(body["ids"])) if body.get("ids") else [workflow_id]
+        found = [client.get(f"/workflows/{number}") for number in ids]
+        if dry_run:
+            return plan_of("Delete?", [
+                f"{plural(len(found), 'workflow')} with all jobs, results and events: "
+                f"{names_of(found, 'name')}.", "Output files stay where they are."],
+                f"Delete {plural(len(found), 'workflow')}", danger=True,
+                typed=found[0]["name"] if len(found) == 1 else f"delete {len(found)}")
+        for number in ids:
+            with contextlib.suppress(TorcError):     # what runs is ended, as far as it can be
+                client.put(f"/workflows/{number}/cancel")
+                cancel_allocations(client, number)
+            client.delete(f"/workflows/{number}")
+        return {"message": f"Deleted {plural(len(ids), 'workflow')}", "gone": ids}
+
+    def do_archive(self, client, workflow_id, dry_run, body):
+        """Hide workflows from lists."""
+        ids = parse_ids(str(body["ids"])) if body.get("ids") else [workflow_id]
+        if dry_run:
+            return {}
+        for number in ids:
+            status = client.get(f"/workflows/{number}/status")
+            client.put(f"/workflows/{number}/status", {**status, "is_archived": True})
+        return {"message": f"Archived {plural(len(ids), 'workflow')}"}
+
+    def do_run(self, client, workflow_id, dry_run, body):
+        """Start a runner on this machine."""
+        import socket
+        workflow = client.get(f"/workflows/{workflow_id}")
+        mine = workflow["user"] == client.user
+        if dry_run:
+            if mine:
+                return {}
+            return plan_of("Run somebody else's workflow?", [
+                f"It belongs to {workflow['user']}; its commands would run as you."], "Run it here",
+                danger=True)
+        number = self.logs.start(client, ["run", workflow_id, "-o", self.output_dir,
+                                          "--allow-owner", workflow["user"]], f"run_{workflow_id}")
+        return {"title": f"Runner on {socket.gethostname()}, workflow {workflow_id}", "log": number}
+
+    def do_submit(self, client, workflow_id, dry_run, body):
+        """Ask Slurm for allocations."""
+        request = worker_request(self.worker_args(), client)
+        actions = [action for action in client.get(f"/workflows/{workflow_id}/actions")
+                   if action["action_type"] == "schedule_nodes"
+                   and action["trigger_type"] in START_ACTIONS]
+        if not actions:
+            raise Invalid(NO_ALLOCATIONS.format(name=workflow_id))
+        if dry_run:
+            lines = []
+            for action in actions:
+                one = client.get(f"/slurm_schedulers/{action['action_config']['scheduler_id']}")
+                number = action["action_config"].get("num_allocations", 1)
+                lines.append(f"{plural(number, 'allocation')} of {plural(one['nodes'], 'node')}, "
+                             f"partition {one.get('partition') or 'of the site'}, walltime "
+                             f"{one['walltime']}, account {one['account']}.")
+            return plan_of("Submit to Slurm?", [
+                *lines, f"Workers reach the server at {request.urls[0]}."], "Submit")
+        args = self.worker_args()
+        args.ignore_missing_data, args.spec, args.allow_owner = False, str(workflow_id), [
+            client.get(f"/workflows/{workflow_id}")["user"]]
+        if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
+            initialize_workflow(client, workflow_id)
+        done = schedule_pending(client, workflow_id, request, START_ACTIONS)
+        ids = [number for _, numbers in done for number in numbers]
+        if not ids:
+            raise Invalid(f"the allocations of workflow {workflow_id} have been submitted before: "
+                          f"torc slurm schedule-nodes {workflow_id} gets more")
+        return {"message": submitted(len(ids), ids)}
+
+    def worker_args(self):
+        """The options of `submit`, as its parser gives them."""
+        return parse_command(COMMANDS["submit"], [], ["-o", self.output_dir])
+
+
+DASH_EXAMPLE = """\
+name: my_sweep
+parameters:
+  i: "1:10"
+resource_requirements:
+  - name: small
+    num_cpus: 1
+    memory: 500m
+    runtime: PT5M
+jobs:
+  - name: simulate_{i}
+    use_parameters: [i]
+    command: echo "case {i}"; sleep 1
+    resource_requirements: small
+  - name: merge
+    use_parameters: [i]
+    depends_on: ["simulate_{i}"]
+    command: echo "all done"
+    resource_requirements: small
+"""
+
+
+class OwnServer:
+    """The server that `dash --standalone` starts and ends."""
+
+    def __init__(self, args, say):
+        import subprocess
+        home = os.environ.get("XDG_DATA_HOME") or os.path.join(
+            os.path.expanduser("~"), ".local", "share")
+        database = args.database or os.path.join(home, "torc", "torc.db")
+        os.makedirs(os.path.dirname(os.path.abspath(database)), mode=0o700, exist_ok=True)
+        words = ["server", "run", "--host", args.server_host, "--port", str(args.server_port),
+                 "--database", os.path.abspath(database), "--end-with-parent"]
+        self.password = None
+        if args.auth_file:
+            words += ["--auth-file", os.path.abspath(args.auth_file), "--require-auth"]
+        elif not args.no_auth:
+            words += self._own_password(say)
+        say(f"starting a server for {database}" + (
+            "" if self.password or args.auth_file else "; it asks nobody for a password"))
+        self.process = subprocess.Popen([*own_command(), *words], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline()
+        if not line.startswith("TORC_SERVER_PORT="):
+            raise Unreachable("the server has not started: it says why above (exit code "
+                              f"{self.process.wait()})")
+        host = args.server_host
+        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.url = make_url("http", local, int(line.split("=")[1]))
+
+    def _own_password(self, say):
+        """Options of the server for a password of our own, which is kept for this user (0600)."""
+        import secrets
+        folder = os.path.join(torc_home(), "dash")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        path, users = os.path.join(folder, "password"), os.path.join(folder, "users")
+        self.password = read_text(path)
+        if not self.password or not os.path.exists(users):
+            self.password = secrets.token_urlsafe(24)
+            file = PasswordFile(users, absent=True)
+            file.set(user_name(), hash_password(self.password))
+            write_private(path, self.password + "\n")
+            file.write()
+        say(f"it asks for a password, which is in {path} for you and your workers")
+        return ["--auth-file", users, "--require-auth", "--password-note", path]
+
+    def stop(self):
+        """End it, and wait for that."""
+        self.process.terminate()
+        self.process.wait()
+
+
+def dash_client(args, say):
+    """(client, OwnServer or None) that the options of `dash` ask for."""
+    how = client_options(args)
+    args.url = args.api_url or args.url
+    if not args.standalone and (args.url or os.environ.get("TORC_API_URL")):
+        return Client(args.url or os.environ["TORC_API_URL"], **how), None
+    server = None if args.standalone or args.database else default_server(how)
+    if server:
+        return server, None
+    if not args.standalone:               # a local database: a server for it, for this machine only
+        args.database = args.database or os.environ.get("TORC_DATABASE") or os.path.join(
+            args.output_dir, LOCAL_DATABASE)
+        if not os.path.exists(args.database):
+            raise Unreachable(f"no server is named, none of yours listens on port {DEFAULT_PORT}, "
+                              f"and there is no {args.database}: name a server with --url, or let "
+                              "the dashboard start one with --standalone")
+        args.server_host, args.server_port = "127.0.0.1", 0
+    own = OwnServer(args, say)
+    how["password"] = how["password"] or own.password
+    return Client(own.url, **how), own
+
+
+@command("dash", opt("--host", default="127.0.0.1", metavar="NAME", help="address to listen on "
+                     "(default: 127.0.0.1)"),
+         opt("-p", "--port", type=bounded(int, 0, "a port"), default=DASH_PORT, metavar="N",
+             help=f"the next free one if it is in use; 0: any (default: {DASH_PORT})"),
+         opt("--socket", metavar="PATH", help="listen on a UNIX socket that only you can open"),
+         opt("-a", "--api-url", metavar="URL", help="as --url"),
+         opt("--standalone", action="store_true", help="start a server, and end it at the end"),
+         opt("--server-host", default="0.0.0.0", metavar="NAME", help="of that server (default: "
+             "0.0.0.0, so that workers on other machines reach it)"),
+         opt("--server-port", type=bounded(int, 0, "a port"), default=0, metavar="N",
+             help="of that server (default: any free one)"),
+         opt("--auth-file", default=os.environ.get("TORC_AUTH_FILE"), metavar="FILE",
+             help="passwords for that server (default: one of its own)"),
+         opt("--require-auth", action="store_true", help="it always does, unless --no-auth"),
+         opt("--no-auth", action="store_true", help="that server asks nobody for a password"),
+         OUTPUT_DIR, client=False, example="torc dash --standalone")
+def do_dash(args, client):
+    """Show workflows in a browser: a dashboard for you, on this machine.
+
+    From elsewhere: ssh -L 8090:localhost:8090 you@this-machine, then open the link.
+    """
+    import socket
+
+    def speak(sentence):
+        tell(args, sentence)
+
+    if args.no_auth and args.standalone:
+        tell(args, "whoever reaches the server's port can read and change all workflows, and run "
+             "commands as you: leave --no-auth out", "warn")
+    client, own = dash_client(args, speak)
+    try:
+        client.get("/ping")
+        actions = DashActions(args, speak).table()
+        if args.socket:
+            sockets = [private_socket(args.socket)]
+            dashboard = Dashboard(client, ("localhost", "127.0.0.1", "::1"), actions, trusted=True)
+            path = os.path.abspath(args.socket)
+            speak(f"the dashboard of {client.where} listens on {path}. On your own machine: ssh -L "
+                  f"{DASH_PORT}:{path} {user_name()}@{socket.getfqdn()}, then open "
+                  f"http://localhost:{DASH_PORT}/")
+        else:
+            sockets = dash_sockets(args.host, args.port, speak)
+            names = {"localhost", *(sock.getsockname()[0] for sock in sockets), args.host} \
+                - {"0.0.0.0", "::"}
+            if args.host in ("0.0.0.0", "::"):
+                names |= {"127.0.0.1", "::1", socket.gethostname(), *own_addresses()}
+            dashboard = Dashboard(client, names, actions, sockets[0].getsockname()[1], say=speak)
+            speak(f"the dashboard of {client.where}: {dashboard.new_link()}")
+            if not is_loopback(args.host):
+                tell(args, "the link and all that is shown travel unencrypted: better leave --host "
+                     "out and take an SSH tunnel", "warn")
+        serve_dashboard(dashboard, sockets)
+    finally:
+        if args.socket and "sockets" in locals():
+            with contextlib.suppress(OSError):
+                os.unlink(args.socket)
+        if own:
+            own.stop()
+
+
 # ---- completion
 
 def completion_words():
@@ -14352,6 +15292,8 @@ SERVER_OPTIONS = (
         help="its private key, PEM (TORC_TLS_KEY)"),
     opt("-c", "--completion-check-interval-secs", type=float, metavar="S",
         help="accepted and not used: jobs are freed at once"),
+    opt("--end-with-parent", action="store_true", help=HIDDEN),
+    opt("--password-note", metavar="FILE", help=HIDDEN),
 )
 
 
@@ -14688,19 +15630,1549 @@ def main_htpasswd():
     return main(["htpasswd", *sys.argv[1:]])
 
 
-def absent_program(word):
-    """The program torc-WORD, which this version does not have."""
-    def program():
-        return main([word])
-    return program
-
-
 def main_slurm_job_runner():
     """The program torc-slurm-job-runner: `torc slurm-job-runner` under its own name."""
     return main(["slurm-job-runner", *sys.argv[1:]])
 
 
-main_dash = absent_program("dash")
+def main_dash():
+    """The program torc-dash: `torc dash` under its own name."""
+    return main(["dash", *sys.argv[1:]])
+
+
+# ==================================================================================================
+# 15 Pages
+# ==================================================================================================
+# What the dashboard shows, served byte for byte. Plain DOM code without a framework or a build; the
+# only texts of this program whose lines may be longer than a hundred characters.
+
+DASH_HTML = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>torc</title>
+<link rel="stylesheet" href="dash.css">
+<script src="dash.js" defer></script>
+</head>
+<body>
+<header class="top">
+  <a class="brand" href="#/" aria-label="torc: all workflows">
+    <svg viewBox="0 0 20 20" width="20" height="20" aria-hidden="true">
+      <path d="M6.3 4.2a7 7 0 1 0 7.4 0"/><circle cx="6.3" cy="4" r="2"/><circle cx="13.7" cy="4" r="2"/>
+    </svg><span>torc</span>
+  </a>
+  <nav aria-label="Path"><ol id="crumbs"></ol></nav>
+  <span id="link" role="status"></span>
+  <button id="theme" class="quiet" type="button" aria-label="Theme">
+    <svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true"><path d="M8 2a6 6 0 1 0 0 12A6 6 0 1 0 8 2z"/><path d="M8 2a6 6 0 0 1 0 12z"/></svg>
+  </button>
+  <button id="help" class="quiet" type="button" aria-label="Keyboard help" aria-keyshortcuts="?">?</button>
+</header>
+<nav class="tabs" aria-label="Pages"><ul id="tabs"></ul><div id="pulse"></div></nav>
+<div id="banner" role="alert"></div>
+<main id="main" tabindex="-1"></main>
+<div id="toasts" role="status"></div>
+<div id="spoken" class="unseen" role="status"></div>
+<noscript>The dashboard needs JavaScript; `torc tui` shows the same in a terminal.</noscript>
+</body>
+</html>
+"""
+
+DASH_CSS = r"""/* torc dashboard: 1 tokens  2 base  3 shell  4 parts  5 pages  6 narrow screens, motion, forced colours */
+
+/* 1 Tokens: every colour of the dashboard. --S is a status as glyph or text (the waiting ones use --muted), --f-S as an area. */
+:root {
+  --bg: #fbfbfa; --raised: #ffffff; --sunken: #f1f1ee; --line: #e3e3de; --edge: #85898f;
+  --text: #1a1b1e; --muted: #5b5f66; --accent: #1f5cc9; --on-accent: #ffffff; --accent-soft: #e4ecfa; --hit: #ffe08a;
+  --completed: #177245; --failed: #bf2a1b; --pending_failed: #8f5600; --canceled: #74489f; --terminated: #a02a74;
+  --running: #1f5cc9; --pending: #2b6ca3; --ready: #0b6f85;
+  --f-completed: #7cc3a0; --f-failed: #bf2a1b; --f-pending_failed: #d9971f; --f-canceled: #b79bd3; --f-terminated: #a02a74;
+  --f-running: #1f5cc9; --f-pending: #5489d6; --f-ready: #b5cfe6; --f-blocked: #d3d4d1; --f-uninitialized: #e6e6e2; --f-disabled: #e6e6e2;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Helvetica Neue", Arial, sans-serif;
+  --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  --tiny: .846rem; --small: .923rem; --large: 1.154rem; --title: 1.54rem; --figure: 2.3rem;
+  --chrome: 81px; --gutter: 20px; --radius: 5px; --row: 28px;
+}
+:root[data-theme=dark] {
+  --bg: #121316; --raised: #1a1b1f; --sunken: #1f2125; --line: #2b2d32; --edge: #6f747c;
+  --text: #e4e4e1; --muted: #a0a4aa; --accent: #7fabff; --on-accent: #101216; --accent-soft: #1d2a45; --hit: #6b5310;
+  --completed: #56c596; --failed: #ff8070; --pending_failed: #e3b04b; --canceled: #c7a3f0; --terminated: #f08fc8;
+  --running: #7fabff; --pending: #8fbbe8; --ready: #62cbdc;
+  --f-completed: #266d4e; --f-failed: #ff8070; --f-pending_failed: #e3b04b; --f-canceled: #7d5ca6; --f-terminated: #d767ab;
+  --f-running: #7fabff; --f-pending: #5b88cc; --f-ready: #33506e; --f-blocked: #3a3d44; --f-uninitialized: #2a2c31; --f-disabled: #2a2c31;
+}
+
+/* 2 Base */
+*, ::before, ::after { box-sizing: border-box; }
+html { font: 81.25%/1.54 var(--sans); font-variant-numeric: tabular-nums; color-scheme: light; background: var(--bg); color: var(--text);
+  -webkit-text-size-adjust: 100%; overflow-y: scroll; scroll-padding-top: calc(var(--chrome) + var(--row)); }
+html[data-theme=dark] { color-scheme: dark; }
+body { margin: 0; }
+h1, h2, h3, p, ul, ol, dl, dd, pre, figure { margin: 0; padding: 0; }
+ul, ol { list-style: none; }
+h1 { font-size: var(--title); font-weight: 600; line-height: 1.3; }
+h2 { font-size: var(--large); font-weight: 600; line-height: 1.4; }
+h2 small, h1 small { font-size: 1rem; font-weight: 400; color: var(--muted); margin-left: 8px; }
+a { color: inherit; text-decoration: none; }
+a:hover, .go { text-decoration: underline; text-underline-offset: 2px; text-decoration-color: var(--edge); }
+code, pre, kbd, .mono { font-family: var(--mono); font-size: var(--small); font-variant-ligatures: none; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; border-radius: 3px; }
+main:focus { outline: none; }
+svg { flex: none; }
+.muted { color: var(--muted); } .aside { color: var(--muted); margin-left: 10px; }
+.small { font-size: var(--small); }
+.num { text-align: right; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+button, input, select, textarea { font: inherit; color: inherit; }
+button, .button, select { height: 28px; padding: 0 10px; border: 1px solid var(--line); border-radius: var(--radius); background: var(--raised);
+  display: inline-flex; align-items: center; gap: 6px; white-space: nowrap; cursor: pointer; text-decoration: none; }
+button:hover, .button:hover, select:hover { border-color: var(--edge); text-decoration: none; }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 500; }
+button.danger { color: var(--failed); }
+dialog button.danger:not(:disabled) { background: var(--failed); border-color: var(--failed); color: var(--on-accent); font-weight: 500; }
+button.quiet { border-color: transparent; background: none; color: var(--muted); padding: 0 7px; }
+button.quiet:hover { background: var(--sunken); color: var(--text); }
+button[aria-pressed=true] { border-color: var(--accent); background: var(--accent-soft); }
+button:disabled, [data-link=away] [data-verb]:not([data-verb=again]) { color: var(--muted); background: var(--sunken); border-color: var(--line); cursor: not-allowed; font-weight: 400; }
+input, textarea { border: 1px solid var(--edge); border-radius: var(--radius); background: var(--raised); padding: 0 8px; height: 28px; min-width: 0; }
+input[type=checkbox] { width: 14px; height: 14px; margin: 0; accent-color: var(--accent); vertical-align: -2px; }
+::placeholder { color: var(--muted); opacity: 1; }
+kbd { border: 1px solid var(--line); border-radius: 3px; padding: 0 5px; font-size: var(--tiny); background: var(--sunken); }
+dialog { border: 1px solid var(--line); border-radius: 8px; padding: 20px; width: min(560px, calc(100vw - 24px)); max-height: calc(100dvh - 48px);
+  color: inherit; background: var(--raised); box-shadow: 0 12px 40px rgb(0 0 0 / .25); }
+dialog.broad { width: min(980px, calc(100vw - 24px)); }
+dialog::backdrop { background: rgb(0 0 0 / .4); }
+dialog h2 { margin-bottom: 8px; }
+.foot { display: flex; flex-wrap: wrap; gap: 8px; justify-content: flex-end; align-items: center; margin-top: 16px; }
+.foot > :first-child:not(button) { margin-right: auto; }
+
+/* 3 Shell: top bar, tabs, banner, toasts */
+.top { position: sticky; top: 0; z-index: 5; height: 44px; padding: 0 var(--gutter); display: flex; align-items: center; gap: 12px; background: var(--bg); }
+.brand { display: flex; align-items: center; gap: 7px; font-weight: 650; letter-spacing: -.01em; }
+.brand svg { fill: currentColor; } .brand path { fill: none; stroke: currentColor; stroke-width: 2.4; }
+.top nav { flex: 1; min-width: 0; }
+#crumbs { display: flex; min-width: 0; }
+#crumbs li { white-space: nowrap; min-width: 0; overflow: hidden; text-overflow: ellipsis; flex: 0 1 auto; }
+#crumbs li::before { content: "/"; color: var(--edge); margin: 0 8px; }
+#crumbs li:last-child { font-weight: 500; flex-shrink: 2; }
+#link { display: inline-flex; align-items: center; gap: 6px; color: var(--muted); font-size: var(--small); white-space: nowrap; }
+#link::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: var(--accent); }
+#link.every::before { background: none; border: 2px solid var(--edge); }
+#link.away::before, #link.denied::before { border-radius: 0; background: var(--failed); }
+.tabs { position: sticky; top: 44px; z-index: 4; height: 37px; display: flex; align-items: stretch; padding: 0 var(--gutter); background: var(--bg); border-bottom: 1px solid var(--line); }
+#tabs { display: flex; gap: 18px; overflow-x: auto; scrollbar-width: none; flex: 1; min-width: 0; }
+#tabs a { display: flex; align-items: center; gap: 5px; height: 36px; color: var(--muted); white-space: nowrap; border-bottom: 2px solid transparent; }
+#tabs a:hover { color: var(--text); text-decoration: none; }
+#tabs a[aria-current] { color: var(--text); font-weight: 500; border-color: var(--accent); }
+#tabs a:focus-visible { outline-offset: -3px; }
+#theme { padding: 0 6px; } #theme svg { fill: currentColor; } #theme path:first-child { fill: none; stroke: currentColor; stroke-width: 1.5; }
+#tabs small { font-size: var(--tiny); color: var(--muted); font-weight: 400; }
+#pulse { display: flex; align-items: center; gap: 12px; padding-left: 16px; font-size: var(--small); white-space: nowrap; }
+main { padding: 16px var(--gutter) 48px; max-width: 1760px; margin: 0 auto; }
+#banner:not(:empty) { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 12px; padding: 8px var(--gutter); background: var(--sunken); border-bottom: 1px solid var(--line);
+  border-left: 4px solid var(--failed); position: sticky; top: 81px; z-index: 3; }
+#toasts { position: fixed; bottom: 20px; left: 0; right: 0; display: grid; justify-items: center; gap: 8px; pointer-events: none; z-index: 9; }
+#toasts p { background: var(--text); color: var(--bg); padding: 7px 14px; border-radius: var(--radius); max-width: min(640px, calc(100vw - 24px)); }
+#toasts p.bad { box-shadow: inset 4px 0 var(--failed); padding-left: 18px; }
+
+/* 4 Parts: status, bars, tables, toolbars, facts, notes, code, logs, charts */
+.st { display: inline-flex; align-items: center; gap: 6px; white-space: nowrap; }
+.st > span { overflow: hidden; text-overflow: ellipsis; }
+.s { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linecap: round; stroke-linejoin: round; }
+.f { stroke: none; fill: currentColor; }
+.st-completed .s, .st-failed .s, .st-pending_failed .s, .st-disabled .s { stroke-width: 2.3; }
+.st-uninitialized .s { stroke-dasharray: 1.6 2.72; }
+.st-failed, .st-pending_failed { font-weight: 500; }
+.st-failed, .c-failed { color: var(--failed); } .st-pending_failed { color: var(--pending_failed); }
+.st-blocked, .st-uninitialized, .st-disabled { color: var(--muted); }
+.st-completed :is(.s, .f) { color: var(--completed); } .st-canceled :is(.s, .f) { color: var(--canceled); } .st-terminated :is(.s, .f) { color: var(--terminated); }
+.st-running :is(.s, .f) { color: var(--running); } .st-pending :is(.s, .f) { color: var(--pending); } .st-ready :is(.s, .f) { color: var(--ready); }
+.f-completed { background: var(--f-completed); fill: var(--f-completed); } .f-failed { background: var(--f-failed); fill: var(--f-failed); }
+.f-pending_failed { background: var(--f-pending_failed); fill: var(--f-pending_failed); } .f-canceled { background: var(--f-canceled); fill: var(--f-canceled); }
+.f-terminated { background: var(--f-terminated); fill: var(--f-terminated); } .f-running { background: var(--f-running); fill: var(--f-running); }
+.f-pending { background: var(--f-pending); fill: var(--f-pending); } .f-ready { background: var(--f-ready); fill: var(--f-ready); }
+.f-blocked { background: var(--f-blocked); fill: var(--f-blocked); } .f-disabled { background: var(--f-disabled); fill: var(--f-disabled); }
+.f-uninitialized { background: var(--f-uninitialized); fill: var(--f-uninitialized); }
+.bar { display: flex; gap: 1px; height: 6px; border-radius: 3px; overflow: hidden; min-width: 60px; }
+.bar i { flex: 1 1 0; min-width: 3px; }
+.bar.tall { height: 14px; border-radius: 4px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; }
+.legend b { font-weight: 600; }
+.table { width: calc(100% + 16px); margin: 0 -8px; table-layout: fixed; border-collapse: separate; border-spacing: 0; }
+.table th, .table td { height: var(--row); padding: 0 8px; text-align: left; font-weight: 400; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; border-bottom: 1px solid var(--line); }
+.table thead th { position: sticky; top: var(--chrome); z-index: 2; background: var(--bg); color: var(--muted); font-size: var(--small); font-weight: 500; }
+.table .num { text-align: right; }
+.table th button { all: unset; cursor: pointer; } .table th button:hover { color: var(--text); }
+.table th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.table th[aria-sort] { color: var(--text); }
+.table tbody tr:hover > * { background: var(--sunken); }
+.table tbody tr:focus-within > * { background: var(--accent-soft); }
+.table tbody tr:focus-within > :first-child { box-shadow: inset 3px 0 var(--accent); }
+.table td a:focus-visible, .table th a:focus-visible { outline: none; text-decoration: underline; }
+.table.bare thead { display: none; } .table.bare td { border: 0; } .table.bare tr:hover > td { background: none; }
+.table .left > * { opacity: .55; }
+.table .pick { width: 32px; padding-right: 0; text-overflow: clip; }
+.table .st { vertical-align: middle; }
+.table.short { width: 100%; margin: 0; } .table.short thead th { position: static; padding-left: 0; } .table.short td, .table.short th { padding-left: 0; }
+.tools { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; min-height: 28px; margin-bottom: 8px; }
+.tools .tools { margin: 0; }
+.tools input[type=search] { flex: 0 1 300px; }
+.tools .far { margin-left: auto; display: flex; align-items: center; gap: 8px; } .far > span { color: var(--muted); }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; }
+.chips button { padding: 0 8px; }
+.chips small { color: var(--muted); font-size: var(--small); }
+.pager { display: inline-flex; align-items: center; gap: 4px; white-space: nowrap; color: var(--muted); }
+.note { padding: 40px 0; max-width: 620px; }
+.note h2 { margin-bottom: 6px; } .note p { margin: 4px 0; } .note .code { margin: 12px 0; }
+.why { border-left: 3px solid var(--edge); padding: 2px 0 2px 12px; font-size: var(--large); line-height: 1.45; max-width: 78ch; margin: 4px 0 14px; }
+.why small { display: block; font-size: 1rem; color: var(--muted); }
+.why.bad { border-color: var(--failed); } .why.live { border-color: var(--accent); } .why.good { border-color: var(--completed); }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 16px; }
+.facts dt { color: var(--muted); } .facts dd { overflow-wrap: anywhere; }
+.code { background: var(--sunken); border-radius: var(--radius); padding: 8px 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.copy { position: relative; } .copy .code { padding-right: 70px; } .copy button { position: absolute; top: 4px; right: 4px; height: 26px; font-size: var(--small); } .copy + p { margin-top: 10px; }
+.log { border: 1px solid var(--line); border-radius: var(--radius); overflow: hidden; }
+.log .tools { margin: 0; padding: 6px 8px; border-bottom: 1px solid var(--line); background: var(--sunken); }
+.log .tools input { flex: 0 1 180px; }
+.log pre { height: 320px; overflow: auto; padding: 8px 12px; line-height: 1.5; overscroll-behavior: contain; }
+.log pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
+.log pre:focus-visible { outline-offset: -2px; }
+mark { background: var(--hit); color: inherit; } mark.now { outline: 2px solid var(--accent); }
+.plot { position: relative; touch-action: pan-y; }
+.plot svg { display: block; width: 100%; } .plot text { fill: var(--muted); font-size: 11px; font-family: var(--sans); }
+.plot .grid { stroke: var(--line); } .plot .cross { stroke: var(--edge); }
+.plot path { fill: none; stroke-width: 1.5; } .plot .area { stroke: none; fill: var(--accent-soft); }
+.plot .used { stroke: var(--accent); } .plot .asked { stroke: var(--muted); stroke-dasharray: 4 3; } .plot .limit { stroke: var(--edge); }
+.swatch { display: inline-block; width: 16px; border-top: 2px solid var(--accent); vertical-align: 3px; margin-right: 5px; }
+.swatch.asked { border-top-style: dashed; border-color: var(--muted); } .swatch.limit { border-top-width: 1px; border-color: var(--edge); }
+.meter { display: inline-block; width: 100%; height: 8px; background: var(--f-uninitialized); border-radius: 2px; position: relative; }
+.meter i { position: absolute; inset: 0 auto 0 0; background: var(--f-pending); border-radius: 2px; } .meter i.over { background: var(--f-failed); }
+.meter b { position: absolute; inset: -3px auto -3px 0; border-right: 2px solid var(--text); }
+
+/* 5 Pages */
+.split { display: grid; grid-template-columns: minmax(0, 1fr) 380px; gap: 8px 40px; align-items: start; }
+section { margin-top: 24px; } section > h2 { margin-bottom: 6px; } h1.unseen + div > section:first-child { margin-top: 0; } .split > div > section:first-child { margin-top: 14px; }
+.headline { display: flex; flex-wrap: wrap; align-items: center; gap: 10px 16px; margin-bottom: 12px; } .bar + .legend { margin-top: 8px; }
+.headline .percent { font-size: var(--figure); font-weight: 600; letter-spacing: -.02em; line-height: 1; min-width: 2.2em; }
+.headline .grow { flex: 1; min-width: 200px; } .headline .acts { display: flex; flex-wrap: wrap; gap: 8px; }
+.headline h1 { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: baseline; overflow-wrap: anywhere; }
+.menu { position: relative; } .menu > summary { list-style: none; } .menu > summary::-webkit-details-marker { display: none; }
+.menu > div { position: absolute; right: 0; top: 32px; z-index: 6; min-width: 250px; padding: 5px; background: var(--raised); border: 1px solid var(--line); border-radius: 6px; box-shadow: 0 8px 24px rgb(0 0 0 / .18); }
+.menu > div button { width: 100%; height: auto; padding: 5px 8px; border: 0; background: none; display: block; text-align: left; white-space: normal; }
+.menu > div button:hover { background: var(--sunken); } .menu small { display: block; color: var(--muted); font-size: var(--small); }
+.lines li { display: flex; gap: 12px; margin: 0 -8px; padding: 3px 8px; border-bottom: 1px solid var(--line); } .lines li > :first-child { flex: 0 0 58px; } .lines .mono { overflow-wrap: anywhere; } .lines .st { white-space: normal; align-items: baseline; } .lines .st svg { transform: translateY(2px); }
+.stage { border: 1px solid var(--line); border-radius: var(--radius); height: calc(100dvh - 176px); min-height: 360px; overflow: auto; display: grid; place-items: safe center; background: var(--raised); }
+.stage.mini { height: auto; min-height: 0; border: 0; background: none; display: block; }
+.stage svg { display: block; user-select: none; }
+.stage text, .lanes text { font: 12px var(--sans); fill: var(--text); font-variant-numeric: tabular-nums; } .stage .sub, .lanes .sub, .lanes .run text { font-size: 11px; } .sub { fill: var(--muted) !important; }
+.stage .bold, .lanes .bold { font-weight: 600; } .mini text { font-size: 11px; } .stage .ghost { font-size: 0; }
+.edge { fill: none; stroke: var(--edge); stroke-width: 1; opacity: .7; } .edge.bad { stroke: var(--failed); stroke-dasharray: 4 3; opacity: 1; } .edge.lit { stroke: var(--accent); stroke-width: 1.75; opacity: 1; }
+.node .box { fill: var(--raised); stroke: var(--line); } .node.st-failed .box { stroke: var(--failed); } .node.st-running .box { stroke: var(--running); }
+.node.st-blocked .box, .node.st-canceled .box { stroke-dasharray: 3 3; stroke: var(--edge); }
+.node:hover .box, .node.here .box { stroke: var(--accent); stroke-width: 2; stroke-dasharray: none; } .node:hover { text-decoration: none; } .node { outline: none; }
+.node:focus-visible .box { stroke: var(--accent); stroke-width: 3; }
+.readout { min-height: 24px; margin-top: 8px; color: var(--muted); }
+.lanes { position: relative; border-top: 1px solid var(--line); overflow: hidden; touch-action: pan-y; cursor: crosshair; } .lanes svg { display: block; user-select: none; }
+.lane { fill: var(--sunken); } .tick { fill: var(--edge); } .lanes .run .light { fill: var(--on-accent); } .run:focus-visible rect, .run:hover rect { stroke: var(--text); stroke-width: 1.5; }
+.veil { position: absolute; top: 20px; bottom: 0; background: var(--accent); opacity: .2; pointer-events: none; }
+.group { display: grid; grid-template-columns: 56px minmax(0, 1fr) auto; gap: 2px 16px; padding: 12px 0; border-bottom: 1px solid var(--line); }
+.group > * { grid-column: 2; min-width: 0; } .group > b { grid-column: 1; grid-row: 1 / span 2; font-size: var(--title); font-weight: 600; line-height: 1.2; text-align: right; }
+.group .acts { grid-column: 3; grid-row: 1 / span 3; display: flex; gap: 8px; } .group .mono { overflow-wrap: anywhere; } .group p.muted, .group pre { grid-column: 2 / -1; }
+.group pre { margin-top: 6px; max-height: 180px; overflow: auto; }
+.table .verdict { white-space: normal; padding-top: 4px; padding-bottom: 4px; } .verdict .mono { overflow-wrap: anywhere; } .verdict .st { white-space: normal; align-items: baseline; } .verdict .st svg { transform: translateY(2px); }
+.form { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 8px 12px; align-items: center; } .form label { color: var(--muted); }
+.place { margin-top: 12px; min-height: 380px; } .edit { display: grid; grid-template-columns: minmax(0, 1fr) 320px; gap: 16px; }
+.paper { display: flex; height: 380px; border: 1px solid var(--edge); border-radius: var(--radius); overflow: hidden; background: var(--raised); }
+.paper:focus-within { border-color: var(--accent); outline: 1px solid var(--accent); }
+.paper pre { padding: 8px 6px 8px 10px; text-align: right; color: var(--muted); background: var(--sunken); overflow: hidden; line-height: 1.5; user-select: none; min-width: 44px; }
+.paper pre b { color: var(--failed); }
+.paper textarea { flex: 1; height: 100%; border: 0; outline: none; resize: none; padding: 8px; font: var(--small)/1.5 var(--mono); white-space: pre; overflow: auto; background: none; tab-size: 2; }
+.problems { height: 380px; overflow: auto; } .problems .st { white-space: normal; align-items: baseline; } .problems button { height: auto; width: 100%; display: block; white-space: normal; text-align: left; border: 0; border-bottom: 1px solid var(--line); border-radius: 0; background: none; padding: 7px 4px; }
+.problems button:hover { background: var(--sunken); } .problems small { display: block; color: var(--muted); }
+[hidden] { display: none !important; }
+.drop { border: 1px dashed var(--edge); border-radius: var(--radius); height: 380px; display: grid; place-content: center; justify-items: center; gap: 8px; text-align: center; }
+.keys, .keys > div { display: grid; grid-template-columns: max-content 1fr; gap: 5px 16px; align-content: start; } .keys { grid-template-columns: 1fr 1fr; }
+
+/* 6 Narrow screens, motion, forced colours */
+@media (max-width: 1000px) { .wider { display: none !important; } .split { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 720px) {
+  :root { --gutter: 12px; --row: 40px; }
+  html { font-size: 87.5%; }
+  .wide, #pulse { display: none !important; }
+  .brand span, #link.live { font-size: 0; gap: 0; }
+  .top { gap: 8px; } #crumbs li::before { margin: 0 5px; }
+  button, .button, select, input { height: 36px; } .table th button { height: auto; } .copy button { height: 30px; } .keys { grid-template-columns: 1fr; }
+  input, textarea, select { font-size: 16px; }
+  input[type=checkbox] { width: 20px; height: 20px; } .table .pick { width: 36px; }
+  #tabs a { padding: 0 2px; }
+  .tools input[type=search] { flex: 1 1 100%; }
+  .table .key { white-space: normal; overflow-wrap: anywhere; line-height: 1.25; }
+  .chips.scroll { flex-wrap: nowrap; overflow-x: auto; scrollbar-width: none; margin: 0 -12px; padding: 0 12px; width: 100vw; flex: none; }
+  .group { grid-template-columns: 44px minmax(0, 1fr); } .group .acts { grid-column: 2; grid-row: auto; order: 1; flex-wrap: wrap; margin-top: 6px; }
+  .edit { grid-template-columns: minmax(0, 1fr); } .paper, .drop { height: 300px; } .problems { height: auto; }
+  .form { grid-template-columns: minmax(0, 1fr); gap: 4px; } .form > label { margin-top: 6px; }
+  dialog { padding: 16px; } .foot button { flex: 1; justify-content: center; }
+  .stage { height: calc(100dvh - 262px); } .log pre { height: 280px; }
+}
+@media (prefers-reduced-motion: no-preference) {
+  .bar i { transition: flex-grow .4s; } #toasts p { animation: rise .15s; } @keyframes rise { from { transform: translateY(8px); opacity: 0; } }
+}
+@media (forced-colors: active) { .bar i { border-right: 1px solid CanvasText; } .bar i, .meter i { forced-color-adjust: none; } #tabs a[aria-current] { border-color: Highlight; } }
+"""
+
+DASH_JS = r"""// torc dashboard. Plain DOM: one function a page, one store, one router, two doors to the server (api and follow).
+// 1 words and elements  2 store and server  3 router and shell  4 parts  5 tables  6 plots  7 graph  8 pages
+// 9 actions and dialogs  10 start
+"use strict";
+
+// 1 Words and elements ---------------------------------------------------------------------------------------
+const RING = "M8 2.4a5.6 5.6 0 1 0 0 11.2A5.6 5.6 0 1 0 8 2.4z";
+const STATUS = {                     // in the order of bars, legends and menus; drawn in 16 x 16: [stroked, filled]
+  completed: ["M3 8.6 6.4 12 13 4.4"],
+  failed: ["M4 4l8 8M12 4l-8 8"],
+  pending_failed: ["M8 2.4v7.4M8 13v.5"],
+  canceled: [RING + "M4.2 11.8l7.6-7.6"],
+  terminated: ["", "M3.4 3.4h9.2v9.2H3.4z"],
+  running: ["", "M4.4 2.4 13 8l-8.6 5.6z"],
+  pending: [RING, "M8 2.4a5.6 5.6 0 0 1 0 11.2z"],
+  ready: [RING],
+  blocked: ["M8 2.2 13.8 8 8 13.8 2.2 8z"],
+  uninitialized: [RING],             // dotted by the style sheet
+  disabled: ["M3.6 8h8.8"],
+};
+const STATES = {                     // of a workflow, and the status whose glyph each borrows
+  "not initialized": "uninitialized", waiting: "ready", running: "running", done: "completed", failed: "failed",
+  stuck: "pending_failed", canceled: "canceled",
+};
+const word = status => status.replace("_", " ");
+const num = n => Math.round(n).toLocaleString("en-US");
+const many = (n, noun) => `${num(n)} ${noun}${n === 1 ? "" : "s"}`;
+const two = n => String(Math.floor(n)).padStart(2, "0");
+const cut = (name, n) => name.length > n ? `${name.slice(0, n - 7)}…${name.slice(-6)}` : name;
+const sum = list => list.reduce((a, b) => a + b, 0);
+const share = (part, all) => !all ? "–" : part === all ? "100 %" : Math.min(99, Math.floor(100 * part / all)) + " %";
+
+function span(s) {                   // 4.2s  41s  12m 04s  3h 12m  2d 04h
+  if (s == null) return "";
+  if (s < 60) return `${s < 10 ? s.toFixed(1) : Math.round(s)}s`;
+  if (s < 3600) return `${Math.floor(s / 60)}m ${two(s % 60)}s`;
+  if (s < 86400) return `${Math.floor(s / 3600)}h ${two(s / 60 % 60)}m`;
+  return `${Math.floor(s / 86400)}d ${two(s / 3600 % 24)}h`;
+}
+function bytes(n) {
+  if (n == null) return "";
+  const step = n < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(n) / 10)), value = n / 1024 ** step;
+  return `${value < 10 && step ? value.toFixed(1) : Math.round(value)} ${["B", "KiB", "MiB", "GiB", "TiB"][step]}`;
+}
+function clock(ms, seconds = true) { // 14:02:31 today, else Nov 21 14:02
+  if (!ms) return "";
+  const t = new Date(ms), time = `${two(t.getHours())}:${two(t.getMinutes())}`;
+  if (t.toDateString() === new Date().toDateString()) return seconds ? `${time}:${two(t.getSeconds())}` : time;
+  return `${t.toLocaleString("en-US", {month: "short"})} ${t.getDate()} ${time}`;
+}
+
+// h("a.go", {href: "#/"}, "text", child): plain objects set attributes and listeners, all else is a child. Never HTML.
+const SVG = "http://www.w3.org/2000/svg", DRAWN = new Set(["svg", "g", "path", "rect", "line", "text", "svg:a"]);
+function h(tag, ...parts) {
+  const [name, ...classes] = tag.split("."), drawn = DRAWN.has(name);
+  const el = drawn ? document.createElementNS(SVG, name.replace("svg:", "")) : document.createElement(name);
+  if (classes.length) el.setAttribute("class", classes.join(" "));
+  for (const part of parts.flat(9)) {
+    if (part == null || part === false) continue;
+    if (part.constructor !== Object) { el.append(part); continue; }
+    for (const [key, value] of Object.entries(part)) {
+      if (value == null || value === false) continue;
+      if (key.startsWith("on")) el.addEventListener(key.slice(2), value);
+      else if (key === "style") Object.assign(el.style, value);       // by property: the CSP forbids the attribute
+      else if (key === "class") el.classList.add(...value.split(" ").filter(Boolean));
+      else el.setAttribute(key, value === true ? "" : value);
+    }
+  }
+  return el;
+}
+
+// Make `old` look like `now` in place, so that live updates keep focus, scroll, hover and selected text. Listeners of
+// `old` stay: what is redrawn so uses links, or buttons with data-verb, which one listener on the document serves.
+function morph(old, now) {
+  if (old.nodeName !== now.nodeName) return old.replaceWith(now);
+  if (old.nodeType === Node.TEXT_NODE) { if (old.data !== now.data) old.data = now.data; return; }
+  for (const {name} of [...old.attributes]) if (!now.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+  for (const {name, value} of now.attributes) {
+    if (name === "style") old.style.cssText = value;
+    else if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  const before = [...old.childNodes], after = [...now.childNodes];
+  after.forEach((child, i) => before[i] ? morph(before[i], child) : old.append(child));
+  before.slice(after.length).forEach(child => child.remove());
+}
+
+// 2 Store and server -----------------------------------------------------------------------------------------
+const API = "/torc-service/v1";
+const store = {
+  route: null, workflow: null, summary: null, theme: null, event: null, events: [],
+  link: {state: "live", since: Date.now()},             // live, every (15 s), away, denied
+};
+let watchers = [];                   // those of a page go when the page goes; those of the shell stay
+
+function watch(topic, act, stays = false) {
+  watchers.push({topic, act, stays});
+  if (store[topic] && topic !== "event") act(store[topic]);
+}
+function put(topic, value) {
+  store[topic] = value;
+  for (const watcher of watchers) if (watcher.topic === topic) watcher.act(value);
+}
+function live(topic, draw) {         // an element that is drawn again, in place, whenever `topic` changes
+  const el = h("div");
+  watch(topic, value => morph(el, h("div", draw(value))));
+  return el;
+}
+
+class Refused extends Error {
+  constructor(status, message) { super(message); this.status = status; }
+}
+async function send(method, url, body) {
+  const headers = {"Content-Type": "application/json"};
+  const answer = await fetch(url, {method, headers, body: body && JSON.stringify(body)});
+  return {status: answer.status, body: await answer.json()};
+}
+async function api(path, query = {}, method = "GET", body = undefined) {
+  const asked = new URLSearchParams(Object.entries(query).filter(([, value]) => value != null && value !== ""));
+  const url = (path.startsWith("/dash/") ? "" : API) + path + (asked.toString() && "?" + asked);
+  let answer;
+  try {
+    answer = await send(method, url, body);
+  } catch (error) {
+    lost(error.message);
+    throw new Refused(0, error.message);
+  }
+  if (answer.status === 401) put("link", {state: "denied", since: Date.now()});
+  if (answer.status === 502) lost(answer.body.error.message);
+  if (answer.status >= 400) throw new Refused(answer.status, answer.body.error.message);
+  if (store.link.state === "away") put("link", {state: "live", since: Date.now()});
+  store.link.since = Date.now();
+  return answer.body;
+}
+const post = (path, query, body) => api(path, query, "POST", body);
+
+const retry = {after: 1, timer: 0};
+function lost(why) {                 // the server is away: keep what is shown, say of when it is, try with back-off
+  clearTimeout(retry.timer);
+  retry.timer = setTimeout(again, retry.after * 1000);
+  put("link", {state: "away", why, since: store.link.since, next: Date.now() + retry.after * 1000});
+  retry.after = Math.min(15, retry.after * 2);
+}
+async function again() {
+  try { await api("/ping"); } catch { return; }         // lost() has set the next try
+  retry.after = 1;
+  follow(store.workflow?.id);
+  render();
+}
+
+// One event stream in the whole browser: the tab that came to the front last takes the lock, others ask every 15 s.
+const EVENTS = ["workflow_started", "workflow_reinitialized", "job_started", "job_completed", "job_failed",
+  "job_canceled", "job_terminated", "job_pending_failed", "compute_node_started", "compute_node_stopped",
+  "scheduler_node_created", "warning"];
+const stream = {stop: null, asking: 0};
+async function follow(id) {
+  stream.stop?.();
+  if (!id || document.hidden) return;
+  const hold = () => new Promise(done => {
+    const source = new EventSource(`${API}/workflows/${id}/events/stream?level=info`);
+    stream.stop = () => { source.close(); stream.stop = null; done(); };
+    source.onopen = () => { put("link", {state: "live", since: Date.now()}); refresh(); };   // there is no replay
+    source.onerror = () => { stream.stop(); fallBack(id); };   // the server is away, or has no stream free
+    for (const type of EVENTS) {
+      source.addEventListener(type, message => happened(shaped(JSON.parse(message.data))));
+    }
+  });
+  try {
+    await (navigator.locks ? navigator.locks.request("torc-live", {steal: true}, hold) : hold());
+  } catch {                          // another tab took the lock
+    stream.stop?.();
+    put("link", {state: "every", since: Date.now()});
+  }
+}
+async function fallBack(id) {        // without a stream: ask now and then, try again for one
+  if (await api("/ping").catch(() => null)) put("link", {state: "every", since: Date.now()});
+  setTimeout(() => { if (store.workflow?.id === Number(id) && !stream.stop) follow(id); }, 60000);
+}
+// What the pages show of an event, streamed or stored.
+function shaped(event) {
+  const data = event.data || {}, type = event.event_type || data.event_type || data.category || "event";
+  const who = data.job_name || (data.job_id && `job ${data.job_id}`) || data.hostname || "";
+  const word = type.replace(/^job_/, "").replaceAll("_", " ");
+  const code = data.return_code ? `: exit ${data.return_code}` : "";
+  const text = data.message || (/^job_/.test(type) && who ? `${who} ${word}${code}`
+    : [word, who, data.action?.replaceAll("_", " "), data.user && `by ${data.user}`].filter(Boolean).join(" "));
+  const status = type === "job_started" ? "running" : data.status;
+  return {...event, type, text, job_id: data.job_id, host: data.hostname, data: {...data, ...(status && {status})}};
+}
+function happened(event) {
+  store.events = [event, ...store.events].slice(0, 500);
+  put("event", event);
+  stream.asking ||= setTimeout(refresh, 1000);          // however many events: one question a second
+}
+async function refresh() {
+  clearTimeout(stream.asking);
+  stream.asking = 0;
+  const id = store.workflow?.id;
+  if (id) put("summary", await api(`/workflows/${id}/summary`).catch(() => store.summary));
+}
+
+// 3 Router and shell -----------------------------------------------------------------------------------------
+const $ = id => document.getElementById(id);
+const PAGES = [
+  // path               tab          g +  page            badge of the tab
+  ["/",                 "Workflows", "w", workflowsPage],
+  ["/network",          "Network",   "x", networkPage],
+  ["/w/:id",            "Overview",  "o", overviewPage],
+  ["/w/:id/jobs",       "Jobs",      "j", jobsPage,       s => num(s.total)],
+  ["/w/:id/graph",      "Graph",     "d", graphPage],
+  ["/w/:id/timeline",   "Timeline",  "t", timelinePage],
+  ["/w/:id/resources",  "Resources", "r", resourcesPage],
+  ["/w/:id/failures",   "Failures",  "f", failuresPage,   s => num(s.counts.failed || 0)],
+  ["/w/:id/nodes",      "Nodes",     "n", nodesPage,      s => num(s.runners)],
+  ["/w/:id/events",     "Events",    "e", eventsPage],
+  ["/w/:id/data",       "Data",      "a", dataPage],
+  ["/w/:id/jobs/:job",  null,        "",  jobPage],
+];
+function here() {
+  const [path, query] = (location.hash.slice(1) || "/").split("?");
+  for (const [pattern, tab, , page] of PAGES) {
+    const found = new RegExp(`^${pattern.replace(/:\w+/g, "(\\d+)")}$`).exec(path);
+    if (found) return {path, page, tab: tab || "Jobs", id: found[1], job: found[2], query: new URLSearchParams(query)};
+  }
+  const page = () => note("No such page", `The dashboard has no page “${path}”.`);
+  return {path, page, query: new URLSearchParams()};
+}
+function setQuery(changes) {         // the state of a list lives in the address; changing it draws nothing by itself
+  const {query, path} = store.route;
+  for (const [key, value] of Object.entries(changes)) value ? query.set(key, value) : query.delete(key);
+  history.replaceState(null, "", "#" + path + (query.toString() && "?" + query));
+}
+async function render() {
+  const route = store.route = here(), main = $("main");
+  watchers = watchers.filter(watcher => watcher.stays);
+  if (store.workflow?.id !== Number(route.id)) {
+    Object.assign(store, {workflow: null, summary: null, events: []});
+    try {
+      const both = route.id ? [api(`/workflows/${route.id}`), api(`/workflows/${route.id}/summary`)] : [null, null];
+      const [workflow, summary] = await Promise.all(both);
+      if (store.route !== route) return;                // the user went on while we asked
+      Object.assign(store, {workflow, summary});
+    } catch (error) {
+      route.page = () => problem(error);
+    }
+    follow(store.workflow?.id);
+  }
+  shell(route);
+  const heading = route.job && store.workflow ? [] : h("h1.unseen", route.tab || "Problem");
+  main.replaceChildren(...[heading, route.page(route)].flat());
+  scrollTo(0, 0);
+  if (document.activeElement === document.body) main.focus({preventScroll: true});     // what had it is gone
+}
+function shell(route) {
+  const flow = store.workflow, job = route.job && `job ${route.job}`;
+  const path = [["#/", "Workflows"]];
+  if (flow) path.push([`#/w/${flow.id}`, `${flow.id} ${flow.name}`]);
+  if (job) path.push([location.hash, job]);
+  const crumbs = path.slice(innerWidth < 720 ? -1 : 0).map(([href, text]) => h("li", h("a", {href}, text)));
+  $("crumbs").replaceChildren(...crumbs);
+  document.title = [job, flow?.name, route.tab, "torc"].filter(Boolean).join(" · ");
+  const tabs = PAGES.filter(([to, tab]) => tab && to.startsWith("/w/") === Boolean(flow));
+  const draw = summary => {
+    morph($("tabs"), h("ul", {id: "tabs"}, tabs.map(([to, tab, , , badge]) => h("li",
+      h("a", {href: "#" + to.replace(":id", route.id), "aria-current": tab === route.tab && "page"},
+        tab, badge && summary && h("small", badge(summary)))))));
+    morph($("pulse"), h("div", {id: "pulse"}, summary && ["running", "failed"].filter(s => summary.counts[s])
+      .map(s => chip(s, num(summary.counts[s]))), summary && share(summary.done, summary.total)));
+  };
+  draw(store.summary);
+  watch("summary", draw);
+  $("tabs").querySelector("[aria-current]")?.scrollIntoView({block: "nearest", inline: "center"});
+}
+function showLink(link) {
+  const words = {live: "live", every: "every 15 s", away: "server away", denied: "no access"};
+  const seconds = Math.ceil((link.next - Date.now()) / 1000);
+  document.body.dataset.link = link.state;
+  morph($("link"), h("span", {id: "link", role: "status", class: link.state}, words[link.state]));
+  morph($("banner"), h("div", {id: "banner", role: "alert"}, link.state === "away" && [
+    h("span", h("b", "The server does not answer"), ` (${link.why}). Runners go on and report later.`),
+    h("span.muted", `This is what was known at ${clock(link.since)}. `, seconds > 0 && `Next try in ${seconds} s.`),
+    h("button", {"data-verb": "again"}, "Try now")]));
+  if (link.state === "denied") $("main").replaceChildren(h("h1.unseen", "No access"), noAccess());
+}
+let spokenAt = 0;
+function speak(summary) {            // counts for screen readers, at most every 10 s
+  if (!summary || Date.now() - spokenAt < 10000) return;
+  spokenAt = Date.now();
+  const {counts: {running = 0, failed = 0}, done, total} = summary;
+  const words = [`${num(done)} of ${many(total, "job")} done`, `${num(running)} running`, `${num(failed)} failed`];
+  $("spoken").textContent = words.join(", ");
+}
+function toast(text, bad = false) {
+  const el = h("p", {class: bad ? "bad" : ""}, text);
+  $("toasts").append(el);
+  setTimeout(() => el.remove(), bad ? 15000 : 6000);
+}
+const KEYS = [["/", "go to the filter"], ["j  k", "next, previous row"], ["Enter", "open the row"],
+  ["[  ]", "previous, next page"], ["r", "load again"], ["c", "create a workflow"], ["?", "this help"],
+  ["Esc", "leave a field or dialog"]];
+let armed = 0;                       // when g was pressed
+function onKey(event) {
+  const {key, target} = event, typing = target.matches("input, textarea, select");
+  if (typing && key === "Escape" && !target.closest("dialog")) target.blur();
+  const held = event.metaKey || (event.ctrlKey || event.altKey) && !event.getModifierState("AltGraph");
+  if (typing || held || document.querySelector("dialog[open]")) return;
+  if (Date.now() - armed < 1500) {
+    armed = 0;
+    const page = PAGES.find(([path, , letter]) => letter === key && (store.route.id || !path.includes(":id")));
+    if (page) { location.hash = page[0].replace(":id", store.route.id); event.preventDefault(); }
+    return;
+  }
+  const step = {j: 1, k: -1}[key], rows = [...document.querySelectorAll("main a.row")];
+  const at = rows.indexOf(document.activeElement) + step;
+  if (key === "g") armed = Date.now();
+  else if (step && rows.length) rows[Math.max(0, Math.min(rows.length - 1, at))].focus();
+  else if (key === "?") helpDialog();
+  else if (key === "c") createDialog();
+  else if (key === "/") document.querySelector("main input[type=search]")?.focus();
+  else if (key === "r") render();
+  else if (key === "[" || key === "]") document.querySelector(`main [data-page="${key}"]`)?.click();
+  else return;
+  event.preventDefault();
+}
+
+// 4 Parts ----------------------------------------------------------------------------------------------------
+const icon = status => h("svg", {viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true"},
+  ["s", "f"].map((c, i) => STATUS[status][i] && h("path." + c, {d: STATUS[status][i]})));
+const chip = (status, text = word(status)) => h("span.st", {class: "st-" + status}, icon(status), h("span", text));
+const state = name => chip(STATES[name], name);
+const go = (href, ...text) => h("a.go", {href}, ...text);
+const button = (text, onclick, more = {}) => h("button", {type: "button", onclick, ...more}, text);
+const section = (title, small, ...content) => h("section", h("h2", title, small && h("small", small)), ...content);
+const note = (title, text, ...more) => h("div.note", h("h2", title), h("p", text), ...more);
+const of = (used, all) => [used || "–", h("span.muted", " of "), all];
+const facts = pairs => h("dl.facts", pairs.filter(([, value]) => value)
+  .map(([name, value]) => [h("dt", name), h("dd", value)]));
+const lines = (items, first, rest) => h("ul.lines", items
+  .map(item => h("li", h("span.num", first(item)), h("span", rest(item)))));
+
+function toggle(label, on, act, attribute = "aria-pressed") {
+  const turn = () => { on = !on; el.setAttribute(attribute, String(on)); act(on); };
+  const el = button(label, turn, {[attribute]: String(on)});
+  return el;
+}
+function bar(counts, tall = false) {
+  const shown = Object.keys(STATUS).filter(s => counts[s]);
+  const label = shown.map(s => `${num(counts[s])} ${word(s)}`).join(", ");
+  return h("div.bar", {class: tall ? "tall" : "", role: "img", "aria-label": label, title: label},
+    shown.map(s => h("i", {class: "f-" + s, style: {flexGrow: counts[s]}})));
+}
+const legend = (counts, href) => h("ul.legend", Object.keys(STATUS).filter(s => counts[s])
+  .map(s => h("li", h("a", {href: href(s)}, chip(s, [h("b", num(counts[s])), " ", word(s)])))));
+function meter(used, asked) {        // how much of what was asked is used; the tick is what was asked
+  const top = Math.max(used, asked) * 1.02, width = v => ({width: Math.min(100, 100 * v / top) + "%"});
+  const fill = h("i", {class: used > asked ? "over" : "", style: width(used)});
+  return h("span.meter", {"aria-hidden": "true"}, fill, h("b", {style: width(asked)}));
+}
+function code(text) {
+  const done = () => toast("Copied"), not = () => toast("The browser did not allow it: select the text instead", true);
+  const copy = () => navigator.clipboard.writeText(text).then(done, not);
+  return h("div.copy", h("pre.code", {tabindex: 0}, text), button("Copy", copy));
+}
+function problem({status, message}) {                   // what went wrong and the next step
+  if (status === 404) return note("Not found", message + ".", h("p", go("#/", "All workflows")));
+  if (status === 403) return note("Not yours to see", message + ".", h("p", "Its owner can share it with a group:"),
+    code("torc access-groups add-workflow GROUP ID"));
+  if (status) return note("The server refused", message + ".");
+  return note("Nothing to show yet", `The server does not answer (${message}). This page fills when it is back.`);
+}
+const noAccess = () => note("This link does not open the dashboard any more",
+  "It was used in another browser, or the dashboard was started again since. Nothing is lost.",
+  h("p", "Open the address that ", h("code", "torc dash"), " printed last, or ask for a new one where it runs:"),
+  code("torc dash --show-url"));
+function fill(el, load, draw) {      // show what `load` brings; "Loading" only if it takes long; else what went wrong
+  const slow = setTimeout(() => { if (!el.childNodes.length) el.append(h("p.muted", "Loading…")); }, 150);
+  const show = (...nodes) => { clearTimeout(slow); el.replaceChildren(...nodes.flat(9).filter(Boolean)); };
+  load().then(answer => show(draw(answer)), error => show(problem(error)));
+  return el;
+}
+
+function logView({streams, load, running, name}) {      // streams: [[name, bytes], ...]; load(stream, offset)
+  let which = streams[0][0], text = "", from = 0, offset = 0, hit = 0, follows = running, busy = false;
+  const pre = h("pre", {tabindex: 0, role: "region", "aria-label": `Output of ${name}`});
+  const where = h("span.muted.small"), count = h("span.muted.small", {role: "status"});
+  const find = h("input", {type: "search", placeholder: "Find in output", "aria-label": "Find in output",
+    oninput: () => { hit = 0; draw(); }, onkeydown: event => {
+      if (event.key !== "Enter") return;
+      event.preventDefault();
+      hit += event.shiftKey ? -1 : 1;
+      draw();
+    }});
+  const tabs = streams.map(([stream, size]) => button([stream, h("small.muted", bytes(size))], () => open(stream)));
+  const tail = toggle("Follow", follows, on => { follows = on; more(); });
+  const wrap = toggle("Wrap", false, on => pre.classList.toggle("wrap", on));
+  function open(stream) {
+    [which, text, offset, hit] = [stream, "", 0, 0];
+    tabs.forEach((tab, i) => tab.setAttribute("aria-pressed", String(streams[i][0] === stream)));
+    more();
+  }
+  async function more() {            // the last 64 KiB first, then only what is new
+    if (busy) return;
+    busy = true;
+    const asked = which, first = !offset;
+    const part = await load(which, offset).catch(error => ({text: error.message, from: 0, size: 0}));
+    busy = false;
+    if (asked !== which) return more();                 // the other stream was chosen meanwhile
+    if (first) from = part.from;
+    [text, offset] = [(text + part.text).slice(-512 * 1024), part.size];
+    where.textContent = !text ? "" : from ? `last ${bytes(offset - from)} of ${bytes(offset)}` : bytes(offset);
+    if (part.text || first) draw();
+    if (first) pre.scrollTop = pre.scrollHeight;        // the end is what one comes for
+  }
+  function draw() {
+    const needle = find.value, parts = needle ? text.split(needle) : [text], hits = parts.length - 1;
+    hit = hits ? (hit + hits) % hits : 0;
+    const marked = (part, i) => i ? [h("mark", {class: i - 1 === hit ? "now" : ""}, needle), part] : [part];
+    const none = h("span.muted", running ? "Nothing written yet." : "The job wrote nothing here.");
+    pre.replaceChildren(...(text ? parts.flatMap(marked) : [none]));
+    count.textContent = !needle ? "" : hits ? `${hit + 1} of ${hits}` : "not found";
+    if (needle && hits) pre.querySelector(".now").scrollIntoView({block: "nearest"});
+    else if (follows) pre.scrollTop = pre.scrollHeight;
+  }
+  pre.addEventListener("wheel", ({deltaY}) => { if (follows && deltaY < 0) tail.click(); }, {passive: true});
+  const timer = setInterval(() => el.isConnected ? follows && running && more() : clearInterval(timer), 1000);
+  const el = h("div.log", h("div.tools", tabs, find, count, h("span.far", where, running && tail, wrap)), pre);
+  open(which);
+  return el;
+}
+
+// 5 Tables: a column is [name, cell(row), classes, width, sort key] -------------------------------------------
+// The column of class "key" names the row. Widths are fixed and rows keep their places: a live change redraws a row
+// where it stands.
+const cells = (columns, row) => columns.map(([, cell, classes = ""]) =>
+  h(/\bkey\b/.test(classes) ? "th" : "td", {class: classes, scope: /\bkey\b/.test(classes) && "row"}, cell(row)));
+const heading = ([name, , classes, width = ""], text = name, sort = null) =>
+  h("th", {scope: "col", class: classes, style: {width}, "aria-sort": sort}, text);
+const plainTable = (label, columns, items) => h("table.table", h("caption.unseen", label),
+  h("thead", h("tr", columns.map(column => heading(column)))),
+  h("tbody", items.map(row => h("tr", cells(columns, row)))));
+
+// load({offset, limit, sort_by, reverse_sort}) gives a list envelope; none() what to show when there is nothing;
+// pick(ids) makes rows selectable; change(row, event) applies an event and tells whether the row still belongs here.
+function pagedTable({label, columns, load, none, pick, change, size = 50}) {
+  const {query} = store.route, rows = new Map(), picked = new Set();
+  const head = h("tr"), body = h("tbody"), pager = h("span.pager"), stale = h("span");
+  const table = h("table.table", h("caption.unseen", label), h("thead", head), body);
+  const box = row => h("input", {type: "checkbox", value: row.id, "aria-label": `Select ${row.name}`});
+  const draw = row => h("tr", pick && h("td.pick", box(row)), cells(columns, row));
+  function cover(content) {          // instead of rows: loading, nothing, or what went wrong
+    table.classList.add("bare");
+    body.replaceChildren(h("tr", h("td.verdict", content)));
+  }
+  let moved = 0, question = 0;
+  function heads() {
+    const by = query.get("sort"), down = query.has("desc");
+    morph(head, h("tr", pick && h("th.pick", h("span.unseen", "Select")), columns.map(column => {
+      const [name, , , , sort] = column, on = sort && sort === by;
+      const text = sort && h("button", {type: "button", "data-sort": sort}, name, on && (down ? " ↓" : " ↑"));
+      return heading(column, text || name, on && (down ? "descending" : "ascending"));
+    })));
+  }
+  async function reload() {
+    const page = Number(query.get("page")) || 1, offset = (page - 1) * size, mine = ++question;
+    const slow = setTimeout(() => { if (!rows.size) cover(h("p.muted", "Loading…")); }, 150);
+    heads();
+    try {
+      const order = {sort_by: query.get("sort"), reverse_sort: query.has("desc") || null};
+      const answer = await load({offset, limit: size, ...order}), all = answer.total_count;
+      if (mine !== question) return;                    // a later question is under way
+      const turn = (key, to, name, sign) => button(sign,
+        () => { setQuery({page: to}); reload(); scrollTo(0, 0); },
+        {class: "quiet", "data-page": key, "aria-label": name, disabled: to < 1 || (to - 1) * size >= all});
+      rows.clear();
+      for (const row of answer.items) rows.set(row.id, {row, tr: draw(row)});
+      body.replaceChildren(...[...rows.values()].map(entry => entry.tr));
+      table.classList.remove("bare");
+      if (!rows.size) cover(none());
+      pager.replaceChildren(rows.size ? `${num(offset + 1)}–${num(offset + rows.size)} of ${num(all)}` : "",
+        ...(all > size ? [turn("[", page - 1, "Previous page", "‹"), turn("]", page + 1, "Next page", "›")] : []));
+      moved = 0;
+      stale.replaceChildren();
+    } catch (error) {
+      cover(problem(error));
+    } finally {
+      clearTimeout(slow);
+    }
+  }
+  head.addEventListener("click", event => {
+    const sort = event.target.closest("button")?.dataset.sort;
+    if (!sort) return;
+    setQuery({sort, desc: sort === query.get("sort") && !query.has("desc") ? "1" : "", page: ""});
+    reload();
+  });
+  body.addEventListener("change", ({target}) => {
+    picked[target.checked ? "add" : "delete"](target.value);
+    pick(picked);
+  });
+  body.addEventListener("click", ({target}) => {        // anywhere in the row, unless text is being selected
+    if (target.closest("a, button, input") || !getSelection().isCollapsed) return;
+    target.closest("tr").querySelector("a.row")?.click();
+  });
+  if (change) watch("event", event => {
+    const entry = rows.get(event.job_id);
+    if (!entry) return;
+    const stays = change(entry.row, event);
+    morph(entry.tr, draw(entry.row));
+    entry.tr.classList.toggle("left", !stays);
+    if (!stays) stale.replaceChildren(button([`${many(++moved, "row")} moved on: load again `, h("kbd", "r")], reload));
+  });
+  reload();
+  return {table, pager, stale, reload};
+}
+function searchBox(placeholder, reload) {
+  let timer;
+  const ask = ({target}) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => { setQuery({q: target.value, page: ""}); reload(); }, 200);
+  };
+  return h("input", {type: "search", placeholder, "aria-label": placeholder, "aria-keyshortcuts": "/",
+    value: store.route.query.get("q") || "", oninput: ask});
+}
+
+// 6 Plots ----------------------------------------------------------------------------------------------------
+function sized(el, draw) {           // draw(width) now and whenever the width changes
+  let width = 0;
+  new ResizeObserver(([{contentRect: box}]) => { if (box.width !== width) draw(width = box.width); }).observe(el);
+  return el;
+}
+function ticks(from, to, n) {        // at most n round times
+  const round = [1, 5, 10, 30, 60, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400, 604800];
+  const step = 1000 * (round.find(s => (to - from) / 1000 / s <= n) || 2592000), first = Math.ceil(from / step) * step;
+  return Array.from({length: Math.max(0, Math.floor((to - first) / step) + 1)}, (_, i) => first + i * step);
+}
+function columnChart(values, label) {
+  const top = Math.max(...values, 1), tall = v => Math.max(1, 46 * v / top), now = num(values[values.length - 1]);
+  return h("svg", {viewBox: `0 0 ${values.length * 5} 48`, width: "100%", height: 48, preserveAspectRatio: "none",
+    role: "img", "aria-label": `${label}: now ${now}, at most ${num(top)}`},
+    values.map((v, i) => h("rect.f-pending", {x: i * 5, y: 48 - tall(v), width: 4, height: tall(v)})));
+}
+// series: [{name, kind: used | asked | limit, points: [value, ...]}] over the same equidistant times
+function chart({label, times, series, text, height = 150}) {
+  const last = times.length - 1, floor = height - 18, left = 48, top = 1.1 * Math.max(...series.flatMap(s => s.points));
+  const spoken = series.map(({name, points}) =>
+    `${name}: now ${text(points[last])}, at most ${text(Math.max(...points))}`);
+  const plot = h("div.plot", {tabindex: 0, role: "img", "aria-label": `${label}. ${spoken.join("; ")}`});
+  const keys = h("p.legend.small");
+  let at = null;
+  function say() {
+    keys.replaceChildren(...series.map(s => h("span", h("i.swatch", {class: s.kind}), s.name, " ",
+      h("b", text(s.points[at ?? last])))), h("span.muted", at == null ? "now" : "at " + clock(times[at])));
+  }
+  sized(plot, width => {
+    const x = i => left + (width - left - 8) * i / last, y = v => floor - (floor - 6) * v / top;
+    const to = (at, step) => step ? `H${at.toFixed(1)}V` : `L${at.toFixed(1)} `;
+    const line = (points, step) => points.map((v, i) => (i ? to(x(i), step) : `M${left} `) + y(v).toFixed(1)).join("");
+    const cross = h("line.cross", {y1: 4, y2: floor}), used = series.find(s => s.kind === "used");
+    const levels = [0, .5, 1].map(f => f * top / 1.1), when = t => (t - times[0]) / (times[last] - times[0]) * last;
+    function move(i) {
+      at = i == null ? null : Math.max(0, Math.min(last, i));
+      cross.setAttribute("transform", `translate(${at == null ? -9 : x(at)} 0)`);
+      say();
+    }
+    plot.replaceChildren(h("svg", {height, "aria-hidden": "true"},
+      levels.map(v => [h("line.grid", {x1: left, x2: width, y1: y(v), y2: y(v)}),
+        h("text", {x: left - 6, y: y(v) + 4, "text-anchor": "end"}, text(v))]),
+      ticks(times[0], times[last], width / 90).map(t =>
+        h("text", {x: x(when(t)), y: height - 3, "text-anchor": "middle"}, clock(t, false))),
+      used && h("path.area", {d: `${line(used.points)}L${x(last)} ${floor}L${left} ${floor}z`}),
+      series.map(s => h("path", {class: s.kind, d: line(s.points, s.kind !== "used")})), cross));
+    plot.onpointermove = event => move(Math.round((event.offsetX - left) / (width - left - 8) * last));
+    plot.onkeydown = ({key}) => { const by = {ArrowLeft: -1, ArrowRight: 1}[key]; if (by) move((at ?? last) + by); };
+    plot.onpointerleave = plot.onblur = () => move(null);
+    move(at);
+  });
+  return h("div", plot, keys);
+}
+
+// 7 Graph ----------------------------------------------------------------------------------------------------
+// Layers by longest path; a long edge gets a bend in each layer it crosses; barycentre sweeps against crossings; then
+// each layer is moved towards its neighbours. Points get u along the layers and v across them.
+function layered(nodes, edges, thick, wide, gap) {
+  const points = new Map(nodes.map(node => [node.id, {node, layer: 0, waits: 0, in: [], out: []}]));
+  const pairs = edges.map(([a, b]) => [points.get(a), points.get(b)]), layers = [];
+  for (const [a, b] of pairs) { a.out.push(b); b.waits += 1; }
+  const order = [...points.values()].filter(p => !p.waits);
+  for (const p of order) for (const q of p.out) {
+    q.layer = Math.max(q.layer, p.layer + 1);
+    if (!--q.waits) order.push(q);
+  }
+  for (const p of points.values()) { p.out = []; (layers[p.layer] ||= []).push(p); }
+  const lines = pairs.map(([a, b]) => {
+    const bends = Array.from({length: b.layer - a.layer - 1}, (_, i) => ({layer: a.layer + 1 + i, in: [], out: []}));
+    const line = [a, ...bends, b];
+    for (const bend of bends) layers[bend.layer].push(bend);
+    line.slice(1).forEach((p, i) => { line[i].out.push(p); p.in.push(line[i]); });
+    return line;
+  });
+  const mean = (list, key, none) => list.length ? sum(list.map(p => p[key])) / list.length : none;
+  const apart = (p, q) => ((p.node ? wide : wide / 2) + (q.node ? wide : wide / 2)) / 2;
+  for (const layer of layers) layer.forEach((p, i) => { p.rank = i; p.v = (i - layer.length / 2) * wide; });
+  for (let sweep = 0; sweep < 20; sweep++) {            // 8 for the order, 12 for the places
+    const [side, list] = sweep % 2 ? ["out", [...layers].reverse()] : ["in", layers];
+    for (const layer of list) {
+      if (sweep < 8) {
+        layer.sort((p, q) => mean(p[side], "rank", p.rank) - mean(q[side], "rank", q.rank));
+        layer.forEach((p, i) => { p.rank = i; });
+        continue;
+      }
+      const want = layer.map(p => mean(p[side], "v", p.v)), low = [...want], high = [...want], n = layer.length;
+      for (let i = 1; i < n; i++) low[i] = Math.max(want[i], low[i - 1] + apart(layer[i - 1], layer[i]));
+      for (let i = n - 2; i >= 0; i--) high[i] = Math.min(want[i], high[i + 1] - apart(layer[i], layer[i + 1]));
+      layer.forEach((p, i) => { p.v = (low[i] + high[i]) / 2; });
+    }
+  }
+  for (const p of layers.flat()) p.u = p.layer * (thick + gap) + thick / 2;
+  return {points: [...points.values()], all: layers.flat(), lines};
+}
+
+// nodes: [{id, name, status, sub, why, href, counts?}]; families have counts, and a bar in the box; mini fits a margin
+function graph({nodes, edges}, {mini = false, focus, readout} = {}) {
+  const big = nodes.some(node => node.counts), down = innerWidth < 720 && !mini, gap = mini ? 20 : down ? 34 : 56;
+  const [W, H, fits] = big ? [216, 62, 20] : mini ? [112, 26, 12] : down ? [116, 30, 12] : [184, 30, 15];
+  const {points, all, lines} = layered(nodes, edges, ...(down ? [H, W + 12] : [W, H + (mini ? 8 : 18)]), gap);
+  const at = p => down ? [p.v, p.u] : [p.u, p.v], links = [], drawn = new Map();
+  const side = (p, sign) => { const [x, y] = at(p); return down ? [x, y + sign * H / 2] : [x + sign * W / 2, y]; };
+  const curve = line => line.slice(1).map((q, i) => {   // straight through a bend's layer, curved between layers
+    const [x1, y1] = side(line[i], 1), [x2, y2] = side(q, -1), mx = (x1 + x2) / 2, my = (y1 + y2) / 2;
+    return `${i ? "L" : "M"}${x1} ${y1}C${down ? `${x1} ${my} ${x2} ${my}` : `${mx} ${y1} ${mx} ${y2}`} ${x2} ${y2}`;
+  }).join("");
+  const text = (x, y, words, more = {}) => [h("text", {x, y, ...more}, words), " "];
+  function family(n, left, top) {
+    const size = sum(Object.values(n.counts));
+    let x = left + 10;
+    const part = s => {
+      const width = Math.min(Math.max(2, (W - 20) * n.counts[s] / size), left + W - 10 - x);
+      x += width;
+      return h("rect", {class: "f-" + s, x: x - width, y: top + 29, width, height: 6});
+    };
+    return [text(left + 10, top + 20, cut(n.name, fits), {class: "bold"}),
+      text(left + W - 10, top + 20, `× ${num(size)}`, {class: "sub", "text-anchor": "end"}),
+      Object.keys(STATUS).filter(s => n.counts[s]).map(part), text(left + 10, top + 52, n.sub, {class: "sub"})];
+  }
+  const job = (n, left, top) => [
+    h("g", {class: "st-" + n.status, transform: `translate(${left + 7} ${top + H / 2 - 7}) scale(.875)`},
+      [...icon(n.status).childNodes]),
+    text(left + 26, top + H / 2 + 4, cut(n.name, n.sub || W < 150 ? fits : fits + 5)),
+    n.sub && W > 150 && text(left + W - 8, top + H / 2 + 4, n.sub, {class: "sub", "text-anchor": "end"})];
+  function node(n, [x, y]) {
+    const why = n.why || word(n.status), show = on => () => {
+      for (const [a, b, el] of links) if (a === n.id || b === n.id) el.classList.toggle("lit", on);
+      readout?.replaceChildren(...(on ? [h("b", n.name), ` ${why}`] : [readout.dataset.hint]));
+    };
+    const spoken = cut(n.name, fits) === n.name ? why : `${n.name}: ${why}`;
+    return h("svg:a.node", {href: n.href, class: `st-${n.status} ${n.id === focus ? "here" : ""}`,
+      onpointerenter: show(true), onpointerleave: show(false), onfocus: show(true), onblur: show(false)},
+      h("rect.box", {x: x - W / 2, y: y - H / 2, width: W, height: H, rx: 4}),
+      (big ? family : job)(n, x - W / 2, y - H / 2), text(x, y, spoken, {class: "ghost"}));
+  }
+  const world = h("g", lines.map(line => {
+    const a = line[0].node, b = line[line.length - 1].node;
+    links.push([a.id, b.id, h("path.edge", {d: curve(line), class: a.status === "failed" ? "bad" : ""})]);
+    return links[links.length - 1][2];
+  }), points.map(p => { drawn.set(p.node.id, [node(p.node, at(p)), p]); return drawn.get(p.node.id)[0]; }));
+  const pad = mini ? 2 : 24, [[x, w], [y, tall]] = [W, H].map((size, i) => {      // where the drawing begins, its size
+    const list = all.map(p => at(p)[i]), from = Math.min(...list) - size / 2 - pad;
+    return [from, Math.max(...list) + size / 2 + pad - from];
+  });
+  const label = `Graph of ${many(nodes.length, "node")}`, viewBox = `${x} ${y} ${w} ${tall}`;
+  const svg = h("svg", {role: "group", "aria-label": label, viewBox}, world);
+  const el = h("div.stage", {class: mini ? "mini" : ""}, svg), change = (id, changes) => {
+    const [was, p] = drawn.get(id) || [];
+    if (was) morph(was, node(Object.assign(p.node, changes), at(p)));
+  };
+  if (!mini) return {el, change, ...scrolled(el, svg, w, tall)};
+  Object.assign(svg.style, {width: "100%", maxWidth: `${w}px`});
+  return {el, change};
+}
+function scrolled(stage, svg, w, tall) {                // the stage scrolls by itself; drag moves, Ctrl and wheel zoom
+  let k = 1, dragged = 0;
+  function scale(to) {               // never too small to read: what does not fit is reached by scrolling
+    const [dx, dy] = [stage.clientWidth / 2, stage.clientHeight / 2], by = to / k;
+    const [mx, my] = [stage.scrollLeft + dx, stage.scrollTop + dy];
+    k = to;
+    Object.assign(svg.style, {width: w * k + "px", height: tall * k + "px"});
+    stage.scrollTo(mx * by - dx, my * by - dy);
+  }
+  const zoom = by => scale(Math.max(.2, Math.min(2.5, k * by)));
+  const fit = () => scale(Math.max(.8, Math.min(1, stage.clientWidth / w, stage.clientHeight / tall)));
+  stage.addEventListener("wheel", event => {
+    if (event.ctrlKey) { event.preventDefault(); zoom(Math.exp(-event.deltaY / 400)); }
+  }, {passive: false});
+  stage.addEventListener("pointerdown", () => { dragged = 0; });
+  stage.addEventListener("pointermove", ({buttons, pointerType, movementX, movementY}) => {
+    if (!buttons || pointerType !== "mouse") return;
+    dragged += Math.abs(movementX) + Math.abs(movementY);
+    stage.scrollBy(-movementX, -movementY);
+  });
+  stage.addEventListener("click", event => { if (dragged > 6) event.preventDefault(); }, true);
+  stage.addEventListener("dragstart", event => event.preventDefault());
+  sized(stage, fit);
+  return {zoom, fit};
+}
+const zoomButtons = (zoom, fit, all) => h("div.far", button("+", () => zoom(1.3), {"aria-label": "Zoom in"}),
+  button("−", () => zoom(1 / 1.3), {"aria-label": "Zoom out"}), button(all, fit));
+
+// 8 Pages: a route gives elements ------------------------------------------------------------------------------
+const jobLink = (id, job) => h("a.row", {href: `#/w/${id}/jobs/${job.id}`, title: job.command}, job.name);
+const memory = row => row.peak_memory_bytes != null && of(bytes(row.peak_memory_bytes), bytes(row.memory_bytes));
+const asked = (load, draw) => fill(h("div"), load, draw);
+
+function workflowsPage({query}) {
+  const chosen = h("span.tools"), make = () => button("New workflow", createDialog, {class: "primary"});
+  const failed = n => n && h("span.c-failed", num(n)), link = flow => h("a.row", {href: `#/w/${flow.id}`}, flow.name);
+  const none = () => query.get("q")
+    ? note("Nothing matches", `No workflow has “${query.get("q")}” in its name, project or description.`)
+    : note("No workflows yet", "A workflow is a list of commands, with what each needs and what it waits for.",
+      h("p", make()), h("p", "or in a terminal:"), code("torc run --example diamond"));
+  const list = pagedTable({
+    label: "Workflows", none,
+    columns: [
+      ["ID", flow => flow.id, "num wide", "5.5rem", "id"],
+      ["Name", flow => [link(flow), h("span.aside.wide", flow.description)], "key", "", "name"],
+      ["State", flow => state(flow.state), "", "11.5rem"],
+      ["Progress", flow => bar(flow.counts), "wide", "12rem"],
+      ["Done", flow => share(flow.done, flow.total), "num", "5.5rem"],
+      ["Jobs", flow => num(flow.total), "num wide", "7rem"],
+      ["Failed", flow => failed(flow.counts.failed), "num wide", "6rem"],
+      ["User", flow => flow.user, "wider", "6.5rem", "user"],
+      ["Project", flow => flow.project, "wider", "9rem", "project"],
+      ["Created", flow => clock(flow.created_ms, false), "num wider", "9.5rem", "timestamp"],
+    ],
+    load: page => api("/workflows", {...page, search: query.get("q"), all_users: query.get("all")}),
+    pick: ids => morph(chosen, h("span.tools", ids.size > 0 && [many(ids.size, "workflow"),
+      h("button", {"data-verb": "archive", "data-ids": [...ids]}, "Archive"),
+      h("button.danger", {"data-verb": "delete", "data-ids": [...ids]}, "Delete…")])),
+  });
+  const all = toggle("All users", query.has("all"), on => { setQuery({all: on ? "1" : "", page: ""}); list.reload(); });
+  const far = h("div.far", list.pager, make());
+  return [h("div.tools", searchBox("Filter workflows", list.reload), all, chosen, far), list.table];
+}
+
+function headline(summary) {         // how far, how fast, what to do
+  const {counts, total, done, rate, left_s: left} = summary, until = clock(Date.now() + left * 1000, false);
+  const speed = rate < 2 ? `${num(rate * 60)} an hour` : `${num(rate)} a minute`;
+  const pace = done === total ? `took ${span(summary.elapsed_s)}, ended ${clock(summary.ended_ms)}`
+    : rate ? `${speed}, about ${span(left)} left (until ${until})` : "too early for a forecast";
+  const how = h("div.grow", h("p", h("b", num(done)), ` of ${many(total, "job")} done`), h("p.muted", pace));
+  return [h("div.headline", h("span.percent", share(done, total)), how, actionBar(summary.state)),
+    bar(counts, true), legend(counts, s => `#/w/${store.workflow.id}/jobs?status=${s}`)];
+}
+function overviewPage({id}) {
+  const flow = store.workflow, longest = [
+    ["Job", job => jobLink(id, job), "key"],
+    ["Runs for", job => of(span(job.ran_s), span(job.runtime_s)), "num", "13rem"],
+    ["Share", job => meter(job.ran_s, job.runtime_s), "wide", "9.5rem"],
+    ["Memory", memory, "num wide", "12rem"],
+    ["Node", job => job.host, "wide", "6.5rem"]];
+  const story = s => [
+    s.waiting.length > 0 && section("Why the rest waits", null,
+      lines(s.waiting, w => num(w.count), w => chip(w.status, w.why))),
+    s.longest.length > 0 && section("Longest running", null, plainTable("Longest running jobs", longest, s.longest)),
+    s.failures.length > 0 && section("Failed, by cause", null,
+      lines(s.failures, f => h("b.c-failed", num(f.count)), f => [f.cause, ": ", h("span.mono", f.line)]),
+      h("p", go(`#/w/${id}/failures`, "All causes, with what to do")))];
+  const about = s => facts([["State", state(s.state)], ["About", flow.description], ["User", flow.user],
+    ["Run", `${flow.run_id}, started ${clock(s.started_ms)}`], ["Project", flow.project],
+    ["Output", h("span.mono", flow.output_dir)], ["Runners", go(`#/w/${id}/nodes`, s.runners_text)]]);
+  return [live("summary", headline), h("div.split", live("summary", story),
+    h("div", section("This run", null, live("summary", about)),
+      section("Jobs a minute", "last hour", live("summary", s => columnChart(s.history, "Jobs a minute"))),
+      section("Latest", null, latest(8))))];
+}
+const eventText = event => STATUS[event.type.slice(4)] ? chip(event.type.slice(4), event.text) : event.text;
+function stored(draw) {              // the events before this page was opened, once
+  const early = api("/events",
+    {workflow_id: store.workflow.id, limit: 200, sort_by: "timestamp", reverse_sort: true});
+  early.then(({items}) => {
+    if (store.events.length < 100) store.events = [...store.events, ...items.map(shaped)];
+    draw();
+  }, () => { /* the link says why */ });
+}
+function latest(n) {
+  const el = h("div"), when = event => h("span.muted", clock(event.timestamp));
+  const draw = () => morph(el, h("div", lines(store.events.slice(0, n), when, eventText)));
+  stored(draw);
+  watch("event", draw);
+  return el;
+}
+
+function jobsPage({id, query}) {
+  const family = query.get("family"), picked = () => (query.get("status") || "").split(",").filter(Boolean);
+  const none = () => !query.toString() ? note("No jobs", "This workflow was created without jobs.")
+    : note("No job matches", "Nothing has this name, status and family together.",
+      h("p", go(`#/w/${id}/jobs`, "Show all jobs")));
+  const list = pagedTable({
+    label: "Jobs", none,
+    columns: [
+      ["ID", job => job.id, "num wide", "6.5rem", "id"],
+      ["Name", job => jobLink(id, job), "key", "", "name"],
+      ["Status", job => chip(job.status), "", "10.5rem", "status"],
+      ["Result", job => h("span.muted", {title: job.note}, job.note), "wide", "25%"],
+      ["Node", job => job.host, "wider", "6rem"],
+      ["Started", job => clock(job.start_ms), "num wider", "7rem", "start"],
+      ["Ran", job => span(job.ran_s), "num", "6.5rem", "ran"],
+      ["Memory", memory, "num wide", "11.5rem", "memory"],
+      ["Try", job => job.attempt_id, "num wider", "4rem", "attempt_id"],
+    ],
+    load: page => api("/jobs", {...page, workflow_id: id, include_results: true, family: query.get("family"),
+      search: query.get("q"), status: query.get("status")}),
+    change: (job, event) => {
+      Object.assign(job, event.data);
+      return !picked().length || picked().includes(job.status);
+    },
+  });
+  const one = (name, n = 0) => h("button", {type: "button", "data-status": name,
+    "aria-pressed": String(picked().includes(name))}, chip(name), h("small", num(n)));
+  const chips = live("summary", ({counts}) => h("div.chips.scroll", {role: "group", "aria-label": "Filter by status"},
+    Object.keys(STATUS).filter(s => counts[s] || picked().includes(s)).map(s => one(s, counts[s]))));
+  chips.addEventListener("click", event => {
+    const name = event.target.closest("button")?.dataset.status, now = picked();
+    if (!name) return;
+    setQuery({status: (now.includes(name) ? now.filter(s => s !== name) : [...now, name]).join(","), page: ""});
+    put("summary", store.summary);
+    list.reload();
+  });
+  const all = () => { setQuery({family: "", page: ""}); only.remove(); list.reload(); };
+  const only = family && button(`family: ${family}  ×`, all, {"aria-label": `family: ${family}  × remove`});
+  const far = h("div.far", list.stale, list.pager);
+  const find = searchBox("Filter by name or command", list.reload);
+  return [h("div.tools", find, only, far), h("div.tools", chips), list.table];
+}
+
+const TONES = {failed: "bad", terminated: "bad", pending_failed: "bad", running: "live", completed: "good"};
+const ATTEMPTS = [["Run", r => r.run_id, "num wide", "4.5rem"], ["Try", r => r.attempt_id, "num", "4.5rem"],
+  ["Status", r => chip(r.status), "", "10.5rem"], ["Ended with", r => r.ended], ["Node", r => r.host, "wide", "6.5rem"],
+  ["Ran", r => span(r.ran_s), "num", "7rem"], ["Memory", r => bytes(r.peak_memory_bytes), "num wide", "7.5rem"]];
+function jobPage({id, job: jobId}) {
+  const ask = () => Promise.all([api(`/jobs/${jobId}`, {include_results: true}), api(`/jobs/${jobId}/why`),
+    api("/results", {workflow_id: id, job_id: jobId, all_runs: true}), api(`/workflows/${id}/graph`, {around: jobId})]);
+  return asked(ask, ([job, why, {items: results}, near]) => {
+    const verb = job.status === "running" ? {"data-verb": "cancel_job", class: "danger"}
+      : TONES[job.status] || job.status === "canceled" ? {"data-verb": "rerun", class: "primary"} : null;
+    const head = () => h("div.headline", h("h1.grow", job.name, chip(job.status)), verb
+      && h("button", {...verb, "data-ids": job.id}, verb.class === "danger" ? "Cancel job…" : "Rerun job…"));
+    const top = head(), map = graph(near, {mini: true, focus: job.id});
+    const output = logView({name: job.name, running: job.status === "running",
+      streams: [["stderr", job.stderr_bytes], ["stdout", job.stdout_bytes]],
+      load: (name, offset) => api("/dash/log", {job: jobId, stream: name, offset})});
+    watch("event", event => {
+      map.change(event.job_id, event.data);
+      if (event.job_id === job.id) { Object.assign(job, event.data); morph(top, head()); }
+    });
+    const about = facts([["Job", `${job.id}, priority ${job.priority}`], ["Started", clock(job.start_ms)],
+      ["Ran", of(span(job.ran_s), span(job.runtime_s))], ["CPUs", of(job.cpu_used, job.num_cpus)],
+      ["Memory", memory(job) || bytes(job.memory_bytes)], ["Node", job.host],
+      ["Needs", go(`#/w/${id}/resources`, job.requirement)], ["On failure", job.handler],
+      ["Reads", job.inputs], ["Writes", job.outputs]]);
+    return [top, h("p.why", {class: TONES[job.status]}, why.sentence, why.next && h("small", why.next)), h("div.split",
+      h("div", section("Command", null, code(job.command)), section("Output", `attempt ${job.attempt_id}`, output),
+        section("Attempts", null, results.length ? plainTable("Attempts", ATTEMPTS, results)
+          : h("p.muted", "None has ended yet."))),
+      h("div", section("Facts", null, about), section("Waits for, then frees", near.more, map.el)))];
+  });
+}
+
+function graphPage({id}) {
+  const hint = "Point at a node to see what it waits for; Enter opens it.";
+  const readout = h("p.readout", {"data-hint": hint}, hint);
+  return asked(() => api(`/workflows/${id}/graph`), data => {
+    const map = graph(data, {readout}), families = data.families
+      ? `, ${data.nodes.length} families: the jobs made from one entry of the spec` : "";
+    watch("event", event => map.change(event.job_id, event.data));
+    watch("summary", s => s.families?.forEach(family => map.change(family.id, family)));
+    return [h("div.tools", h("span.muted", many(data.total, "job"), families), zoomButtons(map.zoom, map.fit, "Fit")),
+      map.el, readout];
+  });
+}
+
+// Lanes of jobs, or how busy a runner was where there are too many to draw.
+function lanes({from, to, runners}, width, id) {
+  const x = t => Math.max(-4, Math.min(width + 4, (t - from) / (to - from) * width));
+  const roomy = (words, room) => words.length * 6.6 + 8 < room;
+  const text = (at, line, words, classes = "sub") => h("text", {x: Math.max(0, at), y: line, class: classes}, words);
+  const box = (classes, at, line, w, high) => h("rect", {class: classes, x: at, y: line, width: w, height: high});
+  let bottom = 26;
+  const rows = runners.map(({name, cpus, busy, idle_s: idle, start, end, bins = [], jobs = [], gaps}) => {
+    const high = bins.length ? 26 : 17 * (1 + Math.max(0, ...jobs.map(job => job.lane)));
+    const top = bottom + 20, floor = top + high, w = width / bins.length;
+    bottom = floor + 10;
+    const level = bins.map(([part]) => `V${(floor - high * part).toFixed(1)}h${w.toFixed(2)}`).join("");
+    const failed = bins.map(([, bad], i) => bad ? `M${(i * w).toFixed(1)} ${floor - 5}h${w}v5h-${w}z` : "").join("");
+    return [text(0, top - 6, name, "bold"),
+      text(name.length * 8 + 10, top - 6, `${cpus} CPUs, busy ${busy} %, idle ${span(idle)}`),
+      box("lane", x(start), top, x(end) - x(start), high),
+      bins.length > 0 && [h("path.f-completed", {d: `M0 ${floor}${level}V${floor}z`}), h("path.f-failed", {d: failed})],
+      jobs.map(job => {
+        const at = x(job.start), room = Math.max(2, x(job.end) - at), line = top + job.lane * 17 + 1;
+        const when = `${clock(job.start)} to ${clock(job.end)}, ${span((job.end - job.start) / 1000)}`;
+        const say = `${job.name} ${word(job.status)}, ${when}`, ink = /running|failed/.test(job.status) ? "light" : "";
+        return h("svg:a.run", {href: `#/w/${id}/jobs/${job.id}`, "aria-label": say, "data-say": say},
+          box("f-" + job.status, at, line, room, 15),
+          roomy(job.name, room) && text(Math.max(0, at) + 5, line + 11, job.name, ink));
+      }), gaps.map(gap => {
+        const room = x(gap.to) - x(gap.from), short = gap.text.split(/[ ,]/)[0];
+        const words = [gap.text, short].find(some => roomy(some, room));
+        return words && text(x(gap.from) + 4, top + high / 2 + 4, words);
+      })];
+  });
+  const times = ticks(from, to, width / 90).map(t => [box("tick", x(t), 16, 1, 6),
+    x(t) < width - 44 && text(x(t) + 4, 14, clock(t, to - from < 600000))]);
+  const label = "Timeline: the table below says the same";
+  return h("svg", {width, height: bottom, role: "group", "aria-label": label}, times, rows);
+}
+const RUNNERS = [["Runner", r => r.name, "key"], ["Busy", r => r.busy + " %", "num", "6rem"],
+  ["Idle", r => span(r.idle_s), "num", "7rem"], ["Jobs", r => num(r.ran), "num", "7rem"],
+  ["Longest gap", r => r.gaps[0]?.text || "none", "wide", "48%"]];
+function timelinePage({id}) {
+  const hint = "Drag over a stretch to look closer; a job opens when clicked.", read = h("p.readout", hint);
+  const frame = h("div.lanes"), table = h("div"), veil = h("div.veil", {hidden: true});
+  let data, width = 0, from = null, dragged = false;
+  const draw = () => { if (data && width) frame.replaceChildren(lanes(data, width, id), veil); };
+  const time = px => data.from + px / width * (data.to - data.from);
+  const at = event => event.clientX - frame.getBoundingClientRect().left;
+  async function load(from, to) {
+    data = await api(`/workflows/${id}/timeline`, {from, to, bins: Math.floor((width || 900) / 3)});
+    draw();
+    table.replaceChildren(section("Runners", null, plainTable("Runners", RUNNERS, data.runners)));
+  }
+  function zoom(by) {
+    const middle = (data.from + data.to) / 2, half = (data.to - data.from) / 2 / by;
+    load(middle - half, middle + half);
+  }
+  frame.addEventListener("pointerdown", event => { from = at(event); });
+  frame.addEventListener("pointermove", event => {
+    const now = at(event);
+    read.textContent = event.target.closest("a.run")?.dataset.say || (data ? clock(time(now)) : hint);
+    veil.hidden = from == null || Math.abs(now - from) < 6;
+    Object.assign(veil.style, {left: Math.min(from, now) + "px", width: Math.abs(now - from) + "px"});
+  });
+  frame.addEventListener("pointerup", event => {
+    dragged = !veil.hidden;
+    if (dragged) load(...[time(from), time(at(event))].sort((a, b) => a - b));
+    from = null;
+    veil.hidden = true;
+  });
+  frame.addEventListener("click", event => { if (dragged) event.preventDefault(); else if (event.detail > 1) load(); });
+  frame.addEventListener("dragstart", event => event.preventDefault());
+  sized(frame, w => { width = w; draw(); });
+  load().catch(error => frame.replaceChildren(problem(error)));
+  const what = h("span.muted", "What ran where, and when nothing did.");
+  return [h("div.tools", what, zoomButtons(zoom, () => load(), "All")), frame, read, table];
+}
+
+const REQUIREMENTS = [
+  ["Requirement", r => r.name, "key", "9rem"],
+  ["Jobs", r => num(r.jobs), "num wide", "6.5rem"],
+  ["CPUs", r => of(r.cpu_used.toFixed(1), r.cpus), "num wide", "7.5rem"],
+  ["Share", r => meter(r.cpu_used, r.cpus), "wider", "8rem"],
+  ["Memory, most", r => of(bytes(r.peak), bytes(r.memory)), "num wide", "12rem"],
+  ["Share", r => meter(r.peak, r.memory), "wide", "8rem"],
+  ["Longest", r => of(span(r.longest_s), span(r.runtime_s)), "num wider", "12rem"],
+  ["What to change", r => chip(r.verdict, r.advice), "verdict"]];
+function resourcesPage({id}) {
+  return asked(() => api(`/workflows/${id}/usage`, {bins: 240}), ({times, cpu, memory: used, requirements}) => [
+    section("CPUs", "of all runners together", chart({label: "CPUs", times, text: num, series: cpu})),
+    section("Memory", null, chart({label: "Memory", times, text: bytes, series: used})),
+    section("Asked and used", "by resource requirement; the tick is what was asked",
+      plainTable("Asked and used", REQUIREMENTS, requirements))]);
+}
+
+function failuresPage({id}) {
+  function draw(group) {
+    const tail = h("pre.code", {hidden: true, tabindex: 0}, group.tail), more = group.count - group.jobs.length;
+    const show = toggle("stderr", false, on => { tail.hidden = !on; }, "aria-expanded");
+    const when = `${group.family}, first ${clock(group.first_ms)}, last ${clock(group.last_ms)}, on ${group.hosts}: `;
+    const jobs = group.jobs.map((job, i) => [i > 0 && ", ",
+      h("a.go", {class: i ? "" : "row", href: `#/w/${id}/jobs/${job.id}`}, job.name)]);
+    return h("li.group", h("b.c-failed", num(group.count)), h("div", chip(group.status, group.cause)),
+      h("div.acts", show, h("button", {"data-verb": "rerun", "data-group": group.id}, group.remedy)),
+      h("p.mono", group.line), h("p", group.advice),
+      h("p.muted", when, jobs, more > 0 && ` and ${num(more)} more`), tail);
+  }
+  return asked(() => api(`/workflows/${id}/failures`), ({groups, total, downstream}) => {
+    if (!total) return note("Nothing failed", "Every job that has ended did well.");
+    const also = downstream > 0 && `${num(downstream)} more were canceled because they wait for these.`;
+    return [h("div.tools", h("span", h("b", num(total)), ` failed, from ${many(groups.length, "cause")}. `, also),
+      h("div.far", h("button", {"data-verb": "recover"}, "Recover…"))), h("ol", groups.map(draw))];
+  });
+}
+
+const NODES = [
+  ["Host", n => n.hostname, "key"],
+  ["State", n => chip(n.glyph, n.state), "", "12rem"],
+  ["Kind", n => n.kind, "wide", "10.5rem"],
+  ["CPUs busy", n => of(String(n.busy), n.num_cpus), "num", "8rem"],
+  ["Memory", n => of(bytes(n.memory_used), bytes(n.memory)), "num wide", "11.5rem"],
+  ["Jobs run", n => num(n.ran), "num wide", "7.5rem"],
+  ["Up for", n => span(n.up_s), "num wider", "7.5rem"],
+  ["Time left", n => span(n.left_s), "num wide", "7.5rem"],
+  ["Last heard", n => n.heard, "num wider", "8rem"]];
+const ALLOCATIONS = [
+  ["Slurm job", a => a.scheduler_id, "key", "7rem"],
+  ["State", a => chip(a.glyph, a.status), "", "10rem"],
+  ["Scheduler", a => a.scheduler, "wide", "9.5rem"],
+  ["Nodes", a => a.nodes, "num wide", "5.5rem"],
+  ["Walltime", a => span(a.walltime_s), "num wide", "8rem"],
+  ["What Slurm says", a => a.reason, "verdict"]];
+function nodesPage({id}) {
+  const both = ["/compute_nodes", "/scheduled_compute_nodes"].map(path => api(path, {workflow_id: id}));
+  const none = note("No runner is up", "Ready jobs wait until there is one:",
+    code(`torc run ${id}`), code(`torc submit ${id}`));
+  return asked(() => Promise.all(both), ([{items: nodes}, {items: allocations}]) => [
+    section("Compute nodes", `${nodes.filter(node => node.is_active).length} active`,
+      nodes.length ? plainTable("Compute nodes", NODES, nodes) : none),
+    section("Allocations", "Slurm jobs that bring compute nodes",
+      allocations.length ? plainTable("Allocations", ALLOCATIONS, allocations) : h("p.muted", "None."))]);
+}
+
+function eventsPage({id}) {
+  const kinds = {"all events": () => true, jobs: e => e.job_id, failures: e => e.severity === "error",
+    nodes: e => /node/.test(e.type)};
+  const columns = [
+    ["Time", e => clock(e.timestamp), "num", "7rem"],
+    ["Type", e => h("span.muted", e.type), "wide", "15.5rem"],
+    ["What", e => e.job_id ? h("a.row", {href: `#/w/${id}/jobs/${e.job_id}`}, eventText(e)) : eventText(e)],
+    ["Node", e => e.host, "wide", "7.5rem"]];
+  const table = h("div"), count = h("span", {role: "status"});
+  let kind = "all events", paused = false, missed = 0;
+  function draw() {
+    const shown = store.events.filter(kinds[kind]).slice(0, 200);
+    if (!paused) morph(table, h("div", plainTable("Events, newest first", columns, shown)));
+    count.textContent = paused ? `paused, ${many(missed, "event")} since` : `the last ${shown.length}`;
+  }
+  const choice = h("select", {"aria-label": "Which events", onchange: ({target}) => { kind = target.value; draw(); }},
+    Object.keys(kinds).map(name => h("option", name)));
+  const pause = toggle("Pause", false, on => { paused = on; missed = 0; draw(); });
+  stored(draw);
+  watch("event", () => { missed += 1; draw(); });
+  return [h("div.tools", choice, pause, h("div.far", count)), table];
+}
+
+const KINDS = {                      // records without a page of their own: one row here is one table
+  files: ["Files", ["name", "path", "modified", "producer"]],
+  user_data: ["User data", ["name", "data", "is_ephemeral"]],
+  resource_requirements: ["Resource requirements", ["name", "num_cpus", "memory", "num_gpus", "runtime"]],
+};
+function dataPage({id, query}) {
+  const el = h("div");
+  function draw(kind) {
+    const [name, fields] = KINDS[kind];
+    const none = () => note(`No ${name.toLowerCase()}`, "The spec of this workflow names none.");
+    const list = pagedTable({label: name, none, load: page => api("/" + kind, {...page, workflow_id: id}),
+      columns: fields.map((field, i) => [field.replace("_", " "), row => String(row[field] ?? ""),
+        ["key", ""][i] ?? "wide", "", field])});
+    const change = ({target}) => { setQuery({kind: target.value, sort: "", page: ""}); draw(target.value); };
+    const choice = h("select", {"aria-label": "Kind of record", onchange: change},
+      Object.entries(KINDS).map(([key, [title]]) => h("option", {value: key, selected: key === kind}, title)));
+    el.replaceChildren(h("div.tools", choice, h("div.far", list.pager)), list.table);
+  }
+  draw(query.get("kind") || "files");
+  return el;
+}
+
+function networkPage() {
+  const el = h("div"), verdict = ([status, text]) => chip(status, text), columns = node => [
+    ["Address", a => h("span.mono", a.url), "key verdict"], ["From here", a => verdict(a.here), "wide", "9.5rem"],
+    [`From ${node}`, a => verdict(a.there), "", "12rem"], ["What it means", a => a.means, "verdict wide", "52%"]];
+  const load = probe => fill(el, () => api("/dash/doctor", {probe}), data => [
+    h("p.why", {class: data.good ? "good" : "bad"}, data.sentence, h("small", data.next)),
+    h("div.tools", h("h2", "Addresses of the server"),
+      h("div.far", button("Check from a compute node", () => load("node")))),
+    plainTable("Addresses", columns(data.node), data.addresses),
+    h("div.split", section("When a worker does not reach the server", null,
+      data.fixes.map(([title, command]) => [h("p", title), code(command)])),
+      section("Server", null, facts(data.server)))]);
+  return load();
+}
+
+// 9 Actions and dialogs ----------------------------------------------------------------------------------------
+const ACTIONS = {                    // verb: [label, states with a button, states with a menu entry, what it does]
+  initialize: ["Initialize", "not initialized", "", "Work out what waits for what, make the first jobs ready"],
+  run: ["Run here…", "waiting", "running stuck", "Start a runner on this machine and watch its output"],
+  submit: ["Submit to Slurm…", "waiting running stuck", "", "Ask Slurm for nodes that run jobs of this workflow"],
+  rerun: ["Rerun failed…", "failed", "running canceled", "Reset failed jobs and what waits for them, keep the rest"],
+  recover: ["Recover…", "failed", "running", "Rerun what ran out of memory or time, with more of it"],
+  cancel: ["Cancel…", "running", "waiting stuck", "End running jobs, start no more"],
+  reinitialize: ["Reinitialize…", "", "done failed canceled", "Rerun only what changed inputs touch"],
+  reset: ["Reset…", "", "waiting done failed canceled stuck", "All jobs back to the start; earlier results stay"],
+  export: ["Export", "", "waiting running done failed canceled stuck", "One JSON file with jobs, results and events"],
+  archive: ["Archive", "", "done failed canceled", "Hide it from lists; nothing is deleted"],
+  delete: ["Delete…", "", Object.keys(STATES).join(" "), "Remove jobs and results; output files stay"],
+};
+function actionBar(now) {
+  const list = place => Object.entries(ACTIONS).filter(([, action]) => action[place].includes(now));
+  const first = list(1)[0]?.[0];
+  const kind = verb => /cancel|delete/.test(verb) ? "danger" : verb === first && now !== "running" ? "primary" : "";
+  const entry = place => ([verb, [label, , , what]]) =>
+    h("button", {type: "button", "data-verb": verb, class: kind(verb)}, label, place === 2 && h("small", what));
+  return h("div.acts", list(1).map(entry(1)),
+    h("details.menu", h("summary.button", "More ", h("span.muted", "▾")), h("div", list(2).map(entry(2)))));
+}
+// Every verb is asked twice: the dry run gives the words of the question (or none), the real one those of the answer.
+async function act(verb, target) {
+  const body = {workflow_id: store.workflow?.id, ...target};
+  try {
+    const plan = await post(`/dash/do/${verb}`, {dry_run: true}, body);
+    if (plan.title && !await confirmDialog(plan)) return;
+    const done = await post(`/dash/do/${verb}`, {}, body);
+    if (done.message) toast(done.message);
+    if (done.log) outputDialog(done);
+    refresh();
+  } catch (error) {
+    toast(error.message, true);
+  }
+}
+function dialog(title, broad, ...content) {
+  const form = h("form", {method: "dialog"}, h("h2", title), ...content);
+  const el = h("dialog", {class: broad ? "broad" : "", "aria-label": title}, form);
+  el.addEventListener("close", () => el.remove());
+  document.body.append(el);
+  el.showModal();
+  return el;
+}
+const closing = h("div.foot", h("button", {value: "close"}, "Close"));
+function confirmDialog({title, lines: words, verb, danger, typed}) {
+  return new Promise(answer => {
+    const yes = h("button", {value: "yes", class: danger ? "danger" : "primary", disabled: Boolean(typed)}, verb);
+    const no = h("button", {value: "no", autofocus: true}, "Keep as it is");
+    const field = h("input", {"aria-label": `Type ${typed}`, autocomplete: "off",
+      oninput: () => { yes.disabled = field.value !== typed; }});
+    const el = dialog(title, false, words.map(line => h("p", line)),
+      typed && h("p", "Type ", h("b", typed), " to go on: ", field), h("div.foot", no, yes));
+    el.addEventListener("close", () => answer(el.returnValue === "yes"));
+  });
+}
+function outputDialog({title, log}) {
+  const load = (name, offset) => api("/dash/log", {log, offset});
+  dialog(title, true, h("p.muted", "Closing this window does not stop the runner."),
+    logView({name: title, running: true, streams: [["output", null]], load}), closing);
+}
+function helpDialog() {
+  const row = (names, what) => [h("span", names.map(name => [h("kbd", name), " "])), h("span", what)];
+  dialog("Keyboard", true, h("div.keys", h("div", KEYS.map(([names, what]) => row(names.split("  "), what))),
+    h("div", PAGES.filter(([, tab]) => tab).map(([, tab, letter]) => row(["g", letter], tab)))), closing);
+}
+
+const WIZARD = {name: ["Name", "my_sweep"], command: ["Command, with {i}", "python simulate.py --seed {i}"],
+  values: ["Values of i", "1:100"], cpus: ["CPUs a job", "1"], memory: ["Memory a job", "2g"],
+  runtime: ["Longest runtime", "PT30M"], after: ["Afterwards, once", "python merge.py"]};
+function createDialog() {            // every source ends in the same editor: what it shows is what is sent
+  const text = h("textarea", {spellcheck: "false", "aria-label": "Specification"});
+  const gutter = h("pre", {"aria-hidden": "true"}), sorry = error => toast(error.message, true);
+  const list = h("div.problems", {role: "status"}), paper = h("div.edit", h("div.paper", gutter, text), list);
+  const create = button("Create", () => make(false)), place = h("div.place"), hint = h("p.muted");
+  const run = button("Create and run", () => make(true), {class: "primary"});
+  const rows = () => text.value.split("\n");
+  let timer;
+  function jump(line) {              // put the caret where the problem is
+    const start = sum(rows().slice(0, line - 1).map(row => row.length + 1));
+    text.focus();
+    text.setSelectionRange(start, start + rows()[line - 1].length);
+    text.scrollTop = (line - 6) * text.scrollHeight / rows().length;
+  }
+  async function check() {
+    const {problems, summary} = await post("/dash/validate", {}, {spec: text.value});
+    const bad = new Set(problems.map(p => p.line));
+    gutter.replaceChildren(...rows().flatMap((_, i) => [bad.has(i + 1) ? h("b", `✗ ${i + 1}`) : `${i + 1}`, "\n"]));
+    const verdict = problems.length ? chip("failed", many(problems.length, "problem")) : chip("completed", summary);
+    list.replaceChildren(h("p", verdict),
+      ...problems.map(p => button([h("b", `line ${p.line}: `), p.message, h("small", p.hint)], () => jump(p.line))));
+    hint.textContent = problems.length ? "Nothing is created while there are problems." : "";
+    create.disabled = run.disabled = problems.length > 0;
+    gutter.scrollTop = text.scrollTop;
+  }
+  async function make(start) {
+    const made = await post("/dash/create", {}, {spec: text.value, run: start});
+    box.close();
+    toast(made.message);
+    location.hash = `#/w/${made.id}`;
+  }
+  function edit({spec}) {
+    text.value = spec;
+    open("Paste");
+    text.setSelectionRange(0, 0);
+    text.scrollTop = 0;
+    check().catch(sorry);
+  }
+  function form(fields, label, path) {                  // fields: {key: [label, value]}; the answer is {spec}
+    const inputs = Object.entries(fields).map(([key, [, value]]) => h("input", {id: "new-" + key, name: key, value}));
+    const ask = () => post(path, {}, Object.fromEntries(inputs.map(el => [el.name, el.value]))).then(edit, sorry);
+    return h("div.form", inputs.map(el => [h("label", {for: el.id}, fields[el.name][0]), el]), h("span"),
+      h("div", button(label, ask)));
+  }
+  const sources = {
+    "Paste": () => paper,
+    "Upload": () => h("div.drop", h("p", "A YAML, JSON, JSON5 or KDL file; it opens in the editor first."),
+      h("input", {type: "file", "aria-label": "Specification file", accept: ".yaml,.yml,.json,.json5,.kdl",
+        onchange: async ({target}) => edit({spec: await target.files[0].text()})})),
+    "Server path": () => form({path: ["Path on the server’s machine", ""]}, "Open", "/dash/open"),
+    "Wizard": () => form(WIZARD, "Write the specification", "/dash/wizard"),
+  };
+  const tabs = h("div.chips", {role: "group", "aria-label": "Source"},
+    Object.keys(sources).map(name => button(name, () => open(name))));
+  function open(name) {
+    for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.textContent === name));
+    create.hidden = run.hidden = hint.hidden = name !== "Paste";
+    place.replaceChildren(sources[name]());
+    place.querySelector("textarea, input").focus();
+  }
+  text.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => check().catch(sorry), 250); });
+  text.addEventListener("scroll", () => { gutter.scrollTop = text.scrollTop; });
+  const foot = h("div.foot", hint, h("button", {value: "no"}, "Close"), create, run);
+  const box = dialog("New workflow", true, tabs, place, foot);
+  post("/dash/wizard", {}, {}).then(edit, sorry);
+}
+
+// 10 Start -----------------------------------------------------------------------------------------------------
+function setTheme(choice) {          // auto, light or dark; the style sheet only knows the last two
+  const dark = choice === "dark" || choice === "auto" && matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  $("theme").setAttribute("aria-label", `Theme: ${choice}`);
+  $("theme").title = `Theme: ${choice}`;
+  put("theme", choice);
+}
+setTheme(localStorage.getItem("torc-theme") || "auto");
+$("theme").onclick = () => {
+  setTheme({auto: "light", light: "dark", dark: "auto"}[store.theme]);
+  localStorage.setItem("torc-theme", store.theme);
+  toast(`Theme: ${store.theme}`);
+};
+$("help").onclick = helpDialog;
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme(store.theme));
+document.addEventListener("keydown", onKey);
+document.addEventListener("visibilitychange", () => { if (!document.hidden) follow(store.workflow?.id); });
+document.addEventListener("click", event => {
+  const el = event.target.closest("[data-verb]"), {verb, ids, group} = el?.dataset || {};
+  const menus = [...document.querySelectorAll("details.menu[open]")];
+  for (const menu of menus) if (el || !menu.contains(event.target)) menu.open = false;
+  if (verb === "again") again();
+  else if (verb) act(verb, {ids, group});
+});
+addEventListener("hashchange", render);
+watch("link", showLink, true);
+watch("summary", speak, true);
+setInterval(() => {                  // the countdown while away; without a stream, a question now and then
+  const {state: now, since} = store.link;
+  if (now === "away") showLink(store.link);
+  if (now === "every" && !document.hidden && Date.now() - since > 15000) refresh();
+}, 1000);
+render();
+"""
 
 if __name__ == "__main__":
     sys.exit(main())
