@@ -1677,8 +1677,14 @@ ALTER TABLE scheduled_compute_node ADD COLUMN output_dir TEXT;
 ALTER TABLE scheduled_compute_node ADD COLUMN work_dir TEXT;    -- where its commands run
 ALTER TABLE scheduled_compute_node ADD COLUMN note TEXT;        -- how it ended, in Slurm's words
 """
+VIEW_SCHEMA = """
+ALTER TABLE job ADD COLUMN started_ms INTEGER;                  -- of the attempt that is running
+ALTER TABLE workflow ADD COLUMN shape INTEGER NOT NULL DEFAULT 0;
+                                           -- raised when jobs or dependencies come or go
+CREATE INDEX job_workflow ON job (workflow_id)                  -- pages of a list, by id
+"""
 # Step n brings a database from user_version n to n + 1.
-MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA)
+MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA)
 
 # File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
@@ -1761,6 +1767,8 @@ class Store:
         self.shared = shared
         self.heard = {}                   # compute node: (time.monotonic() of its last step, step)
         self.closing = False
+        self.kept = {}                    # what views of large workflows have worked out already
+        self.keeping = threading.Lock()
         self._lock = threading.RLock()    # before SQLite's own: nobody sleeps in its handler
         self._writer_thread = None
         self._news = set()
@@ -2153,6 +2161,11 @@ def store_event(store, workflow_id, now, event):
 
 # ---- dependencies: counting, freeing, canceling
 
+def reshaped(store, workflow_id):
+    """In a transaction: jobs or dependencies have come or gone, or have other names."""
+    store.execute("UPDATE workflow SET shape = shape + 1 WHERE id = ?", (workflow_id,))
+
+
 def recount(store, workflow_id):
     """In a transaction: set `unfinished` of every job from the dependencies' statuses."""
     store.execute(
@@ -2228,7 +2241,8 @@ def leave_complete(store, job, status):
     if job.status in COMPLETE_SET:
         shift_dependents(store, [job.id], 1)
         undo_cascade(store, [job.id])
-    store.execute("UPDATE job SET status = ?, cascaded = 0 WHERE id = ?", (status, job.id))
+    store.execute("UPDATE job SET status = ?, cascaded = 0, started_ms = NULL WHERE id = ?",
+                  (status, job.id))
 
 
 def finish(store, job, status, node=None):
@@ -2294,10 +2308,11 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
 def derive_dependencies(store, workflow_id):
     """In a transaction: whoever reads a file or user data depends on whoever writes it."""
     for what, key in (("file", "file_id"), ("user_data", "user_data_id")):
-        store.execute(
-            f"INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM {what} t"
-            f" JOIN job_input_{what} i ON i.{key} = t.id JOIN job_output_{what} o ON o.{key} = t.id"
-            " WHERE t.workflow_id = ?", (workflow_id,))
+        if store.execute(
+                f"INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM {what} t JOIN"
+                f" job_input_{what} i ON i.{key} = t.id JOIN job_output_{what} o ON o.{key} = t.id"
+                " WHERE t.workflow_id = ?", (workflow_id,)):
+            reshaped(store, workflow_id)
 
 
 def reset_downstream(store, workflow_id):
@@ -2676,12 +2691,13 @@ def disown_job(store, job):
         store.news(job.workflow_id)
 
 
-def take_starts(store, workflow_id, node_id, starts):
+def take_starts(store, workflow_id, node_id, starts, now):
     """In a transaction: claimed jobs of this node have begun to run."""
     for start in starts:
-        store.execute(f"UPDATE job SET status = {RUNNING} WHERE id = ? AND workflow_id = ?"
-                      f" AND attempt_id = ? AND compute_node_id = ? AND status = {PENDING}",
-                      (start["job_id"], workflow_id, start["attempt_id"], node_id))
+        store.execute(f"UPDATE job SET status = {RUNNING}, started_ms = ? WHERE id = ? AND"
+                      " workflow_id = ? AND attempt_id = ? AND compute_node_id = ? AND status ="
+                      f" {PENDING}", (int(now * 1000), start["job_id"], workflow_id,
+                                      start["attempt_id"], node_id))
 
 
 def take_returns(store, workflow_id, node_id, returns):
@@ -2771,7 +2787,7 @@ def runner_step(store, workflow_id, step, now):
             store.execute("UPDATE compute_node SET is_active = 1, beats = 1 WHERE id = ?",
                           (node_id,))
     freed = []
-    take_starts(store, workflow_id, node_id, step.get("starts") or ())
+    take_starts(store, workflow_id, node_id, step.get("starts") or (), now)
     for done in step.get("completions") or ():
         freed += take_completion(store, workflow_id, run_id, node_id, done)
     if replay or number != last:
@@ -2947,14 +2963,15 @@ def complete_job(store, job_id, status, run_id, body):
     return result_id
 
 
-def start_job(store, job_id, run_id, node_id):
+def start_job(store, job_id, run_id, node_id, now):
     """In a transaction: pending to running. Raises NotFound, Internal, Invalid."""
     job = job_row(store, job_id)
     if job.status != PENDING:
         raise Internal(f"job {job_id} is {STATUS_NAMES[job.status]}, not pending")
     check_run(store, job.workflow_id, run_id)
-    store.execute(f"UPDATE job SET status = {RUNNING}, compute_node_id = (SELECT id FROM"
-                  " compute_node WHERE id = ?) WHERE id = ?", (node_id, job_id))
+    store.execute(f"UPDATE job SET status = {RUNNING}, started_ms = ?, compute_node_id = (SELECT id"
+                  " FROM compute_node WHERE id = ?) WHERE id = ?",
+                  (int(now * 1000), node_id, job_id))
 
 
 def check_run(store, workflow_id, run_id):
@@ -3938,6 +3955,7 @@ def clear_records(request, kind):
     with request.store.transaction():
         number = request.store.execute(f"DELETE FROM {kind.table} WHERE workflow_id = ?",
                                        (workflow_id,))
+        reshaped(request.store, workflow_id)
         request.store.news(workflow_id)
     return {"count": number, "deleted_count": number,
             "message": f"deleted {number} {kind.name} records"}
@@ -3951,6 +3969,7 @@ def delete_jobs(store, workflow_id, job_ids):
             shift_dependents(store, [job_id], -1)
         remove(store, KINDS["job"], job_id)
     settle_blocked(store, workflow_id)
+    reshaped(store, workflow_id)
     store.news(workflow_id)
 
 
@@ -3964,6 +3983,7 @@ def settle_blocked(store, workflow_id):
 def settle_all(store, workflow_id):
     """In a transaction: jobs have vanished by a cascade; put the rest in order."""
     recount(store, workflow_id)
+    reshaped(store, workflow_id)
     settle_blocked(store, workflow_id)
 
 
@@ -4310,6 +4330,7 @@ def insert_jobs(store, workflow_id, jobs):
     if store.one("SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status IN"
                  f" {COMPLETE})", (workflow_id,))[0]:
         recount(store, workflow_id)       # some dependencies may have ended already
+    reshaped(store, workflow_id)
     store.news(workflow_id)
     return range(first, first + len(jobs))
 
@@ -4413,6 +4434,8 @@ def update_job(request, job_id):
                    "supports_termination", "resource_requirements_id", "scheduler_id", "priority",
                    "stdio")
         change_job(store, job_id, {name: values[name] for name in allowed if name in values})
+        if "name" in values or "depends_on_job_ids" in values:
+            reshaped(store, job["workflow_id"])
     return show_job(store, job_id)
 
 
@@ -4451,7 +4474,7 @@ def complete_job_request(request, job_id, status, run_id):
 def start_job_request(request, job_id, run_id, node_id):
     """A claimed job begins to run. Upstream: start_job."""
     with request.store.transaction():
-        start_job(request.store, job_id, run_id, node_id)
+        start_job(request.store, job_id, run_id, node_id, request.now)
     return show_job(request.store, job_id)
 
 
