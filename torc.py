@@ -59,7 +59,8 @@ ORPHAN_RETURN_CODE = -128                 # result of an attempt whose runner di
 LEASE_MARGIN_S = 60.0
 BUSY = "too many passwords wait to be checked"
 EXTENSIONS = ("runner_step", "changes", "server_info", "workflow_specs", "unfinished",
-              "why", "stop_job", "release")
+              "why", "stop_job", "release", "summary", "graph", "failures", "include_results",
+              "include_counts", "search", "family")
 
 
 def own_hash():
@@ -1768,7 +1769,7 @@ class Store:
         self.heard = {}                   # compute node: (time.monotonic() of its last step, step)
         self.closing = False
         self.kept = {}                    # what views of large workflows have worked out already
-        self.keeping = threading.Lock()
+        self.keeping = threading.RLock()
         self._lock = threading.RLock()    # before SQLite's own: nobody sleeps in its handler
         self._writer_thread = None
         self._news = set()
@@ -3328,6 +3329,758 @@ def code_meaning(code):
     return f"return code {code}" + (f" ({text})" if text else "")
 
 
+# ---- what the views of a workflow show
+#
+# Numbers for a page that is drawn again every second, also of 100,000 jobs. What is dear and seldom
+# changes is kept in memory (store.kept): which families there are, and the attempts that ended.
+
+FEW_JOBS = 400                            # up to here a graph shows each job, else families
+MOST_FAMILIES = 60
+KEPT_AT_MOST = 8
+MS = "((julianday({0}) - 2440587.5) * 86400000)"     # a time as text, in ms since the epoch
+DONE_SET = (*COMPLETE_SET, DISABLED)
+
+
+def span(seconds):
+    """A duration for people: "3m 20s"."""
+    return re.sub(r"(?<=[a-z])(?=\d)", " ", format_duration(seconds))
+
+
+def plain_names(names, most=3):
+    """Names as a list in a sentence: "a, b and 4 more"."""
+    names = list(names)
+    if len(names) > most:
+        names = [*names[:most - 1], f"{len(names) - most + 1:,} more"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def keep(store, key, value):
+    """Remember what was worked out; the oldest of KEPT_AT_MOST goes."""
+    with store.keeping:
+        store.kept.pop(key, None)
+        while len(store.kept) >= KEPT_AT_MOST:
+            store.kept.pop(next(iter(store.kept)))
+        store.kept[key] = value
+    return value
+
+
+def json_columns(store, names, source, params):
+    """Columns of a SELECT, each as one JSON list: see Store.bulk."""
+    lists = ", ".join(f"json_group_array({name})" for name in names)
+    return [json.loads(text) for text in store.one(f"SELECT {lists} {source}", params)]
+
+
+class Shape(NamedTuple):
+    """The families of a workflow's jobs, and which waits for which."""
+
+    number: int                           # workflow.shape for which this is true
+    names: list                           # of families, in the order of their first jobs
+    sizes: list
+    labels: list                          # "align_*", or the name of an only member
+    family_of: dict                       # job id: index of its family
+    edges: dict                           # (index, index of what waits for it): dependencies
+    chained: set                          # families of which some wait for others
+
+
+def family_name(name):
+    """The family of a job: its name without the numbers at its end."""
+    return name.rstrip("0123456789_-.") or "#"
+
+
+def family_names(names):
+    """The family of each name; coarser ones if there would be more than MOST_FAMILIES."""
+    found = []
+    for stem in (family_name, lambda name: re.match(r"[^\W\d_]*", name)[0] or "#", lambda _: "#"):
+        found = [stem(name) for name in names]
+        if len(set(found)) <= MOST_FAMILIES:
+            break
+    return found
+
+
+def shape_of(store, workflow_id):
+    """The Shape of a workflow, worked out anew when jobs or dependencies have come or gone."""
+    from collections import Counter
+    number = workflow_row(store, workflow_id, "shape")[0]
+    known = store.kept.get(("shape", workflow_id))
+    if known and known.number == number:
+        return known
+    ids, names = json_columns(store, ("id", "name"), "FROM job WHERE workflow_id = ?", (workflow_id,))
+    found = family_names(names)
+    index = {name: place for place, name in enumerate(dict.fromkeys(found))}
+    family_of = dict(zip(ids, map(index.__getitem__, found)))
+    first = dict(zip(reversed(found), reversed(names)))
+    sizes = [number for _, number in sorted(Counter(family_of.values()).items())]
+    # Ids without a gap are a range of the table's key, which needs no look at the jobs.
+    whole = ids and max(ids) - min(ids) + 1 == len(ids)
+    source, params = ("FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?",
+                      (min(ids), max(ids))) if whole else (
+        "FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id WHERE j.workflow_id = ?",
+        (workflow_id,))
+    after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
+    edges = Counter(zip(map(family_of.get, before), map(family_of.get, after)))
+    labels = [first[name] if size == 1 else "*" if name == "#" else f"{name}_*"
+              for name, size in zip(index, sizes)]
+    return keep(store, ("shape", workflow_id), Shape(
+        number, list(index), sizes, labels, family_of, dict(edges),
+        {one for one, other in edges if one == other}))
+
+
+def family_members(store, workflow_id, name):
+    """Ids of the jobs of a family."""
+    shape = shape_of(store, workflow_id)
+    wanted = shape.names.index(name) if name in shape.names else -1
+    return [job_id for job_id, family in shape.family_of.items() if family == wanted]
+
+
+def family_counts(store, workflow_id, shape):
+    """For each family {status name: jobs}."""
+    from collections import Counter
+    answer = [{} for _ in shape.names]
+    for status, ids in store.query("SELECT status, json_group_array(id) FROM job WHERE"
+                                   " workflow_id = ? GROUP BY status", (workflow_id,)):
+        families = Counter(map(shape.family_of.get, json.loads(ids)))
+        for family, number in families.items():
+            if family is not None:        # else a job that came a moment ago
+                answer[family][STATUS_NAMES[status]] = number
+    return answer
+
+
+class Attempts:
+    """Every attempt of a workflow that has ended, as columns in the order of the results' ids."""
+
+    COLUMNS = ("r.id", "r.job_id", "r.compute_node_id", "j.resource_requirements_id", "r.status",
+               "r.run_id", f"CAST({MS.format('r.completion_time')} AS INT)",
+               "CAST(r.exec_time_minutes * 60000 AS INT)",
+               "CAST(coalesce(r.avg_cpu_percent, -1) AS INT)",
+               "coalesce(r.avg_memory_bytes, r.peak_memory_bytes, -1)")
+
+    NAMED = [f"{column} AS c{number}" for number, column in enumerate(COLUMNS)]
+
+    def __init__(self):
+        from array import array
+        self.columns = [array("q") for _ in self.COLUMNS]
+        self.began = {}                   # run id: ms of its first start
+
+    @property
+    def last_id(self):
+        """Id of the newest result known."""
+        return self.columns[0][-1] if self.columns[0] else 0
+
+    def extend(self, columns):
+        """Take newer results."""
+        for mine, new in zip(self.columns, columns):
+            mine.extend(new)
+        for run_id, end, ran in zip(columns[5], columns[6], columns[7]):
+            start = end - ran
+            if start < self.began.get(run_id, start + 1):
+                self.began[run_id] = start
+
+    def ends_since(self, moment):
+        """Ends (ms) of attempts not before `moment`, the newest first."""
+        found = []
+        for end in reversed(self.columns[6]):
+            if end < moment - 600_000:    # a replayed journal may come late
+                break
+            if end >= moment:
+                found.append(end)
+        return found
+
+
+def attempts(store, workflow_id):
+    """The Attempts of a workflow; only new results are read, unless older ones were replaced."""
+    source = ("FROM result r CROSS JOIN job j ON j.id = r.job_id WHERE r.workflow_id = ?"
+              " AND r.id > ? ORDER BY r.id")
+    with store.keeping:
+        known = store.kept.get(("attempts", workflow_id)) or Attempts()
+        for _ in range(2):
+            known.extend(json_columns(store, [f"c{number}" for number in range(len(known.COLUMNS))],
+                              f"FROM (SELECT {', '.join(known.NAMED)} {source})",
+                              (workflow_id, known.last_id)))
+            number = store.one("SELECT count(*) FROM result WHERE workflow_id = ? AND id <= ?",
+                               (workflow_id, known.last_id))[0]
+            if number == len(known.columns[0]):
+                break
+            known = Attempts()
+        return keep(store, ("attempts", workflow_id), known)
+
+
+# ---- how far a workflow is
+
+def workflow_state(number, canceled, active):
+    """A workflow's state in a word. number: {status: jobs}; active: a runner is at work."""
+    at_work = number.get(PENDING, 0) + number.get(RUNNING, 0)
+    waiting = sum(number.get(status, 0) for status in (BLOCKED, READY, PENDING_FAILED))
+    if canceled:
+        return "canceled"
+    if at_work or number.get(READY) and active:
+        return "running"
+    if not waiting and (number.get(UNINITIALIZED) or not number):
+        return "not initialized"
+    if not waiting:
+        return "failed" if any(number.get(status) for status in UNSUCCESSFUL) else "done"
+    return "waiting" if number.get(READY) else "stuck"
+
+
+def progress(store, workflow_ids):
+    """{workflow id: counts by status name, total, done, state, created_ms, run_id, output_dir}."""
+    text = compact(list(workflow_ids))
+    numbers = {workflow_id: {} for workflow_id in workflow_ids}
+    for workflow_id, status, number in store.query(
+            f"SELECT workflow_id, status, count(*) FROM job WHERE workflow_id IN {IDS}"
+            " GROUP BY workflow_id, status", (text,)):
+        numbers[workflow_id][status] = number
+    active = {row[0] for row in store.query(
+        f"SELECT DISTINCT workflow_id FROM compute_node WHERE workflow_id IN {IDS}"
+        " AND is_active = 1", (text,))}
+    places = dict(store.query(
+        f"SELECT workflow_id, output_dir FROM compute_node WHERE workflow_id IN {IDS}"
+        " AND output_dir IS NOT NULL ORDER BY id", (text,)))
+    answer = {}
+    for workflow_id, run_id, canceled, created in store.query(
+            f"SELECT id, run_id, is_canceled, {MS.format('timestamp')} FROM workflow WHERE id IN"
+            f" {IDS}", (text,)):
+        number = numbers[workflow_id]
+        state = workflow_state(number, canceled, workflow_id in active)
+        if state == "running" and number.get(READY) and not (
+                number.get(PENDING) or number.get(RUNNING)) and (
+                sum(row[1] for row in unfit(store, workflow_id)) == number[READY]):
+            state = "stuck"
+        answer[workflow_id] = {
+            "counts": {STATUS_NAMES[status]: count for status, count in sorted(number.items())},
+            "total": sum(number.values()), "done": sum(number.get(one, 0) for one in DONE_SET),
+            "state": state, "created_ms": int(created or 0), "run_id": run_id,
+            "output_dir": places.get(workflow_id)}
+    return answer
+
+
+def active_nodes(store, workflow_id):
+    """Runners at work: (id, hostname, cpus, memory_bytes, gpus, nodes)."""
+    return store.query(
+        "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,"
+        " num_nodes FROM compute_node WHERE workflow_id = ? AND is_active = 1 ORDER BY id",
+        (workflow_id,))
+
+
+def unfit(store, workflow_id):
+    """Requirements of ready jobs that no runner at work can hold: [(sentence, jobs), ...]."""
+    nodes = active_nodes(store, workflow_id)
+    found = []
+    for need_id, cpus, memory, gpus, count in store.query(
+            "SELECT id, num_cpus, memory_bytes, num_gpus, num_nodes FROM resource_requirements"
+            " WHERE workflow_id = ?", (workflow_id,)):
+        lacks = []
+        for _, _, has, has_memory, has_gpus, has_nodes in nodes:
+            per = max(has_nodes, 1)
+            pairs = (("GPU", gpus, has_gpus), ("CPU", cpus, has // per), ("node", count, per))
+            lack = [(f"{plural(want, word)}", str(have)) for word, want, have in pairs
+                    if want > have]
+            if memory > has_memory:
+                lack.append((f"{format_bytes(memory)} of memory", format_bytes(has_memory)))
+            lacks.append(lack)
+        if lacks and all(lacks):
+            number = store.one("SELECT count(*) FROM job WHERE resource_requirements_id = ? AND"
+                               f" status = {READY}", (need_id,))[0]
+            what, most = max((lack[0] for lack in lacks), key=lambda pair: (len(pair[1]), pair[1]))
+            if number:
+                found.append((f"{'it needs' if number == 1 else 'each needs'} {what}, the largest "
+                              f"runner has {most}: {'it' if number == 1 else 'none of them'} can "
+                              f"{'not ' if number == 1 else ''}start", number))
+    return found
+
+
+def waiting_ready(store, workflow_id, number, canceled):
+    """Why ready jobs are not running: [(jobs, sentence), ...]."""
+    nodes = active_nodes(store, workflow_id)
+    if canceled:
+        return [(number, "the workflow is canceled")]
+    if not nodes:
+        scheduled = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ?"
+                              " AND status = 'pending'", (workflow_id,))[0]
+        return [(number, f"{plural(scheduled, 'allocation')} of Slurm must begin first" if scheduled
+                 else "no runner is up: run here, or submit to Slurm")]
+    rows = [(count, sentence) for sentence, count in unfit(store, workflow_id)]
+    rest = number - sum(count for count, _ in rows)
+    if rest > 0:
+        busy = store.one(
+            "SELECT total(q.num_cpus * q.num_nodes) FROM job j JOIN resource_requirements q ON q.id"
+            f" = j.resource_requirements_id WHERE j.workflow_id = ? AND j.status IN ({PENDING},"
+            f" {RUNNING})", (workflow_id,))[0]
+        cpus = sum(row[2] for row in nodes)
+        whose = "the runner" if len(nodes) == 1 else f"the {len(nodes)} runners"
+        rows.append((rest, f"every CPU of {whose} is busy" if busy >= cpus else
+                     f"a free place on {whose} is needed ({busy:.0f} of {cpus} CPUs are busy)"))
+    return rows
+
+
+def waiting_families(shape, counted):
+    """Why blocked jobs of a large workflow wait: [(jobs, sentence), ...], by family."""
+    rows = []
+    for family, number in enumerate(row.get("blocked", 0) for row in counted):
+        if not number:
+            continue
+        size, phrases = shape.sizes[family], []
+        whole = "all wait for" if size > 1 else "waits for"
+        for (before, after), edges in sorted(shape.edges.items()):
+            open_jobs = before != after and after == family and shape.sizes[before] - sum(
+                counted[before].get(STATUS_NAMES[status], 0) for status in COMPLETE_SET)
+            if not open_jobs:
+                continue
+            label, width = shape.labels[before], shape.sizes[before]
+            if width == 1:
+                phrases.append(f"{whole} {label}")
+            elif edges >= size * width:
+                phrases.append(f"{whole} every {label}")
+            elif edges == size == width:
+                phrases.append(f"each waits for its own {label}")
+            else:
+                phrases.append(f"each waits for {max(1, round(edges / size)):,} {label}")
+        if family in shape.chained and not phrases:
+            phrases.append("each waits for the one before it")
+        rows.append((number, f"{shape.labels[family]}: "
+                     + (", ".join(phrases[:3]) or "waits for jobs that are not done")))
+    return rows
+
+
+def waiting_jobs(store, workflow_id):
+    """Why blocked jobs of a small workflow wait: [(jobs, sentence), ...], by what they wait for."""
+    waits, bad, names, order = {}, {}, {}, {}
+    for job_id, name, keeps, before, before_name, status in store.query(
+            "SELECT j.id, j.name, NOT j.cancel_on_blocking_job_failure, p.id, p.name, p.status"
+            " FROM job j JOIN job_dependency d ON d.job_id = j.id JOIN job p ON p.id ="
+            f" d.depends_on_job_id WHERE j.workflow_id = ? AND j.status = {BLOCKED} AND p.status"
+            f" <> {COMPLETED} ORDER BY j.id, p.id", (workflow_id,)):
+        names[job_id] = name
+        if status not in COMPLETE_SET:
+            waits.setdefault(job_id, {})[before] = before_name
+        elif not keeps:
+            bad.setdefault(job_id, f"{before_name} {STATUS_PAST[status]}")
+    doomed, more = set(bad), set(bad)
+    while more:
+        more = {job_id for job_id, before in waits.items() if more & set(before)} - doomed
+        doomed |= more
+    for job_id in names:
+        before = waits.get(job_id, {})
+        order.setdefault((tuple(before.values()), bad.get(job_id), job_id in doomed), []).append(
+            names[job_id])
+    rows = []
+    for (before, cause, ends), members in order.items():
+        one = len(members) == 1
+        text = f"{plain_names(members)} {'waits' if one else 'wait'} for {plain_names(before)}"
+        it = "it" if one else "they"
+        if cause:
+            text += f"; {cause}, so {it} will be canceled then"
+        elif ends:
+            text += ", and will be canceled with it"
+        rows.append((len(members), text))
+    return rows
+
+
+def pace(store, workflow_id, run_id, done, now):
+    """How fast jobs end: rate (a minute), history (60 minutes of them), started_ms, ended_ms."""
+    known = attempts(store, workflow_id)
+    ends, now_ms = known.ends_since(now * 1000 - 3_600_000), now * 1000
+    history = [0] * 60
+    for end in ends:
+        history[59 - max(0, min(59, int((now_ms - end) // 60_000)))] += 1
+    running = store.one(f"SELECT min(started_ms) FROM job WHERE workflow_id = ? AND status ="
+                        f" {RUNNING}", (workflow_id,))[0]
+    starts = [moment for moment in (known.began.get(run_id), running) if moment]
+    started = min(starts) if starts else None
+    up = max(1.0, (now_ms - (started or now_ms)) / 60_000)
+    lately = sum(history[-10:])
+    rate = lately / min(10, up) if lately >= 10 else len(ends) / min(60, up)
+    last = known.columns[6][-1] if known.columns[6] else None
+    return {"rate": round(rate, 3), "history": history, "started_ms": started, "ended_ms": last,
+            "elapsed_s": ((last if not running and last else now_ms) - started) / 1000
+            if started else None}
+
+
+def runners_text(nodes):
+    """How many runners are at work and where: "6 on c101 to c106, 96 CPUs"."""
+    if not nodes:
+        return "none"
+    hosts = list(dict.fromkeys(row[1] for row in nodes))
+    where = f"{hosts[0]} to {hosts[-1]}" if len(hosts) > 3 else plain_names(hosts)
+    return f"{len(nodes)} on {where}, {plural(sum(row[2] for row in nodes), 'CPU')}"
+
+
+def summary(store, workflow_id, now):
+    """All that the overview of a workflow shows. Raises NotFound."""
+    run_id, canceled = workflow_row(store, workflow_id, "run_id, is_canceled")
+    answer = progress(store, [workflow_id])[workflow_id]
+    counted, total = answer["counts"], answer["total"]
+    large = total > FEW_JOBS
+    shape = shape_of(store, workflow_id) if large else None
+    by_family = family_counts(store, workflow_id, shape) if large else None
+    waiting = []
+    if counted.get("ready"):
+        waiting += [(*row, "ready") for row in waiting_ready(store, workflow_id, counted["ready"],
+                                                             canceled)]
+    if counted.get("blocked"):
+        waiting += [(*row, "blocked") for row in (waiting_families(shape, by_family) if large
+                                                  else waiting_jobs(store, workflow_id))]
+    for status, sentence in (("pending_failed", "failed, and wait for your decision"),
+                             ("uninitialized", "not initialized yet"),
+                             ("disabled", "disabled, will not run")):
+        if counted.get(status):
+            waiting.append((counted[status], sentence, status))
+    answer.update(pace(store, workflow_id, run_id, answer["done"], now))
+    nodes = active_nodes(store, workflow_id)
+    left = total - answer["done"]
+    longest = [row[0] for row in store.query(
+        f"SELECT id FROM job WHERE workflow_id = ? AND status = {RUNNING} ORDER BY started_ms, id"
+        " LIMIT 5", (workflow_id,))]
+    failed = any(counted.get(name) for name in ("failed", "terminated", "pending_failed"))
+    groups = failures(store, workflow_id, most=1000)["groups"] if failed else []
+    return {**answer, "left_s": round(60 * left / answer["rate"]) if answer["rate"] and left
+            else None, "runners": len(nodes), "runners_text": runners_text(nodes),
+            "waiting": [{"count": number, "status": status, "why": why_text}
+                        for number, why_text, status in waiting[:8]],
+            "longest": list(job_views(store, longest, now).values()),
+            "failures": [{name: group[name] for name in ("count", "cause", "line")}
+                         for group in groups[:3]],
+            "families": family_nodes(store, workflow_id, shape, by_family) if large else None}
+
+
+# ---- jobs with how they ended
+
+def exit_text(status, code, codes):
+    """How an attempt ended, in two words: "exit 137, out of memory"."""
+    import signal
+    meaning = {codes["memory"]: "out of memory", ORPHAN_RETURN_CODE: "its runner died",
+               126: "cannot be executed", 127: "command not found"}.get(code, "")
+    if code == codes["time"] or status == TERMINATED:
+        meaning = "time limit" if code == codes["time"] else "ended by Torc"
+    if not meaning and 128 < code < 193:
+        with contextlib.suppress(ValueError):
+            meaning = signal.Signals(code - 128).name
+    return f"exit {code}" + (f", {meaning}" if meaning else "")
+
+
+def exit_codes(store, workflow_id):
+    """The return codes that stand for memory and time in a workflow."""
+    text = workflow_row(store, workflow_id, "execution_config")[0]
+    config = json.loads(text or "{}")
+    config = config if isinstance(config, dict) else {}
+    return {"memory": config.get("oom_exit_code", 137),
+            "time": config.get("timeout_exit_code", 152)}
+
+
+def job_views(store, job_ids, now):
+    """{job id: what a row of the list of jobs shows besides the record}, in the order given."""
+    ids = compact(list(job_ids))
+    views, codes, waits, ends = {job_id: {} for job_id in job_ids}, {}, [], []
+    for (job_id, workflow_id, name, status, attempt, started, unfinished, cascaded, command, need,
+         cpus, memory, runtime, ran, end, peak, code, host) in store.query(
+            "SELECT j.id, j.workflow_id, j.name, j.status, j.attempt_id, j.started_ms,"
+            " j.unfinished, j.cascaded, j.command, q.name, q.num_cpus, q.memory_bytes, q.runtime_s,"
+            f" r.exec_time_minutes * 60, {MS.format('r.completion_time')}, r.peak_memory_bytes,"
+            " r.return_code, n.hostname FROM job j JOIN resource_requirements q ON q.id ="
+            " j.resource_requirements_id LEFT JOIN latest_result l ON l.job_id = j.id AND j.status"
+            f" IN ({', '.join(map(str, FINAL_SET))}) LEFT JOIN result r ON r.id = l.result_id"
+            " LEFT JOIN compute_node n ON n.id = coalesce(r.compute_node_id, j.compute_node_id)"
+            f" WHERE j.id IN {IDS}", (ids,)):
+        if workflow_id not in codes:
+            codes[workflow_id] = exit_codes(store, workflow_id)
+        if status == RUNNING:
+            start, ran = started, (now * 1000 - started) / 1000 if started else None
+        else:
+            start = end - ran * 1000 if end and ran is not None else None
+        note = ""
+        if status in (FAILED, TERMINATED, PENDING_FAILED) and code is not None:
+            note = exit_text(status, code, codes[workflow_id])
+        elif status == BLOCKED:
+            note = f"waits for {unfinished:,} jobs"
+            waits += [job_id] if unfinished == 1 else []
+        elif status == CANCELED and cascaded:
+            ends.append(job_id)
+        elif status == READY:
+            note = "waits for a free place"
+        views[job_id] = {
+            "id": job_id, "name": name, "family": family_name(name), "command": command,
+            "status": STATUS_NAMES[status], "attempt_id": attempt, "num_cpus": cpus,
+            "memory_bytes": memory, "runtime_s": runtime, "requirement": need, "host": host or "",
+            "start_ms": int(start) if start else None,
+            "ran_s": None if ran is None else round(ran, 3), "peak_memory_bytes": peak,
+            "note": note}
+    for job_id, name in store.query(
+            "SELECT d.job_id, p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id"
+            f" WHERE d.job_id IN {IDS} AND p.status NOT IN {COMPLETE}", (compact(waits),)):
+        views[job_id]["note"] = f"waits for {name}"
+    for job_id, name, status in store.query(
+            "SELECT d.job_id, p.name, p.status FROM job_dependency d JOIN job p ON p.id ="
+            f" d.depends_on_job_id WHERE d.job_id IN {IDS} AND p.status IN"
+            f" ({FAILED}, {CANCELED}, {TERMINATED}) ORDER BY p.id DESC", (compact(ends),)):
+        views[job_id]["note"] = f"{name} {STATUS_PAST[status]}"
+    return views
+
+
+JOB_ORDERS = {                            # what a list of jobs can be sorted by besides its columns
+    "start": f"CASE WHEN t.status = {RUNNING} THEN t.started_ms ELSE"
+             f" {MS.format('r.completion_time')} - r.exec_time_minutes * 60000 END",
+    "ran": f"CASE WHEN t.status = {RUNNING} THEN (clock.now - t.started_ms) / 60000.0 ELSE"
+           " r.exec_time_minutes END",
+    "memory": "r.peak_memory_bytes", "host": "n.hostname",
+    "note": "r.return_code"}
+
+
+def job_page(store, page, where, params, now):
+    """A list envelope of jobs, sorted by a key of JOB_ORDERS; see listing."""
+    direction = "DESC" if page.reverse else "ASC"
+    total = store.one(f"SELECT count(*) FROM job t WHERE {where}", params)[0]
+    ids = [row[0] for row in store.query(
+        "SELECT t.id FROM (SELECT ? AS now) clock CROSS JOIN job t LEFT JOIN latest_result l"
+        " ON l.job_id = t.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN compute_node n ON"
+        f" n.id = r.compute_node_id WHERE {where} ORDER BY {JOB_ORDERS[page.sort_by]} {direction},"
+        f" t.id {direction} LIMIT ? OFFSET ?",
+        (int(now * 1000), *params, page.limit, max(page.offset, 0)))]
+    records = {record["id"]: record for record in listing(
+        store, KINDS["job"], Page(), f"t.id IN {IDS}", (compact(ids),))["items"]}
+    return envelope([records[job_id] for job_id in ids if job_id in records], page, total)
+
+
+def job_details(store, job_id):
+    """What the page of one job shows besides: CPUs used, failure handler, files read, written."""
+    used, handler, priority = store.one(
+        "SELECT r.avg_cpu_percent, h.name, j.priority FROM job j LEFT JOIN latest_result l ON"
+        " l.job_id = j.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN failure_handler h ON"
+        " h.id = j.failure_handler_id WHERE j.id = ?", (job_id,))
+    paths = {}
+    for what in ("input", "output"):
+        paths[what + "s"] = ", ".join(row[0] for row in store.query(
+            f"SELECT f.path FROM job_{what}_file x JOIN file f ON f.id = x.file_id WHERE x.job_id"
+            " = ? ORDER BY f.id LIMIT 100", (job_id,))) or None
+    return {"cpu_used": None if used is None else f"{used / 100:.1f}", "handler": handler,
+            "priority": priority, **paths}
+
+
+# ---- graph
+
+def acyclic(number, edges):
+    """Edges without those that close a circle, of nodes 0 to number - 1."""
+    after, state, kept = {}, [0] * number, []
+    for before, other in sorted(edges):
+        if before != other:
+            after.setdefault(before, []).append(other)
+    for root in range(number):
+        stack = [(root, iter(after.get(root, ())))] if not state[root] else []
+        state[root] = state[root] or 1
+        while stack:
+            node, rest = stack[-1]
+            other = next(rest, None)
+            if other is None:
+                state[node] = 2
+                stack.pop()
+            elif state[other] != 1:       # 1: on the way here, so this edge would close a circle
+                kept.append((node, other))
+                if not state[other]:
+                    state[other] = 1
+                    stack.append((other, iter(after.get(other, ()))))
+    return kept
+
+
+FAMILY_STATUS = ("failed", "terminated", "pending_failed", "running", "pending", "ready", "blocked",
+                 "uninitialized", "canceled", "completed", "disabled")
+
+
+def family_nodes(store, workflow_id, shape, counted):
+    """The nodes of a graph of families."""
+    averages = {}
+    if any(row.get("completed") for row in counted):
+        known = attempts(store, workflow_id)
+        for job_id, ran in zip(known.columns[1], known.columns[7]):
+            family = shape.family_of.get(job_id)
+            entry = averages.setdefault(family, [0, 0])
+            entry[0] += 1
+            entry[1] += ran
+    nodes = []
+    for family, label in enumerate(shape.labels):
+        counts_of, size = counted[family], shape.sizes[family]
+        active = next((name for name in ("running", "pending", "ready", "blocked")
+                       if counts_of.get(name)), None)
+        status = active or next((name for name in FAMILY_STATUS if counts_of.get(name)),
+                                "uninitialized")
+        ran = averages.get(family)
+        sub = (f"each {span(ran[1] / ran[0] / 1000)} on average" if ran and size > 1 else
+               f"1 job, took {span(ran[1] / ran[0] / 1000)}" if ran else
+               f"{plural(size, 'job')}, none has ended")
+        nodes.append({"id": f"f{family}", "name": label, "family": shape.names[family],
+                      "counts": counts_of, "status": status, "sub": sub,
+                      "why": ", ".join(f"{number:,} {name.replace('_', ' ')}"
+                                       for name, number in counts_of.items()),
+                      "href": f"#/w/{workflow_id}/jobs?family={shape.names[family]}"})
+    return nodes
+
+
+def graph(store, workflow_id, now):
+    """Nodes and edges of a workflow: its jobs, or its families if there are many."""
+    total = store.one("SELECT count(*) FROM job WHERE workflow_id = ?", (workflow_id,))[0]
+    if total > FEW_JOBS:
+        shape = shape_of(store, workflow_id)
+        nodes = family_nodes(store, workflow_id, shape, family_counts(store, workflow_id, shape))
+        return {"families": True, "total": total, "nodes": nodes,
+                "edges": [[f"f{one}", f"f{other}"]
+                          for one, other in acyclic(len(nodes), shape.edges)]}
+    ids = [row[0] for row in store.query("SELECT id FROM job WHERE workflow_id = ? ORDER BY id",
+                                         (workflow_id,))]
+    place = {job_id: number for number, job_id in enumerate(ids)}
+    pairs = store.query("SELECT d.depends_on_job_id, d.job_id FROM job j JOIN job_dependency d ON"
+                        " d.job_id = j.id WHERE j.workflow_id = ?", (workflow_id,))
+    edges = acyclic(len(ids), [(place[one], place[other]) for one, other in pairs
+                               if one in place and other in place])
+    return {"families": False, "total": total, "nodes": job_nodes(store, workflow_id, ids, now),
+            "edges": [[ids[one], ids[other]] for one, other in edges]}
+
+
+def job_nodes(store, workflow_id, job_ids, now):
+    """The nodes of a graph of jobs."""
+    nodes = []
+    for job_id, view in job_views(store, job_ids, now).items():
+        status, ran = view["status"], view["ran_s"]
+        said = status.replace("_", " ")
+        why_text = (f"runs for {span(ran)} of {span(view['runtime_s'])}" if status == "running"
+                    and ran is not None else
+                    f"completed in {span(ran)}" if status == "completed" and ran is not None else
+                    f"{said}: {view['note']}" if view["note"] and status not in (
+                        "blocked", "ready") else view["note"] or said)
+        nodes.append({"id": job_id, "name": view["name"], "status": status,
+                      "sub": "" if ran is None else span(ran), "why": why_text,
+                      "href": f"#/w/{workflow_id}/jobs/{job_id}"})
+    return nodes
+
+
+def graph_around(store, workflow_id, job_id, now, most=5):
+    """A job with what it waits for and what waits for it, at most 5 each. Raises NotFound."""
+    if job_row(store, job_id).workflow_id != workflow_id:
+        raise not_found(KINDS["job"], job_id)
+    ids, edges, more = [job_id], [], []
+    for mine, theirs, words in (("job_id", "depends_on_job_id", "waits for"),
+                                ("depends_on_job_id", "job_id", "frees")):
+        # Those that matter now first: what is not done, then what went badly.
+        found = store.query(
+            f"SELECT d.{theirs} FROM job_dependency d JOIN job j ON j.id = d.{theirs} WHERE"
+            f" d.{mine} = ? AND d.{theirs} <> d.{mine} ORDER BY j.status IN {COMPLETE}, j.status ="
+            f" {COMPLETED}, j.id LIMIT ?", (job_id, most))
+        number = store.one(f"SELECT count(*) FROM job_dependency WHERE {mine} = ?", (job_id,))[0]
+        if number > len(found):
+            more.append(f"{words} {number - len(found):,} more")
+        for other, in found:
+            edges.append([other, job_id] if mine == "job_id" else [job_id, other])
+            ids.append(other)
+    return {"nodes": job_nodes(store, workflow_id, dict.fromkeys(ids), now), "edges": edges,
+            "more": ", ".join(more)}
+
+
+# ---- failures
+
+def failures(store, workflow_id, most=5000, wanted=None):
+    """Jobs that ended badly, in groups of one cause: exit, and last line of stderr.
+
+    most: the latest so many are looked at. wanted: id of the only group, with all its job ids.
+    """
+    bad = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
+    codes = exit_codes(store, workflow_id)
+    number = dict(store.query(
+        f"SELECT status, count(*) FROM job WHERE workflow_id = ? AND status IN {bad} GROUP BY"
+        " status", (workflow_id,)))
+    downstream = store.one(f"SELECT total(cascaded) FROM job WHERE workflow_id = ? AND status ="
+                           f" {CANCELED}", (workflow_id,))[0]
+    groups = {}
+    rows = store.query(
+        "SELECT j.id, j.name, j.status, r.id, r.return_code, r.exec_time_minutes * 60,"
+        f" {MS.format('r.completion_time')}, r.peak_memory_bytes, n.hostname,"
+        " substr(r.stderr_tail, -400), q.memory_bytes, q.runtime_s, q.name, j.attempt_id FROM job j"
+        " JOIN resource_requirements q ON q.id = j.resource_requirements_id LEFT JOIN latest_result"
+        " l ON l.job_id = j.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN compute_node n"
+        f" ON n.id = r.compute_node_id WHERE j.workflow_id = ? AND j.status IN {bad}"
+        " ORDER BY r.id DESC LIMIT ?", (workflow_id, most))
+    for row in rows:
+        one = Failure(*row)
+        lines = (one.tail or "").strip().splitlines()
+        line = lines[-1].strip()[-300:] if lines else ""
+        key = one.status, one.code, re.sub(r"\d+", "#", line)
+        groups.setdefault(key, []).append((one, line))
+    answer = []
+    for key, members in groups.items():
+        group_id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+        if wanted is None or wanted == group_id:
+            answer.append({"id": group_id, **failure_group(store, members, codes)})
+            if wanted:
+                answer[-1]["job_ids"] = sorted(one.job_id for one, _ in members)
+    answer.sort(key=lambda group: (-group["count"], group["first_ms"] or 0))
+    return {"groups": answer, "total": sum(number.values()), "downstream": int(downstream),
+            "looked_at": len(rows)}
+
+
+class Failure(NamedTuple):
+    """A job that ended badly, with its latest result."""
+
+    job_id: int
+    name: str
+    status: int
+    result_id: int | None
+    code: int | None
+    ran_s: float | None
+    ended_ms: float | None
+    peak: int | None
+    host: str | None
+    tail: str | None
+    memory: int
+    runtime_s: int
+    need: str
+    attempt: int
+
+
+def failure_group(store, members, codes):
+    """What is said of jobs that failed alike. members: [(Failure, last line), ...]."""
+    jobs = [one for one, _ in members]
+    first, line = members[-1]             # they come with the latest first
+    families = list(dict.fromkeys(family_name(one.name) for one in jobs))
+    hosts = sorted({one.host for one in jobs if one.host})
+    ended = [one.ended_ms for one in jobs if one.ended_ms]
+    verdict, remedy, advice = failure_remedy(jobs, codes)
+    tail = store.one("SELECT stderr_tail FROM result WHERE id = ?", (first.result_id,))
+    return {"count": len(jobs), "status": STATUS_NAMES[first.status], "line": line,
+            "cause": exit_text(first.status, first.code, codes) if first.code is not None
+            else "no result is kept", "verdict": verdict, "remedy": remedy, "advice": advice,
+            "family": plain_names(families), "first_ms": int(min(ended)) if ended else None,
+            "last_ms": int(max(ended)) if ended else None,
+            "hosts": f"{len(hosts)} nodes" if len(hosts) > 3 else plain_names(hosts) if hosts
+            else "no node", "jobs": [{"id": one.job_id, "name": one.name} for one in jobs[:3]],
+            "tail": (tail[0] if tail else "") or ""}
+
+
+def failure_remedy(jobs, codes):
+    """(verdict, label of a button, advice) for jobs that failed alike."""
+    one, peak = jobs[0], max((job.peak or 0 for job in jobs), default=0)
+    ran = max((job.ran_s or 0 for job in jobs), default=0)
+    alike = "They fail alike: look at one before rerunning them." if len(jobs) > 1 else \
+        "Look at its output before rerunning it."
+    known = one.need != "default"         # those requirements mean nothing
+    limit = max(job.memory for job in jobs)
+    over = known and peak > limit
+    if over or one.code == codes["memory"] and (not known or ran < 0.8 * one.runtime_s):
+        more = -(-int(1.5 * max(limit if known else 0, peak)) // 2**20) * 2**20
+        held = f"held {format_bytes(peak)}" if peak else "were killed" if len(jobs) > 1 \
+            else "was killed"
+        if not known and not peak:
+            return ("memory", "Rerun these…", f"{held[0].upper()}{held[1:]}, perhaps for memory: "
+                    "they have no resource requirements that could be raised.")
+        return ("memory", f"Rerun with {format_bytes(more)}…",
+                f"Asked for {format_bytes(limit)} and {held}." if known else
+                f"Asked for nothing and {held}.")
+    if one.code == codes["time"] or known and one.status != FAILED and ran > 0.9 * one.runtime_s:
+        more = max(1, math.ceil(1.4 * max(ran, one.runtime_s) / 60))
+        return ("runtime", f"Rerun with {more} min…", f"Ran into the runtime of "
+                f"{span(one.runtime_s)} asked for.")
+    if one.code == ORPHAN_RETURN_CODE:
+        return ("lost", "Rerun these…", "Their runner died: nothing says that the jobs are bad."
+                if len(jobs) > 1 else "Its runner died: nothing says that the job is bad.")
+    missing = {126: "The command cannot be executed: is the file executable?",
+               127: "The command was not found: a module that is not loaded, or a wrong path."}
+    return "unknown", "Rerun these…", missing.get(one.code, alike)
+
+
 # ==================================================================================================
 # 7 Access
 # ==================================================================================================
@@ -3777,6 +4530,8 @@ class Request(NamedTuple):
             return text == "true"
         if kind == "status" and text in STATUS_OF_NAME:
             return STATUS_OF_NAME[text]
+        if kind == "statuses" and all(one in STATUS_OF_NAME for one in text.split(",")):
+            return compact([STATUS_OF_NAME[one] for one in text.split(",")])
         if kind == "str":
             return text
         raise BadRequest(f"query parameter {name}={text!r} is not {TYPE_NAMES[kind]}")
@@ -3798,7 +4553,8 @@ class Request(NamedTuple):
 
 
 TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false",
-              "status": "a job status", "ints": "a list of integers", "any": "a value",
+              "status": "a job status", "statuses": "a list of job statuses",
+              "ints": "a list of integers", "any": "a value",
               "echo": "a string",
               "dict": "an object", "list": "a list"}
 
@@ -3854,10 +4610,11 @@ class Filter(NamedTuple):
 
 
 CONTAINS = "instr(lower(t.{0}), lower(?)) > 0"
+SEARCHED = "(t.{} LIKE ? ESCAPE '\\' OR t.{} LIKE ? ESCAPE '\\' OR t.{} LIKE ? ESCAPE '\\')"
 FILTERS = {
     "workflow": {"description": Filter("str", CONTAINS.format("description")),
                  "is_archived": Filter("bool", "t.is_archived = ?")},
-    "job": {"status": Filter("status", "t.status = ?"),
+    "job": {"status": Filter("statuses", f"t.status IN {IDS}"),
             "needs_file_id": Filter(
                 "int", "t.id IN (SELECT job_id FROM job_input_file WHERE file_id = ?)"),
             "upstream_job_id": Filter(
@@ -3886,6 +4643,11 @@ FILTERS = {
         "bool", "(? OR t.id IN (SELECT result_id FROM latest_result))", False)},
     "event": {"after_timestamp": Filter("int", "t.timestamp > ?")},
 }
+
+
+def like(text):
+    """A text as a pattern of LIKE, which is twice as fast as comparing lower-case copies."""
+    return "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
 
 
 def conditions(request, kind):
@@ -4044,8 +4806,11 @@ def show_workflow(store, workflow_id):
 
 
 def get_workflow(request, workflow_id):
-    """One workflow."""
-    return show_workflow(request.store, workflow_id)
+    """One workflow; include_counts adds how far it is (ours)."""
+    workflow = show_workflow(request.store, workflow_id)
+    if request.param("include_counts", "bool", False):
+        workflow.update(progress(request.store, [workflow_id])[workflow_id])
+    return workflow
 
 
 WORKFLOW_STATUS = fields("run_id:int! is_canceled:bool! is_archived:bool"
@@ -4053,15 +4818,27 @@ WORKFLOW_STATUS = fields("run_id:int! is_canceled:bool! is_archived:bool"
 
 
 def list_workflows(request):
-    """All workflows; sorting by the status columns needs the is_archived filter, as upstream."""
+    """All workflows; sorting by the status columns needs the is_archived filter, as upstream.
+
+    Ours: search (in name, project and description), all_users=false (only those of the user whose
+    name is given), include_counts.
+    """
     page = request.page()
     where, params = conditions(request, KINDS["workflow"])
+    if request.param("search"):
+        where.append(SEARCHED.format("name", "project", "description"))
+        params += [like(request.param("search"))] * 3
+    if not request.param("all_users", "bool", True) and request.user:
+        where.append("t.user = ?")
+        params.append(request.user)
     if request.access.enforced and not is_admin(request.store, request.user):
         where.append(USABLE)
         params += [request.user] * 2      # nobody's name is NULL, which equals nothing
     answer = listing(request.store, KINDS["workflow"], page, " AND ".join(where) or "1", params)
+    counted = request.param("include_counts", "bool", False)
+    far = progress(request.store, [one["id"] for one in answer["items"]]) if counted else {}
     for workflow in answer["items"]:
-        workflow["status_id"] = workflow["id"]
+        workflow.update(status_id=workflow["id"], **far.get(workflow["id"], {}))
     return answer
 
 
@@ -4393,16 +5170,42 @@ def show_job(store, job_id):
 
 
 def get_job(request, job_id):
-    """One job with its relations."""
-    return show_job(request.store, job_id)
+    """One job with its relations; include_results adds how it ended (ours)."""
+    job = show_job(request.store, job_id)
+    if request.param("include_results", "bool", False):
+        job.update(job_views(request.store, [job_id], request.now)[job_id],
+                   **job_details(request.store, job_id))
+    return job
 
 
 def list_jobs(request):
-    """Jobs of a workflow; include_relationships adds the lists of related ids."""
+    """Jobs of a workflow; include_relationships adds the lists of related ids.
+
+    Ours: several statuses (status=failed,terminated), search (in name and command), family,
+    include_results, and sort_by start, ran, memory or host.
+    """
     relations = request.param("include_relationships", "bool", False)
-    answer = list_records(request, KINDS["job"])
+    results = request.param("include_results", "bool", False)
+    workflow_id, page, store = request.need("workflow_id"), request.page(), request.store
+    where, params = conditions(request, KINDS["job"])
+    require_workflow(store, workflow_id)
+    where, params = ["t.workflow_id = ?", *where], [workflow_id, *params]
+    if request.param("search"):
+        where.append("(t.name LIKE ? ESCAPE '\\' OR t.command LIKE ? ESCAPE '\\')")
+        params += [like(request.param("search"))] * 2
+    if request.param("family"):
+        where.append(f"t.id IN {IDS}")
+        params.append(compact(family_members(store, workflow_id, request.param("family"))))
+    if page.sort_by in JOB_ORDERS:
+        answer = job_page(store, page, " AND ".join(where), params, request.now)
+    else:
+        answer = listing(store, KINDS["job"], page, " AND ".join(where), params)
     if relations:
-        with_relations(request.store, answer["items"])
+        with_relations(store, answer["items"])
+    if results:
+        views = job_views(store, [job["id"] for job in answer["items"]], request.now)
+        for job in answer["items"]:
+            job.update(views[job["id"]])
     return answer
 
 
@@ -4608,6 +5411,29 @@ def get_unfinished(request, workflow_id):
     """What keeps a workflow from completing (ours)."""
     require_workflow(request.store, workflow_id)
     return unfinished(request.store, workflow_id)
+
+
+def get_summary(request, workflow_id):
+    """How far a workflow is, how fast, and what holds it up (ours)."""
+    return summary(request.store, workflow_id, request.now)
+
+
+def get_graph(request, workflow_id):
+    """Which job waits for which, by families above 400 jobs; around=JOB: one and its neighbours
+    (ours)."""
+    around = request.param("around", "int")
+    require_workflow(request.store, workflow_id)
+    if around is not None:
+        return graph_around(request.store, workflow_id, around, request.now)
+    return graph(request.store, workflow_id, request.now)
+
+
+def get_failures(request, workflow_id):
+    """Jobs that ended badly, in groups of one cause; group=ID: that one, with all its job ids
+    (ours)."""
+    wanted = request.param("group")
+    require_workflow(request.store, workflow_id)
+    return failures(request.store, workflow_id, wanted=wanted)
 
 
 def list_job_ids(request, workflow_id):
@@ -5223,6 +6049,9 @@ ROUTES = (
     ("GET",    WF + "/counts",                                 get_counts,                   NONE),
     ("GET",    WF + "/changes",                                changes,                      NONE),
     ("GET",    WF + "/unfinished",                             get_unfinished,               NONE),
+    ("GET",    WF + "/summary",                                get_summary,                  NONE),
+    ("GET",    WF + "/graph",                                  get_graph,                    NONE),
+    ("GET",    WF + "/failures",                               get_failures,                 NONE),
     ("POST",   WF + "/runner_step",                            runner_step_request,          JSON),
     ("PUT",    WF + "/cancel",                                 cancel,                       NONE),
     ("POST",   WF + "/reset_status",                           reset_status,                 NONE),
