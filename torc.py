@@ -60,7 +60,7 @@ LEASE_MARGIN_S = 60.0
 BUSY = "too many passwords wait to be checked"
 EXTENSIONS = ("runner_step", "changes", "server_info", "workflow_specs", "unfinished",
               "why", "stop_job", "release", "summary", "graph", "failures", "include_results",
-              "include_counts", "search", "family")
+              "include_counts", "search", "family", "timeline", "usage", "events_stream")
 
 
 def own_hash():
@@ -385,7 +385,7 @@ KINDS = {kind.table: kind for kind in (
         " is_active:bool num_cpus:int! memory_gb:float! num_gpus:int! num_nodes:int!"
         " time_limit:str scheduler_config_id:int compute_node_type:str! scheduler:any"
         " boot_id:str pid_started:int output_dir:str"),
-        filters="hostname is_active", unsorted="scheduler"),
+        filters="hostname is_active", unsorted="scheduler", ops="list clear get delete"),
     Kind("local scheduler", "local_scheduler", "/local_schedulers", fields(
         "id:int* workflow_id:int! name:echo memory:str num_cpus:int")),
     Kind("Slurm statistics", "slurm_stats", "/slurm_stats", fields(
@@ -1755,6 +1755,50 @@ class HostLock:
         os.close(self.fd)
 
 
+SEVERITIES = ("debug", "info", "warning", "error")
+EVENT_QUEUE = 512                         # events that may wait for one who listens
+
+
+class Subscription:
+    """The events of a workflow as one client is to see them, in the form of server-sent events.
+
+    severity: of SEVERITIES, the least that is shown. At most EVENT_QUEUE events wait; what is more
+    is counted, and told by an event of type warning.
+    """
+
+    def __init__(self, store, workflow_id, severity):
+        self.store, self.workflow_id = store, workflow_id
+        self.least = SEVERITIES.index(severity)
+        self.texts, self.dropped = [], 0
+        self.changed = threading.Condition()
+
+    def put(self, severity, text, number=1):
+        """Add an event; text None: so many that are not worth writing."""
+        if severity < self.least:
+            return
+        with self.changed:
+            if text is None or len(self.texts) >= EVENT_QUEUE:
+                self.dropped += number
+            else:
+                self.texts.append(text)
+            self.changed.notify()
+
+    def take(self, seconds):
+        """What has come, as bytes, b"" if nothing did in so many seconds; None at the end."""
+        with self.changed:
+            if not self.texts and not self.dropped and not self.store.closing:
+                self.changed.wait(seconds)
+            texts, dropped = self.texts, self.dropped
+            self.texts, self.dropped = [], 0
+        if dropped:
+            texts.append(f'event: warning\ndata: {{"dropped":{dropped}}}\n\n')
+        return "".join(texts).encode() if texts or not self.store.closing else None
+
+    def close(self):
+        """Listen no more."""
+        self.store.unsubscribe(self)
+
+
 class Store:
     """A database file: one writer at a time, readers beside it, and news for those who wait.
 
@@ -1773,6 +1817,8 @@ class Store:
         self._lock = threading.RLock()    # before SQLite's own: nobody sleeps in its handler
         self._writer_thread = None
         self._news = set()
+        self._events = []                 # of this transaction, for those who listen
+        self._listening = {}              # workflow: tuple of Subscriptions
         self._waiting = {}                # workflow: [condition, number of waiters]
         self._waiting_lock = threading.Lock()
         self._readers = []
@@ -1860,6 +1906,7 @@ class Store:
         self.closing = True
         with self._waiting_lock:
             waiting = [condition for condition, _ in self._waiting.values()]
+            waiting += [one.changed for many in self._listening.values() for one in many]
         for condition in waiting:
             with condition:
                 condition.notify_all()
@@ -1883,12 +1930,15 @@ class Store:
         news = set()
         with self._lock:
             self._news = set()
+            self._events = []
             self._writer_thread = threading.get_ident()
             try:
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield
                 self._writer.execute("COMMIT")
                 news = self._news
+                if self._events:
+                    self._publish(self._events)
             except sqlite3.IntegrityError as error:
                 raise Internal(f"the store refuses this: {error}") from None
             except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
@@ -1961,6 +2011,48 @@ class Store:
         if condition:
             with condition:
                 condition.notify_all()
+
+    # ---- events, for those who listen as they happen
+
+    def subscribe(self, workflow_id, severity):
+        """A Subscription to the events of a workflow, to be closed by the caller."""
+        one = Subscription(self, workflow_id, severity)
+        with self._waiting_lock:
+            self._listening[workflow_id] = (*self._listening.get(workflow_id, ()), one)
+        return one
+
+    def unsubscribe(self, subscription):
+        """See Subscription.close."""
+        workflow_id = subscription.workflow_id
+        with self._waiting_lock:
+            left = tuple(one for one in self._listening.get(workflow_id, ())
+                         if one is not subscription)
+            if left:
+                self._listening[workflow_id] = left
+            else:
+                self._listening.pop(workflow_id, None)
+
+    def is_heard(self, workflow_id):
+        """Whether anybody listens to the events of a workflow; else none need be told."""
+        return workflow_id in self._listening
+
+    def tell(self, workflow_id, kind, severity, data, number=1):
+        """Inside a transaction: an event, sent to those who listen once it is committed.
+
+        data: a dict, or None for so many events that would only overflow the queues.
+        """
+        if len(self._events) >= EVENT_QUEUE:
+            data = None
+        self._events.append((workflow_id, kind, severity, data, number))
+
+    def _publish(self, events):
+        timestamp = int(time.time() * 1000)
+        for workflow_id, kind, severity, data, number in events:
+            text = data if data is None else f"event: {kind}\ndata: " + compact({
+                "workflow_id": workflow_id, "timestamp": timestamp, "event_type": kind,
+                "severity": severity, "data": data}) + "\n\n"
+            for one in self._listening.get(workflow_id, ()):
+                one.put(SEVERITIES.index(severity), text, number)
 
     def wait_news(self, workflow_id, since, seconds):
         """Wait until the workflow's generation differs from `since`, at most `seconds`."""
@@ -2160,6 +2252,44 @@ def store_event(store, workflow_id, now, event):
                         (workflow_id, int(now * 1000), compact(event)))
 
 
+# ---- events for those who listen
+
+ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMINATED: "warning",
+                  PENDING_FAILED: "info"}
+
+
+def tell_ended(store, workflow_id, status, job_ids, code=None):
+    """In a transaction: jobs have ended as `status`. Call it only if the workflow is heard."""
+    names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}",
+                             (compact(job_ids[:EVENT_QUEUE]),)))
+    said, severity = STATUS_NAMES[status], ENDED_SEVERITY[status]
+    for job_id in job_ids[:EVENT_QUEUE]:
+        store.tell(workflow_id, f"job_{said}", severity, {
+            "job_id": job_id, "job_name": names.get(job_id), "status": said, "return_code": code})
+    if len(job_ids) > EVENT_QUEUE:
+        store.tell(workflow_id, f"job_{said}", severity, None, len(job_ids) - EVENT_QUEUE)
+
+
+def tell_started(store, job_id):
+    """In a transaction: a job has begun to run. Call it only if the workflow is heard."""
+    workflow_id, name, node_id, run_id = store.one(
+        "SELECT w.id, j.name, j.compute_node_id, w.run_id FROM job j JOIN workflow w ON w.id ="
+        " j.workflow_id WHERE j.id = ?", (job_id,))
+    store.tell(workflow_id, "job_started", "info", {
+        "job_id": job_id, "job_name": name, "compute_node_id": node_id, "run_id": run_id})
+
+
+def tell_node(store, node_id, started):
+    """In a transaction: a runner has come or gone."""
+    names = ("hostname", "pid", "num_cpus", "memory_gb", "num_gpus", "compute_node_type") \
+        if started else ("hostname", "pid", "duration_seconds", "compute_node_type")
+    row = store.one(f"SELECT workflow_id, {', '.join(names)} FROM compute_node WHERE id = ?",
+                    (node_id,))
+    if row and store.is_heard(row[0]):
+        store.tell(row[0], f"compute_node_{'started' if started else 'stopped'}", "info",
+                   {"compute_node_id": node_id, **dict(zip(names, row[1:]))})
+
+
 # ---- dependencies: counting, freeing, canceling
 
 def reshaped(store, workflow_id):
@@ -2204,6 +2334,8 @@ def settle(store, workflow_id, candidates):
         doomed_ids = [job_id for job_id, doomed in waiting if doomed]
         candidates = end_jobs(store, doomed_ids, CANCELED, cascaded=1) if doomed_ids else []
         ended += doomed_ids
+    if ended and store.is_heard(workflow_id):
+        tell_ended(store, workflow_id, CANCELED, ended)
     if freed:
         store.execute(f"UPDATE job SET status = {READY} WHERE id IN {IDS}", (compact(freed),))
         count_triggers(store, workflow_id, "on_jobs_ready", freed)
@@ -2246,14 +2378,16 @@ def leave_complete(store, job, status):
                   (status, job.id))
 
 
-def finish(store, job, status, node=None):
+def finish(store, job, status, node=None, code=None):
     """In a transaction: a job's attempt has ended as `status`; free or cancel its dependents.
 
-    node: what compute_node_id becomes (None once no process of the job is left). Returns the ids
-    made ready.
+    node: what compute_node_id becomes (None once no process of the job is left). code: its return
+    code, if there is one. Returns the ids made ready.
     """
     store.execute("UPDATE job SET status = ?, compute_node_id = ?, cascaded = 0 WHERE id = ?",
                   (status, node, job.id))
+    if store.is_heard(job.workflow_id):
+        tell_ended(store, job.workflow_id, status, [job.id], code)
     freed = []
     if status in COMPLETE_SET:
         store.execute("UPDATE job SET unfinished = unfinished - 1 WHERE id IN"
@@ -2404,6 +2538,8 @@ def cancel_workflow(store, workflow_id, user, now):
         f"SELECT id FROM job WHERE workflow_id = ? AND status IN ({PENDING}, {RUNNING})",
         (workflow_id,))]
     end_jobs(store, jobs, CANCELED)
+    if jobs and store.is_heard(workflow_id):
+        tell_ended(store, workflow_id, CANCELED, jobs)
     disown(store, workflow_id)
     store.execute("UPDATE workflow SET is_canceled = 1 WHERE id = ?", (workflow_id,))
     store_event(store, workflow_id, now, {"category": "workflow_canceled", "user": user,
@@ -2674,7 +2810,7 @@ def apply_completion(store, job, values):
                       (file["st_mtime"], file["id"], job.workflow_id))
     if values.get("requeue"):
         return requeue(store, job)
-    return finish(store, job, values["status"])
+    return finish(store, job, values["status"], code=values["return_code"])
 
 
 def requeue(store, job):
@@ -2695,10 +2831,12 @@ def disown_job(store, job):
 def take_starts(store, workflow_id, node_id, starts, now):
     """In a transaction: claimed jobs of this node have begun to run."""
     for start in starts:
-        store.execute(f"UPDATE job SET status = {RUNNING}, started_ms = ? WHERE id = ? AND"
-                      " workflow_id = ? AND attempt_id = ? AND compute_node_id = ? AND status ="
-                      f" {PENDING}", (int(now * 1000), start["job_id"], workflow_id,
-                                      start["attempt_id"], node_id))
+        if store.execute(
+                f"UPDATE job SET status = {RUNNING}, started_ms = ? WHERE id = ? AND workflow_id ="
+                f" ? AND attempt_id = ? AND compute_node_id = ? AND status = {PENDING}",
+                (int(now * 1000), start["job_id"], workflow_id, start["attempt_id"], node_id)
+                ) and store.is_heard(workflow_id):
+            tell_started(store, start["job_id"])
 
 
 def take_returns(store, workflow_id, node_id, returns):
@@ -2838,9 +2976,10 @@ def situation(store, workflow_id):
 
 def close_node(store, node_id, now):
     """In a transaction: the node's runner has ended; whatever it owned is nobody's."""
-    store.execute("UPDATE compute_node SET is_active = 0, duration_seconds = ?"
-                  " - strftime('%s', start_time) WHERE id = ? AND is_active = 1",
-                  (round(now, 3), node_id))
+    if store.execute("UPDATE compute_node SET is_active = 0, duration_seconds = ?"
+                     " - strftime('%s', start_time) WHERE id = ? AND is_active = 1",
+                     (round(now, 3), node_id)):
+        tell_node(store, node_id, started=False)
     store.execute(f"UPDATE job SET compute_node_id = NULL WHERE compute_node_id = ? AND status"
                   f" NOT IN ({PENDING}, {RUNNING})", (node_id,))
     store.heard.pop(node_id, None)
@@ -2877,7 +3016,7 @@ def release_node(store, node_id, now, ended=None, reason=""):
                 values["stderr_tail"] = f"torc: {reason}"
             store_result(store, values, replace=True)
         if job.status == RUNNING and ended:
-            finish(store, job, ended[0])
+            finish(store, job, ended[0], code=ended[1])
             others += 1
         elif job.status in (PENDING, RUNNING):
             requeued += requeue(store, job)
@@ -2907,7 +3046,7 @@ def expire_node(store, node_id, now):
     for job in owned_jobs(store, node_id):
         if job.status == RUNNING:
             store_result(store, orphan_result(job, run_id, node_id, now), replace=True)
-            finish(store, job, FAILED)
+            finish(store, job, FAILED, code=ORPHAN_RETURN_CODE)
         elif job.status == PENDING:
             requeue(store, job)
     close_node(store, node_id, now)
@@ -2958,7 +3097,7 @@ def complete_job(store, job_id, status, run_id, body):
                                      "status": STATUS_OF_NAME[body["status"]]})
     if job.status == CANCELED:            # only the cascade had canceled it
         leave_complete(store, job, BLOCKED)
-    if finish(store, job, status):
+    if finish(store, job, status, code=body["return_code"]):
         store.news(job.workflow_id)
     check_end(store, job.workflow_id)
     return result_id
@@ -2973,6 +3112,8 @@ def start_job(store, job_id, run_id, node_id, now):
     store.execute(f"UPDATE job SET status = {RUNNING}, started_ms = ?, compute_node_id = (SELECT id"
                   " FROM compute_node WHERE id = ?) WHERE id = ?",
                   (int(now * 1000), node_id, job_id))
+    if store.is_heard(job.workflow_id):
+        tell_started(store, job_id)
 
 
 def check_run(store, workflow_id, run_id):
@@ -3460,6 +3601,7 @@ class Attempts:
         from array import array
         self.columns = [array("q") for _ in self.COLUMNS]
         self.began = {}                   # run id: ms of its first start
+        self.summed = [None, 0, {}]       # of which shape, of how many, by family
 
     @property
     def last_id(self):
@@ -3474,6 +3616,18 @@ class Attempts:
             start = end - ran
             if start < self.began.get(run_id, start + 1):
                 self.began[run_id] = start
+
+    def averages(self, shape):
+        """{family: [attempts, ms they ran together]}; only new attempts are looked at."""
+        if self.summed[0] != shape.number:
+            self.summed = [shape.number, 0, {}]
+        _, known, sums = self.summed
+        self.summed[1] = len(self.columns[7])
+        for job_id, ran in zip(self.columns[1][known:], self.columns[7][known:]):
+            entry = sums.setdefault(shape.family_of.get(job_id), [0, 0])
+            entry[0] += 1
+            entry[1] += ran
+        return sums
 
     def ends_since(self, moment):
         """Ends (ms) of attempts not before `moment`, the newest first."""
@@ -3885,14 +4039,7 @@ FAMILY_STATUS = ("failed", "terminated", "pending_failed", "running", "pending",
 
 def family_nodes(store, workflow_id, shape, counted):
     """The nodes of a graph of families."""
-    averages = {}
-    if any(row.get("completed") for row in counted):
-        known = attempts(store, workflow_id)
-        for job_id, ran in zip(known.columns[1], known.columns[7]):
-            family = shape.family_of.get(job_id)
-            entry = averages.setdefault(family, [0, 0])
-            entry[0] += 1
-            entry[1] += ran
+    averages = attempts(store, workflow_id).averages(shape)
     nodes = []
     for family, label in enumerate(shape.labels):
         counts_of, size = counted[family], shape.sizes[family]
@@ -4079,6 +4226,271 @@ def failure_remedy(jobs, codes):
     missing = {126: "The command cannot be executed: is the file executable?",
                127: "The command was not found: a module that is not loaded, or a wrong path."}
     return "unknown", "Rerun these…", missing.get(one.code, alike)
+
+
+# ---- over time
+
+MOST_BARS = 2000                          # jobs that a timeline shows one by one
+SHORTEST_GAP_S = 1.0
+
+
+class Grid:
+    """Equal bins of a stretch of time, in which stretches are summed exactly."""
+
+    def __init__(self, begin, end, bins):
+        self.begin, self.width, self.bins = begin, (end - begin) / bins, bins
+        self.level, self.slope = [0.0] * (bins + 1), [0.0] * (bins + 2)
+
+    def add(self, start, end, weight):
+        """Add `weight` from start to end (ms)."""
+        first, last = (start - self.begin) / self.width, (end - self.begin) / self.width
+        first, last = max(0.0, first), min(float(self.bins), last)
+        if last <= first:
+            return
+        one, other = int(first), min(int(last), self.bins - 1)
+        if one == other:
+            self.level[one] += weight * (last - first)
+            return
+        self.level[one] += weight * (one + 1 - first)
+        self.level[other] += weight * (last - other)
+        self.slope[one + 1] += weight     # the bins between are full
+        self.slope[other] -= weight
+
+    def means(self):
+        """The mean weight in each bin."""
+        running, means = 0.0, []
+        for level, slope in zip(self.level[:self.bins], self.slope):
+            running += slope
+            means.append(level + running)
+        return means
+
+
+def nodes_over_time(store, workflow_id, now):
+    """Runners: (id, name, cpus, memory_bytes, start ms, end ms, active), by start."""
+    found = []
+    for node_id, host, cpus, memory, start, ran, active in store.query(
+            "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * max(num_nodes, 1) *"
+            f" 1073741824, {MS.format('start_time')}, duration_seconds, is_active FROM compute_node"
+            " WHERE workflow_id = ? ORDER BY id", (workflow_id,)):
+        end = now * 1000 if active or ran is None or start is None else start + ran * 1000
+        found.append((node_id, host, cpus, memory, start or now * 1000, end, bool(active)))
+    return found
+
+
+def running_jobs(store, workflow_id):
+    """Jobs that run: (id, node id, requirement id, start ms or None)."""
+    return store.query("SELECT id, compute_node_id, resource_requirements_id, started_ms FROM job"
+                       f" WHERE workflow_id = ? AND status = {RUNNING} AND compute_node_id IS NOT"
+                       " NULL", (workflow_id,))
+
+
+def stretch(store, workflow_id, begin, end, nodes, now):
+    """The stretch of time to show: what is asked for, or the present run. Milliseconds."""
+    run_id = workflow_row(store, workflow_id, "run_id")[0]
+    began = attempts(store, workflow_id).began
+    starts = [began[run_id]] if run_id in began else [node[4] for node in nodes if node[6]]
+    ends = [node[5] for node in nodes]
+    begin = begin if begin is not None else int(min(starts, default=now * 1000 - 60_000))
+    end = end if end is not None else int(max(ends, default=now * 1000))
+    return begin, max(end, begin + 1000)
+
+
+def timeline(store, workflow_id, begin, end, bins, now):
+    """What each runner did from begin to end (ms): its jobs, or how busy it was in each bin.
+
+    bins: [part of its CPUs in use, whether a job failed]. gaps: when it did nothing, with the
+    cause, the longest first.
+    """
+    nodes = nodes_over_time(store, workflow_id, now)
+    begin, end = stretch(store, workflow_id, begin, end, nodes, now)
+    needs = dict(store.query("SELECT id, num_cpus * num_nodes FROM resource_requirements WHERE"
+                             " workflow_id = ?", (workflow_id,)))
+    known = attempts(store, workflow_id)
+    bars = {node[0]: [] for node in nodes}
+    for job_id, node_id, need, status, stop, ran in zip(
+            *(known.columns[place] for place in (1, 2, 3, 4, 6, 7))):
+        if stop > begin and stop - ran < end and node_id in bars:
+            bars[node_id].append((stop - ran, stop, job_id, status, needs.get(need, 1)))
+    for job_id, node_id, need, start in running_jobs(store, workflow_id):
+        if node_id in bars and start and start < end:
+            bars[node_id].append((start, int(now * 1000), job_id, RUNNING, needs.get(need, 1)))
+    single = sum(map(len, bars.values())) <= MOST_BARS
+    names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}", (compact(sorted(
+        {bar[2] for many in bars.values() for bar in many})),))) if single else {}
+    runners = []
+    for node in nodes:
+        if node[4] < end and node[5] > begin or bars[node[0]]:
+            runners.append(runner_lane(store, workflow_id, node, sorted(bars[node[0]]), names,
+                                       (begin, end, bins), single, now))
+    return {"from": begin, "to": end, "runners": runners}
+
+
+def runner_lane(store, workflow_id, node, bars, names, view, single, now):
+    """One runner of a timeline. bars: [(start, end, job id, status, cpus), ...] by start."""
+    _, host, cpus, _, up, down, active = node
+    begin, end, bins = view
+    start, stop = max(up, begin), min(down, end)
+    if bars:
+        start, stop = min(start, max(bars[0][0], begin)), max(stop, min(bars[-1][1], end))
+    free, at, cpu_ms = [], start, 0
+    for first, last, _, _, weight in bars:
+        cpu_ms += weight * (min(last, stop) - max(first, start))
+        if first - at >= SHORTEST_GAP_S * 1000:
+            free.append((at, first))
+        at = max(at, last)
+    if stop - at >= SHORTEST_GAP_S * 1000:
+        free.append((at, stop))
+    idle_ms = sum(last - first for first, last in free)
+    least = (end - begin) / 100
+    gaps = [gap for gap in sorted(free, key=lambda gap: gap[0] - gap[1]) if gap[1] - gap[0] > least]
+    shown = [{"from": int(first), "to": int(last), "text": f"idle {span((last - first) / 1000)}, "
+              + gap_cause(store, workflow_id, first, last, bars, stop, active)}
+             for first, last in gaps[:5]]
+    if not active and down < end - least:
+        shown.append({"from": int(down), "to": int(end), "text": gone_text(store, node[0])})
+    lane = {"id": node[0], "name": host, "cpus": cpus, "ran": len(bars), "start": int(start),
+            "end": int(stop), "idle_s": round(idle_ms / 1000, 1), "gaps": shown,
+            "busy": min(100, round(100 * cpu_ms / max(1, cpus * (stop - start))))}
+    if single:
+        return {**lane, "jobs": bars_in_lanes(bars, names)}
+    grid, failed = Grid(begin, end, bins), set()
+    for first, last, _, status, weight in bars:
+        grid.add(first, last, weight)
+        if status in (FAILED, TERMINATED, PENDING_FAILED) and begin <= last < end:
+            failed.add(int((last - begin) / grid.width))
+    return {**lane, "bins": [[round(min(1.0, mean / max(1, cpus)), 3), number in failed]
+                             for number, mean in enumerate(grid.means())]}
+
+
+def bars_in_lanes(bars, names):
+    """Jobs of a runner, each in the first lane that is free when it starts."""
+    lanes, jobs = [], []
+    for first, last, job_id, status, _ in bars:
+        lane = next((number for number, until in enumerate(lanes) if until <= first), len(lanes))
+        lanes[lane:lane + 1] = [last]
+        jobs.append({"id": job_id, "name": names.get(job_id, f"job {job_id}"),
+                     "status": STATUS_NAMES[status], "start": first, "end": last, "lane": lane})
+    return jobs
+
+
+def gap_cause(store, workflow_id, first, last, bars, stop, active):
+    """Why a runner idled from first to last (ms)."""
+    after = next((bar for bar in bars if bar[0] >= last), None)
+    if after:                             # what did the job wait for that ended the gap?
+        row = store.one(
+            f"SELECT p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id JOIN"
+            " latest_result l ON l.job_id = p.id JOIN result r ON r.id = l.result_id WHERE d.job_id"
+            f" = ? AND {MS.format('r.completion_time')} BETWEEN ? AND ? ORDER BY r.completion_time"
+            " DESC LIMIT 1", (after[2], first - 1, last + 5000))
+        return f"waited for {row[0]}" if row else "nothing was ready"
+    if not active or last < stop:
+        return "nothing was ready"
+    ready = store.one(f"SELECT count(*) FROM job WHERE workflow_id = ? AND status = {READY}",
+                      (workflow_id,))[0]
+    return "what is ready does not fit" if ready else "nothing is ready"
+
+
+def gone_text(store, node_id):
+    """What became of a runner that is gone."""
+    lost = store.one("SELECT count(*) FROM result WHERE compute_node_id = ? AND return_code = ?",
+                     (node_id, ORPHAN_RETURN_CODE))[0]
+    return f"lost, with {plural(lost, 'job')} that ran there" if lost else "ended"
+
+
+def usage(store, workflow_id, begin, end, bins, now):
+    """CPUs and memory over time, and by resource requirements: asked for, used, there.
+
+    What a running job uses is not known yet: it counts as jobs of its requirements did so far.
+    """
+    nodes = nodes_over_time(store, workflow_id, now)
+    begin, end = stretch(store, workflow_id, begin, end, nodes, now)
+    needs = {row[0]: row[1:] for row in store.query(
+        "SELECT id, num_cpus * num_nodes, memory_bytes * num_nodes, name, runtime_s FROM"
+        " resource_requirements WHERE workflow_id = ?", (workflow_id,))}
+    grids = {(what, kind): Grid(begin, end, bins) for what in ("cpu", "memory")
+             for kind in ("used", "asked", "limit")}
+    totals = {need: [0, 0, 0, 0] for need in needs}  # CPU %·ms, ms with it, bytes·ms, ms with it
+    known = attempts(store, workflow_id)
+
+    def add(need, start, stop, cpu, memory):
+        cpus, size = needs[need][:2]
+        for key, weight in ((("cpu", "asked"), cpus), (("memory", "asked"), size),
+                            (("cpu", "used"), cpu), (("memory", "used"), memory)):
+            if weight:
+                grids[key].add(start, stop, weight)
+
+    for need, stop, ran, percent, memory in zip(*(known.columns[place] for place in (3, 6, 7, 8, 9))):
+        if need not in needs:
+            continue
+        total = totals[need]
+        if percent >= 0:
+            total[0] += percent * ran
+            total[1] += ran
+        if memory >= 0:
+            total[2] += memory * ran
+            total[3] += ran
+        if stop > begin and stop - ran < end:
+            add(need, stop - ran, stop, max(0, percent) / 100, max(0, memory))
+    for _, _, need, start in running_jobs(store, workflow_id):
+        if need in needs and start:
+            total = totals[need]
+            add(need, start, now * 1000, total[0] / total[1] / 100 if total[1] else 0,
+                total[2] / total[3] if total[3] else 0)
+    for _, _, cpus, memory, up, down, _ in nodes:
+        grids["cpu", "limit"].add(up, down, cpus)
+        grids["memory", "limit"].add(up, down, memory)
+    width = (end - begin) / bins
+    series = {what: [{"name": name, "kind": kind, "points": [
+        round(value, digits) for value in grids[what, kind].means()]}
+        for name, kind in (("used", "used"), ("asked", "asked"), ("available", "limit"))]
+        for what, digits in (("cpu", 3), ("memory", None))}
+    return {"times": [int(begin + width * (number + 0.5)) for number in range(bins)], **series,
+            "requirements": requirement_rows(store, workflow_id, needs, totals)}
+
+
+def requirement_rows(store, workflow_id, needs, totals):
+    """What was asked for and used by each resource requirement, and what to change."""
+    codes, rows = exit_codes(store, workflow_id), []
+    jobs = dict(store.query("SELECT resource_requirements_id, count(*) FROM job WHERE workflow_id"
+                            " = ? GROUP BY 1", (workflow_id,)))
+    most = {row[0]: row[1:] for row in store.query(
+        "SELECT j.resource_requirements_id, max(r.peak_memory_bytes), max(r.exec_time_minutes) * 60,"
+        " count(*), total(r.return_code = ? AND r.status <> ?), total(r.return_code = ?)"
+        " FROM result r CROSS JOIN latest_result l ON l.result_id = r.id CROSS JOIN job j ON j.id ="
+        " r.job_id WHERE r.workflow_id = ? GROUP BY 1",
+        (codes["memory"], COMPLETED, codes["time"], workflow_id))}
+    for need, (cpus, memory, name, runtime_s) in needs.items():
+        if not jobs.get(need):
+            continue
+        peak, longest, ended, of_memory, of_time = most.get(need, (0, 0, 0, 0, 0))
+        used = totals[need][0] / totals[need][1] / 100 if totals[need][1] else 0
+        verdict, advice = requirement_advice(cpus, memory, name, runtime_s, peak or 0, longest or 0,
+                                             ended, used, int(of_memory), int(of_time))
+        rows.append({"name": name, "jobs": jobs[need], "cpus": cpus, "cpu_used": round(used, 3),
+                     "peak": peak or 0, "memory": memory, "longest_s": longest or 0,
+                     "runtime_s": runtime_s, "verdict": verdict, "advice": advice})
+    return rows
+
+
+def requirement_advice(cpus, memory, name, runtime_s, peak, longest, ended, used, of_memory,
+                       of_time):
+    """(status whose glyph it gets, sentence) on what to change of a resource requirement."""
+    if not ended:
+        return "uninitialized", "Nothing has run yet"
+    if name == "default":
+        return "completed", "Nothing was asked for, so nothing is limited"
+    if of_memory or of_time:
+        short = [f"{number:,} ran out of {what}" for number, what in (
+            (of_memory, "memory"), (of_time, "time")) if number]
+        ask = [format_bytes(1.5 * max(peak, memory))] if of_memory else []
+        ask += [span(1.4 * max(longest, runtime_s))] if of_time else []
+        return "failed", f"{' and '.join(short)}: ask {', '.join(ask)}"
+    if cpus > 1 and 0 < used < 0.5 * cpus:
+        return "pending_failed", f"Uses {used:.1f} of {cpus} CPUs: ask {max(1, math.ceil(used))}"
+    if peak and peak < 0.25 * memory and memory > 2**30:
+        return "pending_failed", (f"Used {format_bytes(peak)} at most: ask "
+                                  f"{format_bytes(1.5 * peak)}, more jobs fit then")
+    return "completed", "Fits"
 
 
 # ==================================================================================================
@@ -4510,6 +4922,7 @@ class Request(NamedTuple):
     urls: tuple = ()                      # where the server can be reached, empty without one
     access: Access = Access()
     nobody: str = "anonymous"             # or "unknown" if there were wrong credentials
+    streams: bool = False                 # whether the caller can take a Subscription
 
     @property
     def subject(self):
@@ -4939,9 +5352,14 @@ def initialize(request, workflow_id):
     """Derive dependencies and make jobs blocked or ready. Upstream: initialize_jobs."""
     only = request.param("only_uninitialized", "bool", False)
     clear = request.param("clear_ephemeral_user_data", "bool", False)
+    message = f"initialized the jobs of workflow {workflow_id}"
+    kind = "workflow_started" if only else "workflow_reinitialized"      # as upstream names them
     with request.store.transaction():
         initialize_jobs(request.store, workflow_id, only, clear)
-    return {"message": f"initialized the jobs of workflow {workflow_id}"}
+        if request.store.is_heard(workflow_id):
+            request.store.tell(workflow_id, kind, "info", {
+                "category": "workflow", "type": kind, "user": request.subject, "message": message})
+    return {"message": message}
 
 
 def process_changed_job_inputs(request, workflow_id):
@@ -5400,6 +5818,16 @@ def changes(request, workflow_id):
     return now
 
 
+def stream_events(request, workflow_id):
+    """Events as they happen, as server-sent events; level: the least severity to show."""
+    level = request.param("level", default="info").lower()
+    require_workflow(request.store, workflow_id)
+    if not request.streams:
+        raise Invalid("events are streamed over HTTP: start torc-server on this database, or ask "
+                      f"GET /workflows/{workflow_id}/changes, which waits for news")
+    return request.store.subscribe(workflow_id, level if level in SEVERITIES else "info")
+
+
 # ---- what is derived
 
 def get_counts(request, workflow_id):
@@ -5434,6 +5862,34 @@ def get_failures(request, workflow_id):
     wanted = request.param("group")
     require_workflow(request.store, workflow_id)
     return failures(request.store, workflow_id, wanted=wanted)
+
+
+MOST_BINS = 2000
+
+
+def window(request, default):
+    """from, to (ms, None if absent) and bins of a request. Raises BadRequest."""
+    moments = []
+    for name in ("from", "to"):
+        text = request.param(name)
+        if text is not None and not re.fullmatch(r"-?\d{1,16}(\.\d+)?", text):
+            raise BadRequest(f"query parameter {name}={text!r} is not a number of milliseconds")
+        moments.append(None if text is None else int(float(text)))
+    return (*moments, max(2, min(MOST_BINS, request.param("bins", "int", default))))
+
+
+def get_timeline(request, workflow_id):
+    """What ran where between from and to (ms), as jobs or in bins, and why runners idled (ours)."""
+    begin, end, bins = window(request, 300)
+    require_workflow(request.store, workflow_id)
+    return timeline(request.store, workflow_id, begin, end, bins, request.now)
+
+
+def get_usage(request, workflow_id):
+    """CPUs and memory asked for, used and there, over time and by requirements (ours)."""
+    begin, end, bins = window(request, 240)
+    require_workflow(request.store, workflow_id)
+    return usage(request.store, workflow_id, begin, end, bins, request.now)
 
 
 def list_job_ids(request, workflow_id):
@@ -5665,6 +6121,29 @@ def list_failure_handlers(request, workflow_id):
     return list_records(request, KINDS["failure_handler"], workflow_id)
 
 
+def create_compute_node(request):
+    """Store a compute node; the answer echoes the request with the new id."""
+    kind = KINDS["compute_node"]
+    values = check_body(request.body, kind.fields)
+    require_workflow(request.store, values["workflow_id"])
+    with request.store.transaction():
+        node_id = add(request.store, kind, values)
+        tell_node(request.store, node_id, started=True)
+    return {**values, "id": node_id}
+
+
+def update_compute_node(request, node_id):
+    """Change the fields given; a runner that ends sets is_active to false."""
+    kind = KINDS["compute_node"]
+    values = check_body(request.body, kind.fields, partial=True)
+    with request.store.transaction():
+        before = fetch(request.store, kind, node_id)
+        change(request.store, kind, node_id, values)
+        if before["is_active"] and values.get("is_active") is False:
+            tell_node(request.store, node_id, started=False)
+    return fetch(request.store, kind, node_id)
+
+
 def release_compute_node(request, node_id):
     """A node's runner is proven dead: its jobs are ready again (ours).
 
@@ -5694,7 +6173,13 @@ def create_scheduled_node(request):
         if row:
             return fetch(store, kind, row[0])
         store.news(values["workflow_id"])
-        return {**values, "id": add(store, kind, values)}
+        made = {**values, "id": add(store, kind, values)}
+        if store.is_heard(values["workflow_id"]):
+            store.tell(values["workflow_id"], "scheduler_node_created", "info", {
+                "category": "scheduler", "scheduled_compute_node_id": made["id"],
+                **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
+                                                   "scheduler_type", "status")}})
+        return made
 
 
 def list_slurm_stats(request):
@@ -6048,10 +6533,13 @@ ROUTES = (
     ("PUT",    WF + "/status",                                 update_workflow_status,       JSON),
     ("GET",    WF + "/counts",                                 get_counts,                   NONE),
     ("GET",    WF + "/changes",                                changes,                      NONE),
+    ("GET",    WF + "/events/stream",                          stream_events,                NONE),
     ("GET",    WF + "/unfinished",                             get_unfinished,               NONE),
     ("GET",    WF + "/summary",                                get_summary,                  NONE),
     ("GET",    WF + "/graph",                                  get_graph,                    NONE),
     ("GET",    WF + "/failures",                               get_failures,                 NONE),
+    ("GET",    WF + "/timeline",                               get_timeline,                 NONE),
+    ("GET",    WF + "/usage",                                  get_usage,                    NONE),
     ("POST",   WF + "/runner_step",                            runner_step_request,          JSON),
     ("PUT",    WF + "/cancel",                                 cancel,                       NONE),
     ("POST",   WF + "/reset_status",                           reset_status,                 NONE),
@@ -6103,6 +6591,8 @@ ROUTES = (
     ("POST",   "/events",                                      create_event,                 JSON),
     ("GET",    "/events",                           bind_kind(list_records, KINDS["event"]), NONE),
     ("PUT",    "/events/<id:int>",                             update_event,                 JSON),
+    ("POST",   "/compute_nodes",                               create_compute_node,          JSON),
+    ("PUT",    "/compute_nodes/<id:int>",                      update_compute_node,          JSON),
     ("POST",   "/compute_nodes/<id:int>/release",              release_compute_node,         NONE),
     ("POST",   "/scheduled_compute_nodes",                     create_scheduled_node,        JSON),
     ("GET",    "/slurm_stats",                                 list_slurm_stats,             NONE),
@@ -10405,9 +10895,30 @@ def specification_text(document, as_json):
 # table of operations: build the request, call, serialize, map errors, log.
 
 WAITING_CLIENTS = 56                      # that may hold a thread while they wait for news
+STREAMING_CLIENTS = 40                    # of those; the rest is for runners, which wait for work
+GONE_CLIENT_S = 5.0                       # how often a silent stream looks whether anybody listens
 SECURITY_HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"))
 FRONT_PAGE = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title>"
               f"<p>A torc server. Its API is at <code>{API_PREFIX}</code>.</html>")
+
+
+class Streaming(Exception):
+    """Not an error: takes the headers and the Subscription of a stream past bottle."""
+
+    def __init__(self, headers, subscription):
+        super().__init__()
+        self.headers, self.subscription = headers, subscription
+
+
+def has_hung_up(channel):
+    """Whether the other end of a connection has closed it; waitress tells only who reads on."""
+    import select
+    poll = select.poll()
+    try:
+        poll.register(channel.socket, getattr(select, "POLLRDHUP", 0x2000))
+        return not channel.connected or bool(poll.poll(0))
+    except (OSError, ValueError):         # closed here already
+        return True
 
 
 class Application:
@@ -10420,14 +10931,56 @@ class Application:
         self.urls = ()
         self.serving = threading.BoundedSemaphore(threads)
         self.waiting = threading.BoundedSemaphore(WAITING_CLIENTS)
+        self.streaming = threading.BoundedSemaphore(STREAMING_CLIENTS)
 
     def wsgi(self):
-        """The bottle application: one route, since bottle compiles each route it has."""
+        """The WSGI application: bottle with one route, since it compiles each route it has.
+
+        A stream goes around bottle, which would hold its headers until the first event.
+        """
         import bottle
         app = bottle.Bottle()
         app.catchall = False
         app.route("<path:re:.*>", "ANY", self.handle)
-        return app
+
+        def serve(environ, start_response):
+            try:
+                return app(environ, start_response)
+            except Streaming as stream:
+                write = start_response("200 OK", stream.headers)
+                return self.stream(stream.subscription, environ, write)
+        return serve
+
+    def stream(self, subscription, environ, write):
+        """Events as they come, until the client goes or the server stops."""
+        channel = environ["waitress.client_disconnected"].__self__
+        try:
+            write(b"")                    # the headers, before the first event
+            while environ["REQUEST_METHOD"] != "HEAD":
+                text = subscription.take(GONE_CLIENT_S)
+                if text is None or has_hung_up(channel):
+                    return
+                if text:
+                    yield text
+                    time.sleep(0.02)      # a flood is sent in lumps
+        finally:
+            subscription.close()
+            self.streaming.release()
+            self.waiting.release()
+
+    def begin_stream(self, endpoint, texts, request):
+        """A Subscription that holds places of those who wait. Raises Unreachable without any."""
+        if not self.streaming.acquire(blocking=False):
+            raise Unreachable(f"{STREAMING_CLIENTS} clients follow events already: try later")
+        if not self.waiting.acquire(blocking=False):
+            self.streaming.release()
+            raise Unreachable(f"{WAITING_CLIENTS} clients wait for news already: try later")
+        try:
+            return call_endpoint(endpoint, texts, request._replace(streams=True))
+        except BaseException:
+            self.streaming.release()
+            self.waiting.release()
+            raise
 
     def handle(self, path):
         """Answer one request."""
@@ -10440,6 +10993,11 @@ class Application:
                             or str(time.time_ns()))
         started = time.perf_counter()
         status, content_type, text = self.answer(bottle.request, path, response)
+        if isinstance(text, Subscription):
+            response.content_type = content_type
+            response.set_header("Cache-Control", "no-cache")
+            response.set_header("X-Accel-Buffering", "no")
+            raise Streaming(response.headerlist, text)
         response.status = status
         if content_type:
             response.content_type = content_type
@@ -10467,6 +11025,8 @@ class Application:
             method = "GET" if http.method == "HEAD" else http.method
             endpoint, texts = find_endpoint(method, path[len(API_PREFIX):])
             value = self.call(http, endpoint, texts, verdict)
+            if isinstance(value, Subscription):
+                return 200, "text/event-stream", value
             return 200, "application/json", json.dumps(value, separators=(",", ":"))
         except NoSuchPath:
             return 404, None, ""
@@ -10474,6 +11034,8 @@ class Application:
             response.set_header("Allow", ", ".join(error.allow))
             return 405, None, ""
         except TorcError as error:
+            if error.status == 503:
+                response.set_header("Retry-After", "15")
             if error.plain:
                 return error.status, "text/plain; charset=utf-8", str(error)
             inner = {"message": str(error)}
@@ -10493,6 +11055,8 @@ class Application:
         body = read_json(http) if endpoint.body == JSON else None
         request = Request(self.store, verdict.user, query, body, time.time(), self.urls,
                           self.access, "unknown" if verdict.state == "wrong" else "anonymous")
+        if endpoint.function is stream_events:
+            return self.begin_stream(endpoint, texts, request)
         if endpoint.function is changes and query.get("wait_s", ["0"]) != ["0"]:
             if not self.waiting.acquire(blocking=False):
                 query["wait_s"] = ["0"]
