@@ -60,7 +60,8 @@ ORPHAN_RETURN_CODE = -128                 # result of an attempt whose runner di
 LEASE_MARGIN_S = 60.0
 BUSY = "too many passwords wait to be checked"
 EXTENSIONS = ("runner_step", "changes", "server_info", "workflow_specs", "unfinished",
-              "why", "stop_job", "release")
+              "why", "stop_job", "release", "summary", "graph", "failures", "include_results",
+              "include_counts", "search", "family", "timeline", "usage", "events_stream")
 
 
 def own_hash():
@@ -385,7 +386,7 @@ KINDS = {kind.table: kind for kind in (
         " is_active:bool num_cpus:int! memory_gb:float! num_gpus:int! num_nodes:int!"
         " time_limit:str scheduler_config_id:int compute_node_type:str! scheduler:any"
         " boot_id:str pid_started:int output_dir:str"),
-        filters="hostname is_active", unsorted="scheduler"),
+        filters="hostname is_active", unsorted="scheduler", ops="list clear get delete"),
     Kind("local scheduler", "local_scheduler", "/local_schedulers", fields(
         "id:int* workflow_id:int! name:echo memory:str num_cpus:int")),
     Kind("Slurm statistics", "slurm_stats", "/slurm_stats", fields(
@@ -1678,8 +1679,14 @@ ALTER TABLE scheduled_compute_node ADD COLUMN output_dir TEXT;
 ALTER TABLE scheduled_compute_node ADD COLUMN work_dir TEXT;    -- where its commands run
 ALTER TABLE scheduled_compute_node ADD COLUMN note TEXT;        -- how it ended, in Slurm's words
 """
+VIEW_SCHEMA = """
+ALTER TABLE job ADD COLUMN started_ms INTEGER;                  -- of the attempt that is running
+ALTER TABLE workflow ADD COLUMN shape INTEGER NOT NULL DEFAULT 0;
+                                           -- raised when jobs or dependencies come or go
+CREATE INDEX job_workflow ON job (workflow_id)                  -- pages of a list, by id
+"""
 # Step n brings a database from user_version n to n + 1.
-MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA)
+MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA)
 
 # File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
@@ -1749,6 +1756,50 @@ class HostLock:
         os.close(self.fd)
 
 
+SEVERITIES = ("debug", "info", "warning", "error")
+EVENT_QUEUE = 512                         # events that may wait for one who listens
+
+
+class Subscription:
+    """The events of a workflow as one client is to see them, in the form of server-sent events.
+
+    severity: of SEVERITIES, the least that is shown. At most EVENT_QUEUE events wait; what is more
+    is counted, and told by an event of type warning.
+    """
+
+    def __init__(self, store, workflow_id, severity):
+        self.store, self.workflow_id = store, workflow_id
+        self.least = SEVERITIES.index(severity)
+        self.texts, self.dropped = [], 0
+        self.changed = threading.Condition()
+
+    def put(self, severity, text, number=1):
+        """Add an event; text None: so many that are not worth writing."""
+        if severity < self.least:
+            return
+        with self.changed:
+            if text is None or len(self.texts) >= EVENT_QUEUE:
+                self.dropped += number
+            else:
+                self.texts.append(text)
+            self.changed.notify()
+
+    def take(self, seconds):
+        """What has come, as bytes, b"" if nothing did in so many seconds; None at the end."""
+        with self.changed:
+            if not self.texts and not self.dropped and not self.store.closing:
+                self.changed.wait(seconds)
+            texts, dropped = self.texts, self.dropped
+            self.texts, self.dropped = [], 0
+        if dropped:
+            texts.append(f'event: warning\ndata: {{"dropped":{dropped}}}\n\n')
+        return "".join(texts).encode() if texts or not self.store.closing else None
+
+    def close(self):
+        """Listen no more."""
+        self.store.unsubscribe(self)
+
+
 class Store:
     """A database file: one writer at a time, readers beside it, and news for those who wait.
 
@@ -1762,9 +1813,13 @@ class Store:
         self.shared = shared
         self.heard = {}                   # compute node: (time.monotonic() of its last step, step)
         self.closing = False
+        self.kept = {}                    # what views of large workflows have worked out already
+        self.keeping = threading.RLock()
         self._lock = threading.RLock()    # before SQLite's own: nobody sleeps in its handler
         self._writer_thread = None
         self._news = set()
+        self._events = []                 # of this transaction, for those who listen
+        self._listening = {}              # workflow: tuple of Subscriptions
         self._waiting = {}                # workflow: [condition, number of waiters]
         self._waiting_lock = threading.Lock()
         self._readers = []
@@ -1852,6 +1907,7 @@ class Store:
         self.closing = True
         with self._waiting_lock:
             waiting = [condition for condition, _ in self._waiting.values()]
+            waiting += [one.changed for many in self._listening.values() for one in many]
         for condition in waiting:
             with condition:
                 condition.notify_all()
@@ -1875,12 +1931,15 @@ class Store:
         news = set()
         with self._lock:
             self._news = set()
+            self._events = []
             self._writer_thread = threading.get_ident()
             try:
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield
                 self._writer.execute("COMMIT")
                 news = self._news
+                if self._events:
+                    self._publish(self._events)
             except sqlite3.IntegrityError as error:
                 raise Internal(f"the store refuses this: {error}") from None
             except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
@@ -1953,6 +2012,48 @@ class Store:
         if condition:
             with condition:
                 condition.notify_all()
+
+    # ---- events, for those who listen as they happen
+
+    def subscribe(self, workflow_id, severity):
+        """A Subscription to the events of a workflow, to be closed by the caller."""
+        one = Subscription(self, workflow_id, severity)
+        with self._waiting_lock:
+            self._listening[workflow_id] = (*self._listening.get(workflow_id, ()), one)
+        return one
+
+    def unsubscribe(self, subscription):
+        """See Subscription.close."""
+        workflow_id = subscription.workflow_id
+        with self._waiting_lock:
+            left = tuple(one for one in self._listening.get(workflow_id, ())
+                         if one is not subscription)
+            if left:
+                self._listening[workflow_id] = left
+            else:
+                self._listening.pop(workflow_id, None)
+
+    def is_heard(self, workflow_id):
+        """Whether anybody listens to the events of a workflow; else none need be told."""
+        return workflow_id in self._listening
+
+    def tell(self, workflow_id, kind, severity, data, number=1):
+        """Inside a transaction: an event, sent to those who listen once it is committed.
+
+        data: a dict, or None for so many events that would only overflow the queues.
+        """
+        if len(self._events) >= EVENT_QUEUE:
+            data = None
+        self._events.append((workflow_id, kind, severity, data, number))
+
+    def _publish(self, events):
+        timestamp = int(time.time() * 1000)
+        for workflow_id, kind, severity, data, number in events:
+            text = data if data is None else f"event: {kind}\ndata: " + compact({
+                "workflow_id": workflow_id, "timestamp": timestamp, "event_type": kind,
+                "severity": severity, "data": data}) + "\n\n"
+            for one in self._listening.get(workflow_id, ()):
+                one.put(SEVERITIES.index(severity), text, number)
 
     def wait_news(self, workflow_id, since, seconds):
         """Wait until the workflow's generation differs from `since`, at most `seconds`."""
@@ -2152,7 +2253,50 @@ def store_event(store, workflow_id, now, event):
                         (workflow_id, int(now * 1000), compact(event)))
 
 
+# ---- events for those who listen
+
+ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMINATED: "warning",
+                  PENDING_FAILED: "info"}
+
+
+def tell_ended(store, workflow_id, status, job_ids, code=None):
+    """In a transaction: jobs have ended as `status`. Call it only if the workflow is heard."""
+    names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}",
+                             (compact(job_ids[:EVENT_QUEUE]),)))
+    said, severity = STATUS_NAMES[status], ENDED_SEVERITY[status]
+    for job_id in job_ids[:EVENT_QUEUE]:
+        store.tell(workflow_id, f"job_{said}", severity, {
+            "job_id": job_id, "job_name": names.get(job_id), "status": said, "return_code": code})
+    if len(job_ids) > EVENT_QUEUE:
+        store.tell(workflow_id, f"job_{said}", severity, None, len(job_ids) - EVENT_QUEUE)
+
+
+def tell_started(store, job_id):
+    """In a transaction: a job has begun to run. Call it only if the workflow is heard."""
+    workflow_id, name, node_id, run_id = store.one(
+        "SELECT w.id, j.name, j.compute_node_id, w.run_id FROM job j JOIN workflow w ON w.id ="
+        " j.workflow_id WHERE j.id = ?", (job_id,))
+    store.tell(workflow_id, "job_started", "info", {
+        "job_id": job_id, "job_name": name, "compute_node_id": node_id, "run_id": run_id})
+
+
+def tell_node(store, node_id, started):
+    """In a transaction: a runner has come or gone."""
+    names = ("hostname", "pid", "num_cpus", "memory_gb", "num_gpus", "compute_node_type") \
+        if started else ("hostname", "pid", "duration_seconds", "compute_node_type")
+    row = store.one(f"SELECT workflow_id, {', '.join(names)} FROM compute_node WHERE id = ?",
+                    (node_id,))
+    if row and store.is_heard(row[0]):
+        store.tell(row[0], f"compute_node_{'started' if started else 'stopped'}", "info",
+                   {"compute_node_id": node_id, **dict(zip(names, row[1:]))})
+
+
 # ---- dependencies: counting, freeing, canceling
+
+def reshaped(store, workflow_id):
+    """In a transaction: jobs or dependencies have come or gone, or have other names."""
+    store.execute("UPDATE workflow SET shape = shape + 1 WHERE id = ?", (workflow_id,))
+
 
 def recount(store, workflow_id):
     """In a transaction: set `unfinished` of every job from the dependencies' statuses."""
@@ -2191,6 +2335,8 @@ def settle(store, workflow_id, candidates):
         doomed_ids = [job_id for job_id, doomed in waiting if doomed]
         candidates = end_jobs(store, doomed_ids, CANCELED, cascaded=1) if doomed_ids else []
         ended += doomed_ids
+    if ended and store.is_heard(workflow_id):
+        tell_ended(store, workflow_id, CANCELED, ended)
     if freed:
         store.execute(f"UPDATE job SET status = {READY} WHERE id IN {IDS}", (compact(freed),))
         count_triggers(store, workflow_id, "on_jobs_ready", freed)
@@ -2229,17 +2375,20 @@ def leave_complete(store, job, status):
     if job.status in COMPLETE_SET:
         shift_dependents(store, [job.id], 1)
         undo_cascade(store, [job.id])
-    store.execute("UPDATE job SET status = ?, cascaded = 0 WHERE id = ?", (status, job.id))
+    store.execute("UPDATE job SET status = ?, cascaded = 0, started_ms = NULL WHERE id = ?",
+                  (status, job.id))
 
 
-def finish(store, job, status, node=None):
+def finish(store, job, status, node=None, code=None):
     """In a transaction: a job's attempt has ended as `status`; free or cancel its dependents.
 
-    node: what compute_node_id becomes (None once no process of the job is left). Returns the ids
-    made ready.
+    node: what compute_node_id becomes (None once no process of the job is left). code: its return
+    code, if there is one. Returns the ids made ready.
     """
     store.execute("UPDATE job SET status = ?, compute_node_id = ?, cascaded = 0 WHERE id = ?",
                   (status, node, job.id))
+    if store.is_heard(job.workflow_id):
+        tell_ended(store, job.workflow_id, status, [job.id], code)
     freed = []
     if status in COMPLETE_SET:
         store.execute("UPDATE job SET unfinished = unfinished - 1 WHERE id IN"
@@ -2295,10 +2444,11 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
 def derive_dependencies(store, workflow_id):
     """In a transaction: whoever reads a file or user data depends on whoever writes it."""
     for what, key in (("file", "file_id"), ("user_data", "user_data_id")):
-        store.execute(
-            f"INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM {what} t"
-            f" JOIN job_input_{what} i ON i.{key} = t.id JOIN job_output_{what} o ON o.{key} = t.id"
-            " WHERE t.workflow_id = ?", (workflow_id,))
+        if store.execute(
+                f"INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM {what} t JOIN"
+                f" job_input_{what} i ON i.{key} = t.id JOIN job_output_{what} o ON o.{key} = t.id"
+                " WHERE t.workflow_id = ?", (workflow_id,)):
+            reshaped(store, workflow_id)
 
 
 def reset_downstream(store, workflow_id):
@@ -2389,6 +2539,8 @@ def cancel_workflow(store, workflow_id, user, now):
         f"SELECT id FROM job WHERE workflow_id = ? AND status IN ({PENDING}, {RUNNING})",
         (workflow_id,))]
     end_jobs(store, jobs, CANCELED)
+    if jobs and store.is_heard(workflow_id):
+        tell_ended(store, workflow_id, CANCELED, jobs)
     disown(store, workflow_id)
     store.execute("UPDATE workflow SET is_canceled = 1 WHERE id = ?", (workflow_id,))
     store_event(store, workflow_id, now, {"category": "workflow_canceled", "user": user,
@@ -2659,7 +2811,7 @@ def apply_completion(store, job, values):
                       (file["st_mtime"], file["id"], job.workflow_id))
     if values.get("requeue"):
         return requeue(store, job)
-    return finish(store, job, values["status"])
+    return finish(store, job, values["status"], code=values["return_code"])
 
 
 def requeue(store, job):
@@ -2677,12 +2829,15 @@ def disown_job(store, job):
         store.news(job.workflow_id)
 
 
-def take_starts(store, workflow_id, node_id, starts):
+def take_starts(store, workflow_id, node_id, starts, now):
     """In a transaction: claimed jobs of this node have begun to run."""
     for start in starts:
-        store.execute(f"UPDATE job SET status = {RUNNING} WHERE id = ? AND workflow_id = ?"
-                      f" AND attempt_id = ? AND compute_node_id = ? AND status = {PENDING}",
-                      (start["job_id"], workflow_id, start["attempt_id"], node_id))
+        if store.execute(
+                f"UPDATE job SET status = {RUNNING}, started_ms = ? WHERE id = ? AND workflow_id ="
+                f" ? AND attempt_id = ? AND compute_node_id = ? AND status = {PENDING}",
+                (int(now * 1000), start["job_id"], workflow_id, start["attempt_id"], node_id)
+                ) and store.is_heard(workflow_id):
+            tell_started(store, start["job_id"])
 
 
 def take_returns(store, workflow_id, node_id, returns):
@@ -2772,7 +2927,7 @@ def runner_step(store, workflow_id, step, now):
             store.execute("UPDATE compute_node SET is_active = 1, beats = 1 WHERE id = ?",
                           (node_id,))
     freed = []
-    take_starts(store, workflow_id, node_id, step.get("starts") or ())
+    take_starts(store, workflow_id, node_id, step.get("starts") or (), now)
     for done in step.get("completions") or ():
         freed += take_completion(store, workflow_id, run_id, node_id, done)
     if replay or number != last:
@@ -2822,9 +2977,10 @@ def situation(store, workflow_id):
 
 def close_node(store, node_id, now):
     """In a transaction: the node's runner has ended; whatever it owned is nobody's."""
-    store.execute("UPDATE compute_node SET is_active = 0, duration_seconds = ?"
-                  " - strftime('%s', start_time) WHERE id = ? AND is_active = 1",
-                  (round(now, 3), node_id))
+    if store.execute("UPDATE compute_node SET is_active = 0, duration_seconds = ?"
+                     " - strftime('%s', start_time) WHERE id = ? AND is_active = 1",
+                     (round(now, 3), node_id)):
+        tell_node(store, node_id, started=False)
     store.execute(f"UPDATE job SET compute_node_id = NULL WHERE compute_node_id = ? AND status"
                   f" NOT IN ({PENDING}, {RUNNING})", (node_id,))
     store.heard.pop(node_id, None)
@@ -2861,7 +3017,7 @@ def release_node(store, node_id, now, ended=None, reason=""):
                 values["stderr_tail"] = f"torc: {reason}"
             store_result(store, values, replace=True)
         if job.status == RUNNING and ended:
-            finish(store, job, ended[0])
+            finish(store, job, ended[0], code=ended[1])
             others += 1
         elif job.status in (PENDING, RUNNING):
             requeued += requeue(store, job)
@@ -2891,7 +3047,7 @@ def expire_node(store, node_id, now):
     for job in owned_jobs(store, node_id):
         if job.status == RUNNING:
             store_result(store, orphan_result(job, run_id, node_id, now), replace=True)
-            finish(store, job, FAILED)
+            finish(store, job, FAILED, code=ORPHAN_RETURN_CODE)
         elif job.status == PENDING:
             requeue(store, job)
     close_node(store, node_id, now)
@@ -2942,20 +3098,23 @@ def complete_job(store, job_id, status, run_id, body):
                                      "status": STATUS_OF_NAME[body["status"]]})
     if job.status == CANCELED:            # only the cascade had canceled it
         leave_complete(store, job, BLOCKED)
-    if finish(store, job, status):
+    if finish(store, job, status, code=body["return_code"]):
         store.news(job.workflow_id)
     check_end(store, job.workflow_id)
     return result_id
 
 
-def start_job(store, job_id, run_id, node_id):
+def start_job(store, job_id, run_id, node_id, now):
     """In a transaction: pending to running. Raises NotFound, Internal, Invalid."""
     job = job_row(store, job_id)
     if job.status != PENDING:
         raise Internal(f"job {job_id} is {STATUS_NAMES[job.status]}, not pending")
     check_run(store, job.workflow_id, run_id)
-    store.execute(f"UPDATE job SET status = {RUNNING}, compute_node_id = (SELECT id FROM"
-                  " compute_node WHERE id = ?) WHERE id = ?", (node_id, job_id))
+    store.execute(f"UPDATE job SET status = {RUNNING}, started_ms = ?, compute_node_id = (SELECT id"
+                  " FROM compute_node WHERE id = ?) WHERE id = ?",
+                  (int(now * 1000), node_id, job_id))
+    if store.is_heard(job.workflow_id):
+        tell_started(store, job_id)
 
 
 def check_run(store, workflow_id, run_id):
@@ -3310,6 +3469,1029 @@ def code_meaning(code):
         with contextlib.suppress(ValueError):
             text = signal.Signals(code - 128).name
     return f"return code {code}" + (f" ({text})" if text else "")
+
+
+# ---- what the views of a workflow show
+#
+# Numbers for a page that is drawn again every second, also of 100,000 jobs. What is dear and seldom
+# changes is kept in memory (store.kept): which families there are, and the attempts that ended.
+
+FEW_JOBS = 400                            # up to here a graph shows each job, else families
+MOST_FAMILIES = 60
+KEPT_AT_MOST = 8
+MS = "((julianday({0}) - 2440587.5) * 86400000)"     # a time as text, in ms since the epoch
+DONE_SET = (*COMPLETE_SET, DISABLED)
+
+
+def span(seconds):
+    """A duration for people: "3m 20s"."""
+    return re.sub(r"(?<=[a-z])(?=\d)", " ", format_duration(seconds))
+
+
+def plain_names(names, most=3):
+    """Names as a list in a sentence: "a, b and 4 more"."""
+    names = list(names)
+    if len(names) > most:
+        names = [*names[:most - 1], f"{len(names) - most + 1:,} more"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def keep(store, key, value):
+    """Remember what was worked out; the oldest of KEPT_AT_MOST goes."""
+    with store.keeping:
+        store.kept.pop(key, None)
+        while len(store.kept) >= KEPT_AT_MOST:
+            store.kept.pop(next(iter(store.kept)))
+        store.kept[key] = value
+    return value
+
+
+def json_columns(store, names, source, params):
+    """Columns of a SELECT, each as one JSON list: see Store.bulk."""
+    lists = ", ".join(f"json_group_array({name})" for name in names)
+    return [json.loads(text) for text in store.one(f"SELECT {lists} {source}", params)]
+
+
+class Shape(NamedTuple):
+    """The families of a workflow's jobs, and which waits for which."""
+
+    number: int                           # workflow.shape for which this is true
+    names: list                           # of families, in the order of their first jobs
+    sizes: list
+    labels: list                          # "align_*", or the name of an only member
+    family_of: dict                       # job id: index of its family
+    edges: dict                           # (index, index of what waits for it): dependencies
+    chained: set                          # families of which some wait for others
+
+
+def family_name(name):
+    """The family of a job: its name without the numbers at its end."""
+    return name.rstrip("0123456789_-.") or "#"
+
+
+def family_names(names):
+    """The family of each name; coarser ones if there would be more than MOST_FAMILIES."""
+    found = []
+    for stem in (family_name, lambda name: re.match(r"[^\W\d_]*", name)[0] or "#", lambda _: "#"):
+        found = [stem(name) for name in names]
+        if len(set(found)) <= MOST_FAMILIES:
+            break
+    return found
+
+
+def shape_of(store, workflow_id):
+    """The Shape of a workflow, worked out anew when jobs or dependencies have come or gone."""
+    from collections import Counter
+    number = workflow_row(store, workflow_id, "shape")[0]
+    known = store.kept.get(("shape", workflow_id))
+    if known and known.number == number:
+        return known
+    ids, names = json_columns(store, ("id", "name"), "FROM job WHERE workflow_id = ?", (workflow_id,))
+    found = family_names(names)
+    index = {name: place for place, name in enumerate(dict.fromkeys(found))}
+    family_of = dict(zip(ids, map(index.__getitem__, found)))
+    first = dict(zip(reversed(found), reversed(names)))
+    sizes = [number for _, number in sorted(Counter(family_of.values()).items())]
+    # Ids without a gap are a range of the table's key, which needs no look at the jobs.
+    whole = ids and max(ids) - min(ids) + 1 == len(ids)
+    source, params = ("FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?",
+                      (min(ids), max(ids))) if whole else (
+        "FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id WHERE j.workflow_id = ?",
+        (workflow_id,))
+    after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
+    edges = Counter(zip(map(family_of.get, before), map(family_of.get, after)))
+    labels = [first[name] if size == 1 else "*" if name == "#" else f"{name}_*"
+              for name, size in zip(index, sizes)]
+    return keep(store, ("shape", workflow_id), Shape(
+        number, list(index), sizes, labels, family_of, dict(edges),
+        {one for one, other in edges if one == other}))
+
+
+def family_members(store, workflow_id, name):
+    """Ids of the jobs of a family."""
+    shape = shape_of(store, workflow_id)
+    wanted = shape.names.index(name) if name in shape.names else -1
+    return [job_id for job_id, family in shape.family_of.items() if family == wanted]
+
+
+def family_counts(store, workflow_id, shape):
+    """For each family {status name: jobs}."""
+    from collections import Counter
+    answer = [{} for _ in shape.names]
+    for status, ids in store.query("SELECT status, json_group_array(id) FROM job WHERE"
+                                   " workflow_id = ? GROUP BY status", (workflow_id,)):
+        families = Counter(map(shape.family_of.get, json.loads(ids)))
+        for family, number in families.items():
+            if family is not None:        # else a job that came a moment ago
+                answer[family][STATUS_NAMES[status]] = number
+    return answer
+
+
+class Attempts:
+    """Every attempt of a workflow that has ended, as columns in the order of the results' ids."""
+
+    COLUMNS = ("r.id", "r.job_id", "r.compute_node_id", "j.resource_requirements_id", "r.status",
+               "r.run_id", f"CAST({MS.format('r.completion_time')} AS INT)",
+               "CAST(r.exec_time_minutes * 60000 AS INT)",
+               "CAST(coalesce(r.avg_cpu_percent, -1) AS INT)",
+               "coalesce(r.avg_memory_bytes, r.peak_memory_bytes, -1)")
+
+    NAMED = [f"{column} AS c{number}" for number, column in enumerate(COLUMNS)]
+
+    def __init__(self):
+        from array import array
+        self.columns = [array("q") for _ in self.COLUMNS]
+        self.began = {}                   # run id: ms of its first start
+        self.summed = [None, 0, {}]       # of which shape, of how many, by family
+
+    @property
+    def last_id(self):
+        """Id of the newest result known."""
+        return self.columns[0][-1] if self.columns[0] else 0
+
+    def extend(self, columns):
+        """Take newer results."""
+        for mine, new in zip(self.columns, columns):
+            mine.extend(new)
+        for run_id, end, ran in zip(columns[5], columns[6], columns[7]):
+            start = end - ran
+            if start < self.began.get(run_id, start + 1):
+                self.began[run_id] = start
+
+    def averages(self, shape):
+        """{family: [attempts, ms they ran together]}; only new attempts are looked at."""
+        if self.summed[0] != shape.number:
+            self.summed = [shape.number, 0, {}]
+        _, known, sums = self.summed
+        self.summed[1] = len(self.columns[7])
+        for job_id, ran in zip(self.columns[1][known:], self.columns[7][known:]):
+            entry = sums.setdefault(shape.family_of.get(job_id), [0, 0])
+            entry[0] += 1
+            entry[1] += ran
+        return sums
+
+    def ends_since(self, moment):
+        """Ends (ms) of attempts not before `moment`, the newest first."""
+        found = []
+        for end in reversed(self.columns[6]):
+            if end < moment - 600_000:    # a replayed journal may come late
+                break
+            if end >= moment:
+                found.append(end)
+        return found
+
+
+def attempts(store, workflow_id):
+    """The Attempts of a workflow; only new results are read, unless older ones were replaced."""
+    source = ("FROM result r CROSS JOIN job j ON j.id = r.job_id WHERE r.workflow_id = ?"
+              " AND r.id > ? ORDER BY r.id")
+    with store.keeping:
+        known = store.kept.get(("attempts", workflow_id)) or Attempts()
+        for _ in range(2):
+            known.extend(json_columns(store, [f"c{number}" for number in range(len(known.COLUMNS))],
+                              f"FROM (SELECT {', '.join(known.NAMED)} {source})",
+                              (workflow_id, known.last_id)))
+            number = store.one("SELECT count(*) FROM result WHERE workflow_id = ? AND id <= ?",
+                               (workflow_id, known.last_id))[0]
+            if number == len(known.columns[0]):
+                break
+            known = Attempts()
+        return keep(store, ("attempts", workflow_id), known)
+
+
+# ---- how far a workflow is
+
+def workflow_state(number, canceled, active):
+    """A workflow's state in a word. number: {status: jobs}; active: a runner is at work."""
+    at_work = number.get(PENDING, 0) + number.get(RUNNING, 0)
+    waiting = sum(number.get(status, 0) for status in (BLOCKED, READY, PENDING_FAILED))
+    if canceled:
+        return "canceled"
+    if at_work or number.get(READY) and active:
+        return "running"
+    if not waiting and (number.get(UNINITIALIZED) or not number):
+        return "not initialized"
+    if not waiting:
+        return "failed" if any(number.get(status) for status in UNSUCCESSFUL) else "done"
+    return "waiting" if number.get(READY) else "stuck"
+
+
+def progress(store, workflow_ids):
+    """{workflow id: counts by status name, total, done, state, created_ms, run_id, output_dir}."""
+    text = compact(list(workflow_ids))
+    numbers = {workflow_id: {} for workflow_id in workflow_ids}
+    for workflow_id, status, number in store.query(
+            f"SELECT workflow_id, status, count(*) FROM job WHERE workflow_id IN {IDS}"
+            " GROUP BY workflow_id, status", (text,)):
+        numbers[workflow_id][status] = number
+    active = {row[0] for row in store.query(
+        f"SELECT DISTINCT workflow_id FROM compute_node WHERE workflow_id IN {IDS}"
+        " AND is_active = 1", (text,))}
+    places = dict(store.query(
+        f"SELECT workflow_id, output_dir FROM compute_node WHERE workflow_id IN {IDS}"
+        " AND output_dir IS NOT NULL ORDER BY id", (text,)))
+    answer = {}
+    for workflow_id, run_id, canceled, created in store.query(
+            f"SELECT id, run_id, is_canceled, {MS.format('timestamp')} FROM workflow WHERE id IN"
+            f" {IDS}", (text,)):
+        number = numbers[workflow_id]
+        state = workflow_state(number, canceled, workflow_id in active)
+        if state == "running" and number.get(READY) and not (
+                number.get(PENDING) or number.get(RUNNING)) and (
+                sum(row[1] for row in unfit(store, workflow_id)) == number[READY]):
+            state = "stuck"
+        answer[workflow_id] = {
+            "counts": {STATUS_NAMES[status]: count for status, count in sorted(number.items())},
+            "total": sum(number.values()), "done": sum(number.get(one, 0) for one in DONE_SET),
+            "state": state, "created_ms": int(created or 0), "run_id": run_id,
+            "output_dir": places.get(workflow_id)}
+    return answer
+
+
+def active_nodes(store, workflow_id):
+    """Runners at work: (id, hostname, cpus, memory_bytes, gpus, nodes)."""
+    return store.query(
+        "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,"
+        " num_nodes FROM compute_node WHERE workflow_id = ? AND is_active = 1 ORDER BY id",
+        (workflow_id,))
+
+
+def unfit(store, workflow_id):
+    """Requirements of ready jobs that no runner at work can hold: [(sentence, jobs), ...]."""
+    nodes = active_nodes(store, workflow_id)
+    found = []
+    for need_id, cpus, memory, gpus, count in store.query(
+            "SELECT id, num_cpus, memory_bytes, num_gpus, num_nodes FROM resource_requirements"
+            " WHERE workflow_id = ?", (workflow_id,)):
+        lacks = []
+        for _, _, has, has_memory, has_gpus, has_nodes in nodes:
+            per = max(has_nodes, 1)
+            pairs = (("GPU", gpus, has_gpus), ("CPU", cpus, has // per), ("node", count, per))
+            lack = [(f"{plural(want, word)}", str(have)) for word, want, have in pairs
+                    if want > have]
+            if memory > has_memory:
+                lack.append((f"{format_bytes(memory)} of memory", format_bytes(has_memory)))
+            lacks.append(lack)
+        if lacks and all(lacks):
+            number = store.one("SELECT count(*) FROM job WHERE resource_requirements_id = ? AND"
+                               f" status = {READY}", (need_id,))[0]
+            what, most = max((lack[0] for lack in lacks), key=lambda pair: (len(pair[1]), pair[1]))
+            if number:
+                found.append((f"{'it needs' if number == 1 else 'each needs'} {what}, the largest "
+                              f"runner has {most}: {'it' if number == 1 else 'none of them'} can "
+                              f"{'not ' if number == 1 else ''}start", number))
+    return found
+
+
+def waiting_ready(store, workflow_id, number, canceled):
+    """Why ready jobs are not running: [(jobs, sentence), ...]."""
+    nodes = active_nodes(store, workflow_id)
+    if canceled:
+        return [(number, "the workflow is canceled")]
+    if not nodes:
+        scheduled = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ?"
+                              " AND status = 'pending'", (workflow_id,))[0]
+        return [(number, f"{plural(scheduled, 'allocation')} of Slurm must begin first" if scheduled
+                 else "no runner is up: run here, or submit to Slurm")]
+    rows = [(count, sentence) for sentence, count in unfit(store, workflow_id)]
+    rest = number - sum(count for count, _ in rows)
+    if rest > 0:
+        busy = store.one(
+            "SELECT total(q.num_cpus * q.num_nodes) FROM job j JOIN resource_requirements q ON q.id"
+            f" = j.resource_requirements_id WHERE j.workflow_id = ? AND j.status IN ({PENDING},"
+            f" {RUNNING})", (workflow_id,))[0]
+        cpus = sum(row[2] for row in nodes)
+        whose = "the runner" if len(nodes) == 1 else f"the {len(nodes)} runners"
+        rows.append((rest, f"every CPU of {whose} is busy" if busy >= cpus else
+                     f"a free place on {whose} is needed ({busy:.0f} of {cpus} CPUs are busy)"))
+    return rows
+
+
+def waiting_families(shape, counted):
+    """Why blocked jobs of a large workflow wait: [(jobs, sentence), ...], by family."""
+    rows = []
+    for family, number in enumerate(row.get("blocked", 0) for row in counted):
+        if not number:
+            continue
+        size, phrases = shape.sizes[family], []
+        whole = "all wait for" if size > 1 else "waits for"
+        for (before, after), edges in sorted(shape.edges.items()):
+            open_jobs = before != after and after == family and shape.sizes[before] - sum(
+                counted[before].get(STATUS_NAMES[status], 0) for status in COMPLETE_SET)
+            if not open_jobs:
+                continue
+            label, width = shape.labels[before], shape.sizes[before]
+            if width == 1:
+                phrases.append(f"{whole} {label}")
+            elif edges >= size * width:
+                phrases.append(f"{whole} every {label}")
+            elif edges == size == width:
+                phrases.append(f"each waits for its own {label}")
+            else:
+                phrases.append(f"each waits for {max(1, round(edges / size)):,} {label}")
+        if family in shape.chained and not phrases:
+            phrases.append("each waits for the one before it")
+        rows.append((number, f"{shape.labels[family]}: "
+                     + (", ".join(phrases[:3]) or "waits for jobs that are not done")))
+    return rows
+
+
+def waiting_jobs(store, workflow_id):
+    """Why blocked jobs of a small workflow wait: [(jobs, sentence), ...], by what they wait for."""
+    waits, bad, names, order = {}, {}, {}, {}
+    for job_id, name, keeps, before, before_name, status in store.query(
+            "SELECT j.id, j.name, NOT j.cancel_on_blocking_job_failure, p.id, p.name, p.status"
+            " FROM job j JOIN job_dependency d ON d.job_id = j.id JOIN job p ON p.id ="
+            f" d.depends_on_job_id WHERE j.workflow_id = ? AND j.status = {BLOCKED} AND p.status"
+            f" <> {COMPLETED} ORDER BY j.id, p.id", (workflow_id,)):
+        names[job_id] = name
+        if status not in COMPLETE_SET:
+            waits.setdefault(job_id, {})[before] = before_name
+        elif not keeps:
+            bad.setdefault(job_id, f"{before_name} {STATUS_PAST[status]}")
+    doomed, more = set(bad), set(bad)
+    while more:
+        more = {job_id for job_id, before in waits.items() if more & set(before)} - doomed
+        doomed |= more
+    for job_id in names:
+        before = waits.get(job_id, {})
+        order.setdefault((tuple(before.values()), bad.get(job_id), job_id in doomed), []).append(
+            names[job_id])
+    rows = []
+    for (before, cause, ends), members in order.items():
+        one = len(members) == 1
+        text = f"{plain_names(members)} {'waits' if one else 'wait'} for {plain_names(before)}"
+        it = "it" if one else "they"
+        if cause:
+            text += f"; {cause}, so {it} will be canceled then"
+        elif ends:
+            text += ", and will be canceled with it"
+        rows.append((len(members), text))
+    return rows
+
+
+def pace(store, workflow_id, run_id, done, now):
+    """How fast jobs end: rate (a minute), history (60 minutes of them), started_ms, ended_ms."""
+    known = attempts(store, workflow_id)
+    ends, now_ms = known.ends_since(now * 1000 - 3_600_000), now * 1000
+    history = [0] * 60
+    for end in ends:
+        history[59 - max(0, min(59, int((now_ms - end) // 60_000)))] += 1
+    running = store.one(f"SELECT min(started_ms) FROM job WHERE workflow_id = ? AND status ="
+                        f" {RUNNING}", (workflow_id,))[0]
+    starts = [moment for moment in (known.began.get(run_id), running) if moment]
+    started = min(starts) if starts else None
+    up = max(1.0, (now_ms - (started or now_ms)) / 60_000)
+    lately = sum(history[-10:])
+    rate = lately / min(10, up) if lately >= 10 else len(ends) / min(60, up)
+    last = known.columns[6][-1] if known.columns[6] else None
+    return {"rate": round(rate, 3), "history": history, "started_ms": started, "ended_ms": last,
+            "elapsed_s": ((last if not running and last else now_ms) - started) / 1000
+            if started else None}
+
+
+def runners_text(nodes):
+    """How many runners are at work and where: "6 on c101 to c106, 96 CPUs"."""
+    if not nodes:
+        return "none"
+    hosts = list(dict.fromkeys(row[1] for row in nodes))
+    where = f"{hosts[0]} to {hosts[-1]}" if len(hosts) > 3 else plain_names(hosts)
+    return f"{len(nodes)} on {where}, {plural(sum(row[2] for row in nodes), 'CPU')}"
+
+
+def summary(store, workflow_id, now):
+    """All that the overview of a workflow shows. Raises NotFound."""
+    run_id, canceled = workflow_row(store, workflow_id, "run_id, is_canceled")
+    answer = progress(store, [workflow_id])[workflow_id]
+    counted, total = answer["counts"], answer["total"]
+    large = total > FEW_JOBS
+    shape = shape_of(store, workflow_id) if large else None
+    by_family = family_counts(store, workflow_id, shape) if large else None
+    waiting = []
+    if counted.get("ready"):
+        waiting += [(*row, "ready") for row in waiting_ready(store, workflow_id, counted["ready"],
+                                                             canceled)]
+    if counted.get("blocked"):
+        waiting += [(*row, "blocked") for row in (waiting_families(shape, by_family) if large
+                                                  else waiting_jobs(store, workflow_id))]
+    for status, sentence in (("pending_failed", "failed, and wait for your decision"),
+                             ("uninitialized", "not initialized yet"),
+                             ("disabled", "disabled, will not run")):
+        if counted.get(status):
+            waiting.append((counted[status], sentence, status))
+    answer.update(pace(store, workflow_id, run_id, answer["done"], now))
+    nodes = active_nodes(store, workflow_id)
+    left = total - answer["done"]
+    longest = [row[0] for row in store.query(
+        f"SELECT id FROM job WHERE workflow_id = ? AND status = {RUNNING} ORDER BY started_ms, id"
+        " LIMIT 5", (workflow_id,))]
+    failed = any(counted.get(name) for name in ("failed", "terminated", "pending_failed"))
+    groups = failures(store, workflow_id, most=1000)["groups"] if failed else []
+    return {**answer, "left_s": round(60 * left / answer["rate"]) if answer["rate"] and left
+            else None, "runners": len(nodes), "runners_text": runners_text(nodes),
+            "waiting": [{"count": number, "status": status, "why": why_text}
+                        for number, why_text, status in waiting[:8]],
+            "longest": list(job_views(store, longest, now).values()),
+            "failures": [{name: group[name] for name in ("count", "cause", "line")}
+                         for group in groups[:3]],
+            "families": family_nodes(store, workflow_id, shape, by_family) if large else None}
+
+
+# ---- jobs with how they ended
+
+def exit_text(status, code, codes):
+    """How an attempt ended, in two words: "exit 137, out of memory"."""
+    import signal
+    meaning = {codes["memory"]: "out of memory", ORPHAN_RETURN_CODE: "its runner died",
+               126: "cannot be executed", 127: "command not found"}.get(code, "")
+    if code == codes["time"] or status == TERMINATED:
+        meaning = "time limit" if code == codes["time"] else "ended by Torc"
+    if not meaning and 128 < code < 193:
+        with contextlib.suppress(ValueError):
+            meaning = signal.Signals(code - 128).name
+    return f"exit {code}" + (f", {meaning}" if meaning else "")
+
+
+def exit_codes(store, workflow_id):
+    """The return codes that stand for memory and time in a workflow."""
+    text = workflow_row(store, workflow_id, "execution_config")[0]
+    config = json.loads(text or "{}")
+    config = config if isinstance(config, dict) else {}
+    return {"memory": config.get("oom_exit_code", 137),
+            "time": config.get("timeout_exit_code", 152)}
+
+
+def job_views(store, job_ids, now):
+    """{job id: what a row of the list of jobs shows besides the record}, in the order given."""
+    ids = compact(list(job_ids))
+    views, codes, waits, ends = {job_id: {} for job_id in job_ids}, {}, [], []
+    for (job_id, workflow_id, name, status, attempt, started, unfinished, cascaded, command, need,
+         cpus, memory, runtime, ran, end, peak, code, host) in store.query(
+            "SELECT j.id, j.workflow_id, j.name, j.status, j.attempt_id, j.started_ms,"
+            " j.unfinished, j.cascaded, j.command, q.name, q.num_cpus, q.memory_bytes, q.runtime_s,"
+            f" r.exec_time_minutes * 60, {MS.format('r.completion_time')}, r.peak_memory_bytes,"
+            " r.return_code, n.hostname FROM job j JOIN resource_requirements q ON q.id ="
+            " j.resource_requirements_id LEFT JOIN latest_result l ON l.job_id = j.id AND j.status"
+            f" IN ({', '.join(map(str, FINAL_SET))}) LEFT JOIN result r ON r.id = l.result_id"
+            " LEFT JOIN compute_node n ON n.id = coalesce(r.compute_node_id, j.compute_node_id)"
+            f" WHERE j.id IN {IDS}", (ids,)):
+        if workflow_id not in codes:
+            codes[workflow_id] = exit_codes(store, workflow_id)
+        if status == RUNNING:
+            start, ran = started, (now * 1000 - started) / 1000 if started else None
+        else:
+            start = end - ran * 1000 if end and ran is not None else None
+        note = ""
+        if status in (FAILED, TERMINATED, PENDING_FAILED) and code is not None:
+            note = exit_text(status, code, codes[workflow_id])
+        elif status == BLOCKED:
+            note = f"waits for {unfinished:,} jobs"
+            waits += [job_id] if unfinished == 1 else []
+        elif status == CANCELED and cascaded:
+            ends.append(job_id)
+        elif status == READY:
+            note = "waits for a free place"
+        views[job_id] = {
+            "id": job_id, "name": name, "family": family_name(name), "command": command,
+            "status": STATUS_NAMES[status], "attempt_id": attempt, "num_cpus": cpus,
+            "memory_bytes": memory, "runtime_s": runtime, "requirement": need, "host": host or "",
+            "start_ms": int(start) if start else None,
+            "ran_s": None if ran is None else round(ran, 3), "peak_memory_bytes": peak,
+            "note": note}
+    for job_id, name in store.query(
+            "SELECT d.job_id, p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id"
+            f" WHERE d.job_id IN {IDS} AND p.status NOT IN {COMPLETE}", (compact(waits),)):
+        views[job_id]["note"] = f"waits for {name}"
+    for job_id, name, status in store.query(
+            "SELECT d.job_id, p.name, p.status FROM job_dependency d JOIN job p ON p.id ="
+            f" d.depends_on_job_id WHERE d.job_id IN {IDS} AND p.status IN"
+            f" ({FAILED}, {CANCELED}, {TERMINATED}) ORDER BY p.id DESC", (compact(ends),)):
+        views[job_id]["note"] = f"{name} {STATUS_PAST[status]}"
+    return views
+
+
+JOB_ORDERS = {                            # what a list of jobs can be sorted by besides its columns
+    "start": f"CASE WHEN t.status = {RUNNING} THEN t.started_ms ELSE"
+             f" {MS.format('r.completion_time')} - r.exec_time_minutes * 60000 END",
+    "ran": f"CASE WHEN t.status = {RUNNING} THEN (clock.now - t.started_ms) / 60000.0 ELSE"
+           " r.exec_time_minutes END",
+    "memory": "r.peak_memory_bytes", "host": "n.hostname",
+    "note": "r.return_code"}
+
+
+def job_page(store, page, where, params, now):
+    """A list envelope of jobs, sorted by a key of JOB_ORDERS; see listing."""
+    direction = "DESC" if page.reverse else "ASC"
+    total = store.one(f"SELECT count(*) FROM job t WHERE {where}", params)[0]
+    ids = [row[0] for row in store.query(
+        "SELECT t.id FROM (SELECT ? AS now) clock CROSS JOIN job t LEFT JOIN latest_result l"
+        " ON l.job_id = t.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN compute_node n ON"
+        f" n.id = r.compute_node_id WHERE {where} ORDER BY {JOB_ORDERS[page.sort_by]} {direction},"
+        f" t.id {direction} LIMIT ? OFFSET ?",
+        (int(now * 1000), *params, page.limit, max(page.offset, 0)))]
+    records = {record["id"]: record for record in listing(
+        store, KINDS["job"], Page(), f"t.id IN {IDS}", (compact(ids),))["items"]}
+    return envelope([records[job_id] for job_id in ids if job_id in records], page, total)
+
+
+def job_details(store, job_id):
+    """What the page of one job shows besides: CPUs used, failure handler, files read, written."""
+    used, handler, priority = store.one(
+        "SELECT r.avg_cpu_percent, h.name, j.priority FROM job j LEFT JOIN latest_result l ON"
+        " l.job_id = j.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN failure_handler h ON"
+        " h.id = j.failure_handler_id WHERE j.id = ?", (job_id,))
+    paths = {}
+    for what in ("input", "output"):
+        paths[what + "s"] = ", ".join(row[0] for row in store.query(
+            f"SELECT f.path FROM job_{what}_file x JOIN file f ON f.id = x.file_id WHERE x.job_id"
+            " = ? ORDER BY f.id LIMIT 100", (job_id,))) or None
+    return {"cpu_used": None if used is None else f"{used / 100:.1f}", "handler": handler,
+            "priority": priority, **paths}
+
+
+# ---- graph
+
+def acyclic(number, edges):
+    """Edges without those that close a circle, of nodes 0 to number - 1."""
+    after, state, kept = {}, [0] * number, []
+    for before, other in sorted(edges):
+        if before != other:
+            after.setdefault(before, []).append(other)
+    for root in range(number):
+        stack = [(root, iter(after.get(root, ())))] if not state[root] else []
+        state[root] = state[root] or 1
+        while stack:
+            node, rest = stack[-1]
+            other = next(rest, None)
+            if other is None:
+                state[node] = 2
+                stack.pop()
+            elif state[other] != 1:       # 1: on the way here, so this edge would close a circle
+                kept.append((node, other))
+                if not state[other]:
+                    state[other] = 1
+                    stack.append((other, iter(after.get(other, ()))))
+    return kept
+
+
+FAMILY_STATUS = ("failed", "terminated", "pending_failed", "running", "pending", "ready", "blocked",
+                 "uninitialized", "canceled", "completed", "disabled")
+
+
+def family_nodes(store, workflow_id, shape, counted):
+    """The nodes of a graph of families."""
+    averages = attempts(store, workflow_id).averages(shape)
+    nodes = []
+    for family, label in enumerate(shape.labels):
+        counts_of, size = counted[family], shape.sizes[family]
+        active = next((name for name in ("running", "pending", "ready", "blocked")
+                       if counts_of.get(name)), None)
+        status = active or next((name for name in FAMILY_STATUS if counts_of.get(name)),
+                                "uninitialized")
+        ran = averages.get(family)
+        sub = (f"each {span(ran[1] / ran[0] / 1000)} on average" if ran and size > 1 else
+               f"1 job, took {span(ran[1] / ran[0] / 1000)}" if ran else
+               f"{plural(size, 'job')}, none has ended")
+        nodes.append({"id": f"f{family}", "name": label, "family": shape.names[family],
+                      "counts": counts_of, "status": status, "sub": sub,
+                      "why": ", ".join(f"{number:,} {name.replace('_', ' ')}"
+                                       for name, number in counts_of.items()),
+                      "href": f"#/w/{workflow_id}/jobs?family={shape.names[family]}"})
+    return nodes
+
+
+def graph(store, workflow_id, now):
+    """Nodes and edges of a workflow: its jobs, or its families if there are many."""
+    total = store.one("SELECT count(*) FROM job WHERE workflow_id = ?", (workflow_id,))[0]
+    if total > FEW_JOBS:
+        shape = shape_of(store, workflow_id)
+        nodes = family_nodes(store, workflow_id, shape, family_counts(store, workflow_id, shape))
+        return {"families": True, "total": total, "nodes": nodes,
+                "edges": [[f"f{one}", f"f{other}"]
+                          for one, other in acyclic(len(nodes), shape.edges)]}
+    ids = [row[0] for row in store.query("SELECT id FROM job WHERE workflow_id = ? ORDER BY id",
+                                         (workflow_id,))]
+    place = {job_id: number for number, job_id in enumerate(ids)}
+    pairs = store.query("SELECT d.depends_on_job_id, d.job_id FROM job j JOIN job_dependency d ON"
+                        " d.job_id = j.id WHERE j.workflow_id = ?", (workflow_id,))
+    edges = acyclic(len(ids), [(place[one], place[other]) for one, other in pairs
+                               if one in place and other in place])
+    return {"families": False, "total": total, "nodes": job_nodes(store, workflow_id, ids, now),
+            "edges": [[ids[one], ids[other]] for one, other in edges]}
+
+
+def job_nodes(store, workflow_id, job_ids, now):
+    """The nodes of a graph of jobs."""
+    nodes = []
+    for job_id, view in job_views(store, job_ids, now).items():
+        status, ran = view["status"], view["ran_s"]
+        said = status.replace("_", " ")
+        why_text = (f"runs for {span(ran)} of {span(view['runtime_s'])}" if status == "running"
+                    and ran is not None else
+                    f"completed in {span(ran)}" if status == "completed" and ran is not None else
+                    f"{said}: {view['note']}" if view["note"] and status not in (
+                        "blocked", "ready") else view["note"] or said)
+        nodes.append({"id": job_id, "name": view["name"], "status": status,
+                      "sub": "" if ran is None else span(ran), "why": why_text,
+                      "href": f"#/w/{workflow_id}/jobs/{job_id}"})
+    return nodes
+
+
+def graph_around(store, workflow_id, job_id, now, most=5):
+    """A job with what it waits for and what waits for it, at most 5 each. Raises NotFound."""
+    if job_row(store, job_id).workflow_id != workflow_id:
+        raise not_found(KINDS["job"], job_id)
+    ids, edges, more = [job_id], [], []
+    for mine, theirs, words in (("job_id", "depends_on_job_id", "waits for"),
+                                ("depends_on_job_id", "job_id", "frees")):
+        # Those that matter now first: what is not done, then what went badly.
+        found = store.query(
+            f"SELECT d.{theirs} FROM job_dependency d JOIN job j ON j.id = d.{theirs} WHERE"
+            f" d.{mine} = ? AND d.{theirs} <> d.{mine} ORDER BY j.status IN {COMPLETE}, j.status ="
+            f" {COMPLETED}, j.id LIMIT ?", (job_id, most))
+        number = store.one(f"SELECT count(*) FROM job_dependency WHERE {mine} = ?", (job_id,))[0]
+        if number > len(found):
+            more.append(f"{words} {number - len(found):,} more")
+        for other, in found:
+            edges.append([other, job_id] if mine == "job_id" else [job_id, other])
+            ids.append(other)
+    return {"nodes": job_nodes(store, workflow_id, dict.fromkeys(ids), now), "edges": edges,
+            "more": ", ".join(more)}
+
+
+# ---- failures
+
+def failures(store, workflow_id, most=5000, wanted=None):
+    """Jobs that ended badly, in groups of one cause: exit, and last line of stderr.
+
+    most: the latest so many are looked at. wanted: id of the only group, with all its job ids.
+    """
+    bad = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
+    codes = exit_codes(store, workflow_id)
+    number = dict(store.query(
+        f"SELECT status, count(*) FROM job WHERE workflow_id = ? AND status IN {bad} GROUP BY"
+        " status", (workflow_id,)))
+    downstream = store.one(f"SELECT total(cascaded) FROM job WHERE workflow_id = ? AND status ="
+                           f" {CANCELED}", (workflow_id,))[0]
+    groups = {}
+    rows = store.query(
+        "SELECT j.id, j.name, j.status, r.id, r.return_code, r.exec_time_minutes * 60,"
+        f" {MS.format('r.completion_time')}, r.peak_memory_bytes, n.hostname,"
+        " substr(r.stderr_tail, -400), q.memory_bytes, q.runtime_s, q.name, j.attempt_id FROM job j"
+        " JOIN resource_requirements q ON q.id = j.resource_requirements_id LEFT JOIN latest_result"
+        " l ON l.job_id = j.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN compute_node n"
+        f" ON n.id = r.compute_node_id WHERE j.workflow_id = ? AND j.status IN {bad}"
+        " ORDER BY r.id DESC LIMIT ?", (workflow_id, most))
+    for row in rows:
+        one = Failure(*row)
+        lines = (one.tail or "").strip().splitlines()
+        line = lines[-1].strip()[-300:] if lines else ""
+        key = one.status, one.code, re.sub(r"\d+", "#", line)
+        groups.setdefault(key, []).append((one, line))
+    answer = []
+    for key, members in groups.items():
+        group_id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+        if wanted is None or wanted == group_id:
+            answer.append({"id": group_id, **failure_group(store, members, codes)})
+            if wanted:
+                answer[-1]["job_ids"] = sorted(one.job_id for one, _ in members)
+    answer.sort(key=lambda group: (-group["count"], group["first_ms"] or 0))
+    return {"groups": answer, "total": sum(number.values()), "downstream": int(downstream),
+            "looked_at": len(rows)}
+
+
+class Failure(NamedTuple):
+    """A job that ended badly, with its latest result."""
+
+    job_id: int
+    name: str
+    status: int
+    result_id: int | None
+    code: int | None
+    ran_s: float | None
+    ended_ms: float | None
+    peak: int | None
+    host: str | None
+    tail: str | None
+    memory: int
+    runtime_s: int
+    need: str
+    attempt: int
+
+
+def failure_group(store, members, codes):
+    """What is said of jobs that failed alike. members: [(Failure, last line), ...]."""
+    jobs = [one for one, _ in members]
+    first, line = members[-1]             # they come with the latest first
+    families = list(dict.fromkeys(family_name(one.name) for one in jobs))
+    hosts = sorted({one.host for one in jobs if one.host})
+    ended = [one.ended_ms for one in jobs if one.ended_ms]
+    verdict, remedy, advice = failure_remedy(jobs, codes)
+    tail = store.one("SELECT stderr_tail FROM result WHERE id = ?", (first.result_id,))
+    return {"count": len(jobs), "status": STATUS_NAMES[first.status], "line": line,
+            "cause": exit_text(first.status, first.code, codes) if first.code is not None
+            else "no result is kept", "verdict": verdict, "remedy": remedy, "advice": advice,
+            "family": plain_names(families), "first_ms": int(min(ended)) if ended else None,
+            "last_ms": int(max(ended)) if ended else None,
+            "hosts": f"{len(hosts)} nodes" if len(hosts) > 3 else plain_names(hosts) if hosts
+            else "no node", "jobs": [{"id": one.job_id, "name": one.name} for one in jobs[:3]],
+            "tail": (tail[0] if tail else "") or ""}
+
+
+def failure_remedy(jobs, codes):
+    """(verdict, label of a button, advice) for jobs that failed alike."""
+    one, peak = jobs[0], max((job.peak or 0 for job in jobs), default=0)
+    ran = max((job.ran_s or 0 for job in jobs), default=0)
+    alike = "They fail alike: look at one before rerunning them." if len(jobs) > 1 else \
+        "Look at its output before rerunning it."
+    known = one.need != "default"         # those requirements mean nothing
+    limit = max(job.memory for job in jobs)
+    over = known and peak > limit
+    if over or one.code == codes["memory"] and (not known or ran < 0.8 * one.runtime_s):
+        more = -(-int(1.5 * max(limit if known else 0, peak)) // 2**20) * 2**20
+        held = f"held {format_bytes(peak)}" if peak else "were killed" if len(jobs) > 1 \
+            else "was killed"
+        if not known and not peak:
+            return ("memory", "Rerun these…", f"{held[0].upper()}{held[1:]}, perhaps for memory: "
+                    "they have no resource requirements that could be raised.")
+        return ("memory", f"Rerun with {format_bytes(more)}…",
+                f"Asked for {format_bytes(limit)} and {held}." if known else
+                f"Asked for nothing and {held}.")
+    if one.code == codes["time"] or known and one.status != FAILED and ran > 0.9 * one.runtime_s:
+        more = max(1, math.ceil(1.4 * max(ran, one.runtime_s) / 60))
+        return ("runtime", f"Rerun with {more} min…", f"Ran into the runtime of "
+                f"{span(one.runtime_s)} asked for.")
+    if one.code == ORPHAN_RETURN_CODE:
+        return ("lost", "Rerun these…", "Their runner died: nothing says that the jobs are bad."
+                if len(jobs) > 1 else "Its runner died: nothing says that the job is bad.")
+    missing = {126: "The command cannot be executed: is the file executable?",
+               127: "The command was not found: a module that is not loaded, or a wrong path."}
+    return "unknown", "Rerun these…", missing.get(one.code, alike)
+
+
+# ---- over time
+
+MOST_BARS = 2000                          # jobs that a timeline shows one by one
+SHORTEST_GAP_S = 1.0
+
+
+class Grid:
+    """Equal bins of a stretch of time, in which stretches are summed exactly."""
+
+    def __init__(self, begin, end, bins):
+        self.begin, self.width, self.bins = begin, (end - begin) / bins, bins
+        self.level, self.slope = [0.0] * (bins + 1), [0.0] * (bins + 2)
+
+    def add(self, start, end, weight):
+        """Add `weight` from start to end (ms)."""
+        first, last = (start - self.begin) / self.width, (end - self.begin) / self.width
+        first, last = max(0.0, first), min(float(self.bins), last)
+        if last <= first:
+            return
+        one, other = int(first), min(int(last), self.bins - 1)
+        if one == other:
+            self.level[one] += weight * (last - first)
+            return
+        self.level[one] += weight * (one + 1 - first)
+        self.level[other] += weight * (last - other)
+        self.slope[one + 1] += weight     # the bins between are full
+        self.slope[other] -= weight
+
+    def means(self):
+        """The mean weight in each bin."""
+        running, means = 0.0, []
+        for level, slope in zip(self.level[:self.bins], self.slope):
+            running += slope
+            means.append(level + running)
+        return means
+
+
+def nodes_over_time(store, workflow_id, now):
+    """Runners: (id, name, cpus, memory_bytes, start ms, end ms, active), by start."""
+    found = []
+    for node_id, host, cpus, memory, start, ran, active in store.query(
+            "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * max(num_nodes, 1) *"
+            f" 1073741824, {MS.format('start_time')}, duration_seconds, is_active FROM compute_node"
+            " WHERE workflow_id = ? ORDER BY id", (workflow_id,)):
+        end = now * 1000 if active or ran is None or start is None else start + ran * 1000
+        found.append((node_id, host, cpus, memory, start or now * 1000, end, bool(active)))
+    return found
+
+
+def running_jobs(store, workflow_id):
+    """Jobs that run: (id, node id, requirement id, start ms or None)."""
+    return store.query("SELECT id, compute_node_id, resource_requirements_id, started_ms FROM job"
+                       f" WHERE workflow_id = ? AND status = {RUNNING} AND compute_node_id IS NOT"
+                       " NULL", (workflow_id,))
+
+
+def stretch(store, workflow_id, begin, end, nodes, now):
+    """The stretch of time to show: what is asked for, or the present run. Milliseconds."""
+    run_id = workflow_row(store, workflow_id, "run_id")[0]
+    began = attempts(store, workflow_id).began
+    starts = [began[run_id]] if run_id in began else [node[4] for node in nodes if node[6]]
+    ends = [node[5] for node in nodes]
+    begin = begin if begin is not None else int(min(starts, default=now * 1000 - 60_000))
+    end = end if end is not None else int(max(ends, default=now * 1000))
+    return begin, max(end, begin + 1000)
+
+
+def timeline(store, workflow_id, begin, end, bins, now):
+    """What each runner did from begin to end (ms): its jobs, or how busy it was in each bin.
+
+    bins: [part of its CPUs in use, whether a job failed]. gaps: when it did nothing, with the
+    cause, the longest first.
+    """
+    nodes = nodes_over_time(store, workflow_id, now)
+    begin, end = stretch(store, workflow_id, begin, end, nodes, now)
+    needs = dict(store.query("SELECT id, num_cpus * num_nodes FROM resource_requirements WHERE"
+                             " workflow_id = ?", (workflow_id,)))
+    known = attempts(store, workflow_id)
+    bars = {node[0]: [] for node in nodes}
+    for job_id, node_id, need, status, stop, ran in zip(
+            *(known.columns[place] for place in (1, 2, 3, 4, 6, 7))):
+        if stop > begin and stop - ran < end and node_id in bars:
+            bars[node_id].append((stop - ran, stop, job_id, status, needs.get(need, 1)))
+    for job_id, node_id, need, start in running_jobs(store, workflow_id):
+        if node_id in bars and start and start < end:
+            bars[node_id].append((start, int(now * 1000), job_id, RUNNING, needs.get(need, 1)))
+    single = sum(map(len, bars.values())) <= MOST_BARS
+    names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}", (compact(sorted(
+        {bar[2] for many in bars.values() for bar in many})),))) if single else {}
+    runners = []
+    for node in nodes:
+        if node[4] < end and node[5] > begin or bars[node[0]]:
+            runners.append(runner_lane(store, workflow_id, node, sorted(bars[node[0]]), names,
+                                       (begin, end, bins), single, now))
+    return {"from": begin, "to": end, "runners": runners}
+
+
+def runner_lane(store, workflow_id, node, bars, names, view, single, now):
+    """One runner of a timeline. bars: [(start, end, job id, status, cpus), ...] by start."""
+    _, host, cpus, _, up, down, active = node
+    begin, end, bins = view
+    start, stop = max(up, begin), min(down, end)
+    if bars:
+        start, stop = min(start, max(bars[0][0], begin)), max(stop, min(bars[-1][1], end))
+    free, at, cpu_ms = [], start, 0
+    for first, last, _, _, weight in bars:
+        cpu_ms += weight * (min(last, stop) - max(first, start))
+        if first - at >= SHORTEST_GAP_S * 1000:
+            free.append((at, first))
+        at = max(at, last)
+    if stop - at >= SHORTEST_GAP_S * 1000:
+        free.append((at, stop))
+    idle_ms = sum(last - first for first, last in free)
+    least = (end - begin) / 100
+    gaps = [gap for gap in sorted(free, key=lambda gap: gap[0] - gap[1]) if gap[1] - gap[0] > least]
+    shown = [{"from": int(first), "to": int(last), "text": f"idle {span((last - first) / 1000)}, "
+              + gap_cause(store, workflow_id, first, last, bars, stop, active)}
+             for first, last in gaps[:5]]
+    if not active and down < end - least:
+        shown.append({"from": int(down), "to": int(end), "text": gone_text(store, node[0])})
+    lane = {"id": node[0], "name": host, "cpus": cpus, "ran": len(bars), "start": int(start),
+            "end": int(stop), "idle_s": round(idle_ms / 1000, 1), "gaps": shown,
+            "busy": min(100, round(100 * cpu_ms / max(1, cpus * (stop - start))))}
+    if single:
+        return {**lane, "jobs": bars_in_lanes(bars, names)}
+    grid, failed = Grid(begin, end, bins), set()
+    for first, last, _, status, weight in bars:
+        grid.add(first, last, weight)
+        if status in (FAILED, TERMINATED, PENDING_FAILED) and begin <= last < end:
+            failed.add(int((last - begin) / grid.width))
+    return {**lane, "bins": [[round(min(1.0, mean / max(1, cpus)), 3), number in failed]
+                             for number, mean in enumerate(grid.means())]}
+
+
+def bars_in_lanes(bars, names):
+    """Jobs of a runner, each in the first lane that is free when it starts."""
+    lanes, jobs = [], []
+    for first, last, job_id, status, _ in bars:
+        lane = next((number for number, until in enumerate(lanes) if until <= first), len(lanes))
+        lanes[lane:lane + 1] = [last]
+        jobs.append({"id": job_id, "name": names.get(job_id, f"job {job_id}"),
+                     "status": STATUS_NAMES[status], "start": first, "end": last, "lane": lane})
+    return jobs
+
+
+def gap_cause(store, workflow_id, first, last, bars, stop, active):
+    """Why a runner idled from first to last (ms)."""
+    after = next((bar for bar in bars if bar[0] >= last), None)
+    if after:                             # what did the job wait for that ended the gap?
+        row = store.one(
+            f"SELECT p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id JOIN"
+            " latest_result l ON l.job_id = p.id JOIN result r ON r.id = l.result_id WHERE d.job_id"
+            f" = ? AND {MS.format('r.completion_time')} BETWEEN ? AND ? ORDER BY r.completion_time"
+            " DESC LIMIT 1", (after[2], first - 1, last + 5000))
+        return f"waited for {row[0]}" if row else "nothing was ready"
+    if not active or last < stop:
+        return "nothing was ready"
+    ready = store.one(f"SELECT count(*) FROM job WHERE workflow_id = ? AND status = {READY}",
+                      (workflow_id,))[0]
+    return "what is ready does not fit" if ready else "nothing is ready"
+
+
+def gone_text(store, node_id):
+    """What became of a runner that is gone."""
+    lost = store.one("SELECT count(*) FROM result WHERE compute_node_id = ? AND return_code = ?",
+                     (node_id, ORPHAN_RETURN_CODE))[0]
+    return f"lost, with {plural(lost, 'job')} that ran there" if lost else "ended"
+
+
+def usage(store, workflow_id, begin, end, bins, now):
+    """CPUs and memory over time, and by resource requirements: asked for, used, there.
+
+    What a running job uses is not known yet: it counts as jobs of its requirements did so far.
+    """
+    nodes = nodes_over_time(store, workflow_id, now)
+    begin, end = stretch(store, workflow_id, begin, end, nodes, now)
+    needs = {row[0]: row[1:] for row in store.query(
+        "SELECT id, num_cpus * num_nodes, memory_bytes * num_nodes, name, runtime_s FROM"
+        " resource_requirements WHERE workflow_id = ?", (workflow_id,))}
+    grids = {(what, kind): Grid(begin, end, bins) for what in ("cpu", "memory")
+             for kind in ("used", "asked", "limit")}
+    totals = {need: [0, 0, 0, 0] for need in needs}  # CPU %·ms, ms with it, bytes·ms, ms with it
+    known = attempts(store, workflow_id)
+
+    def add(need, start, stop, cpu, memory):
+        cpus, size = needs[need][:2]
+        for key, weight in ((("cpu", "asked"), cpus), (("memory", "asked"), size),
+                            (("cpu", "used"), cpu), (("memory", "used"), memory)):
+            if weight:
+                grids[key].add(start, stop, weight)
+
+    for need, stop, ran, percent, memory in zip(*(known.columns[place] for place in (3, 6, 7, 8, 9))):
+        if need not in needs:
+            continue
+        total = totals[need]
+        if percent >= 0:
+            total[0] += percent * ran
+            total[1] += ran
+        if memory >= 0:
+            total[2] += memory * ran
+            total[3] += ran
+        if stop > begin and stop - ran < end:
+            add(need, stop - ran, stop, max(0, percent) / 100, max(0, memory))
+    for _, _, need, start in running_jobs(store, workflow_id):
+        if need in needs and start:
+            total = totals[need]
+            add(need, start, now * 1000, total[0] / total[1] / 100 if total[1] else 0,
+                total[2] / total[3] if total[3] else 0)
+    for _, _, cpus, memory, up, down, _ in nodes:
+        grids["cpu", "limit"].add(up, down, cpus)
+        grids["memory", "limit"].add(up, down, memory)
+    width = (end - begin) / bins
+    series = {what: [{"name": name, "kind": kind, "points": [
+        round(value, digits) for value in grids[what, kind].means()]}
+        for name, kind in (("used", "used"), ("asked", "asked"), ("available", "limit"))]
+        for what, digits in (("cpu", 3), ("memory", None))}
+    return {"times": [int(begin + width * (number + 0.5)) for number in range(bins)], **series,
+            "requirements": requirement_rows(store, workflow_id, needs, totals)}
+
+
+def requirement_rows(store, workflow_id, needs, totals):
+    """What was asked for and used by each resource requirement, and what to change."""
+    codes, rows = exit_codes(store, workflow_id), []
+    jobs = dict(store.query("SELECT resource_requirements_id, count(*) FROM job WHERE workflow_id"
+                            " = ? GROUP BY 1", (workflow_id,)))
+    most = {row[0]: row[1:] for row in store.query(
+        "SELECT j.resource_requirements_id, max(r.peak_memory_bytes), max(r.exec_time_minutes) * 60,"
+        " count(*), total(r.return_code = ? AND r.status <> ?), total(r.return_code = ?)"
+        " FROM result r CROSS JOIN latest_result l ON l.result_id = r.id CROSS JOIN job j ON j.id ="
+        " r.job_id WHERE r.workflow_id = ? GROUP BY 1",
+        (codes["memory"], COMPLETED, codes["time"], workflow_id))}
+    for need, (cpus, memory, name, runtime_s) in needs.items():
+        if not jobs.get(need):
+            continue
+        peak, longest, ended, of_memory, of_time = most.get(need, (0, 0, 0, 0, 0))
+        used = totals[need][0] / totals[need][1] / 100 if totals[need][1] else 0
+        verdict, advice = requirement_advice(cpus, memory, name, runtime_s, peak or 0, longest or 0,
+                                             ended, used, int(of_memory), int(of_time))
+        rows.append({"name": name, "jobs": jobs[need], "cpus": cpus, "cpu_used": round(used, 3),
+                     "peak": peak or 0, "memory": memory, "longest_s": longest or 0,
+                     "runtime_s": runtime_s, "verdict": verdict, "advice": advice})
+    return rows
+
+
+def requirement_advice(cpus, memory, name, runtime_s, peak, longest, ended, used, of_memory,
+                       of_time):
+    """(status whose glyph it gets, sentence) on what to change of a resource requirement."""
+    if not ended:
+        return "uninitialized", "Nothing has run yet"
+    if name == "default":
+        return "completed", "Nothing was asked for, so nothing is limited"
+    if of_memory or of_time:
+        short = [f"{number:,} ran out of {what}" for number, what in (
+            (of_memory, "memory"), (of_time, "time")) if number]
+        ask = [format_bytes(1.5 * max(peak, memory))] if of_memory else []
+        ask += [span(1.4 * max(longest, runtime_s))] if of_time else []
+        return "failed", f"{' and '.join(short)}: ask {', '.join(ask)}"
+    if cpus > 1 and 0 < used < 0.5 * cpus:
+        return "pending_failed", f"Uses {used:.1f} of {cpus} CPUs: ask {max(1, math.ceil(used))}"
+    if peak and peak < 0.25 * memory and memory > 2**30:
+        return "pending_failed", (f"Used {format_bytes(peak)} at most: ask "
+                                  f"{format_bytes(1.5 * peak)}, more jobs fit then")
+    return "completed", "Fits"
 
 
 # ==================================================================================================
@@ -3741,6 +4923,7 @@ class Request(NamedTuple):
     urls: tuple = ()                      # where the server can be reached, empty without one
     access: Access = Access()
     nobody: str = "anonymous"             # or "unknown" if there were wrong credentials
+    streams: bool = False                 # whether the caller can take a Subscription
 
     @property
     def subject(self):
@@ -3761,6 +4944,8 @@ class Request(NamedTuple):
             return text == "true"
         if kind == "status" and text in STATUS_OF_NAME:
             return STATUS_OF_NAME[text]
+        if kind == "statuses" and all(one in STATUS_OF_NAME for one in text.split(",")):
+            return compact([STATUS_OF_NAME[one] for one in text.split(",")])
         if kind == "str":
             return text
         raise BadRequest(f"query parameter {name}={text!r} is not {TYPE_NAMES[kind]}")
@@ -3782,7 +4967,8 @@ class Request(NamedTuple):
 
 
 TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false",
-              "status": "a job status", "ints": "a list of integers", "any": "a value",
+              "status": "a job status", "statuses": "a list of job statuses",
+              "ints": "a list of integers", "any": "a value",
               "echo": "a string",
               "dict": "an object", "list": "a list"}
 
@@ -3838,10 +5024,11 @@ class Filter(NamedTuple):
 
 
 CONTAINS = "instr(lower(t.{0}), lower(?)) > 0"
+SEARCHED = "(t.{} LIKE ? ESCAPE '\\' OR t.{} LIKE ? ESCAPE '\\' OR t.{} LIKE ? ESCAPE '\\')"
 FILTERS = {
     "workflow": {"description": Filter("str", CONTAINS.format("description")),
                  "is_archived": Filter("bool", "t.is_archived = ?")},
-    "job": {"status": Filter("status", "t.status = ?"),
+    "job": {"status": Filter("statuses", f"t.status IN {IDS}"),
             "needs_file_id": Filter(
                 "int", "t.id IN (SELECT job_id FROM job_input_file WHERE file_id = ?)"),
             "upstream_job_id": Filter(
@@ -3870,6 +5057,11 @@ FILTERS = {
         "bool", "(? OR t.id IN (SELECT result_id FROM latest_result))", False)},
     "event": {"after_timestamp": Filter("int", "t.timestamp > ?")},
 }
+
+
+def like(text):
+    """A text as a pattern of LIKE, which is twice as fast as comparing lower-case copies."""
+    return "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
 
 
 def conditions(request, kind):
@@ -3939,6 +5131,7 @@ def clear_records(request, kind):
     with request.store.transaction():
         number = request.store.execute(f"DELETE FROM {kind.table} WHERE workflow_id = ?",
                                        (workflow_id,))
+        reshaped(request.store, workflow_id)
         request.store.news(workflow_id)
     return {"count": number, "deleted_count": number,
             "message": f"deleted {number} {kind.name} records"}
@@ -3952,6 +5145,7 @@ def delete_jobs(store, workflow_id, job_ids):
             shift_dependents(store, [job_id], -1)
         remove(store, KINDS["job"], job_id)
     settle_blocked(store, workflow_id)
+    reshaped(store, workflow_id)
     store.news(workflow_id)
 
 
@@ -3965,6 +5159,7 @@ def settle_blocked(store, workflow_id):
 def settle_all(store, workflow_id):
     """In a transaction: jobs have vanished by a cascade; put the rest in order."""
     recount(store, workflow_id)
+    reshaped(store, workflow_id)
     settle_blocked(store, workflow_id)
 
 
@@ -4025,8 +5220,11 @@ def show_workflow(store, workflow_id):
 
 
 def get_workflow(request, workflow_id):
-    """One workflow."""
-    return show_workflow(request.store, workflow_id)
+    """One workflow; include_counts adds how far it is (ours)."""
+    workflow = show_workflow(request.store, workflow_id)
+    if request.param("include_counts", "bool", False):
+        workflow.update(progress(request.store, [workflow_id])[workflow_id])
+    return workflow
 
 
 WORKFLOW_STATUS = fields("run_id:int! is_canceled:bool! is_archived:bool"
@@ -4034,15 +5232,27 @@ WORKFLOW_STATUS = fields("run_id:int! is_canceled:bool! is_archived:bool"
 
 
 def list_workflows(request):
-    """All workflows; sorting by the status columns needs the is_archived filter, as upstream."""
+    """All workflows; sorting by the status columns needs the is_archived filter, as upstream.
+
+    Ours: search (in name, project and description), all_users=false (only those of the user whose
+    name is given), include_counts.
+    """
     page = request.page()
     where, params = conditions(request, KINDS["workflow"])
+    if request.param("search"):
+        where.append(SEARCHED.format("name", "project", "description"))
+        params += [like(request.param("search"))] * 3
+    if not request.param("all_users", "bool", True) and request.user:
+        where.append("t.user = ?")
+        params.append(request.user)
     if request.access.enforced and not is_admin(request.store, request.user):
         where.append(USABLE)
         params += [request.user] * 2      # nobody's name is NULL, which equals nothing
     answer = listing(request.store, KINDS["workflow"], page, " AND ".join(where) or "1", params)
+    counted = request.param("include_counts", "bool", False)
+    far = progress(request.store, [one["id"] for one in answer["items"]]) if counted else {}
     for workflow in answer["items"]:
-        workflow["status_id"] = workflow["id"]
+        workflow.update(status_id=workflow["id"], **far.get(workflow["id"], {}))
     return answer
 
 
@@ -4143,9 +5353,14 @@ def initialize(request, workflow_id):
     """Derive dependencies and make jobs blocked or ready. Upstream: initialize_jobs."""
     only = request.param("only_uninitialized", "bool", False)
     clear = request.param("clear_ephemeral_user_data", "bool", False)
+    message = f"initialized the jobs of workflow {workflow_id}"
+    kind = "workflow_started" if only else "workflow_reinitialized"      # as upstream names them
     with request.store.transaction():
         initialize_jobs(request.store, workflow_id, only, clear)
-    return {"message": f"initialized the jobs of workflow {workflow_id}"}
+        if request.store.is_heard(workflow_id):
+            request.store.tell(workflow_id, kind, "info", {
+                "category": "workflow", "type": kind, "user": request.subject, "message": message})
+    return {"message": message}
 
 
 def process_changed_job_inputs(request, workflow_id):
@@ -4311,6 +5526,7 @@ def insert_jobs(store, workflow_id, jobs):
     if store.one("SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status IN"
                  f" {COMPLETE})", (workflow_id,))[0]:
         recount(store, workflow_id)       # some dependencies may have ended already
+    reshaped(store, workflow_id)
     store.news(workflow_id)
     return range(first, first + len(jobs))
 
@@ -4373,16 +5589,42 @@ def show_job(store, job_id):
 
 
 def get_job(request, job_id):
-    """One job with its relations."""
-    return show_job(request.store, job_id)
+    """One job with its relations; include_results adds how it ended (ours)."""
+    job = show_job(request.store, job_id)
+    if request.param("include_results", "bool", False):
+        job.update(job_views(request.store, [job_id], request.now)[job_id],
+                   **job_details(request.store, job_id))
+    return job
 
 
 def list_jobs(request):
-    """Jobs of a workflow; include_relationships adds the lists of related ids."""
+    """Jobs of a workflow; include_relationships adds the lists of related ids.
+
+    Ours: several statuses (status=failed,terminated), search (in name and command), family,
+    include_results, and sort_by start, ran, memory or host.
+    """
     relations = request.param("include_relationships", "bool", False)
-    answer = list_records(request, KINDS["job"])
+    results = request.param("include_results", "bool", False)
+    workflow_id, page, store = request.need("workflow_id"), request.page(), request.store
+    where, params = conditions(request, KINDS["job"])
+    require_workflow(store, workflow_id)
+    where, params = ["t.workflow_id = ?", *where], [workflow_id, *params]
+    if request.param("search"):
+        where.append("(t.name LIKE ? ESCAPE '\\' OR t.command LIKE ? ESCAPE '\\')")
+        params += [like(request.param("search"))] * 2
+    if request.param("family"):
+        where.append(f"t.id IN {IDS}")
+        params.append(compact(family_members(store, workflow_id, request.param("family"))))
+    if page.sort_by in JOB_ORDERS:
+        answer = job_page(store, page, " AND ".join(where), params, request.now)
+    else:
+        answer = listing(store, KINDS["job"], page, " AND ".join(where), params)
     if relations:
-        with_relations(request.store, answer["items"])
+        with_relations(store, answer["items"])
+    if results:
+        views = job_views(store, [job["id"] for job in answer["items"]], request.now)
+        for job in answer["items"]:
+            job.update(views[job["id"]])
     return answer
 
 
@@ -4414,6 +5656,8 @@ def update_job(request, job_id):
                    "supports_termination", "resource_requirements_id", "scheduler_id", "priority",
                    "stdio")
         change_job(store, job_id, {name: values[name] for name in allowed if name in values})
+        if "name" in values or "depends_on_job_ids" in values:
+            reshaped(store, job["workflow_id"])
     return show_job(store, job_id)
 
 
@@ -4452,7 +5696,7 @@ def complete_job_request(request, job_id, status, run_id):
 def start_job_request(request, job_id, run_id, node_id):
     """A claimed job begins to run. Upstream: start_job."""
     with request.store.transaction():
-        start_job(request.store, job_id, run_id, node_id)
+        start_job(request.store, job_id, run_id, node_id, request.now)
     return show_job(request.store, job_id)
 
 
@@ -4575,6 +5819,16 @@ def changes(request, workflow_id):
     return now
 
 
+def stream_events(request, workflow_id):
+    """Events as they happen, as server-sent events; level: the least severity to show."""
+    level = request.param("level", default="info").lower()
+    require_workflow(request.store, workflow_id)
+    if not request.streams:
+        raise Invalid("events are streamed over HTTP: start torc-server on this database, or ask "
+                      f"GET /workflows/{workflow_id}/changes, which waits for news")
+    return request.store.subscribe(workflow_id, level if level in SEVERITIES else "info")
+
+
 # ---- what is derived
 
 def get_counts(request, workflow_id):
@@ -4586,6 +5840,57 @@ def get_unfinished(request, workflow_id):
     """What keeps a workflow from completing (ours)."""
     require_workflow(request.store, workflow_id)
     return unfinished(request.store, workflow_id)
+
+
+def get_summary(request, workflow_id):
+    """How far a workflow is, how fast, and what holds it up (ours)."""
+    return summary(request.store, workflow_id, request.now)
+
+
+def get_graph(request, workflow_id):
+    """Which job waits for which, by families above 400 jobs; around=JOB: one and its neighbours
+    (ours)."""
+    around = request.param("around", "int")
+    require_workflow(request.store, workflow_id)
+    if around is not None:
+        return graph_around(request.store, workflow_id, around, request.now)
+    return graph(request.store, workflow_id, request.now)
+
+
+def get_failures(request, workflow_id):
+    """Jobs that ended badly, in groups of one cause; group=ID: that one, with all its job ids
+    (ours)."""
+    wanted = request.param("group")
+    require_workflow(request.store, workflow_id)
+    return failures(request.store, workflow_id, wanted=wanted)
+
+
+MOST_BINS = 2000
+
+
+def window(request, default):
+    """from, to (ms, None if absent) and bins of a request. Raises BadRequest."""
+    moments = []
+    for name in ("from", "to"):
+        text = request.param(name)
+        if text is not None and not re.fullmatch(r"-?\d{1,16}(\.\d+)?", text):
+            raise BadRequest(f"query parameter {name}={text!r} is not a number of milliseconds")
+        moments.append(None if text is None else int(float(text)))
+    return (*moments, max(2, min(MOST_BINS, request.param("bins", "int", default))))
+
+
+def get_timeline(request, workflow_id):
+    """What ran where between from and to (ms), as jobs or in bins, and why runners idled (ours)."""
+    begin, end, bins = window(request, 300)
+    require_workflow(request.store, workflow_id)
+    return timeline(request.store, workflow_id, begin, end, bins, request.now)
+
+
+def get_usage(request, workflow_id):
+    """CPUs and memory asked for, used and there, over time and by requirements (ours)."""
+    begin, end, bins = window(request, 240)
+    require_workflow(request.store, workflow_id)
+    return usage(request.store, workflow_id, begin, end, bins, request.now)
 
 
 def list_job_ids(request, workflow_id):
@@ -4817,6 +6122,29 @@ def list_failure_handlers(request, workflow_id):
     return list_records(request, KINDS["failure_handler"], workflow_id)
 
 
+def create_compute_node(request):
+    """Store a compute node; the answer echoes the request with the new id."""
+    kind = KINDS["compute_node"]
+    values = check_body(request.body, kind.fields)
+    require_workflow(request.store, values["workflow_id"])
+    with request.store.transaction():
+        node_id = add(request.store, kind, values)
+        tell_node(request.store, node_id, started=True)
+    return {**values, "id": node_id}
+
+
+def update_compute_node(request, node_id):
+    """Change the fields given; a runner that ends sets is_active to false."""
+    kind = KINDS["compute_node"]
+    values = check_body(request.body, kind.fields, partial=True)
+    with request.store.transaction():
+        before = fetch(request.store, kind, node_id)
+        change(request.store, kind, node_id, values)
+        if before["is_active"] and values.get("is_active") is False:
+            tell_node(request.store, node_id, started=False)
+    return fetch(request.store, kind, node_id)
+
+
 def release_compute_node(request, node_id):
     """A node's runner is proven dead: its jobs are ready again (ours).
 
@@ -4846,7 +6174,13 @@ def create_scheduled_node(request):
         if row:
             return fetch(store, kind, row[0])
         store.news(values["workflow_id"])
-        return {**values, "id": add(store, kind, values)}
+        made = {**values, "id": add(store, kind, values)}
+        if store.is_heard(values["workflow_id"]):
+            store.tell(values["workflow_id"], "scheduler_node_created", "info", {
+                "category": "scheduler", "scheduled_compute_node_id": made["id"],
+                **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
+                                                   "scheduler_type", "status")}})
+        return made
 
 
 def list_slurm_stats(request):
@@ -5200,7 +6534,13 @@ ROUTES = (
     ("PUT",    WF + "/status",                                 update_workflow_status,       JSON),
     ("GET",    WF + "/counts",                                 get_counts,                   NONE),
     ("GET",    WF + "/changes",                                changes,                      NONE),
+    ("GET",    WF + "/events/stream",                          stream_events,                NONE),
     ("GET",    WF + "/unfinished",                             get_unfinished,               NONE),
+    ("GET",    WF + "/summary",                                get_summary,                  NONE),
+    ("GET",    WF + "/graph",                                  get_graph,                    NONE),
+    ("GET",    WF + "/failures",                               get_failures,                 NONE),
+    ("GET",    WF + "/timeline",                               get_timeline,                 NONE),
+    ("GET",    WF + "/usage",                                  get_usage,                    NONE),
     ("POST",   WF + "/runner_step",                            runner_step_request,          JSON),
     ("PUT",    WF + "/cancel",                                 cancel,                       NONE),
     ("POST",   WF + "/reset_status",                           reset_status,                 NONE),
@@ -5252,6 +6592,8 @@ ROUTES = (
     ("POST",   "/events",                                      create_event,                 JSON),
     ("GET",    "/events",                           bind_kind(list_records, KINDS["event"]), NONE),
     ("PUT",    "/events/<id:int>",                             update_event,                 JSON),
+    ("POST",   "/compute_nodes",                               create_compute_node,          JSON),
+    ("PUT",    "/compute_nodes/<id:int>",                      update_compute_node,          JSON),
     ("POST",   "/compute_nodes/<id:int>/release",              release_compute_node,         NONE),
     ("POST",   "/scheduled_compute_nodes",                     create_scheduled_node,        JSON),
     ("GET",    "/slurm_stats",                                 list_slurm_stats,             NONE),
@@ -9596,9 +10938,30 @@ def specification_text(document, as_json):
 # table of operations: build the request, call, serialize, map errors, log.
 
 WAITING_CLIENTS = 56                      # that may hold a thread while they wait for news
+STREAMING_CLIENTS = 40                    # of those; the rest is for runners, which wait for work
+GONE_CLIENT_S = 5.0                       # how often a silent stream looks whether anybody listens
 SECURITY_HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"))
 FRONT_PAGE = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title>"
               f"<p>A torc server. Its API is at <code>{API_PREFIX}</code>.</html>")
+
+
+class Streaming(Exception):
+    """Not an error: takes the headers and the Subscription of a stream past bottle."""
+
+    def __init__(self, headers, subscription):
+        super().__init__()
+        self.headers, self.subscription = headers, subscription
+
+
+def has_hung_up(channel):
+    """Whether the other end of a connection has closed it; waitress tells only who reads on."""
+    import select
+    poll = select.poll()
+    try:
+        poll.register(channel.socket, getattr(select, "POLLRDHUP", 0x2000))
+        return not channel.connected or bool(poll.poll(0))
+    except (OSError, ValueError):         # closed here already
+        return True
 
 
 class Application:
@@ -9611,14 +10974,56 @@ class Application:
         self.urls = ()
         self.serving = threading.BoundedSemaphore(threads)
         self.waiting = threading.BoundedSemaphore(WAITING_CLIENTS)
+        self.streaming = threading.BoundedSemaphore(STREAMING_CLIENTS)
 
     def wsgi(self):
-        """The bottle application: one route, since bottle compiles each route it has."""
+        """The WSGI application: bottle with one route, since it compiles each route it has.
+
+        A stream goes around bottle, which would hold its headers until the first event.
+        """
         import bottle
         app = bottle.Bottle()
         app.catchall = False
         app.route("<path:re:.*>", "ANY", self.handle)
-        return app
+
+        def serve(environ, start_response):
+            try:
+                return app(environ, start_response)
+            except Streaming as stream:
+                write = start_response("200 OK", stream.headers)
+                return self.stream(stream.subscription, environ, write)
+        return serve
+
+    def stream(self, subscription, environ, write):
+        """Events as they come, until the client goes or the server stops."""
+        channel = environ["waitress.client_disconnected"].__self__
+        try:
+            write(b"")                    # the headers, before the first event
+            while environ["REQUEST_METHOD"] != "HEAD":
+                text = subscription.take(GONE_CLIENT_S)
+                if text is None or has_hung_up(channel):
+                    return
+                if text:
+                    yield text
+                    time.sleep(0.02)      # a flood is sent in lumps
+        finally:
+            subscription.close()
+            self.streaming.release()
+            self.waiting.release()
+
+    def begin_stream(self, endpoint, texts, request):
+        """A Subscription that holds places of those who wait. Raises Unreachable without any."""
+        if not self.streaming.acquire(blocking=False):
+            raise Unreachable(f"{STREAMING_CLIENTS} clients follow events already: try later")
+        if not self.waiting.acquire(blocking=False):
+            self.streaming.release()
+            raise Unreachable(f"{WAITING_CLIENTS} clients wait for news already: try later")
+        try:
+            return call_endpoint(endpoint, texts, request._replace(streams=True))
+        except BaseException:
+            self.streaming.release()
+            self.waiting.release()
+            raise
 
     def handle(self, path):
         """Answer one request."""
@@ -9631,6 +11036,11 @@ class Application:
                             or str(time.time_ns()))
         started = time.perf_counter()
         status, content_type, text = self.answer(bottle.request, path, response)
+        if isinstance(text, Subscription):
+            response.content_type = content_type
+            response.set_header("Cache-Control", "no-cache")
+            response.set_header("X-Accel-Buffering", "no")
+            raise Streaming(response.headerlist, text)
         response.status = status
         if content_type:
             response.content_type = content_type
@@ -9658,6 +11068,8 @@ class Application:
             method = "GET" if http.method == "HEAD" else http.method
             endpoint, texts = find_endpoint(method, path[len(API_PREFIX):])
             value = self.call(http, endpoint, texts, verdict)
+            if isinstance(value, Subscription):
+                return 200, "text/event-stream", value
             return 200, "application/json", json.dumps(value, separators=(",", ":"))
         except NoSuchPath:
             return 404, None, ""
@@ -9665,6 +11077,8 @@ class Application:
             response.set_header("Allow", ", ".join(error.allow))
             return 405, None, ""
         except TorcError as error:
+            if error.status == 503:
+                response.set_header("Retry-After", "15")
             if error.plain:
                 return error.status, "text/plain; charset=utf-8", str(error)
             inner = {"message": str(error)}
@@ -9684,6 +11098,8 @@ class Application:
         body = read_json(http) if endpoint.body == JSON else None
         request = Request(self.store, verdict.user, query, body, time.time(), self.urls,
                           self.access, "unknown" if verdict.state == "wrong" else "anonymous")
+        if endpoint.function is stream_events:
+            return self.begin_stream(endpoint, texts, request)
         if endpoint.function is changes and query.get("wait_s", ["0"]) != ["0"]:
             if not self.waiting.acquire(blocking=False):
                 query["wait_s"] = ["0"]
