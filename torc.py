@@ -12418,7 +12418,7 @@ def fit(line, width, fill=False):
     for text, style in line:
         text = printable(text)
         cut = text_width(text) > left
-        text = shorten(text, left) if cut else text
+        text = text if not cut else shorten(text, left) if left > 1 else "." * left
         if text:
             found.append((text, style))
             left -= text_width(text)
@@ -13374,8 +13374,8 @@ def path_line(state, width):
         elif page.kind.tab and page.workflow_id is not None:
             parts[1:] = [f"{page.workflow_id} {page.title}", page.kind.title.lower()]
         elif page.name in ("job", "log", "output"):
-            name = page.title if page.name != "log" else "log"
-            parts += [name] if parts[-1] != name else []
+            parts += [page.title] if parts[-1] != page.title else []
+            parts += ["log"] if page.name == "log" else []
         else:
             parts.append(page.kind.title.lower())
     right = [(state.where, "dim")]
@@ -13481,8 +13481,7 @@ def keys_line(state, width):
     """The keys of this page that matter most."""
     if state.prompt:
         return [(" Enter ", "key"), ("takes it  ", "dim"), ("Esc ", "key"), ("leaves it", "dim")]
-    pairs = [(names if names == "j k" else names.split()[0], label)
-             for names, _, _, label in keys_of(state.page) if label]
+    pairs = [(names.split()[0], label) for names, _, _, label in keys_of(state.page) if label]
     end = [(key, label) for key, label in pairs if label in ("help", "back")]
     room = width - 1 - sum(len(key) + len(label) + 3 for key, label in end)
     spans = [(" ", "")]
@@ -13628,8 +13627,8 @@ PAGES = {
     "workflows": PageKind(
         "Workflows", "w", load_workflows, ("workflows", "moves", "workflow", "everywhere"),
         WORKFLOW_COLUMNS_SHOWN, hint=workflow_hint,
-        empty="There is no workflow yet: n creates one from a specification file, and so does "
-              "`torc create SPEC`."),
+        empty="You have no workflow here: n creates one from a specification file, and a shows "
+              "those of all users."),
     "overview": PageKind("Overview", "o", load_overview, IN_WORKFLOW, rows=overview_rows,
                          tab=True, every_s=2.0),
     "jobs": PageKind("Jobs", "j", load_jobs, ("jobs", *IN_WORKFLOW), JOB_COLUMNS_SHOWN, tab=True,
@@ -13716,8 +13715,7 @@ KEYS = {                                  # group: (title, ((keys, action, help,
         ("a", "follow", "follow what is written, or not", ""))),
     "moves": ("Moving", (
         ("Enter", "enter", "open what is in focus", "open"),
-        ("j k", "", "down and up, as the arrows", "move"),
-        ("Down j", "down", "a row down", ""), ("Up k", "up", "a row up", ""),
+        ("j Down", "down", "a row down", "down"), ("k Up", "up", "a row up", "up"),
         ("PgDn ] Space", "page_down", "a page down", ""), ("PgUp [ b", "page_up", "a page up", ""),
         ("Home", "first", "to the first row", ""), ("End G", "last", "to the last row", ""),
         ("Tab Right", "next_tab", "next page of the workflow", "pages"),
@@ -13749,11 +13747,11 @@ def keys_of(page):
     """The rows of KEYS that hold on a page, those first that win."""
     taken, found = set(), []
     for group in page.kind.keys:
-        for row in KEYS[group][1]:
-            names = [name for name in row[0].split() if name not in taken]
-            if names or not row[1]:
-                found.append(row)
-        taken.update(name for row in KEYS[group][1] if row[1] for name in row[0].split())
+        for names, action, text, label in KEYS[group][1]:
+            free = [name for name in names.split() if name not in taken]
+            if free:
+                found.append((" ".join(free), action, text, label))
+        taken.update(name for row in KEYS[group][1] for name in row[0].split())
     return found
 
 
@@ -13761,7 +13759,7 @@ def action_of(page, key):
     """The action of a key on a page, or None."""
     for group in page.kind.keys:
         for names, action, _, _ in KEYS[group][1]:
-            if action and key in names.split():
+            if key in names.split():
                 return action
     return None
 
@@ -13959,7 +13957,7 @@ class Terminal:
         import collections
         self.client, self.tools, self.server = client, tools, server
         self.wake = wake or (lambda: None)
-        self.events = collections.deque()
+        self.events, self.typed = collections.deque(), collections.deque()
         self.state = State(size, plain)
         self.state.output_dir = tools.output_dir
         self.state.pages.append(View("workflows"))
@@ -14224,6 +14222,17 @@ class Terminal:
             action = action_of(state.page, key)
             if action:
                 getattr(self, "do_" + action)()
+
+    def take_keys(self):
+        """Press the keys that were typed; those for a page that is about to come wait for it."""
+        while self.typed and not self.ended:
+            page = self.state.page
+            empty = not page.data and not page.error and not self.state.away
+            if empty and self.typed[0] not in ("q", "Esc", "g", "?", "r") and not (
+                    self.state.going or self.state.prompt or self.state.question) and (
+                    time.monotonic() - page.asked_at < 2.0 or page.asked_at == -math.inf):
+                return
+            self.press(self.typed.popleft())
 
     def answer(self, key):
         """A key while a question is asked."""
@@ -14980,9 +14989,8 @@ def loop(terminal, canvas, signals):
             if key == "Mouse":
                 canvas.mouse_event(terminal)
             elif key != "Resize":
-                terminal.press(key)
-            if terminal.ended:
-                break
+                terminal.typed.append(key)
+        terminal.take_keys()
         silent = silent + 1 if ready and not pressed else 0
         seen, signals.seen = signals.seen, set()
         ending = seen & {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
@@ -14999,6 +15007,7 @@ def loop(terminal, canvas, signals):
         if signal.SIGCHLD in seen:
             terminal.children_changed()
         terminal.take_events()
+        terminal.take_keys()
     return 0
 
 
