@@ -4743,7 +4743,7 @@ def test_a_workflow_is_created_from_a_path(client, ui, tmp_path):
     hands.press("n")
     assert "bad.json" in hands.type(str(tmp_path / "bad.json"))
     hands.press("Enter", "n")
-    assert "No such file" in hands.type(str(tmp_path / "none.json"))
+    assert "such file or directory" in hands.type(str(tmp_path / "none.json"))
 
 
 def test_of_100_000_jobs_only_what_is_in_view_is_loaded(api, tmp_path):

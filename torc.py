@@ -19607,10 +19607,7 @@ def plan_delete(args, client, workflow_id):
 
 def plan_create(args, client, path):
     """The Plan of creating a workflow from a specification file."""
-    try:
-        spec = read_spec(path)
-    except OSError as error:
-        raise TorcError(f"{path}: {error.strerror}") from None
+    spec = read_spec(path)
     summary = spec.summary
     lines = [f"{title}: {summary[name]}" for title, name in SUMMARY_LINES if summary.get(name)]
     lines += [f"warning: {warning}" for warning in spec.warnings]
