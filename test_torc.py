@@ -4469,6 +4469,7 @@ class Hands:
         args = torc.parse_command(torc.COMMANDS["tui"], [], ["-o", str(directory / "out")])
         self.terminal = torc.Terminal(client, torc.TerminalTools(args), size, plain)
         self.state = self.terminal.state
+        self.terminal.watcher.stop()      # its news come when they come
         self.settle()
 
     def settle(self):
@@ -4476,13 +4477,12 @@ class Hands:
         def quiet():
             self.terminal.take_events()
             page = self.state.page
-            if page.key != self.terminal.key_of(page) or not self.terminal.covered(page) \
-                    or page.stale and not self.state.away:
-                if not page.error:
-                    self.terminal.tick()
-            return self.terminal.worker.idle and not self.terminal.events and not page.loading \
-                and (page.error or self.state.away or (
-                    self.terminal.covered(page) and not page.stale))
+            due = not page.error and self.terminal.due(page, time.monotonic()) <= 0
+            if due:
+                self.terminal.tick()
+            return not due and self.terminal.worker.idle and not self.terminal.events \
+                and not page.loading and (
+                    page.error or self.state.away or self.terminal.covered(page))
         until(quiet, what="a quiet terminal")
 
     def press(self, *keys):
@@ -4515,8 +4515,6 @@ def ui(client, tmp_path):
 
     yield begin
     for hands in made:
-        hands.terminal.client = None
-        hands.terminal.watcher.stop()
         if client.is_local:               # the store is the test's, which goes on with it
             hands.terminal.worker.client = hands.terminal.worker.client.clone()
             hands.terminal.worker.client.interrupt = lambda: None
@@ -4602,6 +4600,24 @@ def test_every_action_has_a_key_and_every_key_an_action():
     assert len(letters) == len(set(letters))
 
 
+def test_wheel_and_click_move_open_and_turn_pages(api, tmp_path):
+    small(api)
+    hands = Hands(api, tmp_path)
+    hands.press("g", "j")
+    hands.terminal.wheel(3)
+    assert hands.state.page.cursor == 3
+    hands.terminal.click(10, 4)           # tabs are line 1, heads line 2
+    assert hands.state.page.cursor == 1
+    hands.terminal.click(torc.screen_text(hands.state)[1].index("Graph") + 2, 1)
+    hands.settle()
+    assert hands.state.page.name == "graph"
+    hands.terminal.click(5, 3)
+    hands.terminal.click(5, 3)
+    hands.settle()
+    assert hands.state.page.name == "job"
+    hands.terminal.click(5, 23)
+
+
 @pytest.mark.parametrize("upstream", ["i", "I", "R", "x", "s", "W", "C", "d", "n", "Tab", "BackTab",
                                       "f", "/", "q", "r", "A", "a", "u", "o", "?"])
 def test_the_keys_that_people_know_are_there_on_workflows(upstream):
@@ -4623,7 +4639,7 @@ def test_every_key_of_the_help_can_be_pressed_on_every_page(client, ui, name, mo
             hands.settle()
             hands.state.question = hands.state.prompt = None
             if key in ("x", "W"):         # these start a process at once
-                hands.terminal.state.away = "no", 0.0, float("inf"), 1
+                hands.terminal.state.away = "no", 0.0, time.time() + 1000, 1
             hands.terminal.press(key)
             hands.text()
             hands.state.away = None
@@ -4651,8 +4667,6 @@ def test_keys_lead_where_they_should(api, tmp_path, keys, name, text):
     hands = Hands(api, tmp_path)
     screen = hands.press(*keys.split())
     assert hands.state.page.name == name and text in screen, screen
-    hands.terminal.watcher.stop()
-    api.store.closing = False
 
 
 def test_a_list_of_jobs_is_filtered_by_status_words_and_family(client, ui):
@@ -4761,8 +4775,6 @@ def test_of_100_000_jobs_only_what_is_in_view_is_loaded(api, tmp_path):
     hands.press("f")
     assert "1-10 of 10" in hands.type("sim_01234")
     assert "sim_*" in hands.press("g", "d") and "100,000 uninitialized" in hands.text()
-    hands.terminal.watcher.stop()
-    api.store.closing = False
 
 
 def test_a_graph_is_drawn_as_a_tree_with_each_job_once():
@@ -4856,8 +4868,6 @@ def test_the_log_viewer_follows_finds_wraps_and_names_its_file(api, tmp_path):
     assert "another line" in hands.press("r")
     assert os.path.basename(path) in hands.press("y").replace("\n   ", "")
     assert "There is no file" in hands.press("n", "Tab")
-    hands.terminal.watcher.stop()
-    api.store.closing = False
 
 
 def test_a_server_that_is_away_leaves_the_page_with_a_dated_banner(tmp_path):

@@ -19550,7 +19550,7 @@ def plan_recover(args, client, workflow_id):
     choices = [("y", f"run {plural(len(known), 'job')} again", do((), len(known)))] if known else []
     if len(report["jobs"]) > len(known):
         number = len(report["jobs"])
-        choices.append(("a", f"all {number}, also those a new try may not mend",
+        choices.append(("a", f"run {plural(number, 'job')} again, mended or not",
                         do(("--retry-unknown",), number)))
     number = plural(len(report["jobs"]), "job")
     return Plan(f"Recover workflow {workflow_id}? {number} ended badly.", tuple(lines),
