@@ -16040,7 +16040,11 @@ class DashActions:
     def table(self):
         """{path: function}, as Dashboard takes it."""
         return {name: getattr(self, name) for name in (
-            "log", "do", "validate", "create", "open", "wizard", "doctor")}
+            "log", "do", "validate", "create", "open", "wizard", "doctor", "user")}
+
+    def user(self, client, query, body):
+        """In whose name the dashboard asks."""
+        return {"user": client.user}
 
     # -- output
 
@@ -17446,6 +17450,12 @@ function live(topic, draw) {         // an element that is drawn again, in place
   return el;
 }
 
+const newest = page => page.sort_by ? page : {...page, sort_by: "id", reverse_sort: true};
+let user;
+async function me() {                // the name in which the dashboard asks
+  return user ??= (await api("/dash/user")).user;
+}
+
 class Refused extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
@@ -18069,7 +18079,8 @@ function workflowsPage({query}) {
       ["Project", flow => flow.project, "wider", "9rem", "project"],
       ["Created", flow => clock(flow.created_ms, false), "num wider", "9.5rem", "timestamp"],
     ],
-    load: page => api("/workflows", {...page, search: query.get("q"), all_users: query.get("all")}),
+    load: async page => api("/workflows", {...newest(page), search: query.get("q"), include_counts: true,
+      is_archived: false, user: query.has("all") ? "" : await me()}),
     pick: ids => morph(chosen, h("span.tools", ids.size > 0 && [many(ids.size, "workflow"),
       h("button", {"data-verb": "archive", "data-ids": [...ids]}, "Archive"),
       h("button.danger", {"data-verb": "delete", "data-ids": [...ids]}, "Delete…")])),
@@ -18103,8 +18114,8 @@ function overviewPage({id}) {
       lines(s.failures, f => h("b.c-failed", num(f.count)), f => [f.cause, ": ", h("span.mono", f.line)]),
       h("p", go(`#/w/${id}/failures`, "All causes, with what to do")))];
   const about = s => facts([["State", state(s.state)], ["About", flow.description], ["User", flow.user],
-    ["Run", `${flow.run_id}, started ${clock(s.started_ms)}`], ["Project", flow.project],
-    ["Output", h("span.mono", flow.output_dir)], ["Runners", go(`#/w/${id}/nodes`, s.runners_text)]]);
+    ["Run", s.started_ms ? `${s.run_id}, started ${clock(s.started_ms)}` : s.run_id], ["Project", flow.project],
+    ["Output", s.output_dir && h("span.mono", s.output_dir)], ["Runners", go(`#/w/${id}/nodes`, s.runners_text)]]);
   return [live("summary", headline), h("div.split", live("summary", story),
     h("div", section("This run", null, live("summary", about)),
       section("Jobs a minute", "last hour", live("summary", s => columnChart(s.history, "Jobs a minute"))),
@@ -18176,8 +18187,12 @@ const ATTEMPTS = [["Run", r => r.run_id, "num wide", "4.5rem"], ["Try", r => r.a
   ["Ran", r => span(r.ran_s), "num", "7rem"], ["Memory", r => bytes(r.peak_memory_bytes), "num wide", "7.5rem"]];
 function jobPage({id, job: jobId}) {
   const ask = () => Promise.all([api(`/jobs/${jobId}`, {include_results: true}), api(`/jobs/${jobId}/why`),
-    api("/results", {workflow_id: id, job_id: jobId, all_runs: true}), api(`/workflows/${id}/graph`, {around: jobId})]);
-  return asked(ask, ([job, why, {items: results}, near]) => {
+    api("/results", {workflow_id: id, job_id: jobId, all_runs: true, sort_by: "id", reverse_sort: true}),
+    api(`/workflows/${id}/graph`, {around: jobId})]);
+  return asked(ask, ([job, why, {items}, near]) => {
+    const results = items.map(r => ({...r, ended: r.return_code === -128 ? "its runner died" : `exit ${r.return_code}`,
+      host: r.compute_node_id === items[0].compute_node_id ? job.host : `node ${r.compute_node_id}`,
+      ran_s: r.exec_time_minutes * 60}));
     const verb = job.status === "running" ? {"data-verb": "cancel_job", class: "danger"}
       : TONES[job.status] || job.status === "canceled" ? {"data-verb": "rerun", class: "primary"} : null;
     const head = () => h("div.headline", h("h1.grow", job.name, chip(job.status)), verb
@@ -18332,28 +18347,42 @@ const NODES = [
   ["Host", n => n.hostname, "key"],
   ["State", n => chip(n.glyph, n.state), "", "12rem"],
   ["Kind", n => n.kind, "wide", "10.5rem"],
-  ["CPUs busy", n => of(String(n.busy), n.num_cpus), "num", "8rem"],
-  ["Memory", n => of(bytes(n.memory_used), bytes(n.memory)), "num wide", "11.5rem"],
-  ["Jobs run", n => num(n.ran), "num wide", "7.5rem"],
-  ["Up for", n => span(n.up_s), "num wider", "7.5rem"],
-  ["Time left", n => span(n.left_s), "num wide", "7.5rem"],
-  ["Last heard", n => n.heard, "num wider", "8rem"]];
+  ["CPUs", n => n.num_cpus, "num", "6rem"],
+  ["GPUs", n => n.num_gpus || "", "num wide", "6rem"],
+  ["Memory", n => bytes(n.memory), "num wide", "8rem"],
+  ["Since", n => clock(Date.parse(n.start_time), false), "num wide", "9.5rem"],
+  ["Up for", n => span(n.up_s), "num", "7.5rem"]];
 const ALLOCATIONS = [
   ["Slurm job", a => a.scheduler_id, "key", "7rem"],
   ["State", a => chip(a.glyph, a.status), "", "10rem"],
   ["Scheduler", a => a.scheduler, "wide", "9.5rem"],
   ["Nodes", a => a.nodes, "num wide", "5.5rem"],
-  ["Walltime", a => span(a.walltime_s), "num wide", "8rem"],
+  ["Walltime", a => a.walltime, "num wide", "8rem"],
   ["What Slurm says", a => a.reason, "verdict"]];
+function shownNode(node) {            // what the table shows of a record
+  const began = Date.parse(node.start_time), slurm = node.scheduler?.scheduler_id;
+  return {...node, glyph: node.is_active ? "running" : "completed", state: node.is_active ? "active" : "ended",
+    kind: slurm ? `Slurm ${slurm}` : `${node.compute_node_type}, pid ${node.pid}`, memory: node.memory_gb * 2 ** 30,
+    up_s: node.is_active ? (Date.now() - began) / 1000 : node.duration_seconds};
+}
+const PHASES = {pending: "pending", active: "running", complete: "completed", canceled: "canceled"};
+function shownAllocation(record, schedulers) {
+  const one = schedulers.find(s => s.id === record.scheduler_config_id) || {};
+  return {...record, glyph: PHASES[record.status] || "pending", reason: record.note, scheduler: one.name,
+    nodes: one.nodes, walltime: one.walltime};
+}
 function nodesPage({id}) {
-  const both = ["/compute_nodes", "/scheduled_compute_nodes"].map(path => api(path, {workflow_id: id}));
+  const all = ["/compute_nodes", "/scheduled_compute_nodes", "/slurm_schedulers"].map(path =>
+    api(path, {workflow_id: id, limit: 1000, sort_by: "id", reverse_sort: true}));
   const none = note("No runner is up", "Ready jobs wait until there is one:",
     code(`torc run ${id}`), code(`torc submit ${id}`));
-  return asked(() => Promise.all(both), ([{items: nodes}, {items: allocations}]) => [
-    section("Compute nodes", `${nodes.filter(node => node.is_active).length} active`,
+  return asked(() => Promise.all(all).then(lists => lists.map(list => list.items)), ([records, scheduled, schedulers]) => {
+    const nodes = records.map(shownNode), allocations = scheduled.map(one => shownAllocation(one, schedulers));
+    return [section("Compute nodes", `${nodes.filter(node => node.is_active).length} active`,
       nodes.length ? plainTable("Compute nodes", NODES, nodes) : none),
     section("Allocations", "Slurm jobs that bring compute nodes",
-      allocations.length ? plainTable("Allocations", ALLOCATIONS, allocations) : h("p.muted", "None."))]);
+      allocations.length ? plainTable("Allocations", ALLOCATIONS, allocations) : h("p.muted", "None."))];
+  });
 }
 
 function eventsPage({id}) {
@@ -18380,17 +18409,20 @@ function eventsPage({id}) {
 }
 
 const KINDS = {                      // records without a page of their own: one row here is one table
-  files: ["Files", ["name", "path", "modified", "producer"]],
+  files: ["Files", ["name", "path", "st_mtime"]],
   user_data: ["User data", ["name", "data", "is_ephemeral"]],
   resource_requirements: ["Resource requirements", ["name", "num_cpus", "memory", "num_gpus", "runtime"]],
 };
+const FIELDS = {st_mtime: "modified", num_cpus: "CPUs", num_gpus: "GPUs", is_ephemeral: "ephemeral"};
+const shownField = (field, value) => value == null ? (field === "st_mtime" ? "not there yet" : "")
+  : field === "st_mtime" ? clock(value * 1000, false) : typeof value === "string" ? value : JSON.stringify(value);
 function dataPage({id, query}) {
   const el = h("div");
   function draw(kind) {
     const [name, fields] = KINDS[kind];
     const none = () => note(`No ${name.toLowerCase()}`, "The spec of this workflow names none.");
     const list = pagedTable({label: name, none, load: page => api("/" + kind, {...page, workflow_id: id}),
-      columns: fields.map((field, i) => [field.replace("_", " "), row => String(row[field] ?? ""),
+      columns: fields.map((field, i) => [FIELDS[field] || field.replace("_", " "), row => shownField(field, row[field]),
         ["key", ""][i] ?? "wide", "", field])});
     const change = ({target}) => { setQuery({kind: target.value, sort: "", page: ""}); draw(target.value); };
     const choice = h("select", {"aria-label": "Kind of record", onchange: change},
