@@ -5293,6 +5293,407 @@ def test_commands_work_on_a_server_as_on_a_file(cli, server):
 
 
 # ==================================================================================================
+# The dashboard, as a browser and as others meet it
+# ==================================================================================================
+
+class Dash:
+    """A real `torc dash` process and requests to it."""
+
+    def __init__(self, directory, *options, env=None):
+        self.log = directory / "dash.log"
+        self.cookie = None
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [PYTHON, TORC, "dash", *map(str, options)], cwd=directory, stdout=log, stderr=log,
+                env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL)
+        until(lambda: "the dashboard of" in self.log.read_text() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def link(self):
+        """The latest link that lets a browser in."""
+        return re.findall(r"http://\S+token=\S+", self.log.read_text())[-1]
+
+    def ask(self, path, method="GET", body=None, headers=None, url=None):
+        """(status, headers, body) of a request without following redirects."""
+        from urllib.parse import urlsplit
+        parts = urlsplit(url or self.link())
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+        sent = {"Cookie": self.cookie or "", "Origin": f"http://{parts.netloc}", **(headers or {})}
+        connection.request(method, path, body, {name: value for name, value in sent.items() if value})
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        return answer.status, dict(answer.headers), data
+
+    def enter(self):
+        """Use the link, and keep the cookie."""
+        status, headers, _ = self.ask("/?" + self.link().partition("/?")[2])
+        assert status == 303 and headers["Location"] == "/"
+        self.cookie = headers["Set-Cookie"].partition(";")[0]
+        return headers["Set-Cookie"]
+
+    def json(self, path, body=None):
+        """The JSON of a good answer."""
+        status, _, data = self.ask(path, "POST" if body is not None else "GET",
+                                   None if body is None else json.dumps(body))
+        assert status == 200, (path, status, data)
+        return json.loads(data)
+
+    def stop(self):
+        """SIGTERM; the exit code."""
+        self.process.terminate()
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def dash(server, tmp_path):
+    """A dashboard of `server`."""
+    dash = Dash(tmp_path, "--port", 0, "--url", server.url)
+    yield dash
+    assert dash.stop() == 0
+
+
+def test_a_link_lets_one_browser_in_once(dash):
+    link = dash.link()
+    for path in ("/dash.js", "/torc-service/v1/ping", "/dash/user"):
+        assert dash.ask(path)[0] == 401
+    assert dash.ask("/")[0] == 403 and dash.ask("/?token=wrong")[0] == 403
+    attributes = dash.enter()
+    assert "HttpOnly" in attributes and "SameSite=Strict" in attributes
+    status, headers, body = dash.ask("/")
+    assert status == 200 and body.decode() == torc.DASH_HTML
+    assert headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert dash.ask("/", headers={"If-None-Match": headers["Etag"]})[0] == 304
+    assert dash.json("/torc-service/v1/ping") == {"status": "ok"}
+    cookie, dash.cookie = dash.cookie, None
+    assert dash.ask("/?" + link.partition("/?")[2])[0] == 403    # used
+    until(lambda: dash.link() != link)
+    dash.enter()
+    assert dash.cookie == cookie
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({"Host": "evil.example"}, 403), ({"Host": "localhost.evil.example:8090"}, 403), ({}, 200),
+    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": ""}, 403),
+    ({"Origin": "", "Sec-Fetch-Site": "same-origin"}, 200), ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Origin": "", "Sec-Fetch-Site": "same-site"}, 403)])
+def test_other_sites_cannot_make_a_browser_act(dash, headers, status):
+    dash.enter()
+    assert dash.ask("/dash/wizard", "POST", "{}", headers)[0] == status
+
+
+def test_the_dashboard_runs_a_workflow_from_its_text_to_its_output(dash, server, tmp_path):
+    dash.enter()
+    bad = dash.json("/dash/validate", {"spec": "name: x\njobs:\n  - name: a\n    comand: c\n"})
+    assert bad["problems"][0]["line"] == 4 and "comand" in bad["problems"][0]["message"]
+    assert "command" in bad["problems"][0]["hint"]
+    spec = dash.json("/dash/wizard", {"name": "mine", "command": "echo {i}; echo no >&2; exit {i}",
+                                      "values": "0:1", "after": "", "memory": "50m"})["spec"]
+    assert dash.json("/dash/validate", {"spec": spec})["summary"].startswith("Valid: 2 jobs")
+    made = dash.json("/dash/create", {"spec": spec})["id"]
+    do = lambda verb, dry=True, **more: dash.json(  # noqa: E731
+        f"/dash/do/{verb}" + ("?dry_run=true" if dry else ""), {"workflow_id": made, **more})
+    assert do("initialize") == {} and "2 jobs ready" in do("initialize", False)["message"]
+    started = do("run", False)
+    client = server.client()
+    until(lambda: client.get(f"/workflows/{made}/is_complete")["is_complete"])
+    until(lambda: "ended with failures" in dash.json(f"/dash/log?log={started['log']}")["text"])
+    [job] = client.items("/jobs", workflow_id=made, status="failed")
+    assert dash.json(f"/dash/log?job={job['id']}&stream=stderr&offset=0") == {
+        "text": "no\n", "from": 0, "size": 3}
+    plan = do("rerun")
+    assert plan["verb"] == "Rerun 1 job" and "mine_1" in plan["lines"][0]
+    assert statuses(client, made)["mine_1"] == "failed"
+    do("rerun", False)
+    assert statuses(client, made)["mine_1"] == "ready"
+    assert "get SIGTERM" in do("cancel")["lines"][0] and "Canceled" in do("cancel", False)["message"]
+    assert do("delete")["typed"] == "mine" and do("delete", False)["gone"] == [made]
+    assert dash.ask("/dash/do/nothing", "POST", "{}")[0] == 404
+    client.close()
+
+
+def test_output_of_jobs_is_shown_without_control_codes():
+    assert torc.readable_text(b"\x1b[31mred\x1b[0m\r\n\x1b]0;title\x07a\x00b\tc\xff") == "red\nab\tc\ufffd"
+
+
+def test_a_log_leads_nowhere_else(dash, server, tmp_path):
+    spec = write_spec(tmp_path, {"a": "echo mine"})
+    assert start_run(tmp_path, spec, "--url", server.url).wait(30) == 0
+    dash.enter()
+    path = tmp_path / "torc_output" / "job_stdio" / "job_wf1_j1_r1_a1.o"
+    assert dash.json("/dash/log?job=1&stream=stdout")["text"] == "mine\n"
+    secret = tmp_path / "secret"
+    secret.write_text("nobody's business")
+    path.unlink()
+    path.symlink_to(secret)
+    status, _, body = dash.ask("/dash/log?job=1&stream=stdout")
+    assert status == 403 and b"leads out of the output directory" in body
+
+
+def test_a_busy_port_is_passed_over_and_said(tmp_path, server):
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        dash = Dash(tmp_path, "--port", port, "--url", server.url)
+        assert f"port {port} is in use" in dash.log.read_text()
+        dash.enter()
+        assert dash.stop() == 0
+
+
+def test_a_server_that_goes_away_is_told_as_such(dash, server):
+    dash.enter()
+    server.stop()
+    status, _, body = dash.ask("/torc-service/v1/workflows")
+    assert status == 502 and b"no server answers at" in body
+
+
+def test_a_standalone_dashboard_keeps_a_password_and_leaves_nothing_running(tmp_path, cli):
+    dash = Dash(tmp_path, "--standalone", "--port", 0, "--server-host", "127.0.0.1")
+    said = dash.log.read_text()
+    home = Path.home()
+    assert str(home / ".local/share/torc/torc.db") in said
+    password = home / ".torc" / "dash" / "password"
+    assert password.stat().st_mode & 0o077 == 0 and password.read_text().strip() not in said
+    dash.enter()
+    [note] = (home / ".torc" / "servers").iterdir()
+    told = json.loads(note.read_text())
+    assert dash.json("/torc-service/v1/server_info")["auth_required"]
+    assert cli("ping", "--url", told["urls"][0])[0] == 0       # the password is found by itself
+    assert dash.stop() == 0
+    until(lambda: torc.process_start(told["pid"]) is None)
+    again = Dash(tmp_path, "--standalone", "--port", 0, "--server-host", "127.0.0.1")
+    [note] = (home / ".torc" / "servers").iterdir()
+    pid = json.loads(note.read_text())["pid"]
+    again.process.kill()                  # even then
+    again.process.wait()
+    until(lambda: torc.process_start(pid) is None)
+
+
+def test_a_local_database_is_shown_without_a_server(tmp_path, run):
+    ran = run({"a": "true"})
+    dash = Dash(tmp_path, "--port", 0, "--database", ran.client.path)
+    dash.enter()
+    assert dash.json("/torc-service/v1/workflows/1/counts")["completed"] == 1
+    assert dash.stop() == 0
+
+
+def socket_request(path, text):
+    """The answer to a raw request over a UNIX socket."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(str(path))
+        sock.sendall(text.encode())
+        data = b""
+        while part := sock.recv(65536):
+            data += part
+        return data.decode()
+
+
+def test_a_socket_is_for_its_user_alone_from_the_first_instant(tmp_path, server):
+    path = tmp_path / "dash.sock"
+    dash = Dash(tmp_path, "--socket", path, "--url", server.url)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert re.search(rf"ssh -L 8090:{path} tester@\S+, then open http://localhost:8090/",
+                     dash.log.read_text())
+    answer = socket_request(path, "GET / HTTP/1.1\r\nHost: localhost:8090\r\nConnection: close\r\n\r\n")
+    assert answer.startswith("HTTP/1.1 200") and answer.endswith(torc.DASH_HTML)
+    with pytest.raises(torc.Unreachable, match="a dashboard listens on .* already"):
+        torc.private_socket(str(path))
+    assert dash.stop() == 0 and not path.exists()
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(path))
+    dead.close()                          # what a killed dashboard leaves
+    torc.private_socket(str(path)).close()
+    path.unlink()
+    path.write_text("a file")
+    with pytest.raises(torc.Unreachable, match="is no socket of yours"):
+        torc.private_socket(str(path))
+    assert path.read_text() == "a file"
+
+
+def test_the_pages_name_no_other_place_and_write_text_only():
+    text = torc.DASH_HTML + torc.DASH_CSS + torc.DASH_JS
+    urls = set(re.findall(r"https?://[\w.]+", text))
+    assert urls <= {"http://www.w3.org"}, urls
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "<style",
+                 " style=\"", "onclick=\""):
+        assert word not in text, word
+    if shutil.which("node"):
+        done = subprocess.run(["node", "--check", "-"], input=torc.DASH_JS, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+# ---- in Chromium
+
+CHROMIUM = "/usr/bin/chromium"
+CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                    "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"there is no {CHROMIUM}")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page of the dashboard; what should not happen is gathered in .trouble."""
+
+    def __init__(self, chromium, dash, width=1280, height=800, scheme="light"):
+        self.context = chromium.new_context(viewport={"width": width, "height": height},
+                                            color_scheme=scheme)
+        self.page = self.context.new_page()
+        self.trouble = []
+        base = dash.link().partition("/?")[0]
+        self.page.on("console", lambda message: message.type == "error"
+                     and self.trouble.append(message.text))
+        self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
+        self.page.on("request", lambda request: request.url.startswith((base, "data:"))
+                     or self.trouble.append(request.url))
+        self.page.goto(dash.link())
+
+    def go(self, path):
+        """Another page by its address; waits until it has content."""
+        self.page.evaluate("path => { location.hash = path; }", path)
+        self.page.wait_for_function(
+            "path => location.hash === '#' + path && !document.querySelector('#main').textContent"
+            ".includes('Loading') && document.querySelector('#main').textContent.length > 10", arg=path)
+
+    def see(self, text):
+        """Wait for a text."""
+        self.page.get_by_text(text).first.wait_for(timeout=20_000)
+
+    def click(self, name, exact=True):
+        """Press a button by its name."""
+        self.page.get_by_role("button", name=name, exact=exact).first.click()
+
+
+BROWSER_SPEC = """\
+name: seen
+resource_requirements:
+  - {name: r, num_cpus: 1, memory: 100m, runtime: PT1M}
+jobs:
+  - {name: prep, command: "echo preparing; sleep 1", resource_requirements: r}
+  - {name: a_1, command: "echo one; sleep 1", depends_on: [prep], resource_requirements: r}
+  - {name: a_2, command: "echo no such mesh >&2; exit 3", depends_on: [prep], resource_requirements: r}
+  - {name: merge, command: "true", depends_on: [a_1, a_2]}
+"""
+DASH_PLACES = ("/", "/network", "/w/1", "/w/1/jobs", "/w/1/graph", "/w/1/timeline", "/w/1/resources",
+               "/w/1/failures", "/w/1/nodes", "/w/1/events", "/w/1/data", "/w/1/jobs/3")
+
+
+@pytest.mark.browser
+def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, server, tmp_path):
+    visit = Visit(chromium, dash)
+    page = visit.page
+    visit.see("No workflows yet")
+    visit.click("New workflow")
+    page.get_by_role("button", name="Upload").click()
+    spec = tmp_path / "seen.yaml"
+    spec.write_text(BROWSER_SPEC.replace("depends_on: [a_1, a_2]", "depends_on: [a_9]"))
+    page.get_by_label("Specification file").set_input_files(str(spec))
+    visit.see("1 problem")
+    assert page.get_by_role("button", name="Create", exact=True).is_disabled()
+    page.get_by_label("Specification", exact=True).fill(BROWSER_SPEC)
+    visit.see("Valid: 4 jobs")
+    visit.click("Create")
+    visit.see("not initialized")
+    visit.click("Initialize")
+    visit.see("1 job ready")
+    visit.click("Run here…")
+    visit.see("Closing this window does not stop the runner.")
+    visit.see("ended with failures")
+    page.get_by_role("button", name="Close").last.click()
+    visit.see("4 of 4 jobs done")         # live, without a reload
+    visit.go("/w/1/graph")
+    page.get_by_text("a_2").first.click()
+    page.wait_for_function("() => location.hash.includes('/jobs/3')")
+    visit.see("no such mesh")
+    visit.click("Rerun job…")
+    visit.see("These run again: a_2")
+    visit.click("Keep as it is")
+    visit.go("/w/1")
+    visit.click("Rerun failed…")
+    visit.see("The others keep their results.")
+    visit.click("Rerun 2 jobs")
+    client = server.client()
+    until(lambda: statuses(client, 1)["a_2"] == "ready")
+    page.locator("details.menu summary").first.click()
+    page.get_by_role("button", name="Delete…").last.click()
+    page.get_by_label("Type seen").fill("seen")
+    visit.click("Delete 1 workflow")
+    until(lambda: not list(client.items("/workflows")))
+    client.close()
+    assert visit.trouble == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width, height, scheme", [(1280, 800, "light"), (1280, 800, "dark"),
+                                                   (390, 844, "light")])
+def test_every_page_is_drawn_without_an_error(chromium, dash, server, tmp_path, width, height, scheme):
+    path = tmp_path / "seen.yaml"
+    path.write_text(BROWSER_SPEC)
+    assert start_run(tmp_path, path, "--url", server.url).wait(60) == 1
+    visit = Visit(chromium, dash, width, height, scheme)
+    axe = axe_source(tmp_path)
+    for place in DASH_PLACES:
+        visit.go(place)
+        visit.page.screenshot(path=str(tmp_path / f"{scheme}_{width}{place.replace('/', '_')}.png"))
+        assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), place
+        if axe:
+            visit.page.evaluate(axe)      # a string: the pages' policy forbids inline scripts
+            found = visit.page.evaluate("axe.run().then(found => found.violations.filter(one => "
+                                        "/serious|critical/.test(one.impact)).map(one => one.id))")
+            assert found == [], place
+    assert visit.trouble == []
+
+
+AXE = {}
+
+
+def axe_source(directory):
+    """The text of axe-core, or "" where npm does not bring it."""
+    if "text" not in AXE:
+        AXE["text"] = ""
+        if shutil.which("npm"):
+            done = subprocess.run(["npm", "pack", "--silent", "axe-core@4"], cwd=directory, text=True,
+                                  capture_output=True, timeout=120)
+            if done.returncode == 0:
+                import tarfile
+                with tarfile.open(directory / done.stdout.split()[-1]) as archive:
+                    AXE["text"] = archive.extractfile("package/axe.min.js").read().decode()
+    return AXE["text"]
+
+
+@pytest.mark.browser
+def test_the_pages_fill_again_after_the_server_was_away(chromium, tmp_path):
+    server = Server(tmp_path / "away.db")
+    client = server.client()
+    make(client, {"a": []})
+    client.close()
+    dash = Dash(tmp_path, "--port", 0, "--url", server.url)
+    try:
+        visit = Visit(chromium, dash)
+        visit.go("/w/1")
+        visit.see("0 of 1 job done")
+        server.stop()
+        visit.page.locator("#banner").get_by_text("does not answer").wait_for(timeout=30_000)
+        server = Server(tmp_path / "away.db", server.port)
+        visit.page.wait_for_function("() => !document.querySelector('#banner').textContent",
+                                     timeout=40_000)
+        visit.see("0 of 1 job done")
+    finally:
+        dash.stop()
+        server.stop()
+
+
+# ==================================================================================================
 # A real cluster: a login host and two compute nodes, each with a network of its own
 # ==================================================================================================
 
