@@ -5263,6 +5263,49 @@ def test_a_bundle_serves_with_nothing_installed(cli, tmp_path):
         process.communicate(timeout=20)
 
 
+def test_an_exported_workflow_is_made_anew(cli, api, tmp_path, monkeypatch):
+    spec = tmp_path / "full.json"
+    spec.write_text(json.dumps({
+        "name": "full", "files": [{"name": "in", "path": "in.txt"}, {"name": "out", "path": "out.txt"}],
+        "user_data": [{"name": "u", "data": {"x": 1}}],
+        "resource_requirements": [{"name": "r", "num_cpus": 2, "memory": "1g", "runtime": "PT5M"}],
+        "failure_handlers": [{"name": "h", "rules": [{"exit_codes": [3]}]}],
+        "slurm_schedulers": [{"name": "s", "account": "a", "nodes": 2, "walltime": "01:00:00"}],
+        "jobs": [{"name": "a", "command": "true", "input_files": ["in"], "output_files": ["out"],
+                  "resource_requirements": "r", "failure_handler": "h", "scheduler": "s"},
+                 {"name": "b", "command": "true", "input_files": ["out"], "input_user_data": ["u"],
+                  "depends_on": ["a"], "priority": 3}],
+        "actions": [{"trigger_type": "on_jobs_ready", "action_type": "schedule_nodes", "jobs": ["b"],
+                     "scheduler": "s", "scheduler_type": "slurm"}]}))
+    monkeypatch.setenv("TORC_DATABASE", api.path)
+    cli("create", spec, ok=0)
+    cli("workflows", "init", 1, "--force", ok=0)
+    cli("workflows", "export", 1, "-o", "x.json", "--include-results", ok=0)
+    assert os.stat("x.json").st_mode & 0o077 == 0
+    cli("workflows", "import", "x.json", "--name", "again", ok=0)
+
+    def shape(number):                    # without ids and times
+        document = cli_json(cli, "workflows", "export", number)
+        names = {key: {record["id"]: record.get("name") for record in document[key]}
+                 for key in ("jobs", "files", "user_data", "resource_requirements", "slurm_schedulers",
+                             "failure_handlers")}
+        job_ids = {"depends_on_job_ids": "jobs", "input_file_ids": "files", "output_file_ids": "files",
+                   "input_user_data_ids": "user_data"}
+        return [{"name": job["name"], "priority": job["priority"],
+                 "needs": names["resource_requirements"][job["resource_requirements_id"]],
+                 "scheduler": names["slurm_schedulers"].get(job.get("scheduler_id")),
+                 "handler": names["failure_handlers"].get(job.get("failure_handler_id")),
+                 **{key: [names[table][one] for one in job.get(key, ())]
+                    for key, table in job_ids.items()}} for job in document["jobs"]], [
+            [names["jobs"][one] for one in action["job_ids"]] for action in document["workflow_actions"]]
+
+    assert shape(1) == shape(2)
+    assert cli_json(cli, "workflows", "get", 2)["name"] == "again"
+    (tmp_path / "bad.json").write_text("{}")
+    code, _, err = cli("workflows", "import", "bad.json")
+    assert code == 1 and "this is no exported workflow" in err
+
+
 def test_the_other_programs_are_commands_of_this_one(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(torc, "serve", lambda args: seen.append((args.host, args.port)) or 0)
@@ -6262,6 +6305,111 @@ def test_curl_on_a_compute_node_reaches_a_server_on_a_routable_name(cluster):
 
 
 @pytest.mark.slurm
+def test_a_dashboard_on_a_socket_is_reached_by_ssh_and_by_nobody_else(cluster):
+    home = cluster.directory / "hpcuser"
+    path, log = home / "dash.sock", home / "dash.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            cluster.words("kl1", "hpcuser", [cluster.python, cluster.directory / "torc.py", "dash",
+                                             "--standalone", "--socket", path]),
+            cwd=home, stdout=file, stderr=file)
+    cluster.started.append(process)
+    until(lambda: "the dashboard of" in log.read_text(), 30)
+    port = free_port()
+    tunnel = subprocess.Popen(cluster.words("kl1", "hpcuser", [
+        "ssh", "-F", "/home/hpcuser/.ssh/config", "-i", "/home/hpcuser/.ssh/id_ed25519", "-N", "-L",
+        f"{port}:{path}", "hpcuser@c1"]), stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://localhost:{port}"
+        until(lambda: torc.DASH_HTML in cluster.run("curl", "-s", url + "/").stdout, 30)
+        info = json.loads(cluster.run("curl", "-s", url + "/torc-service/v1/server_info").stdout)
+        assert info["auth_required"] and [one for one in info["urls"] if "kl1.hsn.test" in one]
+        home.chmod(0o755)                 # not the directory keeps the other user out
+        done = cluster.run("curl", "-sS", "--unix-socket", path, "http://localhost/", user="other")
+        assert done.returncode and "<html" not in done.stdout
+        password = (home / ".torc" / "dash" / "password").read_text().strip()
+        done = cluster.run("bash", "-c", f"cat {home}/.torc/dash/* ; cat /proc/[0-9]*/cmdline "
+                           "/proc/[0-9]*/environ 2>/dev/null | tr '\\0' ' '", user="other")
+        assert "torc.py dash" in done.stdout and password not in done.stdout
+        server = next(one for one in info["urls"] if "kl1.hsn.test" in one)
+        done = cluster.torc("workflows", "list", "--url", server, user="other")
+        assert done.returncode == 1 and "wants a user name and password" in done.stderr
+        assert cluster.torc("workflows", "list", "--url", server).returncode == 0    # by the note
+        spec = allocation_spec(cluster, "dashed", {"a": "true"})
+        done = cluster.torc("submit", spec, "--url", server, "-o", home / "out_dashed")
+        assert done.returncode == 0, done.stderr
+        assert cluster.torc("wait", 1, "--url", server).returncode == 0
+    finally:
+        home.chmod(0o700)
+        tunnel.terminate(), tunnel.wait()
+    cluster.stop()
+    until(lambda: not path.exists())
+
+
+@pytest.mark.slurm
+@pytest.mark.browser
+def test_a_browser_submits_to_slurm(cluster, chromium):
+    """The dashboard on the login host, the browser here: by a socket, which both see."""
+    home = cluster.directory / "hpcuser"
+    path, log = home / "sub.sock", home / "sub.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            cluster.words("kl1", "hpcuser", [cluster.python, cluster.directory / "torc.py", "dash",
+                                             "--standalone", "--database", home / "sub.db",
+                                             "--socket", path, "-o", home / "out_sub"]),
+            cwd=home, stdout=file, stderr=file)
+    cluster.started.append(process)
+    until(lambda: "the dashboard of" in log.read_text(), 30)
+    relay = SocketRelay(path)
+    try:
+        context = chromium.new_context()
+        page = context.new_page()
+        page.goto(f"http://localhost:{relay.port}/")
+        page.get_by_role("button", name="New workflow").first.click()
+        spec = json.loads(allocation_spec(cluster, "sub", {"a": "hostname", "b": "true"}).read_text())
+        page.get_by_label("Specification", exact=True).fill(json.dumps(spec, indent=1))
+        page.get_by_text("Valid: 2 jobs").wait_for()
+        page.get_by_role("button", name="Create", exact=True).click()
+        page.get_by_role("button", name="Initialize").first.click()
+        page.get_by_text("2 jobs ready").first.wait_for()
+        page.get_by_role("button", name="Submit to Slurm…").first.click()
+        page.get_by_text("Workers reach the server at http://kl1.hsn.test:").wait_for()
+        page.get_by_role("button", name="Submit", exact=True).click()
+        page.get_by_text("2 of 2 jobs done").wait_for(timeout=60_000)
+        context.close()
+    finally:
+        relay.close()
+
+
+class SocketRelay:
+    """A TCP port of this host that leads to a UNIX socket, as ssh -L makes one."""
+
+    def __init__(self, path):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.path = self.listener.getsockname()[1], str(path)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(self.path)
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self.copy, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def copy(one, other):
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        self.listener.close()
+
+
+@pytest.mark.slurm
 def test_a_file_that_compute_nodes_do_not_see_is_named(cluster):
     site = Site(cluster, "unseen")
     spec = allocation_spec(cluster, "unseen", {"a": "true"})
@@ -6541,7 +6689,7 @@ def block_script(block):
         command, _, code = line.partition("    # exits ")
         if command.endswith("&"):
             lines += [f"{command[:-1]} > server{number} &",
-                      f"until grep -q TORC_SERVER_PORT server{number}; do sleep 0.05; kill -0 $! || "
+                      f"until grep -q TORC_ server{number}; do sleep 0.05; kill -0 $! || "
                       "exit 90; done"]
         else:
             lines += [command, f"code=$?; [ $code = {code or 0} ] || {{ echo \"$code from: "
@@ -6555,7 +6703,7 @@ def test_the_readmes_commands_for_clusters_do_what_they_say(cluster, number):
     home = cluster.directory / "hpcuser" / f"readme{number}"
     tools = home / "tools"
     tools.mkdir(parents=True)
-    for name, words in (("torc", ""), ("torc-server", " server")):
+    for name, words in (("torc", ""), ("torc-server", " server"), ("torc-dash", " dash")):
         (tools / name).write_text(f'#!/bin/sh\nexec {cluster.python} {cluster.directory}/torc.py{words} '
                                   '"$@"\n')
         (tools / name).chmod(0o755)

@@ -14025,6 +14025,144 @@ for _name in ("create", "run", "status", "cancel", "delete"):     # where older 
                                                                            "torc workflows ", 1))
 
 
+# ---- export and import
+
+def json_file(path):
+    """The JSON object in a file. Raises TorcError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+EXPORTED = (                              # key in the document, path, what a new record keeps of it
+    ("files", "/files", "name path st_mtime"),
+    ("user_data", "/user_data", "name data is_ephemeral"),
+    ("resource_requirements", "/resource_requirements",
+     "name num_cpus num_gpus num_nodes memory runtime"),
+    ("slurm_schedulers", "/slurm_schedulers",
+     "name account gres mem nodes ntasks_per_node partition qos tmp walltime extra"),
+    ("local_schedulers", "/local_schedulers", ""),
+    ("failure_handlers", "/workflows/{}/failure_handlers", "name rules"))
+EXPORTED_JOB = ("name command invocation_script cancel_on_blocking_job_failure supports_termination"
+                " priority stdio")
+EXPORT_VERSION = "1.0"
+
+
+def export_workflow(client, workflow_id, results=False, events=False):
+    """A workflow with its records as one document; upstream's form, export_version 1.0."""
+    def records(path, **query):
+        query = query if path.startswith("/workflows/") else {"workflow_id": workflow_id, **query}
+        return list(client.items(path, **query))
+
+    document = {"export_version": EXPORT_VERSION, "exported_at": iso_time(time.time()),
+                "workflow": client.get(f"/workflows/{workflow_id}"),
+                **{key: records(path.format(workflow_id)) for key, path, _ in EXPORTED},
+                "ro_crate_entities": [], "jobs": records("/jobs", include_relationships=True),
+                "workflow_actions": client.get(f"/workflows/{workflow_id}/actions")}
+    if results:
+        document.update(compute_nodes=records("/compute_nodes"),
+                        results=records("/results", all_runs=True))
+    if events:
+        document["events"] = records("/events")
+    return document
+
+
+def picked(record, names):
+    """The named fields of a record that have a value."""
+    return {name: record[name] for name in names.split() if record.get(name) is not None}
+
+
+def import_payload(document, name=None):
+    """The body of POST /workflow_specs that makes an exported workflow anew. Raises Invalid."""
+    if not isinstance(document, dict) or not isinstance(document.get("workflow"), dict):
+        raise Invalid("this is no exported workflow: it has no `workflow` (torc workflows export "
+                      "writes one)")
+    if str(document.get("export_version", "1")).partition(".")[0] != EXPORT_VERSION[0]:
+        raise Invalid(f"export_version {document['export_version']!r} is not known here "
+                      f"({EXPORT_VERSION})")
+    place, payload = {}, {}
+    for key, _, names in EXPORTED:
+        kept = [record for record in document.get(key) or () if names and not (
+            key == "resource_requirements" and record["name"] == "default")]
+        place[key] = {record["id"]: index for index, record in enumerate(kept)}
+        if names:
+            payload[key] = [picked(record, names) for record in kept]
+    jobs = document.get("jobs") or []
+    place["jobs"] = {job["id"]: index for index, job in enumerate(jobs)}
+    links = (("depends_on", "depends_on_job_ids", "jobs"),
+             *((what, key, table) for what, (table, key) in SPEC_RELATIONS.items()))
+    payload["jobs"] = [{
+        **picked(job, EXPORTED_JOB),
+        **{what: place[table][job[key]] for what, key, table in (
+            ("resource_requirements", "resource_requirements_id", "resource_requirements"),
+            ("scheduler", "scheduler_id", "slurm_schedulers"),
+            ("failure_handler", "failure_handler_id", "failure_handlers"))
+           if job.get(key) in place[table]},
+        **{what: [place[table][number] for number in job[key]] for what, key, table in links
+           if job.get(key)}} for job in jobs]
+    workflow = document["workflow"]
+    payload["workflow"] = {field.name: workflow[field.name] for field in KINDS["workflow"].fields
+                           if not field.server and workflow.get(field.name) is not None}
+    payload["workflow"]["name"] = name or workflow["name"]
+    payload["actions"] = [import_action(action, place) for action in
+                          document.get("workflow_actions") or () if not action.get("is_recovery")]
+    return payload
+
+
+def import_action(action, place):
+    """An exported action with indexes in place of ids."""
+    config = dict(action["action_config"])
+    if "scheduler_id" in config:
+        config["scheduler"] = place["slurm_schedulers"][config.pop("scheduler_id")]
+    made = {**picked(action, "trigger_type action_type persistent"), "action_config": config}
+    if action.get("job_ids"):
+        made["jobs"] = [place["jobs"][number] for number in action["job_ids"]]
+    return made
+
+
+@command("workflows export", WORKFLOW, opt("-o", "--output", metavar="FILE",
+                                           help="default: standard output"),
+         opt("--include-results", action="store_true"),
+         opt("--include-events", action="store_true"),
+         example="torc workflows export 3 -o study.json --include-results")
+def do_workflows_export(args, client):
+    """Write a workflow as one JSON document."""
+    document = export_workflow(client, args.workflow_id, args.include_results, args.include_events)
+    if not args.output:
+        print_json(document)
+        return
+    write_private(args.output, json.dumps(document, indent=1))
+    say(args, f"Wrote {args.output} ({format_bytes(os.path.getsize(args.output))}, "
+              f"{plural(len(document['jobs']), 'job')})", path=args.output,
+        workflow_id=args.workflow_id, job_count=len(document["jobs"]))
+
+
+@command("workflows import", opt("file", metavar="FILE", help="- for standard input"),
+         opt("--name", metavar="NAME", help="of the new workflow (default: as it was)"),
+         opt("--skip-results", action="store_true", help="accepted: results are not imported"),
+         opt("--skip-events", action="store_true", help="accepted: events are not imported"),
+         client="make", example="torc workflows import study.json --name again")
+def do_workflows_import(args, client):
+    """Make an exported workflow anew, with new ids and jobs that are not initialized."""
+    if args.file == "-":
+        try:
+            document = json.loads(sys.stdin.read())
+        except ValueError as error:
+            raise Invalid(f"standard input is not JSON: {error}") from None
+    else:
+        document = json_file(args.file)
+    try:
+        payload = import_payload(document, args.name)
+    except (KeyError, TypeError) as error:
+        raise Invalid(f"{args.file}: a record lacks or misnames {error}: was it edited?") from None
+    payload["workflow"]["user"] = client.user
+    made = client.post("/workflow_specs", payload)
+    say(args, f"Created workflow {made['id']} \"{clean(made['name'])}\" "
+              f"({plural(made['jobs'], 'job')})", workflow_id=made["id"], **{"jobs": made["jobs"]})
+
+
 # ---- jobs
 
 JOB_IDS = {"nargs": "+", "action": "append", "type": IDS_TYPE, "metavar": "ID"}
@@ -14769,15 +14907,6 @@ def do_slurm_job_runner(args, client):
         raise
     finally:
         client.close()
-
-
-def json_file(path):
-    """The JSON object in a file. Raises TorcError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def work_in_allocation(args, client, where):
@@ -16346,6 +16475,16 @@ class DashActions:
             client.delete(f"/workflows/{number}")
         return {"message": f"Deleted {plural(len(ids), 'workflow')}", "gone": ids}
 
+    def do_export(self, client, workflow_id, dry_run, body):
+        """Write the workflow with its results as JSON into the output directory."""
+        if dry_run:
+            return {}
+        name = re.sub(r"[^\w.-]+", "_", client.get(f"/workflows/{workflow_id}")["name"])
+        path = os.path.join(self.output_dir, f"{name}_{workflow_id}.json")
+        os.makedirs(self.output_dir, mode=0o700, exist_ok=True)
+        write_private(path, json.dumps(export_workflow(client, workflow_id, True, True), indent=1))
+        return {"message": f"Wrote {path}, {format_bytes(os.path.getsize(path))}"}
+
     def do_archive(self, client, workflow_id, dry_run, body):
         """Hide workflows from lists."""
         ids = parse_ids(str(body["ids"])) if body.get("ids") else [workflow_id]
@@ -16551,6 +16690,8 @@ def do_dash(args, client):
             if not is_loopback(args.host):
                 tell(args, "the link and all that is shown travel unencrypted: better leave --host "
                      "out and take an SSH tunnel", "warn")
+        print(f"TORC_DASH_PORT={dashboard.port}" if dashboard.port else
+              f"TORC_DASH_SOCKET={os.path.abspath(args.socket)}", flush=True)
         serve_dashboard(dashboard, sockets)
     finally:
         if args.socket and "sockets" in locals():
