@@ -1379,6 +1379,400 @@ def test_upstreams_runners_never_beat_and_are_never_failed_for_it(store, api):
     assert torc.expired_nodes(store, time.monotonic() + 10**6, 0)[0] == []
 
 
+# ---- what the views of a workflow show
+
+def has_shape(value, shape, where="answer"):
+    """Assert that a JSON value has the types of `shape`: a type, a tuple of types (None: null), a
+    list with the shape of its items, or a dict of the keys that the pages read."""
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            assert key in value, f"{where} has no {key}"
+            has_shape(value[key], inner, f"{where}.{key}")
+    elif isinstance(shape, list):
+        assert isinstance(value, list), where
+        for item in value:
+            has_shape(item, shape[0], f"{where}[]")
+    else:
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        assert value is None and None in kinds or isinstance(
+            value, tuple(kind for kind in kinds if kind)), f"{where} is {value!r}"
+
+
+NUMBER, MAYBE = (int, float), (int, float, None)
+ROW = {"id": int, "name": str, "command": str, "status": str, "attempt_id": int, "num_cpus": int,
+       "memory_bytes": int, "runtime_s": int, "requirement": str, "host": str, "start_ms": MAYBE,
+       "ran_s": MAYBE, "peak_memory_bytes": MAYBE, "note": str, "family": str}
+FLOW = {"id": int, "name": str, "user": str, "counts": dict, "total": int, "done": int,
+        "state": str, "created_ms": int, "run_id": int, "output_dir": (str, None)}
+NODE = {"name": str, "status": str, "sub": str, "why": str, "href": str}
+SERIES = [{"name": str, "kind": str, "points": [NUMBER]}]
+READ_BY_THE_PAGES = [
+    ("/workflows/W/summary", {}, {
+        "counts": dict, "total": int, "done": int, "state": str, "rate": NUMBER, "left_s": MAYBE,
+        "started_ms": MAYBE, "ended_ms": MAYBE, "elapsed_s": MAYBE, "runners": int,
+        "runners_text": str, "history": [NUMBER], "longest": [ROW], "families": (list, None),
+        "waiting": [{"count": int, "status": str, "why": str}],
+        "failures": [{"count": int, "cause": str, "line": str}]}),
+    ("/workflows/W/graph", {}, {"total": int, "nodes": [NODE], "edges": [list]}),
+    ("/workflows/W/graph", {"around": "J"}, {"nodes": [NODE], "edges": [list], "more": str}),
+    ("/workflows/W/failures", {}, {"total": int, "downstream": int, "groups": [{
+        "id": str, "count": int, "status": str, "cause": str, "line": str, "remedy": str,
+        "advice": str, "verdict": str, "family": str, "first_ms": MAYBE, "last_ms": MAYBE,
+        "hosts": str, "tail": str, "jobs": [{"id": int, "name": str}]}]}),
+    ("/workflows/W/timeline", {"bins": 10}, {"from": int, "to": int, "runners": [{
+        "name": str, "cpus": int, "busy": int, "idle_s": NUMBER, "ran": int, "start": int,
+        "end": int, "gaps": [{"from": int, "to": int, "text": str}],
+        "jobs": [{"id": int, "name": str, "status": str, "start": int, "end": int,
+                  "lane": int}]}]}),
+    ("/workflows/W/usage", {"bins": 10}, {
+        "times": [int], "cpu": SERIES, "memory": SERIES, "requirements": [{
+            "name": str, "jobs": int, "cpus": int, "cpu_used": NUMBER, "peak": NUMBER,
+            "memory": int, "longest_s": NUMBER, "runtime_s": int, "verdict": str,
+            "advice": str}]}),
+    ("/workflows", {"include_counts": True}, {"items": [FLOW], "total_count": int}),
+    ("/workflows/W", {"include_counts": True}, FLOW),
+    ("/jobs", {"workflow_id": "W", "include_results": True}, {"items": [ROW], "total_count": int}),
+    ("/jobs/J", {"include_results": True}, {**ROW, "priority": int, "cpu_used": (str, None),
+                                            "handler": (str, None), "inputs": (str, None),
+                                            "outputs": (str, None)}),
+]
+
+
+class Past:
+    """A workflow with a past: jobs that ended at known seconds after `began`."""
+
+    def __init__(self, api, graph, cpus=4, **options):
+        self.api, self.began = api, int(time.time()) - 1000
+        self.workflow_id, self.ids = make(api, graph, **options)
+        self.node = make_node(api, self.workflow_id, num_cpus=cpus, hostname="c1",
+                              start_time=torc.iso_time(self.began))
+
+    def end(self, name, start, ran, code=0, **more):
+        """Job `name` ran from `start` for `ran` seconds."""
+        status = "completed" if code == 0 else "failed"
+        self.api.post(f"/jobs/{self.ids[name]}/complete_job/{status}/1", {
+            "job_id": self.ids[name], "workflow_id": self.workflow_id, "run_id": 1,
+            "attempt_id": 1, "compute_node_id": self.node, "return_code": code, "status": status,
+            "exec_time_minutes": ran / 60, **more,
+            "completion_time": torc.iso_time(self.began + start + ran)})
+
+    def run(self, name):
+        """Job `name` is running."""
+        with self.api.store.transaction():
+            self.api.store.execute("UPDATE job SET status = ?, started_ms = ?, compute_node_id = ?"
+                                   " WHERE id = ?", (torc.RUNNING, int(1000 * time.time()) - 60_000,
+                                                     self.node, self.ids[name]))
+
+    def get(self, path, **query):
+        """An answer below the workflow."""
+        return self.api.get(f"/workflows/{self.workflow_id}{path}", **query)
+
+
+ASSEMBLY = {"fetch": [], "index": ["fetch"], "align_1": ["index"], "align_2": ["index"],
+            "align_3": ["index"], "merge": ["align_1", "align_2", "align_3"], "report": ["merge"]}
+
+
+@pytest.fixture
+def past(api):
+    """An assembly at work: align_1 done, align_2 failed, align_3 running."""
+    past = Past(api, ASSEMBLY)
+    past.end("fetch", 0, 100)
+    past.end("index", 100, 200, peak_memory_bytes=5 * 2**20)
+    past.end("align_1", 400, 100, avg_cpu_percent=50.0)
+    past.end("align_2", 400, 200, code=137, stderr_tail="reading 17\nKilled")
+    past.run("align_3")
+    return past
+
+
+@pytest.mark.parametrize("path, query, shape", READ_BY_THE_PAGES)
+def test_answers_have_what_the_pages_read(past, path, query, shape):
+    values = {"W": str(past.workflow_id), "J": str(past.ids["align_2"])}
+    path = re.sub(r"\b[WJ]\b", lambda match: values[match[0]], path)
+    query = {name: values.get(value, value) for name, value in query.items()}
+    has_shape(past.api.get(path, **query), shape, path)
+
+
+def test_a_summary_counts_and_says_what_waits_for_what(past):
+    summary = past.get("/summary")
+    assert summary["counts"] == {"blocked": 2, "running": 1, "completed": 3, "failed": 1}
+    assert (summary["total"], summary["done"], summary["state"]) == (7, 4, "running")
+    assert [(row["count"], row["why"]) for row in summary["waiting"]] == [
+        (1, "merge waits for align_3; align_2 failed, so it will be canceled then"),
+        (1, "report waits for merge, and will be canceled with it")]
+    assert [row["name"] for row in summary["longest"]] == ["align_3"]
+    assert summary["failures"] == [{"count": 1, "cause": "exit 137, out of memory",
+                                    "line": "Killed"}]
+    assert summary["runners_text"] == "1 on c1, 4 CPUs" and sum(summary["history"]) == 4
+    assert summary["started_ms"] == past.began * 1000
+
+
+@pytest.mark.parametrize("number, canceled, active, state", [
+    ({}, 0, False, "not initialized"), ({torc.UNINITIALIZED: 3}, 0, True, "not initialized"),
+    ({torc.READY: 1, torc.BLOCKED: 3}, 0, False, "waiting"), ({torc.READY: 1}, 0, True, "running"),
+    ({torc.COMPLETED: 2, torc.DISABLED: 1}, 0, True, "done"), ({torc.RUNNING: 1}, 1, 1, "canceled"),
+    ({torc.COMPLETED: 2, torc.FAILED: 1, torc.CANCELED: 1}, 0, False, "failed"),
+    ({torc.COMPLETED: 2, torc.PENDING_FAILED: 1}, 0, True, "stuck"),
+    ({torc.BLOCKED: 2, torc.DISABLED: 1}, 0, False, "stuck")])
+def test_a_workflow_has_a_state_in_a_word(number, canceled, active, state):
+    assert torc.workflow_state(number, canceled, active) == state
+
+
+def test_what_no_runner_can_hold_is_stuck_and_says_so(api):
+    past = Past(api, {"a": [], "b": []}, requirements=[
+        {"name": "gpu", "num_cpus": 1, "num_gpus": 4, "num_nodes": 1, "memory": "1g",
+         "runtime": "PT1H"}], a={"resource_requirements": 0}, b={"resource_requirements": 0})
+    summary = past.get("/summary")
+    assert summary["state"] == "stuck" and summary["waiting"] == [{
+        "count": 2, "status": "ready",
+        "why": "each needs 4 GPUs, the largest runner has 0: none of them can start"}]
+
+
+def test_a_large_graph_is_of_families(api):
+    graph = {"prepare": []}
+    graph.update({f"sim_{number:03d}": ["prepare"] for number in range(250)})
+    graph.update({f"score_{number:03d}": [f"sim_{number:03d}"] for number in range(250)})
+    graph["report"] = list(graph)[251:]
+    past = Past(api, graph)
+    past.end("prepare", 0, 10)
+    past.end("sim_000", 10, 20)
+    answer = past.get("/graph")
+    assert (answer["families"], answer["total"]) == (True, 502)
+    assert [(node["name"], node["counts"]) for node in answer["nodes"]] == [
+        ("prepare", {"completed": 1}), ("sim_*", {"ready": 249, "completed": 1}),
+        ("score_*", {"blocked": 249, "ready": 1}), ("report", {"blocked": 1})]
+    assert answer["edges"] == [["f0", "f1"], ["f1", "f2"], ["f2", "f3"]]
+    assert answer["nodes"][1]["sub"] == "each 20s on average"
+    summary = past.get("/summary")
+    assert [row["why"] for row in summary["waiting"]] == [
+        "a free place on the runner is needed (0 of 4 CPUs are busy)",
+        "score_*: each waits for its own sim_*", "report: waits for every score_*"]
+    assert summary["families"] == answer["nodes"]
+    page = api.get("/jobs", workflow_id=past.workflow_id, family="score", limit=3)
+    assert page["total_count"] == 250 and page["items"][0]["name"] == "score_000"
+
+
+def test_families_follow_jobs_that_come_and_go(api):
+    workflow_id, _ = make(api, {f"a_{number}": [] for number in range(401)})
+    assert api.get(f"/workflows/{workflow_id}/graph")["nodes"][0]["counts"] == {"ready": 401}
+    job = api.post("/jobs", {"workflow_id": workflow_id, "name": "z_1", "command": "true",
+                             "depends_on_job_ids": [1]})
+    answer = api.get(f"/workflows/{workflow_id}/graph")
+    assert [node["name"] for node in answer["nodes"]] == ["a_*", "z_1"]
+    assert answer["edges"] == [["f0", "f1"]]
+    api.delete(f"/jobs/{job['id']}")
+    assert len(api.get(f"/workflows/{workflow_id}/graph")["nodes"]) == 1
+
+
+@pytest.mark.parametrize("names, families", [
+    (["a_1", "a_02", "b"], ["a", "a", "b"]), (["x_1_2", "lr-0.5"], ["x", "lr"]), (["7"], ["#"]),
+    ([f"{chr(97 + n % 26)}{chr(97 + n // 26)}_x" for n in range(100)], ["#"] * 100),
+    ([f"job_{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(100)], ["job"] * 100)])
+def test_a_family_is_the_name_without_its_numbers_and_there_are_not_too_many(names, families):
+    assert torc.family_names(names) == families
+
+
+def test_edges_that_close_a_circle_are_left_out_of_a_graph():
+    assert sorted(torc.acyclic(4, [(0, 1), (1, 2), (2, 0), (2, 2), (2, 3)])) == [
+        (0, 1), (1, 2), (2, 3)]
+
+
+def test_the_graph_around_a_job_has_five_on_each_side(api):
+    workflow_id, ids = make(api, {"a": [], **{f"b{number}": ["a"] for number in range(9)}})
+    answer = api.get(f"/workflows/{workflow_id}/graph", around=ids["a"])
+    assert len(answer["nodes"]) == 6 and answer["more"] == "frees 4 more"
+    assert all(edge[0] == ids["a"] for edge in answer["edges"])
+    with pytest.raises(torc.NotFound):
+        api.get(f"/workflows/{workflow_id}/graph", around=10_000)
+
+
+def test_a_timeline_knows_what_a_runner_waited_for(past):
+    [lane] = past.get("/timeline")["runners"]
+    began = past.began * 1000
+    assert [(bar["name"], bar["lane"], bar["start"] - began, bar["end"] - began)
+            for bar in lane["jobs"]][:4] == [
+        ("fetch", 0, 0, 100_000), ("index", 0, 100_000, 300_000), ("align_1", 0, 400_000, 500_000),
+        ("align_2", 1, 400_000, 600_000)]
+    assert [gap["text"] for gap in lane["gaps"]] == ["idle 5m 40s, nothing was ready",
+                                                     "idle 1m 40s, nothing was ready"]
+    assert lane["ran"] == 5 and abs(lane["idle_s"] - 440) < 2
+    assert abs(lane["busy"] - round(100 * 660 / 4000)) <= 1
+
+
+def test_a_gap_names_the_job_that_ended_it(api):
+    past = Past(api, {"a": [], "b": [], "c": ["b"]}, cpus=1)
+    past.end("a", 0, 10)
+    other = past.node
+    past.node = make_node(api, past.workflow_id, hostname="c2",
+                          start_time=torc.iso_time(past.began))
+    past.end("b", 0, 500)
+    past.node = other
+    past.end("c", 500, 400)
+    first, second = past.get("/timeline")["runners"]
+    assert "idle 8m 10s, waited for b" in [gap["text"] for gap in first["gaps"]]
+    assert second["gaps"][0]["text"] == "idle 8m 20s, nothing is ready"
+
+
+def test_a_crowded_timeline_shows_how_busy_a_runner_was(past, monkeypatch):
+    monkeypatch.setattr(torc, "MOST_BARS", 3)
+    began = past.began * 1000
+    [lane] = past.get("/timeline", **{"from": began, "to": began + 800_000}, bins=8)["runners"]
+    assert lane["bins"] == [[0.25, False], [0.25, False], [0.25, False], [0.0, False],
+                            [0.5, False], [0.25, False], [0.0, True], [0.0, False]]
+    assert "jobs" not in lane
+
+
+def test_usage_sums_what_was_asked_and_used(past):
+    answer = past.get("/usage", bins=10)
+    cpu = {series["kind"]: series["points"] for series in answer["cpu"]}
+    assert [round(cpu[kind][4], 1) for kind in ("asked", "used", "limit")] == [2.0, 0.5, 4.0]
+    [row] = answer["requirements"]
+    assert (row["name"], row["jobs"], row["longest_s"]) == ("default", 7, 200.0)
+
+
+def test_new_and_replaced_results_are_noticed(past):
+    assert past.get("/timeline")["runners"][0]["ran"] == 5
+    past.api.delete("/results/1")
+    assert past.get("/timeline")["runners"][0]["ran"] == 4
+    past.end("align_3", 500, 100)
+    assert past.get("/timeline")["runners"][0]["ran"] == 4
+
+
+def test_failures_are_grouped_by_exit_and_last_line(api):
+    past = Past(api, {f"case_{number}": [] for number in range(5)}, requirements=[
+        {"name": "small", "num_cpus": 1, "num_gpus": 0, "num_nodes": 1, "memory": "2g",
+         "runtime": "PT20M"}], **{f"case_{number}": {"resource_requirements": 0}
+                                  for number in range(5)})
+    for number in range(3):
+        past.end(f"case_{number}", number, 10, code=1, stderr_tail=f"x\nbad mesh in case {number}\n")
+    past.end("case_3", 5, 10, code=137, peak_memory_bytes=2 * 2**30 + 1)
+    past.end("case_4", 5, 1200, code=152)
+    answer = past.get("/failures")
+    assert answer["total"] == 5
+    assert [(group["count"], group["cause"], group["verdict"], group["remedy"])
+            for group in answer["groups"]] == [
+        (3, "exit 1", "unknown", "Rerun these…"),
+        (1, "exit 137, out of memory", "memory", "Rerun with 3.0 GB…"),
+        (1, "exit 152, time limit", "runtime", "Rerun with 28 min…")]
+    first = answer["groups"][0]
+    assert first["line"] == "bad mesh in case 0" and first["tail"] == "x\nbad mesh in case 0\n"
+    [one] = past.get("/failures", group=first["id"])["groups"]
+    assert one["job_ids"] == [past.ids[f"case_{number}"] for number in range(3)]
+
+
+@pytest.mark.parametrize("query, names", [
+    ({"status": "failed,running"}, ["align_2", "align_3"]), ({"search": "LIGN"}, [
+        "align_1", "align_2", "align_3"]), ({"search": "a%n"}, []), ({"search": "_2"}, ["align_2"]),
+    ({"family": "align", "status": "completed"}, ["align_1"]), ({"family": "none"}, []),
+    ({"sort_by": "ran", "reverse_sort": True, "limit": 2}, ["align_2", "index"]),
+    ({"sort_by": "start", "reverse_sort": True, "limit": 3}, ["align_3", "align_2", "align_1"]),
+    ({"sort_by": "memory", "reverse_sort": True, "limit": 1}, ["index"]),
+    ({"sort_by": "host", "limit": 1, "offset": 6}, ["align_2"])])
+def test_jobs_are_found_and_sorted_by_how_they_ended(past, query, names):
+    page = past.api.get("/jobs", workflow_id=past.workflow_id, include_results=True, **query)
+    assert [job["name"] for job in page["items"]] == names
+
+
+def test_a_list_of_jobs_says_how_each_ended(past):
+    jobs = {job["name"]: job for job in past.api.get(
+        "/jobs", workflow_id=past.workflow_id, include_results=True)["items"]}
+    assert jobs["align_2"]["note"] == "exit 137, out of memory"
+    assert jobs["merge"]["note"] == "waits for align_3"
+    assert (jobs["index"]["ran_s"], jobs["index"]["host"]) == (200.0, "c1")
+    assert 60 <= jobs["align_3"]["ran_s"] < 80
+    past.end("align_3", 800, 100)
+    page = past.api.get("/jobs", workflow_id=past.workflow_id, include_results=True, search="merge")
+    assert page["items"][0]["note"] == "align_2 failed"
+
+
+def test_a_bad_status_in_a_list_of_them_is_refused(api):
+    workflow_id, _ = make(api, {"a": []})
+    with pytest.raises(torc.BadRequest, match="failed,gone"):
+        api.get("/jobs", workflow_id=workflow_id, status="failed,gone")
+
+
+@pytest.mark.parametrize("query, names", [
+    ({"search": "ASSEM"}, ["assembly"]), ({"search": "100%"}, ["other"]),
+    ({"all_users": False}, ["assembly"]), ({}, ["assembly", "other"])])
+def test_workflows_are_searched(api, query, names):
+    for name, user, more in (("assembly", "tester", {}), ("other", "eve", {"description": "100%"})):
+        api.post("/workflows", {"name": name, "user": user, **more})
+    with api.store.transaction():
+        api.store.execute("UPDATE workflow SET user = name WHERE name = 'other'")
+    assert [one["name"] for one in api.get("/workflows", **query)["items"]] == names
+
+
+# ---- events for those who listen
+
+def heard(subscription):
+    """[(type, data), ...] of what a subscription has."""
+    text = subscription.take(0).decode()
+    return [(kind, json.loads(data).get("data", json.loads(data))) for kind, data in
+            re.findall(r"event: (\w+)\ndata: (.+)\n\n", text)]
+
+
+def test_both_kinds_of_runners_are_heard_and_failed_transactions_are_not(store, api):
+    workflow_id, ids = make(api, {"a": [], "b": [], "c": ["b"]})
+    subscription = store.subscribe(workflow_id, "info")
+    runner = Conversation(api, workflow_id)
+    jobs = runner.step(limit=1)["jobs"]
+    runner.step([runner.done(jobs[0])], starts=[{"job_id": jobs[0]["id"], "attempt_id": 1}])
+    api.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    api.put(f"/jobs/{ids['b']}/start_job/1/{runner.node}")
+    complete(api, ids["b"], workflow_id, runner.node, code=3)
+    with pytest.raises(torc.Internal), store.transaction():
+        store.tell(workflow_id, "job_failed", "error", {})
+        raise torc.Internal("no")
+    runner.step(closing=True)
+    events = heard(subscription)
+    assert [kind for kind, _ in events] == [
+        "compute_node_started", "job_started", "job_completed", "job_started", "job_failed",
+        "job_canceled", "compute_node_stopped"]
+    assert events[1][1] == {"job_id": ids["a"], "job_name": "a", "compute_node_id": runner.node,
+                            "run_id": 1}
+    assert events[4][1] == {"job_id": ids["b"], "job_name": "b", "status": "failed",
+                            "return_code": 3}
+    assert set(events[0][1]) == {"compute_node_id", "hostname", "pid", "num_cpus", "memory_gb",
+                                 "num_gpus", "compute_node_type"}
+    assert set(events[6][1]) == {"compute_node_id", "hostname", "pid", "duration_seconds",
+                                 "compute_node_type"}
+    subscription.close()
+    assert not store.is_heard(workflow_id)
+
+
+def test_initializing_and_scheduling_are_heard(store, api):
+    workflow_id, _ = make(api, {"a": []})
+    subscription = store.subscribe(workflow_id, "info")
+    api.post(f"/workflows/{workflow_id}/initialize_jobs")
+    api.post(f"/workflows/{workflow_id}/initialize_jobs", only_uninitialized=True)
+    api.post("/scheduled_compute_nodes", {
+        "workflow_id": workflow_id, "scheduler_id": 7, "scheduler_config_id": 1,
+        "scheduler_type": "slurm", "status": "pending"})
+    events = heard(subscription)
+    assert [kind for kind, _ in events] == ["workflow_reinitialized", "workflow_started",
+                                            "scheduler_node_created"]
+    assert set(events[0][1]) == {"category", "type", "user", "message"}
+    assert events[2][1] == {"category": "scheduler", "scheduled_compute_node_id": 1,
+                            "scheduler_id": 7, "scheduler_config_id": 1, "scheduler_type": "slurm",
+                            "status": "pending"}
+
+
+def test_a_queue_that_overflows_counts_what_it_drops(store, api):
+    workflow_id, ids = make(api, {"a": [], **{f"b{number}": ["a"] for number in range(700)}})
+    subscription, errors = store.subscribe(workflow_id, "info"), store.subscribe(workflow_id, "error")
+    node = make_node(api, workflow_id)
+    complete(api, ids["a"], workflow_id, node, code=1)
+    events = heard(subscription)          # node, a, and 700 canceled
+    assert len(events) == 513 and events[-1] == ("warning", {"dropped": 702 - 512})
+    assert [kind for kind, _ in heard(errors)] == ["job_failed"]
+    assert heard(subscription) == []
+
+
+def test_a_database_file_has_no_stream(api):
+    workflow_id, _ = make(api, {"a": []})
+    with pytest.raises(torc.Invalid, match="streamed over HTTP: start torc-server"):
+        api.get(f"/workflows/{workflow_id}/events/stream")
+
+
 # ---- actions and explanations
 
 
@@ -3948,6 +4342,114 @@ def test_torc_starts_beside_torc_client(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith(f"torc {torc.VERSION} (")
 
 
+# ---- a stream of events
+
+class Stream:
+    """A client of the event stream that sees every byte."""
+
+    def __init__(self, server, workflow_id, query=""):
+        self.socket = socket.create_connection(("127.0.0.1", server.port), 20)
+        self.socket.sendall(f"GET {torc.API_PREFIX}/workflows/{workflow_id}/events/stream{query} "
+                            "HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        self.data = b""
+
+    def until(self, wanted=None):
+        """All bytes so far, once `wanted` is among them, or all to the end of the connection."""
+        while wanted is None or wanted not in self.data:
+            new = self.socket.recv(65536)
+            if not new:
+                break
+            self.data += new
+        return self.data
+
+    def begin(self):
+        """Wait for the headers; returns them and forgets them."""
+        head, _, self.data = self.until(b"\r\n\r\n").partition(b"\r\n\r\n")
+        return head.decode() + "\r\n"
+
+
+def test_a_stream_is_framed_as_upstreams(server):
+    client = server.client()
+    workflow_id, ids = make(client, {"a": []})
+    node = make_node(client, workflow_id)
+    stream = Stream(server, workflow_id)
+    head = stream.begin()                 # comes before any event
+    assert head.startswith("HTTP/1.1 200 OK\r\n") and "Transfer-Encoding: chunked" in head
+    for line in ("Content-Type: text/event-stream", "Cache-Control: no-cache",
+                 "X-Accel-Buffering: no"):
+        assert f"\r\n{line}\r\n" in head
+    before = time.time()
+    complete(client, ids["a"], workflow_id, node, code=3)
+    data = stream.until(b"\n\n\r\n")
+    size, _, rest = data.partition(b"\r\n")
+    text = rest[:int(size, 16)].decode()
+    stamp = re.search(r'"timestamp":(\d+)', text)[1]
+    assert text == (
+        'event: job_failed\ndata: {"workflow_id":%d,"timestamp":%s,"event_type":"job_failed",'
+        '"severity":"error","data":{"job_id":%d,"job_name":"a","status":"failed",'
+        '"return_code":3}}\n\n' % (workflow_id, stamp, ids["a"]))
+    assert before - 1 < int(stamp) / 1000 < time.time() + 1 and time.time() - before < 1
+
+
+@pytest.mark.parametrize("level, kinds", [
+    ("", ["job_started", "job_failed", "job_canceled"]), ("?level=DEBUG", [
+        "job_started", "job_failed", "job_canceled"]), ("?level=nonsense", [
+            "job_started", "job_failed", "job_canceled"]),
+    ("?level=Warning", ["job_failed", "job_canceled"]), ("?level=error", ["job_failed"])])
+def test_a_stream_shows_a_level_and_above(server, level, kinds):
+    client = server.client()
+    workflow_id, ids = make(client, {"a": [], "b": ["a"]})
+    node = make_node(client, workflow_id)
+    stream = Stream(server, workflow_id, level)
+    stream.begin()
+    client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    client.put(f"/jobs/{ids['a']}/start_job/1/{node}")
+    complete(client, ids["a"], workflow_id, node, code=1)
+    stream.until(f"event: {kinds[-1]}\n".encode())
+    assert re.findall(r"event: (\w+)", stream.data.decode()) == kinds
+
+
+def test_a_stream_of_a_workflow_that_is_not_there_is_an_ordinary_error(server):
+    status, headers, body = fetch(server, "GET", torc.API_PREFIX + "/workflows/9/events/stream")
+    assert (status, headers["Content-Type"]) == (404, "application/json")
+    assert "9" in json.loads(body)["error"]["message"]
+    workflow_id, _ = make(server.client(), {"a": []})
+    path = f"{torc.API_PREFIX}/workflows/{workflow_id}/events/stream"
+    assert fetch(server, "HEAD", path)[::2] == (200, b"")
+
+
+def test_streams_end_when_the_server_does(tmp_path):
+    server = Server(tmp_path / "x.db")
+    workflow_id, _ = make(server.client(), {"a": []})
+    streams = [Stream(server, workflow_id) for _ in range(3)]
+    for stream in streams:
+        stream.begin()
+    started = time.monotonic()
+    assert server.stop()[0] == 0 and time.monotonic() - started < 3
+    assert [stream.until() for stream in streams] == [b"0\r\n\r\n"] * 3
+
+
+def test_70_streams_starve_nobody_and_places_come_back(server):
+    client = server.client()
+    workflow_id, _ = make(client, {"a": []})
+    streams = [Stream(server, workflow_id) for _ in range(70)]
+    heads = [stream.begin() for stream in streams]
+    codes = [head.split()[1] for head in heads]
+    assert codes.count("200") == torc.STREAMING_CLIENTS
+    assert codes.count("503") == 70 - torc.STREAMING_CLIENTS
+    assert all("Retry-After: 15" in head for head in heads if " 503 " in head)
+    started = time.monotonic()
+    assert client.get("/ping") == {"status": "ok"} and time.monotonic() - started < 1
+    waited = client.get(f"/workflows/{workflow_id}/changes", since=client.get(
+        f"/workflows/{workflow_id}/changes")["generation"], wait_s=1)
+    assert "retry_after_s" not in waited  # runners still find a place to wait
+    for stream in streams:
+        stream.socket.close()
+    again = until(lambda: (lambda one: one if " 200 " in one.begin() else None)(
+        Stream(server, workflow_id)), what="a place")
+    again.socket.close()
+
+
 # ---- passwords and access control over HTTP
 
 def every_route():
@@ -4312,6 +4814,31 @@ def test_stuck_and_broken_handshakes_concern_nobody_else(tmp_path, certificates)
     for sock in stuck:
         sock.close()
     assert client.get("/ping") == {"status": "ok"}
+    client.close()
+    assert server.stop()[0] == 0
+
+
+def test_a_stream_over_tls_comes_at_once_and_ends_with_its_client(tmp_path, certificates):
+    import ssl
+    server = tls_server(tmp_path / "x.db", certificates)
+    client = torc.Client(server.url, tls={"ca_cert": str(certificates / "ca.pem")})
+    workflow_id, _ = make(client, {"a": []})
+    context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    path = f"{torc.API_PREFIX}/workflows/{workflow_id}/events/stream"
+
+    def follow():
+        raw = socket.create_connection(("127.0.0.1", server.port), 20)
+        sock = context.wrap_socket(raw, server_hostname="localhost")
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return sock, sock.recv(4096)
+
+    streams = [follow() for _ in range(torc.STREAMING_CLIENTS)]
+    assert all(b" 200 " in head for _, head in streams) and b" 503 " in follow()[1]
+    make_node(client, workflow_id)
+    for sock, _ in streams:
+        assert b"event: compute_node_started" in sock.recv(4096)
+        sock.close()
+    until(lambda: b" 200 " in follow()[1], what="a place")
     client.close()
     assert server.stop()[0] == 0
 
@@ -6785,7 +7312,9 @@ def test_every_command_is_in_the_readme():
 def test_the_readme_names_all_our_operations():
     missing = [path for _, path, _, _ in torc.ROUTES
                if path.rpartition("/")[2] in ("server_info", "workflow_specs", "runner_step", "changes",
-                                              "counts", "unfinished", "stop", "rerun", "why", "release")
+                                              "counts", "unfinished", "stop", "rerun", "why", "release",
+                                              "summary", "graph", "timeline", "usage", "failures",
+                                              "stream")
                and f"/{path.rpartition('/')[2]}" not in README]
     assert missing == []
 
@@ -6952,6 +7481,92 @@ def test_bench_100004_jobs(server, tmp_path):
     show("  peak memory, client / server", f"{client_mb} / {server_mb:.0f} MB", "goal 500 / 300 MB")
     show("initialize them", f"{initialized:.2f} s", "goal 3 s")
     assert created < 10 and initialized < 3 and client_mb < 500 and server_mb < 300
+
+
+VIEWS = [                                 # what a page asks of a workflow, and how often as dear
+    ("first page", "/jobs", {"limit": 50, "include_results": True}),
+    ("last page", "/jobs", {"limit": 50, "offset": "LAST", "include_results": True}),
+    ("filter by status", "/jobs", {"limit": 50, "status": "failed,running", "include_results": True}),
+    ("filter by family", "/jobs", {"limit": 50, "family": "score", "include_results": True}),
+    ("search", "/jobs", {"limit": 50, "search": "score_00", "include_results": True}),
+    ("search, nothing found", "/jobs", {"limit": 50, "search": "zzz", "include_results": True}),
+    ("longest first", "/jobs", {"limit": 50, "sort_by": "ran", "reverse_sort": True,
+                                "include_results": True}),
+    ("summary", "/workflows/W/summary", {}), ("graph", "/workflows/W/graph", {}),
+    ("timeline", "/workflows/W/timeline", {"bins": 300}),
+    ("usage", "/workflows/W/usage", {"bins": 240}), ("failures", "/workflows/W/failures", {}),
+    ("list of workflows", "/workflows", {"include_counts": True}),
+]
+
+
+def half_done(database, size):
+    """A workflow of about `size` jobs with a past: half of its two large families have ended."""
+    store = torc.Store(str(database))
+    api, width = torc.LocalClient(str(database), "tester", store), (size - 100) // 2
+    graph = {"prepare": [], **{f"sim_{number:05d}": ["prepare"] for number in range(width)}}
+    names = list(graph)
+    jobs = [{"name": name, "command": f"python {name}.py --out {name}.h5",
+             "depends_on": [0] if number else []} for number, name in enumerate(names)]
+    jobs += [{"name": f"score_{number:05d}", "command": f"python score.py {number}",
+              "depends_on": [1 + number]} for number in range(width)]
+    jobs += [{"name": f"reduce_{number:02d}", "command": "python reduce.py",
+              "depends_on": list(range(1 + width + number, 1 + 2 * width, 96))}
+             for number in range(96)]
+    workflow_id = bench_workflow(api, jobs)
+    now, ids = time.time(), [row[0] for row in store.query(
+        "SELECT id FROM job WHERE workflow_id = ? ORDER BY id", (workflow_id,))]
+    nodes = [make_node(api, workflow_id, hostname=f"c{number}", num_cpus=16,
+                       start_time=torc.iso_time(now - 9000)) for number in range(6)]
+    ended = [ids[0]] + [job_id for number in range(width // 2)
+                        for job_id in (ids[1 + number], ids[1 + width + number])]
+    rows = [(workflow_id, job_id, 1, 1, nodes[place % 6], place % 300 == 299,
+             1 + place % 7 / 3, torc.iso_time(now - 9000 + 9000 * place / len(ended)),
+             torc.FAILED if place % 300 == 299 else torc.COMPLETED, 10**8 + place,
+             "Traceback\nValueError: no" if place % 300 == 299 else None)
+            for place, job_id in enumerate(ended)]
+    with store.transaction():
+        store.insert_many("INSERT INTO result (workflow_id, job_id, run_id, attempt_id,"
+                          " compute_node_id, return_code, exec_time_minutes, completion_time,"
+                          " status, peak_memory_bytes, stderr_tail)", 11, rows)
+        store.execute("INSERT INTO latest_result SELECT job_id, id FROM result WHERE workflow_id"
+                      " = ?", (workflow_id,))
+        store.execute("UPDATE job SET status = (SELECT status FROM result WHERE job_id = job.id)"
+                      f" WHERE id IN {torc.IDS}", (torc.compact(ended),))
+        torc.recount(store, workflow_id)
+        torc.settle_blocked(store, workflow_id)
+    store.close()
+    return workflow_id
+
+
+@pytest.mark.bench
+def test_bench_views_of_100000_jobs(tmp_path):
+    ids = {size: half_done(tmp_path / "views.db", size) for size in (1000, 100_000)}
+    with Server(tmp_path / "views.db").closing() as server:
+        client = server.client()
+
+        def seconds(path, query):
+            times = []
+            for _ in range(5):
+                started = time.perf_counter()
+                client.get(path, **query)
+                times.append(time.perf_counter() - started)
+            return times[0], min(times)
+
+        ping, slow = seconds("/ping", {})[1], []
+        for what, path, query in VIEWS:
+            figures = {}
+            for size, workflow_id in ids.items():
+                asked = {name: size - 150 if value == "LAST" else value
+                         for name, value in query.items()}
+                if path == "/jobs":
+                    asked["workflow_id"] = workflow_id
+                figures[size] = seconds(path.replace("W", str(workflow_id)), asked)
+            first, best = figures[100_000]
+            show(f"100,000 jobs: {what}", f"{1000 * best:.0f} ms (first {1000 * first:.0f})",
+                 f"1,000 jobs: {1000 * figures[1000][1]:.1f} ms", best / figures[1000][1])
+            slow += [what] if best > 200 * ping else []
+        show("  ping", f"{1000 * ping:.2f} ms", "")
+        assert slow == []
 
 
 @pytest.mark.bench
