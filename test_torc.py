@@ -4986,6 +4986,754 @@ def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
 
 
 # ==================================================================================================
+# 13 Terminal UI
+# ==================================================================================================
+
+
+class Hands:
+    """Presses keys of a Terminal that has no terminal, and reads its screen."""
+
+    def __init__(self, client, directory, size=(80, 24), plain=False):
+        args = torc.parse_command(torc.COMMANDS["tui"], [], ["-o", str(directory / "out")])
+        self.terminal = torc.Terminal(client, torc.TerminalTools(args), size, plain)
+        self.state = self.terminal.state
+        self.settle()
+
+    def settle(self):
+        """Until all that is due is loaded and said."""
+        def quiet():
+            self.terminal.take_events()
+            page = self.state.page
+            if page.key != self.terminal.key_of(page) or not self.terminal.covered(page) \
+                    or page.stale and not self.state.away:
+                if not page.error:
+                    self.terminal.tick()
+            return self.terminal.worker.idle and not self.terminal.events and not page.loading \
+                and (page.error or self.state.away or (
+                    self.terminal.covered(page) and not page.stale))
+        until(quiet, what="a quiet terminal")
+
+    def press(self, *keys):
+        """Press keys; returns the screen."""
+        for key in keys:
+            self.terminal.press(key)
+            self.settle()
+        return self.text()
+
+    def type(self, text):
+        """Type a text and Enter."""
+        return self.press(*("Space" if letter == " " else letter for letter in text), "Enter")
+
+    def text(self):
+        """The screen; each line fits."""
+        lines = torc.screen_text(self.state)
+        assert len(lines) == self.state.height
+        assert all(torc.text_width(line) <= self.state.width for line in lines), lines
+        return "\n".join(lines)
+
+
+@pytest.fixture
+def ui(client, tmp_path):
+    """A function that makes Hands on the server or the database file."""
+    made = []
+
+    def begin(size=(80, 24), plain=False):
+        made.append(Hands(client, tmp_path, size, plain))
+        return made[-1]
+
+    yield begin
+    for hands in made:
+        hands.terminal.client = None
+        hands.terminal.watcher.stop()
+        if client.is_local:               # the store is the test's, which goes on with it
+            hands.terminal.worker.client = hands.terminal.worker.client.clone()
+            hands.terminal.worker.client.interrupt = lambda: None
+        hands.terminal.close()
+        if client.is_local:
+            client.store.closing = False
+
+
+def small(client):
+    """fetch (done) -> a, b (failed) -> last; returns (workflow id, {name: job id})."""
+    workflow_id, ids = make(client, {"fetch": [], "align_1": ["fetch"], "align_2": ["fetch"],
+                                     "merge 日本": ["align_1", "align_2"], "other": []})
+    node = make_node(client, workflow_id)
+    for name, code in (("fetch", 0), ("align_2", 3)):
+        client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=10)
+        complete(client, ids[name], workflow_id, node, code)
+    client.post("/user_data", {"workflow_id": workflow_id, "name": "seed", "data": {"x": 1}})
+    client.post("/events", {"workflow_id": workflow_id, "data": {"category": "noted"}})
+    client.post("/files", {"workflow_id": workflow_id, "name": "raw", "path": "raw.txt"})
+    client.post("/scheduled_compute_nodes", {
+        "workflow_id": workflow_id, "scheduler_id": 4711, "scheduler_config_id": 1,
+        "scheduler_type": "slurm", "status": "complete"})
+    client.post("/slurm_stats", {
+        "workflow_id": workflow_id, "job_id": ids["fetch"], "run_id": 1, "attempt_id": 1,
+        "slurm_job_id": "4711", "max_rss_bytes": 2**30})
+    return workflow_id, ids
+
+
+PAGE_TEXTS = (                            # keys that lead there, what is to be seen
+    ("", ("torc / workflows", "test", "40 %")), ("g o", ("2 of 5 done", "Failures", "exit 3")),
+    ("g j", ("fetch", "✓ completed", "align_2", "exit 3", "merge 日本", "1-5 of 5")),
+    ("g d", ("├─ ", "✗ align_2", "after", "too")), ("g t", ("here", "One cell is")),
+    ("g f", ("1 ✗ exit 3", "align_2")), ("g r", ("align_2", "fetch", "Exit")),
+    ("g n", ("here", "At work")), ("g s", ("4711", "complete")), ("g m", ("4711", "1.0 GB")),
+    ("g i", ("raw.txt",)), ("g a", ("seed", '{"x":1}')), ("g e", ("Time", "noted")),
+    ("g j Enter", ("It completed with return code 0", "Attempts", "Frees", "Command")),
+    ("g j l", ("There is no file",)), ("g i Enter", ("raw.txt", "workflow_id")),
+    ("g p", ("Nothing was started from here",)), ("g x", ("output directory",)),
+    ("?", ("Workflows", "open the workflow", "Moving")))
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 60)])
+def test_every_page_of_the_terminal_fits_and_says_what_it_is_for(client, ui, size):
+    small(client)
+    hands = ui(size)
+    for keys, texts in PAGE_TEXTS:
+        del hands.state.pages[1:]
+        screen = hands.press(*keys.split())
+        assert all(text in screen for text in texts), (keys, screen)
+    hands.terminal.resize(*((80, 24) if size == (200, 60) else (200, 60)))
+    hands.text()
+    hands.terminal.resize(50, 10)
+    assert "needs 80 columns and 24 lines" in hands.text()
+
+
+def test_the_pages_are_the_same_on_a_server_that_knows_only_lists(client, ui):
+    small(client)
+    hands = ui()
+    hands.terminal.extensions = frozenset()
+    for keys, texts in PAGE_TEXTS:
+        del hands.state.pages[1:]
+        screen = hands.press(*keys.split())
+        assert all(text in screen for text in texts), (keys, screen)
+
+
+def test_a_terminal_without_utf_8_gets_ascii_glyphs(client, ui):
+    small(client)
+    hands = ui(plain=True)
+    for keys, _ in PAGE_TEXTS:
+        del hands.state.pages[1:]
+        assert hands.press(*keys.split()).isascii()
+    assert "x align_2" in hands.press("q", "g", "d")
+
+
+def test_every_action_has_a_key_and_every_key_an_action():
+    actions = {row[1] for _, rows in torc.KEYS.values() for row in rows}
+    methods = {name[3:] for name in dir(torc.Terminal) if name.startswith("do_")}
+    assert actions == methods
+    for title, rows in torc.KEYS.values():
+        names = [name for row in rows for name in row[0].split()]
+        assert len(names) == len(set(names)), title
+    letters = [kind.go for kind in torc.PAGES.values() if kind.go]
+    assert len(letters) == len(set(letters))
+
+
+@pytest.mark.parametrize("upstream", ["i", "I", "R", "x", "s", "W", "C", "d", "n", "Tab", "BackTab",
+                                      "f", "/", "q", "r", "A", "a", "u", "o", "?"])
+def test_the_keys_that_people_know_are_there_on_workflows(upstream):
+    assert torc.action_of(torc.View("workflows"), upstream)
+
+
+@pytest.mark.parametrize("name", list(torc.PAGES))
+def test_every_key_of_the_help_can_be_pressed_on_every_page(client, ui, name, monkeypatch):
+    monkeypatch.setattr(torc, "Started", lambda *args: pytest.fail("nothing is to be started"))
+    workflow_id, ids = small(client)
+    hands = ui()
+    for names, _, _, _ in torc.keys_of(torc.View(name)):
+        for key in names.split():
+            del hands.state.pages[1:]
+            if name != "workflows":
+                record = {"id": 1} if name == "record" else "/nonexistent"
+                hands.terminal.open(name, workflow_id=workflow_id, job_id=ids["fetch"],
+                                    record=record)
+            hands.settle()
+            hands.state.question = hands.state.prompt = None
+            if key in ("x", "W"):         # these start a process at once
+                hands.terminal.state.away = "no", 0.0, float("inf"), 1
+            hands.terminal.press(key)
+            hands.text()
+            hands.state.away = None
+            hands.settle()
+            hands.press("Esc")
+            assert hands.state.question is None and hands.state.prompt is None
+    assert client.get(f"/workflows/{workflow_id}")["name"] == "test"
+
+
+KEY_CASES = (                             # keys, name of the page then, text on it
+    ("Enter", "overview", "of 5 done"), ("Enter Tab", "jobs", "fetch"),
+    ("Enter BackTab", "events", "Time"), ("Enter Right Right Left", "jobs", "fetch"),
+    ("Enter q", "workflows", "torc / workflows"), ("g j G", "jobs", "▌      5  other"),
+    ("g j j j k", "jobs", "▌      2  align_1"), ("g j G Home", "jobs", "▌      1  fetch"),
+    ("g j l q", "jobs", "fetch"), ("g j o", "jobs", "by name"), ("g f j j Enter", "job", "align_2"),
+    ("g d Enter", "job", "completed"), ("g r Enter", "job", "align_2"),
+    ("g o g x", "network", "output directory"), ("g z", "workflows", "test"),
+    ("a", "workflows", "of all users"), ("A", "workflows", "paused"),
+    ("O", "processes", "Nothing was started"), ("O q", "workflows", "test"))
+
+
+@pytest.mark.parametrize("keys, name, text", KEY_CASES)
+def test_keys_lead_where_they_should(api, tmp_path, keys, name, text):
+    small(api)
+    hands = Hands(api, tmp_path)
+    screen = hands.press(*keys.split())
+    assert hands.state.page.name == name and text in screen, screen
+    hands.terminal.watcher.stop()
+    api.store.closing = False
+
+
+def test_a_list_of_jobs_is_filtered_by_status_words_and_family(client, ui):
+    small(client)
+    hands = ui()
+    hands.press("g", "j", "/")
+    assert "1-2 of 2" in hands.type("align")
+    hands.press("f", "Ctrl-U")
+    screen = hands.type("failed")
+    assert "1-1 of 1" in screen and "filter: failed" in screen
+    hands.press("f", "Ctrl-U")
+    assert "Nothing matches nobody" in hands.type("nobody")
+    assert "1-5 of 5" in hands.press("Esc")
+    hands.press("f")
+    assert "1-2 of 2" in hands.type("family:align")
+    hands.terminal.extensions = frozenset()
+    hands.press("Esc", "f")
+    assert "1-2 of 2" in hands.type("family:align")
+    hands.press("Esc", "f")
+    assert "1-4 of 4" in hands.type("failed completed pending")
+
+
+def answers(hands):
+    """The keys of the question that is asked."""
+    return [choice[0] for choice in hands.state.question.plan.choices]
+
+
+def test_what_changes_something_is_asked_first_and_no_is_the_default(client, ui):
+    workflow_id, ids = small(client)
+    hands = ui()
+    before = statuses(client, workflow_id)
+    for page, key, words in (("w", "C", "Cancel workflow"), ("w", "d", "Delete workflow"),
+                             ("w", "v", "Recover"), ("j", "c", "has ended"),
+                             ("j", "y", "Run fetch")):
+        if key == "v":
+            for node in client.items("/compute_nodes", workflow_id=workflow_id):
+                client.put(f"/compute_nodes/{node['id']}", {"is_active": False})
+        screen = hands.press("g", page, key)
+        assert words in screen, screen
+        if hands.state.question:
+            assert "keep as it is" in screen
+            hands.press("Enter")
+        assert statuses(client, workflow_id) == before
+
+
+def test_a_job_is_run_again_canceled_and_the_workflow_deleted(client, ui):
+    workflow_id, ids = small(client)
+    hands = ui()
+    screen = hands.press("g", "j", "j", "j", "y", "y")
+    assert "align_2 is ready again, attempt 2" in screen
+    assert "align_2 is canceled" in hands.press("c", "y")
+    assert "Canceled workflow" in hands.press("C", "y")
+    assert client.get(f"/workflows/{workflow_id}/status")["is_canceled"]
+    assert "is canceled already" in hands.press("C")
+    screen = hands.press("q", "d")
+    assert "5 jobs and 2 results" in screen
+    assert "Deleted workflow" in hands.press("y") and "You have no workflow" in hands.text()
+
+
+def test_jobs_are_reset_and_initialized_from_the_terminal(client, ui, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workflow_id, ids = pipeline(client, tmp_path)
+    hands = ui()
+    assert "Nothing has changed" in hands.press("I")
+    touch(tmp_path / "in.txt")
+    screen = hands.press("I")
+    assert 'first (completed): its input file "in.txt" changed' in screen
+    assert "2 jobs to run" in hands.press("y")
+    assert statuses(client, workflow_id)["first"] == "ready"
+    screen = hands.press("i")
+    assert "lose their status" in screen and "in.txt" not in screen
+    hands.press("y")
+    finish_all(client, workflow_id, tmp_path)
+    screen = hands.press("R")
+    assert answers(hands) == ["a"] and "3 jobs" in screen
+    assert "Reset 3 jobs" in hands.press("a")
+    assert statuses(client, workflow_id)["alone"] == "ready"
+
+
+def test_a_workflow_is_created_from_a_path(client, ui, tmp_path):
+    hands = ui()
+    (tmp_path / "spec.json").write_text(json.dumps(
+        {"name": "fresh", "jobs": [{"name": "a", "command": "true"}]}))
+    hands.press("n")
+    assert "Created workflow" in hands.type(str(tmp_path / "spec.json"))
+    assert "fresh" in hands.text()
+    (tmp_path / "bad.json").write_text(json.dumps({"name": "bad", "jobs": [{"nam": "a"}]}))
+    hands.press("n")
+    assert "bad.json" in hands.type(str(tmp_path / "bad.json"))
+    hands.press("Enter", "n")
+    assert "No such file" in hands.type(str(tmp_path / "none.json"))
+
+
+def test_of_100_000_jobs_only_what_is_in_view_is_loaded(api, tmp_path):
+    api.post("/workflow_specs", {
+        "workflow": {"name": "sweep", "user": "tester"},
+        "jobs": [{"name": f"sim_{number:06d}", "command": "true"} for number in range(100_000)]})
+    hands = Hands(api, tmp_path)
+    assert "100,000" in hands.press("Enter")
+    page = hands.press("g", "j") and hands.state.page
+    assert "1-19 of 100,000" in hands.text() and len(page.data["rows"]) <= 3 * 19
+    assert "99,982-100,000 of 100,000" in hands.press("G") and "sim_099999" in hands.text()
+    for _ in range(30):
+        hands.press("PgUp")
+    assert len(page.data["rows"]) <= 3 * 19 and "sim_099" in hands.text()
+    hands.press("f")
+    assert "1-10 of 10" in hands.type("sim_01234")
+    assert "sim_*" in hands.press("g", "d") and "100,000 uninitialized" in hands.text()
+    hands.terminal.watcher.stop()
+    api.store.closing = False
+
+
+def test_a_graph_is_drawn_as_a_tree_with_each_job_once():
+    nodes = [{"id": name, "name": name} for name in "abcdef"]
+    edges = [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d"), ("d", "e"), ("x", "a"), ("f", "f")]
+    drawn = torc.tree(nodes, edges)
+    assert [(mark, node["id"], others) for mark, node, others in drawn] == [
+        ("", "a", []), ("├─ ", "b", []), ("│  ↓ ", "d", ["c"]), ("│  ↓ ", "e", []),
+        ("└─ ", "c", []), ("", "f", [])]
+
+
+def test_a_long_chain_stays_in_its_column():
+    nodes = [{"id": number, "name": str(number)} for number in range(500)]
+    drawn = torc.tree(nodes, [(number, number + 1) for number in range(499)])
+    assert len(drawn) == 500 and max(len(mark) for mark, _, _ in drawn) == 2
+
+
+@pytest.mark.parametrize("counted, total, width, text", [
+    ({"completed": 3, "failed": 1}, 4, 8, "██████✗✗"), ({"completed": 10_000, "failed": 1}, 10_001,
+                                                        10, "█████████✗"),
+    ({}, 0, 10, ""), ({name: 1 for name in torc.LOOKS}, 11, 22, None)])
+def test_a_bar_is_as_wide_as_asked_and_shows_every_status(counted, total, width, text):
+    spans = torc.bar(torc.State(), counted, total, width)
+    assert "".join(part for part, _ in spans) == text or text is None
+    assert not total or sum(len(part) for part, _ in spans) == width
+    assert [style for _, style in spans] == [name for name in torc.LOOKS if counted.get(name)]
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\tb", "a       b"), ("\x1b[31mred\x1b[0m", "red"), ("10 %\r50 %\r90 %", "90 %"),
+    ("a\x00b\u202ec", "a b c"), ("\x1b]0;title\x07x", "x"), ("日本", "日本")])
+def test_text_of_others_cannot_steer_the_terminal(text, shown):
+    assert torc.printable(text) == shown
+
+
+def test_a_line_is_cut_to_its_width_once():
+    line = [("日本語" * 5, ""), ("more", "title"), ("and more", "")]
+    for width in range(3, 45):
+        fitted = torc.fit(line, width)
+        assert torc.line_width(fitted) <= width
+    assert torc.fit([("abcdef", ""), ("gh", "")], 5) == [("abc..", "")]
+    assert torc.line_width(torc.fit([("a", "")], 9, True)) == 9
+
+
+def test_a_log_is_read_as_it_grows_and_only_its_end_if_it_is_long(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    assert torc.read_log(str(path), None, True).size == -1
+    path.write_bytes(b"one\ntw")
+    stream = torc.read_log(str(path), None, True)
+    assert torc.log_lines(stream) == ["one", "tw"]
+    path.write_bytes(b"one\ntwo \xc3\xa4\n\xc3")
+    stream = torc.read_log(str(path), stream, True)
+    assert torc.log_lines(stream)[:2] == ["one", "two ä"]
+    path.write_bytes(b"new\n")
+    assert torc.log_lines(torc.read_log(str(path), stream, True)) == ["new"]
+    monkeypatch.setattr(torc, "LOG_BYTES", 100)
+    path.write_bytes(b"".join(b"line %04d\n" % number for number in range(1000)))
+    stream = torc.read_log(str(path), None, True)
+    assert torc.log_lines(stream)[-1] == "line 0999" and stream.start == 9900
+
+
+def log_hands(api, tmp_path, text):
+    """Hands at the log of a failed job that has written a text to stderr."""
+    workflow_id, ids = make(api, {"a": []})
+    node = make_node(api, workflow_id, output_dir=str(tmp_path))
+    api.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    complete(api, ids["a"], workflow_id, node, 1)
+    path = tmp_path / torc.stdio_name(workflow_id, ids["a"], 1, 1, "e")
+    path.parent.mkdir()
+    path.write_text(text)
+    hands = Hands(api, tmp_path)
+    hands.press("g", "j", "l")
+    return hands, path
+
+
+def test_the_log_viewer_follows_finds_wraps_and_names_its_file(api, tmp_path):
+    text = "".join(f"line {number:03d}\n" for number in range(100)) + "x" * 100 + "END\n"
+    hands, path = log_hands(api, tmp_path, text)
+    assert "line 099" in hands.text() and "line 000" not in hands.text()
+    assert "line 000" in hands.press("g")
+    assert "END" in hands.press("G", "w")
+    assert "x" * 80 in hands.text()
+    hands.press("/")
+    screen = hands.type("line 05")
+    assert "→line 050" in screen
+    assert "→line 051" in hands.press("n") and "→line 050" in hands.press("N")
+    assert "No further" in hands.press("N")
+    assert "line 099" in hands.press("G")
+    with open(path, "a") as file:
+        file.write("another line\n")
+    assert "another line" in hands.press("r")
+    assert os.path.basename(path) in hands.press("y").replace("\n   ", "")
+    assert "There is no file" in hands.press("n", "Tab")
+    hands.terminal.watcher.stop()
+    api.store.closing = False
+
+
+def test_a_server_that_is_away_leaves_the_page_with_a_dated_banner(tmp_path):
+    with Server(tmp_path / "x.db").closing() as server:
+        client = server.client()
+        small(client)
+        hands = Hands(client, tmp_path)
+        hands.press("Enter")
+        port = server.port
+        server.kill()
+        hands.terminal.press("r")
+        until(lambda: hands.terminal.take_events() or hands.state.away)
+        screen = hands.text()
+        assert "does not answer since" in screen and "Runners go on" in screen
+        assert "of 5 done" in screen and "does not answer" in hands.press("C")
+        tries = []
+        for _ in range(7):
+            tries.append(round(hands.state.away[2] - time.time()))
+            hands.state.away = (*hands.state.away[:2], 0.0, hands.state.away[3])
+            hands.terminal.tick()
+            until(lambda: hands.terminal.take_events() or hands.state.away[2] > 0)
+        assert tries == sorted(tries) and tries[-1] >= 14
+    with Server(tmp_path / "x.db", port).closing():
+        hands.terminal.press("r")
+        until(lambda: hands.terminal.take_events() or not hands.state.away)
+        assert "answers again" in hands.text()
+        hands.terminal.close()
+
+
+# ---- in a terminal
+
+class Tty:
+    """torc tui in a pty of its own; pyte draws what a Linux console would show."""
+
+    def __init__(self, words, cwd, size=(80, 24), **environment):
+        pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
+        self.gone = pexpect.TIMEOUT, pexpect.EOF
+        self.screen = pyte.Screen(*size)
+        self.stream = pyte.ByteStream(self.screen)
+        settings = {**os.environ, "TERM": "linux", "LC_ALL": "C.UTF-8", **environment}
+        settings.pop("COLUMNS", None)
+        settings.pop("LINES", None)
+        self.process = pexpect.spawn(PYTHON, [TORC, "tui", *map(str, words)], cwd=str(cwd),
+                                     dimensions=size[::-1], env=settings)
+
+    def text(self):
+        """The screen now."""
+        with contextlib.suppress(*self.gone):
+            self.stream.feed(self.process.read_nonblocking(2**16, 0.05))
+        return "\n".join(line.rstrip() for line in self.screen.display)
+
+    def see(self, *patterns, seconds=20):
+        """Wait until all patterns are on the screen; returns it."""
+        found = []
+
+        def there():
+            found[:] = [self.text()]
+            return all(re.search(pattern, found[0], re.M) for pattern in patterns)
+
+        try:
+            until(there, seconds)
+        except AssertionError:
+            raise AssertionError(f"{patterns} not on the screen:\n{found[0]}") from None
+        return found[0]
+
+    def send(self, keys):
+        self.process.send(keys)
+
+    def resize(self, width, height):
+        self.screen.resize(height, width)
+        self.process.setwinsize(height, width)
+
+    def sane(self):
+        """Whether the terminal echoes and waits for whole lines."""
+        import termios
+        flags = termios.tcgetattr(self.process.child_fd)[3]
+        return bool(flags & termios.ICANON) and bool(flags & termios.ECHO)
+
+    def end(self):
+        """Wait for the end; returns the exit code."""
+        def over():
+            self.text()
+            return not self.process.isalive()
+        until(over, what="the end of torc tui")
+        return self.process.exitstatus
+
+
+@pytest.fixture
+def tty(tmp_path):
+    """tty(*words, size=, **environment) starts torc tui in tmp_path."""
+    made = []
+
+    def start(*words, **settings):
+        made.append(Tty(words, tmp_path, **settings))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.process.close(force=True)
+
+
+@pytest.fixture(params=["local", "http"])
+def place(request, tmp_path):
+    """(client, options of torc tui) for a database file and for a server."""
+    if request.param == "local":
+        client = torc.LocalClient(str(tmp_path / "ui.db"))
+        yield client, ["--database", str(tmp_path / "ui.db")]
+    else:
+        server = request.getfixturevalue("server")
+        client = server.client()
+        yield client, ["--url", server.url]
+    client.close()
+
+
+CODES = {"Enter": "\r", "Tab": "\t", "BackTab": "\x1b[Z", "Esc": "\x1b", "Down": "\x1b[B",
+         "Up": "\x1b[A", "Right": "\x1b[C", "Left": "\x1b[D", "PgDn": "\x1b[6~", "PgUp": "\x1b[5~",
+         "Home": "\x1b[1~", "End": "\x1b[4~", "Space": " ", "Ctrl-L": "\x0c"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(80, 24), (200, 60)])
+def test_every_key_of_the_help_works_in_a_real_terminal(place, tty, size):
+    client, options = place
+    workflow_id, ids = small(client)
+    screen = tty(*options, size=size)
+    screen.see("40 %")
+    for pages, see in (("", "40 %"), ("gj", r"merge"), ("gj\r", "Attempts"), ("gjl", "no file")):
+        name = {"": "workflows", "gj": "jobs", "gj\r": "job", "gjl": "log"}[pages]
+        for names, action, _, _ in torc.keys_of(torc.View(name)):
+            if action in ("suspend", "run_here", "watch", "back", "submit"):
+                continue
+            for letters in (pages[:2], pages[2:]):
+                screen.send(letters)
+                if letters == "gj":
+                    screen.see("merge")
+            screen.see(see)
+            for key in names.split():
+                screen.send(CODES.get(key, key))
+            # Whatever was opened, asked or typed: out of it, and back to the list.
+            screen.text()
+            screen.send("\x1b")
+            screen.text()
+            screen.send("\x1b")
+            screen.text()
+            for _ in range(4):
+                screen.send("gw")
+                screen.send("\x1b")
+            screen.see("torc / workflows")
+    assert client.get(f"/workflows/{workflow_id}")["name"] == "test"
+    screen.send("q")
+    assert screen.end() == 0 and screen.sane()
+
+
+def test_a_terminal_that_is_resized_is_drawn_anew(place, tty):
+    client, options = place
+    small(client)
+    screen = tty(*options)
+    screen.see("40 %")
+    screen.send("gj")
+    screen.see("merge")
+    screen.resize(160, 50)
+    screen.see("Command", "true", "Host")
+    screen.resize(60, 20)
+    screen.see("needs 80 columns and 24 lines; here are 60")
+    screen.resize(80, 24)
+    screen.see("merge", "q back")
+    screen.send("qq")
+    assert screen.end() == 0
+
+
+@pytest.mark.parametrize("number, code", [("TERM", 143), ("INT", 130), ("HUP", 129)])
+def test_a_signal_leaves_the_terminal_as_it_was(tty, tmp_path, number, code):
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "a.db"))) as client:
+        small(client)
+    screen = tty("--database", "a.db")
+    screen.see("40 %")
+    assert not screen.sane()
+    screen.process.kill(getattr(signal, "SIG" + number))
+    assert screen.end() == code and screen.sane()
+
+
+def test_an_unexpected_error_leaves_the_terminal_as_it_was(tty, tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "import sys\nsys.path.insert(0, sys.argv.pop(1))\nimport torc\n"
+        "torc.Terminal.do_help = lambda self: 1 / 0\nsys.exit(torc.main())\n")
+    screen = tty()
+    screen.process.close(force=True)
+    pexpect = pytest.importorskip("pexpect")
+    screen.process = pexpect.spawn(PYTHON, ["broken.py", str(ROOT), "tui"], cwd=str(tmp_path),
+                                   dimensions=(24, 80), env={**os.environ, "TERM": "linux"})
+    screen.screen.reset()
+    screen.see("no workflow")
+    screen.send("?")
+    screen.see("ZeroDivisionError")
+    assert screen.end() == 1 and screen.sane()
+
+
+def test_control_z_gives_the_shell_back_and_fg_returns(tmp_path, tty):
+    pexpect = pytest.importorskip("pexpect")
+    screen = tty()
+    screen.process.close(force=True)
+    screen.process = pexpect.spawn("bash", ["--norc", "-i"], cwd=str(tmp_path), dimensions=(
+        24, 80), env={**os.environ, "TERM": "linux", "LC_ALL": "C.UTF-8", "PS1": "shell> "})
+    screen.screen.reset()
+    screen.see("shell>")
+    screen.send(f"{PYTHON} {TORC} tui\n")
+    screen.see("no workflow", "torc / workflows")
+    screen.send("\x1a")
+    screen.see("Stopped")
+    screen.send("stty -a | tr ' ;' '\\n\\n' | grep -x -e icanon -e echo | tr '\\n' +\n")
+    screen.see(r"icanon\+echo\+")
+    screen.send("fg\n")
+    screen.see("torc / workflows", "q back")
+    screen.send("q")
+    screen.send("echo code $?\n")
+    screen.see("code 0")
+
+
+@pytest.mark.parametrize("environment", [
+    {"NO_COLOR": "1"}, {"TERM": "vt100"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_no_colour_and_no_utf_8_still_tell_every_status(tty, tmp_path, environment):
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "a.db"))) as client:
+        small(client)
+    screen = tty("--database", "a.db", **environment)
+    screen.see("40 %")
+    screen.send("gj")
+    screen.see("x failed" if "LC_ALL" in environment else "✗ failed")
+    if "LC_ALL" not in environment:
+        colours = {cell.fg for row in screen.screen.buffer.values() for cell in row.values()}
+        assert colours == {"default"}
+    screen.send("qq")
+    assert screen.end() == 0
+
+
+@pytest.mark.parametrize("term", ["dumb", "", "no-such-terminal"])
+def test_a_terminal_that_cannot_be_drawn_on_is_one_sentence(tty, term):
+    screen = tty(TERM=term)
+    screen.see(r"torc: torc tui cannot draw on a terminal of type")
+    assert screen.end() == 1
+
+
+def test_without_a_terminal_there_is_one_sentence_and_exit_code_1(cli):
+    code, out, err = cli("tui")
+    assert (code, out) == (1, "") and "needs a terminal" in err and err.count("\n") == 1
+
+
+def running_job(client, tmp_path, command):
+    """(workflow id, job id, runner) of a job that a runner is running."""
+    made = client.post("/workflow_specs", {
+        "workflow": {"name": "long", "user": "tester"},
+        "jobs": [{"name": "slow", "command": command}]})
+    where = ["--database", client.path] if client.is_local else ["--url", client.where]
+    runner = subprocess.Popen([PYTHON, TORC, *where, "run", str(made["id"]), "-o", "out"],
+                              cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job_id = client.page("/jobs", workflow_id=made["id"])["items"][0]["id"]
+    until(lambda: client.get(f"/jobs/{job_id}")["status"] == "running", what="a running job")
+    return made["id"], job_id, runner
+
+
+def test_the_log_of_a_running_job_is_followed_and_canceling_it_ends_its_process(
+        place, tty, tmp_path):
+    client, options = place
+    marker = tmp_path / "pid"
+    workflow_id, job_id, runner = running_job(
+        client, tmp_path, f"echo $$ > {marker}; for i in $(seq 1000); do echo line $i;"
+        f" [ -e {tmp_path}/go ] || while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; done; "
+        "sleep 600")
+    try:
+        screen = tty(*options)
+        screen.see("running")
+        screen.send("gjl\t")
+        screen.see("line 1$", "follows")
+        (tmp_path / "go").write_text("")
+        screen.see("line 1000")
+        screen.send("q")
+        screen.see("slow", "running")
+        screen.send("c")
+        screen.see("SIGTERM", "keep as it is")
+        screen.send("y")
+        screen.see("slow is canceled")
+        pid = int(marker.read_text())
+        until(lambda: not os.path.exists(f"/proc/{pid}"), what="the end of the process")
+        screen.send("qq")
+        assert screen.end() == 0
+    finally:
+        runner.terminate()
+        runner.wait()
+
+
+def test_a_workflow_is_run_from_the_terminal_and_its_runner_asked_about_at_the_end(place, tty):
+    client, options = place
+    workflow_id = client.post("/workflow_specs", {
+        "workflow": {"name": "mine", "user": "tester"},
+        "jobs": [{"name": "slow", "command": "echo hello; sleep 600"}]})["id"]
+    screen = tty(*options)
+    screen.see("mine")
+    screen.send("x")
+    screen.see("Started run of workflow", "running")
+    screen.send("O")
+    screen.see("run of workflow", "pid")
+    screen.send("\r")
+    screen.see("torc: running workflow")
+    screen.send("qqq")
+    screen.see("Leave torc", "keep as it is")
+    screen.send("n")
+    screen.see("Nothing was changed")
+    screen.send("q")
+    screen.see("Leave torc")
+    screen.send("e")
+    assert screen.end() == 0
+    until(lambda: statuses(client, workflow_id)["slow"] == "ready", what="a job given back")
+
+
+def test_a_server_of_its_own_ends_with_the_terminal(tty, tmp_path):
+    screen = tty("--standalone", "--port", "0", "--database", "own.db")
+    port = int(re.search(r"127\.0\.0\.1:(\d+)", screen.see("no workflow", r"127\.0\.0\.1:\d+"))[1])
+    assert torc.probe(torc.make_url("http", "127.0.0.1", port)).state == "ok"
+    screen.send("q")
+    assert screen.end() == 0
+    assert torc.probe(torc.make_url("http", "127.0.0.1", port)).state == "refused"
+
+
+def test_a_port_that_is_taken_is_one_sentence(tty, server):
+    screen = tty("--standalone", "--port", server.port)
+    screen.see(r"torc: the server did not start: port \d+", "is in use")
+    assert screen.end() == 1
+
+
+def test_a_server_that_is_killed_and_comes_back_is_noticed(tty, tmp_path):
+    with Server(tmp_path / "x.db").closing() as server:
+        small(server.client())
+        port = server.port
+        screen = tty("--url", server.url)
+        screen.see("40 %")
+        screen.send("\r")
+        screen.see("2 of 5 done", "live")
+        server.kill()
+        screen.see("does not answer since", "2 of 5 done", "away")
+    with Server(tmp_path / "x.db", port).closing() as server:
+        screen.see("answers again", "live", seconds=40)
+        client = server.client()
+        client.put("/workflows/1/cancel")
+        screen.see("canceled")
+        screen.send("qq")
+        assert screen.end() == 0
+
+
+# ==================================================================================================
 # 14 Command line
 # ==================================================================================================
 

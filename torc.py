@@ -22,6 +22,7 @@ Map of this file. Code uses only what stands above it.
   10 Runner                  child processes, resources, time limits, journal, guardian
   11 Slurm                   allocations and their workers, HPC profiles
   12 Server                  bottle and waitress; sockets, logging, shutdown
+  13 Terminal UI             state to lines, keys, curses
   14 Command line            commands with their options, tables and JSON, main
   15 Pages                   HTML, CSS and JavaScript of the dashboard
 """
@@ -255,6 +256,30 @@ def plural(number, noun):
     if number == 1 or noun.endswith(("data", "requirements")):
         return f"{number} {noun}"
     return f"{number} {noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
+
+
+def clean(text):
+    """A text that cannot move the terminal's cursor or break a line."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+
+
+def text_width(text):
+    """Columns that a text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(letter) else
+               2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def shorten(text, width):
+    """A text cut to a width, marked where it was cut."""
+    if text_width(text) <= width:
+        return text
+    kept = text[:max(0, width - 2)]
+    while text_width(kept) > max(0, width - 2):
+        kept = kept[:-1]
+    return kept + ".."
 
 
 def iso_time(seconds):
@@ -12205,6 +12230,2844 @@ def serve_dashboard(dashboard, sockets):
 
 
 # ==================================================================================================
+# 13 Terminal UI
+# ==================================================================================================
+# draw() turns a State into styled lines of any size: a pure function that knows nothing of curses.
+# Terminal takes keys and events and changes the State; a Worker thread asks the server (or the
+# database file), a Listener waits for news. What changes a workflow comes from section 14 as Plans:
+# a dry run in sentences, and a function that carries it out.
+
+class Look(NamedTuple):
+    """How a status looks: glyph and cell of a bar, both also in ASCII; colour of 256, of 8."""
+
+    glyph: str
+    plain: str
+    cell: str
+    plain_cell: str
+    colour: int
+    basic: int                            # of curses: 1 red, 2 green, 3 yellow, 5 magenta, 6 cyan
+    bold: bool = False
+
+
+LOOKS = {                                 # in the order of bars and legends
+    "completed": Look("✓", "+", "█", "#", 78, 2),
+    "failed": Look("✗", "x", "✗", "x", 209, 1, True),
+    "pending_failed": Look("!", "!", "!", "!", 179, 3, True),
+    "canceled": Look("⊘", "/", "⊘", "/", 183, 5),
+    "terminated": Look("■", "#", "■", "X", 175, 5, True),
+    "running": Look("►", ">", "▒", ">", 111, 6, True),
+    "pending": Look("◐", "~", "▒", "~", 110, 6),
+    "ready": Look("○", "o", "░", "o", 80, 6),
+    "blocked": Look("◇", ":", "░", ":", 247, -1),
+    "uninitialized": Look("·", ".", "·", ".", 247, -1),
+    "disabled": Look("–", "-", "–", "-", 247, -1),
+}
+STATE_LOOKS = {"not initialized": "uninitialized", "waiting": "ready", "running": "running",
+               "done": "completed", "failed": "failed", "stuck": "pending_failed",
+               "canceled": "canceled"}
+# Of a style that is no status: colour of 256, of 8, attributes of curses.
+STYLES = {"": (-1, -1, ""), "title": (-1, -1, "bold"), "dim": (247, -1, ""),
+          "live": (111, 6, "bold"), "here": (111, 6, "bold underline"), "key": (-1, -1, "bold"),
+          "alarm": (209, 1, "bold"), "hit": (-1, -1, "reverse")}
+ASCII_MARKS = {"▌": "*", "│": "|", "├": "|", "└": "`", "─": "-", "↓": "v", "·": "-", "█": "#",
+               "–": "-", "→": ">", "‹": "<", "›": ">", **dict(zip("▁▂▃▄▅▆▇", "__.-=+*"))}
+COLUMNS = "▁▂▃▄▅▆▇█"
+SMALLEST = (80, 24)
+RETRY_S = (1, 2, 4, 8, 15)                # pauses before a server that is away is asked again
+LOG_BYTES = 4 * 2**20                     # of a log's end that the viewer holds
+FEW_NODES = 400                           # up to here a graph shows each job, else families
+GRAPH_AT_MOST = 120_000                   # jobs of a graph that is worked out here
+TIMELINE_RESULTS = 20_000
+HINT_LINES = 8
+
+
+# ---- values for people
+
+def printable(text):
+    """A text of one line that cannot steer a terminal."""
+    text = str(text)
+    if "\x1b" in text:
+        text = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?", "", text)
+    if text.isprintable():
+        return text
+    text = text.rstrip("\r\n").rpartition("\r")[2].expandtabs(8)     # a progress bar's last state
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def moment(value):
+    """Seconds since the epoch of a timestamp (ISO 8601 in UTC, or ms), None if it is none."""
+    import calendar
+    if isinstance(value, (int, float)):
+        return value / 1000
+    try:
+        return calendar.timegm(time.strptime(value[:19], "%Y-%m-%dT%H:%M:%S"))
+    except (TypeError, ValueError):
+        return None
+
+
+def clock(seconds, now):
+    """A time for people: 14:02:31 today, Nov 21 14:02 before."""
+    if seconds is None:
+        return ""
+    then, today = time.localtime(seconds), time.localtime(now)
+    return time.strftime("%H:%M:%S" if then[:3] == today[:3] else "%b %d %H:%M", then)
+
+
+def percent(done, total):
+    """A share as text; 100 % only when all is done."""
+    return f"{100 * done // total if total else 0} %"
+
+
+def said(status):
+    """A status as it is spoken of."""
+    return status.replace("_", " ")
+
+
+def state_word(counted):
+    """A workflow's state by its counts: a key of STATE_LOOKS."""
+    waiting = counted["blocked"] + counted["ready"] + counted["pending_failed"]
+    if counted["is_canceled"]:
+        return "canceled"
+    if counted["pending"] + counted["running"]:
+        return "running"
+    if not waiting:
+        bad = counted["failed"] + counted["canceled"] + counted["terminated"]
+        new = counted["uninitialized"] or not counted["total"]
+        return "not initialized" if new else "failed" if bad else "done"
+    return "waiting" if counted["ready"] else "stuck"
+
+
+def family_of(name):
+    """What the numbered jobs of one kind have in common: the name without its number."""
+    return name.rstrip("0123456789_-.") or "#"
+
+
+def all_in(words, *texts):
+    """Whether each of the words occurs in one of the texts."""
+    joined = "\n".join(text or "" for text in texts).lower()
+    return all(word.lower() in joined for word in words)
+
+
+class Search(NamedTuple):
+    """What the filter of a list of jobs asks for."""
+
+    statuses: tuple = ()
+    words: tuple = ()
+    family: str = ""
+
+
+def read_filter(text):
+    """The Search of a filter: words that are a status, family:NAME, and words of the name."""
+    words = text.split()
+    statuses = tuple(word for word in words if word in STATUS_OF_NAME)
+    family = next((word[7:] for word in words if word.startswith("family:")), "")
+    return Search(statuses, tuple(word for word in words if word not in STATUS_OF_NAME
+                                  and not word.startswith("family:")), family)
+
+
+# ---- state
+
+class Plan(NamedTuple):
+    """What an action would do, and how to do it."""
+
+    title: str
+    lines: tuple                          # the dry run in sentences
+    choices: tuple                        # (key, words, function of a client -> sentence); the
+                                          # safe one, n, is added
+    sure: bool = False                    # nothing is lost by it: the first choice without asking
+
+
+class Start(NamedTuple):
+    """What a choice may answer instead of a sentence: a child process that is to be started."""
+
+    title: str
+    words: tuple                          # behind our own command line
+
+
+class Ask(NamedTuple):
+    """What a page wants to be loaded with."""
+
+    workflow_id: int | None
+    job_id: int | None
+    offset: int
+    limit: int
+    filter: str
+    order: int
+    stream: int
+    width: int
+    known: dict                           # what was loaded last, not to be changed
+    extensions: frozenset
+    everybody: bool
+    record: Any
+    tools: Any
+
+
+class View:
+    """A page that is open: where one is on it, and what was loaded for it."""
+
+    def __init__(self, name, workflow_id=None, job_id=None, title="", filter="", record=None):
+        self.name, self.workflow_id, self.job_id, self.title = name, workflow_id, job_id, title
+        self.record = record              # of a list, or the path of a log
+        self.filter, self.order = filter, 0
+        self.cursor = self.top = 0
+        self.data, self.error = {}, None
+        self.loaded_at, self.asked_at = -math.inf, -math.inf
+        self.loading, self.stale = False, True
+        self.cost_s, self.key = 0.0, None           # of the last load, and what it was for
+        self.hints = {}
+        self.stream, self.follow, self.wrap, self.column = 1, True, False, 0       # of a log
+        self.wanted, self.hit = "", None
+
+    @property
+    def kind(self):
+        """Its row of PAGES."""
+        return PAGES[self.name]
+
+
+class Question(NamedTuple):
+    """A Plan that waits for a key."""
+
+    plan: Plan
+    take: Any                             # called with the function chosen
+
+
+class Prompt:
+    """A line that is being typed."""
+
+    def __init__(self, label, text, take, hint=""):
+        self.label, self.text, self.take, self.hint = label, text, take, hint
+
+
+class State:
+    """All that the screen shows."""
+
+    def __init__(self, size=SMALLEST, plain=False):
+        self.width, self.height = size
+        self.plain = plain                # ASCII only
+        self.pages = []
+        self.message, self.message_style = "", ""
+        self.question = self.prompt = None
+        self.going = False                # g was pressed, a page's letter is to follow
+        self.away = None                  # (why, since, time of the next try, tries)
+        self.live, self.everybody, self.mouse = True, False, False
+        self.where, self.output_dir = "", DEFAULT_OUTPUT_DIR
+        self.busy = ""                    # the action under way
+        self.children = []
+        self.now = 0.0
+
+    @property
+    def page(self):
+        """The page in front."""
+        return self.pages[-1]
+
+
+# ---- lines: lists of (text, style)
+
+def line_width(line):
+    """Columns that a line takes."""
+    return sum(text_width(text) for text, _ in line)
+
+
+def fit(line, width, fill=False):
+    """A line cut to a width; filled up with blanks if wanted."""
+    found, left = [], width
+    for text, style in line:
+        text = printable(text)
+        cut = text_width(text) > left
+        text = text if not cut else shorten(text, left) if left > 1 else "." * left
+        if text:
+            found.append((text, style))
+            left -= text_width(text)
+        if cut:
+            break
+    return [*found, (" " * left, "")] if fill and left > 0 else found
+
+
+def both_ends(left, right, width):
+    """A line with a part at each end; the left one gives way."""
+    right = fit(right, width // 2)
+    room = width - line_width(right) - 1
+    return [*fit(left, room, True), (" ", ""), *right]
+
+
+def glyph(state, status):
+    """The glyph of a status."""
+    return LOOKS[status].plain if state.plain else LOOKS[status].glyph
+
+
+def status_span(state, status):
+    """Glyph and word of a status."""
+    return f"{glyph(state, status)} {said(status)}", status
+
+
+def bar(state, counted, total, width):
+    """Counts by status as a bar: each status that occurs has at least a cell."""
+    if not total:
+        return []
+    present = [status for status in LOOKS if counted.get(status)]
+    cells = {status: max(1, width * counted[status] // total) for status in present}
+    while present and sum(cells.values()) != width:
+        step = 1 if sum(cells.values()) < width else -1
+        largest = max(present, key=lambda status: counted[status] / total * width - cells[status]
+                      if step > 0 else cells[status])
+        cells[largest] += step
+    return [((LOOKS[status].plain_cell if state.plain else LOOKS[status].cell) * cells[status],
+             status) for status in present]
+
+
+def legend(state, counted):
+    """Counts by status, as spans."""
+    spans = []
+    for status in LOOKS:
+        if counted.get(status):
+            spans += [(f"{glyph(state, status)} {counted[status]:,} {said(status)}", status),
+                      ("   ", "")]
+    return spans[:-1]
+
+
+def wrapped(spans, width):
+    """Spans as lines, broken between spans."""
+    lines, line = [], []
+    for text, style in spans:
+        if line and line_width(line) + text_width(text) > width:
+            lines.append(line)
+            line = []
+        if line or text.strip():
+            line.append((text, style))
+    return [*lines, line] if line else lines
+
+
+def folded(text, width):
+    """A text as lines of words that fit into a width."""
+    lines, line = [], ""
+    for word in printable(text).split():
+        while text_width(word) > width:
+            lines += [line] if line else []
+            lines.append(word[:width // 2])
+            line, word = "", word[width // 2:]
+        if line and text_width(line) + 1 + text_width(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return [*lines, line] if line else lines
+
+
+def spark(numbers):
+    """Numbers as small columns."""
+    most = max(numbers, default=0)
+    return "".join(" " if not number else COLUMNS[min(7, int(8 * number / most))]
+                   for number in numbers)
+
+
+class Column(NamedTuple):
+    """A column of a list."""
+
+    title: str
+    show: Any                             # function of (State, record): text or (text, style)
+    width: int                            # 0: whatever is left
+    least: int = 0                        # width of the screen from which on it is shown
+    right: bool = False
+
+
+def text_cell(name):
+    """A cell that shows a field as it is."""
+    def show(state, record):
+        value = record.get(name)
+        return "" if value is None else value if isinstance(value, str) else \
+            ("yes" if value else "no") if isinstance(value, bool) else \
+            f"{value:.1f}" if isinstance(value, float) else \
+            str(value) if isinstance(value, int) else compact(value)
+    return show
+
+
+def time_cell(name):
+    """A cell that shows a time."""
+    return lambda state, record: clock(moment(record.get(name)), state.now)
+
+
+def bytes_cell(name):
+    """A cell that shows bytes."""
+    return lambda state, record: format_bytes(record[name]) if record.get(name) else ""
+
+
+def status_cell(state, record):
+    """A cell that shows a job's status."""
+    return status_span(state, record["status"])
+
+
+def number_cell(state, record):
+    """A cell that shows an id."""
+    return str(record["id"])
+
+
+def cells_line(columns, cells, width):
+    """The cells of a row side by side."""
+    fixed = sum(column.width for column in columns) + 2 * (len(columns) - 1)
+    line = []
+    for column, shown in zip(columns, cells):
+        text, style = shown if isinstance(shown, tuple) else (shown, "")
+        room = column.width or max(4, width - fixed)
+        text = shorten(printable(text), room)
+        pad = " " * (room - text_width(text))
+        line += [(pad, ""), (text, style)] if column.right else [(text, style), (pad, "")]
+        line.append(("  ", ""))
+    return line[:-1]
+
+
+# ---- what is loaded for a page: functions of (client, Ask), run by the Worker
+
+def list_window(page):
+    """The part of a page's data that says which records of a list are there."""
+    return {"rows": page["items"], "offset": page["offset"], "total": page["total_count"]}
+
+
+def cut_window(records, ask):
+    """The same for a list that is there as a whole."""
+    return {"rows": records[ask.offset:ask.offset + ask.limit], "offset": ask.offset,
+            "total": len(records)}
+
+
+def load_workflows(client, ask):
+    """The window of the list of workflows."""
+    query = {"is_archived": False, "sort_by": "id", "reverse_sort": True,
+             "user": None if ask.everybody else client.user}
+    words = ask.filter.split()
+    if words and "search" not in ask.extensions or len(words) > 1:
+        data = cut_window([one for one in client.items("/workflows", **query) if all_in(
+            words, one["name"], one.get("description"), one["user"], str(one["id"]))], ask)
+    else:
+        data = list_window(client.page("/workflows", **query, search=ask.filter.strip() or None,
+                                  include_counts=True, offset=ask.offset, limit=ask.limit))
+    for one in data["rows"]:
+        if "counts" not in one:
+            one.update(how_far(client, one["id"]))
+    return data
+
+
+def how_far(client, workflow_id):
+    """counts, total, done, state of a workflow, from a server that answers only its counts."""
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    done = sum(counted[name] for name in ("completed", "failed", "canceled", "terminated",
+                                          "disabled"))
+    return {"counts": {name: counted[name] for name in STATUS_NAMES if counted[name]},
+            "total": counted["total"], "done": done, "state": state_word(counted),
+            "run_id": counted["run_id"]}
+
+
+def load_overview(client, ask):
+    """How far a workflow is, and why not further."""
+    path = f"/workflows/{ask.workflow_id}"
+    workflow = client.get(path)
+    if "summary" in ask.extensions:
+        return {**client.get(path + "/summary"), "workflow": workflow}
+    far = how_far(client, ask.workflow_id)
+    left = client.get(path + "/unfinished")
+    nodes = left["active_nodes"]
+    found = load_failures(client, ask)["groups"] if any(
+        far["counts"].get(name) for name in ("failed", "terminated", "pending_failed")) else []
+    running = client.page("/jobs", workflow_id=ask.workflow_id, status="running",
+                          limit=5)["items"] if far["counts"].get("running") else []
+    return {**far, "workflow": workflow, "waiting": why_waiting(far["counts"], left),
+            "longest": running, "failures": found[:3], "runners": len(nodes),
+            "runners_text": ", ".join(sorted({node["hostname"] for node in nodes})[:3]) or "none"}
+
+
+def why_waiting(counted, left):
+    """Rows {count, status, why} that say why jobs are not running."""
+    rows, nodes = [], left["active_nodes"]
+    for group in left["ready"]:
+        need = group["resource_requirements"]
+        lacks = [misfits(need, node["num_cpus"], node["memory_gb"] * 2**30, node["num_gpus"],
+                         node["num_nodes"]) for node in nodes]
+        text = ("no runner is up: x runs it here, s submits it to Slurm" if not nodes else
+                f"each needs {' and '.join(lacks[0])}: none of them can start" if all(lacks) else
+                f"wait for a free place on {plural(len(nodes), 'runner')}")
+        rows.append({"count": group["count"], "status": "ready", "why": text})
+    if counted.get("blocked"):
+        rows.append({"count": counted["blocked"], "status": "blocked",
+                     "why": "wait for jobs that have not ended"})
+    rows += [{"count": 1, "status": one["status"], "why": f"{one['job_name']}: "
+              f"{plural(one['dependents'], 'job')} wait for it"} for one in left["waiting"][:5]]
+    return rows
+
+
+JOB_ORDERS_SHOWN = (                      # words, sort_by, largest first, extension it needs
+    ("id", "id", False, ""), ("name", "name", False, ""), ("status", "status", False, ""),
+    ("run time", "ran", True, "include_results"), ("memory", "memory", True, "include_results"),
+    ("start", "start", True, "include_results"), ("latest id", "id", True, ""))
+
+
+def orders(extensions):
+    """The orders that a list of jobs can have."""
+    return [order for order in JOB_ORDERS_SHOWN if not order[3] or order[3] in extensions]
+
+
+def load_jobs(client, ask):
+    """The window of the list of jobs."""
+    search = read_filter(ask.filter)
+    possible = orders(ask.extensions)
+    _, sort_by, reverse, _ = possible[ask.order % len(possible)]
+    query = {"workflow_id": ask.workflow_id, "sort_by": sort_by, "reverse_sort": reverse or None}
+    simple = not search.words and not search.family and len(search.statuses) < 2
+    if "search" in ask.extensions and len(search.words) < 2 or simple:
+        data = list_window(client.page(
+            "/jobs", **query, status=",".join(search.statuses) or None, offset=ask.offset,
+            limit=ask.limit, search=" ".join(search.words) or None, family=search.family or None,
+            include_results=True))
+    else:
+        data = scan_jobs(client, ask, query, search)
+    if "include_results" not in ask.extensions:
+        data["ends"] = add_ends(client, data["rows"], ask.known.get("ends", {}))
+    return data
+
+
+def scan_jobs(client, ask, query, search):
+    """The same from a server that cannot search: all jobs are looked at, the ids that match kept
+    while only the window moves."""
+    key = ask.filter, ask.order
+    ids = ask.known.get("ids") if ask.known.get("key") == key and (
+        time.monotonic() - ask.known.get("scanned", 0) < 5) else None
+    scanned = ask.known.get("scanned", 0) if ids is not None else time.monotonic()
+    if ids is None:
+        ids = [job["id"] for job in client.items("/jobs", **query)
+               if (not search.statuses or job["status"] in search.statuses)
+               and (not search.family or family_of(job["name"]) == search.family)
+               and all_in(search.words, job["name"], job["command"])]
+    rows = []
+    for job_id in ids[ask.offset:ask.offset + ask.limit]:
+        with contextlib.suppress(NotFound):
+            rows.append(client.get(f"/jobs/{job_id}"))
+    return {"rows": rows, "offset": ask.offset, "total": len(ids), "ids": ids, "key": key,
+            "scanned": scanned}
+
+
+def add_ends(client, jobs, known):
+    """Put into jobs how they ended, from their latest results; returns what is known now."""
+    now_known = {}
+    for job in jobs:
+        if job["status"] not in ("completed", "failed", "terminated", "pending_failed"):
+            continue
+        key = job["id"], job.get("attempt_id"), job["status"]
+        end = known.get(key)
+        if end is None:
+            found = client.page("/results", workflow_id=job["workflow_id"], job_id=job["id"],
+                                limit=1, sort_by="id", reverse_sort=True)["items"]
+            end = {} if not found else {
+                "ran_s": found[0]["exec_time_minutes"] * 60,
+                "peak_memory_bytes": found[0].get("peak_memory_bytes"),
+                "note": "" if job["status"] == "completed" else
+                code_meaning(found[0]["return_code"]).replace("return code", "exit")}
+        now_known[key] = end
+        job.update(end)
+    return now_known
+
+
+def load_job(client, ask):
+    """A job with why, attempts, neighbours."""
+    job = client.get(f"/jobs/{ask.job_id}", include_results=True)
+    results = list(client.items("/results", workflow_id=job["workflow_id"], job_id=ask.job_id,
+                                all_runs=True, include_stderr=True))
+    needs = {}
+    with contextlib.suppress(NotFound):
+        needs = client.get(f"/resource_requirements/{job['resource_requirements_id']}")
+    before = []
+    for job_id in job.get("depends_on_job_ids", ())[:HINT_LINES]:
+        with contextlib.suppress(NotFound):
+            before.append(client.get(f"/jobs/{job_id}"))
+    after = client.page("/jobs", workflow_id=job["workflow_id"], upstream_job_id=ask.job_id,
+                        limit=HINT_LINES)
+    hosts = {}
+    for result in results:
+        node_id = result["compute_node_id"]
+        if node_id not in hosts:
+            with contextlib.suppress(NotFound):
+                hosts[node_id] = client.get(f"/compute_nodes/{node_id}")["hostname"]
+    return {"job": job, "why": client.get(f"/jobs/{ask.job_id}/why")["sentence"],
+            "results": results, "needs": needs, "before": before, "after": after["items"],
+            "more_before": len(job.get("depends_on_job_ids", ())) - len(before),
+            "more_after": after["total_count"] - len(after["items"]), "hosts": hosts}
+
+
+def load_log(client, ask):
+    """Where the output of a job is, and what is new in the stream in view."""
+    job = client.get(f"/jobs/{ask.job_id}")
+    key = job["attempt_id"], job["status"] in ("pending", "ready", "blocked")
+    attempt = ask.known.get("attempt") if ask.known.get("key") == key else None
+    if attempt is None:
+        attempt = ask.tools.find_output(client, job)
+    paths = [attempt.stdout, attempt.stderr]
+    streams = [read_log(path, ask.known.get("streams", [None, None])[number],
+                        number == ask.stream or paths[0] == paths[1])
+               for number, path in enumerate(paths)]
+    return {"job": job, "attempt": attempt, "streams": streams, "key": key}
+
+
+def load_file(client, ask):
+    """What is new in the output of a child process of ours."""
+    stream = read_log(ask.record, ask.known.get("streams", [None])[0], True)
+    return {"streams": [stream, stream], "job": None}
+
+
+class Stream(NamedTuple):
+    """A log file as far as it was read."""
+
+    path: str | None
+    size: int = -1                        # -1: no such file
+    start: int = 0                        # position of the first byte held
+    end: int = 0
+    lines: tuple = ()
+    rest: bytes = b""                     # the last line, which may grow
+
+
+def read_log(path, known, wanted):
+    """The Stream of a file: its last LOG_BYTES, or what `known` lacks of it."""
+    if path is None:
+        return Stream(None)
+    known = known if known and known.path == path else Stream(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < known.end:          # another attempt writes it anew
+                known = Stream(path)
+            if not wanted:
+                return known._replace(size=size)
+            start, lines, rest = known.start, list(known.lines), known.rest
+            if size - known.end > LOG_BYTES or known.size < 0 and not known.lines:
+                start = max(known.end, size - LOG_BYTES)
+                lines, rest = [], b""
+            file.seek(max(start, known.end))
+            data = rest + file.read(LOG_BYTES)
+            end = file.tell()
+    except OSError:
+        return known._replace(size=-1)
+    *whole, rest = data.split(b"\n")
+    lines += [printable(line.decode("utf-8", "replace")) for line in whole]
+    return Stream(path, size, start, end, tuple(lines[-200_000:]), rest)
+
+
+def log_lines(stream):
+    """The lines of a Stream, the unfinished last one included."""
+    last = printable(stream.rest.decode("utf-8", "replace"))
+    return [*stream.lines, last] if last else list(stream.lines)
+
+
+def load_failures(client, ask):
+    """Jobs that ended badly, grouped by cause."""
+    if "failures" in ask.extensions:
+        return client.get(f"/workflows/{ask.workflow_id}/failures")
+    groups, total = {}, 0
+    for status in ("failed", "terminated", "pending_failed"):
+        page = client.page("/results", workflow_id=ask.workflow_id, status=status,
+                           include_stderr=True, limit=2000, sort_by="id", reverse_sort=True)
+        total += page["total_count"]
+        for result in page["items"]:
+            tail = result.get("stderr_tail") or ""
+            last = (tail.strip().splitlines() or [""])[-1].strip()
+            key = status, result["return_code"], re.sub(r"\d+", "#", last)
+            group = groups.setdefault(key, {
+                "count": 0, "status": status, "line": last, "tail": tail, "jobs": [],
+                "cause": code_meaning(result["return_code"]).replace("return code", "exit")})
+            group["count"] += 1
+            if len(group["jobs"]) < 3:
+                group["jobs"].append({"id": result["job_id"]})
+    for group in groups.values():
+        for job in group["jobs"]:
+            with contextlib.suppress(NotFound):
+                job["name"] = client.get(f"/jobs/{job['id']}")["name"]
+    return {"groups": sorted(groups.values(), key=lambda group: -group["count"]), "total": total}
+
+
+def load_graph(client, ask):
+    """Nodes and edges of a workflow's jobs, of their families above FEW_NODES."""
+    if "graph" in ask.extensions:
+        return client.get(f"/workflows/{ask.workflow_id}/graph")
+    total = client.page("/jobs", workflow_id=ask.workflow_id, limit=1)["total_count"]
+    if total > GRAPH_AT_MOST:
+        raise Invalid(f"{total:,} jobs are too many to draw here")
+    jobs = list(client.items("/jobs", workflow_id=ask.workflow_id))
+    edges = {(row["depends_on_job_id"], row["job_id"]) for row in client.items(
+        f"/workflows/{ask.workflow_id}/job_dependencies")}
+    if total <= FEW_NODES:
+        return {"families": False, "total": total, "edges": sorted(edges), "nodes": [
+            {"id": job["id"], "name": job["name"], "status": job["status"], "sub": ""}
+            for job in jobs]}
+    nodes, family = {}, {}
+    for job in jobs:
+        family[job["id"]] = name = family_of(job["name"])
+        node = nodes.setdefault(name, {"id": name, "name": job["name"], "family": name,
+                                       "counts": {}, "sub": ""})
+        node["name"] = name + "_*" if node["counts"] else job["name"]
+        node["counts"][job["status"]] = node["counts"].get(job["status"], 0) + 1
+    return {"families": True, "total": total, "nodes": list(nodes.values()), "edges": sorted({
+        (family[one], family[other]) for one, other in edges if family[one] != family[other]})}
+
+
+def load_timeline(client, ask):
+    """For each runner how many jobs ran in each of some bins, from the latest results."""
+    nodes = {node["id"]: node for node in client.items("/compute_nodes",
+                                                       workflow_id=ask.workflow_id)}
+    results = client.page("/results", workflow_id=ask.workflow_id, all_runs=True, sort_by="id",
+                          reverse_sort=True, limit=TIMELINE_RESULTS)
+    spans, now = [], time.time()
+    for result in results["items"]:
+        end = moment(result["completion_time"])
+        if end is not None:
+            spans.append((result["compute_node_id"], end - result["exec_time_minutes"] * 60, end,
+                          result["status"] != "completed"))
+    running = sum(1 for node in nodes.values() if node.get("is_active"))
+    first = min((start for _, start, _, _ in spans), default=now)
+    last = now if running else max((end for _, _, end, _ in spans), default=now)
+    bins = max(20, ask.width - 34)
+    step = max(1e-3, (last - first) / bins)
+    rows = {node_id: {"busy": [0.0] * bins, "bad": [False] * bins, "jobs": 0, "node": node}
+            for node_id, node in nodes.items()}
+    for node_id, start, end, bad in spans:
+        row = rows.get(node_id)
+        if row is None:
+            continue
+        row["jobs"] += 1
+        begin, stop = (start - first) / step, min(bins, (end - first) / step)
+        for place in range(int(begin), min(bins, int(stop) + 1)):
+            row["busy"][place] += max(0.0, min(stop, place + 1) - max(begin, place))
+        row["bad"][min(bins - 1, int(stop))] |= bad
+    return {"timeline": [row for _, row in sorted(rows.items()) if row["jobs"] or row["node"].get(
+        "is_active")], "first": first, "last": last, "step": step,
+        "cut": results["total_count"] - len(results["items"])}
+
+
+def load_list(path, **query):
+    """A loader for the records of a workflow at a path."""
+    def load(client, ask):
+        data = list_window(client.page(path, workflow_id=ask.workflow_id, offset=ask.offset,
+                                  limit=ask.limit, **query))
+        if path in ("/results", "/slurm_stats"):
+            names = dict(ask.known.get("names", {}))
+            for record in data["rows"]:
+                if record["job_id"] not in names:
+                    with contextlib.suppress(NotFound):
+                        names[record["job_id"]] = client.get(f"/jobs/{record['job_id']}")["name"]
+                record["job_name"] = names.get(record["job_id"], "")
+            data["names"] = names
+        return data
+    return load
+
+
+def load_network(client, ask):
+    """The checks of `torc doctor`."""
+    return {"checks": ask.tools.checks(client)}
+
+
+def load_nothing(client, ask):
+    """For pages that show what is here anyway."""
+    return {"there": True}
+
+
+def workflow_hint(client, record, extensions):
+    """Why a workflow in focus is not further."""
+    if record["done"] == record["total"] or record["state"] in ("not initialized", "canceled"):
+        return record.get("description") or ""
+    path = f"/workflows/{record['id']}"
+    rows = client.get(path + "/summary")["waiting"] if "summary" in extensions else \
+        why_waiting(record["counts"], client.get(path + "/unfinished"))
+    return f"{rows[0]['count']:,} {said(rows[0]['status'])}: {rows[0]['why']}" if rows else ""
+
+
+def job_hint(client, record, extensions):
+    """Why a job in focus is where it is."""
+    return client.get(f"/jobs/{record['id']}/why")["sentence"]
+
+
+# ---- pages as lines
+
+class Row(NamedTuple):
+    """A line of a page that is no list, and where Enter leads from it."""
+
+    line: list
+    to: Any = None                        # (name of a page, what View takes)
+    hint: str = ""
+
+
+def text_rows(text, style="", width=0):
+    """Rows of a text, folded to a width."""
+    return [Row([(line, style)]) for line in (folded(text, width) if width else [text])]
+
+
+def overview_rows(state, page, width):
+    """The overview of a workflow."""
+    data = page.data
+    counted, total, done = data["counts"], data["total"], data["done"]
+    workflow = data["workflow"]
+    word = data["state"]
+    head = [(percent(done, total), "title"), (f"  {done:,} of {total:,} done    ", ""),
+            (f"{glyph(state, STATE_LOOKS[word])} {word}", STATE_LOOKS[word])]
+    if data.get("rate") and data.get("left_s"):
+        left = data["left_s"]
+        head.append((f"    {data['rate']:,.3g} a minute, about {format_duration(left)} left "
+                     f"(until {clock(state.now + left, state.now)[:-3]})", ""))
+    rows = [Row(head), Row([("", ""), *bar(state, counted, total, width - 2)])]
+    rows += [Row(line, ("jobs", {})) for line in wrapped(legend(state, counted), width - 2)]
+    target = page.workflow_id
+    sections = (
+        ("Why not", [(one["count"], one["status"], one["why"], ("jobs", {"filter": one["status"]}))
+                     for one in data["waiting"]]),
+        ("Failures", [(one["count"], one.get("status", "failed"),
+                       one["cause"] + (f": {one['line']}" if one.get("line") else ""),
+                       ("failures", {})) for one in data["failures"]]),
+        ("Running longest", [(None, "running", " ".join(filter(None, [
+            job["name"], format_duration(job["ran_s"]) if job.get("ran_s") is not None else "",
+            f"on {job['host']}" if job.get("host") else ""])),
+            ("job", {"job_id": job["id"], "title": job["name"]})) for job in data["longest"]]))
+    for title, entries in sections:
+        if entries:
+            rows += [Row([]), Row([(title, "title")])]
+        for number, status, text, to in entries:
+            count = "" if number is None else f"{number:>7,} "
+            rows.append(Row([(count, ""), (glyph(state, status) + " ", status), (text, "")], to,
+                            text))
+    if any(data.get("history") or ()):
+        rows += [Row([]), Row([("Jobs that ended, each minute of the last hour", "title")]),
+                 Row([("        ", ""), (spark(data["history"]), "completed"),
+                      (f"  at most {max(data['history']):,}", "dim")])]
+    facts = [("Runners", data.get("runners_text")), ("Owner", workflow["user"]),
+             ("Created", clock(moment(workflow.get("timestamp")), state.now)),
+             ("Run", data.get("run_id")), ("Description", workflow.get("description")),
+             ("Output", data.get("output_dir"))]
+    rows.append(Row([]))
+    rows += [Row([(f"{name:<12} ", "dim"), (str(value), "")],
+                 ("nodes", {}) if name == "Runners" else None, str(value))
+             for name, value in facts if value not in (None, "")]
+    return [row._replace(to=row.to and (row.to[0], {"workflow_id": target, **row.to[1]}))
+            for row in rows]
+
+
+def job_rows(state, page, width):
+    """The page of a job."""
+    data, job = page.data, page.data["job"]
+    rows = [Row([status_span(state, job["status"]),
+                 (f"    job {job['id']}, attempt {job.get('attempt_id', 1)}", "")])]
+    rows += text_rows(data["why"][:1].upper() + data["why"][1:], "", width - 2)
+    rows += [Row([]), Row([("Attempts", "title")], None)]
+    for result in reversed(data["results"]):
+        code = code_meaning(result["return_code"]).replace("return code", "exit")
+        peak, cpu = result.get("peak_memory_bytes"), result.get("avg_cpu_percent")
+        rows.append(Row([
+            (f"  run {result['run_id']} attempt {result.get('attempt_id', 1)}  ", ""),
+            status_span(state, result["status"]), (
+                f"  {code}  {format_duration(result['exec_time_minutes'] * 60)}"
+                + (f"  {format_bytes(peak)}" if peak else "")
+                + (f"  {cpu:.0f} % CPU" if cpu is not None else "")
+                + f"  {clock(moment(result['completion_time']), state.now)}"
+                + f"  {data['hosts'].get(result['compute_node_id'], '')}", "")],
+            ("log", {"job_id": job["id"], "title": job["name"]})))
+    if not data["results"]:
+        rows.append(Row([("  none has ended", "dim")]))
+    tail = next((result["stderr_tail"] for result in reversed(data["results"])
+                 if result.get("stderr_tail")), "")
+    if tail.strip() and job["status"] != "completed":
+        rows += [Row([]), Row([("Last lines of stderr", "title")])]
+        rows += [Row([("  " + line, "")], ("log", {"job_id": job["id"], "title": job["name"]}),
+                     line) for line in tail.rstrip().splitlines()[-12:]]
+    for title, jobs, more in (("Waits for", data["before"], data["more_before"]),
+                              ("Frees", data["after"], data["more_after"])):
+        if jobs:
+            rows += [Row([]), Row([(title, "title")])]
+        for other in jobs:
+            rows.append(Row([("  ", ""), status_span(state, other["status"]),
+                             (f"  {other['name']}", "")],
+                            ("job", {"job_id": other["id"], "title": other["name"]})))
+        if more > 0:
+            rows.append(Row([(f"  and {more:,} more", "dim")]))
+    needs = data["needs"]
+    facts = [("Command", job["command"]),
+             ("Needs", ", ".join(filter(None, [
+                 plural(needs.get("num_cpus", 0), "CPU"),
+                 plural(needs["num_gpus"], "GPU") if needs.get("num_gpus") else "",
+                 plural(needs["num_nodes"], "node") if needs.get("num_nodes", 1) > 1 else "",
+                 needs.get("memory", ""), needs.get("runtime", "")]))
+              + f" ({needs.get('name', '')})" if needs else ""),
+             ("Priority", job.get("priority")), ("Reads", job.get("inputs")),
+             ("Writes", job.get("outputs")), ("Script", job.get("invocation_script"))]
+    rows.append(Row([]))
+    for name, value in facts:
+        if value not in (None, "", 0):
+            lines = folded(str(value), width - 14) or [""]
+            rows += [Row([(f"{name if not number else '':<10} ", "dim"), (line, "")])
+                     for number, line in enumerate(lines)]
+    return [row._replace(to=row.to and (row.to[0], {"workflow_id": page.workflow_id, **row.to[1]}))
+            for row in rows]
+
+
+def failure_rows(state, page, width):
+    """Failures grouped by cause."""
+    data, rows = page.data, []
+    for group in data["groups"]:
+        status = group["status"]
+        rows.append(Row([(f"{group['count']:>6,} ", "title"), (glyph(state, status) + " ", status),
+                         (group["cause"], status), (f"  {group.get('family', '')}", "dim")],
+                        ("jobs", {"workflow_id": page.workflow_id, "filter": status}),
+                        group.get("advice") or group["line"]))
+        text = [group["line"]] if group["line"] else []
+        text += [f"{group['verdict']}: {group['advice']}"] if group.get("advice") else []
+        rows += [Row([("         " + line, "")]) for one in text
+                 for line in folded(one, width - 12)[:3]]
+        rows += [Row([("         ", ""), (f"{job.get('name', '')}", "live"),
+                      (f"  job {job['id']}", "dim")],
+                     ("job", {"workflow_id": page.workflow_id, "job_id": job["id"],
+                              "title": job.get("name", "")}), "Enter opens this job")
+                 for job in group["jobs"]]
+        rows.append(Row([]))
+    return rows
+
+
+def tree(nodes, edges):
+    """[(prefix, node, names of further parents)] of a graph as a tree, in drawing order.
+
+    A node hangs below the parent that is farthest from a root; others are named. An only child
+    stays in its parent's column, so that long chains do not run out of the screen.
+    """
+    by_id = {node["id"]: node for node in nodes}
+    parents, children, missing = {}, {}, {}
+    for one, other in edges:
+        if one in by_id and other in by_id and one != other:
+            parents.setdefault(other, []).append(one)
+            children.setdefault(one, []).append(other)
+    missing = {node: len(set(above)) for node, above in parents.items()}
+    depth = {node["id"]: 0 for node in nodes if node["id"] not in parents}
+    queue = list(depth)
+    for node in queue:                    # it grows while it is read
+        for below in dict.fromkeys(children.get(node, ())):
+            missing[below] -= 1
+            depth[below] = max(depth.get(below, 0), depth[node] + 1)
+            if not missing[below]:
+                queue.append(below)
+    place = {node: number for number, node in enumerate(queue)}
+    main = {node: max(above, key=lambda one: (depth[one], -place[one]))
+            for node, above in parents.items() if node in place}
+    hanging = {}
+    for node, above in main.items():
+        hanging.setdefault(above, []).append(node)
+    drawn = []
+    stack = [(node["id"], "", "") for node in reversed(nodes)
+             if node["id"] not in main]
+    while stack:
+        node, mark, below = stack.pop()
+        others = [by_id[one]["name"] for one in dict.fromkeys(parents.get(node, ()))
+                  if one != main.get(node)] if node in main else []
+        drawn.append((mark, by_id[node], others))
+        found = sorted(hanging.get(node, ()), key=place.get)
+        if len(found) == 1:
+            chained = mark.endswith("↓ ")
+            inner = mark[:-2] if chained else below
+            stack.append((found[0], inner + "↓ ", inner + "  "))
+            continue
+        for number, child in reversed(list(enumerate(found))):
+            last = number == len(found) - 1
+            stack.append((child, below + ("└─ " if last else "├─ "),
+                          below + ("   " if last else "│  ")))
+    return drawn
+
+
+def graph_rows(state, page, width):
+    """The graph as a tree."""
+    data = page.data
+    if "tree" not in data:                # worked out once for what was loaded
+        data["tree"] = tree(data["nodes"], data["edges"])
+    rows = []
+    for mark, node, others in data["tree"]:
+        status = node.get("status") or next(iter(
+            [name for name in ("failed", "terminated", "running", "pending", "ready", "blocked",
+                               "uninitialized", "canceled", "completed", "disabled")
+             if node["counts"].get(name)]))
+        line = [(mark, "dim"), (glyph(state, status) + " ", status), (node["name"], "")]
+        if data["families"]:
+            line.append(("  ", ""))
+            line += legend(state, node["counts"])
+            to = "jobs", {"workflow_id": page.workflow_id, "filter": f"family:{node['family']}"}
+        else:
+            to = "job", {"workflow_id": page.workflow_id, "job_id": node["id"],
+                         "title": node["name"]}
+        more = f"  after {', '.join(others[:3])}" + (
+            f" and {len(others) - 3} more" if len(others) > 3 else "") + " too" if others else ""
+        line.append((("  " + node["sub"] if node.get("sub") else "") + more, "dim"))
+        rows.append(Row(line, to, node.get("why") or f"{node['name']}: {said(status)}"))
+    return rows
+
+
+def timeline_rows(state, page, width):
+    """How busy each runner was."""
+    data = page.data
+    step = data["step"]
+    rows = [Row([(f"One cell is {format_duration(step)}; blank is idle; "
+                  f"{glyph(state, 'failed')} a job ended badly", "dim")])]
+    if data["cut"] > 0:
+        rows.append(Row([(f"Of the latest {TIMELINE_RESULTS:,} attempts; {data['cut']:,} earlier "
+                          "ones are not drawn", "dim")]))
+    for row in data["timeline"]:
+        node, busy = row["node"], row["busy"]
+        most = max(max(busy), 1e-9)
+        share = 100 * sum(value > 0.02 for value in busy) // len(busy)
+        line = [(shorten(node["hostname"], 14).ljust(15), ""), (f"{share:>3} %  ", "dim")]
+        for value, bad in zip(busy, row["bad"]):
+            cell = " " if value <= 0.02 else COLUMNS[min(7, int(8 * value / most))]
+            line.append((LOOKS["failed"].plain if bad and state.plain else "✗" if bad else cell,
+                         "failed" if bad else "running" if node.get("is_active") else
+                         "completed"))
+        rows.append(Row(line, ("nodes", {"workflow_id": page.workflow_id}),
+                        f"{node['hostname']}, pid {node['pid']}: {row['jobs']:,} attempts, at most "
+                        f"{most:.0f} at a time"))
+    left, right = clock(data["first"], state.now), clock(data["last"], state.now)
+    rows.append(Row([(" " * 22 + left + " " * max(2, width - 34 - len(left) - len(right)) + right,
+                      "dim")]))
+    return rows
+
+
+def network_rows(state, page, width):
+    """The doctor's checks."""
+    rows = []
+    for check in page.data["checks"]:
+        status = {"ok": "completed", "warn": "pending_failed", "fail": "failed"}[check.verdict]
+        rows.append(Row([(glyph(state, status) + " ", status),
+                         (f"{shorten(check.check, 34):<35}", ""), (check.detail, "")],
+                        None, check.next_step or check.detail))
+        rows += [Row([("    " + line, "dim")]) for line in folded(check.next_step, width - 8)]
+    return rows
+
+
+def record_rows(state, page, width):
+    """All fields of a record."""
+    rows = []
+    for name, value in page.record.items():
+        text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+        lines = [part for line in text.splitlines() or [""]
+                 for part in ([line] if line.startswith(" ") else folded(line, width - 30) or [""])]
+        rows += [Row([(f"{name if not number else '':<26} ", "dim"), (line, "")])
+                 for number, line in enumerate(lines)]
+    return rows
+
+
+def process_rows(state, page, width):
+    """The processes that were started here."""
+    rows = []
+    for child in state.children:
+        code = child.process.poll()
+        status = "running" if code is None else "failed" if code else "completed"
+        rows.append(Row([(glyph(state, status) + " ", status), (f"{child.title:<34}", ""),
+                         (f"pid {child.process.pid:<9}", "dim"),
+                         (f"since {clock(child.started, state.now)}  " if code is None else
+                          f"ended with {code}  ", "")],
+                        ("output", {"record": child.log, "title": child.title}), child.log))
+    return rows
+
+
+def help_rows(state, page, width):
+    """Every key, page by page; this page's own first."""
+    before = state.pages[-2].name if len(state.pages) > 1 else "workflows"
+    rows, groups = [], dict.fromkeys([*PAGES[before].keys, *KEYS])
+    for group in groups:
+        title, keys = KEYS[group]
+        rows.append(Row([(title, "title")]))
+        for names, _, text, _ in keys:
+            rows.append(Row([(f"  {', '.join(names.split()):<22}", "key"), (text, "")]))
+        rows.append(Row([]))
+    rows.append(Row([("g and a letter", "title")]))
+    rows += [Row([(f"  {'g ' + kind.go:<22}", "key"), (kind.title, "")])
+             for kind in PAGES.values() if kind.go]
+    rows += [Row([]), Row([("Status", "title")]), Row([("  ", ""), *[
+        span for status in list(LOOKS)[:6] for span in (status_span(state, status), ("  ", ""))]]),
+        Row([("  ", ""), *[span for status in list(LOOKS)[6:]
+                           for span in (status_span(state, status), ("  ", ""))]])]
+    return rows
+
+
+def list_lines(state, page, width, height):
+    """A list: heads, then the rows in view."""
+    columns = [column for column in page.kind.columns if column.least <= width]
+    heads = cells_line(columns, [column.title for column in columns], width - 2)
+    lines = [[("  ", ""), *[(text, "dim") for text, _ in heads]]]
+    data, mark = page.data, "*" if state.plain else "▌"
+    for index in range(page.top, min(page.top + height - 1, data["total"])):
+        place = index - data["offset"]
+        if 0 <= place < len(data["rows"]):
+            record = data["rows"][place]
+            line = cells_line(columns, [column.show(state, record) for column in columns],
+                              width - 2)
+        else:
+            line = [("...", "dim")]
+        here = index == page.cursor
+        lines.append([(mark + " " if here else "  ", "live" if here else ""), *line,
+                      *([("", "focus")] if here else [])])
+    return lines
+
+
+def text_lines(state, page, width, height):
+    """The rows in view of a page that is no list."""
+    rows = page_rows(state, page)
+    mark = "*" if state.plain else "▌"
+    lines = []
+    for index, row in enumerate(rows[page.top:page.top + height], page.top):
+        here = index == page.cursor
+        lines.append([(mark + " " if here else "  ", "live" if here else ""), *row.line,
+                      *([("", "focus")] if here and row.to else [])])
+    return lines
+
+
+def page_rows(state, page):
+    """All rows of a page that is no list."""
+    return page.kind.rows(state, page, state.width) if page.data else []
+
+
+def log_window(page, width, height):
+    """(number of the first line, lines) of a log that are in view."""
+    lines = log_lines(page.data["streams"][page.stream])
+    if not page.wrap:
+        top = max(0, len(lines) - height) if page.follow else min(page.top, max(
+            0, len(lines) - 1))
+        return top, [(number, line[page.column:]) for number, line in enumerate(
+            lines[top:top + height], top)]
+
+    def parts(number):
+        line = lines[number]
+        return [(number, line[at:at + width]) for at in range(0, max(1, len(line)), width)]
+
+    shown, number = [], page.top
+    if page.follow:
+        number = len(lines)
+        while number > 0 and len(shown) < height:
+            number -= 1
+            shown = parts(number) + shown
+        return number, shown[-height:]
+    while number < len(lines) and len(shown) < height:
+        shown += parts(number)
+        number += 1
+    return page.top, shown[:height]
+
+
+def marked(line, words):
+    """A line as spans, with the places where `words` occur marked."""
+    if not words:
+        return [(line, "")]
+    spans, at, low = [], 0, line.lower()
+    while True:
+        found = low.find(words.lower(), at)
+        if found < 0 or len(low) != len(line):
+            return [*spans, (line[at:], "")]
+        spans += [(line[at:found], ""), (line[found:found + len(words)], "hit")]
+        at = found + len(words)
+
+
+def log_view_lines(state, page, width, height):
+    """A log: the part in view, with what was searched for marked."""
+    stream = page.data["streams"][page.stream]
+    if stream.path is None:
+        return [[("This job keeps no such output (its stdio mode says so)", "dim")]]
+    if stream.size < 0:
+        attempt = page.data.get("attempt")
+        return [[(part, "dim")] for part in folded(
+            f"There is no file {stream.path} here: it was deleted after success, or it is on "
+            f"another machine ({attempt.host if attempt and attempt.host else 'unknown'}), or the "
+            "path means another directory here.", width)]
+    shown = log_window(page, width, height - bool(stream.start))[1]
+    lines = [[("the last ", "dim"), (format_bytes(stream.end - stream.start), "dim"),
+              (f" of {format_bytes(stream.size)} are here", "dim")]] if stream.start else []
+    if not shown:
+        return [*lines, [("nothing was written", "dim")]]
+    return lines + [[(("→" if number == page.hit else ""), "live"), *marked(line, page.wanted)]
+                    for number, line in shown]
+
+
+# ---- the screen
+
+def tabs_line(state, width):
+    """The tabs of a workflow, the present one in view; the list's filter and order beside it."""
+    page = state.page
+    if page.workflow_id is None or page.name in ("record", "output"):
+        return [(" " + page.kind.title, "title"), *filter_spans(state, page)]
+    here = page.name if page.kind.tab else "jobs"
+    tabs = [(name, kind.title) for name, kind in PAGES.items() if kind.tab]
+    right = filter_spans(state, page)
+    room = width - 4 - min(line_width(right), width // 2)
+    place = next(number for number, (name, _) in enumerate(tabs) if name == here)
+    first = 0
+    while first < place and sum(len(title) + 2 for _, title in tabs[first:place + 1]) > room:
+        first += 1
+    last = place + 1
+    while last < len(tabs) and sum(len(title) + 2 for _, title in tabs[first:last + 1]) <= room:
+        last += 1
+    spans = [("‹" if first else " ", "dim")]
+    for name, title in tabs[first:last]:
+        spans += [(title, "here" if name == here else ""), ("  ", "")]
+    return both_ends([*spans, ("›" if last < len(tabs) else "", "dim")], right, width)
+
+
+def filter_spans(state, page):
+    """What a list is filtered and ordered by, and which part of it is in view."""
+    spans = []
+    if page.filter:
+        spans.append((f"  filter: {page.filter}", "live"))
+    if page.name == "jobs" and page.data.get("order"):
+        spans.append((f"  by {page.data['order']}", "dim"))
+    if page.kind.columns and page.data:
+        total = page.data["total"]
+        last = min(total, page.top + room_of(state, page))
+        spans.append((f"  {min(page.top + 1, total):,}-{last:,} of {total:,}", "dim"))
+    if page.kind.lines is log_view_lines and page.data:
+        for number, (word, stream) in enumerate(zip(("stdout", "stderr"), page.data["streams"])):
+            text = "none" if stream.path is None or stream.size < 0 else format_bytes(stream.size)
+            if page.data.get("attempt") or number:
+                spans.append((f"  {word if page.data.get('attempt') else 'output'} {text}",
+                              "here" if number == page.stream else "dim"))
+        spans.append(("  follows" if page.follow else f"  line {page.top + 1:,}", "dim"))
+    return spans
+
+
+def path_line(state, width):
+    """Where one is, and how the link is."""
+    parts = ["torc"]
+    for page in state.pages:
+        if page.name == "workflows":
+            parts.append("workflows" + (" of all users" if state.everybody else ""))
+        elif page.kind.tab and page.workflow_id is not None:
+            parts[1:] = [f"{page.workflow_id} {page.title}", page.kind.title.lower()]
+        elif page.name in ("job", "log", "output"):
+            parts += [page.title] if parts[-1] != page.title else []
+            parts += ["log"] if page.name == "log" else []
+        else:
+            parts.append(page.kind.title.lower())
+    right = [(state.where, "dim")]
+    right += [("  away", "alarm")] if state.away else [("  live", "live")] if state.live else \
+        [("  paused", "dim")]
+    if state.children:
+        running = sum(child.process.poll() is None for child in state.children)
+        right.insert(0, (f"{plural(running, 'process') if running == 1 else f'{running} processes'}"
+                         "  ", "running" if running else "dim"))
+    return both_ends([(" " + " / ".join(parts), "title")], right, width)
+
+
+def body_lines(state, width, height):
+    """The page between tabs and message."""
+    page = state.page
+    if page.error and not page.data:
+        return [[], *[[(" " + line, "alarm" if not number else "")] for number, line in enumerate(
+            folded(str(page.error), width - 4))]]
+    if not page.data:
+        return [[]] if state.now - page.asked_at < 0.3 else [[], [(" loading...", "dim")]]
+    if page.kind.columns and not page.data["total"] or \
+            page.kind.rows and not page_rows(state, page):
+        empty = page.kind.empty if not page.filter else \
+            f"Nothing matches {page.filter}: f takes another filter, Esc takes it away."
+        return [[], *[[(" " + line, "dim")] for line in folded(empty, width - 4)]]
+    return (page.kind.lines or (list_lines if page.kind.columns else text_lines))(
+        state, page, width, height)
+
+
+def away_lines(state, width):
+    """The banner while the server does not answer."""
+    if not state.away:
+        return []
+    why_text, since, next_try, _ = state.away
+    seconds = max(0, math.ceil(next_try - state.now))
+    text = (f"The server does not answer since {clock(since, state.now)}: {why_text} "
+            f"Runners go on and report later. Next try in {seconds} s; r tries now.")
+    return [[(" " + line, "alarm")] for line in folded(text, width - 2)[:3]]
+
+
+def question_lines(state, width, most):
+    """The dry run that waits for an answer."""
+    plan = state.question.plan
+    body = [line for text in plan.lines for line in folded(text, width - 4) or [""]]
+    if len(body) > most - 3:
+        body = [*body[:most - 4], f"and {plural(len(body) - most + 4, 'line')} more"]
+    choices = [span for key, words, _ in plan.choices
+               for span in ((f" {key} ", "key"), (f"{words}   ", ""))]
+    rule = "-" if state.plain else "─"
+    return [[(rule * width, "dim")], [(" " + plan.title, "title")],
+            *[[("   " + line, "")] for line in body],
+            [*choices, (" n ", "hit"), ("keep as it is" if choices else "close", "")]]
+
+
+def message_line(state, width):
+    """A question being typed, a message, or the hint of the row in focus."""
+    if state.prompt:
+        prompt = state.prompt
+        room = width - text_width(prompt.label) - 4
+        text = prompt.text
+        while text_width(text) > room:
+            text = text[1:]
+        return [(f" {prompt.label}: ", "key"), (text, ""), ("_", "hit"),
+                ("  " + prompt.hint if not text else "", "dim")]
+    if state.going:
+        return [(" g ", "key"), (" ".join(f"{kind.go} {kind.title}" for kind in PAGES.values()
+                                         if kind.go), "dim")]
+    if state.busy:
+        return [(f" {state.busy}...", "live")]
+    if state.message:
+        return [(" " + state.message, state.message_style)]
+    return [(" " + hint_of(state), "")]
+
+
+def hint_of(state):
+    """What is said of the row in focus."""
+    page = state.page
+    if page.error and page.data:
+        return str(page.error)
+    if page.kind.columns:
+        record = focused(page)
+        text = page.hints.get(hint_key(record)) if record else None
+        return text if text is not None else record.get("note", "") if record else ""
+    if page.kind.rows and page.data:
+        rows = page_rows(state, page)
+        return rows[page.cursor].hint if page.cursor < len(rows) else ""
+    return ""
+
+
+def focused(page):
+    """The record in focus of a list, None if it is not there."""
+    place = page.cursor - page.data.get("offset", 0)
+    rows = page.data.get("rows", ())
+    return rows[place] if 0 <= place < len(rows) else None
+
+
+def hint_key(record):
+    """What a hint belongs to: a record, as long as it does not change."""
+    return record["id"], record.get("status"), record.get("attempt_id"), record.get("done")
+
+
+def keys_line(state, width):
+    """The keys of this page that matter most."""
+    if state.prompt:
+        return [(" Enter ", "key"), ("takes it  ", "dim"), ("Esc ", "key"), ("leaves it", "dim")]
+    pairs = [(names.split()[0], label) for names, _, _, label in keys_of(state.page) if label]
+    end = [(key, label) for key, label in pairs if label in ("help", "back")]
+    room = width - 1 - sum(len(key) + len(label) + 3 for key, label in end)
+    spans = [(" ", "")]
+    for key, label in [pair for pair in pairs if pair not in end]:
+        room -= len(key) + len(label) + 3
+        if room >= 0:
+            spans += [(key, "key"), (f" {label}  ", "dim")]
+    for key, label in end:
+        spans += [(key, "key"), (f" {label}  ", "dim")]
+    return spans
+
+
+def room_of(state, page):
+    """How many rows of a page are in view."""
+    return max(1, state.height - 4 - len(away_lines(state, state.width)) - bool(page.kind.columns))
+
+
+def draw(state):
+    """The whole screen: `height` lines of spans, none wider than `width`."""
+    width, height = state.width, state.height
+    if width < SMALLEST[0] or height < SMALLEST[1]:
+        text = (f"torc needs {SMALLEST[0]} columns and {SMALLEST[1]} lines; here are {width} and "
+                f"{height}.", "Make the window larger, or press q.")
+        lines = [[(part, "")] for one in text for part in folded(one, max(1, width))]
+        return [fit(line, width) for line in (lines + [[]] * height)[:height]]
+    lines = [path_line(state, width), tabs_line(state, width), *away_lines(state, width)]
+    body = body_lines(state, width, height - 2 - len(lines))[:height - 2 - len(lines)]
+    lines += body + [[]] * (height - 2 - len(lines) - len(body))
+    if state.question:
+        panel = question_lines(state, width, height - 6)
+        lines[-len(panel):] = panel
+    lines += [message_line(state, width), keys_line(state, width)]
+    return [whole_line(line, width) for line in lines]
+
+
+def whole_line(line, width):
+    """A line cut to the width; one in focus is filled up and reversed."""
+    if line and line[-1][1] == "focus":
+        return [(text, style + " focus") for text, style in fit(line[:-1], width, True)]
+    return fit(line, width)
+
+
+def screen_text(state):
+    """The screen as plain text."""
+    lines = ["".join(text for text, _ in line).rstrip() for line in draw(state)]
+    return [to_ascii(line) for line in lines] if state.plain else lines
+
+
+def to_ascii(text):
+    """A text for a terminal that knows ASCII only."""
+    if text.isascii():
+        return text
+    return "".join(letter if letter.isascii() else ASCII_MARKS.get(letter, "?")
+                   for letter in text)
+
+
+# ---- pages and keys as tables
+
+class PageKind(NamedTuple):
+    """A page: its tab, its letter behind g, how it is loaded and drawn, its keys."""
+
+    title: str
+    go: str
+    load: Any
+    keys: tuple                           # of KEYS; the first that has a key wins
+    columns: tuple = ()                   # a list, of which a window is loaded
+    rows: Any = None                      # or rows worked out of the data
+    lines: Any = None                     # or lines of its own
+    tab: bool = False
+    every_s: float = 5.0                  # loaded again so often while something goes on
+    hint: Any = None
+    empty: str = "Nothing is here yet."
+
+
+WORKFLOW_COLUMNS_SHOWN = (
+    Column("ID", number_cell, 6, right=True), Column("Name", text_cell("name"), 0),
+    Column("State", lambda state, one: (
+        f"{glyph(state, STATE_LOOKS[one['state']])} {one['state']}", STATE_LOOKS[one["state"]]),
+        17),
+    Column("Done", lambda state, one: percent(one["done"], one["total"]), 6, right=True),
+    Column("Jobs", lambda state, one: f"{one['total']:,}", 8, right=True),
+    Column("Failed", lambda state, one: (
+        f"{one['counts'].get('failed', 0) or '':,}" if one["counts"].get("failed") else "",
+        "failed"), 7, right=True),
+    Column("Created", lambda state, one: clock(moment(one.get("timestamp")), state.now), 12),
+    Column("User", text_cell("user"), 12, 100), Column("Project", text_cell("project"), 16, 140),
+    Column("Description", text_cell("description"), 60, 170))
+JOB_COLUMNS_SHOWN = (
+    Column("ID", number_cell, 6, right=True), Column("Name", text_cell("name"), 0),
+    Column("Status", status_cell, 16), Column("", text_cell("note"), 20),
+    Column("Ran", lambda state, job: format_duration(job["ran_s"])
+           if job.get("ran_s") is not None else "", 6, right=True),
+    Column("Memory", bytes_cell("peak_memory_bytes"), 9, 92, right=True),
+    Column("Host", text_cell("host"), 14, 110),
+    Column("Attempt", text_cell("attempt_id"), 7, 120, right=True),
+    Column("Command", text_cell("command"), 50, 160))
+RESULT_COLUMNS_LISTED = (
+    Column("ID", number_cell, 6, right=True), Column("Job", text_cell("job_name"), 0),
+    Column("Run", text_cell("run_id"), 3, right=True),
+    Column("Try", text_cell("attempt_id"), 3, right=True),
+    Column("Exit", text_cell("return_code"), 4, right=True), Column("Status", status_cell, 16),
+    Column("Ran", lambda state, one: format_duration(one["exec_time_minutes"] * 60), 6, right=True),
+    Column("Memory", bytes_cell("peak_memory_bytes"), 9, right=True),
+    Column("CPU %", text_cell("avg_cpu_percent"), 6, 92, right=True),
+    Column("Ended", time_cell("completion_time"), 12, 110),
+    Column("Node", text_cell("compute_node_id"), 6, 120, right=True))
+FILE_COLUMNS = (Column("ID", number_cell, 6, right=True), Column("Name", text_cell("name"), 24),
+                Column("Path", text_cell("path"), 0), Column("Modified", lambda state, one: clock(
+                    one.get("st_mtime"), state.now), 12))
+EVENT_COLUMNS = (Column("Time", time_cell("timestamp"), 12), Column(
+    "What", lambda state, one: str((one["data"] if isinstance(one["data"], dict) else {}).get(
+        "category") or (one["data"] if isinstance(one["data"], dict) else {}).get(
+            "event_type") or ""), 20), Column("Data", text_cell("data"), 0))
+DATA_COLUMNS = (Column("ID", number_cell, 6, right=True), Column("Name", text_cell("name"), 24),
+                Column("Ephemeral", text_cell("is_ephemeral"), 9),
+                Column("Data", text_cell("data"), 0))
+NODE_COLUMNS = (
+    Column("ID", number_cell, 6, right=True), Column("Host", text_cell("hostname"), 0),
+    Column("At work", text_cell("is_active"), 7), Column("PID", text_cell("pid"), 8, right=True),
+    Column("CPUs", text_cell("num_cpus"), 4, right=True),
+    Column("GB", text_cell("memory_gb"), 7, right=True),
+    Column("GPUs", text_cell("num_gpus"), 4, right=True),
+    Column("Started", time_cell("start_time"), 12),
+    Column("Kind", text_cell("compute_node_type"), 8, 100),
+    Column("Output", text_cell("output_dir"), 50, 140))
+ALLOCATION_COLUMNS = (
+    Column("ID", number_cell, 6, right=True),
+    Column("Slurm job", text_cell("scheduler_id"), 10, right=True),
+    Column("Scheduler", text_cell("scheduler_config_id"), 9, right=True),
+    Column("Type", text_cell("scheduler_type"), 8), Column("Status", text_cell("status"), 10),
+    Column("Note", text_cell("note"), 0))
+SLURM_COLUMNS = (
+    Column("Job", text_cell("job_name"), 0), Column("Run", text_cell("run_id"), 3, right=True),
+    Column("Try", text_cell("attempt_id"), 3, right=True),
+    Column("Slurm job", text_cell("slurm_job_id"), 10, right=True),
+    Column("Memory", bytes_cell("max_rss_bytes"), 9, right=True),
+    Column("CPU s", text_cell("ave_cpu_seconds"), 9, right=True),
+    Column("Read", bytes_cell("max_disk_read_bytes"), 9, 92, right=True),
+    Column("Written", bytes_cell("max_disk_write_bytes"), 9, 92, right=True),
+    Column("Nodes", text_cell("node_list"), 14))
+IN_WORKFLOW = ("moves", "workflow", "everywhere")
+PAGES = {
+    "workflows": PageKind(
+        "Workflows", "w", load_workflows, ("workflows", "moves", "workflow", "everywhere"),
+        WORKFLOW_COLUMNS_SHOWN, hint=workflow_hint,
+        empty="You have no workflow here: n creates one from a specification file, and a shows "
+              "those of all users."),
+    "overview": PageKind("Overview", "o", load_overview, IN_WORKFLOW, rows=overview_rows,
+                         tab=True, every_s=2.0),
+    "jobs": PageKind("Jobs", "j", load_jobs, ("jobs", *IN_WORKFLOW), JOB_COLUMNS_SHOWN, tab=True,
+                     every_s=2.0, hint=job_hint, empty="This workflow has no jobs."),
+    "graph": PageKind("Graph", "d", load_graph, IN_WORKFLOW, rows=graph_rows, tab=True,
+                      every_s=10.0, empty="This workflow has no jobs."),
+    "timeline": PageKind("Timeline", "t", load_timeline, IN_WORKFLOW, rows=timeline_rows, tab=True,
+                         every_s=10.0),
+    "failures": PageKind("Failures", "f", load_failures, IN_WORKFLOW, rows=failure_rows, tab=True,
+                         empty="Nothing has failed."),
+    "results": PageKind("Results", "r", load_list("/results", sort_by="id", reverse_sort=True,
+                                                  all_runs=True), IN_WORKFLOW,
+                        RESULT_COLUMNS_LISTED, tab=True, empty="No job has ended yet."),
+    "nodes": PageKind("Nodes", "n", load_list("/compute_nodes", sort_by="id", reverse_sort=True),
+                      IN_WORKFLOW, NODE_COLUMNS, tab=True,
+                      empty="No runner has worked on this workflow: x starts one here."),
+    "allocations": PageKind("Allocations", "s", load_list(
+        "/scheduled_compute_nodes", sort_by="id", reverse_sort=True), IN_WORKFLOW,
+        ALLOCATION_COLUMNS, tab=True, empty="No allocation was asked for: s submits to Slurm."),
+    "slurm": PageKind("Slurm", "m", load_list("/slurm_stats"), IN_WORKFLOW, SLURM_COLUMNS,
+                      tab=True, empty="Slurm's accounting has told nothing of this workflow."),
+    "files": PageKind("Files", "i", load_list("/files"), IN_WORKFLOW, FILE_COLUMNS, tab=True,
+                      empty="This workflow names no files."),
+    "data": PageKind("Data", "a", load_list("/user_data"), IN_WORKFLOW, DATA_COLUMNS, tab=True,
+                     empty="This workflow has no user data."),
+    "events": PageKind("Events", "e", load_list("/events", sort_by="timestamp", reverse_sort=True),
+                       IN_WORKFLOW, EVENT_COLUMNS, tab=True, every_s=2.0,
+                       empty="Nothing was noted yet."),
+    "job": PageKind("Job", "", load_job, ("job", *IN_WORKFLOW), rows=job_rows, every_s=2.0),
+    "log": PageKind("Log", "", load_log, ("log", "everywhere"), lines=log_view_lines, every_s=0.5),
+    "record": PageKind("Record", "", load_nothing, ("moves", "everywhere"), rows=record_rows,
+                       every_s=math.inf),
+    "network": PageKind("Network", "x", load_network, ("moves", "everywhere"), rows=network_rows,
+                        every_s=math.inf),
+    "processes": PageKind("Processes", "p", load_nothing, ("processes", "moves", "everywhere"),
+                          rows=process_rows, every_s=1.0,
+                          empty="Nothing was started from here: x runs a workflow on this machine, "
+                                "s submits it to Slurm, W watches it."),
+    "output": PageKind("Output", "", load_file, ("process output", "log", "everywhere"),
+                       lines=log_view_lines, every_s=0.5),
+    "help": PageKind("Help", "", load_nothing, ("moves", "everywhere"), rows=help_rows,
+                     every_s=math.inf),
+}
+KEYS = {                                  # group: (title, ((keys, action, help, word below), ...))
+    "workflows": ("Workflows", (
+        ("Enter", "enter", "open the workflow", "open"),
+        ("n", "new", "create a workflow from a specification file", "new"),
+        ("d", "delete", "delete the workflow with all that belongs to it", ""),
+        ("a", "everybody", "workflows of all users, or only yours", ""),
+        ("f /", "filter", "only workflows with these words", "filter"),
+        ("o", "output_dir", "change the output directory of what is started here", ""),
+        ("u", "url", "change the server's URL", ""))),
+    "jobs": ("Jobs", (
+        ("Enter", "enter", "open the job: why, attempts, neighbours", "open"),
+        ("f /", "filter", "only jobs with these words, a status, or family:NAME", "filter"),
+        ("o", "order", "order by another column", "order"),
+        ("l", "log", "what the job wrote", "log"),
+        ("y", "retry", "run the job again", "rerun"),
+        ("c", "cancel_job", "cancel the job: it never starts, or its process is ended", "cancel"),
+        ("t", "terminate_job", "end the job as a time limit would", ""))),
+    "job": ("Job", (
+        ("l Enter", "enter", "what the job wrote, or what the row leads to", "log"),
+        ("y", "retry", "run the job again", "rerun"),
+        ("c", "cancel_job", "cancel the job", "cancel"),
+        ("t", "terminate_job", "end the job as a time limit would", "terminate"))),
+    "log": ("Log", (
+        ("Tab", "stream", "stdout or stderr", "stream"),
+        ("/ f", "search", "find text", "find"),
+        ("n", "next_hit", "next place", "next"), ("N", "last_hit", "place before", ""),
+        ("F", "follow", "follow what is written, or not", "follow"),
+        ("g Home", "log_start", "to the start", "start"), ("G End", "log_end", "to the end", "end"),
+        ("w", "wrap", "break long lines, or not", "wrap"),
+        ("y", "path", "say the path of the file", "path"),
+        ("Down j", "log_down", "a line down", ""), ("Up k", "log_up", "a line up", ""),
+        ("PgDn Space", "log_page_down", "a page down", ""),
+        ("PgUp b", "log_page_up", "a page up", ""),
+        ("Right", "log_right", "the right of long lines", ""),
+        ("Left", "log_left", "the left of long lines", ""))),
+    "processes": ("Processes", (
+        ("Enter", "enter", "what the process writes", "output"),
+        ("k", "end_process", "end the process (SIGTERM)", "end"))),
+    "process output": ("Output of a process", (
+        ("k", "end_process", "end the process (SIGTERM)", "end"),
+        ("a", "follow", "follow what is written, or not", ""))),
+    "moves": ("Moving", (
+        ("Enter", "enter", "open what is in focus", "open"),
+        ("j Down", "down", "a row down", "down"), ("k Up", "up", "a row up", "up"),
+        ("PgDn ] Space", "page_down", "a page down", ""), ("PgUp [ b", "page_up", "a page up", ""),
+        ("Home", "first", "to the first row", ""), ("End G", "last", "to the last row", ""),
+        ("Tab Right", "next_tab", "next page of the workflow", "pages"),
+        ("BackTab Left", "last_tab", "page before", ""))),
+    "workflow": ("Acting on the workflow", (
+        ("i", "initialize", "initialize: start from the beginning", ""),
+        ("I", "reinitialize", "reinitialize: run again what changed", ""),
+        ("R", "reset", "reset jobs: those that failed, or all", ""),
+        ("x", "run_here", "run on this machine", "run"),
+        ("s", "submit", "submit to Slurm", "submit"),
+        ("W", "watch", "watch: look after it until it ends", ""),
+        ("v", "recover", "recover: run again what failed, with more memory or time", ""),
+        ("C", "cancel", "cancel: nothing more starts, what runs is ended", "cancel"))),
+    "everywhere": ("Everywhere", (
+        ("?", "help", "this help", "help"),
+        ("g", "go", "go to a page: its letter follows", ""),
+        ("r", "reload", "load again", ""),
+        ("A", "live", "live: follow what happens, or not", ""),
+        ("O", "processes", "what was started here, and its output", ""),
+        ("M", "mouse", "wheel and click, or the terminal's own selection", ""),
+        ("Ctrl-L", "redraw", "draw the screen anew", ""),
+        ("Ctrl-Z", "suspend", "back to the shell; fg returns", ""),
+        ("Esc", "leave", "take the filter away, or go back", ""),
+        ("q", "back", "back, and quit at the end", "back"))),
+}
+
+
+def keys_of(page):
+    """The rows of KEYS that hold on a page, those first that win."""
+    taken, found = set(), []
+    for group in page.kind.keys:
+        for names, action, text, label in KEYS[group][1]:
+            free = [name for name in names.split() if name not in taken]
+            if free:
+                found.append((" ".join(free), action, text, label))
+        taken.update(name for row in KEYS[group][1] for name in row[0].split())
+    return found
+
+
+def action_of(page, key):
+    """The action of a key on a page, or None."""
+    for group in page.kind.keys:
+        for names, action, _, _ in KEYS[group][1]:
+            if key in names.split():
+                return action
+    return None
+
+
+# ---- threads that ask
+
+class Worker:
+    """A thread with a client of its own that carries out what it is asked for, one by one.
+
+    Of each slot only what was asked for last is done. post: called with the events.
+    """
+
+    def __init__(self, client, post):
+        self.client, self.post = client, post
+        self.tasks, self.ready = {}, threading.Condition()
+        self.ending, self.at_work = False, False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def ask(self, slot, task, answer):
+        """Call task(client); answer(result, error) becomes an event."""
+        with self.ready:
+            self.tasks[slot] = task, answer
+            self.ready.notify()
+
+    @property
+    def idle(self):
+        """Whether nothing is to be done."""
+        with self.ready:
+            return not self.tasks and not self.at_work
+
+    def run(self):
+        """What the thread does until stop()."""
+        while True:
+            with self.ready:
+                self.at_work = False
+                while not self.tasks and not self.ending:
+                    self.ready.wait()
+                if self.ending:
+                    return
+                task, answer = self.tasks.pop(next(iter(self.tasks)))
+                self.at_work = True
+                client = self.client
+            result = error = None
+            try:
+                result = task(client)
+            except (TorcError, OSError) as caught:
+                error = caught
+            except Exception as caught:   # a page that cannot be shown must not end the program
+                error = Internal(f"{type(caught).__name__}: {caught}")
+            if not self.ending:
+                self.post(lambda answer=answer, result=result, error=error: answer(result, error))
+
+    def stop(self):
+        """End the thread, when what it does ends."""
+        with self.ready:
+            self.ending = True
+            self.ready.notify()
+        self.client.interrupt()
+        self.thread.join(2)
+        self.client.close()
+
+
+class Listener:
+    """A thread that waits for news of the workflow in view, with one open question."""
+
+    def __init__(self, heard, lost):
+        self.heard, self.lost = heard, lost         # called with the answer, or the error
+        self.goal = None                  # (client, workflow id)
+        self.asking = None
+        self.changed, self.ending = threading.Condition(), False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def aim(self, client, workflow_id):
+        """Wait for news of this workflow from now on; None: of none."""
+        goal = None if workflow_id is None or client is None else (client, workflow_id)
+        with self.changed:
+            if goal == self.goal:
+                return
+            self.goal = goal
+            self.changed.notify()
+            if self.asking and not self.asking.is_local:     # a local one asks once a second anyway
+                self.asking.interrupt()
+
+    def run(self):
+        """What the thread does until stop()."""
+        while not self.ending:
+            with self.changed:
+                while self.goal is None and not self.ending:
+                    self.changed.wait()
+                if self.ending:
+                    return
+                goal, self.asking = self.goal, self.goal[0].clone()
+            try:
+                self.watch(goal)
+            except Exception as error:    # also what a store says that is closed meanwhile
+                with self.changed:
+                    current = self.goal is goal and not self.ending
+                if current:
+                    self.lost(error)
+                    with self.changed:
+                        if self.goal is goal and not self.ending:
+                            self.changed.wait(RETRY_S[-1])
+            finally:
+                self.asking.close()
+
+    def watch(self, goal):
+        """Tell of news as long as the goal is this."""
+        client, generation = self.asking, None
+        path = f"/workflows/{goal[1]}/changes"
+        while self.goal is goal and not self.ending:
+            news = client.get(path, since=generation, wait_s=None if generation is None else
+                              1 if client.is_local else 30)
+            if news["generation"] != generation:
+                generation = news["generation"]
+                self.heard(news)
+                with self.changed:        # a busy workflow has news all the time
+                    if self.goal is goal and not self.ending:
+                        self.changed.wait(0.5)
+            if "retry_after_s" in news:   # too many wait already
+                with self.changed:
+                    self.changed.wait(max(1.0, news["retry_after_s"]))
+
+    def stop(self):
+        """End the thread."""
+        with self.changed:
+            self.ending = True
+            self.changed.notify()
+            if self.asking:
+                self.asking.interrupt()
+        self.thread.join(2)
+
+
+class Started:
+    """A process of our own command line, started from here; its output goes to a file."""
+
+    def __init__(self, title, words, client, output_dir, number):
+        import subprocess
+        os.makedirs(output_dir, mode=0o700, exist_ok=True)
+        self.title, self.started = title, time.time()
+        name = f"tui_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}_{number}.log"
+        self.log = os.path.abspath(os.path.join(output_dir, name))
+        environment = {name: value for name, value in os.environ.items()
+                       if name not in ("TORC_DATABASE", "TORC_API_URL")}
+        if client:
+            environment.update(client.job_environment(), TORC_USERNAME=client.user)
+        with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
+            self.process = subprocess.Popen(
+                [*own_command(), *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, env=environment)
+
+    @property
+    def running(self):
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def end(self, wait_s=20.0):
+        """SIGTERM, and wait."""
+        import subprocess
+        if self.running:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(wait_s)
+
+
+def start_server(port, database, output_dir):
+    """(Started, URL) of a server for this program alone. Raises TorcError with what it said."""
+    words = ["server", "run", "--host", "127.0.0.1", "--port", str(port), "--end-with-parent"]
+    child = Started("server", words + (["--database", database] if database else []), None,
+                  output_dir, 0)
+    deadline = time.monotonic() + 30
+    while True:
+        running = child.running           # looked at before its output is
+        found = re.search(r"^TORC_SERVER_PORT=(\d+)$", read_text(child.log), re.M)
+        if found:
+            return child, make_url("http", "127.0.0.1", int(found[1]))
+        if not running or time.monotonic() > deadline:
+            child.end()
+            last = (read_text(child.log).splitlines() or ["it said nothing"])[-1]
+            raise TorcError(f"the server did not start: {last.replace('torc: ', '', 1)}")
+        time.sleep(0.02)                  # a file tells nobody that it has grown
+
+
+# ---- keys and events
+
+class Terminal:
+    """The terminal UI without its terminal: keys and events change the State, which is drawn.
+
+    tools: what section 14 lends: plan(verb, client, target), find_output(client, job),
+    checks(client), connect(url), and output_dir. wake: called when there is an event.
+    """
+
+    def __init__(self, client, tools, size=SMALLEST, plain=False, wake=None, server=None):
+        import collections
+        self.client, self.tools, self.server = client, tools, server
+        self.wake = wake or (lambda: None)
+        self.events, self.typed = collections.deque(), collections.deque()
+        self.state = State(size, plain)
+        self.state.output_dir = tools.output_dir
+        self.state.pages.append(View("workflows"))
+        self.state.now = time.time()
+        self.extensions = None            # of the server, once it was asked
+        self.complete = False             # the workflow in view goes on no more
+        self.hint_asked = None
+        self.ended = self.suspending = self.redrawing = False
+        self.keep_children = True
+        self.worker = Worker(client.clone(), self.post)
+        self.watcher = Listener(lambda news: self.post(lambda: self.heard(news)),
+                               lambda error: self.post(lambda: self.lost(error)))
+        self.show_place()
+
+    def post(self, event):
+        """From any thread: a function to be called by the main one."""
+        self.events.append(event)
+        self.wake()
+
+    def show_place(self):
+        """Say where the workflows are."""
+        self.state.where = os.path.basename(self.client.where) if self.client.is_local else \
+            f"{self.client.host}:{self.client.port}"
+
+    def close(self):
+        """End the threads, the server that was started for us, and children if so wished."""
+        self.watcher.stop()
+        self.worker.stop()
+        if self.server or not self.keep_children:
+            for child in self.state.children:            # all of them at once, then wait
+                if child.running:
+                    child.process.terminate()
+            for child in self.state.children:
+                child.end()
+        if self.server:
+            self.server.end()
+
+    # What is loaded when
+
+    def key_of(self, page):
+        """What the data of a page depends on, besides the window."""
+        return (page.filter, page.order, page.stream if page.kind.lines else 0,
+                self.state.everybody, self.state.width if page.name == "timeline" else 0)
+
+    def covered(self, page):
+        """Whether the rows in view are there."""
+        if not page.kind.columns or not page.data:
+            return bool(page.data)
+        first, rows = page.data["offset"], page.data["rows"]
+        return first <= page.top and first + len(rows) >= min(
+            page.data["total"], page.top + room_of(self.state, page))
+
+    def pause(self, page):
+        """Seconds after which a page is loaded again though nothing was heard."""
+        rest = page.every_s if hasattr(page, "every_s") else page.kind.every_s
+        if page.name == "log" and page.data and page.data["job"]["status"] not in (
+                "running", "pending"):
+            rest = 10.0
+        elif page.workflow_id is not None and self.complete and not page.kind.lines:
+            rest = max(rest, 30.0)
+        return max(rest, 10 * page.cost_s)
+
+    def due(self, page, now):
+        """Seconds until a page is to be loaded; 0: now."""
+        if page.loading:
+            return math.inf
+        if self.state.away:
+            return max(0.0, self.state.away[2] - time.time())
+        since = now - page.asked_at
+        if page.key != self.key_of(page) or not page.data and not page.error:
+            return 0.0
+        if not self.covered(page) and not page.error:
+            return max(0.0, 0.2 - since)
+        if not self.state.live:
+            return math.inf
+        wait_s = self.pause(page) - (now - page.loaded_at)
+        return max(0.0, min(wait_s, 1.0 - since) if page.stale else wait_s)
+
+    def tick(self):
+        """Load what is due; returns the seconds until something is."""
+        self.state.now = time.time()
+        page, now = self.state.page, time.monotonic()
+        wait_s = self.due(page, now)
+        if wait_s <= 0:
+            self.load(page)
+            wait_s = 1.0
+        self.ask_hint(page)
+        watched = page.workflow_id if self.state.live and not self.state.away else None
+        self.watcher.aim(self.client, watched)
+        return min(wait_s, 1.0 if self.state.away or page.loading else 30.0)
+
+    def load(self, page):
+        """Let the worker load a page: its window and as much on either side."""
+        room = room_of(self.state, page)
+        offset = max(0, page.top - room)
+        ask = Ask(page.workflow_id, page.job_id, offset, page.top + 2 * room - offset,
+                  page.filter, page.order, page.stream, self.state.width, page.data, frozenset(),
+                  self.state.everybody, page.record, self.tools)
+        key, started = self.key_of(page), time.monotonic()
+        page.loading, page.stale, page.asked_at = True, False, started
+
+        def task(client):
+            if self.extensions is None:
+                self.extensions = frozenset(client.get("/version").get("extensions", ()))
+            begun = time.monotonic()
+            data = page.kind.load(client, ask._replace(extensions=self.extensions))
+            if page.name == "jobs":
+                possible = orders(self.extensions)
+                data["order"] = possible[page.order % len(possible)][0]
+            return data, time.monotonic() - begun
+
+        self.worker.ask("load", task, lambda result, error: self.loaded(page, key, result, error))
+        for other in self.state.pages:    # a load that was not begun is none
+            if other is not page:
+                other.loading = False
+
+    def loaded(self, page, key, result, error):
+        """An event: a page is here, or what went wrong."""
+        page.loading, page.key = False, key
+        page.loaded_at = time.monotonic()
+        if isinstance(error, Unreachable):
+            self.lost(error)
+            return
+        if self.state.away:
+            self.state.away = None
+            self.say("The server answers again.")
+        page.error = error
+        if not error:
+            page.data, page.cost_s = result
+            self.settle(page)
+
+    def settle(self, page):
+        """Keep focus and window of a page within what there is."""
+        total = self.total(page)
+        page.cursor = max(0, min(page.cursor, total - 1))
+        room = room_of(self.state, page)
+        page.top = max(0, min(page.top, page.cursor, total - room))
+        page.top = max(page.top, page.cursor - room + 1)
+
+    def total(self, page):
+        """How many rows a page has."""
+        if page.kind.columns:
+            return page.data.get("total", 0)
+        return len(page_rows(self.state, page)) if page.kind.rows else 0
+
+    def ask_hint(self, page):
+        """Let the worker find out what is to be said of the row in focus."""
+        record = focused(page) if page.kind.hint and page.data else None
+        if not record or self.state.away or self.extensions is None:
+            return
+        key = hint_key(record)
+        if key in page.hints or self.hint_asked == (page, key):
+            return
+        self.hint_asked = page, key
+
+        def answer(text, error):
+            if len(page.hints) > 1000:
+                page.hints.clear()
+            page.hints[key] = "" if error else text
+
+        self.worker.ask("hint", lambda client: page.kind.hint(client, record, self.extensions),
+                        answer)
+
+    def heard(self, news):
+        """An event: something has happened in the workflow in view."""
+        self.complete = news["is_complete"]
+        self.state.page.stale = True
+        self.state.page.hints.clear()
+        self.hint_asked = None
+
+    def lost(self, error):
+        """An event: the server does not answer, or not to this question."""
+        if not isinstance(error, Unreachable):
+            return                        # the page itself says it
+        now = time.time()
+        _, since, _, tries = self.state.away or ("", now, 0, 0)
+        if self.state.away and self.state.away[2] > now:
+            return                        # the other thread has told it
+        pause = RETRY_S[min(tries, len(RETRY_S) - 1)]
+        self.state.away = str(error).rstrip(".") + ".", since, now + pause, tries + 1
+
+    def take_events(self):
+        """Call what the threads have posted."""
+        while self.events:
+            self.events.popleft()()
+
+    # Pages
+
+    def open(self, name, **about):
+        """Show another page, on top of this one."""
+        page = View(name, **about)
+        if PAGES[name].tab and about.get("workflow_id") is not None and not page.title:
+            page.title = self.title_of(about["workflow_id"])
+        self.state.pages.append(page)
+        if page.kind.load is load_nothing:
+            page.data = {"there": True}
+            page.key = self.key_of(page)
+
+    def title_of(self, workflow_id):
+        """The name of a workflow that one has come by."""
+        for page in reversed(self.state.pages):
+            if page.workflow_id == workflow_id and page.kind.tab:
+                return page.title
+            record = focused(page) if page.name == "workflows" and page.data else None
+            if record and record["id"] == workflow_id:
+                return record["name"]
+        return ""
+
+    def turn(self, name):
+        """Show another page of the same workflow in place of this one."""
+        if name == self.state.page.name:
+            return
+        pages = self.state.pages
+        if PAGES[name].tab:
+            workflow_id = self.workflow_id()
+            if workflow_id is None:
+                self.say("Choose a workflow first.", "alarm")
+                return
+            title = self.title_of(workflow_id)
+            del pages[1:]
+            self.open(name, workflow_id=workflow_id, title=title)
+        else:
+            del pages[1:]
+            if name != "workflows":
+                self.open(name)
+
+    def workflow_id(self):
+        """The workflow that one is in, or that is in focus."""
+        page = self.state.page
+        if page.name == "workflows":
+            record = focused(page)
+            return record["id"] if record else None
+        return next((page.workflow_id for page in reversed(self.state.pages)
+                     if page.workflow_id is not None), None)
+
+    def job_id(self):
+        """The job that one is at, or that is in focus."""
+        page = self.state.page
+        record = focused(page) if page.name == "jobs" else None
+        return record["id"] if record else page.job_id
+
+    def say(self, text, style=""):
+        """Show a message until the next key."""
+        self.state.message, self.state.message_style = printable(text), style
+
+    # Keys
+
+    def press(self, key):
+        """A key: its name as in KEYS, or a character."""
+        state = self.state
+        state.message = ""
+        if state.question:
+            self.answer(key)
+        elif state.prompt:
+            self.type(key)
+        elif state.going:
+            state.going = False
+            name = next((name for name, kind in PAGES.items() if kind.go == key), None)
+            if name:
+                self.turn(name)
+        else:
+            action = action_of(state.page, key)
+            if action:
+                getattr(self, "do_" + action)()
+
+    def take_keys(self):
+        """Press the keys that were typed; those for a page that is about to come wait for it."""
+        while self.typed and not self.ended:
+            page = self.state.page
+            empty = not page.data and not page.error and not self.state.away
+            if empty and self.typed[0] not in ("q", "Esc", "g", "?", "r") and not (
+                    self.state.going or self.state.prompt or self.state.question) and (
+                    time.monotonic() - page.asked_at < 2.0 or page.asked_at == -math.inf):
+                return
+            self.press(self.typed.popleft())
+
+    def answer(self, key):
+        """A key while a question is asked."""
+        question = self.state.question
+        chosen = next((choice for choice in question.plan.choices if choice[0] == key), None)
+        if chosen or key in ("n", "Enter", "Esc", "q"):
+            self.state.question = None
+            if chosen:
+                question.take(chosen[2])
+            elif question.plan.choices:
+                self.say("Nothing was changed.")
+
+    def type(self, key):
+        """A key while a line is typed."""
+        prompt = self.state.prompt
+        if key == "Enter":
+            self.state.prompt = None
+            prompt.take(prompt.text.strip())
+        elif key == "Esc":
+            self.state.prompt = None
+        elif key == "Backspace":
+            prompt.text = prompt.text[:-1]
+        elif key == "Ctrl-U":
+            prompt.text = ""
+        elif key == "Space":
+            prompt.text += " "
+        elif len(key) == 1 and key.isprintable():
+            prompt.text += key
+
+    def prompt(self, label, text, take, hint=""):
+        """Let a line be typed."""
+        self.state.prompt = Prompt(label, text, take, hint)
+
+    def move(self, page, cursor):
+        """Put the focus on a row."""
+        total = self.total(page)
+        page.cursor = max(0, min(cursor, total - 1))
+        room = room_of(self.state, page)
+        page.top = max(min(page.top, page.cursor), page.cursor - room + 1, 0)
+
+    def scroll(self, rows):
+        """Move the focus by so many rows."""
+        page = self.state.page
+        if abs(rows) > 1:
+            page.top = max(0, min(page.top + rows, self.total(page) - room_of(self.state, page)))
+        self.move(page, page.cursor + rows)
+
+    def do_down(self):
+        self.scroll(1)
+
+    def do_up(self):
+        self.scroll(-1)
+
+    def do_page_down(self):
+        self.scroll(max(2, room_of(self.state, self.state.page) - 1))
+
+    def do_page_up(self):
+        self.scroll(-max(2, room_of(self.state, self.state.page) - 1))
+
+    def do_first(self):
+        self.move(self.state.page, 0)
+
+    def do_last(self):
+        self.move(self.state.page, self.total(self.state.page) - 1)
+
+    def step_tab(self, step):
+        """The next or last page of the workflow."""
+        if self.state.page.workflow_id is None:
+            if step > 0 and self.state.page.name == "workflows":
+                self.do_enter()
+            return
+        tabs = [name for name, kind in PAGES.items() if kind.tab]
+        name = self.state.page.name if self.state.page.kind.tab else "jobs"
+        self.turn(tabs[(tabs.index(name) + step) % len(tabs)])
+
+    def do_next_tab(self):
+        self.step_tab(1)
+
+    def do_last_tab(self):
+        self.step_tab(-1)
+
+    def do_enter(self):
+        page = self.state.page
+        if page.kind.columns:
+            record = focused(page)
+            if not record:
+                return
+            if page.name == "workflows":
+                self.open("overview", workflow_id=record["id"], title=record["name"])
+            elif page.name == "jobs":
+                self.open("job", workflow_id=page.workflow_id, job_id=record["id"],
+                          title=record["name"])
+            elif page.name == "results":
+                self.open("job", workflow_id=page.workflow_id, job_id=record["job_id"],
+                          title=record["job_name"])
+            else:
+                self.open("record", workflow_id=page.workflow_id, record=record)
+            return
+        rows = page_rows(self.state, page)
+        to = rows[page.cursor].to if page.cursor < len(rows) else None
+        if to:
+            self.open(to[0], **to[1])
+        elif page.name == "job":
+            self.do_log()
+
+    def do_back(self):
+        if len(self.state.pages) > 1:
+            self.state.pages.pop()
+            self.state.page.stale = True
+            return
+        running = [child for child in self.state.children if child.running]
+        if not running:
+            self.ended = True
+            return
+        lines = [f"{child.title} (pid {child.process.pid})" for child in running]
+        choices = [("k", "leave and keep them running", True), ("e", "leave and end them", False)]
+        if self.server:
+            choices = choices[1:]
+            lines.append("The server that they use was started for this program and ends with it.")
+        self.state.question = Question(Plan(
+            f"Leave torc? {len(running)} of what was started here is still at work.", lines,
+            tuple(choices)), self.leave)
+
+    def leave(self, keep):
+        """End the program; keep: what was started here goes on."""
+        self.ended, self.keep_children = True, keep
+
+    def do_leave(self):
+        page = self.state.page
+        if page.filter and page.kind.columns:
+            self.set_filter(page, "")
+        elif len(self.state.pages) > 1:
+            self.do_back()
+
+    def do_help(self):
+        if self.state.page.name != "help":
+            self.open("help")
+
+    def do_go(self):
+        self.state.going = True
+
+    def do_reload(self):
+        page = self.state.page
+        if self.state.away:
+            self.state.away = (*self.state.away[:2], 0.0, 0)
+        page.stale, page.asked_at, page.loaded_at = True, -math.inf, -math.inf
+        page.error, page.hints = None, {}
+        if not page.loading and page.kind.load is not load_nothing:
+            self.load(page)
+
+    def do_live(self):
+        self.state.live = not self.state.live
+        self.say("Follows what happens." if self.state.live else
+                 "Paused: r loads again, A goes on.")
+
+    def do_everybody(self):
+        self.state.everybody = not self.state.everybody
+        self.move(self.state.page, 0)
+
+    def do_processes(self):
+        if self.state.page.name != "processes":
+            self.open("processes")
+
+    def do_mouse(self):
+        self.state.mouse = not self.state.mouse
+        self.say("Wheel and click work; hold Shift to select text." if self.state.mouse else
+                 "The mouse is the terminal's again.")
+
+    def do_redraw(self):
+        self.redrawing = True
+
+    def do_suspend(self):
+        self.suspending = True
+
+    def do_filter(self):
+        page = self.state.page
+        hint = "words of the name; failed, running, ...; family:NAME" if page.name == "jobs" \
+            else "words of name, user, description"
+        self.prompt("Filter", page.filter, lambda text: self.set_filter(page, text), hint)
+
+    def set_filter(self, page, text):
+        """Show only what matches."""
+        page.filter, page.cursor, page.top = text, 0, 0
+        page.data = {}
+
+    def do_order(self):
+        page = self.state.page
+        page.order = (page.order + 1) % len(orders(self.extensions or ()))
+        page.cursor = page.top = 0
+        page.data = {}
+
+    def do_url(self):
+        def take(text):
+            if not text:
+                return
+            try:
+                self.connect(self.tools.connect(text))
+            except TorcError as error:
+                self.say(str(error), "alarm")
+
+        self.prompt("Server", "" if self.client.is_local else self.client.where, take,
+                    f"as in {DEFAULT_URL}")
+
+    def connect(self, client):
+        """Show another server's workflows."""
+        if self.state.children and any(child.running for child in self.state.children):
+            self.say("What was started here goes on with the server it was started with.")
+        self.watcher.aim(None, None)
+        self.worker.stop()
+        self.client, self.extensions, self.state.away = client, None, None
+        self.worker = Worker(client.clone(), self.post)
+        self.events.clear()
+        self.state.pages[:] = [View("workflows")]
+        self.show_place()
+
+    def do_output_dir(self):
+        def take(text):
+            if text:
+                self.tools.output_dir = self.state.output_dir = text
+                self.say(f"What is started here writes to {os.path.abspath(text)}")
+
+        self.prompt("Output directory", self.state.output_dir, take)
+
+    # The log viewer
+
+    def log_size(self):
+        """How many lines of the log are here, 0 if it is not loaded."""
+        page = self.state.page
+        return len(log_lines(page.data["streams"][page.stream])) if page.data else 0
+
+    def log_scroll(self, lines):
+        """Move in a log by so many lines; the end is followed."""
+        page, height = self.state.page, self.state.height - 4
+        if not page.data:
+            return
+        if page.follow:
+            page.top = log_window(page, self.state.width, height)[0]
+        bottom = max(0, self.log_size() - height)
+        page.top = max(0, min(page.top + lines, bottom if not page.wrap else max(
+            0, self.log_size() - 1)))
+        page.follow = lines > 0 and page.top >= bottom
+
+    def do_log(self):
+        job_id = self.job_id()
+        if job_id is not None:
+            record = focused(self.state.page) if self.state.page.name == "jobs" else None
+            self.open("log", workflow_id=self.state.page.workflow_id, job_id=job_id,
+                      title=record["name"] if record else self.state.page.title)
+
+    def do_stream(self):
+        page = self.state.page
+        page.stream, page.top, page.follow, page.hit = 1 - page.stream, 0, True, None
+
+    def do_follow(self):
+        page = self.state.page
+        page.follow = not page.follow
+        if not page.follow and page.data:
+            page.top = max(0, self.log_size() - self.state.height + 4)
+
+    def do_log_down(self):
+        self.log_scroll(1)
+
+    def do_log_up(self):
+        self.log_scroll(-1)
+
+    def do_log_page_down(self):
+        self.log_scroll(self.state.height - 5)
+
+    def do_log_page_up(self):
+        self.log_scroll(-(self.state.height - 5))
+
+    def do_log_start(self):
+        self.state.page.follow, self.state.page.top = False, 0
+
+    def do_log_end(self):
+        self.state.page.follow = True
+
+    def do_log_right(self):
+        self.state.page.column += 20
+
+    def do_log_left(self):
+        self.state.page.column = max(0, self.state.page.column - 20)
+
+    def do_wrap(self):
+        page = self.state.page
+        page.wrap, page.column = not page.wrap, 0
+
+    def do_path(self):
+        page = self.state.page
+        if page.data:
+            path = page.data["streams"][page.stream].path
+            self.state.question = Question(Plan("The file", (path or "none is kept",), ()), None)
+
+    def do_search(self):
+        page = self.state.page
+
+        def take(text):
+            page.wanted, page.hit = text, None
+            self.find(-1 if page.follow else page.top - 1, 1)
+
+        self.prompt("Find", page.wanted, take)
+
+    def find(self, start, step):
+        """Show the next line behind `start` that holds what is searched for."""
+        page = self.state.page
+        if not page.data or not page.wanted:
+            return
+        lines = log_lines(page.data["streams"][page.stream])
+        order = range(start + 1, len(lines)) if step > 0 else range(min(start, len(lines)) - 1,
+                                                                    -1, -1)
+        found = next((number for number in order
+                      if page.wanted.lower() in lines[number].lower()), None)
+        if found is None:
+            self.say(f"No {'further' if page.hit is not None else 'line with'} "
+                     f"{page.wanted!r} {'below' if step > 0 else 'above'}.", "alarm")
+            return
+        page.hit, page.follow = found, False
+        page.top = max(0, found - (self.state.height - 4) // 3)
+
+    def do_next_hit(self):
+        page = self.state.page
+        self.find(page.hit if page.hit is not None else -1, 1)
+
+    def do_last_hit(self):
+        page = self.state.page
+        self.find(page.hit if page.hit is not None else self.log_size(), -1)
+
+    # What changes something
+
+    def act(self, verb, target, words):
+        """Find out what an action would do, then ask."""
+        if target is None:
+            self.say("Nothing is in focus.", "alarm")
+        elif self.state.busy:
+            self.say(f"One thing at a time: {self.state.busy}.", "alarm")
+        elif self.state.away:
+            self.say("The server does not answer.", "alarm")
+        else:
+            self.state.busy = f"Looking what {words} would do"
+            self.worker.ask("act", lambda client: self.tools.plan(verb, client, target),
+                            self.planned)
+
+    def planned(self, plan, error):
+        """An event: a dry run is here."""
+        self.state.busy = ""
+        if error:
+            self.failed(error)
+        elif plan.sure:
+            self.carry_out(plan.choices[0][2])
+        else:
+            self.state.question = Question(plan, self.carry_out)
+
+    def carry_out(self, function):
+        """Let the worker do what was chosen."""
+        self.state.busy = "At work"
+        self.worker.ask("act", function, self.done)
+
+    def done(self, result, error):
+        """An event: an action has ended."""
+        self.state.busy = ""
+        for page in self.state.pages:
+            page.stale, page.asked_at = True, -math.inf
+            page.hints, self.hint_asked = {}, None
+        if error:
+            self.failed(error)
+        elif isinstance(result, Start):
+            self.start(result)
+        else:
+            self.say(result)
+
+    def failed(self, error):
+        """Show an error; in full if it does not fit into a line."""
+        text = str(error)
+        if isinstance(error, Unreachable):
+            self.lost(error)
+        if text_width(text) < self.state.width - 2 and "\n" not in text:
+            self.say(text, "alarm")
+        else:
+            self.state.question = Question(Plan("That does not work", tuple(
+                text.splitlines()), ()), None)
+
+    def start(self, wanted):
+        """Start a child process of our own command line."""
+        try:
+            child = Started(wanted.title, wanted.words, self.client, self.state.output_dir,
+                          len(self.state.children) + 1)
+        except OSError as error:
+            self.say(f"{error.filename or 'torc'}: {error.strerror}", "alarm")
+            return
+        self.state.children.append(child)
+        self.say(f"Started {wanted.title} (pid {child.process.pid}); O shows what it writes.")
+
+    def children_changed(self):
+        """Say which child has ended."""
+        for child in self.state.children:
+            if child.process.poll() is not None and not getattr(child, "told", False):
+                child.told = True
+                code = child.process.returncode
+                self.say(f"{child.title} has ended" + (f" with {code}; O shows why" if code else
+                                                       ""), "alarm" if code else "")
+                self.state.page.stale = True
+
+    def do_end_process(self):
+        page = self.state.page
+        child = next((one for one in self.state.children if one.log == page.record), None) \
+            if page.name == "output" else self.state.children[page.cursor] \
+            if page.cursor < len(self.state.children) else None
+        if not child or not child.running:
+            self.say("It has ended already.")
+            return
+
+        def take(_):
+            child.process.terminate()
+            self.say(f"Told {child.title} to end.")
+
+        self.state.question = Question(Plan(
+            f"End {child.title} (pid {child.process.pid})?",
+            ("It gets SIGTERM. A runner ends its jobs, which are ready again then.",),
+            (("y", "end it", None),)), take)
+
+    def do_new(self):
+        self.prompt("Specification file", "", lambda text: text and self.act(
+            "create", os.path.expanduser(text), "creating it"), "path of a .yaml, .json, ... file")
+
+    def do_initialize(self):
+        self.act("initialize", self.workflow_id(), "initializing")
+
+    def do_reinitialize(self):
+        self.act("reinitialize", self.workflow_id(), "reinitializing")
+
+    def do_reset(self):
+        self.act("reset", self.workflow_id(), "a reset")
+
+    def do_run_here(self):
+        self.act("run", self.workflow_id(), "a run here")
+
+    def do_submit(self):
+        self.act("submit", self.workflow_id(), "submitting")
+
+    def do_watch(self):
+        self.act("watch", self.workflow_id(), "watching")
+
+    def do_recover(self):
+        self.act("recover", self.workflow_id(), "recovering")
+
+    def do_cancel(self):
+        self.act("cancel", self.workflow_id(), "canceling")
+
+    def do_delete(self):
+        self.act("delete", self.workflow_id(), "deleting")
+
+    def do_retry(self):
+        self.act("retry", self.job_id(), "running it again")
+
+    def do_cancel_job(self):
+        self.act("cancel_job", self.job_id(), "canceling it")
+
+    def do_terminate_job(self):
+        self.act("terminate_job", self.job_id(), "ending it")
+
+    # The mouse
+
+    def wheel(self, rows):
+        """The wheel was turned by so many rows."""
+        if self.state.question or self.state.prompt:
+            return
+        if self.state.page.kind.lines:
+            self.log_scroll(rows)
+        else:
+            self.move(self.state.page, self.state.page.cursor + rows)
+
+    def click(self, x, y):
+        """A click: on a tab, or on a row; a second one on it opens it."""
+        state, page = self.state, self.state.page
+        if state.question or state.prompt:
+            return
+        if y == 1 and page.workflow_id is not None:
+            at = 0
+            for text, _ in tabs_line(state, state.width):
+                at += text_width(text)
+                if x < at:
+                    name = next((name for name, kind in PAGES.items()
+                                 if kind.tab and kind.title == text), None)
+                    if name:
+                        self.turn(name)
+                    return
+        row = page.top + y - 2 - len(away_lines(state, state.width)) - bool(page.kind.columns)
+        if page.top <= row < min(self.total(page), page.top + room_of(state, page)):
+            if row == page.cursor:
+                self.do_enter()
+            else:
+                self.move(page, row)
+
+    def resize(self, width, height):
+        """The terminal has another size."""
+        self.state.width, self.state.height = width, height
+        for page in self.state.pages:
+            if page.data and not page.kind.lines:
+                self.settle(page)
+
+
+# ---- curses
+
+KEY_NAMES = {"KEY_UP": "Up", "KEY_DOWN": "Down", "KEY_LEFT": "Left", "KEY_RIGHT": "Right",
+             "KEY_NPAGE": "PgDn", "KEY_PPAGE": "PgUp", "KEY_HOME": "Home", "KEY_END": "End",
+             "KEY_BTAB": "BackTab", "KEY_ENTER": "Enter", "KEY_BACKSPACE": "Backspace",
+             "KEY_RESIZE": "Resize", "KEY_MOUSE": "Mouse", "\n": "Enter", "\r": "Enter",
+             "\t": "Tab", "\x1b": "Esc", " ": "Space", "\x7f": "Backspace", "\b": "Backspace",
+             "\x0c": "Ctrl-L", "\x15": "Ctrl-U", "\x1a": "Ctrl-Z"}
+
+
+def need_terminal():
+    """The curses module, if this terminal can be drawn on. Raises TorcError."""
+    try:
+        import curses
+    except ImportError:
+        raise TorcError("torc tui needs the module curses, which this Python was built without: "
+                        "take another Python, or `torc status` and `torc jobs list`") from None
+    for stream, name in ((sys.stdin, "input"), (sys.stdout, "output")):
+        if stream is None or not stream.isatty():
+            raise TorcError(f"torc tui needs a terminal, and its {name} is none: `torc status` "
+                            "and `torc jobs list` work without")
+    term = os.environ.get("TERM", "")
+    try:
+        curses.setupterm(term or "unknown", sys.stdout.fileno())
+        able = curses.tigetstr("cup")
+    except curses.error:
+        able = None
+    if not able:
+        raise TorcError(f"torc tui cannot draw on a terminal of type {term or 'unknown'!r}: say "
+                        "TERM=xterm or TERM=vt100 if it is one")
+    return curses
+
+
+class Canvas:
+    """The terminal itself, by curses: draws lines, gives keys, can be left and taken again."""
+
+    def __init__(self, curses):
+        import locale
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_ALL, "")
+        self.curses = curses
+        if hasattr(curses, "set_escdelay") and "ESCDELAY" not in os.environ:
+            curses.set_escdelay(25)
+        self.window = curses.initscr()
+        self.plain = self.window.encoding.lower().replace("-", "") != "utf8"
+        curses.noecho()
+        curses.cbreak()
+        self.window.keypad(True)
+        self.window.nodelay(True)
+        with contextlib.suppress(curses.error):
+            curses.curs_set(0)
+        self.attributes = self.styles()
+        self.names = {getattr(curses, name, name): shown for name, shown in KEY_NAMES.items()}
+        self.mouse = False
+
+    def styles(self):
+        """{style: attribute of curses}; with NO_COLOR or without colours only bold and reverse."""
+        curses = self.curses
+        number = 0
+        if not os.environ.get("NO_COLOR"):
+            with contextlib.suppress(curses.error):
+                curses.start_color()
+                if curses.has_colors():
+                    curses.use_default_colors()
+                    number = curses.COLORS
+        wanted = {name: (look.colour, look.basic, "bold" if look.bold else "")
+                  for name, look in LOOKS.items()}
+        wanted.update(STYLES)
+        found = {}
+        for pair, (name, (colour, basic, words)) in enumerate(wanted.items(), 1):
+            attribute = sum(getattr(curses, "A_" + word.upper()) for word in words.split())
+            chosen = colour if number >= 256 else basic
+            if number >= 8 and chosen >= 0:
+                with contextlib.suppress(curses.error, ValueError):
+                    curses.init_pair(pair, chosen, -1)
+                    attribute |= curses.color_pair(pair)
+            found[name] = attribute
+        return found
+
+    def size(self):
+        """(width, height) of the terminal; curses is told."""
+        with contextlib.suppress(OSError):
+            width, height = os.get_terminal_size(sys.__stdout__.fileno())
+            if width and height and (height, width) != self.window.getmaxyx():
+                with contextlib.suppress(self.curses.error):
+                    self.curses.resizeterm(height, width)
+        height, width = self.window.getmaxyx()
+        return width, height
+
+    def draw(self, lines):
+        """Show lines of spans."""
+        curses, window = self.curses, self.window
+        window.erase()
+        height = window.getmaxyx()[0]
+        for y, line in enumerate(lines[:height]):
+            with contextlib.suppress(curses.error):      # also for the last cell, which is drawn
+                window.move(y, 0)
+                for text, style in line:
+                    word = style[:-6] if style.endswith(" focus") else style
+                    attribute = self.attributes[word]
+                    if word != style:
+                        attribute |= curses.A_REVERSE
+                    window.addstr(to_ascii(text) if self.plain else text, attribute)
+        window.refresh()
+
+    def keys(self):
+        """The names of the keys that were pressed meanwhile."""
+        while True:
+            try:
+                key = self.window.get_wch()
+            except (self.curses.error, ValueError):
+                return
+            name = self.names.get(key, key if isinstance(key, str) else None)
+            if name:
+                yield name
+
+    def mouse_event(self, terminal):
+        """Hand on what the mouse did."""
+        curses = self.curses
+        with contextlib.suppress(curses.error):
+            _, x, y, _, what = curses.getmouse()
+            if what & curses.BUTTON4_PRESSED:
+                terminal.wheel(-3)
+            elif what & getattr(curses, "BUTTON5_PRESSED", 0x200000):
+                terminal.wheel(3)
+            elif what & (curses.BUTTON1_CLICKED | curses.BUTTON1_PRESSED):
+                terminal.click(x, y)
+
+    def set_mouse(self, wanted):
+        """Take the mouse, or leave it to the terminal."""
+        if wanted != self.mouse:
+            curses, self.mouse = self.curses, wanted
+            curses.mousemask((curses.BUTTON1_CLICKED | curses.BUTTON1_PRESSED
+                              | curses.BUTTON4_PRESSED
+                              | getattr(curses, "BUTTON5_PRESSED", 0x200000)) if wanted else 0)
+            curses.mouseinterval(0)
+
+    def redraw(self):
+        """Draw the next time as if the terminal showed anything."""
+        self.window.clearok(True)
+
+    def leave(self):
+        """Give the terminal back as it was."""
+        with contextlib.suppress(self.curses.error):
+            self.set_mouse(False)
+            self.curses.endwin()
+
+    def suspend(self):
+        """Stop as the shell's job control wants it, and come back."""
+        import signal
+        self.leave()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)           # here again: somebody said fg
+        self.redraw()
+        self.window.refresh()
+
+
+class Signals:
+    """Signals as events of the loop: the pipe becomes readable, and the numbers are in `seen`."""
+
+    def __init__(self):
+        import signal
+        self.seen = set()
+        self.reading, self.writing = os.pipe()
+        for end in (self.reading, self.writing):
+            os.set_blocking(end, False)
+        self.taken = {number: signal.signal(number, self.note) for number in (
+            signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP,
+            signal.SIGWINCH, signal.SIGCHLD)}
+        self.before = signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
+
+    def note(self, number, frame):
+        """What Python calls for a signal."""
+        self.seen.add(number)
+
+    def wake(self):
+        """From any thread: let the loop go round."""
+        with contextlib.suppress(OSError):
+            os.write(self.writing, b"\0")
+
+    def wait(self, seconds):
+        """Wait for a signal, a wake or a key; says whether there is a key."""
+        import select
+        ready, _, _ = select.select([sys.__stdin__.fileno(), self.reading], [], [], seconds)
+        if self.reading in ready:
+            with contextlib.suppress(OSError):
+                os.read(self.reading, 4096)
+        return sys.__stdin__.fileno() in ready
+
+    def restore(self):
+        """As it was before."""
+        import signal
+        signal.set_wakeup_fd(self.before)
+        for number, handler in self.taken.items():
+            signal.signal(number, handler)
+        os.close(self.reading)
+        os.close(self.writing)
+
+
+def run_terminal(client, tools, server=None):
+    """Run the terminal UI until it is left; returns the exit code. Raises TorcError."""
+    curses = need_terminal()
+    signals = Signals()
+    canvas = terminal = None
+    said = []
+
+    class Said:
+        """Stands for stdout and stderr, on which nobody may write now."""
+
+        def write(self, text):
+            said.extend(line for line in text.splitlines() if line.strip())
+            return len(text)
+
+        def flush(self):
+            """As a file has it."""
+
+    try:
+        with contextlib.redirect_stdout(Said()), contextlib.redirect_stderr(Said()):
+            try:
+                canvas = Canvas(curses)
+                terminal = Terminal(client, tools, canvas.size(), canvas.plain, signals.wake,
+                                    server)
+                code = loop(terminal, canvas, signals)
+            finally:
+                if canvas:
+                    canvas.leave()
+    finally:
+        if terminal:
+            terminal.close()
+        elif server:
+            server.end()
+        signals.restore()
+    for child in terminal.state.children:
+        if child.running:
+            print(f"torc: {child.title} goes on (pid {child.process.pid}), its output is in "
+                  f"{child.log}", file=sys.stderr)
+    return code
+
+
+def loop(terminal, canvas, signals):
+    """Draw, wait, take keys and events, until the end; returns the exit code."""
+    import signal
+    state, silent = terminal.state, 0
+    while not terminal.ended:
+        wait_s = terminal.tick()
+        canvas.set_mouse(state.mouse)
+        canvas.draw(draw(state))
+        ready = signals.wait(wait_s)
+        pressed = False
+        for key in canvas.keys():
+            pressed = True
+            if key == "Mouse":
+                canvas.mouse_event(terminal)
+            elif key != "Resize":
+                terminal.typed.append(key)
+        terminal.take_keys()
+        silent = silent + 1 if ready and not pressed else 0
+        seen, signals.seen = signals.seen, set()
+        ending = seen & {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
+        if ending or silent > 100:        # the terminal is gone if it can be read and says nothing
+            return 128 + min(ending or {signal.SIGHUP})
+        if signal.SIGTSTP in seen or terminal.suspending:
+            terminal.suspending = False
+            canvas.suspend()
+        if canvas.size() != (state.width, state.height):
+            terminal.resize(*canvas.size())
+        if terminal.redrawing:
+            terminal.redrawing = False
+            canvas.redraw()
+        if signal.SIGCHLD in seen:
+            terminal.children_changed()
+        terminal.take_events()
+        terminal.take_keys()
+    return 0
+
+
+# ==================================================================================================
 # 14 Command line
 # ==================================================================================================
 # A command is a function of (args, client) with its options beside it; COMMANDS holds them all and
@@ -12500,7 +15363,7 @@ def wants_json(argv):
 
 GROUPS = (
     ("Workflows", "run create submit examples status wait cancel delete workflows"),
-    ("Jobs and their output", "why logs jobs results"),
+    ("Jobs and their output", "tui why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
     ("Clusters", "watch recover slurm slurm-job-runner hpc"),
@@ -12526,7 +15389,7 @@ BRANCH_SUMMARIES = {
     "scheduled-compute-nodes": "Allocations of a workflow.",
     "hpc": "HPC systems: their partitions, and which of them suits a job.",
 }
-ABSENT = ("tui", "remote", "plot-resources", "ro-crate", "config", "mcp-server")
+ABSENT = ("remote", "plot-resources", "ro-crate", "config", "mcp-server")
 
 
 def summary_of(word):
@@ -12575,11 +15438,6 @@ def unknown_command(name, word):
 
 # ---- output
 
-def clean(text):
-    """A text that cannot move the terminal's cursor or break a line."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
-
-
 CELLS = {"st_mtime": local_time, "timestamp": local_time, "peak_memory_bytes": format_bytes,
          "duration_seconds": format_duration, "executed_at": local_time,
          "exec_time_minutes": lambda minutes: f"{minutes:.3f}",
@@ -12598,25 +15456,6 @@ def cell(record, name):
     if isinstance(value, float):
         return f"{value:.2f}"
     return clean(value if isinstance(value, str) else compact(value))
-
-
-def text_width(text):
-    """Columns that a text takes on a terminal."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-    return sum(0 if unicodedata.combining(letter) else
-               2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-
-
-def shorten(text, width):
-    """A text cut to a width, marked where it was cut."""
-    if text_width(text) <= width:
-        return text
-    kept = text[:max(0, width - 2)]
-    while text_width(kept) > max(0, width - 2):
-        kept = kept[:-1]
-    return kept + ".."
 
 
 def fit_widths(widths, room):
@@ -16755,6 +19594,361 @@ def do_dash(args, client):
                 os.unlink(args.socket)
         if own:
             own.stop()
+
+
+# ---- terminal UI
+
+def plan_initialize(args, client, workflow_id):
+    """The Plan of starting a workflow from the beginning."""
+    report = initialize_workflow(client, workflow_id, dry_run=True)
+    fresh = client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    lines = [] if fresh else [
+        f"{plural(counted['total'] - counted['uninitialized'], 'job')} lose their status and run "
+        "again; results of earlier runs stay."]
+    for title, name in (("Missing input files", "missing_input_files"),
+                        ("Missing user data", "missing_user_data"),
+                        ("Output files that exist already", "existing_output_files")):
+        if report[name]:
+            lines.append(f"{title}: {named(report[name])}")
+
+    def do(client):
+        initialize_workflow(client, workflow_id, force=not report["safe"])
+        return f"Initialized workflow {workflow_id}."
+
+    return Plan(f"Initialize workflow {workflow_id} ({plural(counted['total'], 'job')})?",
+                tuple(lines), (("y", "start from the beginning" if report["safe"] else
+                                "start without what is missing", do),), sure=not lines)
+
+
+def rerun_lines(plan):
+    """What runs again, and why, in sentences."""
+    lines = [f"{row['job_name']} ({said(row['status'])}): {row['reason']}"
+             for row in plan.jobs[:12]]
+    if len(plan.jobs) > 12:
+        lines.append(f"and {plural(len(plan.jobs) - 12, 'job')} more")
+    if plan.waiting:
+        lines.append(f"{plural(plan.waiting, 'job')} would run for the first time.")
+    if plan.missing:
+        lines.append(f"Missing input files: {named(plan.missing)}")
+    return lines
+
+
+def plan_reinitialize(args, client, workflow_id):
+    """The Plan of running again what changed."""
+    plan = reinitialize_workflow(client, workflow_id, dry_run=True)
+    number = len(plan.jobs) + plan.waiting
+    if not number:
+        raise Invalid(f"Nothing has changed in workflow {workflow_id}: no job would run again.")
+
+    def do(client):
+        reinitialize_workflow(client, workflow_id, force=bool(plan.missing))
+        return f"Reinitialized workflow {workflow_id}: {plural(number, 'job')} to run."
+
+    return Plan(f"Reinitialize workflow {workflow_id}? {plural(number, 'job')} to run.",
+                tuple(rerun_lines(plan)), (("y", "reinitialize" if not plan.missing else
+                                            "reinitialize without what is missing", do),))
+
+
+def plan_reset(args, client, workflow_id):
+    """The Plan of resetting jobs: those that failed, or all."""
+    check_idle(client, workflow_id, False)
+    lines, choices = [], []
+    for key, reset, words in (("f", "failed", "that ended badly, and what depends on them"),
+                              ("a", "all", "all that have run")):
+        plan = plan_rerun(client, workflow_id, reset)
+        if plan.jobs:
+            lines.append(f"{key}: {plural(len(plan.jobs), 'job')} {words}: "
+                         f"{named([row['job_name'] for row in plan.jobs[:6]])}"
+                         + (" and more" if len(plan.jobs) > 6 else ""))
+
+            def do(client, reset=reset, number=len(plan.jobs)):
+                reinitialize_workflow(client, workflow_id, reset=reset)
+                return f"Reset {plural(number, 'job')} of workflow {workflow_id}; x or s runs them."
+
+            choices.append((key, f"reset {plural(len(plan.jobs), 'job')}", do))
+    if not choices:
+        raise Invalid(f"No job of workflow {workflow_id} has run, so none is to be reset.")
+    return Plan(f"Reset jobs of workflow {workflow_id}?", tuple(lines), tuple(choices))
+
+
+def plan_run(args, client, workflow_id):
+    """The Plan of running a workflow on this machine."""
+    workflow = client.get(f"/workflows/{workflow_id}")
+    words = ["run", str(workflow_id), "--output-dir", args.output_dir]
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    if counted["is_canceled"]:
+        raise Invalid(f"workflow {workflow_id} is canceled: R resets its jobs")
+    if counted["is_complete"] and counted["total"]:
+        raise Invalid(f"all jobs of workflow {workflow_id} have ended: R or i makes them ready")
+    foreign = workflow["user"] != client.user
+    if foreign:
+        words += ["--allow-owner", workflow["user"]]
+    start = Start(f"run of workflow {workflow_id}", tuple(words))
+    return Plan(f"Workflow {workflow_id} belongs to {workflow['user']}; its commands would run as "
+                f"you, {client.user}. Run them?", (), (("y", "run it", lambda client: start),),
+                sure=not foreign)
+
+
+def plan_submit(args, client, workflow_id):
+    """The Plan of submitting a workflow to Slurm, from the dry run of the command itself."""
+    import subprocess
+    words = ["submit", str(workflow_id), "--output-dir", args.output_dir]
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("TORC_DATABASE", "TORC_API_URL")}
+    environment.update(client.job_environment(), TORC_USERNAME=client.user)
+    tried = subprocess.run([*own_command(), *words, "--dry-run", "-f", "json"], text=True,
+                           stdin=subprocess.DEVNULL, capture_output=True, env=environment)
+    try:
+        answer = json.loads(tried.stdout)
+    except ValueError:
+        answer = {"error": {"message": tried.stderr.strip() or "the dry run said nothing"}}
+    if "error" in answer:
+        raise Invalid(answer["error"]["message"])
+    lines = [f"{plural(script['num_allocations'], 'allocation')} of scheduler "
+             f"\"{script['scheduler']}\"" for script in answer["scripts"]]
+    lines += [line for script in answer["scripts"] for line in script["script"].splitlines()
+              if line.startswith("#SBATCH")]
+    number = sum(script["num_allocations"] for script in answer["scripts"])
+    start = Start(f"submission of workflow {workflow_id}", tuple(words))
+    return Plan(f"Submit workflow {workflow_id} to Slurm? {plural(number, 'allocation')}.",
+                tuple(lines), (("y", f"submit {plural(number, 'allocation')}",
+                                lambda client: start),))
+
+
+def plan_watch(args, client, workflow_id):
+    """The Plan of looking after a workflow until it ends."""
+    start = Start(f"watch of workflow {workflow_id}",
+                  ("watch", str(workflow_id), "--output-dir", args.output_dir))
+    return Plan("", (), (("y", "watch", lambda client: start),), sure=True)
+
+
+def plan_recover(args, client, workflow_id):
+    """The Plan of running again what failed, with what it needs."""
+    def options(*words):
+        found = parse_command(COMMANDS["recover"], [], [
+            str(workflow_id), "--output-dir", args.output_dir, *words])
+        found.log_level = "error"         # what is told has no place here
+        return found
+
+    report = recover_workflow(options("--dry-run", "--retry-unknown"), client, workflow_id)
+    known = [row for row in report["jobs"] if row["cause"] != "unknown"]
+    if not report["jobs"]:
+        raise Invalid(f"Nothing has failed in workflow {workflow_id}.")
+    lines = [f"{row['job_name']}: {row['text']}" + "".join(
+        f", then {name} {row[name]}" for name in ("memory", "runtime") if name in row)
+        for row in [*known, *(row for row in report["jobs"] if row not in known)][:14]]
+    if had_allocations(client, workflow_id):
+        lines.append("New allocations of Slurm are submitted for them.")
+
+    def do(words, number):
+        def recover(client):
+            recover_workflow(options(*words), client, workflow_id)
+            return f"{plural(number, 'job')} of workflow {workflow_id} to run again; x runs them."
+        return recover
+
+    choices = [("y", f"run {plural(len(known), 'job')} again", do((), len(known)))] if known else []
+    if len(report["jobs"]) > len(known):
+        number = len(report["jobs"])
+        choices.append(("a", f"all {number}, also those a new try may not mend",
+                        do(("--retry-unknown",), number)))
+    number = plural(len(report["jobs"]), "job")
+    return Plan(f"Recover workflow {workflow_id}? {number} ended badly.", tuple(lines),
+                tuple(choices))
+
+
+def plan_cancel(args, client, workflow_id):
+    """The Plan of canceling a workflow."""
+    path = f"/workflows/{workflow_id}"
+    counted = client.get(f"{path}/counts")
+    if counted["is_canceled"]:
+        raise Invalid(f"Workflow {workflow_id} is canceled already.")
+    busy = counted["pending"] + counted["running"]
+    scheduled, _ = live_allocations(client, workflow_id)
+    lines = [f"{plural(busy, 'job')} pending or running: what runs gets SIGTERM, and SIGKILL if it "
+             "stays." if busy else "No job runs.",
+             f"{plural(counted['ready'] + counted['blocked'], 'waiting job')} will not start."]
+    if scheduled:
+        lines.append(f"{plural(len(scheduled), 'allocation')} of Slurm: scancel.")
+    lines.append(f"{plural(counted['completed'], 'completed job')} and their results stay.")
+
+    def do(client):
+        client.put(f"{path}/cancel")
+        canceled, errors = cancel_allocations(client, workflow_id)
+        if errors:
+            raise TorcError(f"Workflow {workflow_id} is canceled, but: {'; '.join(errors)}")
+        return f"Canceled workflow {workflow_id}" + (
+            f" and {plural(len(canceled), 'allocation')}." if canceled else ".")
+
+    return Plan(f"Cancel workflow {workflow_id}?", tuple(lines), (
+        ("y", f"cancel {plural(busy, 'job')}" if busy else "cancel the workflow", do),))
+
+
+def plan_delete(args, client, workflow_id):
+    """The Plan of deleting a workflow."""
+    workflow = client.get(f"/workflows/{workflow_id}")
+    if workflow["user"] != client.user:
+        raise Forbidden(f"workflow {workflow_id} belongs to {workflow['user']}, not to you "
+                        f"({client.user})")
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    results = count_records(client, "/results", workflow_id=workflow_id, all_runs=True)
+    busy = counted["pending"] + counted["running"]
+    lines = [f"{plural(counted['total'], 'job')} and {plural(results, 'result')} go; files on disk "
+             "stay."] + ([f"{plural(busy, 'job')} pending or running: C cancels them first."]
+                         if busy else [])
+
+    def do(client):
+        client.delete(f"/workflows/{workflow_id}")
+        return f"Deleted workflow {workflow_id} \"{workflow['name']}\"."
+
+    return Plan(f"Delete workflow {workflow_id} \"{workflow['name']}\"?", tuple(lines),
+                (("y", "delete it for good", do),))
+
+
+def plan_create(args, client, path):
+    """The Plan of creating a workflow from a specification file."""
+    try:
+        spec = read_spec(path)
+    except OSError as error:
+        raise TorcError(f"{path}: {error.strerror}") from None
+    summary = spec.summary
+    lines = [f"{title}: {summary[name]}" for title, name in SUMMARY_LINES if summary.get(name)]
+    lines += [f"warning: {warning}" for warning in spec.warnings]
+
+    def do(client):
+        payload = {**spec.payload, "workflow": {**spec.payload["workflow"], "user": client.user}}
+        made = client.post("/workflow_specs", payload)
+        return (f"Created workflow {made['id']} \"{made['name']}\" "
+                f"({plural(made['jobs'], 'job')}); i initializes it, x runs it.")
+
+    return Plan(f"Create workflow \"{spec.payload['workflow']['name']}\"?", tuple(lines),
+                (("y", "create it", do),), sure=not spec.warnings)
+
+
+def plan_stop(status):
+    """A function that makes the Plan of ending a job as canceled or terminated."""
+    def plan(args, client, job_id):
+        job = client.get(f"/jobs/{job_id}")
+        if STATUS_OF_NAME[job["status"]] in COMPLETE_SET:
+            raise Invalid(f"{job['name']} has ended already ({said(job['status'])}).")
+        waiting = count_records(client, "/jobs", workflow_id=job["workflow_id"],
+                                upstream_job_id=job_id)
+        at_work = job["status"] in ("pending", "running")
+        lines = ["Its process gets SIGTERM, and SIGKILL if it stays." if at_work else
+                 f"It is {said(job['status'])} and will not start."]
+        if waiting:
+            lines.append(f"{plural(waiting, 'job')} wait for it, and are canceled too unless they "
+                         "say otherwise.")
+        verb = "cancel" if status == "canceled" else "terminate"
+
+        def do(client):
+            client.post(f"/jobs/{job_id}/stop", status=status)
+            return f"{job['name']} is {status}."
+
+        return Plan(f"{verb.capitalize()} {job['name']} (job {job_id})?", tuple(lines),
+                    (("y", f"{verb} 1 job", do),))
+    return plan
+
+
+def plan_retry(args, client, job_id):
+    """The Plan of running a job again."""
+    job = client.get(f"/jobs/{job_id}")
+    if STATUS_OF_NAME[job["status"]] not in (*COMPLETE_SET, PENDING_FAILED):
+        raise Invalid(f"{job['name']} is {said(job['status'])}: only a job that has ended can run "
+                      "again.")
+
+    def do(client):
+        again = client.post(f"/jobs/{job_id}/rerun")
+        return f"{job['name']} is {said(again['status'])} again, attempt {again['attempt_id']}."
+
+    return Plan(f"Run {job['name']} (job {job_id}) again?", (
+        f"It {'has completed' if job['status'] == 'completed' else 'is ' + said(job['status'])} "
+        f"after attempt {job['attempt_id']}; what its failure canceled waits for it again.",),
+        (("y", "run 1 job again", do),))
+
+
+PLANS = {"initialize": plan_initialize, "reinitialize": plan_reinitialize, "reset": plan_reset,
+         "run": plan_run, "submit": plan_submit, "watch": plan_watch, "recover": plan_recover,
+         "cancel": plan_cancel, "delete": plan_delete, "create": plan_create,
+         "cancel_job": plan_stop("canceled"), "terminate_job": plan_stop("terminated"),
+         "retry": plan_retry}
+
+
+class TerminalTools:
+    """What the terminal UI borrows from the command line; see Terminal."""
+
+    def __init__(self, args):
+        self.args = args
+
+    @property
+    def output_dir(self):
+        """Where what is started writes, and where output is looked for."""
+        return self.args.output_dir
+
+    @output_dir.setter
+    def output_dir(self, path):
+        self.args.output_dir = path
+
+    def plan(self, verb, client, target):
+        """The Plan of an action; target: id of a workflow or job, or a path."""
+        return PLANS[verb](self.args, client, target)
+
+    def find_output(self, client, job):
+        """The Attempt whose output is to be shown. Raises NotFound."""
+        attempt = find_attempt(client, job, None)
+        if any(path and os.path.exists(path) for path in (attempt.stdout, attempt.stderr)):
+            return attempt
+        mode = stdio_mode(job, client.get(f"/workflows/{job['workflow_id']}"))
+        paths = stdio_paths(self.output_dir, mode, job, attempt.run_id, attempt.attempt_id)
+        there = any(path and os.path.exists(path) for path in paths)
+        return attempt._replace(stdout=paths[0], stderr=paths[1]) if there else attempt
+
+    def checks(self, client):
+        """The checks of `torc doctor`, also for a local database."""
+        place = check_directory(self.output_dir, None)
+        if client.is_local:
+            client.get("/ping")
+            return [Check(place.place, "local database", "ok", client.where), place]
+        how = {"password": client.password, "tls": client.tls, "cookie": client.cookie}
+        return [*(check for url in doctor_urls_of(client, how)
+                  for check in check_server(url, how)), place]
+
+    def connect(self, url):
+        """A Client of another server."""
+        return Client(url, **client_options(self.args))
+
+
+def doctor_urls_of(client, how):
+    """The URL in use, and where the server says that others reach it."""
+    urls = [client.where]
+    with contextlib.suppress(TorcError):
+        urls += [url for url in client.get("/server_info")["urls"] if url != client.where]
+    return urls
+
+
+@command("tui", opt("--standalone", action="store_true", help="start a server of one's own, which "
+                    "ends with the program"),
+         opt("--port", type=COUNT, default=DEFAULT_PORT, metavar="N",
+             help=f"of that server, 0 for any free one (default: {DEFAULT_PORT})"),
+         OUTPUT_DIR, client=False, example="torc tui --standalone --port 0")
+def do_tui(args, client):
+    """Look after workflows in the terminal, with a server or a local database.
+
+    ? shows every key.
+    """
+    need_terminal()                       # before anything is started
+    server = None
+    if args.standalone:
+        if args.url:
+            raise UsageError("--standalone and --url exclude each other: name one of them")
+        server, url = start_server(args.port, args.database, args.output_dir)
+        client = Client(url, **client_options(args))
+    else:
+        client = open_client(args, make=True)
+    try:
+        return run_terminal(client, TerminalTools(args), server)
+    finally:
+        client.close()
 
 
 # ---- completion
