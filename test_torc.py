@@ -7376,9 +7376,9 @@ def test_a_worker_that_was_killed_is_found_out_and_its_jobs_run_again(cluster):
         "results"] if result["job_id"] == 1] == [-128, 0]
 
 
-def scontrol(*words, check=True):
-    """scontrol as root, on the login host."""
-    subprocess.run([CLUSTER / "on", "kl1", "scontrol", *words], check=check, capture_output=True)
+def as_root(*words, check=True):
+    """A command of root on the login host."""
+    subprocess.run([CLUSTER / "on", "kl1", *words], check=check, capture_output=True)
 
 
 @pytest.mark.slurm
@@ -7390,10 +7390,10 @@ def test_a_node_that_goes_down_costs_an_attempt_and_no_job(cluster):
     [node] = site.json("compute-nodes", "list", 1)["compute_nodes"]
     host = node["hostname"]
     try:
-        scontrol("update", f"nodename={host}", "state=down", "reason=test")
+        as_root("scontrol", "update", f"nodename={host}", "state=down", "reason=test")
         done = site.torc("watch", 1, "--auto-schedule", "-o", site.output, timeout=150)
     finally:
-        scontrol("update", f"nodename={host}", "state=resume", check=False)    # or it is back
+        as_root("scontrol", "update", f"nodename={host}", "state=resume", check=False)    # or it is back
     assert site.statuses() == {"a": "completed", "b": "completed"}, done.stderr
     codes = {result["attempt_id"]: result["return_code"] for result in site.json(
         "results", "list", 1, "--all-runs")["results"] if result["job_id"] == 1}
