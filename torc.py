@@ -5048,7 +5048,7 @@ class Request(NamedTuple):
 
 
 TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false",
-              "status": "a job status", "statuses": "a list of job statuses",
+              "status": "a job status", "statuses": "a job status, or several with commas",
               "ints": "a list of integers", "any": "a value",
               "echo": "a string",
               "dict": "an object", "list": "a list"}
