@@ -12485,7 +12485,7 @@ def fit(line, width, fill=False):
 
 def both_ends(left, right, width):
     """A line with a part at each end; the left one gives way."""
-    right = fit(right, width // 2)
+    right = fit(right, 3 * width // 5)
     room = width - line_width(right) - 1
     return [*fit(left, room, True), (" ", ""), *right]
 
@@ -12975,7 +12975,8 @@ def workflow_hint(client, record, extensions):
 
 def job_hint(client, record, extensions):
     """Why a job in focus is where it is."""
-    return client.get(f"/jobs/{record['id']}/why")["sentence"]
+    sentence = client.get(f"/jobs/{record['id']}/why")["sentence"]
+    return sentence[:1].upper() + sentence[1:]
 
 
 # ---- pages as lines
@@ -12999,12 +13000,12 @@ def overview_rows(state, page, width):
     counted, total, done = data["counts"], data["total"], data["done"]
     workflow = data["workflow"]
     word = data["state"]
-    head = [(percent(done, total), "title"), (f"  {done:,} of {total:,} done    ", ""),
+    head = [(percent(done, total), "title"), (f"  {done:,} of {total:,} done  ", ""),
             (f"{glyph(state, STATE_LOOKS[word])} {word}", STATE_LOOKS[word])]
     if data.get("rate") and data.get("left_s"):
         left = data["left_s"]
-        head.append((f"    {data['rate']:,.3g} a minute, about {format_duration(left)} left "
-                     f"(until {clock(state.now + left, state.now)[:-3]})", ""))
+        head.append((f"  {data['rate']:,.3g} a minute, about {format_duration(left)} left" + (
+            f" (until {clock(state.now + left, state.now)})" if width >= 100 else ""), ""))
     rows = [Row(head), Row([("", ""), *bar(state, counted, total, width - 2)])]
     rows += [Row(line, ("jobs", {})) for line in wrapped(legend(state, counted), width - 2)]
     target = page.workflow_id
@@ -13385,8 +13386,8 @@ def tabs_line(state, width):
         return [(" " + page.kind.title, "title"), *filter_spans(state, page)]
     here = page.name if page.kind.tab else "jobs"
     tabs = [(name, kind.title) for name, kind in PAGES.items() if kind.tab]
-    right = filter_spans(state, page)
-    room = width - 4 - min(line_width(right), width // 2)
+    right = fit(filter_spans(state, page), 3 * width // 5)
+    room = width - 4 - line_width(right)
     place = next(number for number, (name, _) in enumerate(tabs) if name == here)
     first = 0
     while first < place and sum(len(title) + 2 for _, title in tabs[first:place + 1]) > room:
@@ -13404,7 +13405,7 @@ def filter_spans(state, page):
     """What a list is filtered and ordered by, and which part of it is in view."""
     spans = []
     if page.filter:
-        spans.append((f"  filter: {page.filter}", "live"))
+        spans.append((f"  filter: {shorten(page.filter, state.width // 5)}", "live"))
     if page.name == "jobs" and page.data.get("order"):
         spans.append((f"  by {page.data['order']}", "dim"))
     if page.kind.columns and page.data:
@@ -19807,10 +19808,7 @@ def plan_delete(args, client, workflow_id):
 
 def plan_create(args, client, path):
     """The Plan of creating a workflow from a specification file."""
-    try:
-        spec = read_spec(path)
-    except OSError as error:
-        raise TorcError(f"{path}: {error.strerror}") from None
+    spec = read_spec(path)
     summary = spec.summary
     lines = [f"{title}: {summary[name]}" for title, name in SUMMARY_LINES if summary.get(name)]
     lines += [f"warning: {warning}" for warning in spec.warnings]
