@@ -277,7 +277,8 @@ def test_code_uses_only_what_stands_in_its_section_or_above():
     section = lambda line: sum(start <= line for start in starts)  # noqa: E731
     below = [f"line {line}: {name}" for line, name in
              global_uses(symtable.symtable(SOURCE, "torc.py", "exec"))
-             if name in names and section(names[name]) > section(line)]
+             if name in names and section(names[name]) > section(line)
+             and name not in ("DASH_HTML", "DASH_CSS", "DASH_JS")]         # data, which 12 serves
     assert below == []
 
 
@@ -1376,6 +1377,402 @@ def test_upstreams_runners_never_beat_and_are_never_failed_for_it(store, api):
     api.post(f"/workflows/{workflow_id}/claim_next_jobs")
     api.put(f"/jobs/{ids['a']}/start_job/1/{node}")
     assert torc.expired_nodes(store, time.monotonic() + 10**6, 0)[0] == []
+
+
+# ---- what the views of a workflow show
+
+def has_shape(value, shape, where="answer"):
+    """Assert that a JSON value has the types of `shape`: a type, a tuple of types (None: null), a
+    list with the shape of its items, or a dict of the keys that the pages read."""
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            assert key in value, f"{where} has no {key}"
+            has_shape(value[key], inner, f"{where}.{key}")
+    elif isinstance(shape, list):
+        assert isinstance(value, list), where
+        for item in value:
+            has_shape(item, shape[0], f"{where}[]")
+    else:
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        assert value is None and None in kinds or isinstance(
+            value, tuple(kind for kind in kinds if kind)), f"{where} is {value!r}"
+
+
+NUMBER, MAYBE = (int, float), (int, float, None)
+ROW = {"id": int, "name": str, "command": str, "status": str, "attempt_id": int, "num_cpus": int,
+       "memory_bytes": int, "runtime_s": int, "requirement": str, "host": str, "start_ms": MAYBE,
+       "ran_s": MAYBE, "peak_memory_bytes": MAYBE, "note": str, "family": str}
+FLOW = {"id": int, "name": str, "user": str, "counts": dict, "total": int, "done": int,
+        "state": str, "created_ms": int, "run_id": int, "output_dir": (str, None)}
+NODE = {"name": str, "status": str, "sub": str, "why": str, "href": str}
+SERIES = [{"name": str, "kind": str, "points": [NUMBER]}]
+READ_BY_THE_PAGES = [
+    ("/workflows/W/summary", {}, {
+        "counts": dict, "total": int, "done": int, "state": str, "rate": NUMBER, "left_s": MAYBE,
+        "started_ms": MAYBE, "ended_ms": MAYBE, "elapsed_s": MAYBE, "runners": int,
+        "runners_text": str, "history": [NUMBER], "longest": [ROW], "families": (list, None),
+        "waiting": [{"count": int, "status": str, "why": str}],
+        "failures": [{"count": int, "cause": str, "line": str}]}),
+    ("/workflows/W/graph", {}, {"total": int, "nodes": [NODE], "edges": [list]}),
+    ("/workflows/W/graph", {"around": "J"}, {"nodes": [NODE], "edges": [list], "more": str}),
+    ("/workflows/W/failures", {}, {"total": int, "downstream": int, "groups": [{
+        "id": str, "count": int, "status": str, "cause": str, "line": str, "remedy": str,
+        "advice": str, "verdict": str, "family": str, "first_ms": MAYBE, "last_ms": MAYBE,
+        "hosts": str, "tail": str, "jobs": [{"id": int, "name": str}]}]}),
+    ("/workflows/W/timeline", {"bins": 10}, {"from": int, "to": int, "runners": [{
+        "name": str, "cpus": int, "busy": int, "idle_s": NUMBER, "ran": int, "start": int,
+        "end": int, "gaps": [{"from": int, "to": int, "text": str}],
+        "jobs": [{"id": int, "name": str, "status": str, "start": int, "end": int,
+                  "lane": int}]}]}),
+    ("/workflows/W/usage", {"bins": 10}, {
+        "times": [int], "cpu": SERIES, "memory": SERIES, "requirements": [{
+            "name": str, "jobs": int, "cpus": int, "cpu_used": NUMBER, "peak": NUMBER,
+            "memory": int, "longest_s": NUMBER, "runtime_s": int, "verdict": str,
+            "advice": str}]}),
+    ("/workflows", {"include_counts": True}, {"items": [FLOW], "total_count": int}),
+    ("/workflows/W", {"include_counts": True}, FLOW),
+    ("/jobs", {"workflow_id": "W", "include_results": True}, {"items": [ROW], "total_count": int}),
+    ("/jobs/J", {"include_results": True}, {**ROW, "priority": int, "cpu_used": (str, None),
+                                            "handler": (str, None), "inputs": (str, None),
+                                            "outputs": (str, None)}),
+]
+
+
+class Past:
+    """A workflow with a past: jobs that ended at known seconds after `began`."""
+
+    def __init__(self, api, graph, cpus=4, **options):
+        self.api, self.began = api, int(time.time()) - 1000
+        self.workflow_id, self.ids = make(api, graph, **options)
+        self.node = make_node(api, self.workflow_id, num_cpus=cpus, hostname="c1",
+                              start_time=torc.iso_time(self.began))
+
+    def end(self, name, start, ran, code=0, **more):
+        """Job `name` ran from `start` for `ran` seconds."""
+        status = "completed" if code == 0 else "failed"
+        self.api.post(f"/jobs/{self.ids[name]}/complete_job/{status}/1", {
+            "job_id": self.ids[name], "workflow_id": self.workflow_id, "run_id": 1,
+            "attempt_id": 1, "compute_node_id": self.node, "return_code": code, "status": status,
+            "exec_time_minutes": ran / 60, **more,
+            "completion_time": torc.iso_time(self.began + start + ran)})
+
+    def run(self, name):
+        """Job `name` is running."""
+        with self.api.store.transaction():
+            self.api.store.execute("UPDATE job SET status = ?, started_ms = ?, compute_node_id = ?"
+                                   " WHERE id = ?", (torc.RUNNING, int(1000 * time.time()) - 60_000,
+                                                     self.node, self.ids[name]))
+
+    def get(self, path, **query):
+        """An answer below the workflow."""
+        return self.api.get(f"/workflows/{self.workflow_id}{path}", **query)
+
+
+ASSEMBLY = {"fetch": [], "index": ["fetch"], "align_1": ["index"], "align_2": ["index"],
+            "align_3": ["index"], "merge": ["align_1", "align_2", "align_3"], "report": ["merge"]}
+
+
+@pytest.fixture
+def past(api):
+    """An assembly at work: align_1 done, align_2 failed, align_3 running."""
+    past = Past(api, ASSEMBLY)
+    past.end("fetch", 0, 100)
+    past.end("index", 100, 200, peak_memory_bytes=5 * 2**20)
+    past.end("align_1", 400, 100, avg_cpu_percent=50.0)
+    past.end("align_2", 400, 200, code=137, stderr_tail="reading 17\nKilled")
+    past.run("align_3")
+    return past
+
+
+@pytest.mark.parametrize("path, query, shape", READ_BY_THE_PAGES)
+def test_answers_have_what_the_pages_read(past, path, query, shape):
+    values = {"W": str(past.workflow_id), "J": str(past.ids["align_2"])}
+    path = re.sub(r"\b[WJ]\b", lambda match: values[match[0]], path)
+    query = {name: values.get(value, value) for name, value in query.items()}
+    has_shape(past.api.get(path, **query), shape, path)
+
+
+def test_a_summary_counts_and_says_what_waits_for_what(past):
+    summary = past.get("/summary")
+    assert summary["counts"] == {"blocked": 2, "running": 1, "completed": 3, "failed": 1}
+    assert (summary["total"], summary["done"], summary["state"]) == (7, 4, "running")
+    assert [(row["count"], row["why"]) for row in summary["waiting"]] == [
+        (1, "merge waits for align_3; align_2 failed, so it will be canceled then"),
+        (1, "report waits for merge, and will be canceled with it")]
+    assert [row["name"] for row in summary["longest"]] == ["align_3"]
+    assert summary["failures"] == [{"count": 1, "cause": "exit 137, out of memory",
+                                    "line": "Killed"}]
+    assert summary["runners_text"] == "1 on c1, 4 CPUs" and sum(summary["history"]) == 4
+    assert summary["started_ms"] == past.began * 1000
+
+
+@pytest.mark.parametrize("number, canceled, active, state", [
+    ({}, 0, False, "not initialized"), ({torc.UNINITIALIZED: 3}, 0, True, "not initialized"),
+    ({torc.READY: 1, torc.BLOCKED: 3}, 0, False, "waiting"), ({torc.READY: 1}, 0, True, "running"),
+    ({torc.COMPLETED: 2, torc.DISABLED: 1}, 0, True, "done"), ({torc.RUNNING: 1}, 1, 1, "canceled"),
+    ({torc.COMPLETED: 2, torc.FAILED: 1, torc.CANCELED: 1}, 0, False, "failed"),
+    ({torc.COMPLETED: 2, torc.PENDING_FAILED: 1}, 0, True, "stuck"),
+    ({torc.BLOCKED: 2, torc.DISABLED: 1}, 0, False, "stuck")])
+def test_a_workflow_has_a_state_in_a_word(number, canceled, active, state):
+    assert torc.workflow_state(number, canceled, active) == state
+
+
+def test_what_no_runner_can_hold_is_stuck_and_says_so(api):
+    past = Past(api, {"a": [], "b": []}, requirements=[
+        {"name": "gpu", "num_cpus": 1, "num_gpus": 4, "num_nodes": 1, "memory": "1g",
+         "runtime": "PT1H"}], a={"resource_requirements": 0}, b={"resource_requirements": 0})
+    summary = past.get("/summary")
+    assert summary["state"] == "stuck" and summary["waiting"] == [{
+        "count": 2, "status": "ready",
+        "why": "each needs 4 GPUs, the largest runner has 0: none of them can start"}]
+
+
+def test_a_large_graph_is_of_families(api):
+    graph = {"prepare": []}
+    graph.update({f"sim_{number:03d}": ["prepare"] for number in range(250)})
+    graph.update({f"score_{number:03d}": [f"sim_{number:03d}"] for number in range(250)})
+    graph["report"] = list(graph)[251:]
+    past = Past(api, graph)
+    past.end("prepare", 0, 10)
+    past.end("sim_000", 10, 20)
+    answer = past.get("/graph")
+    assert (answer["families"], answer["total"]) == (True, 502)
+    assert [(node["name"], node["counts"]) for node in answer["nodes"]] == [
+        ("prepare", {"completed": 1}), ("sim_*", {"ready": 249, "completed": 1}),
+        ("score_*", {"blocked": 249, "ready": 1}), ("report", {"blocked": 1})]
+    assert answer["edges"] == [["f0", "f1"], ["f1", "f2"], ["f2", "f3"]]
+    assert answer["nodes"][1]["sub"] == "each 20s on average"
+    summary = past.get("/summary")
+    assert [row["why"] for row in summary["waiting"]] == [
+        "a free place on the runner is needed (0 of 4 CPUs are busy)",
+        "score_*: each waits for its own sim_*", "report: waits for every score_*"]
+    assert summary["families"] == answer["nodes"]
+    page = api.get("/jobs", workflow_id=past.workflow_id, family="score", limit=3)
+    assert page["total_count"] == 250 and page["items"][0]["name"] == "score_000"
+
+
+def test_families_follow_jobs_that_come_and_go(api):
+    workflow_id, _ = make(api, {f"a_{number}": [] for number in range(401)})
+    assert api.get(f"/workflows/{workflow_id}/graph")["nodes"][0]["counts"] == {"ready": 401}
+    job = api.post("/jobs", {"workflow_id": workflow_id, "name": "z_1", "command": "true",
+                             "depends_on_job_ids": [1]})
+    answer = api.get(f"/workflows/{workflow_id}/graph")
+    assert [node["name"] for node in answer["nodes"]] == ["a_*", "z_1"]
+    assert answer["edges"] == [["f0", "f1"]]
+    api.delete(f"/jobs/{job['id']}")
+    assert len(api.get(f"/workflows/{workflow_id}/graph")["nodes"]) == 1
+
+
+@pytest.mark.parametrize("names, families", [
+    (["a_1", "a_02", "b"], ["a", "a", "b"]), (["x_1_2", "lr-0.5"], ["x", "lr"]), (["7"], ["#"]),
+    ([f"{chr(97 + n % 26)}{chr(97 + n // 26)}_x" for n in range(100)], ["#"] * 100),
+    ([f"job_{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(100)], ["job"] * 100)])
+def test_a_family_is_the_name_without_its_numbers_and_there_are_not_too_many(names, families):
+    assert torc.family_names(names) == families
+
+
+def test_edges_that_close_a_circle_are_left_out_of_a_graph():
+    assert sorted(torc.acyclic(4, [(0, 1), (1, 2), (2, 0), (2, 2), (2, 3)])) == [
+        (0, 1), (1, 2), (2, 3)]
+
+
+def test_the_graph_around_a_job_has_five_on_each_side(api):
+    workflow_id, ids = make(api, {"a": [], **{f"b{number}": ["a"] for number in range(9)}})
+    answer = api.get(f"/workflows/{workflow_id}/graph", around=ids["a"])
+    assert len(answer["nodes"]) == 6 and answer["more"] == "frees 4 more"
+    assert all(edge[0] == ids["a"] for edge in answer["edges"])
+    with pytest.raises(torc.NotFound):
+        api.get(f"/workflows/{workflow_id}/graph", around=10_000)
+
+
+def test_a_timeline_knows_what_a_runner_waited_for(past):
+    [lane] = past.get("/timeline")["runners"]
+    began = past.began * 1000
+    assert [(bar["name"], bar["lane"], bar["start"] - began, bar["end"] - began)
+            for bar in lane["jobs"]][:4] == [
+        ("fetch", 0, 0, 100_000), ("index", 0, 100_000, 300_000), ("align_1", 0, 400_000, 500_000),
+        ("align_2", 1, 400_000, 600_000)]
+    [long, short] = lane["gaps"]          # until align_3 began a minute ago, and before align_1
+    assert re.fullmatch(r"idle 5m 4\ds, nothing was ready", long["text"])
+    assert short == {"from": began + 300_000, "to": began + 400_000,
+                     "text": "idle 1m 40s, nothing was ready"}
+    assert lane["ran"] == 5 and 440 <= lane["idle_s"] < 450
+    assert abs(lane["busy"] - round(100 * 660 / 4000)) <= 1
+
+
+def test_a_gap_names_the_job_that_ended_it(api):
+    past = Past(api, {"a": [], "b": [], "c": ["b"]}, cpus=1)
+    past.end("a", 0, 10)
+    other = past.node
+    past.node = make_node(api, past.workflow_id, hostname="c2",
+                          start_time=torc.iso_time(past.began))
+    past.end("b", 0, 500)
+    past.node = other
+    past.end("c", 500, 400)
+    first, second = past.get("/timeline")["runners"]
+    assert "idle 8m 10s, waited for b" in [gap["text"] for gap in first["gaps"]]
+    assert re.fullmatch(r"idle 8m 2\ds, nothing is ready", second["gaps"][0]["text"])
+
+
+def test_a_crowded_timeline_shows_how_busy_a_runner_was(past, monkeypatch):
+    monkeypatch.setattr(torc, "MOST_BARS", 3)
+    began = past.began * 1000
+    [lane] = past.get("/timeline", **{"from": began, "to": began + 800_000}, bins=8)["runners"]
+    assert lane["bins"] == [[0.25, False], [0.25, False], [0.25, False], [0.0, False],
+                            [0.5, False], [0.25, False], [0.0, True], [0.0, False]]
+    assert "jobs" not in lane
+
+
+def test_usage_sums_what_was_asked_and_used(past):
+    answer = past.get("/usage", bins=10)
+    cpu = {series["kind"]: series["points"] for series in answer["cpu"]}
+    assert [round(cpu[kind][4], 1) for kind in ("asked", "used", "limit")] == [2.0, 0.5, 4.0]
+    [row] = answer["requirements"]
+    assert (row["name"], row["jobs"], row["longest_s"]) == ("default", 7, 200.0)
+
+
+def test_new_and_replaced_results_are_noticed(past):
+    assert past.get("/timeline")["runners"][0]["ran"] == 5
+    past.api.delete("/results/1")
+    assert past.get("/timeline")["runners"][0]["ran"] == 4
+    past.end("align_3", 500, 100)
+    assert past.get("/timeline")["runners"][0]["ran"] == 4
+
+
+def test_failures_are_grouped_by_exit_and_last_line(api):
+    past = Past(api, {f"case_{number}": [] for number in range(5)}, requirements=[
+        {"name": "small", "num_cpus": 1, "num_gpus": 0, "num_nodes": 1, "memory": "2g",
+         "runtime": "PT20M"}], **{f"case_{number}": {"resource_requirements": 0}
+                                  for number in range(5)})
+    for number in range(3):
+        past.end(f"case_{number}", number, 10, code=1, stderr_tail=f"x\nbad mesh in case {number}\n")
+    past.end("case_3", 5, 10, code=137, peak_memory_bytes=2 * 2**30 + 1)
+    past.end("case_4", 5, 1200, code=152)
+    answer = past.get("/failures")
+    assert answer["total"] == 5
+    assert [(group["count"], group["cause"], group["verdict"], group["remedy"])
+            for group in answer["groups"]] == [
+        (3, "exit 1", "unknown", "Rerun these…"),
+        (1, "exit 137, out of memory", "memory", "Rerun with 3.0 GB…"),
+        (1, "exit 152, time limit", "runtime", "Rerun with 28 min…")]
+    first = answer["groups"][0]
+    assert first["line"] == "bad mesh in case 0" and first["tail"] == "x\nbad mesh in case 0\n"
+    [one] = past.get("/failures", group=first["id"])["groups"]
+    assert one["job_ids"] == [past.ids[f"case_{number}"] for number in range(3)]
+
+
+@pytest.mark.parametrize("query, names", [
+    ({"status": "failed,running"}, ["align_2", "align_3"]), ({"search": "LIGN"}, [
+        "align_1", "align_2", "align_3"]), ({"search": "a%n"}, []), ({"search": "_2"}, ["align_2"]),
+    ({"family": "align", "status": "completed"}, ["align_1"]), ({"family": "none"}, []),
+    ({"sort_by": "ran", "reverse_sort": True, "limit": 2}, ["align_2", "index"]),
+    ({"sort_by": "start", "reverse_sort": True, "limit": 3}, ["align_3", "align_2", "align_1"]),
+    ({"sort_by": "memory", "reverse_sort": True, "limit": 1}, ["index"]),
+    ({"sort_by": "host", "limit": 1, "offset": 6}, ["align_2"])])
+def test_jobs_are_found_and_sorted_by_how_they_ended(past, query, names):
+    page = past.api.get("/jobs", workflow_id=past.workflow_id, include_results=True, **query)
+    assert [job["name"] for job in page["items"]] == names
+
+
+def test_a_list_of_jobs_says_how_each_ended(past):
+    jobs = {job["name"]: job for job in past.api.get(
+        "/jobs", workflow_id=past.workflow_id, include_results=True)["items"]}
+    assert jobs["align_2"]["note"] == "exit 137, out of memory"
+    assert jobs["merge"]["note"] == "waits for align_3"
+    assert (jobs["index"]["ran_s"], jobs["index"]["host"]) == (200.0, "c1")
+    assert 60 <= jobs["align_3"]["ran_s"] < 80
+    past.end("align_3", 800, 100)
+    page = past.api.get("/jobs", workflow_id=past.workflow_id, include_results=True, search="merge")
+    assert page["items"][0]["note"] == "align_2 failed"
+
+
+def test_a_bad_status_in_a_list_of_them_is_refused(api):
+    workflow_id, _ = make(api, {"a": []})
+    with pytest.raises(torc.BadRequest, match="failed,gone"):
+        api.get("/jobs", workflow_id=workflow_id, status="failed,gone")
+
+
+@pytest.mark.parametrize("query, names", [
+    ({"search": "ASSEM"}, ["assembly"]), ({"search": "100%"}, ["other"]),
+    ({"all_users": False}, ["assembly"]), ({}, ["assembly", "other"])])
+def test_workflows_are_searched(api, query, names):
+    for name, user, more in (("assembly", "tester", {}), ("other", "eve", {"description": "100%"})):
+        api.post("/workflows", {"name": name, "user": user, **more})
+    with api.store.transaction():
+        api.store.execute("UPDATE workflow SET user = name WHERE name = 'other'")
+    assert [one["name"] for one in api.get("/workflows", **query)["items"]] == names
+
+
+# ---- events for those who listen
+
+def heard(subscription):
+    """[(type, data), ...] of what a subscription has."""
+    text = subscription.take(0).decode()
+    return [(kind, json.loads(data).get("data", json.loads(data))) for kind, data in
+            re.findall(r"event: (\w+)\ndata: (.+)\n\n", text)]
+
+
+def test_both_kinds_of_runners_are_heard_and_failed_transactions_are_not(store, api):
+    workflow_id, ids = make(api, {"a": [], "b": [], "c": ["b"]})
+    subscription = store.subscribe(workflow_id, "info")
+    runner = Conversation(api, workflow_id)
+    jobs = runner.step(limit=1)["jobs"]
+    runner.step([runner.done(jobs[0])], starts=[{"job_id": jobs[0]["id"], "attempt_id": 1}])
+    api.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    api.put(f"/jobs/{ids['b']}/start_job/1/{runner.node}")
+    complete(api, ids["b"], workflow_id, runner.node, code=3)
+    with pytest.raises(torc.Internal), store.transaction():
+        store.tell(workflow_id, "job_failed", "error", {})
+        raise torc.Internal("no")
+    runner.step(closing=True)
+    events = heard(subscription)
+    assert [kind for kind, _ in events] == [
+        "compute_node_started", "job_started", "job_completed", "job_started", "job_failed",
+        "job_canceled", "compute_node_stopped"]
+    assert events[1][1] == {"job_id": ids["a"], "job_name": "a", "compute_node_id": runner.node,
+                            "run_id": 1}
+    assert events[4][1] == {"job_id": ids["b"], "job_name": "b", "status": "failed",
+                            "return_code": 3}
+    assert set(events[0][1]) == {"compute_node_id", "hostname", "pid", "num_cpus", "memory_gb",
+                                 "num_gpus", "compute_node_type"}
+    assert set(events[6][1]) == {"compute_node_id", "hostname", "pid", "duration_seconds",
+                                 "compute_node_type"}
+    subscription.close()
+    assert not store.is_heard(workflow_id)
+
+
+def test_initializing_and_scheduling_are_heard(store, api):
+    workflow_id, _ = make(api, {"a": []})
+    subscription = store.subscribe(workflow_id, "info")
+    api.post(f"/workflows/{workflow_id}/initialize_jobs")
+    api.post(f"/workflows/{workflow_id}/initialize_jobs", only_uninitialized=True)
+    api.post("/scheduled_compute_nodes", {
+        "workflow_id": workflow_id, "scheduler_id": 7, "scheduler_config_id": 1,
+        "scheduler_type": "slurm", "status": "pending"})
+    events = heard(subscription)
+    assert [kind for kind, _ in events] == ["workflow_reinitialized", "workflow_started",
+                                            "scheduler_node_created"]
+    assert set(events[0][1]) == {"category", "type", "user", "message"}
+    assert events[2][1] == {"category": "scheduler", "scheduled_compute_node_id": 1,
+                            "scheduler_id": 7, "scheduler_config_id": 1, "scheduler_type": "slurm",
+                            "status": "pending"}
+
+
+def test_a_queue_that_overflows_counts_what_it_drops(store, api):
+    workflow_id, ids = make(api, {"a": [], **{f"b{number}": ["a"] for number in range(700)}})
+    subscription, errors = store.subscribe(workflow_id, "info"), store.subscribe(workflow_id, "error")
+    node = make_node(api, workflow_id)
+    complete(api, ids["a"], workflow_id, node, code=1)
+    events = heard(subscription)          # node, a, and 700 canceled
+    assert len(events) == 513 and events[-1] == ("warning", {"dropped": 702 - 512})
+    assert [kind for kind, _ in heard(errors)] == ["job_failed"]
+    assert heard(subscription) == []
+
+
+def test_a_database_file_has_no_stream(api):
+    workflow_id, _ = make(api, {"a": []})
+    with pytest.raises(torc.Invalid, match="streamed over HTTP: start torc-server"):
+        api.get(f"/workflows/{workflow_id}/events/stream")
 
 
 # ---- actions and explanations
@@ -3947,6 +4344,114 @@ def test_torc_starts_beside_torc_client(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith(f"torc {torc.VERSION} (")
 
 
+# ---- a stream of events
+
+class Stream:
+    """A client of the event stream that sees every byte."""
+
+    def __init__(self, server, workflow_id, query=""):
+        self.socket = socket.create_connection(("127.0.0.1", server.port), 20)
+        self.socket.sendall(f"GET {torc.API_PREFIX}/workflows/{workflow_id}/events/stream{query} "
+                            "HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        self.data = b""
+
+    def until(self, wanted=None):
+        """All bytes so far, once `wanted` is among them, or all to the end of the connection."""
+        while wanted is None or wanted not in self.data:
+            new = self.socket.recv(65536)
+            if not new:
+                break
+            self.data += new
+        return self.data
+
+    def begin(self):
+        """Wait for the headers; returns them and forgets them."""
+        head, _, self.data = self.until(b"\r\n\r\n").partition(b"\r\n\r\n")
+        return head.decode() + "\r\n"
+
+
+def test_a_stream_is_framed_as_upstreams(server):
+    client = server.client()
+    workflow_id, ids = make(client, {"a": []})
+    node = make_node(client, workflow_id)
+    stream = Stream(server, workflow_id)
+    head = stream.begin()                 # comes before any event
+    assert head.startswith("HTTP/1.1 200 OK\r\n") and "Transfer-Encoding: chunked" in head
+    for line in ("Content-Type: text/event-stream", "Cache-Control: no-cache",
+                 "X-Accel-Buffering: no"):
+        assert f"\r\n{line}\r\n" in head
+    before = time.time()
+    complete(client, ids["a"], workflow_id, node, code=3)
+    data = stream.until(b"\n\n\r\n")
+    size, _, rest = data.partition(b"\r\n")
+    text = rest[:int(size, 16)].decode()
+    stamp = re.search(r'"timestamp":(\d+)', text)[1]
+    assert text == (
+        'event: job_failed\ndata: {"workflow_id":%d,"timestamp":%s,"event_type":"job_failed",'
+        '"severity":"error","data":{"job_id":%d,"job_name":"a","status":"failed",'
+        '"return_code":3}}\n\n' % (workflow_id, stamp, ids["a"]))
+    assert before - 1 < int(stamp) / 1000 < time.time() + 1 and time.time() - before < 1
+
+
+@pytest.mark.parametrize("level, kinds", [
+    ("", ["job_started", "job_failed", "job_canceled"]), ("?level=DEBUG", [
+        "job_started", "job_failed", "job_canceled"]), ("?level=nonsense", [
+            "job_started", "job_failed", "job_canceled"]),
+    ("?level=Warning", ["job_failed", "job_canceled"]), ("?level=error", ["job_failed"])])
+def test_a_stream_shows_a_level_and_above(server, level, kinds):
+    client = server.client()
+    workflow_id, ids = make(client, {"a": [], "b": ["a"]})
+    node = make_node(client, workflow_id)
+    stream = Stream(server, workflow_id, level)
+    stream.begin()
+    client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    client.put(f"/jobs/{ids['a']}/start_job/1/{node}")
+    complete(client, ids["a"], workflow_id, node, code=1)
+    stream.until(f"event: {kinds[-1]}\n".encode())
+    assert re.findall(r"event: (\w+)", stream.data.decode()) == kinds
+
+
+def test_a_stream_of_a_workflow_that_is_not_there_is_an_ordinary_error(server):
+    status, headers, body = fetch(server, "GET", torc.API_PREFIX + "/workflows/9/events/stream")
+    assert (status, headers["Content-Type"]) == (404, "application/json")
+    assert "9" in json.loads(body)["error"]["message"]
+    workflow_id, _ = make(server.client(), {"a": []})
+    path = f"{torc.API_PREFIX}/workflows/{workflow_id}/events/stream"
+    assert fetch(server, "HEAD", path)[::2] == (200, b"")
+
+
+def test_streams_end_when_the_server_does(tmp_path):
+    server = Server(tmp_path / "x.db")
+    workflow_id, _ = make(server.client(), {"a": []})
+    streams = [Stream(server, workflow_id) for _ in range(3)]
+    for stream in streams:
+        stream.begin()
+    started = time.monotonic()
+    assert server.stop()[0] == 0 and time.monotonic() - started < 3
+    assert [stream.until() for stream in streams] == [b"0\r\n\r\n"] * 3
+
+
+def test_70_streams_starve_nobody_and_places_come_back(server):
+    client = server.client()
+    workflow_id, _ = make(client, {"a": []})
+    streams = [Stream(server, workflow_id) for _ in range(70)]
+    heads = [stream.begin() for stream in streams]
+    codes = [head.split()[1] for head in heads]
+    assert codes.count("200") == torc.STREAMING_CLIENTS
+    assert codes.count("503") == 70 - torc.STREAMING_CLIENTS
+    assert all("Retry-After: 15" in head for head in heads if " 503 " in head)
+    started = time.monotonic()
+    assert client.get("/ping") == {"status": "ok"} and time.monotonic() - started < 1
+    waited = client.get(f"/workflows/{workflow_id}/changes", since=client.get(
+        f"/workflows/{workflow_id}/changes")["generation"], wait_s=1)
+    assert "retry_after_s" not in waited  # runners still find a place to wait
+    for stream in streams:
+        stream.socket.close()
+    again = until(lambda: (lambda one: one if " 200 " in one.begin() else None)(
+        Stream(server, workflow_id)), what="a place")
+    again.socket.close()
+
+
 # ---- passwords and access control over HTTP
 
 def every_route():
@@ -4311,6 +4816,31 @@ def test_stuck_and_broken_handshakes_concern_nobody_else(tmp_path, certificates)
     for sock in stuck:
         sock.close()
     assert client.get("/ping") == {"status": "ok"}
+    client.close()
+    assert server.stop()[0] == 0
+
+
+def test_a_stream_over_tls_comes_at_once_and_ends_with_its_client(tmp_path, certificates):
+    import ssl
+    server = tls_server(tmp_path / "x.db", certificates)
+    client = torc.Client(server.url, tls={"ca_cert": str(certificates / "ca.pem")})
+    workflow_id, _ = make(client, {"a": []})
+    context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    path = f"{torc.API_PREFIX}/workflows/{workflow_id}/events/stream"
+
+    def follow():
+        raw = socket.create_connection(("127.0.0.1", server.port), 20)
+        sock = context.wrap_socket(raw, server_hostname="localhost")
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return sock, sock.recv(4096)
+
+    streams = [follow() for _ in range(torc.STREAMING_CLIENTS)]
+    assert all(b" 200 " in head for _, head in streams) and b" 503 " in follow()[1]
+    make_node(client, workflow_id)
+    for sock, _ in streams:
+        assert b"event: compute_node_started" in sock.recv(4096)
+        sock.close()
+    until(lambda: b" 200 " in follow()[1], what="a place")
     client.close()
     assert server.stop()[0] == 0
 
@@ -6021,6 +6551,49 @@ def test_a_bundle_serves_with_nothing_installed(cli, tmp_path):
         process.communicate(timeout=20)
 
 
+def test_an_exported_workflow_is_made_anew(cli, api, tmp_path, monkeypatch):
+    spec = tmp_path / "full.json"
+    spec.write_text(json.dumps({
+        "name": "full", "files": [{"name": "in", "path": "in.txt"}, {"name": "out", "path": "out.txt"}],
+        "user_data": [{"name": "u", "data": {"x": 1}}],
+        "resource_requirements": [{"name": "r", "num_cpus": 2, "memory": "1g", "runtime": "PT5M"}],
+        "failure_handlers": [{"name": "h", "rules": [{"exit_codes": [3]}]}],
+        "slurm_schedulers": [{"name": "s", "account": "a", "nodes": 2, "walltime": "01:00:00"}],
+        "jobs": [{"name": "a", "command": "true", "input_files": ["in"], "output_files": ["out"],
+                  "resource_requirements": "r", "failure_handler": "h", "scheduler": "s"},
+                 {"name": "b", "command": "true", "input_files": ["out"], "input_user_data": ["u"],
+                  "depends_on": ["a"], "priority": 3}],
+        "actions": [{"trigger_type": "on_jobs_ready", "action_type": "schedule_nodes", "jobs": ["b"],
+                     "scheduler": "s", "scheduler_type": "slurm"}]}))
+    monkeypatch.setenv("TORC_DATABASE", api.path)
+    cli("create", spec, ok=0)
+    cli("workflows", "init", 1, "--force", ok=0)
+    cli("workflows", "export", 1, "-o", "x.json", "--include-results", ok=0)
+    assert os.stat("x.json").st_mode & 0o077 == 0
+    cli("workflows", "import", "x.json", "--name", "again", ok=0)
+
+    def shape(number):                    # without ids and times
+        document = cli_json(cli, "workflows", "export", number)
+        names = {key: {record["id"]: record.get("name") for record in document[key]}
+                 for key in ("jobs", "files", "user_data", "resource_requirements", "slurm_schedulers",
+                             "failure_handlers")}
+        job_ids = {"depends_on_job_ids": "jobs", "input_file_ids": "files", "output_file_ids": "files",
+                   "input_user_data_ids": "user_data"}
+        return [{"name": job["name"], "priority": job["priority"],
+                 "needs": names["resource_requirements"][job["resource_requirements_id"]],
+                 "scheduler": names["slurm_schedulers"].get(job.get("scheduler_id")),
+                 "handler": names["failure_handlers"].get(job.get("failure_handler_id")),
+                 **{key: [names[table][one] for one in job.get(key, ())]
+                    for key, table in job_ids.items()}} for job in document["jobs"]], [
+            [names["jobs"][one] for one in action["job_ids"]] for action in document["workflow_actions"]]
+
+    assert shape(1) == shape(2)
+    assert cli_json(cli, "workflows", "get", 2)["name"] == "again"
+    (tmp_path / "bad.json").write_text("{}")
+    code, _, err = cli("workflows", "import", "bad.json")
+    assert code == 1 and "this is no exported workflow" in err
+
+
 def test_the_other_programs_are_commands_of_this_one(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(torc, "serve", lambda args: seen.append((args.host, args.port)) or 0)
@@ -6048,6 +6621,407 @@ def test_commands_work_on_a_server_as_on_a_file(cli, server):
     assert cli("ping", "--url", server.url, ok=0)[1] == "Server is running\n"
     code, _, err = cli("--url", "http://127.0.0.1:9", "ping")
     assert code == 1 and "no server answers" in err
+
+
+# ==================================================================================================
+# The dashboard, as a browser and as others meet it
+# ==================================================================================================
+
+class Dash:
+    """A real `torc dash` process and requests to it."""
+
+    def __init__(self, directory, *options, env=None):
+        self.log = directory / "dash.log"
+        self.cookie = None
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [PYTHON, TORC, "dash", *map(str, options)], cwd=directory, stdout=log, stderr=log,
+                env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL)
+        until(lambda: "the dashboard of" in self.log.read_text() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def link(self):
+        """The latest link that lets a browser in."""
+        return re.findall(r"http://\S+token=\S+", self.log.read_text())[-1]
+
+    def ask(self, path, method="GET", body=None, headers=None, url=None):
+        """(status, headers, body) of a request without following redirects."""
+        from urllib.parse import urlsplit
+        parts = urlsplit(url or self.link())
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+        sent = {"Cookie": self.cookie or "", "Origin": f"http://{parts.netloc}", **(headers or {})}
+        connection.request(method, path, body, {name: value for name, value in sent.items() if value})
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        return answer.status, dict(answer.headers), data
+
+    def enter(self):
+        """Use the link, and keep the cookie."""
+        status, headers, _ = self.ask("/?" + self.link().partition("/?")[2])
+        assert status == 303 and headers["Location"] == "/"
+        self.cookie = headers["Set-Cookie"].partition(";")[0]
+        return headers["Set-Cookie"]
+
+    def json(self, path, body=None):
+        """The JSON of a good answer."""
+        status, _, data = self.ask(path, "POST" if body is not None else "GET",
+                                   None if body is None else json.dumps(body))
+        assert status == 200, (path, status, data)
+        return json.loads(data)
+
+    def stop(self):
+        """SIGTERM; the exit code."""
+        self.process.terminate()
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def dash(server, tmp_path):
+    """A dashboard of `server`."""
+    dash = Dash(tmp_path, "--port", 0, "--url", server.url)
+    yield dash
+    assert dash.stop() == 0
+
+
+def test_a_link_lets_one_browser_in_once(dash):
+    link = dash.link()
+    for path in ("/dash.js", "/torc-service/v1/ping", "/dash/user"):
+        assert dash.ask(path)[0] == 401
+    assert dash.ask("/")[0] == 403 and dash.ask("/?token=wrong")[0] == 403
+    attributes = dash.enter()
+    assert "HttpOnly" in attributes and "SameSite=Strict" in attributes
+    status, headers, body = dash.ask("/")
+    assert status == 200 and body.decode() == torc.DASH_HTML
+    assert headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert dash.ask("/", headers={"If-None-Match": headers["Etag"]})[0] == 304
+    assert dash.json("/torc-service/v1/ping") == {"status": "ok"}
+    cookie, dash.cookie = dash.cookie, None
+    assert dash.ask("/?" + link.partition("/?")[2])[0] == 403    # used
+    until(lambda: dash.link() != link)
+    dash.enter()
+    assert dash.cookie == cookie
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({"Host": "evil.example"}, 403), ({"Host": "localhost.evil.example:8090"}, 403), ({}, 200),
+    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": ""}, 403),
+    ({"Origin": "", "Sec-Fetch-Site": "same-origin"}, 200), ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Origin": "", "Sec-Fetch-Site": "same-site"}, 403)])
+def test_other_sites_cannot_make_a_browser_act(dash, headers, status):
+    dash.enter()
+    assert dash.ask("/dash/wizard", "POST", "{}", headers)[0] == status
+
+
+def test_the_dashboard_runs_a_workflow_from_its_text_to_its_output(dash, server, tmp_path):
+    dash.enter()
+    bad = dash.json("/dash/validate", {"spec": "name: x\njobs:\n  - name: a\n    comand: c\n"})
+    assert bad["problems"][0]["line"] == 4 and "comand" in bad["problems"][0]["message"]
+    assert "command" in bad["problems"][0]["hint"]
+    spec = dash.json("/dash/wizard", {"name": "mine", "command": "echo {i}; echo no >&2; exit {i}",
+                                      "values": "0:1", "after": "", "memory": "50m"})["spec"]
+    assert dash.json("/dash/validate", {"spec": spec})["summary"].startswith("Valid: 2 jobs")
+    made = dash.json("/dash/create", {"spec": spec})["id"]
+    do = lambda verb, dry=True, **more: dash.json(  # noqa: E731
+        f"/dash/do/{verb}" + ("?dry_run=true" if dry else ""), {"workflow_id": made, **more})
+    assert do("initialize") == {} and "2 jobs ready" in do("initialize", False)["message"]
+    started = do("run", False)
+    client = server.client()
+    until(lambda: client.get(f"/workflows/{made}/is_complete")["is_complete"])
+    until(lambda: "ended with failures" in dash.json(f"/dash/log?log={started['log']}")["text"])
+    [job] = client.items("/jobs", workflow_id=made, status="failed")
+    assert dash.json(f"/dash/log?job={job['id']}&stream=stderr&offset=0") == {
+        "text": "no\n", "from": 0, "size": 3}
+    plan = do("rerun")
+    assert plan["verb"] == "Rerun 1 job" and "mine_1" in plan["lines"][0]
+    assert statuses(client, made)["mine_1"] == "failed"
+    do("rerun", False)
+    assert statuses(client, made)["mine_1"] == "ready"
+    assert "get SIGTERM" in do("cancel")["lines"][0] and "Canceled" in do("cancel", False)["message"]
+    assert do("delete")["typed"] == "mine" and do("delete", False)["gone"] == [made]
+    assert dash.ask("/dash/do/nothing", "POST", "{}")[0] == 404
+    client.close()
+
+
+def test_output_of_jobs_is_shown_without_control_codes():
+    assert torc.readable_text(b"\x1b[31mred\x1b[0m\r\n\x1b]0;title\x07a\x00b\tc\xff") == "red\nab\tc\ufffd"
+
+
+def test_a_log_leads_nowhere_else(dash, server, tmp_path):
+    spec = write_spec(tmp_path, {"a": "echo mine"})
+    assert start_run(tmp_path, spec, "--url", server.url).wait(30) == 0
+    dash.enter()
+    path = tmp_path / "torc_output" / "job_stdio" / "job_wf1_j1_r1_a1.o"
+    assert dash.json("/dash/log?job=1&stream=stdout")["text"] == "mine\n"
+    secret = tmp_path / "secret"
+    secret.write_text("nobody's business")
+    path.unlink()
+    path.symlink_to(secret)
+    status, _, body = dash.ask("/dash/log?job=1&stream=stdout")
+    assert status == 403 and b"leads out of the output directory" in body
+
+
+def test_a_busy_port_is_passed_over_and_said(tmp_path, server):
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        dash = Dash(tmp_path, "--port", port, "--url", server.url)
+        assert f"port {port} is in use" in dash.log.read_text()
+        dash.enter()
+        assert dash.stop() == 0
+
+
+def test_a_server_that_goes_away_is_told_as_such(dash, server):
+    dash.enter()
+    server.stop()
+    status, _, body = dash.ask("/torc-service/v1/workflows")
+    assert status == 502 and b"no server answers at" in body
+
+
+def test_a_standalone_dashboard_keeps_a_password_and_leaves_nothing_running(tmp_path, cli):
+    dash = Dash(tmp_path, "--standalone", "--port", 0, "--server-host", "127.0.0.1")
+    said = dash.log.read_text()
+    home = Path.home()
+    assert str(home / ".local/share/torc/torc.db") in said
+    password = home / ".torc" / "dash" / "password"
+    assert password.stat().st_mode & 0o077 == 0 and password.read_text().strip() not in said
+    dash.enter()
+    [note] = (home / ".torc" / "servers").iterdir()
+    told = json.loads(note.read_text())
+    assert dash.json("/torc-service/v1/server_info")["auth_required"]
+    assert cli("ping", "--url", told["urls"][0])[0] == 0       # the password is found by itself
+    assert dash.stop() == 0
+    until(lambda: torc.process_start(told["pid"]) is None)
+    again = Dash(tmp_path, "--standalone", "--port", 0, "--server-host", "127.0.0.1")
+    [note] = (home / ".torc" / "servers").iterdir()
+    pid = json.loads(note.read_text())["pid"]
+    again.process.kill()                  # even then
+    again.process.wait()
+    until(lambda: torc.process_start(pid) is None)
+
+
+def test_a_local_database_is_shown_without_a_server(tmp_path, run):
+    ran = run({"a": "true"})
+    dash = Dash(tmp_path, "--port", 0, "--database", ran.client.path)
+    dash.enter()
+    assert dash.json("/torc-service/v1/workflows/1/counts")["completed"] == 1
+    assert dash.stop() == 0
+
+
+def socket_request(path, text):
+    """The answer to a raw request over a UNIX socket."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(str(path))
+        sock.sendall(text.encode())
+        data = b""
+        while part := sock.recv(65536):
+            data += part
+        return data.decode()
+
+
+def test_a_socket_is_for_its_user_alone_from_the_first_instant(tmp_path, server):
+    path = tmp_path / "dash.sock"
+    dash = Dash(tmp_path, "--socket", path, "--url", server.url)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert re.search(rf"ssh -L 8090:{path} tester@\S+, then open http://localhost:8090/",
+                     dash.log.read_text())
+    answer = socket_request(path, "GET / HTTP/1.1\r\nHost: localhost:8090\r\nConnection: close\r\n\r\n")
+    assert answer.startswith("HTTP/1.1 200") and answer.endswith(torc.DASH_HTML)
+    with pytest.raises(torc.Unreachable, match="a dashboard listens on .* already"):
+        torc.private_socket(str(path))
+    assert dash.stop() == 0 and not path.exists()
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(path))
+    dead.close()                          # what a killed dashboard leaves
+    torc.private_socket(str(path)).close()
+    path.unlink()
+    path.write_text("a file")
+    with pytest.raises(torc.Unreachable, match="is no socket of yours"):
+        torc.private_socket(str(path))
+    assert path.read_text() == "a file"
+
+
+def test_the_pages_name_no_other_place_and_write_text_only():
+    text = torc.DASH_HTML + torc.DASH_CSS + torc.DASH_JS
+    urls = set(re.findall(r"https?://[\w.]+", text))
+    assert urls <= {"http://www.w3.org"}, urls
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "<style",
+                 " style=\"", "onclick=\""):
+        assert word not in text, word
+    if shutil.which("node"):
+        done = subprocess.run(["node", "--check", "-"], input=torc.DASH_JS, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+# ---- in Chromium
+
+CHROMIUM = "/usr/bin/chromium"
+CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                    "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not os.path.exists(CHROMIUM):
+        pytest.skip(f"there is no {CHROMIUM}")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page of the dashboard; what should not happen is gathered in .trouble."""
+
+    def __init__(self, chromium, dash, width=1280, height=800, scheme="light"):
+        self.context = chromium.new_context(viewport={"width": width, "height": height},
+                                            color_scheme=scheme)
+        self.page = self.context.new_page()
+        self.trouble = []
+        base = dash.link().partition("/?")[0]
+        self.page.on("console", lambda message: message.type == "error"
+                     and self.trouble.append(message.text))
+        self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
+        self.page.on("request", lambda request: request.url.startswith((base, "data:"))
+                     or self.trouble.append(request.url))
+        self.page.goto(dash.link())
+
+    def go(self, path):
+        """Another page by its address; waits until it has content."""
+        self.page.evaluate("path => { location.hash = path; }", path)
+        self.page.wait_for_function(
+            "path => location.hash === '#' + path && !document.querySelector('#main').textContent"
+            ".includes('Loading') && document.querySelector('#main').textContent.length > 10", arg=path)
+
+    def see(self, text):
+        """Wait for a text."""
+        self.page.get_by_text(text).first.wait_for(timeout=20_000)
+
+    def click(self, name, exact=True):
+        """Press a button by its name."""
+        self.page.get_by_role("button", name=name, exact=exact).first.click()
+
+
+BROWSER_SPEC = """\
+name: seen
+resource_requirements:
+  - {name: r, num_cpus: 1, memory: 100m, runtime: PT1M}
+jobs:
+  - {name: prep, command: "echo preparing; sleep 1", resource_requirements: r}
+  - {name: a_1, command: "echo one; sleep 1", depends_on: [prep], resource_requirements: r}
+  - {name: a_2, command: "echo no such mesh >&2; exit 3", depends_on: [prep], resource_requirements: r}
+  - {name: merge, command: "true", depends_on: [a_1, a_2]}
+"""
+DASH_PLACES = ("/", "/network", "/w/1", "/w/1/jobs", "/w/1/graph", "/w/1/timeline", "/w/1/resources",
+               "/w/1/failures", "/w/1/nodes", "/w/1/events", "/w/1/data", "/w/1/jobs/3")
+
+
+@pytest.mark.browser
+def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, server, tmp_path):
+    visit = Visit(chromium, dash)
+    page = visit.page
+    visit.see("No workflows yet")
+    visit.click("New workflow")
+    page.get_by_role("button", name="Upload").click()
+    spec = tmp_path / "seen.yaml"
+    spec.write_text(BROWSER_SPEC.replace("depends_on: [a_1, a_2]", "depends_on: [a_9]"))
+    page.get_by_label("Specification file").set_input_files(str(spec))
+    visit.see("1 problem")
+    assert page.get_by_role("button", name="Create", exact=True).is_disabled()
+    page.get_by_label("Specification", exact=True).fill(BROWSER_SPEC)
+    visit.see("Valid: 4 jobs")
+    visit.click("Create")
+    visit.see("not initialized")
+    visit.click("Initialize")
+    visit.see("1 job ready")
+    visit.click("Run here…")
+    visit.see("Closing this window does not stop the runner.")
+    visit.see("ended with failures")
+    page.get_by_role("button", name="Close").last.click()
+    visit.see("4 of 4 jobs done")         # live, without a reload
+    visit.go("/w/1/graph")
+    page.get_by_text("a_2").first.click()
+    page.wait_for_function("() => location.hash.includes('/jobs/3')")
+    visit.see("no such mesh")
+    visit.click("Rerun job…")
+    visit.see("These run again: a_2")
+    visit.click("Keep as it is")
+    visit.go("/w/1")
+    visit.click("Rerun failed…")
+    visit.see("The others keep their results.")
+    visit.click("Rerun 2 jobs")
+    client = server.client()
+    until(lambda: statuses(client, 1)["a_2"] == "ready")
+    page.locator("details.menu summary").first.click()
+    page.get_by_role("button", name="Delete…").last.click()
+    page.get_by_label("Type seen").fill("seen")
+    visit.click("Delete 1 workflow")
+    until(lambda: not list(client.items("/workflows")))
+    client.close()
+    assert visit.trouble == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width, height, scheme", [(1280, 800, "light"), (1280, 800, "dark"),
+                                                   (390, 844, "light")])
+def test_every_page_is_drawn_without_an_error(chromium, dash, server, tmp_path, width, height, scheme):
+    path = tmp_path / "seen.yaml"
+    path.write_text(BROWSER_SPEC)
+    assert start_run(tmp_path, path, "--url", server.url).wait(60) == 1
+    visit = Visit(chromium, dash, width, height, scheme)
+    axe = axe_source(tmp_path)
+    for place in DASH_PLACES:
+        visit.go(place)
+        visit.page.screenshot(path=str(tmp_path / f"{scheme}_{width}{place.replace('/', '_')}.png"))
+        assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), place
+        if axe:
+            visit.page.evaluate(axe)      # a string: the pages' policy forbids inline scripts
+            found = visit.page.evaluate("axe.run().then(found => found.violations.filter(one => "
+                                        "/serious|critical/.test(one.impact)).map(one => one.id))")
+            assert found == [], place
+    assert visit.trouble == []
+
+
+AXE = {}
+
+
+def axe_source(directory):
+    """The text of axe-core, or "" where npm does not bring it."""
+    if "text" not in AXE:
+        AXE["text"] = ""
+        if shutil.which("npm"):
+            done = subprocess.run(["npm", "pack", "--silent", "axe-core@4"], cwd=directory, text=True,
+                                  capture_output=True, timeout=120)
+            if done.returncode == 0:
+                import tarfile
+                with tarfile.open(directory / done.stdout.split()[-1]) as archive:
+                    AXE["text"] = archive.extractfile("package/axe.min.js").read().decode()
+    return AXE["text"]
+
+
+@pytest.mark.browser
+def test_the_pages_fill_again_after_the_server_was_away(chromium, tmp_path):
+    server = Server(tmp_path / "away.db")
+    client = server.client()
+    make(client, {"a": []})
+    client.close()
+    dash = Dash(tmp_path, "--port", 0, "--url", server.url)
+    try:
+        visit = Visit(chromium, dash)
+        visit.go("/w/1")
+        visit.see("0 of 1 job done")
+        server.stop()
+        visit.page.locator("#banner").get_by_text("does not answer").wait_for(timeout=30_000)
+        server = Server(tmp_path / "away.db", server.port)
+        visit.page.wait_for_function("() => !document.querySelector('#banner').textContent",
+                                     timeout=40_000)
+        visit.see("0 of 1 job done")
+    finally:
+        dash.stop()
+        server.stop()
 
 
 # ==================================================================================================
@@ -6415,9 +7389,9 @@ def test_a_worker_that_was_killed_is_found_out_and_its_jobs_run_again(cluster):
         "results"] if result["job_id"] == 1] == [-128, 0]
 
 
-def scontrol(*words, check=True):
-    """scontrol as root, on the login host."""
-    subprocess.run([CLUSTER / "on", "kl1", "scontrol", *words], check=check, capture_output=True)
+def as_root(*words, check=True):
+    """A command of root on the login host."""
+    subprocess.run([CLUSTER / "on", "kl1", *words], check=check, capture_output=True)
 
 
 @pytest.mark.slurm
@@ -6429,10 +7403,10 @@ def test_a_node_that_goes_down_costs_an_attempt_and_no_job(cluster):
     [node] = site.json("compute-nodes", "list", 1)["compute_nodes"]
     host = node["hostname"]
     try:
-        scontrol("update", f"nodename={host}", "state=down", "reason=test")
+        as_root("scontrol", "update", f"nodename={host}", "state=down", "reason=test")
         done = site.torc("watch", 1, "--auto-schedule", "-o", site.output, timeout=150)
     finally:
-        scontrol("update", f"nodename={host}", "state=resume", check=False)    # or it is back
+        as_root("scontrol", "update", f"nodename={host}", "state=resume", check=False)    # or it is back
     assert site.statuses() == {"a": "completed", "b": "completed"}, done.stderr
     codes = {result["attempt_id"]: result["return_code"] for result in site.json(
         "results", "list", 1, "--all-runs")["results"] if result["job_id"] == 1}
@@ -6616,6 +7590,111 @@ def test_curl_on_a_compute_node_reaches_a_server_on_a_routable_name(cluster):
     assert json.loads(done.stdout)["items"] == [], done.stderr
     done = cluster.run("srun", "--time=1", "curl", "-sS", f"http://kl1:{port}/torc-service/v1/workflows")
     assert done.returncode and "Could not resolve host" in done.stderr
+
+
+@pytest.mark.slurm
+def test_a_dashboard_on_a_socket_is_reached_by_ssh_and_by_nobody_else(cluster):
+    home = cluster.directory / "hpcuser"
+    path, log = home / "dash.sock", home / "dash.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            cluster.words("kl1", "hpcuser", [cluster.python, cluster.directory / "torc.py", "dash",
+                                             "--standalone", "--socket", path]),
+            cwd=home, stdout=file, stderr=file)
+    cluster.started.append(process)
+    until(lambda: "the dashboard of" in log.read_text(), 30)
+    port = free_port()
+    tunnel = subprocess.Popen(cluster.words("kl1", "hpcuser", [
+        "ssh", "-F", "/home/hpcuser/.ssh/config", "-i", "/home/hpcuser/.ssh/id_ed25519", "-N", "-L",
+        f"{port}:{path}", "hpcuser@c1"]), stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://localhost:{port}"
+        until(lambda: torc.DASH_HTML in cluster.run("curl", "-s", url + "/").stdout, 30)
+        info = json.loads(cluster.run("curl", "-s", url + "/torc-service/v1/server_info").stdout)
+        assert info["auth_required"] and [one for one in info["urls"] if "kl1.hsn.test" in one]
+        home.chmod(0o755)                 # not the directory keeps the other user out
+        done = cluster.run("curl", "-sS", "--unix-socket", path, "http://localhost/", user="other")
+        assert done.returncode and "<html" not in done.stdout
+        password = (home / ".torc" / "dash" / "password").read_text().strip()
+        done = cluster.run("bash", "-c", f"cat {home}/.torc/dash/* ; cat /proc/[0-9]*/cmdline "
+                           "/proc/[0-9]*/environ 2>/dev/null | tr '\\0' ' '", user="other")
+        assert "torc.py dash" in done.stdout and password not in done.stdout
+        server = next(one for one in info["urls"] if "kl1.hsn.test" in one)
+        done = cluster.torc("workflows", "list", "--url", server, user="other")
+        assert done.returncode == 1 and "wants a user name and password" in done.stderr
+        assert cluster.torc("workflows", "list", "--url", server).returncode == 0    # by the note
+        spec = allocation_spec(cluster, "dashed", {"a": "true"})
+        done = cluster.torc("submit", spec, "--url", server, "-o", home / "out_dashed")
+        assert done.returncode == 0, done.stderr
+        assert cluster.torc("wait", 1, "--url", server).returncode == 0
+    finally:
+        home.chmod(0o700)
+        tunnel.terminate(), tunnel.wait()
+    cluster.stop()
+    until(lambda: not path.exists())
+
+
+@pytest.mark.slurm
+@pytest.mark.browser
+def test_a_browser_submits_to_slurm(cluster, chromium):
+    """The dashboard on the login host, the browser here: by a socket, which both see."""
+    home = cluster.directory / "hpcuser"
+    path, log = home / "sub.sock", home / "sub.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            cluster.words("kl1", "hpcuser", [cluster.python, cluster.directory / "torc.py", "dash",
+                                             "--standalone", "--database", home / "sub.db",
+                                             "--socket", path, "-o", home / "out_sub"]),
+            cwd=home, stdout=file, stderr=file)
+    cluster.started.append(process)
+    until(lambda: "the dashboard of" in log.read_text(), 30)
+    relay = SocketRelay(path)
+    try:
+        context = chromium.new_context()
+        page = context.new_page()
+        page.goto(f"http://localhost:{relay.port}/")
+        page.get_by_role("button", name="New workflow").first.click()
+        spec = json.loads(allocation_spec(cluster, "sub", {"a": "hostname", "b": "true"}).read_text())
+        page.get_by_label("Specification", exact=True).fill(json.dumps(spec, indent=1))
+        page.get_by_text("Valid: 2 jobs").wait_for()
+        page.get_by_role("button", name="Create", exact=True).click()
+        page.get_by_role("button", name="Initialize").first.click()
+        page.get_by_text("2 jobs ready").first.wait_for()
+        page.get_by_role("button", name="Submit to Slurm…").first.click()
+        page.get_by_text("Workers reach the server at http://kl1.hsn.test:").wait_for()
+        page.get_by_role("button", name="Submit", exact=True).click()
+        page.get_by_text("2 of 2 jobs done").wait_for(timeout=60_000)
+        context.close()
+    finally:
+        relay.close()
+
+
+class SocketRelay:
+    """A TCP port of this host that leads to a UNIX socket, as ssh -L makes one."""
+
+    def __init__(self, path):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.path = self.listener.getsockname()[1], str(path)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(self.path)
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self.copy, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def copy(one, other):
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        self.listener.close()
 
 
 @pytest.mark.slurm
@@ -6898,7 +7977,7 @@ def block_script(block):
         command, _, code = line.partition("    # exits ")
         if command.endswith("&"):
             lines += [f"{command[:-1]} > server{number} &",
-                      f"until grep -q TORC_SERVER_PORT server{number}; do sleep 0.05; kill -0 $! || "
+                      f"until grep -q TORC_ server{number}; do sleep 0.05; kill -0 $! || "
                       "exit 90; done"]
         else:
             lines += [command, f"code=$?; [ $code = {code or 0} ] || {{ echo \"$code from: "
@@ -6912,7 +7991,7 @@ def test_the_readmes_commands_for_clusters_do_what_they_say(cluster, number):
     home = cluster.directory / "hpcuser" / f"readme{number}"
     tools = home / "tools"
     tools.mkdir(parents=True)
-    for name, words in (("torc", ""), ("torc-server", " server")):
+    for name, words in (("torc", ""), ("torc-server", " server"), ("torc-dash", " dash")):
         (tools / name).write_text(f'#!/bin/sh\nexec {cluster.python} {cluster.directory}/torc.py{words} '
                                   '"$@"\n')
         (tools / name).chmod(0o755)
@@ -6994,7 +8073,9 @@ def test_every_command_is_in_the_readme():
 def test_the_readme_names_all_our_operations():
     missing = [path for _, path, _, _ in torc.ROUTES
                if path.rpartition("/")[2] in ("server_info", "workflow_specs", "runner_step", "changes",
-                                              "counts", "unfinished", "stop", "rerun", "why", "release")
+                                              "counts", "unfinished", "stop", "rerun", "why", "release",
+                                              "summary", "graph", "timeline", "usage", "failures",
+                                              "stream")
                and f"/{path.rpartition('/')[2]}" not in README]
     assert missing == []
 
@@ -7161,6 +8242,92 @@ def test_bench_100004_jobs(server, tmp_path):
     show("  peak memory, client / server", f"{client_mb} / {server_mb:.0f} MB", "goal 500 / 300 MB")
     show("initialize them", f"{initialized:.2f} s", "goal 3 s")
     assert created < 10 and initialized < 3 and client_mb < 500 and server_mb < 300
+
+
+VIEWS = [                                 # what a page asks of a workflow, and how often as dear
+    ("first page", "/jobs", {"limit": 50, "include_results": True}),
+    ("last page", "/jobs", {"limit": 50, "offset": "LAST", "include_results": True}),
+    ("filter by status", "/jobs", {"limit": 50, "status": "failed,running", "include_results": True}),
+    ("filter by family", "/jobs", {"limit": 50, "family": "score", "include_results": True}),
+    ("search", "/jobs", {"limit": 50, "search": "score_00", "include_results": True}),
+    ("search, nothing found", "/jobs", {"limit": 50, "search": "zzz", "include_results": True}),
+    ("longest first", "/jobs", {"limit": 50, "sort_by": "ran", "reverse_sort": True,
+                                "include_results": True}),
+    ("summary", "/workflows/W/summary", {}), ("graph", "/workflows/W/graph", {}),
+    ("timeline", "/workflows/W/timeline", {"bins": 300}),
+    ("usage", "/workflows/W/usage", {"bins": 240}), ("failures", "/workflows/W/failures", {}),
+    ("list of workflows", "/workflows", {"include_counts": True}),
+]
+
+
+def half_done(database, size):
+    """A workflow of about `size` jobs with a past: half of its two large families have ended."""
+    store = torc.Store(str(database))
+    api, width = torc.LocalClient(str(database), "tester", store), (size - 100) // 2
+    graph = {"prepare": [], **{f"sim_{number:05d}": ["prepare"] for number in range(width)}}
+    names = list(graph)
+    jobs = [{"name": name, "command": f"python {name}.py --out {name}.h5",
+             "depends_on": [0] if number else []} for number, name in enumerate(names)]
+    jobs += [{"name": f"score_{number:05d}", "command": f"python score.py {number}",
+              "depends_on": [1 + number]} for number in range(width)]
+    jobs += [{"name": f"reduce_{number:02d}", "command": "python reduce.py",
+              "depends_on": list(range(1 + width + number, 1 + 2 * width, 96))}
+             for number in range(96)]
+    workflow_id = bench_workflow(api, jobs)
+    now, ids = time.time(), [row[0] for row in store.query(
+        "SELECT id FROM job WHERE workflow_id = ? ORDER BY id", (workflow_id,))]
+    nodes = [make_node(api, workflow_id, hostname=f"c{number}", num_cpus=16,
+                       start_time=torc.iso_time(now - 9000)) for number in range(6)]
+    ended = [ids[0]] + [job_id for number in range(width // 2)
+                        for job_id in (ids[1 + number], ids[1 + width + number])]
+    rows = [(workflow_id, job_id, 1, 1, nodes[place % 6], place % 300 == 299,
+             1 + place % 7 / 3, torc.iso_time(now - 9000 + 9000 * place / len(ended)),
+             torc.FAILED if place % 300 == 299 else torc.COMPLETED, 10**8 + place,
+             "Traceback\nValueError: no" if place % 300 == 299 else None)
+            for place, job_id in enumerate(ended)]
+    with store.transaction():
+        store.insert_many("INSERT INTO result (workflow_id, job_id, run_id, attempt_id,"
+                          " compute_node_id, return_code, exec_time_minutes, completion_time,"
+                          " status, peak_memory_bytes, stderr_tail)", 11, rows)
+        store.execute("INSERT INTO latest_result SELECT job_id, id FROM result WHERE workflow_id"
+                      " = ?", (workflow_id,))
+        store.execute("UPDATE job SET status = (SELECT status FROM result WHERE job_id = job.id)"
+                      f" WHERE id IN {torc.IDS}", (torc.compact(ended),))
+        torc.recount(store, workflow_id)
+        torc.settle_blocked(store, workflow_id)
+    store.close()
+    return workflow_id
+
+
+@pytest.mark.bench
+def test_bench_views_of_100000_jobs(tmp_path):
+    ids = {size: half_done(tmp_path / "views.db", size) for size in (1000, 100_000)}
+    with Server(tmp_path / "views.db").closing() as server:
+        client = server.client()
+
+        def seconds(path, query):
+            times = []
+            for _ in range(5):
+                started = time.perf_counter()
+                client.get(path, **query)
+                times.append(time.perf_counter() - started)
+            return times[0], min(times)
+
+        ping, slow = seconds("/ping", {})[1], []
+        for what, path, query in VIEWS:
+            figures = {}
+            for size, workflow_id in ids.items():
+                asked = {name: size - 150 if value == "LAST" else value
+                         for name, value in query.items()}
+                if path == "/jobs":
+                    asked["workflow_id"] = workflow_id
+                figures[size] = seconds(path.replace("W", str(workflow_id)), asked)
+            first, best = figures[100_000]
+            show(f"100,000 jobs: {what}", f"{1000 * best:.0f} ms (first {1000 * first:.0f})",
+                 f"1,000 jobs: {1000 * figures[1000][1]:.1f} ms", best / figures[1000][1])
+            slow += [what] if best > 200 * ping else []
+        show("  ping", f"{1000 * ping:.2f} ms", "")
+        assert slow == []
 
 
 @pytest.mark.bench

@@ -3504,7 +3504,7 @@ def code_meaning(code):
 FEW_JOBS = 400                            # up to here a graph shows each job, else families
 MOST_FAMILIES = 60
 KEPT_AT_MOST = 8
-MS = "((julianday({0}) - 2440587.5) * 86400000)"     # a time as text, in ms since the epoch
+MS = "round((julianday({0}) - 2440587.5) * 86400000)"           # a text's time, ms since the epoch
 DONE_SET = (*COMPLETE_SET, DISABLED)
 
 
@@ -3571,7 +3571,8 @@ def shape_of(store, workflow_id):
     known = store.kept.get(("shape", workflow_id))
     if known and known.number == number:
         return known
-    ids, names = json_columns(store, ("id", "name"), "FROM job WHERE workflow_id = ?", (workflow_id,))
+    ids, names = json_columns(store, ("id", "name"), "FROM job WHERE workflow_id = ?",
+                              (workflow_id,))
     found = family_names(names)
     index = {name: place for place, name in enumerate(dict.fromkeys(found))}
     family_of = dict(zip(ids, map(index.__getitem__, found)))
@@ -3612,12 +3613,66 @@ def family_counts(store, workflow_id, shape):
     return answer
 
 
+class Integral:
+    """The sum of weighted stretches of time, of which any part can be had without going through
+    them: starts, ends (ms) and weights as lists."""
+
+    def __init__(self, starts, ends, weights):
+        self.base = min(starts, default=0)           # keeps the sums small, so exact enough
+        self.sides = []
+        for times in (starts, ends):
+            pairs = sorted(zip(times, weights))
+            base = self.base
+            self.sides.append((
+                [pair[0] for pair in pairs],
+                [0, *itertools.accumulate([float(pair[1]) for pair in pairs])],
+                [0, *itertools.accumulate([(time_ms - base) * float(weight)
+                                           for time_ms, weight in pairs])]))
+
+    def until(self, moment):
+        """Weight times milliseconds up to a moment."""
+        from bisect import bisect_left
+        total, sign = 0.0, 1
+        for times, weights, products in self.sides:
+            place = bisect_left(times, moment)
+            total += sign * (weights[place] * (moment - self.base) - products[place])
+            sign = -1
+        return total
+
+    def means(self, begin, end, bins):
+        """The mean weight in each of so many bins."""
+        width = (end - begin) / bins
+        sums = [self.until(begin + number * width) for number in range(bins + 1)]
+        return [max(0.0, after - before) / width for before, after in zip(sums, sums[1:])]
+
+
+class Lane:
+    """What ended on one runner. bars: [(start, end, job id, status, requirement id), ...] by start,
+    times in ms; needs: {requirement id: CPUs}."""
+
+    def __init__(self, bars, needs):
+        self.bars = bars
+        self.starts, ends = [bar[0] for bar in bars], [bar[1] for bar in bars]
+        self.ends = sorted(ends)
+        self.busy = Integral(self.starts, ends, [needs.get(bar[4], 1) for bar in bars])
+        self.failed = [bar[1] for bar in bars if bar[3] != COMPLETED and bar[3] != CANCELED]
+        latest = itertools.accumulate(ends, max)
+        gaps = [(end, start) for end, start in zip(latest, self.starts[1:]) if start > end]
+        self.gaps = [gap for gap in gaps if gap[1] - gap[0] >= 1000]
+        self.idle = Integral([gap[0] for gap in gaps], [gap[1] for gap in gaps], [1] * len(gaps))
+
+    def number(self, begin, end):
+        """How many of its jobs fall into a stretch."""
+        from bisect import bisect_left, bisect_right
+        return bisect_left(self.starts, end) - bisect_right(self.ends, begin)
+
+
 class Attempts:
     """Every attempt of a workflow that has ended, as columns in the order of the results' ids."""
 
     COLUMNS = ("r.id", "r.job_id", "r.compute_node_id", "j.resource_requirements_id", "r.status",
                "r.run_id", f"CAST({MS.format('r.completion_time')} AS INT)",
-               "CAST(r.exec_time_minutes * 60000 AS INT)",
+               "CAST(round(r.exec_time_minutes * 60000) AS INT)",
                "CAST(coalesce(r.avg_cpu_percent, -1) AS INT)",
                "coalesce(r.avg_memory_bytes, r.peak_memory_bytes, -1)")
 
@@ -3628,6 +3683,8 @@ class Attempts:
         self.columns = [array("q") for _ in self.COLUMNS]
         self.began = {}                   # run id: ms of its first start
         self.summed = [None, 0, {}]       # of which shape, of how many, by family
+        self.laid = 0, {}, {}, None       # see lanes
+        self.loaded = 0, None, None       # see loads
 
     @property
     def last_id(self):
@@ -3654,6 +3711,44 @@ class Attempts:
             entry[0] += 1
             entry[1] += ran
         return sums
+
+    def lanes(self, needs):
+        """{node id: Lane}; only lanes of new attempts are laid anew. needs: see timeline."""
+        known, lanes, bars, old = self.laid
+        if old != needs:
+            known, lanes, bars = 0, {}, {}
+        touched = set()
+        for job_id, node, need, status, end, ran in zip(
+                *(self.columns[place][known:] for place in (1, 2, 3, 4, 6, 7))):
+            bars.setdefault(node, []).append((end - ran, end, job_id, status, need))
+            touched.add(node)
+        for node in touched:
+            bars[node].sort()             # nearly in order already
+            lanes[node] = Lane(bars[node], needs)
+        self.laid = len(self.columns[-1]), lanes, bars, needs
+        return lanes
+
+    def loads(self, needs):
+        """[Integral, ...] of CPUs asked for, memory, CPUs used, memory used; and {requirement id:
+        (mean CPUs, mean memory) that its jobs used}. needs: see usage."""
+        number, known, loads = self.loaded
+        if (number, known) != (len(self.columns[-1]), needs):
+            _, _, _, need, _, _, ends, rans, percents, sizes = self.columns
+            starts = [end - ran for end, ran in zip(ends, rans)]
+            asked = [needs.get(one, (0, 0)) for one in need]
+            used = [max(0, percent) / 100 for percent in percents]
+            kept = [max(0, size) for size in sizes]
+            weights = ([one[0] for one in asked], [one[1] for one in asked], used, kept)
+            sums = {}
+            for one, ran, cpu, size in zip(need, rans, used, kept):
+                total = sums.setdefault(one, [1, 0, 0])
+                total[0] += ran
+                total[1] += cpu * ran
+                total[2] += size * ran
+            loads = ([Integral(starts, ends, weight) for weight in weights],
+                     {one: (cpu / ran, size / ran) for one, (ran, cpu, size) in sums.items()})
+            self.loaded = len(self.columns[-1]), needs, loads
+        return loads
 
     def ends_since(self, moment):
         """Ends (ms) of attempts not before `moment`, the newest first."""
@@ -3861,7 +3956,7 @@ def pace(store, workflow_id, run_id, done, now):
     ends, now_ms = known.ends_since(now * 1000 - 3_600_000), now * 1000
     history = [0] * 60
     for end in ends:
-        history[59 - max(0, min(59, int((now_ms - end) // 60_000)))] += 1
+        history[max(0, min(59, 59 - int((now_ms - end) // 60_000)))] += 1
     running = store.one(f"SELECT min(started_ms) FROM job WHERE workflow_id = ? AND status ="
                         f" {RUNNING}", (workflow_id,))[0]
     starts = [moment for moment in (known.began.get(run_id), running) if moment]
@@ -3965,7 +4060,7 @@ def job_views(store, job_ids, now):
         if status == RUNNING:
             start, ran = started, (now * 1000 - started) / 1000 if started else None
         else:
-            start = end - ran * 1000 if end and ran is not None else None
+            start = round(end - ran * 1000) if end and ran is not None else None
         note = ""
         if status in (FAILED, TERMINATED, PENDING_FAILED) and code is not None:
             note = exit_text(status, code, codes[workflow_id])
@@ -3980,7 +4075,7 @@ def job_views(store, job_ids, now):
             "id": job_id, "name": name, "family": family_name(name), "command": command,
             "status": STATUS_NAMES[status], "attempt_id": attempt, "num_cpus": cpus,
             "memory_bytes": memory, "runtime_s": runtime, "requirement": need, "host": host or "",
-            "start_ms": int(start) if start else None,
+            "start_ms": start,
             "ran_s": None if ran is None else round(ran, 3), "peak_memory_bytes": peak,
             "note": note}
     for job_id, name in store.query(
@@ -3997,7 +4092,7 @@ def job_views(store, job_ids, now):
 
 JOB_ORDERS = {                            # what a list of jobs can be sorted by besides its columns
     "start": f"CASE WHEN t.status = {RUNNING} THEN t.started_ms ELSE"
-             f" {MS.format('r.completion_time')} - r.exec_time_minutes * 60000 END",
+             f" {MS.format('r.completion_time')} - round(r.exec_time_minutes * 60000) END",
     "ran": f"CASE WHEN t.status = {RUNNING} THEN (clock.now - t.started_ms) / 60000.0 ELSE"
            " r.exec_time_minutes END",
     "memory": "r.peak_memory_bytes", "host": "n.hostname",
@@ -4257,38 +4352,6 @@ def failure_remedy(jobs, codes):
 # ---- over time
 
 MOST_BARS = 2000                          # jobs that a timeline shows one by one
-SHORTEST_GAP_S = 1.0
-
-
-class Grid:
-    """Equal bins of a stretch of time, in which stretches are summed exactly."""
-
-    def __init__(self, begin, end, bins):
-        self.begin, self.width, self.bins = begin, (end - begin) / bins, bins
-        self.level, self.slope = [0.0] * (bins + 1), [0.0] * (bins + 2)
-
-    def add(self, start, end, weight):
-        """Add `weight` from start to end (ms)."""
-        first, last = (start - self.begin) / self.width, (end - self.begin) / self.width
-        first, last = max(0.0, first), min(float(self.bins), last)
-        if last <= first:
-            return
-        one, other = int(first), min(int(last), self.bins - 1)
-        if one == other:
-            self.level[one] += weight * (last - first)
-            return
-        self.level[one] += weight * (one + 1 - first)
-        self.level[other] += weight * (last - other)
-        self.slope[one + 1] += weight     # the bins between are full
-        self.slope[other] -= weight
-
-    def means(self):
-        """The mean weight in each bin."""
-        running, means = 0.0, []
-        for level, slope in zip(self.level[:self.bins], self.slope):
-            running += slope
-            means.append(level + running)
-        return means
 
 
 def nodes_over_time(store, workflow_id, now):
@@ -4331,89 +4394,102 @@ def timeline(store, workflow_id, begin, end, bins, now):
     begin, end = stretch(store, workflow_id, begin, end, nodes, now)
     needs = dict(store.query("SELECT id, num_cpus * num_nodes FROM resource_requirements WHERE"
                              " workflow_id = ?", (workflow_id,)))
-    known = attempts(store, workflow_id)
-    bars = {node[0]: [] for node in nodes}
-    for job_id, node_id, need, status, stop, ran in zip(
-            *(known.columns[place] for place in (1, 2, 3, 4, 6, 7))):
-        if stop > begin and stop - ran < end and node_id in bars:
-            bars[node_id].append((stop - ran, stop, job_id, status, needs.get(need, 1)))
+    with store.keeping:
+        lanes = attempts(store, workflow_id).lanes(needs)
+    running = {}
     for job_id, node_id, need, start in running_jobs(store, workflow_id):
-        if node_id in bars and start and start < end:
-            bars[node_id].append((start, int(now * 1000), job_id, RUNNING, needs.get(need, 1)))
-    single = sum(map(len, bars.values())) <= MOST_BARS
-    names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}", (compact(sorted(
-        {bar[2] for many in bars.values() for bar in many})),))) if single else {}
-    runners = []
+        if start and start < end:
+            running.setdefault(node_id, []).append((start, int(now * 1000), job_id, RUNNING, need))
+    empty, runners = Lane([], needs), []
+    single = MOST_BARS >= sum(lane.number(begin, end) for lane in lanes.values()) + sum(
+        map(len, running.values()))
     for node in nodes:
-        if node[4] < end and node[5] > begin or bars[node[0]]:
-            runners.append(runner_lane(store, workflow_id, node, sorted(bars[node[0]]), names,
-                                       (begin, end, bins), single, now))
+        lane, bars = lanes.get(node[0], empty), sorted(running.get(node[0], ()))
+        if bars or lane.number(begin, end) or node[4] < end and node[5] > begin:
+            shown = runner_lane(store, workflow_id, node, lane, bars, (begin, end), needs)
+            runners.append({**shown,
+                            **(bars_in_lanes(store, lane, bars, begin, end) if single else
+                               busy_bins(node, lane, bars, (begin, end, bins), needs))})
     return {"from": begin, "to": end, "runners": runners}
 
 
-def runner_lane(store, workflow_id, node, bars, names, view, single, now):
-    """One runner of a timeline. bars: [(start, end, job id, status, cpus), ...] by start."""
-    _, host, cpus, _, up, down, active = node
+def runner_lane(store, workflow_id, node, lane, running, view, needs):
+    """One runner of a timeline. running: bars of the jobs that run there now, by start."""
+    from bisect import bisect_left
+    node_id, host, cpus, _, up, down, active = node
+    first = min([up, *lane.starts[:1], *(bar[0] for bar in running[:1])])
+    last = max([down, *lane.ends[-1:]])
+    start, stop = max(first, view[0]), max(min(last, view[1]), max(first, view[0]))
+    # From the first of the jobs that run now on, it is not idle.
+    until = min([stop, *(bar[0] for bar in running[:1])])
+    edges = [(first, lane.starts[0]), (lane.ends[-1], max(last, lane.ends[-1]))] \
+        if lane.bars else [(first, last)]
+    idle_ms = sum(max(0, min(to, until) - max(since, start)) for since, to in edges)
+    if until > start:
+        idle_ms += lane.idle.until(until) - lane.idle.until(start)
+    least = max(1000, (view[1] - view[0]) / 100)
+    clipped = [(max(since, start), min(to, until)) for since, to in (*lane.gaps, *edges)]
+    gaps = sorted((gap for gap in clipped if gap[1] - gap[0] >= least),
+                  key=lambda gap: gap[0] - gap[1])[:5]
+    shown = []
+    for since, to in gaps:
+        place = bisect_left(lane.starts, to)
+        after = [*(bar for bar in running if bar[0] >= to), *lane.bars[place:place + 1]]
+        cause = gap_cause(store, workflow_id, since, to, min(after, default=None), active)
+        shown.append({"from": int(since), "to": int(to),
+                      "text": f"idle {span((to - since) / 1000)}, {cause}"})
+    if not active and down < view[1] - least:
+        shown.append({"from": int(down), "to": int(view[1]), "text": gone_text(store, node_id)})
+    busy = lane.busy.until(stop) - lane.busy.until(start) + sum(
+        needs.get(bar[4], 1) * max(0, stop - max(bar[0], start)) for bar in running)
+    return {"id": node_id, "name": host, "cpus": cpus, "start": int(start), "end": int(stop),
+            "ran": lane.number(*view) + len(running), "gaps": shown,
+            "idle_s": round(idle_ms / 1000, 1),
+            "busy": max(0, min(100, round(100 * busy / max(1, cpus * (stop - start)))))}
+
+
+def busy_bins(node, lane, running, view, needs):
+    """The bins of a runner in a timeline."""
     begin, end, bins = view
-    start, stop = max(up, begin), min(down, end)
-    if bars:
-        start, stop = min(start, max(bars[0][0], begin)), max(stop, min(bars[-1][1], end))
-    free, at, cpu_ms = [], start, 0
-    for first, last, _, _, weight in bars:
-        cpu_ms += weight * (min(last, stop) - max(first, start))
-        if first - at >= SHORTEST_GAP_S * 1000:
-            free.append((at, first))
-        at = max(at, last)
-    if stop - at >= SHORTEST_GAP_S * 1000:
-        free.append((at, stop))
-    idle_ms = sum(last - first for first, last in free)
-    least = (end - begin) / 100
-    gaps = [gap for gap in sorted(free, key=lambda gap: gap[0] - gap[1]) if gap[1] - gap[0] > least]
-    shown = [{"from": int(first), "to": int(last), "text": f"idle {span((last - first) / 1000)}, "
-              + gap_cause(store, workflow_id, first, last, bars, stop, active)}
-             for first, last in gaps[:5]]
-    if not active and down < end - least:
-        shown.append({"from": int(down), "to": int(end), "text": gone_text(store, node[0])})
-    lane = {"id": node[0], "name": host, "cpus": cpus, "ran": len(bars), "start": int(start),
-            "end": int(stop), "idle_s": round(idle_ms / 1000, 1), "gaps": shown,
-            "busy": min(100, round(100 * cpu_ms / max(1, cpus * (stop - start))))}
-    if single:
-        return {**lane, "jobs": bars_in_lanes(bars, names)}
-    grid, failed = Grid(begin, end, bins), set()
-    for first, last, _, status, weight in bars:
-        grid.add(first, last, weight)
-        if status in (FAILED, TERMINATED, PENDING_FAILED) and begin <= last < end:
-            failed.add(int((last - begin) / grid.width))
-    return {**lane, "bins": [[round(min(1.0, mean / max(1, cpus)), 3), number in failed]
-                             for number, mean in enumerate(grid.means())]}
+    means = lane.busy.means(*view)
+    if running:
+        now = Integral([bar[0] for bar in running], [bar[1] for bar in running],
+                       [needs.get(bar[4], 1) for bar in running])
+        means = [one + other for one, other in zip(means, now.means(*view))]
+    failed = {int((moment - begin) * bins / (end - begin)) for moment in lane.failed
+              if begin <= moment < end}
+    return {"bins": [[round(min(1.0, mean / max(1, node[2])), 3), number in failed]
+                     for number, mean in enumerate(means)]}
 
 
-def bars_in_lanes(bars, names):
-    """Jobs of a runner, each in the first lane that is free when it starts."""
-    lanes, jobs = [], []
-    for first, last, job_id, status, _ in bars:
-        lane = next((number for number, until in enumerate(lanes) if until <= first), len(lanes))
-        lanes[lane:lane + 1] = [last]
+def bars_in_lanes(store, lane, running, begin, end):
+    """The jobs of a runner in a timeline, each in the first row that is free when it starts."""
+    bars = sorted([*(bar for bar in lane.bars if bar[1] > begin and bar[0] < end), *running])
+    names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}",
+                             (compact([bar[2] for bar in bars]),)))
+    rows, jobs = [], []
+    for start, stop, job_id, status, _ in bars:
+        row = next((number for number, until in enumerate(rows) if until <= start), len(rows))
+        rows[row:row + 1] = [stop]
         jobs.append({"id": job_id, "name": names.get(job_id, f"job {job_id}"),
-                     "status": STATUS_NAMES[status], "start": first, "end": last, "lane": lane})
-    return jobs
+                     "status": STATUS_NAMES[status], "start": start, "end": stop, "lane": row})
+    return {"jobs": jobs}
 
 
-def gap_cause(store, workflow_id, first, last, bars, stop, active):
-    """Why a runner idled from first to last (ms)."""
-    after = next((bar for bar in bars if bar[0] >= last), None)
-    if after:                             # what did the job wait for that ended the gap?
+def gap_cause(store, workflow_id, first, last, after, active):
+    """Why a runner idled from first to last (ms). after: the bar that ended this, or None."""
+    if after:                             # what did that job wait for?
         row = store.one(
-            f"SELECT p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id JOIN"
+            "SELECT p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id JOIN"
             " latest_result l ON l.job_id = p.id JOIN result r ON r.id = l.result_id WHERE d.job_id"
             f" = ? AND {MS.format('r.completion_time')} BETWEEN ? AND ? ORDER BY r.completion_time"
-            " DESC LIMIT 1", (after[2], first - 1, last + 5000))
+            " DESC LIMIT 1", (after[2], first + 1, last + 1000))
         return f"waited for {row[0]}" if row else "nothing was ready"
-    if not active or last < stop:
-        return "nothing was ready"
-    ready = store.one(f"SELECT count(*) FROM job WHERE workflow_id = ? AND status = {READY}",
-                      (workflow_id,))[0]
-    return "what is ready does not fit" if ready else "nothing is ready"
+    ready = active and store.one(
+        f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status = {READY})",
+        (workflow_id,))[0]
+    return "what is ready does not fit" if ready else (
+        "nothing is ready" if active else "nothing was ready")
 
 
 def gone_text(store, node_id):
@@ -4433,55 +4509,35 @@ def usage(store, workflow_id, begin, end, bins, now):
     needs = {row[0]: row[1:] for row in store.query(
         "SELECT id, num_cpus * num_nodes, memory_bytes * num_nodes, name, runtime_s FROM"
         " resource_requirements WHERE workflow_id = ?", (workflow_id,))}
-    grids = {(what, kind): Grid(begin, end, bins) for what in ("cpu", "memory")
-             for kind in ("used", "asked", "limit")}
-    totals = {need: [0, 0, 0, 0] for need in needs}  # CPU %·ms, ms with it, bytes·ms, ms with it
-    known = attempts(store, workflow_id)
-
-    def add(need, start, stop, cpu, memory):
-        cpus, size = needs[need][:2]
-        for key, weight in ((("cpu", "asked"), cpus), (("memory", "asked"), size),
-                            (("cpu", "used"), cpu), (("memory", "used"), memory)):
-            if weight:
-                grids[key].add(start, stop, weight)
-
-    for need, stop, ran, percent, memory in zip(*(known.columns[place] for place in (3, 6, 7, 8, 9))):
-        if need not in needs:
-            continue
-        total = totals[need]
-        if percent >= 0:
-            total[0] += percent * ran
-            total[1] += ran
-        if memory >= 0:
-            total[2] += memory * ran
-            total[3] += ran
-        if stop > begin and stop - ran < end:
-            add(need, stop - ran, stop, max(0, percent) / 100, max(0, memory))
-    for _, _, need, start in running_jobs(store, workflow_id):
-        if need in needs and start:
-            total = totals[need]
-            add(need, start, now * 1000, total[0] / total[1] / 100 if total[1] else 0,
-                total[2] / total[3] if total[3] else 0)
-    for _, _, cpus, memory, up, down, _ in nodes:
-        grids["cpu", "limit"].add(up, down, cpus)
-        grids["memory", "limit"].add(up, down, memory)
-    width = (end - begin) / bins
+    with store.keeping:
+        loads, means = attempts(store, workflow_id).loads(needs)
+    running = [(start, *needs[need][:2], *means.get(need, (0, 0)))
+               for _, _, need, start in running_jobs(store, workflow_id) if start and need in needs]
+    starts, stops = [row[0] for row in running], [int(now * 1000)] * len(running)
+    points = [[one + other for one, other in zip(
+        load.means(begin, end, bins),
+        Integral(starts, stops, [row[place] for row in running]).means(begin, end, bins))]
+        for place, load in enumerate(loads, 1)]
+    points += [Integral([node[4] for node in nodes], [node[5] for node in nodes],
+                        [node[place] for node in nodes]).means(begin, end, bins)
+               for place in (2, 3)]
     series = {what: [{"name": name, "kind": kind, "points": [
-        round(value, digits) for value in grids[what, kind].means()]}
-        for name, kind in (("used", "used"), ("asked", "asked"), ("available", "limit"))]
-        for what, digits in (("cpu", 3), ("memory", None))}
+        round(value, digits) for value in points[place + offset]]} for name, kind, place in (
+            ("used", "used", 2), ("asked", "asked", 0), ("available", "limit", 4))]
+        for what, digits, offset in (("cpu", 3, 0), ("memory", None, 1))}
+    width = (end - begin) / bins
     return {"times": [int(begin + width * (number + 0.5)) for number in range(bins)], **series,
-            "requirements": requirement_rows(store, workflow_id, needs, totals)}
+            "requirements": requirement_rows(store, workflow_id, needs, means)}
 
 
-def requirement_rows(store, workflow_id, needs, totals):
+def requirement_rows(store, workflow_id, needs, means):
     """What was asked for and used by each resource requirement, and what to change."""
     codes, rows = exit_codes(store, workflow_id), []
     jobs = dict(store.query("SELECT resource_requirements_id, count(*) FROM job WHERE workflow_id"
                             " = ? GROUP BY 1", (workflow_id,)))
     most = {row[0]: row[1:] for row in store.query(
-        "SELECT j.resource_requirements_id, max(r.peak_memory_bytes), max(r.exec_time_minutes) * 60,"
-        " count(*), total(r.return_code = ? AND r.status <> ?), total(r.return_code = ?)"
+        "SELECT j.resource_requirements_id, max(r.peak_memory_bytes), max(r.exec_time_minutes)"
+        " * 60, count(*), total(r.return_code = ? AND r.status <> ?), total(r.return_code = ?)"
         " FROM result r CROSS JOIN latest_result l ON l.result_id = r.id CROSS JOIN job j ON j.id ="
         " r.job_id WHERE r.workflow_id = ? GROUP BY 1",
         (codes["memory"], COMPLETED, codes["time"], workflow_id))}
@@ -4489,7 +4545,7 @@ def requirement_rows(store, workflow_id, needs, totals):
         if not jobs.get(need):
             continue
         peak, longest, ended, of_memory, of_time = most.get(need, (0, 0, 0, 0, 0))
-        used = totals[need][0] / totals[need][1] / 100 if totals[need][1] else 0
+        used = means.get(need, (0, 0))[0]
         verdict, advice = requirement_advice(cpus, memory, name, runtime_s, peak or 0, longest or 0,
                                              ended, used, int(of_memory), int(of_time))
         rows.append({"name": name, "jobs": jobs[need], "cpus": cpus, "cpu_used": round(used, 3),
@@ -4992,7 +5048,7 @@ class Request(NamedTuple):
 
 
 TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false",
-              "status": "a job status", "statuses": "a list of job statuses",
+              "status": "a job status", "statuses": "a job status, or several with commas",
               "ints": "a list of integers", "any": "a value",
               "echo": "a string",
               "dict": "an object", "list": "a list"}
@@ -10964,7 +11020,7 @@ def specification_text(document, as_json):
 
 WAITING_CLIENTS = 56                      # that may hold a thread while they wait for news
 STREAMING_CLIENTS = 40                    # of those; the rest is for runners, which wait for work
-GONE_CLIENT_S = 5.0                       # how often a silent stream looks whether anybody listens
+GONE_CLIENT_S = 2.0                       # how often a silent stream looks whether anybody listens
 SECURITY_HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"))
 FRONT_PAGE = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title>"
               f"<p>A torc server. Its API is at <code>{API_PREFIX}</code>.</html>")
@@ -16865,6 +16921,144 @@ for _name in ("create", "run", "status", "cancel", "delete"):     # where older 
                                                                            "torc workflows ", 1))
 
 
+# ---- export and import
+
+def json_file(path):
+    """The JSON object in a file. Raises TorcError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+EXPORTED = (                              # key in the document, path, what a new record keeps of it
+    ("files", "/files", "name path st_mtime"),
+    ("user_data", "/user_data", "name data is_ephemeral"),
+    ("resource_requirements", "/resource_requirements",
+     "name num_cpus num_gpus num_nodes memory runtime"),
+    ("slurm_schedulers", "/slurm_schedulers",
+     "name account gres mem nodes ntasks_per_node partition qos tmp walltime extra"),
+    ("local_schedulers", "/local_schedulers", ""),
+    ("failure_handlers", "/workflows/{}/failure_handlers", "name rules"))
+EXPORTED_JOB = ("name command invocation_script cancel_on_blocking_job_failure supports_termination"
+                " priority stdio")
+EXPORT_VERSION = "1.0"
+
+
+def export_workflow(client, workflow_id, results=False, events=False):
+    """A workflow with its records as one document; upstream's form, export_version 1.0."""
+    def records(path, **query):
+        query = query if path.startswith("/workflows/") else {"workflow_id": workflow_id, **query}
+        return list(client.items(path, **query))
+
+    document = {"export_version": EXPORT_VERSION, "exported_at": iso_time(time.time()),
+                "workflow": client.get(f"/workflows/{workflow_id}"),
+                **{key: records(path.format(workflow_id)) for key, path, _ in EXPORTED},
+                "ro_crate_entities": [], "jobs": records("/jobs", include_relationships=True),
+                "workflow_actions": client.get(f"/workflows/{workflow_id}/actions")}
+    if results:
+        document.update(compute_nodes=records("/compute_nodes"),
+                        results=records("/results", all_runs=True))
+    if events:
+        document["events"] = records("/events")
+    return document
+
+
+def picked(record, names):
+    """The named fields of a record that have a value."""
+    return {name: record[name] for name in names.split() if record.get(name) is not None}
+
+
+def import_payload(document, name=None):
+    """The body of POST /workflow_specs that makes an exported workflow anew. Raises Invalid."""
+    if not isinstance(document, dict) or not isinstance(document.get("workflow"), dict):
+        raise Invalid("this is no exported workflow: it has no `workflow` (torc workflows export "
+                      "writes one)")
+    if str(document.get("export_version", "1")).partition(".")[0] != EXPORT_VERSION[0]:
+        raise Invalid(f"export_version {document['export_version']!r} is not known here "
+                      f"({EXPORT_VERSION})")
+    place, payload = {}, {}
+    for key, _, names in EXPORTED:
+        kept = [record for record in document.get(key) or () if names and not (
+            key == "resource_requirements" and record["name"] == "default")]
+        place[key] = {record["id"]: index for index, record in enumerate(kept)}
+        if names:
+            payload[key] = [picked(record, names) for record in kept]
+    jobs = document.get("jobs") or []
+    place["jobs"] = {job["id"]: index for index, job in enumerate(jobs)}
+    links = (("depends_on", "depends_on_job_ids", "jobs"),
+             *((what, key, table) for what, (table, key) in SPEC_RELATIONS.items()))
+    payload["jobs"] = [{
+        **picked(job, EXPORTED_JOB),
+        **{what: place[table][job[key]] for what, key, table in (
+            ("resource_requirements", "resource_requirements_id", "resource_requirements"),
+            ("scheduler", "scheduler_id", "slurm_schedulers"),
+            ("failure_handler", "failure_handler_id", "failure_handlers"))
+           if job.get(key) in place[table]},
+        **{what: [place[table][number] for number in job[key]] for what, key, table in links
+           if job.get(key)}} for job in jobs]
+    workflow = document["workflow"]
+    payload["workflow"] = {field.name: workflow[field.name] for field in KINDS["workflow"].fields
+                           if not field.server and workflow.get(field.name) is not None}
+    payload["workflow"]["name"] = name or workflow["name"]
+    payload["actions"] = [import_action(action, place) for action in
+                          document.get("workflow_actions") or () if not action.get("is_recovery")]
+    return payload
+
+
+def import_action(action, place):
+    """An exported action with indexes in place of ids."""
+    config = dict(action["action_config"])
+    if "scheduler_id" in config:
+        config["scheduler"] = place["slurm_schedulers"][config.pop("scheduler_id")]
+    made = {**picked(action, "trigger_type action_type persistent"), "action_config": config}
+    if action.get("job_ids"):
+        made["jobs"] = [place["jobs"][number] for number in action["job_ids"]]
+    return made
+
+
+@command("workflows export", WORKFLOW, opt("-o", "--output", metavar="FILE",
+                                           help="default: standard output"),
+         opt("--include-results", action="store_true"),
+         opt("--include-events", action="store_true"),
+         example="torc workflows export 3 -o study.json --include-results")
+def do_workflows_export(args, client):
+    """Write a workflow as one JSON document."""
+    document = export_workflow(client, args.workflow_id, args.include_results, args.include_events)
+    if not args.output:
+        print_json(document)
+        return
+    write_private(args.output, json.dumps(document, indent=1))
+    say(args, f"Wrote {args.output} ({format_bytes(os.path.getsize(args.output))}, "
+              f"{plural(len(document['jobs']), 'job')})", path=args.output,
+        workflow_id=args.workflow_id, job_count=len(document["jobs"]))
+
+
+@command("workflows import", opt("file", metavar="FILE", help="- for standard input"),
+         opt("--name", metavar="NAME", help="of the new workflow (default: as it was)"),
+         opt("--skip-results", action="store_true", help="accepted: results are not imported"),
+         opt("--skip-events", action="store_true", help="accepted: events are not imported"),
+         client="make", example="torc workflows import study.json --name again")
+def do_workflows_import(args, client):
+    """Make an exported workflow anew, with new ids and jobs that are not initialized."""
+    if args.file == "-":
+        try:
+            document = json.loads(sys.stdin.read())
+        except ValueError as error:
+            raise Invalid(f"standard input is not JSON: {error}") from None
+    else:
+        document = json_file(args.file)
+    try:
+        payload = import_payload(document, args.name)
+    except (KeyError, TypeError) as error:
+        raise Invalid(f"{args.file}: a record lacks or misnames {error}: was it edited?") from None
+    payload["workflow"]["user"] = client.user
+    made = client.post("/workflow_specs", payload)
+    say(args, f"Created workflow {made['id']} \"{clean(made['name'])}\" "
+              f"({plural(made['jobs'], 'job')})", workflow_id=made["id"], **{"jobs": made["jobs"]})
+
+
 # ---- jobs
 
 JOB_IDS = {"nargs": "+", "action": "append", "type": IDS_TYPE, "metavar": "ID"}
@@ -17609,15 +17803,6 @@ def do_slurm_job_runner(args, client):
         raise
     finally:
         client.close()
-
-
-def json_file(path):
-    """The JSON object in a file. Raises TorcError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def work_in_allocation(args, client, where):
@@ -18880,7 +19065,11 @@ class DashActions:
     def table(self):
         """{path: function}, as Dashboard takes it."""
         return {name: getattr(self, name) for name in (
-            "log", "do", "validate", "create", "open", "wizard", "doctor")}
+            "log", "do", "validate", "create", "open", "wizard", "doctor", "user")}
+
+    def user(self, client, query, body):
+        """In whose name the dashboard asks."""
+        return {"user": client.user}
 
     # -- output
 
@@ -19182,6 +19371,16 @@ class DashActions:
             client.delete(f"/workflows/{number}")
         return {"message": f"Deleted {plural(len(ids), 'workflow')}", "gone": ids}
 
+    def do_export(self, client, workflow_id, dry_run, body):
+        """Write the workflow with its results as JSON into the output directory."""
+        if dry_run:
+            return {}
+        name = re.sub(r"[^\w.-]+", "_", client.get(f"/workflows/{workflow_id}")["name"])
+        path = os.path.join(self.output_dir, f"{name}_{workflow_id}.json")
+        os.makedirs(self.output_dir, mode=0o700, exist_ok=True)
+        write_private(path, json.dumps(export_workflow(client, workflow_id, True, True), indent=1))
+        return {"message": f"Wrote {path}, {format_bytes(os.path.getsize(path))}"}
+
     def do_archive(self, client, workflow_id, dry_run, body):
         """Hide workflows from lists."""
         ids = parse_ids(str(body["ids"])) if body.get("ids") else [workflow_id]
@@ -19387,6 +19586,8 @@ def do_dash(args, client):
             if not is_loopback(args.host):
                 tell(args, "the link and all that is shown travel unencrypted: better leave --host "
                      "out and take an SSH tunnel", "warn")
+        print(f"TORC_DASH_PORT={dashboard.port}" if dashboard.port else
+              f"TORC_DASH_SOCKET={os.path.abspath(args.socket)}", flush=True)
         serve_dashboard(dashboard, sockets)
     finally:
         if args.socket and "sockets" in locals():
@@ -20638,6 +20839,12 @@ function live(topic, draw) {         // an element that is drawn again, in place
   return el;
 }
 
+const newest = page => page.sort_by ? page : {...page, sort_by: "id", reverse_sort: true};
+let user;
+async function me() {                // the name in which the dashboard asks
+  return user ??= (await api("/dash/user")).user;
+}
+
 class Refused extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
@@ -21261,7 +21468,8 @@ function workflowsPage({query}) {
       ["Project", flow => flow.project, "wider", "9rem", "project"],
       ["Created", flow => clock(flow.created_ms, false), "num wider", "9.5rem", "timestamp"],
     ],
-    load: page => api("/workflows", {...page, search: query.get("q"), all_users: query.get("all")}),
+    load: async page => api("/workflows", {...newest(page), search: query.get("q"), include_counts: true,
+      is_archived: false, user: query.has("all") ? "" : await me()}),
     pick: ids => morph(chosen, h("span.tools", ids.size > 0 && [many(ids.size, "workflow"),
       h("button", {"data-verb": "archive", "data-ids": [...ids]}, "Archive"),
       h("button.danger", {"data-verb": "delete", "data-ids": [...ids]}, "Delete…")])),
@@ -21295,8 +21503,8 @@ function overviewPage({id}) {
       lines(s.failures, f => h("b.c-failed", num(f.count)), f => [f.cause, ": ", h("span.mono", f.line)]),
       h("p", go(`#/w/${id}/failures`, "All causes, with what to do")))];
   const about = s => facts([["State", state(s.state)], ["About", flow.description], ["User", flow.user],
-    ["Run", `${flow.run_id}, started ${clock(s.started_ms)}`], ["Project", flow.project],
-    ["Output", h("span.mono", flow.output_dir)], ["Runners", go(`#/w/${id}/nodes`, s.runners_text)]]);
+    ["Run", s.started_ms ? `${s.run_id}, started ${clock(s.started_ms)}` : s.run_id], ["Project", flow.project],
+    ["Output", s.output_dir && h("span.mono", s.output_dir)], ["Runners", go(`#/w/${id}/nodes`, s.runners_text)]]);
   return [live("summary", headline), h("div.split", live("summary", story),
     h("div", section("This run", null, live("summary", about)),
       section("Jobs a minute", "last hour", live("summary", s => columnChart(s.history, "Jobs a minute"))),
@@ -21368,8 +21576,12 @@ const ATTEMPTS = [["Run", r => r.run_id, "num wide", "4.5rem"], ["Try", r => r.a
   ["Ran", r => span(r.ran_s), "num", "7rem"], ["Memory", r => bytes(r.peak_memory_bytes), "num wide", "7.5rem"]];
 function jobPage({id, job: jobId}) {
   const ask = () => Promise.all([api(`/jobs/${jobId}`, {include_results: true}), api(`/jobs/${jobId}/why`),
-    api("/results", {workflow_id: id, job_id: jobId, all_runs: true}), api(`/workflows/${id}/graph`, {around: jobId})]);
-  return asked(ask, ([job, why, {items: results}, near]) => {
+    api("/results", {workflow_id: id, job_id: jobId, all_runs: true, sort_by: "id", reverse_sort: true}),
+    api(`/workflows/${id}/graph`, {around: jobId})]);
+  return asked(ask, ([job, why, {items}, near]) => {
+    const results = items.map(r => ({...r, ended: r.return_code === -128 ? "its runner died" : `exit ${r.return_code}`,
+      host: r.compute_node_id === items[0].compute_node_id ? job.host : `node ${r.compute_node_id}`,
+      ran_s: r.exec_time_minutes * 60}));
     const verb = job.status === "running" ? {"data-verb": "cancel_job", class: "danger"}
       : TONES[job.status] || job.status === "canceled" ? {"data-verb": "rerun", class: "primary"} : null;
     const head = () => h("div.headline", h("h1.grow", job.name, chip(job.status)), verb
@@ -21524,28 +21736,42 @@ const NODES = [
   ["Host", n => n.hostname, "key"],
   ["State", n => chip(n.glyph, n.state), "", "12rem"],
   ["Kind", n => n.kind, "wide", "10.5rem"],
-  ["CPUs busy", n => of(String(n.busy), n.num_cpus), "num", "8rem"],
-  ["Memory", n => of(bytes(n.memory_used), bytes(n.memory)), "num wide", "11.5rem"],
-  ["Jobs run", n => num(n.ran), "num wide", "7.5rem"],
-  ["Up for", n => span(n.up_s), "num wider", "7.5rem"],
-  ["Time left", n => span(n.left_s), "num wide", "7.5rem"],
-  ["Last heard", n => n.heard, "num wider", "8rem"]];
+  ["CPUs", n => n.num_cpus, "num", "6rem"],
+  ["GPUs", n => n.num_gpus || "", "num wide", "6rem"],
+  ["Memory", n => bytes(n.memory), "num wide", "8rem"],
+  ["Since", n => clock(Date.parse(n.start_time), false), "num wide", "9.5rem"],
+  ["Up for", n => span(n.up_s), "num", "7.5rem"]];
 const ALLOCATIONS = [
   ["Slurm job", a => a.scheduler_id, "key", "7rem"],
   ["State", a => chip(a.glyph, a.status), "", "10rem"],
   ["Scheduler", a => a.scheduler, "wide", "9.5rem"],
   ["Nodes", a => a.nodes, "num wide", "5.5rem"],
-  ["Walltime", a => span(a.walltime_s), "num wide", "8rem"],
+  ["Walltime", a => a.walltime, "num wide", "8rem"],
   ["What Slurm says", a => a.reason, "verdict"]];
+function shownNode(node) {            // what the table shows of a record
+  const began = Date.parse(node.start_time), slurm = node.scheduler?.scheduler_id;
+  return {...node, glyph: node.is_active ? "running" : "completed", state: node.is_active ? "active" : "ended",
+    kind: slurm ? `Slurm ${slurm}` : `${node.compute_node_type}, pid ${node.pid}`, memory: node.memory_gb * 2 ** 30,
+    up_s: node.is_active ? (Date.now() - began) / 1000 : node.duration_seconds};
+}
+const PHASES = {pending: "pending", active: "running", complete: "completed", canceled: "canceled"};
+function shownAllocation(record, schedulers) {
+  const one = schedulers.find(s => s.id === record.scheduler_config_id) || {};
+  return {...record, glyph: PHASES[record.status] || "pending", reason: record.note, scheduler: one.name,
+    nodes: one.nodes, walltime: one.walltime};
+}
 function nodesPage({id}) {
-  const both = ["/compute_nodes", "/scheduled_compute_nodes"].map(path => api(path, {workflow_id: id}));
+  const all = ["/compute_nodes", "/scheduled_compute_nodes", "/slurm_schedulers"].map(path =>
+    api(path, {workflow_id: id, limit: 1000, sort_by: "id", reverse_sort: true}));
   const none = note("No runner is up", "Ready jobs wait until there is one:",
     code(`torc run ${id}`), code(`torc submit ${id}`));
-  return asked(() => Promise.all(both), ([{items: nodes}, {items: allocations}]) => [
-    section("Compute nodes", `${nodes.filter(node => node.is_active).length} active`,
+  return asked(() => Promise.all(all).then(lists => lists.map(list => list.items)), ([records, scheduled, schedulers]) => {
+    const nodes = records.map(shownNode), allocations = scheduled.map(one => shownAllocation(one, schedulers));
+    return [section("Compute nodes", `${nodes.filter(node => node.is_active).length} active`,
       nodes.length ? plainTable("Compute nodes", NODES, nodes) : none),
     section("Allocations", "Slurm jobs that bring compute nodes",
-      allocations.length ? plainTable("Allocations", ALLOCATIONS, allocations) : h("p.muted", "None."))]);
+      allocations.length ? plainTable("Allocations", ALLOCATIONS, allocations) : h("p.muted", "None."))];
+  });
 }
 
 function eventsPage({id}) {
@@ -21572,17 +21798,20 @@ function eventsPage({id}) {
 }
 
 const KINDS = {                      // records without a page of their own: one row here is one table
-  files: ["Files", ["name", "path", "modified", "producer"]],
+  files: ["Files", ["name", "path", "st_mtime"]],
   user_data: ["User data", ["name", "data", "is_ephemeral"]],
   resource_requirements: ["Resource requirements", ["name", "num_cpus", "memory", "num_gpus", "runtime"]],
 };
+const FIELDS = {st_mtime: "modified", num_cpus: "CPUs", num_gpus: "GPUs", is_ephemeral: "ephemeral"};
+const shownField = (field, value) => value == null ? (field === "st_mtime" ? "not there yet" : "")
+  : field === "st_mtime" ? clock(value * 1000, false) : typeof value === "string" ? value : JSON.stringify(value);
 function dataPage({id, query}) {
   const el = h("div");
   function draw(kind) {
     const [name, fields] = KINDS[kind];
     const none = () => note(`No ${name.toLowerCase()}`, "The spec of this workflow names none.");
     const list = pagedTable({label: name, none, load: page => api("/" + kind, {...page, workflow_id: id}),
-      columns: fields.map((field, i) => [field.replace("_", " "), row => String(row[field] ?? ""),
+      columns: fields.map((field, i) => [FIELDS[field] || field.replace("_", " "), row => shownField(field, row[field]),
         ["key", ""][i] ?? "wide", "", field])});
     const change = ({target}) => { setQuery({kind: target.value, sort: "", page: ""}); draw(target.value); };
     const choice = h("select", {"aria-label": "Kind of record", onchange: change},
