@@ -5154,6 +5154,7 @@ def test_the_keys_that_people_know_are_there_on_workflows(upstream):
     assert torc.action_of(torc.View("workflows"), upstream)
 
 
+@pytest.mark.parametrize("client", ["local"], indirect=True)
 @pytest.mark.parametrize("name", list(torc.PAGES))
 def test_every_key_of_the_help_can_be_pressed_on_every_page(client, ui, name, monkeypatch):
     monkeypatch.setattr(torc, "Started", lambda *args: pytest.fail("nothing is to be started"))

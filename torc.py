@@ -19261,11 +19261,10 @@ class DashActions:
             return parse_ids(str(body["ids"]))
         if body.get("group") is None:
             return None
-        groups = client.get(f"/workflows/{workflow_id}/failures")["groups"]
-        group = next((one for one in groups if str(one.get("id")) == str(body["group"])), None)
-        if not group:
+        found = client.get(f"/workflows/{workflow_id}/failures", group=body["group"])
+        if not found.get("job_ids"):
             raise NotFound("these failures are no longer there: load the page again")
-        return group["job_ids"]
+        return found["job_ids"]
 
     def do_rerun(self, client, workflow_id, dry_run, body):
         """Failed jobs, or those that are named, run again."""
