@@ -15364,11 +15364,11 @@ def wants_json(argv):
 
 GROUPS = (
     ("Workflows", "run create submit examples status wait cancel delete workflows"),
-    ("Jobs and their output", "tui why logs jobs results"),
+    ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
     ("Clusters", "watch recover slurm slurm-job-runner hpc"),
-    ("Server and program", "server dash ping doctor htpasswd access-groups admin completions "
+    ("Server and program", "server dash tui ping doctor htpasswd access-groups admin completions "
      "bundle"),
 )
 BRANCH_SUMMARIES = {
