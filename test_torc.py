@@ -6800,6 +6800,26 @@ def test_a_standalone_dashboard_keeps_a_password_and_leaves_nothing_running(tmp_
     until(lambda: torc.process_start(pid) is None)
 
 
+def test_a_database_is_served_once(server, tmp_path):
+    for words in (["server", "run", "--port", "0"], ["dash", "--standalone", "--port", "0"]):
+        done = subprocess.run([PYTHON, TORC, *words, "--database", server.database], text=True,
+                              capture_output=True, timeout=30, cwd=tmp_path)
+        assert done.returncode == 1
+        assert f"is served already (pid {server.process.pid}, at http://127.0.0.1:{server.port}/" \
+            in done.stderr
+
+
+def test_an_exported_workflow_is_imported_by_the_dashboard(dash, server):
+    dash.enter()
+    client = server.client()
+    make(client, {"a": [], "b": ["a"]})
+    text = json.dumps(torc.export_workflow(client, 1), indent=1)
+    assert "An exported workflow, 2 jobs" in dash.json("/dash/validate", {"spec": text})["summary"]
+    made = dash.json("/dash/create", {"spec": text})["id"]
+    assert set(statuses(client, made)) == {"a", "b"}
+    client.close()
+
+
 def test_a_local_database_is_shown_without_a_server(tmp_path, run):
     ran = run({"a": "true"})
     dash = Dash(tmp_path, "--port", 0, "--database", ran.client.path)

@@ -11697,14 +11697,31 @@ def running_server(pid_file):
     since = boot + ticks / os.sysconf("SC_CLK_TCK")
     if since > os.stat(pid_file).st_mtime + 1:
         return None
-    notes = os.path.join(torc_home(), "servers")
-    for name in os.listdir(notes) if os.path.isdir(notes) else ():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            with open(os.path.join(notes, name), encoding="utf-8") as file:
-                note = json.load(file)
-            if note["pid"] == int(text):
-                return ServerProcess(int(text), since, tuple(note["urls"]), note["database"])
-    return ServerProcess(int(text), since, (), "")
+    note = next((note for note in server_notes() if note["pid"] == int(text)), {})
+    return ServerProcess(int(text), since, tuple(note.get("urls", ())), note.get("database", ""))
+
+
+def server_notes():
+    """The notes of this user's servers on this host, of those that have ended too."""
+    import socket
+    folder, found = os.path.join(torc_home(), "servers"), []
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        note = read_note(name.rpartition(".")[0])
+        if note.get("host") == socket.gethostname() and {"pid", "urls", "database"} <= set(note):
+            found.append(note)
+    return found
+
+
+def refuse_second_server(database):
+    """Raise Conflict if a server of this user on this host serves the database: two would take each
+    other's runners for dead."""
+    path = os.path.abspath(database)
+    for note in server_notes():
+        command = read_bytes(f"/proc/{note['pid']}/cmdline")
+        if note["database"] == path and note["pid"] != os.getpid() and b"server" in command:
+            raise Conflict(f"database {database} is served already (pid {note['pid']}, at "
+                           f"{note['urls'][0]}): use that server, or end it, or name another "
+                           "--database")
 
 
 def read_bytes(path):
@@ -11874,6 +11891,7 @@ def serve(args):
     access = server_access(args, log)
     tls = server_tls(args.tls_cert, args.tls_key) if args.https else None
     database = server_database(args.database, log)
+    refuse_second_server(database)
     sockets = bind_sockets(args.host, args.port)
     store = Store(database, server=True)
     set_admins(store, args.admin_user)
@@ -19103,9 +19121,23 @@ class DashActions:
         """A file name for a specification, by what it looks like."""
         return "spec.json" if text.lstrip()[:1] in "{[" else "spec.yaml"
 
+    @staticmethod
+    def exported(text):
+        """The payload of an exported workflow, None for another text."""
+        if '"export_version"' not in text[:1000]:
+            return None
+        try:
+            return import_payload(json.loads(text))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Invalid(f"this exported workflow cannot be read: {error!r}") from None
+
     def validate(self, client, query, body):
         """Problems of a specification by line, or what it amounts to."""
         text = str(body.get("spec", ""))
+        exported = self.exported(text)
+        if exported:
+            return {"problems": [], "summary": f"An exported workflow, "
+                    f"{plural(len(exported['jobs']), 'job')}: it is made anew"}
         try:
             spec = read_spec(self.name_of(text), text)
         except (SpecError, MissingPackage) as error:
@@ -19125,7 +19157,7 @@ class DashActions:
     def create(self, client, query, body):
         """Create a workflow of a specification, and run it here if that is wished."""
         text = str(body.get("spec", ""))
-        payload = read_spec(self.name_of(text), text).payload
+        payload = self.exported(text) or read_spec(self.name_of(text), text).payload
         payload["workflow"]["user"] = client.user
         made = client.post("/workflow_specs", payload)
         sentence = f"Created workflow {made['id']}: {plural(made['jobs'], 'job')}"
