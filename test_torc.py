@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import hashlib
 import http.client
@@ -16,6 +17,7 @@ import sqlite3
 import subprocess
 import symtable
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -30,6 +32,10 @@ TORC = os.path.abspath(torc.__file__)
 SOURCE = Path(TORC).read_text(encoding="utf-8")
 ROOT = Path(TORC).parent
 PYTHON = sys.executable
+LAUNCHER = Path(tempfile.mkdtemp(prefix="torc-tests-")) / "torc_tests.py"
+LAUNCHER.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torc\nsys.exit(torc.main())\n")
+atexit.register(shutil.rmtree, LAUNCHER.parent, True)
+COMMAND = [PYTHON, str(LAUNCHER)]         # torc.py by its cached bytecode: it is started very often
 # A shell without job control starts its background with SIGINT ignored, which children inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -101,7 +107,7 @@ class Server:
     def __init__(self, database, port=0, *options, env=None):
         self.database = str(database)
         self.process = subprocess.Popen(
-            [PYTHON, TORC, "server", "run", "--port", str(port), "--database", self.database,
+            [*COMMAND, "server", "run", "--port", str(port), "--database", self.database,
              *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **(env or {})})
         line = self.process.stdout.readline()
@@ -2864,12 +2870,12 @@ def test_an_output_directory_that_cannot_be_written_is_said_at_once(tmp_path):
 
 def test_run_with_json_tells_at_the_end_how_it_went(tmp_path):
     spec = write_spec(tmp_path, {"a": "exit 4"})
-    done = subprocess.run([PYTHON, TORC, "-f", "json", "run", str(spec), "--database", "x.db"],
+    done = subprocess.run([*COMMAND, "-f", "json", "run", str(spec), "--database", "x.db"],
                           cwd=tmp_path, capture_output=True, text=True)
     report = json.loads(done.stdout)
     assert done.returncode == report["exit_code"] == 1
     assert report["jobs_by_status"]["failed"] == 1 and report["is_complete"]
-    done = subprocess.run([PYTHON, TORC, "run", "1", "--database", "x.db"], cwd=tmp_path,
+    done = subprocess.run([*COMMAND, "run", "1", "--database", "x.db"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert "all jobs of workflow 1 have ended before: `torc workflows reset-status 1" in done.stderr
 
@@ -2892,7 +2898,7 @@ def test_a_runner_that_was_killed_is_not_taken_for_alive(tmp_path):
     until((tmp_path / "begun").exists)
 
     def ask(*words):
-        return subprocess.run([PYTHON, TORC, *words, "--database", "x.db"], cwd=tmp_path,
+        return subprocess.run([*COMMAND, *words, "--database", "x.db"], cwd=tmp_path,
                               capture_output=True, text=True).stdout
 
     until(lambda: "is running: it is running on" in ask("why", "1"))
@@ -4165,7 +4171,7 @@ def test_more_waiting_clients_than_places_starve_nobody(server):
 
 def run_server(*words, cwd=None, env=None):
     """Run a server command that must end by itself: (code, stdout, stderr)."""
-    done = subprocess.run([PYTHON, TORC, "server", "run", *words], capture_output=True, text=True,
+    done = subprocess.run([*COMMAND, "server", "run", *words], capture_output=True, text=True,
                           timeout=60, cwd=cwd, env={**os.environ, **(env or {})})
     return done.returncode, done.stdout, done.stderr
 
@@ -4214,7 +4220,7 @@ def test_an_open_server_warns_of_the_risk(tmp_path):
 
 
 def test_without_a_database_option_the_server_takes_torc_db_here_and_says_so(tmp_path):
-    process = subprocess.Popen([PYTHON, TORC, "server", "--port", "0"], cwd=tmp_path, text=True,
+    process = subprocess.Popen([*COMMAND, "server", "--port", "0"], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith("TORC_SERVER_PORT=")
     process.terminate()
@@ -4224,7 +4230,7 @@ def test_without_a_database_option_the_server_takes_torc_db_here_and_says_so(tmp
 
 
 def test_database_url_names_the_database(tmp_path):
-    process = subprocess.Popen([PYTHON, TORC, "server", "--port", "0"], cwd=tmp_path, text=True,
+    process = subprocess.Popen([*COMMAND, "server", "--port", "0"], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                env={**os.environ, "DATABASE_URL": "sqlite:named.db"})
     assert process.stdout.readline().startswith("TORC_SERVER_PORT=")
@@ -4233,7 +4239,7 @@ def test_database_url_names_the_database(tmp_path):
 
 
 def test_closed_or_full_pipes_do_not_disturb_the_server(tmp_path):
-    process = subprocess.Popen([PYTHON, TORC, "server", "--port", "0", "--log-level", "debug",
+    process = subprocess.Popen([*COMMAND, "server", "--port", "0", "--log-level", "debug",
                                 "--database", str(tmp_path / "x.db")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     port = int(process.stdout.readline().split(b"=")[1])
@@ -4340,7 +4346,7 @@ def test_torc_client_takes_a_diamond_from_creation_to_results(server, tmp_path):
 
 
 def test_torc_starts_beside_torc_client(tmp_path):
-    done = subprocess.run([PYTHON, TORC, "--version"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith(f"torc {torc.VERSION} (")
 
 
@@ -4898,7 +4904,7 @@ def test_a_server_that_took_the_port_is_asked_nothing(tmp_path):
 def background(tmp_path):
     """background(*words) -> the completed process of `torc server ...`; what it started is ended."""
     def run(*words):
-        return subprocess.run([PYTHON, TORC, "server", *map(str, words)], cwd=tmp_path, text=True,
+        return subprocess.run([*COMMAND, "server", *map(str, words)], cwd=tmp_path, text=True,
                               capture_output=True, timeout=60)
 
     yield run
@@ -4974,7 +4980,7 @@ def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
     line = re.search(r"ExecStart=(.*)", text)[1]
     import shlex
     words = [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(line)]
-    assert words == [PYTHON, TORC, "server", "run", "--host", "0.0.0.0", "--database",
+    assert words == [*COMMAND, "server", "run", "--host", "0.0.0.0", "--database",
                      os.path.abspath("my 100% $x.db"), "--log-dir", str(Path.home() / ".torc/logs"),
                      "--admin-user", "a", "--admin-user", "b"]
     path = Path.home() / ".config/systemd/user/torc-server.service"
@@ -5652,7 +5658,7 @@ def running_job(client, tmp_path, command):
         "workflow": {"name": "long", "user": "tester"},
         "jobs": [{"name": "slow", "command": command}]})
     where = ["--database", client.path] if client.is_local else ["--url", client.where]
-    runner = subprocess.Popen([PYTHON, TORC, *where, "run", str(made["id"]), "-o", "out"],
+    runner = subprocess.Popen([*COMMAND, *where, "run", str(made["id"]), "-o", "out"],
                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     job_id = client.page("/jobs", workflow_id=made["id"])["items"][0]["id"]
     until(lambda: client.get(f"/jobs/{job_id}")["status"] == "running", what="a running job")
@@ -6636,7 +6642,7 @@ class Dash:
         self.cookie = None
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [PYTHON, TORC, "dash", *map(str, options)], cwd=directory, stdout=log, stderr=log,
+                [*COMMAND, "dash", *map(str, options)], cwd=directory, stdout=log, stderr=log,
                 env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL)
         until(lambda: "the dashboard of" in self.log.read_text() or self.process.poll() is not None)
         assert self.process.poll() is None, self.log.read_text()
@@ -6802,7 +6808,7 @@ def test_a_standalone_dashboard_keeps_a_password_and_leaves_nothing_running(tmp_
 
 def test_a_database_is_served_once(server, tmp_path):
     for words in (["server", "run", "--port", "0"], ["dash", "--standalone", "--port", "0"]):
-        done = subprocess.run([PYTHON, TORC, *words, "--database", server.database], text=True,
+        done = subprocess.run([*COMMAND, *words, "--database", server.database], text=True,
                               capture_output=True, timeout=30, cwd=tmp_path)
         assert done.returncode == 1
         assert f"is served already (pid {server.process.pid}, at http://127.0.0.1:{server.port}/" \
@@ -7793,7 +7799,7 @@ def traced_spec(directory, number, pause="0.02"):
 def start_run(directory, *words, env=None):
     """`torc run ...` as a process with its output in run.log."""
     with open(directory / "run.log", "ab") as log:
-        return subprocess.Popen([PYTHON, TORC, "run", *map(str, words)], cwd=directory, stdout=log,
+        return subprocess.Popen([*COMMAND, "run", *map(str, words)], cwd=directory, stdout=log,
                                 stderr=log, stdin=subprocess.DEVNULL,
                                 env={**os.environ, **(env or {})})
 
@@ -7951,7 +7957,7 @@ def shell(tmp_path, monkeypatch):
     """A directory with README's files in it, and torc, torc-server and python3 on the PATH."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name, words in (("torc", f'{TORC}'), ("torc-server", f'{TORC} server'), ("python3", "")):
+    for name, words in (("torc", LAUNCHER), ("torc-server", f"{LAUNCHER} server"), ("python3", "")):
         path = tools / name
         path.write_text(f'#!/bin/sh\nexec {PYTHON} {words} "$@"\n')
         path.chmod(0o755)
@@ -8113,7 +8119,7 @@ def test_a_diamond_runs_where_there_is_only_the_interpreter(tmp_path):
 @pytest.mark.slow
 def test_a_bundle_runs_yaml_and_serves_where_there_is_only_the_interpreter(tmp_path):
     bundle = tmp_path / "torc.pyz"
-    assert subprocess.run([PYTHON, TORC, "bundle", str(bundle)], cwd=tmp_path).returncode == 0
+    assert subprocess.run([*COMMAND, "bundle", str(bundle)], cwd=tmp_path).returncode == 0
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "x.yaml").write_text("name: x\njobs:\n  - {name: a, command: 'echo 1:5'}\n")
