@@ -14303,8 +14303,8 @@ class Terminal:
         while self.typed and not self.ended:
             page = self.state.page
             empty = not page.data and not page.error and not self.state.away
-            if empty and self.typed[0] not in ("q", "Esc", "g", "?", "r") and not (
-                    self.state.going or self.state.prompt or self.state.question) and (
+            if empty and self.typed[0] not in ("q", "Esc", "?", "r") and not (
+                    self.state.prompt or self.state.question) and (
                     time.monotonic() - page.asked_at < 2.0 or page.asked_at == -math.inf):
                 return
             self.press(self.typed.popleft())
