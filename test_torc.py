@@ -3509,6 +3509,12 @@ def test_a_failure_is_diagnosed(need, result, peak, cause, change):
     assert (found.cause, found.need) == (cause, change)
 
 
+def test_what_jobs_write_is_the_users_own(run):
+    ran = run({"a": "echo mine"})
+    assert ran.code == 0
+    assert (ran.directory / "torc_output").stat().st_mode & 0o777 == 0o700
+
+
 def test_recover_raises_only_what_failed_and_runs_it_again(run, cli, monkeypatch):
     hungry = ("test $TORC_ATTEMPT_ID = 2 || python3 -c 'x = bytearray(200 * 2**20); import time; "
               "time.sleep(4)'")

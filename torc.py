@@ -7427,7 +7427,7 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
             raise Unreachable(f"there is no database {path} yet: `torc run SPEC` or `torc create "
                               "SPEC` makes it; name another with --database, or a server with "
                               "--url")
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     tell(f"using the local database {path}")
     return LocalClient(path)
 
@@ -8210,6 +8210,7 @@ class Runner:
         """Run; returns the exit code: 0, 1, 3, or 128 + signal."""
         import shutil
         sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)     # others may share the disk
         os.makedirs(os.path.join(self.directory, "job_stdio"), exist_ok=True)
         os.makedirs(os.path.join(self.directory, "journal"), mode=0o700, exist_ok=True)
         for name in ("", "job_stdio", "journal"):
@@ -16077,7 +16078,7 @@ def names_workflow(args):
 def do_run(args, client):
     """Run a specification, or a workflow that exists, on this machine."""
     spec = None if names_workflow(args) else load_spec(args, args.spec)
-    os.makedirs(args.output_dir, exist_ok=True)          # before there is a workflow
+    os.makedirs(args.output_dir, mode=0o700, exist_ok=True)    # before there is a workflow
     client = open_client(args, make=spec is not None)
     try:
         workflow_id = workflow_to_run(args, client, spec)
