@@ -4986,7 +4986,7 @@ def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
     line = re.search(r"ExecStart=(.*)", text)[1]
     import shlex
     words = [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(line)]
-    assert words == [*COMMAND, "server", "run", "--host", "0.0.0.0", "--database",
+    assert words == [PYTHON, TORC, "server", "run", "--host", "0.0.0.0", "--database",
                      os.path.abspath("my 100% $x.db"), "--log-dir", str(Path.home() / ".torc/logs"),
                      "--admin-user", "a", "--admin-user", "b"]
     path = Path.home() / ".config/systemd/user/torc-server.service"
