@@ -11637,7 +11637,6 @@ def announce(args, port, application, urls):
     log, access, path = application.log, application.access, application.store.path
     with contextlib.suppress(OSError, ValueError):
         print(f"TORC_SERVER_PORT={port}", flush=True)
-    log.info("torc %s serves %s at %s", VERSION, path, ", ".join(dict.fromkeys(urls)))
     users = len(access.gate.file.users) if access.gate else 0
     if not is_loopback(args.host) and not (access.gate and access.gate.required):
         log.warning("whoever reaches port %d on %s can read and change all workflows, and so run "
@@ -11650,6 +11649,7 @@ def announce(args, port, application, urls):
     if users > 1 and not access.enforced:
         log.warning("each of the %d users can read and change the workflows of all, and so run "
                     "commands in their names: --enforce-access-control keeps them apart", users)
+    log.info("torc %s serves %s at %s", VERSION, path, ", ".join(dict.fromkeys(urls)))
 
 
 def server_access(args, log):
