@@ -3503,7 +3503,7 @@ def code_meaning(code):
 
 FEW_JOBS = 400                            # up to here a graph shows each job, else families
 MOST_FAMILIES = 60
-KEPT_AT_MOST = 8
+KEPT_AT_MOST = 12
 MS = "round((julianday({0}) - 2440587.5) * 86400000)"           # a text's time, ms since the epoch
 DONE_SET = (*COMPLETE_SET, DISABLED)
 
@@ -3538,15 +3538,13 @@ def json_columns(store, names, source, params):
 
 
 class Shape(NamedTuple):
-    """The families of a workflow's jobs, and which waits for which."""
+    """The families of a workflow's jobs."""
 
     number: int                           # workflow.shape for which this is true
     names: list                           # of families, in the order of their first jobs
     sizes: list
     labels: list                          # "align_*", or the name of an only member
     family_of: dict                       # job id: index of its family
-    edges: dict                           # (index, index of what waits for it): dependencies
-    chained: set                          # families of which some wait for others
 
 
 def family_name(name):
@@ -3565,7 +3563,7 @@ def family_names(names):
 
 
 def shape_of(store, workflow_id):
-    """The Shape of a workflow, worked out anew when jobs or dependencies have come or gone."""
+    """The Shape of a workflow, worked out anew when jobs have come or gone."""
     from collections import Counter
     number = workflow_row(store, workflow_id, "shape")[0]
     known = store.kept.get(("shape", workflow_id))
@@ -3578,19 +3576,28 @@ def shape_of(store, workflow_id):
     family_of = dict(zip(ids, map(index.__getitem__, found)))
     first = dict(zip(reversed(found), reversed(names)))
     sizes = [number for _, number in sorted(Counter(family_of.values()).items())]
+    labels = [first[name] if size == 1 else "*" if name == "#" else f"{name}_*"
+              for name, size in zip(index, sizes)]
+    return keep(store, ("shape", workflow_id),
+                Shape(number, list(index), sizes, labels, family_of))
+
+
+def family_edges(store, workflow_id, shape):
+    """{(index of a family, index of one that waits for it): dependencies} of a Shape."""
+    from collections import Counter
+    number, edges = store.kept.get(("edges", workflow_id), (None, None))
+    if number == shape.number:
+        return edges
     # Ids without a gap are a range of the table's key, which needs no look at the jobs.
+    ids = shape.family_of
     whole = ids and max(ids) - min(ids) + 1 == len(ids)
     source, params = ("FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?",
                       (min(ids), max(ids))) if whole else (
         "FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id WHERE j.workflow_id = ?",
         (workflow_id,))
     after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
-    edges = Counter(zip(map(family_of.get, before), map(family_of.get, after)))
-    labels = [first[name] if size == 1 else "*" if name == "#" else f"{name}_*"
-              for name, size in zip(index, sizes)]
-    return keep(store, ("shape", workflow_id), Shape(
-        number, list(index), sizes, labels, family_of, dict(edges),
-        {one for one, other in edges if one == other}))
+    edges = dict(Counter(zip(map(ids.get, before), map(ids.get, after))))
+    return keep(store, ("edges", workflow_id), (shape.number, edges))[1]
 
 
 def family_members(store, workflow_id, name):
@@ -3614,36 +3621,40 @@ def family_counts(store, workflow_id, shape):
 
 
 class Integral:
-    """The sum of weighted stretches of time, of which any part can be had without going through
-    them: starts, ends (ms) and weights as lists."""
+    """Sums of weighted stretches of time, of which any part can be had without going through them.
 
-    def __init__(self, starts, ends, weights):
+    starts, ends: ms, as lists; weights: a list for each of the sums.
+    """
+
+    def __init__(self, starts, ends, *weights):
+        from operator import mul
         self.base = min(starts, default=0)           # keeps the sums small, so exact enough
         self.sides = []
         for times in (starts, ends):
-            pairs = sorted(zip(times, weights))
-            base = self.base
-            self.sides.append((
-                [pair[0] for pair in pairs],
-                [0, *itertools.accumulate([float(pair[1]) for pair in pairs])],
-                [0, *itertools.accumulate([(time_ms - base) * float(weight)
-                                           for time_ms, weight in pairs])]))
+            order = sorted(range(len(times)), key=times.__getitem__)
+            times = [times[place] for place in order]
+            since = [float(moment - self.base) for moment in times]
+            columns = [[column[place] for place in order] for column in weights]
+            self.sides.append((times, [
+                (list(itertools.accumulate(column, initial=0)),
+                 list(itertools.accumulate(map(mul, since, column), initial=0)))
+                for column in columns]))
 
     def until(self, moment):
-        """Weight times milliseconds up to a moment."""
+        """For each sum, weight times milliseconds up to a moment."""
         from bisect import bisect_left
-        total, sign = 0.0, 1
-        for times, weights, products in self.sides:
-            place = bisect_left(times, moment)
-            total += sign * (weights[place] * (moment - self.base) - products[place])
-            sign = -1
-        return total
+        (starts, begun), (ends, ended) = self.sides
+        one, other, since = bisect_left(starts, moment), bisect_left(ends, moment), \
+            moment - self.base
+        return [(weights[one] - gone[other]) * since - (products[one] - past[other])
+                for (weights, products), (gone, past) in zip(begun, ended)]
 
     def means(self, begin, end, bins):
-        """The mean weight in each of so many bins."""
+        """For each sum, the mean weight in each of so many bins."""
         width = (end - begin) / bins
-        sums = [self.until(begin + number * width) for number in range(bins + 1)]
-        return [max(0.0, after - before) / width for before, after in zip(sums, sums[1:])]
+        sums = zip(*(self.until(begin + number * width) for number in range(bins + 1)))
+        return [[max(0.0, after - before) / width for before, after in zip(row, row[1:])]
+                for row in sums]
 
 
 class Lane:
@@ -3653,8 +3664,8 @@ class Lane:
     def __init__(self, bars, needs):
         self.bars = bars
         self.starts, ends = [bar[0] for bar in bars], [bar[1] for bar in bars]
-        self.ends = sorted(ends)
         self.busy = Integral(self.starts, ends, [needs.get(bar[4], 1) for bar in bars])
+        self.ends = self.busy.sides[1][0]
         self.failed = [bar[1] for bar in bars if bar[3] != COMPLETED and bar[3] != CANCELED]
         latest = itertools.accumulate(ends, max)
         gaps = [(end, start) for end, start in zip(latest, self.starts[1:]) if start > end]
@@ -3670,32 +3681,31 @@ class Lane:
 class Attempts:
     """Every attempt of a workflow that has ended, as columns in the order of the results' ids."""
 
-    COLUMNS = ("r.id", "r.job_id", "r.compute_node_id", "j.resource_requirements_id", "r.status",
+    COLUMNS = ("r.job_id", "r.compute_node_id", "j.resource_requirements_id", "r.status",
                "r.run_id", f"CAST({MS.format('r.completion_time')} AS INT)",
-               "CAST(round(r.exec_time_minutes * 60000) AS INT)",
-               "CAST(coalesce(r.avg_cpu_percent, -1) AS INT)",
-               "coalesce(r.avg_memory_bytes, r.peak_memory_bytes, -1)")
-
-    NAMED = [f"{column} AS c{number}" for number, column in enumerate(COLUMNS)]
+               "CAST(round(r.exec_time_minutes * 60000) AS INT)")
+    USED = ("coalesce(max(r.avg_cpu_percent, 0), 0) / 100",
+            "coalesce(r.avg_memory_bytes, r.peak_memory_bytes, 0)")
 
     def __init__(self):
         from array import array
+        self.last_id = 0                  # of the newest result known
         self.columns = [array("q") for _ in self.COLUMNS]
+        self.used = 0, [], []             # known of how many, CPUs, bytes; see loads
         self.began = {}                   # run id: ms of its first start
         self.summed = [None, 0, {}]       # of which shape, of how many, by family
         self.laid = 0, {}, {}, None       # see lanes
         self.loaded = 0, None, None       # see loads
 
-    @property
-    def last_id(self):
-        """Id of the newest result known."""
-        return self.columns[0][-1] if self.columns[0] else 0
+    def __len__(self):
+        return len(self.columns[0])
 
-    def extend(self, columns):
+    def extend(self, last_id, columns):
         """Take newer results."""
+        self.last_id = last_id
         for mine, new in zip(self.columns, columns):
             mine.extend(new)
-        for run_id, end, ran in zip(columns[5], columns[6], columns[7]):
+        for run_id, end, ran in zip(*columns[4:]):
             start = end - ran
             if start < self.began.get(run_id, start + 1):
                 self.began[run_id] = start
@@ -3705,8 +3715,8 @@ class Attempts:
         if self.summed[0] != shape.number:
             self.summed = [shape.number, 0, {}]
         _, known, sums = self.summed
-        self.summed[1] = len(self.columns[7])
-        for job_id, ran in zip(self.columns[1][known:], self.columns[7][known:]):
+        self.summed[1] = len(self)
+        for job_id, ran in zip(self.columns[0][known:], self.columns[6][known:]):
             entry = sums.setdefault(shape.family_of.get(job_id), [0, 0])
             entry[0] += 1
             entry[1] += ran
@@ -3717,43 +3727,51 @@ class Attempts:
         known, lanes, bars, old = self.laid
         if old != needs:
             known, lanes, bars = 0, {}, {}
-        touched = set()
-        for job_id, node, need, status, end, ran in zip(
-                *(self.columns[place][known:] for place in (1, 2, 3, 4, 6, 7))):
-            bars.setdefault(node, []).append((end - ran, end, job_id, status, need))
-            touched.add(node)
+        job_ids, hosts, asked, statuses, _, ends, rans = (
+            column[known:] for column in self.columns)
+        touched = set(hosts)
+        for node in touched:
+            bars.setdefault(node, [])
+        for node, bar in zip(hosts, zip(map(int.__sub__, ends, rans), ends, job_ids, statuses,
+                                        asked)):
+            bars[node].append(bar)
         for node in touched:
             bars[node].sort()             # nearly in order already
             lanes[node] = Lane(bars[node], needs)
-        self.laid = len(self.columns[-1]), lanes, bars, needs
+        self.laid = len(self), lanes, bars, needs
         return lanes
 
-    def loads(self, needs):
-        """[Integral, ...] of CPUs asked for, memory, CPUs used, memory used; and {requirement id:
-        (mean CPUs, mean memory) that its jobs used}. needs: see usage."""
+    def loads(self, store, workflow_id, needs):
+        """Integral of CPUs asked for, memory, CPUs used, memory used; and {requirement id: (mean
+        CPUs, mean memory) that its jobs used}. needs: see usage."""
         number, known, loads = self.loaded
-        if (number, known) != (len(self.columns[-1]), needs):
-            _, _, _, need, _, _, ends, rans, percents, sizes = self.columns
-            starts = [end - ran for end, ran in zip(ends, rans)]
+        if (number, known) != (len(self), needs):
+            if number < len(self):
+                seen, *used = self.used
+                for mine, new in zip(used, attempt_columns(store, workflow_id, self.USED, seen,
+                                                           self.last_id)):
+                    mine.extend(new)
+                self.used = self.last_id, *used
+            _, _, need, _, _, ends, rans = self.columns
+            starts = list(map(int.__sub__, ends, rans))
             asked = [needs.get(one, (0, 0)) for one in need]
-            used = [max(0, percent) / 100 for percent in percents]
-            kept = [max(0, size) for size in sizes]
-            weights = ([one[0] for one in asked], [one[1] for one in asked], used, kept)
+            _, cpus, sizes = self.used
             sums = {}
-            for one, ran, cpu, size in zip(need, rans, used, kept):
+            for one, ran, cpu, size in zip(need, rans, cpus, sizes):
                 total = sums.setdefault(one, [1, 0, 0])
                 total[0] += ran
                 total[1] += cpu * ran
                 total[2] += size * ran
-            loads = ([Integral(starts, ends, weight) for weight in weights],
+            loads = (Integral(starts, ends, [one[0] for one in asked], [one[1] for one in asked],
+                              cpus, sizes),
                      {one: (cpu / ran, size / ran) for one, (ran, cpu, size) in sums.items()})
-            self.loaded = len(self.columns[-1]), needs, loads
+            self.loaded = len(self), needs, loads
         return loads
 
     def ends_since(self, moment):
         """Ends (ms) of attempts not before `moment`, the newest first."""
         found = []
-        for end in reversed(self.columns[6]):
+        for end in reversed(self.columns[5]):
             if end < moment - 600_000:    # a replayed journal may come late
                 break
             if end >= moment:
@@ -3761,19 +3779,27 @@ class Attempts:
         return found
 
 
+def attempt_columns(store, workflow_id, columns, after, last_id):
+    """Columns of the results of a workflow with ids above `after`, up to last_id, by id."""
+    named = ", ".join(f"{column} AS c{number}" for number, column in enumerate(columns))
+    return json_columns(
+        store, [f"c{number}" for number in range(len(columns))],
+        f"FROM (SELECT {named} FROM result r CROSS JOIN job j ON j.id = r.job_id WHERE"
+        " r.workflow_id = ? AND r.id > ? AND r.id <= ? ORDER BY r.id)",
+        (workflow_id, after, last_id))
+
+
 def attempts(store, workflow_id):
     """The Attempts of a workflow; only new results are read, unless older ones were replaced."""
-    source = ("FROM result r CROSS JOIN job j ON j.id = r.job_id WHERE r.workflow_id = ?"
-              " AND r.id > ? ORDER BY r.id")
     with store.keeping:
         known = store.kept.get(("attempts", workflow_id)) or Attempts()
+        last_id, = store.one("SELECT coalesce(max(id), 0) FROM result WHERE workflow_id = ?",
+                             (workflow_id,))
         for _ in range(2):
-            known.extend(json_columns(store, [f"c{number}" for number in range(len(known.COLUMNS))],
-                              f"FROM (SELECT {', '.join(known.NAMED)} {source})",
-                              (workflow_id, known.last_id)))
-            number = store.one("SELECT count(*) FROM result WHERE workflow_id = ? AND id <= ?",
-                               (workflow_id, known.last_id))[0]
-            if number == len(known.columns[0]):
+            known.extend(last_id, attempt_columns(store, workflow_id, known.COLUMNS,
+                                                  known.last_id, last_id))
+            if len(known) == store.one("SELECT count(*) FROM result WHERE workflow_id = ? AND id"
+                                       " <= ?", (workflow_id, last_id))[0]:
                 break
             known = Attempts()
         return keep(store, ("attempts", workflow_id), known)
@@ -3887,15 +3913,15 @@ def waiting_ready(store, workflow_id, number, canceled):
     return rows
 
 
-def waiting_families(shape, counted):
+def waiting_families(store, workflow_id, shape, counted):
     """Why blocked jobs of a large workflow wait: [(jobs, sentence), ...], by family."""
-    rows = []
+    all_edges, rows = family_edges(store, workflow_id, shape), []
     for family, number in enumerate(row.get("blocked", 0) for row in counted):
         if not number:
             continue
         size, phrases = shape.sizes[family], []
         whole = "all wait for" if size > 1 else "waits for"
-        for (before, after), edges in sorted(shape.edges.items()):
+        for (before, after), edges in sorted(all_edges.items()):
             open_jobs = before != after and after == family and shape.sizes[before] - sum(
                 counted[before].get(STATUS_NAMES[status], 0) for status in COMPLETE_SET)
             if not open_jobs:
@@ -3909,7 +3935,7 @@ def waiting_families(shape, counted):
                 phrases.append(f"each waits for its own {label}")
             else:
                 phrases.append(f"each waits for {max(1, round(edges / size)):,} {label}")
-        if family in shape.chained and not phrases:
+        if (family, family) in all_edges and not phrases:
             phrases.append("each waits for the one before it")
         rows.append((number, f"{shape.labels[family]}: "
                      + (", ".join(phrases[:3]) or "waits for jobs that are not done")))
@@ -3964,7 +3990,7 @@ def pace(store, workflow_id, run_id, done, now):
     up = max(1.0, (now_ms - (started or now_ms)) / 60_000)
     lately = sum(history[-10:])
     rate = lately / min(10, up) if lately >= 10 else len(ends) / min(60, up)
-    last = known.columns[6][-1] if known.columns[6] else None
+    last = known.columns[5][-1] if known else None
     return {"rate": round(rate, 3), "history": history, "started_ms": started, "ended_ms": last,
             "elapsed_s": ((last if not running and last else now_ms) - started) / 1000
             if started else None}
@@ -3992,7 +4018,7 @@ def summary(store, workflow_id, now):
         waiting += [(*row, "ready") for row in waiting_ready(store, workflow_id, counted["ready"],
                                                              canceled)]
     if counted.get("blocked"):
-        waiting += [(*row, "blocked") for row in (waiting_families(shape, by_family) if large
+        waiting += [(*row, "blocked") for row in (waiting_families(store, workflow_id, shape, by_family) if large
                                                   else waiting_jobs(store, workflow_id))]
     for status, sentence in (("pending_failed", "failed, and wait for your decision"),
                              ("uninitialized", "not initialized yet"),
@@ -4188,7 +4214,8 @@ def graph(store, workflow_id, now):
         nodes = family_nodes(store, workflow_id, shape, family_counts(store, workflow_id, shape))
         return {"families": True, "total": total, "nodes": nodes,
                 "edges": [[f"f{one}", f"f{other}"]
-                          for one, other in acyclic(len(nodes), shape.edges)]}
+                          for one, other in acyclic(len(nodes), family_edges(
+                              store, workflow_id, shape))]}
     ids = [row[0] for row in store.query("SELECT id FROM job WHERE workflow_id = ? ORDER BY id",
                                          (workflow_id,))]
     place = {job_id: number for number, job_id in enumerate(ids)}
@@ -4426,7 +4453,7 @@ def runner_lane(store, workflow_id, node, lane, running, view, needs):
         if lane.bars else [(first, last)]
     idle_ms = sum(max(0, min(to, until) - max(since, start)) for since, to in edges)
     if until > start:
-        idle_ms += lane.idle.until(until) - lane.idle.until(start)
+        idle_ms += lane.idle.until(until)[0] - lane.idle.until(start)[0]
     least = max(1000, (view[1] - view[0]) / 100)
     clipped = [(max(since, start), min(to, until)) for since, to in (*lane.gaps, *edges)]
     gaps = sorted((gap for gap in clipped if gap[1] - gap[0] >= least),
@@ -4440,7 +4467,7 @@ def runner_lane(store, workflow_id, node, lane, running, view, needs):
                       "text": f"idle {span((to - since) / 1000)}, {cause}"})
     if not active and down < view[1] - least:
         shown.append({"from": int(down), "to": int(view[1]), "text": gone_text(store, node_id)})
-    busy = lane.busy.until(stop) - lane.busy.until(start) + sum(
+    busy = lane.busy.until(stop)[0] - lane.busy.until(start)[0] + sum(
         needs.get(bar[4], 1) * max(0, stop - max(bar[0], start)) for bar in running)
     return {"id": node_id, "name": host, "cpus": cpus, "start": int(start), "end": int(stop),
             "ran": lane.number(*view) + len(running), "gaps": shown,
@@ -4451,11 +4478,11 @@ def runner_lane(store, workflow_id, node, lane, running, view, needs):
 def busy_bins(node, lane, running, view, needs):
     """The bins of a runner in a timeline."""
     begin, end, bins = view
-    means = lane.busy.means(*view)
+    means, = lane.busy.means(*view)
     if running:
         now = Integral([bar[0] for bar in running], [bar[1] for bar in running],
                        [needs.get(bar[4], 1) for bar in running])
-        means = [one + other for one, other in zip(means, now.means(*view))]
+        means = [one + other for one, other in zip(means, now.means(*view)[0])]
     failed = {int((moment - begin) * bins / (end - begin)) for moment in lane.failed
               if begin <= moment < end}
     return {"bins": [[round(min(1.0, mean / max(1, node[2])), 3), number in failed]
@@ -4510,17 +4537,17 @@ def usage(store, workflow_id, begin, end, bins, now):
         "SELECT id, num_cpus * num_nodes, memory_bytes * num_nodes, name, runtime_s FROM"
         " resource_requirements WHERE workflow_id = ?", (workflow_id,))}
     with store.keeping:
-        loads, means = attempts(store, workflow_id).loads(needs)
+        loads, means = attempts(store, workflow_id).loads(store, workflow_id, needs)
     running = [(start, *needs[need][:2], *means.get(need, (0, 0)))
                for _, _, need, start in running_jobs(store, workflow_id) if start and need in needs]
     starts, stops = [row[0] for row in running], [int(now * 1000)] * len(running)
-    points = [[one + other for one, other in zip(
-        load.means(begin, end, bins),
-        Integral(starts, stops, [row[place] for row in running]).means(begin, end, bins))]
-        for place, load in enumerate(loads, 1)]
-    points += [Integral([node[4] for node in nodes], [node[5] for node in nodes],
-                        [node[place] for node in nodes]).means(begin, end, bins)
-               for place in (2, 3)]
+    now_running = Integral(starts, stops, *([row[place] for row in running]
+                                            for place in (1, 2, 3, 4)))
+    points = [[one + other for one, other in zip(*pair)] for pair in zip(
+        loads.means(begin, end, bins), now_running.means(begin, end, bins))]
+    points += Integral([node[4] for node in nodes], [node[5] for node in nodes],
+                       [node[2] for node in nodes], [node[3] for node in nodes]).means(
+        begin, end, bins)
     series = {what: [{"name": name, "kind": kind, "points": [
         round(value, digits) for value in points[place + offset]]} for name, kind, place in (
             ("used", "used", 2), ("asked", "asked", 0), ("available", "limit", 4))]
