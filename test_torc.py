@@ -1557,6 +1557,28 @@ def test_a_large_graph_is_of_families(api):
     assert page["total_count"] == 250 and page["items"][0]["name"] == "score_000"
 
 
+def test_a_graph_shows_files_and_user_data_if_asked(api):
+    spec = {
+        "name": "g", "user": "tester", "files": [{"name": "raw", "path": "raw.csv"}, {"name": "mid", "path": "mid.csv"},
+                               {"name": "idle", "path": "idle"}],
+        "user_data": [{"name": "found"}],
+        "jobs": [{"name": "a", "command": "true", "input_files": ["raw"], "output_files": ["mid"]},
+                 {"name": "b", "command": "true", "input_files": ["mid"], "output_user_data": ["found"]},
+                 {"name": "c", "command": "true", "depends_on": ["a"], "input_user_data": ["found"]}]}
+    workflow_id = api.post("/workflow_specs", torc.read_spec("g.json", json.dumps(spec)).payload)["id"]
+    path = f"/workflows/{workflow_id}/graph"
+    assert [node["name"] for node in api.get(path)["nodes"]] == ["a", "b", "c"]
+    answer = api.get(path, data=True)
+    names = {node["id"]: node["name"] for node in answer["nodes"]}
+    assert sorted((names[one], names[other]) for one, other in answer["edges"]) == [
+        ("a", "c"), ("a", "mid"), ("b", "found"), ("found", "c"), ("mid", "b"), ("raw", "a")]
+    assert {node["name"]: (node["kind"], node["why"]) for node in answer["nodes"] if "kind" in node} == {
+        "raw": ("file", "raw.csv, no job makes it, read by a"),
+        "mid": ("file", "mid.csv, made by a, read by b"),
+        "found": ("user_data", "made by b, read by c")}
+    assert answer["nodes"][4]["href"] == f"#/w/{workflow_id}/jobs/{answer['nodes'][0]['id']}"
+
+
 def test_families_follow_jobs_that_come_and_go(api):
     workflow_id, _ = make(api, {f"a_{number}": [] for number in range(401)})
     assert api.get(f"/workflows/{workflow_id}/graph")["nodes"][0]["counts"] == {"ready": 401}
@@ -7346,6 +7368,7 @@ def test_a_canceled_allocation_gives_its_jobs_back(cluster):
     site.until({"a": "running", "b": "completed"})
     cluster.run("scancel", number)
     site.until({"a": "ready", "b": "completed"})
+    assert "torc slurm schedule-nodes 1 gets another allocation" in site.torc("status", 1).stdout
     [first] = [result for result in site.json("results", "list", 1, "--all-runs")["results"]
                if result["job_id"] == 1]
     assert (first["status"], first["return_code"]) == ("terminated", 143)
@@ -7616,6 +7639,90 @@ def test_a_worker_that_reaches_nobody_says_why_in_status_and_why(cluster):
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize("scheduler, said", [
+    ({"partition": "nope"}, "invalid partition specified: nope"),
+    ({"extra": "--no-such-option"}, "unrecognized option '--no-such-option'")])
+def test_what_sbatch_refuses_leaves_no_workflow(cluster, scheduler, said):
+    site = Site(cluster, "refused")
+    spec = allocation_spec(cluster, "refused", {"a": "true"}, scheduler=scheduler)
+    done = site.torc("submit", spec, "-o", site.output, ok=False)
+    assert done.returncode == 1 and said in done.stderr
+    assert re.search(r"workflow \d+ is gone again: mend this, and submit once more", done.stderr)
+    script = re.search(r"sbatch --test-only (\S+) tries it", done.stderr)[1]
+    assert said in cluster.run("sbatch", "--test-only", script).stderr
+    assert site.json("workflows", "list") == {"workflows": []}
+
+
+@pytest.mark.slurm
+def test_logs_lie_in_whatever_directory_slurm_can_name(cluster):
+    site = Site(cluster, "names")
+    spec = allocation_spec(cluster, "names", {"a": "echo here"})
+    directory = cluster.directory / "hpcuser" / "50%j 'of' \"größe\"; $(touch x)"
+    site.torc("submit", spec, "-o", directory)
+    assert "1 completed" in site.torc("wait", 1).stdout
+    assert [path.suffix for path in sorted(directory.glob("slurm_output_wf1_sl*"))] == [".e", ".o"]
+    assert not (cluster.directory / "hpcuser" / "x").exists()
+    done = site.torc("submit", spec, "-o", f"{directory}\\n", ok=False)
+    assert done.returncode == 2 and "Slurm takes no backslash in the paths of logs" in done.stderr
+    done = site.torc("slurm", "schedule-nodes", 1, "-j", "../", ok=False)
+    assert done.returncode == 2 and "'../' cannot begin a Slurm job's name" in done.stderr
+    assert len(site.json("workflows", "list")["workflows"]) == 1
+
+
+@pytest.mark.slurm
+def test_an_allocation_that_will_never_begin_says_so(cluster):
+    site = Site(cluster, "never")
+    for workflow_id, asked in ((1, {"walltime": "40:00:00"}), (2, {"nodes": 9})):
+        [number] = site.submit(allocation_spec(cluster, "never", {"a": "true"}, scheduler=asked))
+        said = site.torc("status", workflow_id).stdout
+        cluster.run("scancel", number)
+        assert re.search(rf"Slurm job {number} is pending \(Partition\w+\): it asks for more", said)
+        assert f"so it will not start: `scancel {number}`, and ask for less" in said
+
+
+@pytest.mark.slurm
+def test_slurm_jobs_of_another_cluster_are_left_alone(cluster):
+    site = Site(cluster, "clusters")
+    spec = allocation_spec(cluster, "mine", {"a": "sleep 100"})
+    [number] = site.submit(spec)
+    site.until({"a": "running"})
+    [record] = site.json("scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"]
+    [node] = site.json("compute-nodes", "list", 1)["compute_nodes"]
+    assert record["cluster"] == node["scheduler"]["cluster"] != "elsewhere"
+    site.torc("create", allocation_spec(cluster, "theirs", {"b": "true"}))
+    for workflow_id, slurm_job in ((2, number), (2, 999_999)):
+        body = {"workflow_id": workflow_id, "scheduler_id": slurm_job, "scheduler_type": "slurm",
+                "scheduler_config_id": 2, "status": "pending", "cluster": "elsewhere"}
+        assert cluster.run("curl", "-sf", "-d", json.dumps(body), "-H", "Content-Type: "
+                           f"application/json", f"http://{LOGIN}:{site.port}{torc.API_PREFIX}"
+                           "/scheduled_compute_nodes").returncode == 0
+    assert f"Slurm job {number} is pending on the cluster elsewhere" in site.torc("status", 2).stdout
+    site.torc("workflows", "sync-status", 2)
+    done = site.torc("cancel", 2, ok=False)
+    assert done.returncode == 1
+    assert f"Slurm job {number} is on the cluster elsewhere: scancel it there" in done.stderr
+    assert site.statuses() == {"a": "running"}
+    assert {one["status"] for one in site.json(
+        "scheduled-compute-nodes", "list", 2)["scheduled_compute_nodes"]} == {"pending"}
+    site.torc("cancel", 1)
+
+
+@pytest.mark.slurm
+def test_steps_that_are_canceled_together_are_signalled_together(cluster):
+    site = Site(cluster, "together")
+    trap = "trap 'echo TERM; exit 3' TERM; echo up; sleep 100 & wait"
+    site.submit(allocation_spec(cluster, "together", {f"j{number}": trap for number in range(8)},
+                                scheduler={"nodes": 2, "ntasks_per_node": 4},
+                                execution_config={"mode": "slurm"}))
+    site.until({f"j{number}": "running" for number in range(8)})
+    logs = site.output / "job_stdio"
+    until(lambda: [path.read_text() for path in logs.glob("*.o")] == ["up\n"] * 8)
+    site.torc("cancel", 1)
+    until(lambda: [path.read_text() for path in logs.glob("*.o")] == ["up\nTERM\n"] * 8)
+    assert set(site.statuses().values()) == {"canceled"}
+
+
+@pytest.mark.slurm
 def test_curl_on_a_compute_node_reaches_a_server_on_a_routable_name(cluster):
     port, _ = cluster.server("--database", "curl.db", "--host", LOGIN, "--port", "0")
     done = cluster.run("srun", "--time=1", "curl", "-s",
@@ -7700,6 +7807,111 @@ def test_a_browser_submits_to_slurm(cluster, chromium):
         context.close()
     finally:
         relay.close()
+
+
+class ClusterDash:
+    """A user's dashboard on the login host, and what her curl gets of it there."""
+
+    def __init__(self, cluster, *options, user="hpcuser", env=()):
+        self.cluster, self.user, self.directory = cluster, user, cluster.directory / user
+        self.log = self.directory / f"dash{len(cluster.started)}.log"
+        with open(self.log, "w") as file:
+            process = subprocess.Popen(
+                cluster.words("kl1", user, ["env", *env, cluster.python, cluster.directory / "torc.py",
+                                            "dash", "-o", self.directory / "out_dash", *options]),
+                cwd=self.directory, stdout=file, stderr=file)
+        cluster.started.append(process)
+        until(lambda: "the dashboard of" in self.log.read_text() or process.poll() is not None, 30)
+        assert process.poll() is None, self.log.read_text()
+        self.url, self.words = "http://localhost", ["--unix-socket", self.directory / "d.sock"]
+        if link := re.search(r"(http://[^/\s]+)/\?token=\S+", self.log.read_text()):
+            self.url, self.words = link[1], ["-b", "jar", "-c", "jar"]
+            self.curl(link[0].replace(link[1], ""))
+
+    def curl(self, path, body=None, user=None, words=None):
+        """What curl prints: the body, and the status in a line below."""
+        sent = [] if body is None else ["-H", f"Origin: {self.url}", "-d", json.dumps(body)]
+        return self.cluster.run("curl", "-s", "-w", "\n%{http_code}", *(
+            self.words if words is None else words), *sent, self.url + path,
+            user=user or self.user).stdout
+
+    def json(self, path, body=None):
+        """The JSON of a good answer."""
+        text, _, status = self.curl(path, body).rpartition("\n")
+        assert status == "200", (path, text, self.log.read_text())
+        return json.loads(text)
+
+    def workflows(self):
+        """Names of the workflows that it shows."""
+        return [one["name"] for one in self.json("/torc-service/v1/workflows")["items"]]
+
+    def create(self, spec):
+        """Create and initialize a workflow by its pages; its id."""
+        made = self.json("/dash/create", {"spec": spec.read_text()})["id"]
+        self.json("/dash/do/initialize", {"workflow_id": made})
+        return made
+
+    def until_done(self, workflow_id):
+        """Wait until all jobs of a workflow have ended; its counts."""
+        path = f"/torc-service/v1/workflows/{workflow_id}/counts"
+        return until(lambda: (lambda counts: counts["is_complete"] and counts)(self.json(path)), 90)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("way", ["one machine", "login node", "routable name", "team", "TLS",
+                                 "standalone"])
+def test_the_dashboard_in_each_way_to_use_torc(cluster, way, certificates):
+    home, env, host = cluster.directory / "hpcuser", (), {"one machine": "127.0.0.1",
+                                                          "routable name": LOGIN}
+    options = ["--database", f"{way.split()[0]}.db", "--host", host.get(way, "0.0.0.0"), "--port", "0"]
+    asked = []
+    if way in ("login node", "team"):
+        for user in ("hpcuser", "other"):
+            cluster.run("bash", "-c", f"echo '{PASSWORD}' | {cluster.python} "
+                        f"{cluster.directory}/torc.py htpasswd add --file dash_users --password-stdin "
+                        f"--cost 5 {user}")
+        options += ["--auth-file", "dash_users", "--require-auth"]
+        env = MINE
+    if way == "team":
+        options.append("--enforce-access-control")
+    if way == "TLS":
+        for name in ("good.pem", "good.key", "ca.pem"):
+            shutil.copy(certificates / name, home / name)
+            shutil.chown(home / name, "hpcuser", "hpcuser")
+        options += ["--https", "--tls-cert", "good.pem", "--tls-key", "good.key"]
+        env = ["TORC_TLS_CA_CERT=ca.pem"]
+    if way == "standalone":
+        asked = ["--standalone", "--database", home / "alone.db"]
+    else:
+        port, _ = cluster.server(*options)
+        where = LOGIN if way == "routable name" else "localhost"
+        asked = ["--url", f"http{'s' if way == 'TLS' else ''}://{where}:{port}"]
+    dash = ClusterDash(cluster, *asked, *(["--socket", home / "d.sock"] if way == "team" else [
+        "--port", "0"]), env=env)
+    made = dash.create(allocation_spec(cluster, f"by {way}".replace(" ", "_"), {"a": "hostname"}))
+    if way == "one machine":              # workers on compute nodes would not reach it
+        assert "listens on this machine only" in dash.curl("/dash/do/submit", {"workflow_id": made})
+        dash.json("/dash/do/run", {"workflow_id": made})
+    else:
+        dash.json("/dash/do/submit", {"workflow_id": made})
+    assert dash.until_done(made)["completed"] == 1
+    assert dash.json("/dash/log?job=1&stream=stdout")["text"].strip() == (
+        "kl1" if way == "one machine" else "c1")
+    for user in ("other", "hpcuser"):     # without the cookie of the link nobody gets in
+        text = dash.curl("/torc-service/v1/workflows", user=user, words=dash.words[:2] if
+                         way == "team" else [])
+        assert text.endswith("\n401" if way != "team" else "\n000" if user == "other" else "\n200")
+    seen = cluster.run("bash", "-c", f"cat {home}/*.log {home}/.torc/*/* {home}/out_dash/* "
+                       "/proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr '\\0' ' '",
+                       user="other").stdout
+    secrets = [PASSWORD, "token="]
+    if way == "standalone":
+        secrets.append((home / ".torc" / "dash" / "password").read_text().strip())
+    assert "torc.py dash" in seen and not [secret for secret in secrets if secret in seen]
+    if way == "team":
+        theirs = ClusterDash(cluster, *asked, "--socket", cluster.directory / "other" / "d.sock",
+                             user="other", env=["TORC_USERNAME=other", f"TORC_PASSWORD={PASSWORD}"])
+        assert (dash.workflows(), theirs.workflows()) == (["by_team"], [])
 
 
 class SocketRelay:

@@ -421,7 +421,7 @@ KINDS = {kind.table: kind for kind in (
         filters="job_id run_id attempt_id", ops="create"),
     Kind("scheduled compute node", "scheduled_compute_node", "/scheduled_compute_nodes", fields(
         "id:int* workflow_id:int! scheduler_id:int! scheduler_config_id:int! scheduler_type:str!"
-        " status:str! output_dir:str work_dir:str note:str"), filters="status",
+        " status:str! output_dir:str work_dir:str note:str cluster:str"), filters="status",
         ops="list clear get update delete"),
     Kind("result", "result", "/results", fields(
         "id:int* workflow_id:int! job_id:int! run_id:int! attempt_id:int compute_node_id:int!"
@@ -1710,8 +1710,11 @@ ALTER TABLE workflow ADD COLUMN shape INTEGER NOT NULL DEFAULT 0;
                                            -- raised when jobs or dependencies come or go
 CREATE INDEX job_workflow ON job (workflow_id)                  -- pages of a list, by id
 """
+CLUSTER_SCHEMA = """
+ALTER TABLE scheduled_compute_node ADD COLUMN cluster TEXT      -- whose Slurm job it is
+"""
 # Step n brings a database from user_version n to n + 1.
-MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA)
+MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA)
 
 # File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
@@ -4206,8 +4209,11 @@ def family_nodes(store, workflow_id, shape, counted):
     return nodes
 
 
-def graph(store, workflow_id, now):
-    """Nodes and edges of a workflow: its jobs, or its families if there are many."""
+def graph(store, workflow_id, now, data=False):
+    """Nodes and edges of a workflow: its jobs, or its families if there are many.
+
+    data: with the files and user data that jobs read and write, if it shows jobs.
+    """
     total = store.one("SELECT count(*) FROM job WHERE workflow_id = ?", (workflow_id,))[0]
     if total > FEW_JOBS:
         shape = shape_of(store, workflow_id)
@@ -4218,13 +4224,48 @@ def graph(store, workflow_id, now):
                               store, workflow_id, shape))]}
     ids = [row[0] for row in store.query("SELECT id FROM job WHERE workflow_id = ? ORDER BY id",
                                          (workflow_id,))]
-    place = {job_id: number for number, job_id in enumerate(ids)}
-    pairs = store.query("SELECT d.depends_on_job_id, d.job_id FROM job j JOIN job_dependency d ON"
-                        " d.job_id = j.id WHERE j.workflow_id = ?", (workflow_id,))
-    edges = acyclic(len(ids), [(place[one], place[other]) for one, other in pairs
-                               if one in place and other in place])
-    return {"families": False, "total": total, "nodes": job_nodes(store, workflow_id, ids, now),
-            "edges": [[ids[one], ids[other]] for one, other in edges]}
+    nodes, edges = job_nodes(store, workflow_id, ids, now), store.query(
+        "SELECT d.depends_on_job_id, d.job_id FROM job j JOIN job_dependency d ON d.job_id = j.id"
+        " WHERE j.workflow_id = ?", (workflow_id,))
+    if data:
+        more, ways = data_nodes(store, workflow_id, nodes)
+        through = {(one, other) for makers, readers in ways.values() for one in makers
+                   for other in readers}
+        nodes += more
+        edges = [edge for edge in edges if edge not in through] + [
+            edge for key, (makers, readers) in ways.items() for edge in (
+                *((one, key) for one in makers), *((key, one) for one in readers))]
+    place = {node["id"]: number for number, node in enumerate(nodes)}
+    return {"families": False, "total": total, "nodes": nodes,
+            "edges": [[nodes[one]["id"], nodes[other]["id"]] for one, other in acyclic(
+                len(nodes), [(place[one], place[other]) for one, other in edges
+                             if one in place and other in place])]}
+
+
+def data_nodes(store, workflow_id, nodes):
+    """(nodes of the files and user data of jobs, {id: (jobs that write it, jobs that read it)})."""
+    names, found, ways = {node["id"]: node["name"] for node in nodes}, [], {}
+    for kind, table, text in (("file", "file", "f.path"), ("user_data", "user_data", "f.name")):
+        sides = [{}, {}]
+        for side, what in zip(sides, ("output", "input")):
+            for record_id, job_id in store.query(
+                    f"SELECT x.{table}_id, x.job_id FROM {table} f JOIN job_{what}_{table} x ON"
+                    f" x.{table}_id = f.id WHERE f.workflow_id = ? ORDER BY x.job_id",
+                    (workflow_id,)):
+                side.setdefault(record_id, []).append(job_id)
+        for record_id, name, more in store.query(
+                f"SELECT f.id, f.name, {text} FROM {table} f WHERE f.workflow_id = ? ORDER BY f.id",
+                (workflow_id,)):
+            key, (made, read) = f"{kind}:{record_id}", [side.get(record_id, []) for side in sides]
+            if made or read:
+                ways[key] = made, read
+                said = [f"made by {plain_names(names[one] for one in made)}" if made else
+                        "no job makes it"]
+                said += [f"read by {plain_names(names[one] for one in read)}"] if read else []
+                found.append({"id": key, "kind": kind, "name": name, "status": kind, "sub": "",
+                              "why": ", ".join([more] * (more != name) + said),
+                              "href": f"#/w/{workflow_id}/jobs/{(made or read)[0]}"})
+    return found, ways
 
 
 def job_nodes(store, workflow_id, job_ids, now):
@@ -5956,13 +5997,13 @@ def get_summary(request, workflow_id):
 
 
 def get_graph(request, workflow_id):
-    """Which job waits for which, by families above 400 jobs; around=JOB: one and its neighbours
-    (ours)."""
-    around = request.param("around", "int")
+    """Which job waits for which, by families above 400 jobs; around=JOB: one and its neighbours;
+    data=true: with files and user data (ours)."""
+    around, data = request.param("around", "int"), request.param("data", "bool", False)
     require_workflow(request.store, workflow_id)
     if around is not None:
         return graph_around(request.store, workflow_id, around, request.now)
-    return graph(request.store, workflow_id, request.now)
+    return graph(request.store, workflow_id, request.now, data)
 
 
 def get_failures(request, workflow_id):
@@ -6277,8 +6318,8 @@ def create_scheduled_node(request):
     with store.transaction():
         row = once and store.one(
             "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
-            " scheduler_type = ?", tuple(values[name] for name in (
-                "workflow_id", "scheduler_id", "scheduler_type")))
+            " scheduler_type = ? AND cluster IS ?", tuple(values.get(name) for name in (
+                "workflow_id", "scheduler_id", "scheduler_type", "cluster")))
         if row:
             return fetch(store, kind, row[0])
         store.news(values["workflow_id"])
@@ -9406,6 +9447,23 @@ def slurm(*words, env=None, again=3):
     return out
 
 
+def cluster_name():
+    """The name of the cluster whose Slurm answers here: ClusterName in slurm.conf(5); None if there
+    is no telling. Ids of Slurm jobs are those of one cluster, and a server may be used from many."""
+    global _cluster
+    if _cluster is None:
+        name = os.environ.get("SLURM_CLUSTER_NAME") if os.environ.get("SLURM_JOB_ID") else None
+        with contextlib.suppress(TorcError):
+            match = name or re.search(r"^ClusterName\s*=\s*(\S+)",
+                                      slurm("scontrol", "show", "config", again=0), re.M)
+            name = match if isinstance(match, str) or not match else match[1]
+        _cluster = name or ""
+    return _cluster or None
+
+
+_cluster = None
+
+
 # ---- what the queue says
 
 QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD",
@@ -9585,6 +9643,12 @@ def allocation_script(workflow, scheduler, name, request, words, environment=())
     import shlex
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
     limits = read_limits(workflow)
+    if "\\" in request.output_dir:        # switches off %j in Slurm's names of files
+        raise UsageError(f"{request.output_dir}: Slurm takes no backslash in the paths of logs; "
+                         "name another directory with --output-dir")
+    if not re.fullmatch(r"[\w.+@:-]*", request.prefix):
+        raise UsageError(f"{request.prefix!r} cannot begin a Slurm job's name: take letters, "
+                         "digits and ._-+@:")
     log = os.path.join(request.output_dir.replace("%", "%%"),
                        f"slurm_output_wf{workflow['id']}_sl%j")
     options = {"job-name": name, "output": f"{log}.o", "error": f"{log}.e", "open-mode": "append",
@@ -9698,11 +9762,21 @@ def submit_allocations(client, workflow, scheduler, number, request):
                               f"\"{scheduler['name']}\"; sbatch --test-only {first} tries it)")
             error.submitted = made
             raise error from None
+        try:
+            client.post("/scheduled_compute_nodes", {
+                "workflow_id": workflow["id"], "scheduler_id": int(match[1]),
+                "scheduler_type": "slurm", "scheduler_config_id": scheduler["id"],
+                "status": "pending", "output_dir": request.output_dir,
+                "work_dir": request.work_dir, "cluster": cluster_name()}, once=True)
+        except BaseException as error:    # also Ctrl-C: nobody would know of it
+            with contextlib.suppress(TorcError):
+                slurm("scancel", match[1])
+            if isinstance(error, TorcError):
+                error.args = (f"{error} (so Slurm job {match[1]}, which it does not know of, was "
+                              "canceled again)",)
+            error.submitted = made
+            raise
         made.append(int(match[1]))
-        client.post("/scheduled_compute_nodes", {
-            "workflow_id": workflow["id"], "scheduler_id": made[-1], "scheduler_type": "slurm",
-            "scheduler_config_id": scheduler["id"], "status": "pending",
-            "output_dir": request.output_dir, "work_dir": request.work_dir}, once=True)
         if not request.keep_script:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -9762,6 +9836,11 @@ def schedule_pending(client, workflow_id, request, triggers=None):
 
 # ---- allocations that have ended
 
+def is_elsewhere(cluster):
+    """Whether this is the name of another cluster than the one that answers here."""
+    return bool(cluster and cluster_name() and cluster != cluster_name())
+
+
 def fate(state, limits):
     """(status, return code) of the jobs that ran when an allocation ended in this state, or None:
     they are ready again."""
@@ -9773,16 +9852,25 @@ def fate(state, limits):
 
 
 def live_allocations(client, workflow_id):
-    """(scheduled nodes that have not ended, {Slurm job: [active compute nodes in it]})."""
-    scheduled = [record for status in ("pending", "active") for record in client.items(
-        "/scheduled_compute_nodes", workflow_id=workflow_id, status=status)
-        if record["scheduler_type"] == "slurm"]
+    """(scheduled nodes that have not ended, {Slurm job: [active compute nodes in it]}) of this
+    cluster."""
+    scheduled = [record for record in unended_allocations(client, workflow_id)
+                 if not is_elsewhere(record.get("cluster"))]
     inside = {}
     for node in client.items("/compute_nodes", workflow_id=workflow_id, is_active=True):
-        number = (node.get("scheduler") or {}).get("scheduler_id")
-        if node["compute_node_type"] == "slurm" and isinstance(number, int):
+        known = node.get("scheduler") or {}
+        number = known.get("scheduler_id")
+        if node["compute_node_type"] == "slurm" and isinstance(number, int) and \
+                not is_elsewhere(known.get("cluster")):
             inside.setdefault(number, []).append(node)
     return scheduled, inside
+
+
+def unended_allocations(client, workflow_id):
+    """Scheduled nodes of Slurm that have not ended, whichever cluster they are of."""
+    return [record for status in ("pending", "active") for record in client.items(
+        "/scheduled_compute_nodes", workflow_id=workflow_id, status=status)
+        if record["scheduler_type"] == "slurm"]
 
 
 def hand_in_journal(client, node, server_id):
@@ -9934,7 +10022,7 @@ class SlurmRunner(Runner):
         super().__init__(client, workflow_id, options)
         self.allocation, self.config_id, self.strict = allocation, config_id, strict
         self.alone = alone                # one of several runners in the allocation, each on a node
-        self.steps = False
+        self.steps, self.to_signal, self.signalling = False, [], threading.Event()
         self.hosts = [self.host]
 
     def labels(self):
@@ -9986,7 +10074,7 @@ class SlurmRunner(Runner):
         where = self.allocation
         return {"compute_node_type": "slurm", "scheduler_config_id": self.config_id, "scheduler": {
             "type": "slurm", "scheduler_id": where.job_id, "node_index": where.node_index,
-            "restarts": where.restarts}}
+            "restarts": where.restarts, "cluster": cluster_name()}}
 
     def _coming(self, report):
         return max(0, report["scheduled"] - 1)       # one of them is this one
@@ -10083,23 +10171,35 @@ class SlurmRunner(Runner):
 
     def _signal(self, child, number):
         """srun ends its step at once when it is signalled itself, so Slurm is asked to signal."""
-        if child.step and not has_exited(child.pid):
-            threading.Thread(target=self._signal_step, args=(child, number), daemon=True).start()
-        else:
+        if not child.step or has_exited(child.pid):
             super()._signal(child, number)
+            return
+        self.to_signal.append((child, number))       # this thread is the only one that adds
+        if not self.signalling.is_set():
+            self.signalling.set()
+            threading.Thread(target=self._signal_steps, daemon=True).start()
 
-    def _signal_step(self, child, number):
-        try:
-            steps = slurm("squeue", "-h", "-s", "-j", self.allocation.job_id, "-o", "%i|%j")
-            ids = [line.split("|")[0] for line in steps.splitlines()
-                   if line.endswith(f"|{child.step}")]
-            for step in ids:
-                slurm("scancel", f"--signal={int(number)}", step)
-            if ids:
-                return
-        except TorcError as error:
-            self.say(f"job {child.job['id']}: {error}")
-        super()._signal(child, number)    # not begun yet, or Slurm is away
+    def _signal_steps(self):
+        """Have Slurm signal the steps of to_signal, all of them at once (a thread)."""
+        time.sleep(0.05)                  # canceled together, they are signalled together
+        self.signalling.clear()
+        chosen = {}
+        while self.to_signal:
+            child, number = self.to_signal.pop()
+            chosen.setdefault(number, {})[child.step] = child
+        for number, children in chosen.items():
+            try:
+                steps = slurm("squeue", "-h", "-s", "-j", self.allocation.job_id, "-o", "%i|%j")
+                ids = {name: step for step, _, name in (
+                    line.partition("|") for line in steps.splitlines()) if name in children}
+                if ids:
+                    slurm("scancel", f"--signal={int(number)}", *ids.values())
+            except TorcError as error:
+                self.say(f"{plural(len(children), 'step')} to be signalled: {error}")
+                ids = {}
+            for name, child in children.items():
+                if name not in ids and not has_exited(child.pid):
+                    super()._signal(child, number)   # not begun yet, or Slurm is away
 
 
 # ---- what Slurm's accounting says of steps
@@ -16180,8 +16280,13 @@ def workflow_report(client, workflow_id):
             "is_complete": counted["is_complete"], "is_canceled": counted["is_canceled"]}
 
 
-def verdict(report):
-    """How a workflow stands, in a sentence."""
+def had_allocations(client, workflow_id):
+    """Whether the workflow has run in allocations of Slurm."""
+    return bool(client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1)["items"])
+
+
+def verdict(report, on_slurm):
+    """How a workflow stands, in a sentence. on_slurm: it had allocations."""
     by_status, workflow_id = report["jobs_by_status"], report["workflow_id"]
     bad = ", ".join(f"{by_status[name]} {name}" for name in BAD_ENDS if by_status[name])
     if report["is_canceled"]:
@@ -16198,9 +16303,11 @@ def verdict(report):
     if queued:
         return f"The workflow waits for {plural(queued, 'allocation')} of Slurm{ending}."
     new = by_status["uninitialized"]
-    return (f"The workflow is not complete{ending}, and no runner is at work: torc run "
-            f"{workflow_id}" + (f" (and torc workflows reinit {workflow_id} before, for "
-                                f"{plural(new, 'job')} that are not initialized)" if new else ""))
+    start = f"torc slurm schedule-nodes {workflow_id} gets another allocation, torc run " \
+            f"{workflow_id} works here" if on_slurm else f"torc run {workflow_id}"
+    return (f"The workflow is not complete{ending}, and no runner is at work: {start}" + (
+        f" (and torc workflows reinit {workflow_id} before, for {plural(new, 'job')} that are not "
+        "initialized)" if new else ""))
 
 
 @command("status", WORKFLOW, OUTPUT_DIR, WORKER_URL, example="torc status 3")
@@ -16228,7 +16335,7 @@ def do_status(args, client):
               f"{report['pending_scheduled_nodes']} pending")
     for line in report["allocations"]:
         print(f"  {clean(line)}")
-    print(verdict(report))
+    print(verdict(report, had_allocations(client, args.workflow_id)))
 
 
 def end_code(counted):
@@ -16317,8 +16424,11 @@ def do_cancel(args, client):
 def cancel_allocations(client, workflow_id):
     """(Slurm jobs that were canceled, errors): scancel for allocations that have not ended."""
     scheduled, _ = live_allocations(client, workflow_id)
+    away = [f"Slurm job {record['scheduler_id']} is on the cluster {record['cluster']}: scancel it "
+            "there" for record in unended_allocations(client, workflow_id)
+            if is_elsewhere(record.get("cluster"))]
     if not scheduled:
-        return [], []
+        return [], away
     canceled = []
     try:
         queue = ask_queue({record["scheduler_id"] for record in scheduled})
@@ -16326,11 +16436,11 @@ def cancel_allocations(client, workflow_id):
         if canceled:
             slurm("scancel", *canceled)
     except TorcError as error:
-        return [], [f"the allocations of workflow {workflow_id} were not canceled: {error}"]
+        return [], [f"the allocations of workflow {workflow_id} were not canceled: {error}", *away]
     for record in scheduled:              # a worker that is at work closes its own
         if record["status"] == "pending" or record["scheduler_id"] not in canceled:
             client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "canceled"})
-    return canceled, []
+    return canceled, away
 
 
 def for_each(args, ids, action):
@@ -17663,9 +17773,16 @@ def do_submit(args, client):
         if args.dry_run:
             return dry_submit(args, client, spec, request)
         workflow_id = workflow_to_submit(args, client, spec)
-        if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
-            initialize_workflow(client, workflow_id, args.ignore_missing_data)
-        return submit_start(args, client, workflow_id, request)
+        try:
+            if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
+                initialize_workflow(client, workflow_id, args.ignore_missing_data)
+            return submit_start(args, client, workflow_id, request)
+        except TorcError as error:
+            if spec and not getattr(error, "submitted", None):
+                client.delete(f"/workflows/{workflow_id}")
+                error.args = (f"{error}. No allocation was submitted, so workflow {workflow_id} is "
+                              "gone again: mend this, and submit once more",)
+            raise
     finally:
         client.close()
 
@@ -17706,10 +17823,9 @@ def submit_start(args, client, workflow_id, request):
         done = schedule_pending(client, workflow_id, request, START_ACTIONS)
     except TorcError as error:
         some = getattr(error, "submitted", None)
-        error.args = (f"{error}. " + (
-            f"{submitted(len(some), some)}; `torc slurm schedule-nodes {workflow_id}` gets more"
-            if some else f"Workflow {workflow_id} is there and has no allocation: `torc submit "
-                         f"{workflow_id}` tries again"),)
+        if some:
+            error.args = (f"{error}. {submitted(len(some), some)}; `torc slurm schedule-nodes "
+                          f"{workflow_id}` gets more",)
         raise
     ids = [number for _, numbers in done for number in numbers]
     if not ids:
@@ -17857,7 +17973,8 @@ def work_in_allocation(args, client, where):
     record = client.post("/scheduled_compute_nodes", {
         "workflow_id": workflow_id, "scheduler_id": where.job_id, "scheduler_type": "slurm",
         "scheduler_config_id": args.scheduler_config_id or 0, "status": "active",
-        "output_dir": os.path.abspath(args.output_dir), "work_dir": os.getcwd()}, once=True)
+        "output_dir": os.path.abspath(args.output_dir), "work_dir": os.getcwd(),
+        "cluster": cluster_name()}, once=True)
     if record["status"] != "active":
         client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "active"})
     for node in live_allocations(client, workflow_id)[1].get(where.job_id, ()):
@@ -17930,27 +18047,49 @@ def look_after(args, client, workflow_id):
         tell(args, str(error), "warn")
 
 
+# Why an allocation does not begin by waiting (squeue(1), JOB REASON CODES), and what to do.
+STUCK_ALLOCATIONS = (
+    (r"TimeLimit|WallDuration|NodeLimit|PartitionConfig|PerJobLimit|BadConstraints",
+     "it asks for more time, more nodes or others than its partition or account may give, so it "
+     "will not start: `scancel {0}`, and ask for less"),
+    (r"NotAllowed|InvalidAccount|InvalidQOS", "its account, QOS and partition do not go together: "
+     "`scancel {0}`, and submit with others"),
+    (r"JobHeld", "it is held: `scontrol release {0}`"),
+    (r"NeverSatisfied", "what it depends on has failed, so it will not start: `scancel {0}`"))
+
+
+def stuck_advice(number, entry):
+    """What to do with an allocation (Queued) that will not begin by waiting, or ""."""
+    for pattern, advice in STUCK_ALLOCATIONS if entry.phase == "pending" else ():
+        if re.search(pattern, entry.where):
+            return ": " + advice.format(number)
+    return ""
+
+
 def allocation_lines(client, workflow_id):
     """A sentence on each allocation that has not ended, and what its worker says if it cannot
     begin."""
     import shutil
-    scheduled, _ = live_allocations(client, workflow_id)
-    queue, lines = {}, []
+    scheduled = unended_allocations(client, workflow_id)
+    queue, lines = None, []
     if scheduled and shutil.which("squeue"):
         with contextlib.suppress(TorcError):
-            queue = ask_queue({record["scheduler_id"] for record in scheduled})
+            queue = ask_queue({record["scheduler_id"] for record in scheduled
+                               if not is_elsewhere(record.get("cluster"))})
     for record in scheduled:
         number = record["scheduler_id"]
-        entry = queue.get(number)
-        if not queue:
-            text = f"is {record['status']}"
+        away = is_elsewhere(record.get("cluster"))
+        entry = queue and queue.get(number)
+        if queue is None or away:
+            text = f"is {record['status']}" + (f" on the cluster {record['cluster']}" if away else
+                                               "")
         elif not entry or entry.phase == "over":
             text = f"has ended: torc workflows sync-status {workflow_id} settles what it left"
         else:
             left = "" if entry.phase == "pending" or entry.time_left_s is None else \
                 f", {format_duration(entry.time_left_s)} left"
             where = "" if entry.where in ("(None)", "") else f" {entry.where}"
-            text = f"is {entry.state.lower()}{where}{left}"
+            text = f"is {entry.state.lower()}{where}{left}{stuck_advice(number, entry)}"
         lines.append(f"Slurm job {number} {text}")
         lines += read_text(worker_note(record.get("output_dir") or DEFAULT_OUTPUT_DIR, workflow_id,
                                        number)).splitlines()
@@ -18261,11 +18400,6 @@ def recover_workflow(args, client, workflow_id):
     if on_slurm:
         report["slurm_jobs"] = regenerate(args, client, workflow_id, submit=True)["slurm_jobs"]
     return report
-
-
-def had_allocations(client, workflow_id):
-    """Whether the workflow has run in allocations of Slurm."""
-    return bool(client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1)["items"])
 
 
 def show_recovery(args, report):
@@ -20740,6 +20874,7 @@ section { margin-top: 24px; } section > h2 { margin-bottom: 6px; } h1.unseen + d
 .node .box { fill: var(--raised); stroke: var(--line); } .node.st-failed .box { stroke: var(--failed); } .node.st-running .box { stroke: var(--running); }
 .node.st-blocked .box, .node.st-canceled .box { stroke-dasharray: 3 3; stroke: var(--edge); }
 .node:hover .box, .node.here .box { stroke: var(--accent); stroke-width: 2; stroke-dasharray: none; } .node:hover { text-decoration: none; } .node { outline: none; }
+.node.st-file .box, .node.st-user_data .box { fill: var(--bg); } .node.st-user_data .box { stroke-dasharray: 6 2; }
 .node:focus-visible .box { stroke: var(--accent); stroke-width: 3; }
 .readout { min-height: 24px; margin-top: 8px; color: var(--muted); }
 .lanes { position: relative; border-top: 1px solid var(--line); overflow: hidden; touch-action: pan-y; cursor: crosshair; } .lanes svg { display: block; user-select: none; }
@@ -21443,6 +21578,7 @@ function graph({nodes, edges}, {mini = false, focus, readout} = {}) {
       [...icon(n.status).childNodes]),
     text(left + 26, top + H / 2 + 4, cut(n.name, n.sub || W < 150 ? fits : fits + 5)),
     n.sub && W > 150 && text(left + W - 8, top + H / 2 + 4, n.sub, {class: "sub", "text-anchor": "end"})];
+  const thing = (n, left, top) => text(left + W / 2, top + H / 2 + 4, cut(n.name, fits + 4), {"text-anchor": "middle"});
   function node(n, [x, y]) {
     const why = n.why || word(n.status), show = on => () => {
       for (const [a, b, el] of links) if (a === n.id || b === n.id) el.classList.toggle("lit", on);
@@ -21451,8 +21587,8 @@ function graph({nodes, edges}, {mini = false, focus, readout} = {}) {
     const spoken = cut(n.name, fits) === n.name ? why : `${n.name}: ${why}`;
     return h("svg:a.node", {href: n.href, class: `st-${n.status} ${n.id === focus ? "here" : ""}`,
       onpointerenter: show(true), onpointerleave: show(false), onfocus: show(true), onblur: show(false)},
-      h("rect.box", {x: x - W / 2, y: y - H / 2, width: W, height: H, rx: 4}),
-      (big ? family : job)(n, x - W / 2, y - H / 2), text(x, y, spoken, {class: "ghost"}));
+      h("rect.box", {x: x - W / 2, y: y - H / 2, width: W, height: H, rx: n.kind ? H / 2 : 4}),
+      (big ? family : n.kind ? thing : job)(n, x - W / 2, y - H / 2), text(x, y, spoken, {class: "ghost"}));
   }
   const world = h("g", lines.map(line => {
     const a = line[0].node, b = line[line.length - 1].node;
@@ -21666,15 +21802,18 @@ function jobPage({id, job: jobId}) {
   });
 }
 
-function graphPage({id}) {
+function graphPage({id, query}) {
   const hint = "Point at a node to see what it waits for; Enter opens it.";
   const readout = h("p.readout", {"data-hint": hint}, hint);
-  return asked(() => api(`/workflows/${id}/graph`), data => {
-    const map = graph(data, {readout}), families = data.families
+  const withData = query.has("data");
+  return asked(() => api(`/workflows/${id}/graph`, {data: withData || ""}), data => {
+    const map = graph(data, {readout}), more = !data.families && toggle("Files and user data", withData,
+      on => { setQuery({data: on ? "1" : ""}); render(); });
+    const families = data.families
       ? `, ${data.nodes.length} families: the jobs made from one entry of the spec` : "";
     watch("event", event => map.change(event.job_id, event.data));
     watch("summary", s => s.families?.forEach(family => map.change(family.id, family)));
-    return [h("div.tools", h("span.muted", many(data.total, "job"), families), zoomButtons(map.zoom, map.fit, "Fit")),
+    return [h("div.tools", h("span.muted", many(data.total, "job"), families), more, zoomButtons(map.zoom, map.fit, "Fit")),
       map.el, readout];
   });
 }
