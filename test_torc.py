@@ -1559,13 +1559,15 @@ def test_a_large_graph_is_of_families(api):
 
 def test_a_graph_shows_files_and_user_data_if_asked(api):
     spec = {
-        "name": "g", "user": "tester", "files": [{"name": "raw", "path": "raw.csv"}, {"name": "mid", "path": "mid.csv"},
+        "name": "g", "files": [{"name": "raw", "path": "raw.csv"}, {"name": "mid", "path": "mid.csv"},
                                {"name": "idle", "path": "idle"}],
         "user_data": [{"name": "found"}],
         "jobs": [{"name": "a", "command": "true", "input_files": ["raw"], "output_files": ["mid"]},
                  {"name": "b", "command": "true", "input_files": ["mid"], "output_user_data": ["found"]},
                  {"name": "c", "command": "true", "depends_on": ["a"], "input_user_data": ["found"]}]}
-    workflow_id = api.post("/workflow_specs", torc.read_spec("g.json", json.dumps(spec)).payload)["id"]
+    payload = torc.read_spec("g.json", json.dumps(spec)).payload
+    payload["workflow"]["user"] = "tester"
+    workflow_id = api.post("/workflow_specs", payload)["id"]
     path = f"/workflows/{workflow_id}/graph"
     assert [node["name"] for node in api.get(path)["nodes"]] == ["a", "b", "c"]
     answer = api.get(path, data=True)
@@ -6955,6 +6957,11 @@ class Visit:
         """Wait for a text."""
         self.page.get_by_text(text).first.wait_for(timeout=20_000)
 
+    def menu(self, name):
+        """Choose an entry of the workflow's menu."""
+        self.page.locator("details.menu summary").first.click()
+        self.page.locator("details.menu").get_by_role("button", name=name).first.click()
+
     def click(self, name, exact=True):
         """Press a button by its name."""
         self.page.get_by_role("button", name=name, exact=exact).first.click()
@@ -6998,6 +7005,7 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     page.get_by_role("button", name="Close").last.click()
     visit.see("4 of 4 jobs done")         # live, without a reload
     visit.go("/w/1/graph")
+    visit.click("Files and user data")    # it has none, and stays as it is
     page.get_by_text("a_2").first.click()
     page.wait_for_function("() => location.hash.includes('/jobs/3')")
     visit.see("no such mesh")
@@ -7010,11 +7018,50 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     visit.click("Rerun 2 jobs")
     client = server.client()
     until(lambda: statuses(client, 1)["a_2"] == "ready")
-    page.locator("details.menu summary").first.click()
-    page.get_by_role("button", name="Delete…").last.click()
+    visit.click("Run here…")
+    visit.see("ended with failures")
+    page.get_by_role("button", name="Close").last.click()
+    until(lambda: [one["attempt_id"] for one in client.items("/jobs", workflow_id=1)] == [1, 1, 2, 1])
+    visit.menu("Reset…")
+    visit.see("All 4 jobs go back to not initialized; 2 completed ones would run again.")
+    visit.click("Reset 4 jobs")
+    until(lambda: set(statuses(client, 1).values()) == {"uninitialized"})
+    visit.click("Initialize")             # live: the button of the state that it is in now
+    until(lambda: statuses(client, 1)["prep"] == "ready")
+    visit.menu("Delete…")
     page.get_by_label("Type seen").fill("seen")
     visit.click("Delete 1 workflow")
     until(lambda: not list(client.items("/workflows")))
+    client.close()
+    assert visit.trouble == []
+
+
+@pytest.mark.browser
+def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, server, tmp_path):
+    client = server.client()
+    workflow_id, _ = make(client, {"a": [], "b": ["a"]})
+    assert start_run(tmp_path, workflow_id, "--url", server.url).wait(60) == 0
+    visit = Visit(chromium, dash)
+    visit.go(f"/w/{workflow_id}")
+    with visit.page.expect_download() as download:
+        visit.menu("Export")
+    document = json.loads(Path(download.value.path()).read_text())
+    assert [job["name"] for job in document["jobs"]] == ["a", "b"]
+    visit.menu("Reinitialize…")
+    visit.see("Nothing has changed")
+    visit.click("Cancel")
+    visit.menu("Reset…")
+    visit.click("Reset 2 jobs")
+    visit.click("Initialize")
+    visit.see("1 job ready")
+    visit.menu("Cancel…")
+    visit.see("0 running jobs get SIGTERM, and SIGKILL later.")
+    visit.click("Cancel 0 jobs")
+    until(lambda: set(statuses(client, workflow_id).values()) == {"canceled"})
+    visit.menu("Archive")
+    until(lambda: client.get(f"/workflows/{workflow_id}")["is_archived"])
+    visit.go("/")
+    visit.see("No workflows yet")
     client.close()
     assert visit.trouble == []
 

@@ -4021,8 +4021,9 @@ def summary(store, workflow_id, now):
         waiting += [(*row, "ready") for row in waiting_ready(store, workflow_id, counted["ready"],
                                                              canceled)]
     if counted.get("blocked"):
-        waiting += [(*row, "blocked") for row in (waiting_families(store, workflow_id, shape, by_family) if large
-                                                  else waiting_jobs(store, workflow_id))]
+        waiting += [(*row, "blocked") for row in (
+            waiting_families(store, workflow_id, shape, by_family) if large
+            else waiting_jobs(store, workflow_id))]
     for status, sentence in (("pending_failed", "failed, and wait for your decision"),
                              ("uninitialized", "not initialized yet"),
                              ("disabled", "disabled, will not run")):
@@ -9448,8 +9449,8 @@ def slurm(*words, env=None, again=3):
 
 
 def cluster_name():
-    """The name of the cluster whose Slurm answers here: ClusterName in slurm.conf(5); None if there
-    is no telling. Ids of Slurm jobs are those of one cluster, and a server may be used from many."""
+    """The name of the cluster whose Slurm answers here: ClusterName in slurm.conf(5), or None. A
+    server may be used from several, each with its own job ids."""
     global _cluster
     if _cluster is None:
         name = os.environ.get("SLURM_CLUSTER_NAME") if os.environ.get("SLURM_JOB_ID") else None
