@@ -6849,7 +6849,7 @@ def test_an_exported_workflow_is_imported_by_the_dashboard(dash, server):
     dash.enter()
     client = server.client()
     make(client, {"a": [], "b": ["a"]})
-    text = json.dumps(torc.export_workflow(client, 1), indent=1)
+    text = json.dumps(dash.json("/dash/export?workflow_id=1"), indent=1)
     assert "An exported workflow, 2 jobs" in dash.json("/dash/validate", {"spec": text})["summary"]
     made = dash.json("/dash/create", {"spec": text})["id"]
     assert set(statuses(client, made)) == {"a", "b"}
@@ -7005,7 +7005,6 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     page.get_by_role("button", name="Close").last.click()
     visit.see("4 of 4 jobs done")         # live, without a reload
     visit.go("/w/1/graph")
-    visit.click("Files and user data")    # it has none, and stays as it is
     page.get_by_text("a_2").first.click()
     page.wait_for_function("() => location.hash.includes('/jobs/3')")
     visit.see("no such mesh")
@@ -7021,7 +7020,8 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     visit.click("Run here…")
     visit.see("ended with failures")
     page.get_by_role("button", name="Close").last.click()
-    until(lambda: [one["attempt_id"] for one in client.items("/jobs", workflow_id=1)] == [1, 1, 2, 1])
+    until(lambda: [row["run_id"] for row in client.items("/results", workflow_id=1, all_runs=True)
+                   if row["return_code"] == 3] == [1, 2])
     visit.menu("Reset…")
     visit.see("All 4 jobs go back to not initialized; 2 completed ones would run again.")
     visit.click("Reset 4 jobs")
@@ -7038,9 +7038,13 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
 
 @pytest.mark.browser
 def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, server, tmp_path):
-    client = server.client()
-    workflow_id, _ = make(client, {"a": [], "b": ["a"]})
-    assert start_run(tmp_path, workflow_id, "--url", server.url).wait(60) == 0
+    client, workflow_id = server.client(), 1
+    (tmp_path / "raw.csv").write_text("1")
+    (tmp_path / "w.json").write_text(json.dumps({
+        "name": "w", "files": [{"name": "raw", "path": "raw.csv"}], "jobs": [
+            {"name": "a", "command": "true", "input_files": ["raw"]},
+            {"name": "b", "command": "true", "depends_on": ["a"]}]}))
+    assert start_run(tmp_path, "w.json", "--url", server.url).wait(60) == 0
     visit = Visit(chromium, dash)
     visit.go(f"/w/{workflow_id}")
     with visit.page.expect_download() as download:
@@ -7048,8 +7052,11 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
     document = json.loads(Path(download.value.path()).read_text())
     assert [job["name"] for job in document["jobs"]] == ["a", "b"]
     visit.menu("Reinitialize…")
-    visit.see("Nothing has changed")
-    visit.click("Cancel")
+    visit.see("Nothing has changed: no job would run again")
+    (tmp_path / "raw.csv").write_text("other")
+    visit.menu("Reinitialize…")
+    visit.see('a: its input file "raw.csv" changed.')
+    visit.click("Keep as it is")
     visit.menu("Reset…")
     visit.click("Reset 2 jobs")
     visit.click("Initialize")
@@ -7057,9 +7064,13 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
     visit.menu("Cancel…")
     visit.see("0 running jobs get SIGTERM, and SIGKILL later.")
     visit.click("Cancel 0 jobs")
-    until(lambda: set(statuses(client, workflow_id).values()) == {"canceled"})
+    until(lambda: client.get(f"/workflows/{workflow_id}/counts")["is_canceled"])
+    visit.go(f"/w/{workflow_id}/graph")
+    visit.click("Files and user data")
+    visit.page.locator("svg").get_by_text("raw", exact=True).wait_for()
+    visit.go(f"/w/{workflow_id}")
     visit.menu("Archive")
-    until(lambda: client.get(f"/workflows/{workflow_id}")["is_archived"])
+    until(lambda: client.get(f"/workflows/{workflow_id}/status")["is_archived"])
     visit.go("/")
     visit.see("No workflows yet")
     client.close()

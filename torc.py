@@ -19236,7 +19236,8 @@ def names_of(rows, key="job_name"):
 
 class DashActions:
     """What the pages ask of us besides the API: /dash/NAME. do/VERB?dry_run=true answers the words
-    of the question ({} asks none), without dry_run it is done."""
+    of the question ({} asks none, a message says that there is nothing to do), without dry_run it is
+    done."""
 
     def __init__(self, args, say):
         self.args, self.say = args, say
@@ -19246,7 +19247,7 @@ class DashActions:
     def table(self):
         """{path: function}, as Dashboard takes it."""
         return {name: getattr(self, name) for name in (
-            "log", "do", "validate", "create", "open", "wizard", "doctor", "user")}
+            "log", "do", "validate", "create", "open", "wizard", "doctor", "export", "user")}
 
     def user(self, client, query, body):
         """In whose name the dashboard asks."""
@@ -19276,6 +19277,10 @@ class DashActions:
         if not os.path.exists(path) and attempt.host and not os.path.isdir(os.path.dirname(path)):
             raise NotFound(f"{path} is on {attempt.host}, and not to be seen from here")
         return log_part(path, offset)
+
+    def export(self, client, query, body):
+        """The workflow with its results and events, to be saved by the browser."""
+        return export_workflow(client, int(query["workflow_id"]), True, True)
 
     # -- new workflows
 
@@ -19428,7 +19433,7 @@ class DashActions:
         plan = reinitialize_workflow(client, workflow_id, dry_run=dry_run)
         number = len(plan.jobs) + plan.waiting
         if dry_run and not number:
-            raise Invalid("nothing has changed: no job would run again")
+            return {"message": "Nothing has changed: no job would run again"}
         if dry_run:
             return plan_of("Reinitialize?", [
                 *(f"{row['job_name']}: {row['reason']}." for row in plan.jobs[:5]),
@@ -19564,16 +19569,6 @@ class DashActions:
                 cancel_allocations(client, number)
             client.delete(f"/workflows/{number}")
         return {"message": f"Deleted {plural(len(ids), 'workflow')}", "gone": ids}
-
-    def do_export(self, client, workflow_id, dry_run, body):
-        """Write the workflow with its results as JSON into the output directory."""
-        if dry_run:
-            return {}
-        name = re.sub(r"[^\w.-]+", "_", client.get(f"/workflows/{workflow_id}")["name"])
-        path = os.path.join(self.output_dir, f"{name}_{workflow_id}.json")
-        os.makedirs(self.output_dir, mode=0o700, exist_ok=True)
-        write_private(path, json.dumps(export_workflow(client, workflow_id, True, True), indent=1))
-        return {"message": f"Wrote {path}, {format_bytes(os.path.getsize(path))}"}
 
     def do_archive(self, client, workflow_id, dry_run, body):
         """Hide workflows from lists."""
@@ -22046,7 +22041,7 @@ const ACTIONS = {                    // verb: [label, states with a button, stat
   cancel: ["Cancel…", "running", "waiting stuck", "End running jobs, start no more"],
   reinitialize: ["Reinitialize…", "", "done failed canceled", "Rerun only what changed inputs touch"],
   reset: ["Reset…", "", "waiting done failed canceled stuck", "All jobs back to the start; earlier results stay"],
-  export: ["Export", "", "waiting running done failed canceled stuck", "One JSON file with jobs, results and events"],
+  export: ["Export", "", "waiting running done failed canceled stuck", "Save one JSON file with jobs, results and events"],
   archive: ["Archive", "", "done failed canceled", "Hide it from lists; nothing is deleted"],
   delete: ["Delete…", "", Object.keys(STATES).join(" "), "Remove jobs and results; output files stay"],
 };
@@ -22062,8 +22057,14 @@ function actionBar(now) {
 // Every verb is asked twice: the dry run gives the words of the question (or none), the real one those of the answer.
 async function act(verb, target) {
   const body = {workflow_id: store.workflow?.id, ...target};
+  if (verb === "export") {
+    const {id, name} = store.workflow, file = `${name.replace(/[^\w.-]+/g, "_")}_${id}.json`;
+    h("a", {href: `/dash/export?workflow_id=${id}`, download: file}).click();
+    return;
+  }
   try {
     const plan = await post(`/dash/do/${verb}`, {dry_run: true}, body);
+    if (plan.message) return toast(plan.message);
     if (plan.title && !await confirmDialog(plan)) return;
     const done = await post(`/dash/do/${verb}`, {}, body);
     if (done.message) toast(done.message);
