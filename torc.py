@@ -19236,8 +19236,8 @@ def names_of(rows, key="job_name"):
 
 class DashActions:
     """What the pages ask of us besides the API: /dash/NAME. do/VERB?dry_run=true answers the words
-    of the question ({} asks none, a message says that there is nothing to do), without dry_run it is
-    done."""
+    of the question ({} asks none; a message: there is nothing to do), without dry_run it is done.
+    """
 
     def __init__(self, args, say):
         self.args, self.say = args, say
