@@ -1615,6 +1615,29 @@ def test_the_graph_around_a_job_has_five_on_each_side(api):
         api.get(f"/workflows/{workflow_id}/graph", around=10_000)
 
 
+def test_jobs_run_again_together_or_none_of_them(api):
+    workflow_id, ids = make(api, {name: [] for name in "abc"})
+    other, theirs = make(api, {"z": []})
+    node = make_node(api, workflow_id)
+    for name in "ab":
+        complete(api, ids[name], workflow_id, node, code=1)
+    need = api.post("/resource_requirements", {"workflow_id": workflow_id, "name": "more",
+                                               "num_cpus": 2, "memory": "2g", "runtime": "PT1H"})
+    path, again = f"/workflows/{workflow_id}/rerun_jobs", [
+        {"job_id": ids["a"]}, {"job_id": ids["b"], "resource_requirements_id": need["id"]}]
+    for bad, message in (({"job_id": ids["c"]}, "only a job that has ended"),
+                         ({"job_id": theirs["z"]}, f"{theirs['z']}"),
+                         ({"job_id": ids["a"], "resource_requirements_id": 999}, "999"),
+                         ({}, "missing field `job_id`")):
+        with pytest.raises(torc.TorcError, match=message):
+            api.post(path, {"jobs": [*again, bad]})
+        assert statuses(api, workflow_id)["a"] == "failed"
+    assert api.post(path, {"jobs": again}) == {"count": 2}
+    assert set(statuses(api, workflow_id).values()) == {"ready"}
+    assert api.get(f"/jobs/{ids['b']}")["resource_requirements_id"] == need["id"]
+    assert api.get(f"/jobs/{ids['b']}")["attempt_id"] == 2
+
+
 def test_a_timeline_knows_what_a_runner_waited_for(past):
     [lane] = past.get("/timeline")["runners"]
     began = past.began * 1000

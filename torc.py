@@ -5880,6 +5880,32 @@ def rerun_job_request(request, job_id):
     return show_job(request.store, job_id)
 
 
+RERUN_FIELDS = fields("job_id:int! resource_requirements_id:int")
+
+
+def rerun_jobs_request(request, workflow_id):
+    """Run ended jobs of a workflow again, all or none of them, with other resource requirements
+    where these are named (ours)."""
+    store, rows = request.store, request.body.get("jobs")
+    if not isinstance(rows, list):
+        raise BadShape("field `jobs` is not a list")
+    require_workflow(store, workflow_id)
+    with store.transaction():
+        for row in rows:
+            values = check_body(row, RERUN_FIELDS)
+            job_id, need_id = values["job_id"], values.get("resource_requirements_id")
+            for kind, record_id in (("job", job_id), ("resource_requirements", need_id)):
+                if record_id is not None and not store.one(
+                        f"SELECT 1 FROM {kind} WHERE id = ? AND workflow_id = ?",
+                        (record_id, workflow_id)):
+                    raise not_found(KINDS[kind], record_id)
+            if need_id is not None:
+                store.execute("UPDATE job SET resource_requirements_id = ? WHERE id = ?",
+                              (need_id, job_id))
+            rerun_job(store, job_id)
+    return {"count": len(rows)}
+
+
 def why_request(request, job_id):
     """One sentence: why a job is not running, or how it ended (ours)."""
     job = job_row(request.store, job_id)
@@ -6695,6 +6721,7 @@ ROUTES = (
     ("PUT",    WF + "/cancel",                                 cancel,                       NONE),
     ("POST",   WF + "/reset_status",                           reset_status,                 NONE),
     ("POST",   WF + "/reset_job_status",                       reset_job_status,             NONE),
+    ("POST",   WF + "/rerun_jobs",                             rerun_jobs_request,           JSON),
     ("POST",   WF + "/initialize_jobs",                        initialize,                   NONE),
     ("POST",   WF + "/process_changed_job_inputs",             process_changed_job_inputs,   NONE),
     ("GET",    WF + "/is_complete",                            is_workflow_complete,         NONE),
@@ -18311,13 +18338,13 @@ def apply_diagnoses(client, workflow_id, chosen):
     for one in chosen:
         key = one.job["resource_requirements_id"], compact(one.need)
         groups.setdefault(key, []).append(one)
+    rows = []
     for (need_id, _), members in groups.items():
-        if members[0].need:
-            new_id = raise_need(client, workflow_id, need_id, members)
-            for one in members if new_id != need_id else ():
-                client.put(f"/jobs/{one.job['id']}", {"resource_requirements_id": new_id})
-    for one in chosen:
-        client.post(f"/jobs/{one.job['id']}/rerun")
+        new_id = raise_need(client, workflow_id, need_id, members) if members[0].need else need_id
+        more = {"resource_requirements_id": new_id} if new_id != need_id else {}
+        rows += [{"job_id": one.job["id"], **more} for one in members]
+    if rows:
+        client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": rows})
 
 
 def raise_need(client, workflow_id, need_id, members):
@@ -19476,8 +19503,8 @@ class DashActions:
                 return plan_of("Rerun?", [f"These run again: {', '.join(names)}{more}.",
                                           "What their failure canceled comes back too."],
                                f"Rerun {plural(len(ids), 'job')}")
-            for number in ids:
-                client.post(f"/jobs/{number}/rerun")
+            client.post(f"/workflows/{workflow_id}/rerun_jobs",
+                        {"jobs": [{"job_id": number} for number in ids]})
             return {"message": f"{plural(len(ids), 'job')} will run again"}
         plan = reinitialize_workflow(client, workflow_id, dry_run=dry_run, reset="failed")
         failed = [row for row in plan.jobs if row["reason"].startswith("it ")
@@ -20754,7 +20781,7 @@ dialog h2 { margin-bottom: 8px; }
 #crumbs { display: flex; min-width: 0; }
 #crumbs li { white-space: nowrap; min-width: 0; overflow: hidden; text-overflow: ellipsis; flex: 0 1 auto; }
 #crumbs li::before { content: "/"; color: var(--edge); margin: 0 8px; }
-#crumbs li:last-child { font-weight: 500; flex-shrink: 2; }
+#crumbs li:first-child { flex-shrink: 0; } #crumbs li:nth-child(2):not(:last-child) { flex-shrink: 20; } #crumbs li:last-child { font-weight: 500; } #crumbs li:nth-child(3) { flex-shrink: 0; max-width: 60%; }
 #link { display: inline-flex; align-items: center; gap: 6px; color: var(--muted); font-size: var(--small); white-space: nowrap; }
 #link::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: var(--accent); }
 #link.every::before { background: none; border: 2px solid var(--edge); }
@@ -20829,7 +20856,7 @@ main { padding: 16px var(--gutter) 48px; max-width: 1760px; margin: 0 auto; }
 .why.bad { border-color: var(--failed); } .why.live { border-color: var(--accent); } .why.good { border-color: var(--completed); }
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 16px; }
 .facts dt { color: var(--muted); } .facts dd { overflow-wrap: anywhere; }
-.code { background: var(--sunken); border-radius: var(--radius); padding: 8px 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.code { background: var(--sunken); border-radius: var(--radius); padding: 8px 12px; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 240px; overflow: auto; }
 .copy { position: relative; } .copy .code { padding-right: 70px; } .copy button { position: absolute; top: 4px; right: 4px; height: 26px; font-size: var(--small); } .copy + p { margin-top: 10px; }
 .log { border: 1px solid var(--line); border-radius: var(--radius); overflow: hidden; }
 .log .tools { margin: 0; padding: 6px 8px; border-bottom: 1px solid var(--line); background: var(--sunken); }
@@ -20877,8 +20904,8 @@ section { margin-top: 24px; } section > h2 { margin-bottom: 6px; } h1.unseen + d
 .lane { fill: var(--sunken); } .tick { fill: var(--edge); } .lanes .run .light { fill: var(--on-accent); } .run:focus-visible rect, .run:hover rect { stroke: var(--text); stroke-width: 1.5; }
 .veil { position: absolute; top: 20px; bottom: 0; background: var(--accent); opacity: .2; pointer-events: none; }
 .group { display: grid; grid-template-columns: 56px minmax(0, 1fr) auto; gap: 2px 16px; padding: 12px 0; border-bottom: 1px solid var(--line); }
-.group > * { grid-column: 2; min-width: 0; } .group > b { grid-column: 1; grid-row: 1 / span 2; font-size: var(--title); font-weight: 600; line-height: 1.2; text-align: right; }
-.group .acts { grid-column: 3; grid-row: 1 / span 3; display: flex; gap: 8px; } .group .mono { overflow-wrap: anywhere; } .group p.muted, .group pre { grid-column: 2 / -1; }
+.group > * { grid-column: 2; min-width: 0; overflow-wrap: anywhere; } .group > b { grid-column: 1; grid-row: 1 / span 2; font-size: var(--title); font-weight: 600; line-height: 1.2; text-align: right; }
+.group .acts { grid-column: 3; grid-row: 1 / span 3; display: flex; gap: 8px; } .group p.muted, .group pre { grid-column: 2 / -1; }
 .group pre { margin-top: 6px; max-height: 180px; overflow: auto; }
 .table .verdict { white-space: normal; padding-top: 4px; padding-bottom: 4px; } .verdict .mono { overflow-wrap: anywhere; } .verdict .st { white-space: normal; align-items: baseline; } .verdict .st svg { transform: translateY(2px); }
 .form { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 8px 12px; align-items: center; } .form label { color: var(--muted); }
@@ -21307,8 +21334,9 @@ function fill(el, load, draw) {      // show what `load` brings; "Loading" only 
   return el;
 }
 
-function logView({streams, load, running, name}) {      // streams: [[name, bytes], ...]; load(stream, offset)
-  let which = streams[0][0], text = "", from = 0, offset = 0, hit = 0, follows = running, busy = false;
+function logView({streams, load, running, name}) {      // streams: names; load(stream, offset)
+  let which = streams[0], text = "", from = 0, offset = 0, hit = 0, follows = running, busy = false;
+  let other = streams[1];            // shown instead if there is nothing in the first
   const pre = h("pre", {tabindex: 0, role: "region", "aria-label": `Output of ${name}`});
   const where = h("span.muted.small"), count = h("span.muted.small", {role: "status"});
   const find = h("input", {type: "search", placeholder: "Find in output", "aria-label": "Find in output",
@@ -21318,12 +21346,12 @@ function logView({streams, load, running, name}) {      // streams: [[name, byte
       hit += event.shiftKey ? -1 : 1;
       draw();
     }});
-  const tabs = streams.map(([stream, size]) => button([stream, h("small.muted", bytes(size))], () => open(stream)));
+  const tabs = streams.map(stream => button(stream, () => { other = null; open(stream); }));
   const tail = toggle("Follow", follows, on => { follows = on; more(); });
   const wrap = toggle("Wrap", false, on => pre.classList.toggle("wrap", on));
   function open(stream) {
     [which, text, offset, hit] = [stream, "", 0, 0];
-    tabs.forEach((tab, i) => tab.setAttribute("aria-pressed", String(streams[i][0] === stream)));
+    tabs.forEach((tab, i) => tab.setAttribute("aria-pressed", String(streams[i] === stream)));
     more();
   }
   async function more() {            // the last 64 KiB first, then only what is new
@@ -21333,6 +21361,10 @@ function logView({streams, load, running, name}) {      // streams: [[name, byte
     const part = await load(which, offset).catch(error => ({text: error.message, from: 0, size: 0}));
     busy = false;
     if (asked !== which) return more();                 // the other stream was chosen meanwhile
+    if (other && !part.text && first) {
+      [which, other] = [other, null];
+      return open(which);
+    }
     if (first) from = part.from;
     [text, offset] = [(text + part.text).slice(-512 * 1024), part.size];
     where.textContent = !text ? "" : from ? `last ${bytes(offset - from)} of ${bytes(offset)}` : bytes(offset);
@@ -21691,7 +21723,7 @@ function overviewPage({id}) {
       lines(s.waiting, w => num(w.count), w => chip(w.status, w.why))),
     s.longest.length > 0 && section("Longest running", null, plainTable("Longest running jobs", longest, s.longest)),
     s.failures.length > 0 && section("Failed, by cause", null,
-      lines(s.failures, f => h("b.c-failed", num(f.count)), f => [f.cause, ": ", h("span.mono", f.line)]),
+      lines(s.failures, f => h("b.c-failed", num(f.count)), f => [f.cause, f.line && [": ", h("span.mono", f.line)]]),
       h("p", go(`#/w/${id}/failures`, "All causes, with what to do")))];
   const about = s => facts([["State", state(s.state)], ["About", flow.description], ["User", flow.user],
     ["Run", s.started_ms ? `${s.run_id}, started ${clock(s.started_ms)}` : s.run_id], ["Project", flow.project],
@@ -21779,14 +21811,14 @@ function jobPage({id, job: jobId}) {
       && h("button", {...verb, "data-ids": job.id}, verb.class === "danger" ? "Cancel job…" : "Rerun job…"));
     const top = head(), map = graph(near, {mini: true, focus: job.id});
     const output = logView({name: job.name, running: job.status === "running",
-      streams: [["stderr", job.stderr_bytes], ["stdout", job.stdout_bytes]],
+      streams: TONES[job.status] === "bad" ? ["stderr", "stdout"] : ["stdout", "stderr"],
       load: (name, offset) => api("/dash/log", {job: jobId, stream: name, offset})});
     watch("event", event => {
       map.change(event.job_id, event.data);
       if (event.job_id === job.id) { Object.assign(job, event.data); morph(top, head()); }
     });
     const about = facts([["Job", `${job.id}, priority ${job.priority}`], ["Started", clock(job.start_ms)],
-      ["Ran", of(span(job.ran_s), span(job.runtime_s))], ["CPUs", of(job.cpu_used, job.num_cpus)],
+      ["Ran", job.requirement === "default" ? span(job.ran_s) : of(span(job.ran_s), span(job.runtime_s))], ["CPUs", of(job.cpu_used, job.num_cpus)],
       ["Memory", memory(job) || bytes(job.memory_bytes)], ["Node", job.host],
       ["Needs", go(`#/w/${id}/resources`, job.requirement)], ["On failure", job.handler],
       ["Reads", job.inputs], ["Writes", job.outputs]]);
@@ -22097,7 +22129,7 @@ function confirmDialog({title, lines: words, verb, danger, typed}) {
 function outputDialog({title, log}) {
   const load = (name, offset) => api("/dash/log", {log, offset});
   dialog(title, true, h("p.muted", "Closing this window does not stop the runner."),
-    logView({name: title, running: true, streams: [["output", null]], load}), closing);
+    logView({name: title, running: true, streams: ["output"], load}), closing);
 }
 function helpDialog() {
   const row = (names, what) => [h("span", names.map(name => [h("kbd", name), " "])), h("span", what)];
