@@ -2747,6 +2747,7 @@ def test_two_runners_share_long_jobs_evenly(server, tmp_path):
     assert sorted(by_node.values()) in ([8, 12], [9, 11], [10, 10]), by_node
 
 
+@pytest.mark.slow
 def test_monitoring_is_not_off_without_enabled_and_no_job_reports_0_mb(run):
     ran = run({"short": f"{PYTHON} -c 'for i in range(10**6): pass'",
                "long": f"{PYTHON} -c 'import time; x = bytearray(80 * 2**20); time.sleep(2.5)'"},
@@ -2841,6 +2842,7 @@ def test_an_action_outlasts_the_last_job(run):
     assert (ran.directory / "third").exists()
 
 
+@pytest.mark.slow
 def test_a_slot_is_free_while_a_recovery_script_runs(tmp_path):
     spec = write_spec(
         tmp_path, {"a": {"command": "sleep 0.7; test -e go", "failure_handler": "h", "priority": 1},
@@ -2939,6 +2941,7 @@ def test_somebody_elses_workflow_is_run_only_if_that_is_said(tmp_path):
         assert start_run(tmp_path, *words, "--allow-owner", "mallory").wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_runner_that_was_killed_is_not_taken_for_alive(tmp_path):
     runner = start_run(tmp_path, write_spec(tmp_path, {"a": "touch begun; sleep 300"}),
                        "--database", "x.db")
@@ -2968,6 +2971,7 @@ def test_a_deleted_workflow_ends_its_runner_without_wrong_advice(tmp_path):
     assert not list((tmp_path / "torc_output" / "journal").iterdir())
 
 
+@pytest.mark.slow
 def test_a_job_begun_after_the_server_has_moved_reaches_it(tmp_path):
     server = Server(tmp_path / "x.db")
     ask = f"{PYTHON} {TORC} user-data list 1"
@@ -3236,6 +3240,7 @@ def test_a_fault_between_runner_and_server_ends_no_job(server, tmp_path, trouble
     client.close()
 
 
+@pytest.mark.slow
 def test_a_server_away_during_an_action_does_not_end_the_runner(tmp_path):
     server = Server(tmp_path / "x.db")
     spec = write_spec(tmp_path, {"a": "true"}, actions=[
@@ -3588,6 +3593,7 @@ def test_recover_raises_only_what_failed_and_runs_it_again(run, cli, monkeypatch
     assert statuses(ran.client, 1)["c"] == "ready"
 
 
+@pytest.mark.slow
 def test_watch_sees_the_end_of_a_workflow_without_slurm(tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spec = write_spec(tmp_path, {"a": "sleep 1", "b": "exit 1"})
@@ -4879,6 +4885,7 @@ def test_stuck_and_broken_handshakes_concern_nobody_else(tmp_path, certificates)
     assert server.stop()[0] == 0
 
 
+@pytest.mark.slow
 def test_a_stream_over_tls_comes_at_once_and_ends_with_its_client(tmp_path, certificates):
     import ssl
     server = tls_server(tmp_path / "x.db", certificates)
@@ -4969,6 +4976,7 @@ def daemon_pid():
     return int((Path.home() / ".torc" / "torc-server.pid").read_text())
 
 
+@pytest.mark.slow
 def test_a_server_goes_to_the_background_and_is_ended_again(background, tmp_path):
     started = background("run", "--daemon", "--port", 0, "--database", "a.db")
     assert started.returncode == 0 and re.fullmatch(r"TORC_SERVER_PORT=\d+\n", started.stdout)
@@ -5350,6 +5358,7 @@ def test_a_workflow_is_created_from_a_path(client, ui, tmp_path):
     assert "such file or directory" in hands.type(str(tmp_path / "none.json"))
 
 
+@pytest.mark.slow
 def test_of_100_000_jobs_only_what_is_in_view_is_loaded(api, tmp_path):
     api.post("/workflow_specs", {
         "workflow": {"name": "sweep", "user": "tester"},
@@ -5718,6 +5727,7 @@ def running_job(client, tmp_path, command):
     return made["id"], job_id, runner
 
 
+@pytest.mark.slow
 def test_the_log_of_a_running_job_is_followed_and_canceling_it_ends_its_process(
         place, tty, tmp_path):
     client, options = place
@@ -5748,6 +5758,7 @@ def test_the_log_of_a_running_job_is_followed_and_canceling_it_ends_its_process(
         runner.wait()
 
 
+@pytest.mark.slow
 def test_a_workflow_is_run_from_the_terminal_and_its_runner_asked_about_at_the_end(place, tty):
     client, options = place
     workflow_id = client.post("/workflow_specs", {
@@ -5787,6 +5798,7 @@ def test_a_port_that_is_taken_is_one_sentence(tty, server):
     assert screen.end() == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_back_is_noticed(tty, tmp_path):
     with Server(tmp_path / "x.db").closing() as server:
         small(server.client())
@@ -6837,6 +6849,7 @@ def test_a_server_that_goes_away_is_told_as_such(dash, server):
     assert status == 502 and b"no server answers at" in body
 
 
+@pytest.mark.slow
 def test_a_standalone_dashboard_keeps_a_password_and_leaves_nothing_running(tmp_path, cli):
     dash = Dash(tmp_path, "--standalone", "--port", 0, "--server-host", "127.0.0.1")
     said = dash.log.read_text()
@@ -7186,9 +7199,10 @@ class Cluster:
                               capture_output=True, timeout=timeout)
 
     def torc(self, *words, host="kl1", user="hpcuser", env=(), timeout=60):
-        """Run torc; on a compute node with that node's plain Python, outside of any job."""
+        """Run torc, by its cached bytecode; on a compute node with that node's plain Python, outside
+        of any job."""
         python = self.python if host == "kl1" else "/usr/bin/python3"
-        return self.run(*env, python, self.directory / "torc.py", *words, host=host, user=user,
+        return self.run(*env, python, self.directory / "cached.py", *words, host=host, user=user,
                         timeout=timeout)
 
     def server(self, *options, user="hpcuser"):
@@ -7223,6 +7237,8 @@ def cluster_directory():
     directory.chmod(0o755)
     shutil.copy(TORC, directory / "torc.py")
     (directory / "torc.py").chmod(0o644)
+    (directory / "cached.py").write_text("import sys\nimport torc\nsys.exit(torc.main())\n")
+    subprocess.run(["/usr/bin/python3", "-m", "py_compile", directory / "torc.py"], check=True)
     subprocess.run(["/usr/bin/python3", "-m", "venv", directory / "venv"], check=True)
     subprocess.run([directory / "venv" / "bin" / "pip", "install", "-q", "bottle", "waitress", "PyYAML"],
                    check=True)

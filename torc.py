@@ -3613,13 +3613,20 @@ def family_members(store, workflow_id, name):
 def family_counts(store, workflow_id, shape):
     """For each family {status name: jobs}."""
     from collections import Counter
-    answer = [{} for _ in shape.names]
-    for status, ids in store.query("SELECT status, json_group_array(id) FROM job WHERE"
-                                   " workflow_id = ? GROUP BY status", (workflow_id,)):
-        families = Counter(map(shape.family_of.get, json.loads(ids)))
-        for family, number in families.items():
+    statuses = [row[0] for row in store.query(
+        "SELECT status FROM job WHERE workflow_id = ? GROUP BY status ORDER BY count(*) DESC",
+        (workflow_id,))]
+    answer, rest = [{} for _ in shape.names], list(shape.sizes)
+    for status in statuses[1:]:
+        ids = store.one("SELECT json_group_array(id) FROM job WHERE workflow_id = ? AND status ="
+                        " ?", (workflow_id, status))[0]
+        for family, number in Counter(map(shape.family_of.get, json.loads(ids))).items():
             if family is not None:        # else a job that came a moment ago
                 answer[family][STATUS_NAMES[status]] = number
+                rest[family] -= number
+    for counts, number in zip(answer, rest):
+        if number > 0:                    # the others are of the status that most jobs have
+            counts[STATUS_NAMES[statuses[0]]] = number
     return answer
 
 
@@ -3708,10 +3715,12 @@ class Attempts:
         self.last_id = last_id
         for mine, new in zip(self.columns, columns):
             mine.extend(new)
-        for run_id, end, ran in zip(*columns[4:]):
-            start = end - ran
-            if start < self.began.get(run_id, start + 1):
-                self.began[run_id] = start
+        run_ids, ends, rans = columns[4:]
+        starts = map(int.__sub__, ends, rans)
+        firsts = {run_ids[0]: min(starts)} if len(set(run_ids)) == 1 else dict(
+            sorted(zip(run_ids, starts), reverse=True))
+        for run_id, start in firsts.items():
+            self.began[run_id] = min(start, self.began.get(run_id, start))
 
     def averages(self, shape):
         """{family: [attempts, ms they ran together]}; only new attempts are looked at."""
@@ -3719,10 +3728,17 @@ class Attempts:
             self.summed = [shape.number, 0, {}]
         _, known, sums = self.summed
         self.summed[1] = len(self)
-        for job_id, ran in zip(self.columns[0][known:], self.columns[6][known:]):
-            entry = sums.setdefault(shape.family_of.get(job_id), [0, 0])
-            entry[0] += 1
-            entry[1] += ran
+        sizes = len(shape.names) + 1      # the last is of jobs that came a moment ago
+        numbers, times = [0] * sizes, [0] * sizes
+        for family, ran in zip(map(shape.family_of.get, self.columns[0][known:],
+                                   itertools.repeat(-1)), self.columns[6][known:]):
+            numbers[family] += 1
+            times[family] += ran
+        for family, number in enumerate(numbers[:-1]):
+            if number:
+                entry = sums.setdefault(family, [0, 0])
+                entry[0] += number
+                entry[1] += times[family]
         return sums
 
     def lanes(self, needs):
