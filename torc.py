@@ -4469,11 +4469,11 @@ def stretch(store, workflow_id, begin, end, nodes, now):
     return begin, max(end, begin + 1000)
 
 
-def timeline(store, workflow_id, begin, end, bins, now):
+def timeline(store, workflow_id, begin, end, bins, now, jobs=True):
     """What each runner did from begin to end (ms): its jobs, or how busy it was in each bin.
 
     bins: [part of its CPUs in use, whether a job failed]. gaps: when it did nothing, with the
-    cause, the longest first.
+    cause, the longest first. jobs: show each if they are not too many.
     """
     nodes = nodes_over_time(store, workflow_id, now)
     begin, end = stretch(store, workflow_id, begin, end, nodes, now)
@@ -4486,7 +4486,7 @@ def timeline(store, workflow_id, begin, end, bins, now):
         if start and start < end:
             running.setdefault(node_id, []).append((start, int(now * 1000), job_id, RUNNING, need))
     empty, runners = Lane([], needs), []
-    single = MOST_BARS >= sum(lane.number(begin, end) for lane in lanes.values()) + sum(
+    single = jobs and MOST_BARS >= sum(lane.number(begin, end) for lane in lanes.values()) + sum(
         map(len, running.values()))
     for node in nodes:
         lane, bars = lanes.get(node[0], empty), sorted(running.get(node[0], ()))
@@ -4527,7 +4527,8 @@ def runner_lane(store, workflow_id, node, lane, running, view, needs):
         shown.append({"from": int(down), "to": int(view[1]), "text": gone_text(store, node_id)})
     busy = lane.busy.until(stop)[0] - lane.busy.until(start)[0] + sum(
         needs.get(bar[4], 1) * max(0, stop - max(bar[0], start)) for bar in running)
-    return {"id": node_id, "name": host, "cpus": cpus, "start": int(start), "end": int(stop),
+    return {"id": node_id, "name": host, "cpus": cpus, "active": active, "start": int(start),
+            "end": int(stop),
             "ran": lane.number(*view) + len(running), "gaps": shown,
             "idle_s": round(idle_ms / 1000, 1),
             "busy": max(0, min(100, round(100 * busy / max(1, cpus * (stop - start)))))}
@@ -6072,10 +6073,12 @@ def window(request, default):
 
 
 def get_timeline(request, workflow_id):
-    """What ran where between from and to (ms), as jobs or in bins, and why runners idled (ours)."""
+    """What ran where between from and to (ms), as jobs or in bins, and why runners idled;
+    jobs=false: in bins (ours)."""
     begin, end, bins = window(request, 300)
+    jobs = request.param("jobs", "bool", True)
     require_workflow(request.store, workflow_id)
-    return timeline(request.store, workflow_id, begin, end, bins, request.now)
+    return timeline(request.store, workflow_id, begin, end, bins, request.now, jobs)
 
 
 def get_usage(request, workflow_id):
@@ -12465,9 +12468,6 @@ COLUMNS = "▁▂▃▄▅▆▇█"
 SMALLEST = (80, 24)
 RETRY_S = (1, 2, 4, 8, 15)                # pauses before a server that is away is asked again
 LOG_BYTES = 4 * 2**20                     # of a log's end that the viewer holds
-FEW_NODES = 400                           # up to here a graph shows each job, else families
-GRAPH_AT_MOST = 120_000                   # jobs of a graph that is worked out here
-TIMELINE_RESULTS = 20_000
 HINT_LINES = 8
 
 
@@ -12511,31 +12511,6 @@ def percent(done, total):
 def said(status):
     """A status as it is spoken of."""
     return status.replace("_", " ")
-
-
-def state_word(counted):
-    """A workflow's state by its counts: a key of STATE_LOOKS."""
-    waiting = counted["blocked"] + counted["ready"] + counted["pending_failed"]
-    if counted["is_canceled"]:
-        return "canceled"
-    if counted["pending"] + counted["running"]:
-        return "running"
-    if not waiting:
-        bad = counted["failed"] + counted["canceled"] + counted["terminated"]
-        new = counted["uninitialized"] or not counted["total"]
-        return "not initialized" if new else "failed" if bad else "done"
-    return "waiting" if counted["ready"] else "stuck"
-
-
-def family_of(name):
-    """What the numbered jobs of one kind have in common: the name without its number."""
-    return name.rstrip("0123456789_-.") or "#"
-
-
-def all_in(words, *texts):
-    """Whether each of the words occurs in one of the texts."""
-    joined = "\n".join(text or "" for text in texts).lower()
-    return all(word.lower() in joined for word in words)
 
 
 class Search(NamedTuple):
@@ -12586,7 +12561,6 @@ class Ask(NamedTuple):
     stream: int
     width: int
     known: dict                           # what was loaded last, not to be changed
-    extensions: frozenset
     everybody: bool
     record: Any
     tools: Any
@@ -12807,150 +12781,49 @@ def cells_line(columns, cells, width):
 
 # ---- what is loaded for a page: functions of (client, Ask), run by the Worker
 
+def require_views(client):
+    """Raise TorcError for a server that lacks what the pages ask for, such as upstream's."""
+    lacks = {"summary", "search", "graph", "failures", "include_results"} - set(
+        client.get("/version").get("extensions", ()))
+    if lacks:
+        raise TorcError(f"{client.where} lacks {', '.join(sorted(lacks))}, which these pages need: "
+                        "start a server of this program with torc-server run")
+
+
 def list_window(page):
     """The part of a page's data that says which records of a list are there."""
     return {"rows": page["items"], "offset": page["offset"], "total": page["total_count"]}
 
 
-def cut_window(records, ask):
-    """The same for a list that is there as a whole."""
-    return {"rows": records[ask.offset:ask.offset + ask.limit], "offset": ask.offset,
-            "total": len(records)}
-
-
 def load_workflows(client, ask):
     """The window of the list of workflows."""
-    query = {"is_archived": False, "sort_by": "id", "reverse_sort": True,
-             "user": None if ask.everybody else client.user}
-    words = ask.filter.split()
-    if words and "search" not in ask.extensions or len(words) > 1:
-        data = cut_window([one for one in client.items("/workflows", **query) if all_in(
-            words, one["name"], one.get("description"), one["user"], str(one["id"]))], ask)
-    else:
-        data = list_window(client.page("/workflows", **query, search=ask.filter.strip() or None,
-                                  include_counts=True, offset=ask.offset, limit=ask.limit))
-    for one in data["rows"]:
-        if "counts" not in one:
-            one.update(how_far(client, one["id"]))
-    return data
-
-
-def how_far(client, workflow_id):
-    """counts, total, done, state of a workflow, from a server that answers only its counts."""
-    counted = client.get(f"/workflows/{workflow_id}/counts")
-    done = sum(counted[name] for name in ("completed", "failed", "canceled", "terminated",
-                                          "disabled"))
-    return {"counts": {name: counted[name] for name in STATUS_NAMES if counted[name]},
-            "total": counted["total"], "done": done, "state": state_word(counted),
-            "run_id": counted["run_id"]}
+    return list_window(client.page(
+        "/workflows", is_archived=False, sort_by="id", reverse_sort=True, include_counts=True,
+        user=None if ask.everybody else client.user, search=ask.filter.strip() or None,
+        offset=ask.offset, limit=ask.limit))
 
 
 def load_overview(client, ask):
     """How far a workflow is, and why not further."""
     path = f"/workflows/{ask.workflow_id}"
-    workflow = client.get(path)
-    if "summary" in ask.extensions:
-        return {**client.get(path + "/summary"), "workflow": workflow}
-    far = how_far(client, ask.workflow_id)
-    left = client.get(path + "/unfinished")
-    nodes = left["active_nodes"]
-    found = load_failures(client, ask)["groups"] if any(
-        far["counts"].get(name) for name in ("failed", "terminated", "pending_failed")) else []
-    running = client.page("/jobs", workflow_id=ask.workflow_id, status="running",
-                          limit=5)["items"] if far["counts"].get("running") else []
-    return {**far, "workflow": workflow, "waiting": why_waiting(far["counts"], left),
-            "longest": running, "failures": found[:3], "runners": len(nodes),
-            "runners_text": ", ".join(sorted({node["hostname"] for node in nodes})[:3]) or "none"}
+    return {**client.get(path + "/summary"), "workflow": client.get(path)}
 
 
-def why_waiting(counted, left):
-    """Rows {count, status, why} that say why jobs are not running."""
-    rows, nodes = [], left["active_nodes"]
-    for group in left["ready"]:
-        need = group["resource_requirements"]
-        lacks = [misfits(need, node["num_cpus"], node["memory_gb"] * 2**30, node["num_gpus"],
-                         node["num_nodes"]) for node in nodes]
-        text = ("no runner is up: x runs it here, s submits it to Slurm" if not nodes else
-                f"each needs {' and '.join(lacks[0])}: none of them can start" if all(lacks) else
-                f"wait for a free place on {plural(len(nodes), 'runner')}")
-        rows.append({"count": group["count"], "status": "ready", "why": text})
-    if counted.get("blocked"):
-        rows.append({"count": counted["blocked"], "status": "blocked",
-                     "why": "wait for jobs that have not ended"})
-    rows += [{"count": 1, "status": one["status"], "why": f"{one['job_name']}: "
-              f"{plural(one['dependents'], 'job')} wait for it"} for one in left["waiting"][:5]]
-    return rows
-
-
-JOB_ORDERS_SHOWN = (                      # words, sort_by, largest first, extension it needs
-    ("id", "id", False, ""), ("name", "name", False, ""), ("status", "status", False, ""),
-    ("run time", "ran", True, "include_results"), ("memory", "memory", True, "include_results"),
-    ("start", "start", True, "include_results"), ("latest id", "id", True, ""))
-
-
-def orders(extensions):
-    """The orders that a list of jobs can have."""
-    return [order for order in JOB_ORDERS_SHOWN if not order[3] or order[3] in extensions]
+JOB_ORDERS_SHOWN = (                      # words, sort_by, largest first
+    ("id", "id", False), ("name", "name", False), ("status", "status", False),
+    ("run time", "ran", True), ("memory", "memory", True), ("start", "start", True),
+    ("latest id", "id", True))
 
 
 def load_jobs(client, ask):
     """The window of the list of jobs."""
     search = read_filter(ask.filter)
-    possible = orders(ask.extensions)
-    _, sort_by, reverse, _ = possible[ask.order % len(possible)]
-    query = {"workflow_id": ask.workflow_id, "sort_by": sort_by, "reverse_sort": reverse or None}
-    simple = not search.words and not search.family and len(search.statuses) < 2
-    if "search" in ask.extensions and len(search.words) < 2 or simple:
-        data = list_window(client.page(
-            "/jobs", **query, status=",".join(search.statuses) or None, offset=ask.offset,
-            limit=ask.limit, search=" ".join(search.words) or None, family=search.family or None,
-            include_results=True))
-    else:
-        data = scan_jobs(client, ask, query, search)
-    if "include_results" not in ask.extensions:
-        data["ends"] = add_ends(client, data["rows"], ask.known.get("ends", {}))
-    return data
-
-
-def scan_jobs(client, ask, query, search):
-    """The same from a server that cannot search: all jobs are looked at, the ids that match kept
-    while only the window moves."""
-    key = ask.filter, ask.order
-    ids = ask.known.get("ids") if ask.known.get("key") == key and (
-        time.monotonic() - ask.known.get("scanned", 0) < 5) else None
-    scanned = ask.known.get("scanned", 0) if ids is not None else time.monotonic()
-    if ids is None:
-        ids = [job["id"] for job in client.items("/jobs", **query)
-               if (not search.statuses or job["status"] in search.statuses)
-               and (not search.family or family_of(job["name"]) == search.family)
-               and all_in(search.words, job["name"], job["command"])]
-    rows = []
-    for job_id in ids[ask.offset:ask.offset + ask.limit]:
-        with contextlib.suppress(NotFound):
-            rows.append(client.get(f"/jobs/{job_id}"))
-    return {"rows": rows, "offset": ask.offset, "total": len(ids), "ids": ids, "key": key,
-            "scanned": scanned}
-
-
-def add_ends(client, jobs, known):
-    """Put into jobs how they ended, from their latest results; returns what is known now."""
-    now_known = {}
-    for job in jobs:
-        if job["status"] not in ("completed", "failed", "terminated", "pending_failed"):
-            continue
-        key = job["id"], job.get("attempt_id"), job["status"]
-        end = known.get(key)
-        if end is None:
-            found = client.page("/results", workflow_id=job["workflow_id"], job_id=job["id"],
-                                limit=1, sort_by="id", reverse_sort=True)["items"]
-            end = {} if not found else {
-                "ran_s": found[0]["exec_time_minutes"] * 60,
-                "peak_memory_bytes": found[0].get("peak_memory_bytes"),
-                "note": "" if job["status"] == "completed" else
-                code_meaning(found[0]["return_code"]).replace("return code", "exit")}
-        now_known[key] = end
-        job.update(end)
-    return now_known
+    words, sort_by, reverse = JOB_ORDERS_SHOWN[ask.order % len(JOB_ORDERS_SHOWN)]
+    return {"order": words, **list_window(client.page(
+        "/jobs", workflow_id=ask.workflow_id, sort_by=sort_by, reverse_sort=reverse or None,
+        status=",".join(search.statuses) or None, search=" ".join(search.words) or None,
+        family=search.family or None, include_results=True, offset=ask.offset,
+        limit=ask.limit))}
 
 
 def load_job(client, ask):
@@ -13044,86 +12917,18 @@ def log_lines(stream):
 
 def load_failures(client, ask):
     """Jobs that ended badly, grouped by cause."""
-    if "failures" in ask.extensions:
-        return client.get(f"/workflows/{ask.workflow_id}/failures")
-    groups, total = {}, 0
-    for status in ("failed", "terminated", "pending_failed"):
-        page = client.page("/results", workflow_id=ask.workflow_id, status=status,
-                           include_stderr=True, limit=2000, sort_by="id", reverse_sort=True)
-        total += page["total_count"]
-        for result in page["items"]:
-            tail = result.get("stderr_tail") or ""
-            last = (tail.strip().splitlines() or [""])[-1].strip()
-            key = status, result["return_code"], re.sub(r"\d+", "#", last)
-            group = groups.setdefault(key, {
-                "count": 0, "status": status, "line": last, "tail": tail, "jobs": [],
-                "cause": code_meaning(result["return_code"]).replace("return code", "exit")})
-            group["count"] += 1
-            if len(group["jobs"]) < 3:
-                group["jobs"].append({"id": result["job_id"]})
-    for group in groups.values():
-        for job in group["jobs"]:
-            with contextlib.suppress(NotFound):
-                job["name"] = client.get(f"/jobs/{job['id']}")["name"]
-    return {"groups": sorted(groups.values(), key=lambda group: -group["count"]), "total": total}
+    return client.get(f"/workflows/{ask.workflow_id}/failures")
 
 
 def load_graph(client, ask):
-    """Nodes and edges of a workflow's jobs, of their families above FEW_NODES."""
-    if "graph" in ask.extensions:
-        return client.get(f"/workflows/{ask.workflow_id}/graph")
-    total = client.page("/jobs", workflow_id=ask.workflow_id, limit=1)["total_count"]
-    if total > GRAPH_AT_MOST:
-        raise Invalid(f"{total:,} jobs are too many to draw here")
-    jobs = list(client.items("/jobs", workflow_id=ask.workflow_id))
-    edges = {(row["depends_on_job_id"], row["job_id"]) for row in client.items(
-        f"/workflows/{ask.workflow_id}/job_dependencies")}
-    if total <= FEW_NODES:
-        return {"families": False, "total": total, "edges": sorted(edges), "nodes": [
-            {"id": job["id"], "name": job["name"], "status": job["status"], "sub": ""}
-            for job in jobs]}
-    nodes, family = {}, {}
-    for job in jobs:
-        family[job["id"]] = name = family_of(job["name"])
-        node = nodes.setdefault(name, {"id": name, "name": job["name"], "family": name,
-                                       "counts": {}, "sub": ""})
-        node["name"] = name + "_*" if node["counts"] else job["name"]
-        node["counts"][job["status"]] = node["counts"].get(job["status"], 0) + 1
-    return {"families": True, "total": total, "nodes": list(nodes.values()), "edges": sorted({
-        (family[one], family[other]) for one, other in edges if family[one] != family[other]})}
+    """Nodes and edges of a workflow's jobs, or of their families if there are many."""
+    return client.get(f"/workflows/{ask.workflow_id}/graph")
 
 
 def load_timeline(client, ask):
-    """For each runner how many jobs ran in each of some bins, from the latest results."""
-    nodes = {node["id"]: node for node in client.items("/compute_nodes",
-                                                       workflow_id=ask.workflow_id)}
-    results = client.page("/results", workflow_id=ask.workflow_id, all_runs=True, sort_by="id",
-                          reverse_sort=True, limit=TIMELINE_RESULTS)
-    spans, now = [], time.time()
-    for result in results["items"]:
-        end = moment(result["completion_time"])
-        if end is not None:
-            spans.append((result["compute_node_id"], end - result["exec_time_minutes"] * 60, end,
-                          result["status"] != "completed"))
-    running = sum(1 for node in nodes.values() if node.get("is_active"))
-    first = min((start for _, start, _, _ in spans), default=now)
-    last = now if running else max((end for _, _, end, _ in spans), default=now)
-    bins = max(20, ask.width - 34)
-    step = max(1e-3, (last - first) / bins)
-    rows = {node_id: {"busy": [0.0] * bins, "bad": [False] * bins, "jobs": 0, "node": node}
-            for node_id, node in nodes.items()}
-    for node_id, start, end, bad in spans:
-        row = rows.get(node_id)
-        if row is None:
-            continue
-        row["jobs"] += 1
-        begin, stop = (start - first) / step, min(bins, (end - first) / step)
-        for place in range(int(begin), min(bins, int(stop) + 1)):
-            row["busy"][place] += max(0.0, min(stop, place + 1) - max(begin, place))
-        row["bad"][min(bins - 1, int(stop))] |= bad
-    return {"timeline": [row for _, row in sorted(rows.items()) if row["jobs"] or row["node"].get(
-        "is_active")], "first": first, "last": last, "step": step,
-        "cut": results["total_count"] - len(results["items"])}
+    """For each runner how busy it was in each of some bins, and why it idled."""
+    return client.get(f"/workflows/{ask.workflow_id}/timeline", bins=max(20, ask.width - 34),
+                      jobs=False)
 
 
 def load_list(path, **query):
@@ -13153,17 +12958,15 @@ def load_nothing(client, ask):
     return {"there": True}
 
 
-def workflow_hint(client, record, extensions):
+def workflow_hint(client, record):
     """Why a workflow in focus is not further."""
     if record["done"] == record["total"] or record["state"] in ("not initialized", "canceled"):
         return record.get("description") or ""
-    path = f"/workflows/{record['id']}"
-    rows = client.get(path + "/summary")["waiting"] if "summary" in extensions else \
-        why_waiting(record["counts"], client.get(path + "/unfinished"))
+    rows = client.get(f"/workflows/{record['id']}/summary")["waiting"]
     return f"{rows[0]['count']:,} {said(rows[0]['status'])}: {rows[0]['why']}" if rows else ""
 
 
-def job_hint(client, record, extensions):
+def job_hint(client, record):
     """Why a job in focus is where it is."""
     sentence = client.get(f"/jobs/{record['id']}/why")["sentence"]
     return sentence[:1].upper() + sentence[1:]
@@ -13386,28 +13189,22 @@ def graph_rows(state, page, width):
 
 
 def timeline_rows(state, page, width):
-    """How busy each runner was."""
-    data = page.data
-    step = data["step"]
-    rows = [Row([(f"One cell is {format_duration(step)}; blank is idle; "
+    """How busy each runner was, and its longest gaps."""
+    data, to = page.data, ("nodes", {"workflow_id": page.workflow_id})
+    step_s = (data["to"] - data["from"]) / 1000 / max(20, width - 34)
+    rows = [Row([(f"One cell is {format_duration(step_s)}; blank is idle; "
                   f"{glyph(state, 'failed')} a job ended badly", "dim")])]
-    if data["cut"] > 0:
-        rows.append(Row([(f"Of the latest {TIMELINE_RESULTS:,} attempts; {data['cut']:,} earlier "
-                          "ones are not drawn", "dim")]))
-    for row in data["timeline"]:
-        node, busy = row["node"], row["busy"]
-        most = max(max(busy), 1e-9)
-        share = 100 * sum(value > 0.02 for value in busy) // len(busy)
-        line = [(shorten(node["hostname"], 14).ljust(15), ""), (f"{share:>3} %  ", "dim")]
-        for value, bad in zip(busy, row["bad"]):
-            cell = " " if value <= 0.02 else COLUMNS[min(7, int(8 * value / most))]
-            line.append((LOOKS["failed"].plain if bad and state.plain else "✗" if bad else cell,
-                         "failed" if bad else "running" if node.get("is_active") else
-                         "completed"))
-        rows.append(Row(line, ("nodes", {"workflow_id": page.workflow_id}),
-                        f"{node['hostname']}, pid {node['pid']}: {row['jobs']:,} attempts, at most "
-                        f"{most:.0f} at a time"))
-    left, right = clock(data["first"], state.now), clock(data["last"], state.now)
+    for runner in data["runners"]:
+        line = [(shorten(runner["name"], 14).ljust(15), ""), (f"{runner['busy']:>3} %  ", "dim")]
+        style = "running" if runner["active"] else "completed"
+        for part, bad in runner["bins"]:
+            cell = " " if part <= 0.02 else COLUMNS[min(7, int(8 * part))]
+            line.append((glyph(state, "failed"), "failed") if bad else (cell, style))
+        rows.append(Row(line, to, f"{runner['name']}: {runner['ran']:,} jobs on "
+                        f"{plural(runner['cpus'], 'CPU')}, idle {span(runner['idle_s'])}"))
+        rows += [Row([(" " * 22 + f"{clock(gap['from'] / 1000, state.now)} {gap['text']}", "dim")],
+                     to) for gap in runner["gaps"][:2]]
+    left, right = (clock(data[name] / 1000, state.now) for name in ("from", "to"))
     rows.append(Row([(" " * 22 + left + " " * max(2, width - 34 - len(left) - len(right)) + right,
                       "dim")]))
     return rows
@@ -14209,7 +14006,7 @@ class Terminal:
         self.state.output_dir = tools.output_dir
         self.state.pages.append(View("workflows"))
         self.state.now = time.time()
-        self.extensions = None            # of the server, once it was asked
+        self.checked = False              # that the server knows what the pages ask for
         self.complete = False             # the workflow in view goes on no more
         self.hint_asked = None
         self.ended = self.suspending = self.redrawing = False
@@ -14301,20 +14098,17 @@ class Terminal:
         room = room_of(self.state, page)
         offset = max(0, page.top - room)
         ask = Ask(page.workflow_id, page.job_id, offset, page.top + 2 * room - offset,
-                  page.filter, page.order, page.stream, self.state.width, page.data, frozenset(),
+                  page.filter, page.order, page.stream, self.state.width, page.data,
                   self.state.everybody, page.record, self.tools)
         key, started = self.key_of(page), time.monotonic()
         page.loading, page.stale, page.asked_at = True, False, started
 
         def task(client):
-            if self.extensions is None:
-                self.extensions = frozenset(client.get("/version").get("extensions", ()))
+            if not self.checked:
+                require_views(client)
+                self.checked = True
             begun = time.monotonic()
-            data = page.kind.load(client, ask._replace(extensions=self.extensions))
-            if page.name == "jobs":
-                possible = orders(self.extensions)
-                data["order"] = possible[page.order % len(possible)][0]
-            return data, time.monotonic() - begun
+            return page.kind.load(client, ask), time.monotonic() - begun
 
         self.worker.ask("load", task, lambda result, error: self.loaded(page, key, result, error))
         for other in self.state.pages:    # a load that was not begun is none
@@ -14353,7 +14147,7 @@ class Terminal:
     def ask_hint(self, page):
         """Let the worker find out what is to be said of the row in focus."""
         record = focused(page) if page.kind.hint and page.data else None
-        if not record or self.state.away or self.extensions is None:
+        if not record or self.state.away:
             return
         key = hint_key(record)
         if key in page.hints or self.hint_asked == (page, key):
@@ -14365,8 +14159,7 @@ class Terminal:
                 page.hints.clear()
             page.hints[key] = "" if error else text
 
-        self.worker.ask("hint", lambda client: page.kind.hint(client, record, self.extensions),
-                        answer)
+        self.worker.ask("hint", lambda client: page.kind.hint(client, record), answer)
 
     def heard(self, news):
         """An event: something has happened in the workflow in view."""
@@ -14667,7 +14460,7 @@ class Terminal:
 
     def do_order(self):
         page = self.state.page
-        page.order = (page.order + 1) % len(orders(self.extensions or ()))
+        page.order = (page.order + 1) % len(JOB_ORDERS_SHOWN)
         page.cursor = page.top = 0
         page.data = {}
 
@@ -14689,7 +14482,7 @@ class Terminal:
             self.say("What was started here goes on with the server it was started with.")
         self.watcher.aim(None, None)
         self.worker.stop()
-        self.client, self.extensions, self.state.away = client, None, None
+        self.client, self.checked, self.state.away = client, False, None
         self.worker = Worker(client.clone(), self.post)
         self.events.clear()
         self.state.pages[:] = [View("workflows")]
