@@ -1710,6 +1710,9 @@ def test_failures_are_grouped_by_exit_and_last_line(api):
         (1, "exit 152, time limit", "runtime", "Rerun with 28 min…")]
     first = answer["groups"][0]
     assert first["line"] == "bad mesh in case 0" and first["tail"] == "x\nbad mesh in case 0\n"
+    for name, advice in (("case_3", "Asked for 2.0 GB and held 2.0 GB."), ("case_4", "Ran into the "
+                         "runtime of 20m 00s asked for.")):
+        assert api.get(f"/jobs/{past.ids[name]}/why")["next"] == advice
     [one] = past.get("/failures", group=first["id"])["groups"]
     assert one["job_ids"] == [past.ids[f"case_{number}"] for number in range(3)]
 

@@ -4326,43 +4326,7 @@ def graph_around(store, workflow_id, job_id, now, most=5):
 
 # ---- failures
 
-def failures(store, workflow_id, most=5000, wanted=None):
-    """Jobs that ended badly, in groups of one cause: exit, and last line of stderr.
-
-    most: the latest so many are looked at. wanted: id of the only group, with all its job ids.
-    """
-    bad = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
-    codes = exit_codes(store, workflow_id)
-    number = dict(store.query(
-        f"SELECT status, count(*) FROM job WHERE workflow_id = ? AND status IN {bad} GROUP BY"
-        " status", (workflow_id,)))
-    downstream = store.one(f"SELECT total(cascaded) FROM job WHERE workflow_id = ? AND status ="
-                           f" {CANCELED}", (workflow_id,))[0]
-    groups = {}
-    rows = store.query(
-        "SELECT j.id, j.name, j.status, r.id, r.return_code, r.exec_time_minutes * 60,"
-        f" {MS.format('r.completion_time')}, r.peak_memory_bytes, n.hostname,"
-        " substr(r.stderr_tail, -400), q.memory_bytes, q.runtime_s, q.name, j.attempt_id FROM job j"
-        " JOIN resource_requirements q ON q.id = j.resource_requirements_id LEFT JOIN latest_result"
-        " l ON l.job_id = j.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN compute_node n"
-        f" ON n.id = r.compute_node_id WHERE j.workflow_id = ? AND j.status IN {bad}"
-        " ORDER BY r.id DESC LIMIT ?", (workflow_id, most))
-    for row in rows:
-        one = Failure(*row)
-        lines = (one.tail or "").strip().splitlines()
-        line = lines[-1].strip()[-300:] if lines else ""
-        key = one.status, one.code, re.sub(r"\d+", "#", line)
-        groups.setdefault(key, []).append((one, line))
-    answer = []
-    for key, members in groups.items():
-        group_id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-        if wanted is None or wanted == group_id:
-            answer.append({"id": group_id, **failure_group(store, members, codes)})
-            if wanted:
-                answer[-1]["job_ids"] = sorted(one.job_id for one, _ in members)
-    answer.sort(key=lambda group: (-group["count"], group["first_ms"] or 0))
-    return {"groups": answer, "total": sum(number.values()), "downstream": int(downstream),
-            "looked_at": len(rows)}
+BADLY = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
 
 
 class Failure(NamedTuple):
@@ -4382,6 +4346,47 @@ class Failure(NamedTuple):
     runtime_s: int
     need: str
     attempt: int
+
+
+def failed_jobs(store, where, params):
+    """[Failure, ...], the latest first. params: of `where`, and how many at most."""
+    return [Failure(*row) for row in store.query(
+        "SELECT j.id, j.name, j.status, r.id, r.return_code, r.exec_time_minutes * 60,"
+        f" {MS.format('r.completion_time')}, r.peak_memory_bytes, n.hostname,"
+        " substr(r.stderr_tail, -400), q.memory_bytes, q.runtime_s, q.name, j.attempt_id FROM job j"
+        " JOIN resource_requirements q ON q.id = j.resource_requirements_id LEFT JOIN latest_result"
+        " l ON l.job_id = j.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN compute_node n"
+        f" ON n.id = r.compute_node_id WHERE {where} ORDER BY r.id DESC LIMIT ?", params)]
+
+
+def failures(store, workflow_id, most=5000, wanted=None):
+    """Jobs that ended badly, in groups of one cause: exit, and last line of stderr.
+
+    most: the latest so many are looked at. wanted: id of the only group, with all its job ids.
+    """
+    codes = exit_codes(store, workflow_id)
+    number = dict(store.query(
+        f"SELECT status, count(*) FROM job WHERE workflow_id = ? AND status IN {BADLY}"
+        " GROUP BY status", (workflow_id,)))
+    downstream = store.one(f"SELECT total(cascaded) FROM job WHERE workflow_id = ? AND status ="
+                           f" {CANCELED}", (workflow_id,))[0]
+    groups = {}
+    rows = failed_jobs(store, f"j.workflow_id = ? AND j.status IN {BADLY}", (workflow_id, most))
+    for one in rows:
+        lines = (one.tail or "").strip().splitlines()
+        line = lines[-1].strip()[-300:] if lines else ""
+        key = one.status, one.code, re.sub(r"\d+", "#", line)
+        groups.setdefault(key, []).append((one, line))
+    answer = []
+    for key, members in groups.items():
+        group_id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+        if wanted is None or wanted == group_id:
+            answer.append({"id": group_id, **failure_group(store, members, codes)})
+            if wanted:
+                answer[-1]["job_ids"] = sorted(one.job_id for one, _ in members)
+    answer.sort(key=lambda group: (-group["count"], group["first_ms"] or 0))
+    return {"groups": answer, "total": sum(number.values()), "downstream": int(downstream),
+            "looked_at": len(rows)}
 
 
 def failure_group(store, members, codes):
@@ -4418,7 +4423,7 @@ def failure_remedy(jobs, codes):
             else "was killed"
         if not known and not peak:
             return ("memory", "Rerun these…", f"{held[0].upper()}{held[1:]}, perhaps for memory: "
-                    "they have no resource requirements that could be raised.")
+                    "no resource requirements are there that could be raised.")
         return ("memory", f"Rerun with {format_bytes(more)}…",
                 f"Asked for {format_bytes(limit)} and {held}." if known else
                 f"Asked for nothing and {held}.")
@@ -5928,7 +5933,11 @@ def why_request(request, job_id):
     job = job_row(request.store, job_id)
     answer = {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
               "sentence": why(request.store, job_id)}
-    return {**answer, "compute_node_id": job.compute_node_id} if job.compute_node_id else answer
+    if job.compute_node_id:
+        answer["compute_node_id"] = job.compute_node_id
+    for one in failed_jobs(request.store, f"j.id = ? AND j.status IN {BADLY}", (job_id, 1)):
+        answer["next"] = failure_remedy([one], exit_codes(request.store, job.workflow_id))[2]
+    return answer
 
 
 # ---- claims and the runner's conversation
@@ -16499,6 +16508,8 @@ def do_why(args, client):
         return
     print(f'Job {answer["job_id"]} "{clean(answer["job_name"])}" is {answer["status"]}: '
           f'{clean(answer["sentence"])}')
+    if answer.get("next"):
+        print(f"  {clean(answer['next'])}")
     for line in answer.get("allocations", ()):
         print(f"  {clean(line)}")
     if tail.strip():
