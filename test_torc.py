@@ -7064,6 +7064,7 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     page.get_by_label("Type seen").fill("seen")
     visit.click("Delete 1 workflow")
     until(lambda: not list(client.items("/workflows")))
+    visit.see("No workflows yet")
     client.close()
     assert visit.trouble == []
 
@@ -7105,6 +7106,82 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
     until(lambda: client.get(f"/workflows/{workflow_id}/status")["is_archived"])
     visit.go("/")
     visit.see("No workflows yet")
+    client.close()
+    assert visit.trouble == []
+
+
+@pytest.mark.browser
+def test_a_browser_filters_sorts_turns_pages_and_deletes_several(chromium, dash, server, tmp_path):
+    client = server.client()
+    for name in ("alpha", "beta", "gamma"):
+        make(client, {f"{name}_{number:03d}": [] for number in range(120 if name == "beta" else 2)})
+        client.put(f"/workflows/{len(list(client.items('/workflows')))}", {"name": name})
+    visit = Visit(chromium, dash)
+    page = visit.page
+
+    def names():
+        return page.locator("main tbody th").all_inner_texts()
+
+    def wait_for(rows):
+        until(lambda: [text.split("\n")[0] for text in names()] == rows)
+
+    wait_for(["gamma", "beta", "alpha"])
+    page.get_by_role("button", name="Name", exact=True).click()
+    wait_for(["alpha", "beta", "gamma"])
+    page.get_by_label("Filter workflows").fill("bet")
+    wait_for(["beta"])
+    page.get_by_text("beta").first.click()
+    visit.see("0 of 120 jobs done")
+    page.keyboard.press("g")              # by keyboard to the jobs, and through them
+    page.keyboard.press("j")
+    visit.see("1–50 of 120")
+    page.keyboard.press("]")
+    visit.see("51–100 of 120")
+    assert names()[0] == "beta_050" and "page=2" in page.url
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="beta_050").wait_for()
+    page.go_back()
+    visit.see("51–100 of 120")
+    page.keyboard.press("/")
+    page.keyboard.type("_11")
+    wait_for([f"beta_11{number}" for number in range(10)])
+    page.get_by_role("button", name="ready").first.click()
+    until(lambda: "status=ready" in page.url and len(names()) == 10)
+    visit.go("/")
+    page.keyboard.press("?")
+    visit.see("previous, next page")
+    page.keyboard.press("Escape")
+    page.get_by_label("Select alpha").check()
+    page.get_by_label("Select gamma").check()
+    visit.see("2 workflows")
+    page.get_by_label("Filter workflows").fill("alp")
+    wait_for(["alpha"])
+    assert page.get_by_label("Select alpha").is_checked()      # and it is said that gamma is, too
+    page.locator("span.tools").get_by_role("button", name="Delete…").click()
+    visit.see("gamma")
+    page.get_by_label("Type delete 2").fill("delete 2")
+    page.get_by_role("button", name="Delete 2 workflows").click()
+    until(lambda: [one["name"] for one in client.items("/workflows")] == ["beta"])
+    page.get_by_label("Filter workflows").fill("")
+    wait_for(["beta"])
+    assert not page.locator("span.tools").get_by_text("2 workflows").count()
+    for source, label, value in (("Server path", "Path on the server’s machine", str(tmp_path / "w.yaml")),
+                                 ("Wizard", "Name", "wizard")):
+        (tmp_path / "w.yaml").write_text("name: w\njobs:\n  - {name: a, command: 'true'}\n")
+        visit.click("New workflow")
+        visit.click(source)
+        page.get_by_label(label).fill(value)
+        page.get_by_role("button", name="Open" if source == "Server path" else
+                         "Write the specification").click()
+        visit.see("Valid: ")
+        visit.click("Create")
+        page.wait_for_url("**/#/w/*")
+        visit.see("Initialize")
+        visit.go("/")
+    assert {one["name"] for one in client.items("/workflows")} == {"beta", "w", "wizard"}
+    visit.go("/network")
+    visit.see("From here")
     client.close()
     assert visit.trouble == []
 

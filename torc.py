@@ -21225,7 +21225,8 @@ function pagedTable({label, columns, load, none, pick, change, size = 50}) {
   const {query} = store.route, rows = new Map(), picked = new Set();
   const head = h("tr"), body = h("tbody"), pager = h("span.pager"), stale = h("span");
   const table = h("table.table", h("caption.unseen", label), h("thead", head), body);
-  const box = row => h("input", {type: "checkbox", value: row.id, "aria-label": `Select ${row.name}`});
+  const box = row => h("input", {type: "checkbox", value: row.id, "aria-label": `Select ${row.name}`,
+    checked: picked.has(String(row.id))});
   const draw = row => h("tr", pick && h("td.pick", box(row)), cells(columns, row));
   function cover(content) {          // instead of rows: loading, nothing, or what went wrong
     table.classList.add("bare");
@@ -21921,7 +21922,9 @@ async function act(verb, target) {
     const done = await post(`/dash/do/${verb}`, {}, body);
     if (done.message) toast(done.message);
     if (done.log) outputDialog(done);
-    refresh();
+    if (!store.workflow) render();   // a list
+    else if (done.gone) location.hash = "#/";
+    else refresh();
   } catch (error) {
     toast(error.message, true);
   }
