@@ -5501,7 +5501,7 @@ class Tty:
         pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
         self.gone = pexpect.TIMEOUT, pexpect.EOF
         self.screen = pyte.Screen(*size)
-        self.stream = pyte.ByteStream(self.screen)
+        self.stream, self.shown = pyte.ByteStream(self.screen), None
         settings = {**os.environ, "TERM": "linux", "LC_ALL": "C.UTF-8", **environment}
         settings.pop("COLUMNS", None)
         settings.pop("LINES", None)
@@ -5513,7 +5513,10 @@ class Tty:
         """The screen now."""
         with contextlib.suppress(*self.gone):
             self.stream.feed(self.process.read_nonblocking(2**16, 0.02))
-        return "\n".join(line.rstrip() for line in self.screen.display)
+            self.shown = None
+        if self.shown is None:
+            self.shown = "\n".join(line.rstrip() for line in self.screen.display)
+        return self.shown
 
     def see(self, *patterns, seconds=20):
         """Wait until all patterns are on the screen; returns it."""
@@ -5543,6 +5546,7 @@ class Tty:
 
     def resize(self, width, height):
         self.screen.resize(height, width)
+        self.shown = None
         self.process.setwinsize(height, width)
 
     def sane(self):
