@@ -20294,6 +20294,8 @@ BUNDLED = ("bottle", "waitress", "yaml")
 BUNDLED_DISTRIBUTIONS = ("bottle", "waitress", "PyYAML")
 BUNDLE_MAIN = '''\
 """Starts the torc in this archive."""
+import importlib.util
+import marshal
 import sys
 import types
 
@@ -20301,7 +20303,12 @@ import types
 path = __loader__.archive + "/torc.py"
 torc = sys.modules["torc"] = types.ModuleType("torc")
 torc.__file__, torc.__loader__ = path, __loader__
-exec(compile(__loader__.get_data(path), path, "exec"), torc.__dict__)
+try:
+    code = marshal.loads(__loader__.get_data(
+        __loader__.archive + "/torc." + importlib.util.MAGIC_NUMBER.hex()))
+except OSError:                           # made by another Python
+    code = compile(__loader__.get_data(path), path, "exec")
+exec(code, torc.__dict__)
 sys.exit(torc.main())
 '''
 
@@ -20338,7 +20345,9 @@ def licence_files():
 
 def bundle(path):
     """Write an executable archive of torc with bottle, waitress and PyYAML; the same for the same
-    input. Raises TorcError, MissingPackage, OSError."""
+    input. Starts fastest with the Python that made it. Raises TorcError, MissingPackage, OSError."""
+    import importlib.util
+    import marshal
     import zipfile
     if not os.path.isfile(__file__):
         raise TorcError("this torc is a bundle itself: copy it, or make one with torc.py")
@@ -20353,6 +20362,11 @@ def bundle(path):
                 for name, source in contents:
                     with open(source, "rb") as text:
                         archive.writestr(zipfile.ZipInfo(name), text.read(), zipfile.ZIP_DEFLATED)
+                with open(__file__, "rb") as text:
+                    code = compile(text.read(), "torc.py", "exec", dont_inherit=True)
+                # Version 2: later ones depend on what else refers to an object.
+                archive.writestr(zipfile.ZipInfo(f"torc.{importlib.util.MAGIC_NUMBER.hex()}"),
+                                 marshal.dumps(code, 2), zipfile.ZIP_DEFLATED)
         os.chmod(temporary, 0o755)
         os.replace(temporary, path)
     except BaseException:
