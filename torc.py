@@ -20345,7 +20345,7 @@ def licence_files():
 
 def bundle(path):
     """Write an executable archive of torc with bottle, waitress and PyYAML; the same for the same
-    input. Starts fastest with the Python that made it. Raises TorcError, MissingPackage, OSError."""
+    input and Python. Raises TorcError, MissingPackage, OSError."""
     import importlib.util
     import marshal
     import zipfile
