@@ -3565,42 +3565,49 @@ def family_names(names):
     return found
 
 
+def kept(store, key, number, make):
+    """What make() gives, worked out anew when `number` is another; once, if several ask."""
+    with store.keeping:
+        known = store.kept.get(key)
+        if known is None or known[0] != number:
+            known = keep(store, key, (number, make()))
+        return known[1]
+
+
 def shape_of(store, workflow_id):
     """The Shape of a workflow, worked out anew when jobs have come or gone."""
     from collections import Counter
     number = workflow_row(store, workflow_id, "shape")[0]
-    known = store.kept.get(("shape", workflow_id))
-    if known and known.number == number:
-        return known
-    ids, names = json_columns(store, ("id", "name"), "FROM job WHERE workflow_id = ?",
-                              (workflow_id,))
-    found = family_names(names)
-    index = {name: place for place, name in enumerate(dict.fromkeys(found))}
-    family_of = dict(zip(ids, map(index.__getitem__, found)))
-    first = dict(zip(reversed(found), reversed(names)))
-    sizes = [number for _, number in sorted(Counter(family_of.values()).items())]
-    labels = [first[name] if size == 1 else "*" if name == "#" else f"{name}_*"
-              for name, size in zip(index, sizes)]
-    return keep(store, ("shape", workflow_id),
-                Shape(number, list(index), sizes, labels, family_of))
+
+    def make():
+        ids, names = json_columns(store, ("id", "name"), "FROM job WHERE workflow_id = ?",
+                                  (workflow_id,))
+        found = family_names(names)
+        index = {name: place for place, name in enumerate(dict.fromkeys(found))}
+        family_of = dict(zip(ids, map(index.__getitem__, found)))
+        first = dict(zip(reversed(found), reversed(names)))
+        sizes = [number for _, number in sorted(Counter(family_of.values()).items())]
+        labels = [first[name] if size == 1 else "*" if name == "#" else f"{name}_*"
+                  for name, size in zip(index, sizes)]
+        return Shape(number, list(index), sizes, labels, family_of)
+    return kept(store, ("shape", workflow_id), number, make)
 
 
 def family_edges(store, workflow_id, shape):
     """{(index of a family, index of one that waits for it): dependencies} of a Shape."""
     from collections import Counter
-    number, edges = store.kept.get(("edges", workflow_id), (None, None))
-    if number == shape.number:
-        return edges
-    # Ids without a gap are a range of the table's key, which needs no look at the jobs.
-    ids = shape.family_of
-    whole = ids and max(ids) - min(ids) + 1 == len(ids)
-    source, params = ("FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?",
-                      (min(ids), max(ids))) if whole else (
-        "FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id WHERE j.workflow_id = ?",
-        (workflow_id,))
-    after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
-    edges = dict(Counter(zip(map(ids.get, before), map(ids.get, after))))
-    return keep(store, ("edges", workflow_id), (shape.number, edges))[1]
+
+    def make():
+        # Ids without a gap are a range of the table's key, which needs no look at the jobs.
+        ids = shape.family_of
+        whole = ids and max(ids) - min(ids) + 1 == len(ids)
+        source, params = ("FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?",
+                          (min(ids), max(ids))) if whole else (
+            "FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id WHERE j.workflow_id = ?",
+            (workflow_id,))
+        after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
+        return dict(Counter(zip(map(ids.get, before), map(ids.get, after))))
+    return kept(store, ("edges", workflow_id), shape.number, make)
 
 
 def family_members(store, workflow_id, name):
@@ -4598,8 +4605,9 @@ def usage(store, workflow_id, begin, end, bins, now):
     nodes = nodes_over_time(store, workflow_id, now)
     begin, end = stretch(store, workflow_id, begin, end, nodes, now)
     needs = {row[0]: row[1:] for row in store.query(
-        "SELECT id, num_cpus * num_nodes, memory_bytes * num_nodes, name, runtime_s FROM"
-        " resource_requirements WHERE workflow_id = ?", (workflow_id,))}
+        "SELECT id, num_cpus * num_nodes, CASE name WHEN 'default' THEN 0 ELSE memory_bytes"
+        " * num_nodes END, name, runtime_s FROM resource_requirements WHERE workflow_id = ?",
+        (workflow_id,))}
     with store.keeping:
         loads, means = attempts(store, workflow_id).loads(store, workflow_id, needs)
     running = [(start, *needs[need][:2], *means.get(need, (0, 0)))
@@ -21756,14 +21764,15 @@ function timelinePage({id}) {
   return [h("div.tools", what, zoomButtons(zoom, () => load(), "All")), frame, read, table];
 }
 
+const unasked = r => r.name === "default";   // those requirements limit nothing
 const REQUIREMENTS = [
   ["Requirement", r => r.name, "key", "9rem"],
   ["Jobs", r => num(r.jobs), "num wide", "6.5rem"],
   ["CPUs", r => of(r.cpu_used.toFixed(1), r.cpus), "num wide", "7.5rem"],
   ["Share", r => meter(r.cpu_used, r.cpus), "wider", "8rem"],
-  ["Memory, most", r => of(bytes(r.peak), bytes(r.memory)), "num wide", "12rem"],
-  ["Share", r => meter(r.peak, r.memory), "wide", "8rem"],
-  ["Longest", r => of(span(r.longest_s), span(r.runtime_s)), "num wider", "12rem"],
+  ["Memory, most", r => unasked(r) ? bytes(r.peak) : of(bytes(r.peak), bytes(r.memory)), "num wide", "12rem"],
+  ["Share", r => !unasked(r) && meter(r.peak, r.memory), "wide", "8rem"],
+  ["Longest", r => unasked(r) ? span(r.longest_s) : of(span(r.longest_s), span(r.runtime_s)), "num wider", "12rem"],
   ["What to change", r => chip(r.verdict, r.advice), "verdict"]];
 function resourcesPage({id}) {
   return asked(() => api(`/workflows/${id}/usage`, {bins: 240}), ({times, cpu, memory: used, requirements}) => [
