@@ -2134,6 +2134,38 @@ def test_every_kind_round_trips(client, table):
         client.get(f"{kind.path}/{created['id']}")
 
 
+def test_records_do_not_refer_to_those_of_another_workflow(client):
+    mine, my = make(client, {"a": []})
+    theirs, their = make(client, {"b": []})
+    node = make_node(client, theirs)
+    need = client.post("/resource_requirements", {"workflow_id": theirs, "name": "r", "num_cpus": 1,
+                                                  "memory": "1g", "runtime": "PT1M"})["id"]
+    file = client.post("/files", {"workflow_id": theirs, "name": "f", "path": "f"})["id"]
+    job = {"workflow_id": mine, "name": "x", "command": "true"}
+    result = {"workflow_id": mine, "job_id": my["a"], "run_id": 1, "compute_node_id": node,
+              "return_code": 0, "exec_time_minutes": 1.0, "completion_time": torc.iso_time(0),
+              "status": "completed"}
+    before = client.get("/jobs", workflow_id=mine)["total_count"]
+    for method, path, body in (
+            ("post", "/jobs", {**job, "depends_on_job_ids": [their["b"]]}),
+            ("post", "/jobs", {**job, "resource_requirements_id": need}),
+            ("post", "/bulk_jobs", {"jobs": [job, {**job, "name": "y", "input_file_ids": [file]}]}),
+            ("put", f"/jobs/{my['a']}", {"resource_requirements_id": need}),
+            ("post", "/results", {**result, "job_id": their["b"]}), ("post", "/results", result),
+            ("post", f"/jobs/{my['a']}/complete_job/completed/1", result),
+            ("post", "/slurm_stats", {"workflow_id": mine, "job_id": their["b"], "run_id": 1,
+                                      "attempt_id": 1}),
+            ("post", f"/workflows/{mine}/actions", {
+                "workflow_id": mine, "trigger_type": "on_jobs_ready", "action_type": "run_commands",
+                "action_config": {"commands": ["true"]}, "job_ids": [their["b"]]})):
+        with pytest.raises(torc.Invalid, match=f"belongs to workflow {theirs}, not to workflow {mine}"):
+            getattr(client, method)(path, body)
+    with pytest.raises(torc.Invalid, match="belongs to workflow"):
+        client.post("/user_data", {"workflow_id": mine, "name": "u"}, consumer_job_id=their["b"])
+    assert client.get("/jobs", workflow_id=mine)["total_count"] == before
+    assert statuses(client, theirs) == {"b": "ready"}
+
+
 def test_a_put_changes_only_what_it_names(client):
     workflow_id, _ = make(client, {})
     made = client.post("/slurm_schedulers", {"workflow_id": workflow_id, "name": "s", "account": "a",

@@ -5268,11 +5268,33 @@ def list_records(request, kind, workflow_id=None, without=(), clamp=False):
                    [workflow_id, *params], without)
 
 
+REFERRED = {                              # a field with an id, or ids: of which kind
+    "job_id": "job", "job_ids": "job", "compute_node_id": "compute_node",
+    "resource_requirements_id": "resource_requirements", "failure_handler_id": "failure_handler",
+    "depends_on_job_ids": "job", "input_file_ids": "file", "output_file_ids": "file",
+    "input_user_data_ids": "user_data", "output_user_data_ids": "user_data",
+}
+
+
+def check_references(store, workflow_id, *records):
+    """Raise Invalid where records of a workflow refer to what belongs to another one."""
+    for name, table in REFERRED.items():
+        ids = {one for record in records if record.get(name) is not None for one in (
+            record[name] if isinstance(record[name], list) else [record[name]])}
+        found = ids and store.one(
+            f"SELECT t.id, t.workflow_id FROM json_each(?) v CROSS JOIN {table} t ON t.id ="
+            " v.value WHERE t.workflow_id <> ? LIMIT 1", (compact(list(ids)), workflow_id))
+        if found:
+            raise Invalid(f"{name}: {KINDS[table].name} {found[0]} belongs to workflow {found[1]}, "
+                          f"not to workflow {workflow_id}")
+
+
 def create_record(request, kind):
     """Store a record; the answer echoes the request with the new id."""
     values = check_body(request.body, kind.fields)
     require_workflow(request.store, values["workflow_id"])
     with request.store.transaction():
+        check_references(request.store, values["workflow_id"], values)
         return {**values, "id": add(request.store, kind, values)}
 
 
@@ -5285,7 +5307,8 @@ def update_record(request, kind, record_id):
     """Change the fields given; absent ones keep their value."""
     values = check_body(request.body, kind.fields, partial=True)
     with request.store.transaction():
-        fetch(request.store, kind, record_id)
+        before = fetch(request.store, kind, record_id)
+        check_references(request.store, before["workflow_id"], values)
         change(request.store, kind, record_id, values)
     return fetch(request.store, kind, record_id)
 
@@ -5731,6 +5754,7 @@ def create_jobs(request, bodies):
         for name in ("id", "attempt_id"):
             job.pop(name, None)
     with request.store.transaction():
+        check_references(request.store, workflow_id, *jobs)
         ids = insert_jobs(request.store, workflow_id, jobs)
         default = request.store.one("SELECT min(id) FROM resource_requirements WHERE"
                                     " workflow_id = ? AND name = 'default'", (workflow_id,))[0]
@@ -5825,6 +5849,7 @@ def update_job(request, job_id):
                   if (sorted(value) if isinstance(value, list) else value)
                   != job.get(name, [] if isinstance(value, list) else None)}
         check_update(job, values)
+        check_references(store, job["workflow_id"], values)
         if values.get("status") == "disabled":
             store.execute(f"UPDATE job SET status = {DISABLED} WHERE id = ?", (job_id,))
         if "depends_on_job_ids" in values:
@@ -5869,6 +5894,7 @@ def complete_job_request(request, job_id, status, run_id):
     """Take the result of a job and set its final status. Upstream: complete_job."""
     body = check_body(request.body, KINDS["result"].fields)
     with request.store.transaction():
+        check_references(request.store, job_row(request.store, job_id).workflow_id, body)
         complete_job(request.store, job_id, status, run_id, body)
     return show_job(request.store, job_id)
 
@@ -5876,6 +5902,8 @@ def complete_job_request(request, job_id, status, run_id):
 def start_job_request(request, job_id, run_id, node_id):
     """A claimed job begins to run. Upstream: start_job."""
     with request.store.transaction():
+        check_references(request.store, job_row(request.store, job_id).workflow_id,
+                         {"compute_node_id": node_id})
         start_job(request.store, job_id, run_id, node_id, request.now)
     return show_job(request.store, job_id)
 
@@ -6284,6 +6312,8 @@ def create_user_data(request):
     require_workflow(request.store, values["workflow_id"])
     with request.store.transaction():
         record_id = add(request.store, kind, values)
+        check_references(request.store, values["workflow_id"],
+                         {"job_ids": [job_id for job_id, _ in relations if job_id is not None]})
         for job_id, table in relations:
             if job_id is not None:
                 request.store.execute(f"INSERT INTO {table} (job_id, user_data_id) VALUES (?, ?)",
@@ -6297,6 +6327,7 @@ def create_result(request):
     require_workflow(request.store, values["workflow_id"])
     values["attempt_id"] = values.get("attempt_id") or 1
     with request.store.transaction():
+        check_references(request.store, values["workflow_id"], values)
         result_id = store_result(request.store,
                                  {**values, "status": STATUS_OF_NAME[values["status"]]})
     return {**values, "id": result_id}
@@ -6433,6 +6464,7 @@ def create_action(request, workflow_id):
     require_workflow(request.store, workflow_id)
     check_action(action)
     with request.store.transaction():
+        check_references(request.store, workflow_id, action)
         action_id = add_action(request.store, workflow_id, action)
         request.store.news(workflow_id)
     return {**action, "workflow_id": workflow_id, "id": action_id}
