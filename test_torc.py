@@ -1615,6 +1615,20 @@ def test_the_graph_around_a_job_has_five_on_each_side(api):
         api.get(f"/workflows/{workflow_id}/graph", around=10_000)
 
 
+def test_what_slurm_says_of_a_step_goes_into_its_result(past):
+    job_id = past.ids["fetch"]
+    before = past.get("/usage", bins=4)["requirements"][0]["cpu_used"]
+    result = past.api.get("/results", workflow_id=past.workflow_id, job_id=job_id)["items"][0]
+    assert "peak_memory_bytes" not in result
+    past.api.post("/slurm_stats", {
+        "workflow_id": past.workflow_id, "job_id": job_id, "run_id": result["run_id"],
+        "attempt_id": result["attempt_id"], "max_rss_bytes": 5 * 2**20, "ave_cpu_seconds": 30.0})
+    result = past.api.get(f"/results/{result['id']}")
+    assert result["peak_memory_bytes"] == 5 * 2**20
+    assert result["avg_cpu_percent"] == round(30 / (result["exec_time_minutes"] * 60) * 100, 1)
+    assert past.get("/usage", bins=4)["requirements"][0]["cpu_used"] != before
+
+
 def test_jobs_run_again_together_or_none_of_them(api):
     workflow_id, ids = make(api, {name: [] for name in "abc"})
     other, theirs = make(api, {"z": []})
@@ -7622,6 +7636,8 @@ def test_steps_of_srun_are_told_apart_by_slurms_accounting(cluster):
     stats = until(lambda: (lambda rows: len(rows) == 5 and rows)(
         site.json("slurm", "stats", 1)["slurm_stats"]), 40)
     assert next(row for row in stats if row["job_id"] == 1)["max_rss_bytes"] > 0
+    results = {row["job_id"]: row for row in site.json("results", "list", 1)["results"]}
+    assert all(results[number]["peak_memory_bytes"] > 0 for number in (1, 2, 3)), results
 
 
 @pytest.mark.slurm

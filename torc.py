@@ -418,7 +418,7 @@ KINDS = {kind.table: kind for kind in (
         "id:int* workflow_id:int! job_id:int! run_id:int! attempt_id:int! slurm_job_id:str"
         " max_rss_bytes:int max_vm_size_bytes:int max_disk_read_bytes:int"
         " max_disk_write_bytes:int ave_cpu_seconds:float node_list:str"),
-        filters="job_id run_id attempt_id", ops="create"),
+        filters="job_id run_id attempt_id", ops=""),
     Kind("scheduled compute node", "scheduled_compute_node", "/scheduled_compute_nodes", fields(
         "id:int* workflow_id:int! scheduler_id:int! scheduler_config_id:int! scheduler_type:str!"
         " status:str! output_dir:str work_dir:str note:str cluster:str"), filters="status",
@@ -3831,6 +3831,14 @@ def attempts(store, workflow_id):
         return keep(store, ("attempts", workflow_id), known)
 
 
+def forget_used(store, workflow_id):
+    """What attempts used is to be read again: it has changed in results known before."""
+    with store.keeping:
+        known = store.kept.get(("attempts", workflow_id))
+        if known:
+            known.used, known.loaded = (0, [], []), (0, None, None)
+
+
 # ---- how far a workflow is
 
 def workflow_state(number, canceled, active):
@@ -6426,6 +6434,27 @@ def create_scheduled_node(request):
         return made
 
 
+def create_slurm_stats(request):
+    """Store what Slurm's accounting says of an attempt; its result, if it lacks them, gets the peak
+    memory and the CPU use."""
+    kind, store = KINDS["slurm_stats"], request.store
+    values = check_body(request.body, kind.fields)
+    workflow_id = values["workflow_id"]
+    require_workflow(store, workflow_id)
+    with store.transaction():
+        check_references(store, workflow_id, values)
+        made = {**values, "id": add(store, kind, values)}
+        if store.execute(
+                "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = CASE WHEN"
+                " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END WHERE"
+                " job_id = ? AND run_id = ? AND attempt_id = ? AND peak_memory_bytes IS NULL",
+                [values.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id",
+                                               "run_id", "attempt_id")]):
+            forget_used(store, workflow_id)
+            store.news(workflow_id)
+    return made
+
+
 def list_slurm_stats(request):
     """What Slurm's accounting says of attempts; a limit that is too large is cut."""
     answer = list_records(request, KINDS["slurm_stats"], clamp=True)
@@ -6842,6 +6871,7 @@ ROUTES = (
     ("POST",   "/compute_nodes/<id:int>/release",              release_compute_node,         NONE),
     ("POST",   "/scheduled_compute_nodes",                     create_scheduled_node,        JSON),
     ("GET",    "/slurm_stats",                                 list_slurm_stats,             NONE),
+    ("POST",   "/slurm_stats",                                 create_slurm_stats,           JSON),
     ("POST",   "/admin/reload-auth",                           reload_auth,                  NONE),
     ("POST",   "/access_groups",                               create_access_group,          JSON),
     ("GET",    "/access_groups",                               list_access_groups,           NONE),
@@ -8035,6 +8065,7 @@ class Child:
         self.status = None                # for stop: the status the server wants
         self.kill_at = None               # monotonic time of SIGKILL
         self.note = ""                    # for the tail of its stderr
+        self.figures = {}                 # for its result, from Slurm's accounting
         self.limit = None                 # bytes, enforced by the sampler
         self.memory = []                  # samples: bytes
         self.cpu = []                     # samples: percent
@@ -8902,6 +8933,7 @@ class Runner:
                 "completion_time": iso_time(time.time())}
         if self.limits.monitor:
             done.update(self._usage(child, elapsed, usage))
+        done.update(child.figures)
         if files:
             done["output_files"] = files
         path = child.files.error_path()
@@ -10402,14 +10434,20 @@ class Accounts:
         """Report a step if its row has come; says whether it had."""
         if row is None:
             return False
-        child = entry[0]
+        child, _, elapsed, _, _ = entry
+        figures = step_figures(row)
+        if figures.get("max_rss_bytes"):
+            child.figures["peak_memory_bytes"] = figures["max_rss_bytes"]
+        if elapsed > 0 and "ave_cpu_seconds" in figures:
+            child.figures["avg_cpu_percent"] = round(
+                100 * figures["ave_cpu_seconds"] / elapsed, 1)
         self._report(entry, row["State"].split()[0])
         job_id, run_id, attempt_id = child.key
         try:
             client.post("/slurm_stats", {
                 "workflow_id": self.runner.workflow_id, "job_id": job_id, "run_id": run_id,
                 "attempt_id": attempt_id, "slurm_job_id": str(self.runner.allocation.job_id),
-                **step_figures(row)})
+                **figures})
         except TorcError as error:
             self.runner.say(f"figures of job {job_id} are not kept: {error}")
         return True
