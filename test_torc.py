@@ -7092,6 +7092,12 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     visit.see("ended with failures")
     page.get_by_role("button", name="Close").last.click()
     visit.see("4 of 4 jobs done")         # live, without a reload
+    page.reload()                         # nor is what was before it lost
+    visit.see("a_2 failed: exit 3")
+    for place in ("/w/1/jobs", "/w/1", "/w/1/events"):
+        visit.go(place)
+    visit.see("a_2 failed: exit 3")
+    assert page.locator("main tbody").get_by_text("a_2 failed: exit 3").count() == 1
     visit.go("/w/1/graph")
     page.get_by_text("a_2").first.click()
     page.wait_for_function("() => location.hash.includes('/jobs/3')")

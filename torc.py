@@ -21647,13 +21647,21 @@ function overviewPage({id}) {
       section("Latest", null, latest(8))))];
 }
 const eventText = event => STATUS[event.type.slice(4)] ? chip(event.type.slice(4), event.text) : event.text;
-function stored(draw) {              // the events before this page was opened, once
-  const early = api("/events",
-    {workflow_id: store.workflow.id, limit: 200, sort_by: "timestamp", reverse_sort: true});
-  early.then(({items}) => {
-    if (store.events.length < 100) store.events = [...store.events, ...items.map(shaped)];
-    draw();
-  }, () => { /* the link says why */ });
+async function stored(draw) {
+  await (store.workflow.past ||= before(store.workflow));
+  draw();
+}
+async function before(workflow) {    // what was before the stream, asked once: events, and jobs that have ended
+  const asked = {workflow_id: workflow.id, reverse_sort: true};
+  const [events, jobs] = await Promise.all([api("/events", {...asked, limit: 200, sort_by: "timestamp"}),
+    api("/jobs", {...asked, limit: 50, sort_by: "start", include_results: true})]).catch(() => [{items: []}, {items: []}]);
+  const ended = jobs.items.filter(job => job.ran_s != null && job.status !== "running").map(job => ({
+    event_type: `job_${job.status}`, timestamp: job.start_ms + job.ran_s * 1000,
+    severity: job.status === "completed" ? "info" : "error", data: {job_id: job.id, hostname: job.host,
+      message: `${job.name} ${word(job.status)}${job.note && ": " + job.note}`}}));
+  const known = new Set(store.events.map(event => event.job_id)), past = [...events.items, ...ended].map(shaped);
+  if (store.workflow === workflow) store.events = [...store.events, ...past.filter(
+    event => !event.job_id || !known.has(event.job_id)).sort((a, b) => b.timestamp - a.timestamp)];
 }
 function latest(n) {
   const el = h("div"), when = event => h("span.muted", clock(event.timestamp));
