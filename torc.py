@@ -13189,7 +13189,7 @@ def failure_rows(state, page, width):
                         ("jobs", {"workflow_id": page.workflow_id, "filter": status}),
                         group.get("advice") or group["line"]))
         text = [group["line"]] if group["line"] else []
-        text += [f"{group['verdict']}: {group['advice']}"] if group.get("advice") else []
+        text += [group["advice"]] if group.get("advice") else []
         rows += [Row([("         " + line, "")]) for one in text
                  for line in folded(one, width - 12)[:3]]
         rows += [Row([("         ", ""), (f"{job.get('name', '')}", "live"),
