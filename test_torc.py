@@ -7888,6 +7888,23 @@ def test_what_sbatch_refuses_leaves_no_workflow(cluster, scheduler, said):
 
 
 @pytest.mark.slurm
+def test_a_workflow_that_has_an_allocation_stays_when_the_next_is_refused(cluster):
+    site = Site(cluster, "second")
+    path = allocation_spec(cluster, "second", {"a": "true"}, actions=[
+        {"trigger_type": "on_workflow_start", "action_type": "schedule_nodes", "scheduler": name,
+         "scheduler_type": "slurm", "num_allocations": 1} for name in ("s", "bad")])
+    spec = json.loads(path.read_text())
+    spec["slurm_schedulers"].append({**spec["slurm_schedulers"][0], "name": "bad", "partition": "no"})
+    path.write_text(json.dumps(spec))
+    done = site.torc("submit", path, "-o", site.output, ok=False)
+    assert done.returncode == 1 and "gone again" not in done.stderr
+    assert re.search(r'scheduler "bad"; .* 1 allocation submitted: Slurm job \d+; `torc slurm '
+                     "schedule-nodes 1` gets more", done.stderr, re.S), done.stderr
+    site.torc("wait", 1)
+    assert site.statuses() == {"a": "completed"}
+
+
+@pytest.mark.slurm
 def test_logs_lie_in_whatever_directory_slurm_can_name(cluster):
     site = Site(cluster, "names")
     spec = allocation_spec(cluster, "names", {"a": "echo here"})

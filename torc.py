@@ -9942,7 +9942,8 @@ def schedule_action(client, workflow, action, request):
 def schedule_pending(client, workflow_id, request, triggers=None):
     """Carry out the schedule_nodes actions that are pending; returns [(action, ids), ...].
 
-    One whose allocations could not be had at all is pending again; the error is raised.
+    One whose allocations could not be had at all is pending again; the error is raised, with all
+    Slurm jobs that there are in .submitted.
     """
     workflow = client.get(f"/workflows/{workflow_id}")
     path, done = f"/workflows/{workflow_id}/actions", []
@@ -9956,8 +9957,10 @@ def schedule_pending(client, workflow_id, request, triggers=None):
         try:
             done.append((action, schedule_action(client, workflow, action, request)))
         except TorcError as error:
-            if not getattr(error, "submitted", None):
+            some = getattr(error, "submitted", [])
+            if not some:
                 client.delete(f"{path}/{action['id']}/claim")
+            error.submitted = [number for _, ids in done for number in ids] + some
             raise
     return done
 
@@ -17705,9 +17708,10 @@ def do_submit(args, client):
             return submit_start(args, client, workflow_id, request)
         except TorcError as error:
             if spec and not getattr(error, "submitted", None):
-                client.delete(f"/workflows/{workflow_id}")
-                error.args = (f"{error}. No allocation was submitted, so workflow {workflow_id} is "
-                              "gone again: mend this, and submit once more",)
+                with contextlib.suppress(TorcError):
+                    client.delete(f"/workflows/{workflow_id}")
+                    error.args = (f"{error}. No allocation was submitted, so workflow {workflow_id}"
+                                  " is gone again: mend this, and submit once more",)
             raise
     finally:
         client.close()
