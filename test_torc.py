@@ -7923,10 +7923,13 @@ def test_logs_lie_in_whatever_directory_slurm_can_name(cluster):
 @pytest.mark.slurm
 def test_an_allocation_that_will_never_begin_says_so(cluster):
     site = Site(cluster, "never")
+    dash = ClusterDash(cluster, "--port", "0", "--url", f"http://localhost:{site.port}")
     for workflow_id, asked in ((1, {"walltime": "40:00:00"}), (2, {"nodes": 9})):
         [number] = site.submit(allocation_spec(cluster, "never", {"a": "true"}, scheduler=asked))
         said = site.torc("status", workflow_id).stdout
+        shown = dash.json(f"/dash/allocations?workflow_id={workflow_id}")["lines"]
         cluster.run("scancel", number)
+        assert [line for line in shown if f"`scancel {number}`, and ask for less" in line], shown
         assert re.search(rf"Slurm job {number} is pending \(Partition\w+\): it asks for more", said)
         assert f"so it will not start: `scancel {number}`, and ask for less" in said
 

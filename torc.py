@@ -18018,7 +18018,8 @@ def allocation_lines(client, workflow_id):
         else:
             left = "" if entry.phase == "pending" or entry.time_left_s is None else \
                 f", {format_duration(entry.time_left_s)} left"
-            where = "" if entry.where in ("(None)", "") else f" {entry.where}"
+            where = "" if entry.where in ("(None)", "") else f" {entry.where}" if \
+                entry.where.startswith("(") else f" on {entry.where}"
             text = f"is {entry.state.lower()}{where}{left}{stuck_advice(number, entry)}"
         lines.append(f"Slurm job {number} {text}")
         lines += read_text(worker_note(record.get("output_dir") or DEFAULT_OUTPUT_DIR, workflow_id,
@@ -19176,7 +19177,8 @@ class DashActions:
     def table(self):
         """{path: function}, as Dashboard takes it."""
         return {name: getattr(self, name) for name in (
-            "log", "do", "validate", "create", "open", "wizard", "doctor", "export", "user")}
+            "log", "do", "validate", "create", "open", "wizard", "doctor", "export", "user",
+            "allocations")}
 
     def user(self, client, query, body):
         """In whose name the dashboard asks."""
@@ -19206,6 +19208,10 @@ class DashActions:
         if not os.path.exists(path) and attempt.host and not os.path.isdir(os.path.dirname(path)):
             raise NotFound(f"{path} is on {attempt.host}, and not to be seen from here")
         return log_part(path, offset)
+
+    def allocations(self, client, query, body):
+        """What Slurm says of the allocations that have not ended, in sentences."""
+        return {"lines": allocation_lines(client, int(query["workflow_id"]))}
 
     def export(self, client, query, body):
         """The workflow with its results and events, to be saved by the browser."""
@@ -21919,10 +21925,16 @@ function nodesPage({id}) {
     code(`torc run ${id}`), code(`torc submit ${id}`));
   return asked(() => Promise.all(all).then(lists => lists.map(list => list.items)), ([records, scheduled, schedulers]) => {
     const nodes = records.map(shownNode), allocations = scheduled.map(one => shownAllocation(one, schedulers));
+    const queue = h("div"), draw = lines => queue.replaceChildren(plainTable("Allocations", ALLOCATIONS, allocations.map(one => {
+      const start = `Slurm job ${one.scheduler_id} `, line = lines.find(line => line.startsWith(start));
+      return {...one, reason: line?.slice(start.length) || one.reason};
+    })), ...lines.filter(line => !line.startsWith("Slurm job ")).map(line => h("p.mono", line)));
+    draw([]);
+    if (scheduled.some(one => /pending|active/.test(one.status))) api("/dash/allocations", {workflow_id: id}).then(
+      said => draw(said.lines), error => draw([error.message]));
     return [section("Compute nodes", `${nodes.filter(node => node.is_active).length} active`,
       nodes.length ? plainTable("Compute nodes", NODES, nodes) : none),
-    section("Allocations", "Slurm jobs that bring compute nodes",
-      allocations.length ? plainTable("Allocations", ALLOCATIONS, allocations) : h("p.muted", "None."))];
+    section("Allocations", "Slurm jobs that bring compute nodes", allocations.length ? queue : h("p.muted", "None."))];
   });
 }
 
