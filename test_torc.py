@@ -6944,6 +6944,18 @@ def test_an_exported_workflow_is_imported_by_the_dashboard(dash, server):
     client.close()
 
 
+@pytest.mark.parametrize("block", [5, 64, 2**20])
+def test_words_are_found_in_the_whole_of_a_log(tmp_path, block):
+    path = tmp_path / "log"
+    path.write_text("first needle\n" + "filler line\n" * 20_000 + "the last needle\n" + "z" * 100_000)
+    found = torc.log_found(str(path), "needle", block)
+    assert "the last needle" in found["text"] and "first needle" not in found["text"]
+    assert found["size"] == path.stat().st_size and found["from"] > 200_000
+    assert torc.log_found(str(path), "first needle", block)["from"] == 0
+    assert torc.log_found(str(path), "nowhere", block)["text"] == ""
+    assert torc.log_found(str(tmp_path / "none"), "x")["size"] == 0
+
+
 def test_a_local_database_is_shown_without_a_server(tmp_path, run):
     ran = run({"a": "true"})
     dash = Dash(tmp_path, "--port", 0, "--database", ran.client.path)
@@ -7060,7 +7072,7 @@ name: seen
 resource_requirements:
   - {name: r, num_cpus: 1, memory: 100m, runtime: PT1M}
 jobs:
-  - {name: prep, command: "echo preparing; sleep 1", resource_requirements: r}
+  - {name: prep, command: "echo preparing; seq 30000; sleep 1", resource_requirements: r}
   - {name: a_1, command: "echo one; sleep 1", depends_on: [prep], resource_requirements: r}
   - {name: a_2, command: "echo no such mesh >&2; exit 3", depends_on: [prep], resource_requirements: r}
   - {name: merge, command: "true", depends_on: [a_1, a_2]}
@@ -7092,7 +7104,13 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     visit.see("ended with failures")
     page.get_by_role("button", name="Close").last.click()
     visit.see("4 of 4 jobs done")         # live, without a reload
+    visit.go("/w/1/jobs/1")               # a search goes through the whole of a long log
+    page.get_by_label("Find in output").fill("preparing")
+    visit.see("not in this part: Enter searches all")
+    page.keyboard.press("Enter")
+    visit.see("1 of 1")
     page.reload()                         # nor is what was before it lost
+    visit.go("/w/1")
     visit.see("a_2 failed: exit 3")
     for place in ("/w/1/jobs", "/w/1", "/w/1/events"):
         visit.go(place)

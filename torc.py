@@ -19146,6 +19146,27 @@ def log_part(path, offset):
     return {"text": readable_text(data), "from": start, "size": start + len(data)}
 
 
+def log_found(path, words, block=2**20):
+    """The same around the last place where these words occur; no text if they do not."""
+    wanted = words.encode()
+    try:
+        with open(path, "rb") as file:
+            size = end = file.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - block)
+                file.seek(start)
+                place = file.read(end - start + len(wanted) - 1).rfind(wanted)
+                if place >= 0:
+                    begin = max(0, start + place - DASH_TAIL_BYTES // 2)
+                    file.seek(begin)
+                    return {"text": readable_text(file.read(DASH_TAIL_BYTES)), "from": begin,
+                            "size": size}
+                end = start
+    except FileNotFoundError:
+        size = 0
+    return {"text": "", "from": 0, "size": size}
+
+
 def inside(path, directory):
     """Whether a file, links followed, lies below a directory."""
     place = os.path.realpath(directory)
@@ -19188,12 +19209,15 @@ class DashActions:
 
     def log(self, client, query, body):
         """Output of a job's attempt or of a command that was started here."""
-        offset = int(query.get("offset") or 0)
+        def part(path):
+            return log_found(path, query["find"]) if query.get("find") else \
+                log_part(path, int(query.get("offset") or 0))
+
         if query.get("log"):
             path = self.logs.paths.get(int(query["log"]))
             if not path:
                 raise NotFound(f"there is no output {query['log']}")
-            return log_part(path, offset)
+            return part(path)
         job = client.get(f"/jobs/{int(query['job'])}")
         number = query.get("attempt")
         try:
@@ -19207,7 +19231,7 @@ class DashActions:
             raise Forbidden(f"{path} leads out of the output directory")
         if not os.path.exists(path) and attempt.host and not os.path.isdir(os.path.dirname(path)):
             raise NotFound(f"{path} is on {attempt.host}, and not to be seen from here")
-        return log_part(path, offset)
+        return part(path)
 
     def allocations(self, client, query, body):
         """What Slurm says of the allocations that have not ended, in sentences."""
@@ -21256,7 +21280,7 @@ function fill(el, load, draw) {      // show what `load` brings; "Loading" only 
   return el;
 }
 
-function logView({streams, load, running, name}) {      // streams: names; load(stream, offset)
+function logView({streams, load, running, name}) {      // streams: names; load(stream, offset, find)
   let which = streams[0], text = "", from = 0, offset = 0, hit = 0, follows = running, busy = false;
   let other = streams[1];            // shown instead if there is nothing in the first
   const pre = h("pre", {tabindex: 0, role: "region", "aria-label": `Output of ${name}`});
@@ -21265,6 +21289,7 @@ function logView({streams, load, running, name}) {      // streams: names; load(
     oninput: () => { hit = 0; draw(); }, onkeydown: event => {
       if (event.key !== "Enter") return;
       event.preventDefault();
+      if (from && find.value && !text.includes(find.value)) return whole();
       hit += event.shiftKey ? -1 : 1;
       draw();
     }});
@@ -21293,13 +21318,22 @@ function logView({streams, load, running, name}) {      // streams: names; load(
     if (part.text || first) draw();
     if (first) pre.scrollTop = pre.scrollHeight;        // the end is what one comes for
   }
+  async function whole() {           // look for it in all of the file
+    const asked = which, part = await load(which, 0, find.value).catch(error => ({text: "", error}));
+    if (asked !== which) return;
+    if (!part.text) { count.textContent = part.error?.message || "not found in the whole file"; return; }
+    if (follows) tail.click();
+    [text, from, offset] = [part.text, part.from, part.size];
+    where.textContent = `${bytes(from)} to ${bytes(from + text.length)} of ${bytes(offset)}`;
+    draw();
+  }
   function draw() {
     const needle = find.value, parts = needle ? text.split(needle) : [text], hits = parts.length - 1;
     hit = hits ? (hit + hits) % hits : 0;
     const marked = (part, i) => i ? [h("mark", {class: i - 1 === hit ? "now" : ""}, needle), part] : [part];
     const none = h("span.muted", running ? "Nothing written yet." : "The job wrote nothing here.");
     pre.replaceChildren(...(text ? parts.flatMap(marked) : [none]));
-    count.textContent = !needle ? "" : hits ? `${hit + 1} of ${hits}` : "not found";
+    count.textContent = !needle ? "" : hits ? `${hit + 1} of ${hits}` : from ? "not in this part: Enter searches all" : "not found";
     if (needle && hits) pre.querySelector(".now").scrollIntoView({block: "nearest"});
     else if (follows) pre.scrollTop = pre.scrollHeight;
   }
@@ -21743,7 +21777,7 @@ function jobPage({id, job: jobId}) {
     const top = head(), map = graph(near, {mini: true, focus: job.id});
     const output = logView({name: job.name, running: job.status === "running",
       streams: TONES[job.status] === "bad" ? ["stderr", "stdout"] : ["stdout", "stderr"],
-      load: (name, offset) => api("/dash/log", {job: jobId, stream: name, offset})});
+      load: (name, offset, find) => api("/dash/log", {job: jobId, stream: name, offset, find})});
     watch("event", event => {
       map.change(event.job_id, event.data);
       if (event.job_id === job.id) { Object.assign(job, event.data); morph(top, head()); }
@@ -22067,7 +22101,7 @@ function confirmDialog({title, lines: words, verb, danger, typed}) {
   });
 }
 function outputDialog({title, log}) {
-  const load = (name, offset) => api("/dash/log", {log, offset});
+  const load = (name, offset, find) => api("/dash/log", {log, offset, find});
   dialog(title, true, h("p.muted", "Closing this window does not stop the runner."),
     logView({name: title, running: true, streams: ["output"], load}), closing);
 }
