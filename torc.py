@@ -3632,7 +3632,7 @@ def family_counts(store, workflow_id, shape):
                 answer[family][STATUS_NAMES[status]] = number
                 rest[family] -= number
     for counts, number in zip(answer, rest):
-        if number > 0:                    # the others are of the status that most jobs have
+        if number > 0 and statuses:       # the others are of the status that most jobs have
             counts[STATUS_NAMES[statuses[0]]] = number
     return answer
 
@@ -3708,7 +3708,7 @@ class Attempts:
         from array import array
         self.last_id = 0                  # of the newest result known
         self.columns = [array("q") for _ in self.COLUMNS]
-        self.used = 0, [], []             # known of how many, CPUs, bytes; see loads
+        self.used = 0, [], []             # up to which result, CPUs, bytes; see loads
         self.began = {}                   # run id: ms of its first start
         self.summed = [None, 0, {}]       # of which shape, of how many, by family
         self.laid = 0, {}, {}, None       # see lanes
