@@ -4277,13 +4277,14 @@ def graph(store, workflow_id, now, data=False):
 def data_nodes(store, workflow_id, nodes):
     """(nodes of the files and user data of jobs, {id: (jobs that write it, jobs that read it)})."""
     names, found, ways = {node["id"]: node["name"] for node in nodes}, [], {}
+    known = compact(list(names))
     for kind, table, text in (("file", "file", "f.path"), ("user_data", "user_data", "f.name")):
         sides = [{}, {}]
         for side, what in zip(sides, ("output", "input")):
             for record_id, job_id in store.query(
                     f"SELECT x.{table}_id, x.job_id FROM {table} f JOIN job_{what}_{table} x ON"
-                    f" x.{table}_id = f.id WHERE f.workflow_id = ? ORDER BY x.job_id",
-                    (workflow_id,)):
+                    f" x.{table}_id = f.id WHERE f.workflow_id = ? AND x.job_id IN {IDS} ORDER BY"
+                    " x.job_id", (workflow_id, known)):
                 side.setdefault(record_id, []).append(job_id)
         for record_id, name, more in store.query(
                 f"SELECT f.id, f.name, {text} FROM {table} f WHERE f.workflow_id = ? ORDER BY f.id",
@@ -6420,7 +6421,7 @@ def create_scheduled_node(request):
     with store.transaction():
         row = once and store.one(
             "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
-            " scheduler_type = ? AND cluster IS ?", tuple(values.get(name) for name in (
+            " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL)", tuple(values.get(name) for name in (
                 "workflow_id", "scheduler_id", "scheduler_type", "cluster")))
         if row:
             return fetch(store, kind, row[0])
@@ -9580,12 +9581,11 @@ def cluster_name():
     server may be used from several, each with its own job ids."""
     global _cluster
     if _cluster is None:
-        name = os.environ.get("SLURM_CLUSTER_NAME") if os.environ.get("SLURM_JOB_ID") else None
+        _cluster = os.environ.get("SLURM_CLUSTER_NAME", "") if "SLURM_JOB_ID" in os.environ else ""
         with contextlib.suppress(TorcError):
-            match = name or re.search(r"^ClusterName\s*=\s*(\S+)",
-                                      slurm("scontrol", "show", "config", again=0), re.M)
-            name = match if isinstance(match, str) or not match else match[1]
-        _cluster = name or ""
+            match = not _cluster and re.search(r"^ClusterName\s*=\s*(\S+)", slurm(
+                "scontrol", "show", "config", again=0), re.M)
+            _cluster = match[1] if match else _cluster
     return _cluster or None
 
 
