@@ -9581,7 +9581,8 @@ def cluster_name():
     server may be used from several, each with its own job ids."""
     global _cluster
     if _cluster is None:
-        _cluster = os.environ.get("SLURM_CLUSTER_NAME", "") if "SLURM_JOB_ID" in os.environ else ""
+        inside = "SLURM_JOB_ID" in os.environ
+        _cluster = os.environ.get("SLURM_CLUSTER_NAME", "") if inside else ""
         with contextlib.suppress(TorcError):
             match = not _cluster and re.search(r"^ClusterName\s*=\s*(\S+)", slurm(
                 "scontrol", "show", "config", again=0), re.M)
