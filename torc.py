@@ -6421,8 +6421,9 @@ def create_scheduled_node(request):
     with store.transaction():
         row = once and store.one(
             "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
-            " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL)", tuple(values.get(name) for name in (
-                "workflow_id", "scheduler_id", "scheduler_type", "cluster")))
+            " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL)",
+            [values.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
+                                           "cluster")])
         if row:
             return fetch(store, kind, row[0])
         store.news(values["workflow_id"])
