@@ -1734,6 +1734,7 @@ def test_failures_are_grouped_by_exit_and_last_line(api):
 @pytest.mark.parametrize("query, names", [
     ({"status": "failed,running"}, ["align_2", "align_3"]), ({"search": "LIGN"}, [
         "align_1", "align_2", "align_3"]), ({"search": "a%n"}, []), ({"search": "_2"}, ["align_2"]),
+    ({"search": " 3 lig"}, ["align_3"]), ({"search": "2 3"}, []),
     ({"family": "align", "status": "completed"}, ["align_1"]), ({"family": "none"}, []),
     ({"sort_by": "ran", "reverse_sort": True, "limit": 2}, ["align_2", "index"]),
     ({"sort_by": "start", "reverse_sort": True, "limit": 3}, ["align_3", "align_2", "align_1"]),
