@@ -5217,6 +5217,15 @@ def test_every_page_of_the_terminal_fits_and_says_what_it_is_for(client, ui, siz
     assert "needs 80 columns and 24 lines" in hands.text()
 
 
+def test_the_allocation_in_focus_is_explained(api, tmp_path):
+    small(api)
+    hands = Hands(api, tmp_path)
+    hands.press("g", "s")
+    hands.terminal.tick()
+    hands.settle()
+    assert "Slurm job 4711 has ended: no note" in hands.text()
+
+
 def test_a_server_that_lacks_what_the_pages_need_is_named(api, tmp_path, monkeypatch):
     monkeypatch.setattr(torc, "EXTENSIONS", ("summary", "search"))
     text = Hands(api, tmp_path).text()

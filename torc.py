@@ -13052,7 +13052,7 @@ def load_nothing(client, ask):
     return {"there": True}
 
 
-def workflow_hint(client, record):
+def workflow_hint(client, record, tools):
     """Why a workflow in focus is not further."""
     if record["done"] == record["total"] or record["state"] in ("not initialized", "canceled"):
         return record.get("description") or ""
@@ -13060,10 +13060,17 @@ def workflow_hint(client, record):
     return f"{rows[0]['count']:,} {said(rows[0]['status'])}: {rows[0]['why']}" if rows else ""
 
 
-def job_hint(client, record):
+def job_hint(client, record, tools):
     """Why a job in focus is where it is."""
     sentence = client.get(f"/jobs/{record['id']}/why")["sentence"]
     return sentence[:1].upper() + sentence[1:]
+
+
+def allocation_hint(client, record, tools):
+    """What Slurm says of an allocation in focus."""
+    start = f"Slurm job {record['scheduler_id']} "
+    return next((line for line in tools.allocations(client, record["workflow_id"])
+                 if line.startswith(start)), f"{start}has ended: {record.get('note') or 'no note'}")
 
 
 # ---- pages as lines
@@ -13785,7 +13792,8 @@ PAGES = {
                       empty="No runner has worked on this workflow: x starts one here."),
     "allocations": PageKind("Allocations", "s", load_list(
         "/scheduled_compute_nodes", sort_by="id", reverse_sort=True), IN_WORKFLOW,
-        ALLOCATION_COLUMNS, tab=True, empty="No allocation was asked for: s submits to Slurm."),
+        ALLOCATION_COLUMNS, tab=True, hint=allocation_hint,
+        empty="No allocation was asked for: s submits to Slurm."),
     "slurm": PageKind("Slurm", "m", load_list("/slurm_stats"), IN_WORKFLOW, SLURM_COLUMNS,
                       tab=True, empty="Slurm's accounting has told nothing of this workflow."),
     "files": PageKind("Files", "i", load_list("/files"), IN_WORKFLOW, FILE_COLUMNS, tab=True,
@@ -14088,7 +14096,8 @@ class Terminal:
     """The terminal UI without its terminal: keys and events change the State, which is drawn.
 
     tools: what section 14 lends: plan(verb, client, target), find_output(client, job),
-    checks(client), connect(url), and output_dir. wake: called when there is an event.
+    allocations(client, workflow_id), checks(client), connect(url), and output_dir. wake: called
+    when there is an event.
     """
 
     def __init__(self, client, tools, size=SMALLEST, plain=False, wake=None, server=None):
@@ -14253,7 +14262,7 @@ class Terminal:
                 page.hints.clear()
             page.hints[key] = "" if error else text
 
-        self.worker.ask("hint", lambda client: page.kind.hint(client, record), answer)
+        self.worker.ask("hint", lambda client: page.kind.hint(client, record, self.tools), answer)
 
     def heard(self, news):
         """An event: something has happened in the workflow in view."""
@@ -20052,6 +20061,10 @@ class TerminalTools:
         paths = stdio_paths(self.output_dir, mode, job, attempt.run_id, attempt.attempt_id)
         there = any(path and os.path.exists(path) for path in paths)
         return attempt._replace(stdout=paths[0], stderr=paths[1]) if there else attempt
+
+    def allocations(self, client, workflow_id):
+        """A sentence on each allocation that has not ended."""
+        return allocation_lines(client, workflow_id)
 
     def checks(self, client):
         """The checks of `torc doctor`, also for a local database."""
