@@ -32,6 +32,7 @@ TORC = os.path.abspath(torc.__file__)
 SOURCE = Path(TORC).read_text(encoding="utf-8")
 ROOT = Path(TORC).parent
 PYTHON = sys.executable
+PASSWORD = "a long sentence"
 LAUNCHER = Path(tempfile.mkdtemp(prefix="torc-tests-")) / "torc_tests.py"
 LAUNCHER.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torc\nsys.exit(torc.main())\n")
 atexit.register(shutil.rmtree, LAUNCHER.parent, True)
@@ -6934,6 +6935,41 @@ def test_a_standalone_dashboard_keeps_a_password_and_leaves_nothing_running(tmp_
     until(lambda: torc.process_start(pid) is None)
 
 
+@pytest.mark.parametrize("kind", ["server", "dash"])
+def test_signals_in_a_row_end_it_once(tmp_path, kind):
+    torc.LocalClient(str(tmp_path / "x.db")).close()
+    one = Server(tmp_path / "x.db") if kind == "server" else Dash(
+        tmp_path, "--port", 0, "--database", tmp_path / "x.db")
+    for number in [signal.SIGTERM, signal.SIGHUP, signal.SIGINT] * 20:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.process.pid, number)
+    code, said = one.stop() if kind == "server" else (one.stop(), one.log.read_text())
+    assert code == 0 and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("options, env, said", [
+    (["--no-auth"], {}, "whoever reaches the server's port can read and change all workflows"),
+    (["--auth-file", "users", "--require-auth"], {"TORC_USERNAME": "ann", "TORC_PASSWORD": PASSWORD}, ""),
+    (["--auth-file", "users", "--require-auth"], {}, None)])
+def test_a_standalone_dashboard_takes_other_passwords_or_none(tmp_path, cli, options, env, said):
+    subprocess.run([*COMMAND, "htpasswd", "add", "--file", tmp_path / "users", "--password-stdin",
+                    "--cost", "5", "ann"], input=PASSWORD, text=True, check=True)
+    words = ["--standalone", "--port", 0, "--server-host", "127.0.0.1", "--database", "x.db", *options]
+    if said is None:
+        with pytest.raises(AssertionError, match="wants a user name and password: set TORC_PASSWORD"):
+            Dash(tmp_path, *words, env=env)
+        return
+    dash = Dash(tmp_path, *words, env=env)
+    dash.enter()
+    info = dash.json("/torc-service/v1/server_info")
+    assert info["auth_required"] == bool(env) and said in dash.log.read_text()
+    code, _, err = cli("workflows", "list", "--url", info["urls"][0] if info["urls"] else re.search(
+        r"the dashboard of (\S+):", dash.log.read_text())[1])
+    assert (code, "wants a user name" in err) == ((1, True) if env else (0, False))
+    assert not (Path.home() / ".torc" / "dash" / "password").exists()
+    assert dash.stop() == 0
+
+
 def test_a_database_is_served_once(server, tmp_path):
     for words in (["server", "run", "--port", "0"], ["dash", "--standalone", "--port", "0"]):
         done = subprocess.run([*COMMAND, *words, "--database", server.database], text=True,
@@ -7523,7 +7559,6 @@ def test_another_user_gets_nothing_without_the_password(cluster):
 # ---- allocations
 
 SMALL = {"name": "small", "num_cpus": 1, "memory": "100m", "runtime": "PT1M"}
-PASSWORD = "a long sentence"
 MINE = ("TORC_USERNAME=hpcuser", f"TORC_PASSWORD={PASSWORD}")
 
 

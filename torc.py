@@ -12140,7 +12140,6 @@ def serve(args):
     args: host, port, database, threads, log_level, log_dir, json_logs, daemon, pid_file, and the
     options on passwords and TLS.
     """
-    import signal
     os.umask(0o077)                       # logs and notes are the user's own
     ready = None
     if args.daemon:
@@ -12186,15 +12185,13 @@ def serve(args):
     stop = threading.Event()
     threading.Thread(target=watch_leases, args=(store, log, stop), daemon=True).start()
 
-    def end(number, frame):
+    def end():
         stop.set()
         for sock in sockets:
             sock.close()
         store.wake()
-        raise SystemExit(0)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+    end_at_signals(end)
     try:
         announce(args, port, application, [local_url(scheme, sockets), *application.urls])
         if ready:
@@ -12210,6 +12207,23 @@ def serve(args):
             os.unlink(args.pid_file)
         log.info("stopped")
     return 0
+
+
+def end_at_signals(end):
+    """At the first SIGINT, SIGTERM or SIGHUP call end() and raise SystemExit; later ones would only
+    break into that. Under nohup(1) SIGHUP stays ignored."""
+    import signal
+    received = []
+
+    def handle(number, frame):
+        received.append(number)
+        if len(received) == 1:
+            end()
+            raise SystemExit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handle)
 
 
 def server_database(named, log):
@@ -12493,7 +12507,6 @@ def private_socket(path):
 
 def serve_dashboard(dashboard, sockets):
     """Serve a Dashboard on listening sockets until SIGINT or SIGTERM."""
-    import signal
     try:
         from waitress.server import create_server
     except ImportError:
@@ -12504,14 +12517,12 @@ def serve_dashboard(dashboard, sockets):
         max_request_body_size=MAX_BODY_BYTES, log_socket_errors=False,
         channel_request_lookahead=1, clear_untrusted_proxy_headers=True)
 
-    def end(number, frame):
+    def end():
         dashboard.stopping.set()
         for sock in sockets:
             sock.close()
-        raise SystemExit(0)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+    end_at_signals(end)
     with contextlib.suppress(SystemExit):
         server.run()
 
@@ -19725,6 +19736,7 @@ def do_dash(args, client):
     if args.no_auth and args.standalone:
         tell(args, "whoever reaches the server's port can read and change all workflows, and run "
              "commands as you: leave --no-auth out", "warn")
+    end_at_signals(lambda: None)          # what was made until then is taken away again
     client, own = dash_client(args, speak)
     try:
         client.get("/ping")
