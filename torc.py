@@ -12134,6 +12134,40 @@ def systemctl(user, *words):
 
 # ---- serving
 
+class Ending:
+    """The end by SIGINT, SIGTERM or SIGHUP (which stays ignored under nohup(1)): the first of them
+    raises SystemExit, or ends serve(); later ones would only break into that."""
+
+    def __init__(self):
+        import signal
+        self.signalled, self.loop = False, None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.signalled:
+            return
+        self.signalled = True
+        if self.loop is None:
+            raise SystemExit(0)
+        for listener in list(self.loop.values()):
+            if hasattr(listener, "pull_trigger"):
+                listener.pull_trigger()   # wakes the loop
+                break
+
+    def serve(self, server, loop, sockets, end):
+        """Serve until the end; call end() and answer the requests at work. loop: waitress's map."""
+        from waitress import wasyncore
+        self.loop = loop
+        while not self.signalled:
+            wasyncore.loop(timeout=1.0, use_poll=True, map=loop, count=1)
+        for sock in sockets:
+            sock.close()
+        end()
+        server.task_dispatcher.shutdown()
+
+
 def serve(args):
     """Run the server until SIGINT or SIGTERM; returns the exit code.
 
@@ -12185,45 +12219,23 @@ def serve(args):
     stop = threading.Event()
     threading.Thread(target=watch_leases, args=(store, log, stop), daemon=True).start()
 
-    def end():
-        stop.set()
-        for sock in sockets:
-            sock.close()
-        store.wake()
-
-    end_at_signals(end)
+    ending = Ending()
     try:
         announce(args, port, application, [local_url(scheme, sockets), *application.urls])
         if ready:
             ready()
             log.handlers = [handler for handler in log.handlers if hasattr(handler, "baseFilename")]
-        server.run()                      # ends by SystemExit, after requests at work are answered
+        ending.serve(server, loop, sockets, lambda: (stop.set(), store.wake()))
     except SystemExit:
         pass
     finally:
+        stop.set()
         store.close()
         remove_note(note)
         if ready and read_text(args.pid_file) == str(os.getpid()):
             os.unlink(args.pid_file)
         log.info("stopped")
     return 0
-
-
-def end_at_signals(end):
-    """At the first SIGINT, SIGTERM or SIGHUP call end() and raise SystemExit; later ones would only
-    break into that. Under nohup(1) SIGHUP stays ignored."""
-    import signal
-    received = []
-
-    def handle(number, frame):
-        received.append(number)
-        if len(received) == 1:
-            end()
-            raise SystemExit(0)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handle)
 
 
 def server_database(named, log):
@@ -12505,26 +12517,20 @@ def private_socket(path):
     return made
 
 
-def serve_dashboard(dashboard, sockets):
-    """Serve a Dashboard on listening sockets until SIGINT or SIGTERM."""
+def serve_dashboard(dashboard, sockets, ending):
+    """Serve a Dashboard on listening sockets until the Ending."""
+    loop = {}
     try:
         from waitress.server import create_server
     except ImportError:
         raise MissingPackage("waitress", "the dashboard") from None
     server = create_server(
-        dashboard, {}, sockets=sockets, threads=8 + DASH_STREAMS, connection_limit=500,
+        dashboard, loop, sockets=sockets, threads=8 + DASH_STREAMS, connection_limit=500,
         asyncore_use_poll=True, ident=None, channel_timeout=130, send_bytes=1,
         max_request_body_size=MAX_BODY_BYTES, log_socket_errors=False,
         channel_request_lookahead=1, clear_untrusted_proxy_headers=True)
 
-    def end():
-        dashboard.stopping.set()
-        for sock in sockets:
-            sock.close()
-
-    end_at_signals(end)
-    with contextlib.suppress(SystemExit):
-        server.run()
+    ending.serve(server, loop, sockets, dashboard.stopping.set)
 
 
 # ==================================================================================================
@@ -19736,7 +19742,7 @@ def do_dash(args, client):
     if args.no_auth and args.standalone:
         tell(args, "whoever reaches the server's port can read and change all workflows, and run "
              "commands as you: leave --no-auth out", "warn")
-    end_at_signals(lambda: None)          # what was made until then is taken away again
+    ending = Ending()                     # what was made until then is taken away again
     client, own = dash_client(args, speak)
     try:
         client.get("/ping")
@@ -19761,7 +19767,7 @@ def do_dash(args, client):
                      "out and take an SSH tunnel", "warn")
         print(f"TORC_DASH_PORT={dashboard.port}" if dashboard.port else
               f"TORC_DASH_SOCKET={os.path.abspath(args.socket)}", flush=True)
-        serve_dashboard(dashboard, sockets)
+        serve_dashboard(dashboard, sockets, ending)
     finally:
         if args.socket and "sockets" in locals():
             with contextlib.suppress(OSError):
