@@ -7382,6 +7382,11 @@ CLUSTER = Path(os.environ.get("SLURM_CLUSTER", ROOT.parent / "shared" / "slurm")
 LOGIN = "kl1.hsn.test"                    # the login host's name that compute nodes know
 
 
+def as_root(*words, check=True):
+    """A command of root on the login host."""
+    return subprocess.run([CLUSTER / "on", "kl1", *words], check=check, capture_output=True, text=True)
+
+
 class Cluster:
     """Commands of an ordinary user on the hosts of the cluster, and what they need there."""
 
@@ -7420,6 +7425,17 @@ class Cluster:
         until(lambda: " serves " in log.read_text())
         return int(line.split("=")[1]), log.read_text()
 
+    def empty(self):
+        """End all allocations, so that none begins or waits on nodes that other tests need: what a
+        node that was down has put back into the queue begins anew two minutes later, and its worker
+        looks for its server for ten more."""
+        def left():
+            return as_root("squeue", "-h", "-o", "%A").stdout.split()
+
+        if left():
+            as_root("scancel", "--full", "--signal=KILL", *left(), check=False)
+            until(lambda: not left() or as_root("scancel", *left(), check=False) is None, 60)
+
     def stop(self):
         """End the servers."""
         for process in self.started:
@@ -7452,10 +7468,11 @@ def cluster_directory():
 
 @pytest.fixture
 def cluster(cluster_directory):
-    """The cluster, with servers that end with the test."""
+    """The cluster, with servers and allocations that end with the test."""
     cluster = Cluster(cluster_directory)
     yield cluster
     cluster.stop()
+    cluster.empty()
 
 
 @pytest.mark.slurm
@@ -7742,11 +7759,6 @@ def test_a_worker_that_was_killed_is_found_out_and_its_jobs_run_again(cluster):
     assert site.statuses() == {"a": "completed", "b": "completed"}
     assert [result["return_code"] for result in site.json("results", "list", 1, "--all-runs")[
         "results"] if result["job_id"] == 1] == [-128, 0]
-
-
-def as_root(*words, check=True):
-    """A command of root on the login host."""
-    subprocess.run([CLUSTER / "on", "kl1", *words], check=check, capture_output=True)
 
 
 @pytest.mark.slurm
