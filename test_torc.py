@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import py_compile
 import random
 import re
 import shutil
@@ -37,6 +38,8 @@ LAUNCHER = Path(tempfile.mkdtemp(prefix="torc-tests-")) / "torc_tests.py"
 LAUNCHER.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torc\nsys.exit(torc.main())\n")
 atexit.register(shutil.rmtree, LAUNCHER.parent, True)
 COMMAND = [PYTHON, str(LAUNCHER)]         # torc.py by its cached bytecode: it is started very often
+with contextlib.suppress(OSError):        # PYTHONDONTWRITEBYTECODE would let each start compile it
+    py_compile.compile(TORC)
 # A shell without job control starts its background with SIGINT ignored, which children inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
