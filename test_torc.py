@@ -7336,6 +7336,8 @@ def test_every_page_is_drawn_without_an_error(chromium, dash, server, tmp_path, 
                                         "/serious|critical/.test(one.impact)).map(one => one.id))")
             assert found == [], place
     assert visit.trouble == []
+    if not axe:
+        pytest.skip("drawn without an error; not checked for accessibility: there is no npm for axe-core")
 
 
 AXE = {}

@@ -21517,7 +21517,8 @@ function chart({label, times, series, text, height = 150}) {
       levels.map(v => [h("line.grid", {x1: left, x2: width, y1: y(v), y2: y(v)}),
         h("text", {x: left - 6, y: y(v) + 4, "text-anchor": "end"}, text(v))]),
       ticks(times[0], times[last], width / 90).map(t =>
-        h("text", {x: x(when(t)), y: height - 3, "text-anchor": "middle"}, clock(t, false))),
+        h("text", {x: x(when(t)), y: height - 3, "text-anchor": "middle"},
+          clock(t, times[last] - times[0] < 600000))),
       used && h("path.area", {d: `${line(used.points)}L${x(last)} ${floor}L${left} ${floor}z`}),
       series.map(s => h("path", {class: s.kind, d: line(s.points, s.kind !== "used")})), cross));
     plot.onpointermove = event => move(Math.round((event.offsetX - left) / (width - left - 8) * last));
