@@ -21119,7 +21119,8 @@ function shaped(event) {
   const word = type.replace(/^job_/, "").replaceAll("_", " ");
   const code = data.return_code ? `: exit ${data.return_code}` : "";
   const text = data.message || (/^job_/.test(type) && who ? `${who} ${word}${code}`
-    : [word, who, data.action?.replaceAll("_", " "), data.user && `by ${data.user}`].filter(Boolean).join(" "));
+    : [type !== "user_action" && word, who, data.action?.replaceAll("_", " "),
+      data.user && data.user !== "anonymous" && `by ${data.user}`].filter(Boolean).join(" "));
   const status = type === "job_started" ? "running" : data.status;
   return {...event, type, text, job_id: data.job_id, host: data.hostname, data: {...data, ...(status && {status})}};
 }
