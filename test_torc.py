@@ -1336,6 +1336,26 @@ def test_a_rerun_job_unblocks_what_its_failure_had_canceled(client):
     assert statuses(client, workflow_id) == dict(a="ready", b="blocked", c="blocked")
 
 
+def test_what_had_not_begun_waits_again_for_a_job_that_is_rerun(client):
+    workflow_id, ids = make(client, {"a": [], "b": ["a"]}, b={"cancel_on_blocking_job_failure": False})
+    complete(client, ids["a"], workflow_id, make_node(client, workflow_id), code=1)
+    assert statuses(client, workflow_id) == dict(a="failed", b="ready")
+    client.post(f"/jobs/{ids['a']}/rerun")
+    assert statuses(client, workflow_id) == dict(a="ready", b="blocked")
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("cancel", [False, True])
+def test_jobs_that_run_again_together_keep_their_order(client, order, cancel):
+    workflow_id, ids = make(client, {"a": [], "b": ["a"]}, b={"cancel_on_blocking_job_failure": cancel})
+    node = make_node(client, workflow_id)
+    complete(client, ids["a"], workflow_id, node, code=1)
+    if not cancel:
+        complete(client, ids["b"], workflow_id, node, code=1)
+    client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": [{"job_id": ids[name]} for name in order]})
+    assert statuses(client, workflow_id) == dict(a="ready", b="blocked")
+
+
 def test_a_dead_runners_jobs_are_ready_with_the_next_attempt(client):
     workflow_id, ids = make(client, {"a": [], "b": [], "c": ["a"]})
     runner = Conversation(client, workflow_id)
@@ -1619,6 +1639,15 @@ def test_the_graph_around_a_job_has_five_on_each_side(api):
         api.get(f"/workflows/{workflow_id}/graph", around=10_000)
 
 
+def test_a_step_without_figures_leaves_the_results_own(past):
+    job_id = past.ids["fetch"]
+    [result] = past.api.get("/results", workflow_id=past.workflow_id, job_id=job_id)["items"]
+    past.api.put(f"/results/{result['id']}", {"avg_cpu_percent": 150.0})
+    past.api.post("/slurm_stats", {"workflow_id": past.workflow_id, "job_id": job_id, "attempt_id": 1,
+                                   "run_id": result["run_id"]})
+    assert past.api.get(f"/results/{result['id']}")["avg_cpu_percent"] == 150.0
+
+
 def test_what_slurm_says_of_a_step_goes_into_its_result(past):
     job_id = past.ids["fetch"]
     before = past.get("/usage", bins=4)["requirements"][0]["cpu_used"]
@@ -1631,6 +1660,54 @@ def test_what_slurm_says_of_a_step_goes_into_its_result(past):
     assert result["peak_memory_bytes"] == 5 * 2**20
     assert result["avg_cpu_percent"] == round(30 / (result["exec_time_minutes"] * 60) * 100, 1)
     assert past.get("/usage", bins=4)["requirements"][0]["cpu_used"] != before
+
+
+def test_a_time_that_is_none_is_refused_and_an_old_one_breaks_no_view(api):
+    workflow_id, ids = make(api, {"a": [], "b": []})
+    body = {"workflow_id": workflow_id, "job_id": ids["a"], "run_id": 1, "return_code": 0,
+            "compute_node_id": make_node(api, workflow_id), "exec_time_minutes": 0.1, "status": "completed"}
+    for text in ("Mon Jan 1 2024", "2024-01-01", ""):
+        with pytest.raises(torc.BadShape, match="`completion_time`: .* is not a time such as"):
+            api.post("/results", {**body, "completion_time": text})
+    made = api.post("/results", {**body, "completion_time": "2024-01-01T00:00:00.123456789+01:00"})
+    api.store.execute("UPDATE result SET completion_time = 'noon' WHERE id = ?", (made["id"],))
+    for view in ("summary", "timeline", "usage"):
+        assert api.get(f"/workflows/{workflow_id}/{view}")
+
+
+def test_views_know_results_and_requirements_that_were_changed(past):
+    def shown():
+        return past.get("/usage", bins=4)["requirements"], [
+            bar for lane in past.get("/timeline")["runners"] for bar in lane["jobs"]
+            if bar["status"] != "running"]
+
+    shown()
+    [result] = past.api.get("/results", workflow_id=past.workflow_id, job_id=past.ids["fetch"])["items"]
+    past.api.put(f"/results/{result['id']}", {"exec_time_minutes": 0.5})
+    need = past.api.post("/resource_requirements", {"workflow_id": past.workflow_id, "name": "wide",
+                                                    "num_cpus": 3, "memory": "2g", "runtime": "PT1H"})
+    past.api.put(f"/jobs/{past.ids['index']}", {"resource_requirements_id": need["id"]})
+    kept = shown()
+    past.api.store.kept.clear()
+    assert kept == shown()
+
+
+def test_jobs_that_come_and_go_break_no_view_that_is_asked_meanwhile(api, monkeypatch):
+    monkeypatch.setattr(torc, "FEW_JOBS", 5)
+    workflow_id, ids = make(api, {**{f"a_{number}": [] for number in range(9)}, "a_9": ["a_0"]})
+    api.delete(f"/jobs/{ids['a_3']}")     # ids with a gap
+    real = torc.json_columns
+
+    def late(store, names, source, params):
+        if "d.job_id" in names:           # after the families were read, before their edges are
+            monkeypatch.setattr(torc, "json_columns", real)
+            api.post("/jobs", {"workflow_id": workflow_id, "name": "z_1", "command": "true",
+                               "depends_on_job_ids": [ids["a_1"]]})
+        return real(store, names, source, params)
+    monkeypatch.setattr(torc, "json_columns", late)
+    assert [node["name"] for node in api.get(f"/workflows/{workflow_id}/graph")["nodes"]] == ["a_*"]
+    assert torc.json_columns is real
+    assert api.get(f"/workflows/{workflow_id}/graph")["edges"] == [["f0", "f1"]]
 
 
 def test_jobs_run_again_together_or_none_of_them(api):
@@ -2119,7 +2196,7 @@ def test_admins_are_those_the_server_was_told(store):
 def sample(kind):
     """A body with a value for every field of a kind that a client may set."""
     values = {"int": 3, "float": 2.5, "str": "text", "echo": "text", "bool": True, "any": {"k": [1, None]},
-              "status": "completed", "ints": []}
+              "status": "completed", "ints": [], "time": "2026-01-02T03:04:05Z"}
     special = {"memory": "2g", "runtime": "PT5M", "name": "a name"}
     return {field.name: special.get(field.name, values[field.type]) for field in kind.fields
             if not field.server and field.type != "ints"}
@@ -4114,6 +4191,104 @@ def test_the_plan_asks_slurm_for_idle_nodes_and_starts(cli, spec_file, programs)
     assert {row["predicted_start"] for row in rows} == {"Invalid account"}
 
 
+# ---- several clusters, refused allocations
+
+@pytest.fixture
+def away(api, programs, monkeypatch):
+    """A workflow with a job at work in allocation 77 of a cluster "other", seen from one that is
+    called "here"; away(True) takes the controller away. Its id is away.workflow_id."""
+    workflow_id, _ = make(api, {"a": []})
+    make_node(api, workflow_id, compute_node_type="slurm", scheduler={
+        "type": "slurm", "scheduler_id": 77, "node_index": 0, "restarts": 0, "cluster": "other"})
+
+    def set_away(is_away):
+        monkeypatch.setattr(torc, "_cluster", {**torc._cluster, "again": 0})
+        lost = "echo 'Unable to contact slurm controller' >&2; exit 1"
+        programs(scontrol=lost if is_away else "echo 'ClusterName = here'",
+                 squeue=lost if is_away else "echo 'Invalid job id specified' >&2; exit 1", sacct=":")
+    monkeypatch.setattr(torc, "_cluster", {"name": None, "again": 0})
+    set_away.workflow_id = workflow_id
+    return set_away
+
+
+def test_a_controller_that_was_away_makes_no_allocation_of_another_cluster_ones_own(api, away):
+    record = api.post("/scheduled_compute_nodes", {
+        "workflow_id": away.workflow_id, "scheduler_id": 77, "scheduler_type": "slurm",
+        "scheduler_config_id": 1, "status": "active", "cluster": "other"}, once=True)
+    for is_away in (True, False):
+        away(is_away)
+        assert torc.settle_allocations(api, away.workflow_id, torc.Watch()) == []
+        assert torc.cluster_name() == (None if is_away else "here")
+    assert api.get(f"/scheduled_compute_nodes/{record['id']}")["status"] == "active"
+    [node] = api.items("/compute_nodes", workflow_id=away.workflow_id)
+    assert node["is_active"]
+
+
+def test_a_worker_says_of_which_cluster_its_allocation_is(api, away):
+    body = {"workflow_id": away.workflow_id, "scheduler_id": 77, "scheduler_type": "slurm",
+            "scheduler_config_id": 1, "status": "active"}
+    first = api.post("/scheduled_compute_nodes", body, once=True)
+    again = api.post("/scheduled_compute_nodes", {**body, "cluster": "other"}, once=True)
+    assert again == {**first, "cluster": "other"}
+    assert api.post("/scheduled_compute_nodes", {**body, "cluster": "third"}, once=True)["id"] != first["id"]
+    away(False)
+    assert torc.settle_allocations(api, away.workflow_id, torc.Watch()) == []
+
+
+class Fails:
+    """A client whose first `method` request to a path that ends with `end` fails after `passes`."""
+
+    is_local, host, port, tls, password, cookie, others = False, "127.0.0.1", 1, None, None, None, ()
+
+    def __init__(self, api, method=None, end="", passes=0):
+        self.api, self.method, self.end, self.left = api, method, end, passes
+
+    def __getattr__(self, name):
+        return getattr(self.api, name)
+
+    def job_environment(self):
+        return {}
+
+    def post(self, path, body=None, **query):
+        return self.judged("POST", path) or self.api.post(path, body, **query)
+
+    def delete(self, path, **query):
+        return self.judged("DELETE", path) or self.api.delete(path, **query)
+
+    def judged(self, method, path):
+        if method == self.method and path.endswith(self.end):
+            self.left -= 1
+            if self.left < 0:
+                raise torc.Unreachable("the server does not answer")
+
+
+def two_allocations(api):
+    """The id of a workflow that asks for allocations of two schedulers at its start."""
+    return api.post("/workflow_specs", {
+        "workflow": {"name": "w", "user": "tester"}, "jobs": [{"name": "a", "command": "x"}],
+        "slurm_schedulers": [{"name": name, "account": "a", "nodes": 1, "walltime": "01:00:00"}
+                             for name in ("one", "two")],
+        "actions": [{"trigger_type": "on_workflow_start", "action_type": "schedule_nodes",
+                     "action_config": {"scheduler": index, "scheduler_type": "slurm",
+                                       "num_allocations": 1}} for index in (0, 1)]})["id"]
+
+
+SECOND_REFUSED = '[ ! -e "$0.n" ] || { echo "Invalid account" >&2; exit 1; }; : > "$0.n"; echo 100'
+
+
+@pytest.mark.parametrize("method, passes, message", [
+    ("POST", 1, "does not answer"), ("DELETE", 0, "Invalid account")])
+def test_an_allocation_that_there_is_is_told_whatever_fails_after_it(
+        api, programs, tmp_path, method, passes, message):
+    programs(sbatch=SECOND_REFUSED, scontrol="echo 'ClusterName = here'")
+    workflow_id = two_allocations(api)
+    api.post(f"/workflows/{workflow_id}/initialize_jobs")
+    request = torc.WorkerRequest(str(tmp_path), str(tmp_path), ("http://h:1",))
+    with pytest.raises(torc.TorcError, match=message) as failed:
+        torc.schedule_pending(Fails(api, method, "/claim", passes), workflow_id, request)
+    assert failed.value.submitted == [100]
+
+
 # ---- commands for profiles
 
 SINFO = """case "$*" in
@@ -4241,6 +4416,29 @@ def test_signals_end_the_server_gracefully(tmp_path):
         server.process.send_signal(number)
         assert server.process.wait(20) == 0
         server.process.communicate()
+
+
+def test_an_answer_that_is_being_read_is_not_cut_off_by_the_end(server):
+    client = server.client()
+    client.post("/workflow_specs", {"workflow": {"name": "w", "user": "tester"}, "jobs": [
+        {"name": f"j{number}", "command": "x" * 400} for number in range(30_000)]})
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.sock = socket.socket()
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+    connection.sock.connect(("127.0.0.1", server.port))
+    connection.request("GET", f"{API}/jobs?workflow_id=1&limit=30000")
+    answer = connection.getresponse()     # the rest waits in the server
+    begun = answer.read(100_000)
+    server.process.terminate()
+    until(lambda: refused(server.port))
+    assert len(json.loads(begun + answer.read())["items"]) == 30_000
+    assert server.process.wait(20) == 0
+
+
+def refused(port):
+    """Whether nothing listens any more."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
 
 
 def test_a_waiting_client_does_not_delay_the_end(tmp_path):
@@ -6982,6 +7180,16 @@ def test_a_database_is_served_once(server, tmp_path):
         assert done.returncode == 1
         assert f"is served already (pid {server.process.pid}, at http://127.0.0.1:{server.port}/" \
             in done.stderr
+
+
+def test_a_database_is_served_once_whatever_link_leads_to_it(server, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    done = subprocess.run([*COMMAND, "server", "run", "--port", "0", "--database", "server.db"], text=True,
+                          capture_output=True, timeout=30, cwd=tmp_path / "link")
+    named = subprocess.run([*COMMAND, "server", "run", "--port", "0", "--database", "link/server.db"],
+                           text=True, capture_output=True, timeout=30, cwd=tmp_path)
+    for end in (done, named):
+        assert end.returncode == 1 and "is served already" in end.stderr
 
 
 def test_an_exported_workflow_is_imported_by_the_dashboard(dash, server):

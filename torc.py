@@ -343,7 +343,7 @@ class Field(NamedTuple):
     """One field of a record: its JSON type and whether a client must send it."""
 
     name: str
-    type: str                             # int, float, str, bool, any, status, ints, or echo:
+    type: str                             # int, float, str, bool, any, status, ints, time, or echo:
                                           # a text that is answered but not kept
     required: bool = False
     server: bool = False                  # set by the server, whatever a client sends
@@ -425,7 +425,7 @@ KINDS = {kind.table: kind for kind in (
         ops="list clear get update delete"),
     Kind("result", "result", "/results", fields(
         "id:int* workflow_id:int! job_id:int! run_id:int! attempt_id:int compute_node_id:int!"
-        " return_code:int! exec_time_minutes:float! completion_time:str! status:status!"
+        " return_code:int! exec_time_minutes:float! completion_time:time! status:status!"
         " peak_memory_bytes:int avg_memory_bytes:int peak_cpu_percent:float avg_cpu_percent:float"
         " stderr_tail:str"),
         filters="job_id run_id return_code status compute_node_id", ops="clear get update delete"),
@@ -2340,6 +2340,10 @@ def shift_dependents(store, job_ids, difference):
         store.execute("UPDATE job SET unfinished = unfinished + ? WHERE id IN"
                       " (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)",
                       (difference, job_id))
+        if difference > 0:                # not begun yet: it waits again
+            store.execute(f"UPDATE job SET status = {BLOCKED} WHERE status = {READY} AND id IN"
+                          " (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)",
+                          (job_id,))
 
 
 def settle(store, workflow_id, candidates):
@@ -3213,27 +3217,28 @@ def stop_job(store, job_id, status):
     store.news(job.workflow_id)
 
 
-def rerun_job(store, job_id):
-    """In a transaction: an ended job is ready (or blocked) again with the next attempt.
+def rerun_jobs(store, workflow_id, job_ids):
+    """In a transaction: ended jobs of a workflow are ready (or blocked) again, a new attempt each.
 
-    What its failure had canceled is blocked again. Raises NotFound, Invalid.
+    What their failure had canceled is blocked again. Raises NotFound, Invalid.
     """
-    job = job_row(store, job_id)
-    if job.status not in (*COMPLETE_SET, PENDING_FAILED):
-        raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}: only a job that has ended can "
-                      "be retried")
-    canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
-    if canceled:
-        raise Invalid(f"workflow {job.workflow_id} is canceled: torc workflows reset-status "
-                      f"{job.workflow_id} --failed-only --reinitialize starts it again")
-    unfinished = store.one("SELECT unfinished FROM job WHERE id = ?", (job_id,))[0]
-    status = BLOCKED if unfinished else READY
-    leave_complete(store, job, status)
-    store.execute("UPDATE job SET attempt_id = attempt_id + 1 WHERE id = ?", (job_id,))
-    store.execute("DELETE FROM latest_result WHERE job_id = ?", (job_id,))
-    if status == READY:
-        count_triggers(store, job.workflow_id, "on_jobs_ready", [job_id])
-    store.news(job.workflow_id)
+    if workflow_row(store, workflow_id, "is_canceled")[0]:
+        raise Invalid(f"workflow {workflow_id} is canceled: torc workflows reset-status "
+                      f"{workflow_id} --failed-only --reinitialize starts it again")
+    for job_id in job_ids:
+        status = job_row(store, job_id).status
+        if status not in (*COMPLETE_SET, PENDING_FAILED):
+            raise Invalid(f"job {job_id} is {STATUS_NAMES[status]}: only a job that has ended can "
+                          "be retried")
+    for job_id in job_ids:                # read anew: one before it may have blocked it again
+        leave_complete(store, job_row(store, job_id), BLOCKED)
+        store.execute("UPDATE job SET attempt_id = attempt_id + 1 WHERE id = ?", (job_id,))
+        store.execute("DELETE FROM latest_result WHERE job_id = ?", (job_id,))
+    ready = [row[0] for row in store.query(
+        f"SELECT id FROM job WHERE id IN {IDS} AND unfinished = 0", (compact(job_ids),))]
+    store.execute(f"UPDATE job SET status = {READY} WHERE id IN {IDS}", (compact(ready),))
+    count_triggers(store, workflow_id, "on_jobs_ready", ready)
+    store.news(workflow_id)
 
 
 # ---- actions
@@ -3566,7 +3571,8 @@ def family_names(names):
 
 
 def kept(store, key, number, make):
-    """What make() gives, worked out anew when `number` is another; once, if several ask."""
+    """What make() gives, worked out anew when `number` (or what it is made of) is another; once, if
+    several ask."""
     with store.keeping:
         known = store.kept.get(key)
         if known is None or known[0] != number:
@@ -3606,8 +3612,10 @@ def family_edges(store, workflow_id, shape):
             "FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id WHERE j.workflow_id = ?",
             (workflow_id,))
         after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
-        return dict(Counter(zip(map(ids.get, before), map(ids.get, after))))
-    return kept(store, ("edges", workflow_id), shape.number, make)
+        return {pair: number for pair, number in Counter(zip(
+            map(ids.get, before), map(ids.get, after))).items()
+            if None not in pair}          # of jobs that came a moment ago
+    return kept(store, ("edges", workflow_id), shape, make)
 
 
 def family_members(store, workflow_id, name):
@@ -3699,7 +3707,7 @@ class Attempts:
     """Every attempt of a workflow that has ended, as columns in the order of the results' ids."""
 
     COLUMNS = ("r.job_id", "r.compute_node_id", "j.resource_requirements_id", "r.status",
-               "r.run_id", f"CAST({MS.format('r.completion_time')} AS INT)",
+               "r.run_id", f"CAST(coalesce({MS.format('r.completion_time')}, 0) AS INT)",
                "CAST(round(r.exec_time_minutes * 60000) AS INT)")
     USED = ("coalesce(max(r.avg_cpu_percent, 0), 0) / 100",
             "coalesce(r.avg_memory_bytes, r.peak_memory_bytes, 0)")
@@ -3719,7 +3727,6 @@ class Attempts:
 
     def extend(self, last_id, columns):
         """Take newer results."""
-        self.last_id = last_id
         for mine, new in zip(self.columns, columns):
             mine.extend(new)
         run_ids, ends, rans = columns[4:]
@@ -3728,11 +3735,12 @@ class Attempts:
             sorted(zip(run_ids, starts), reverse=True))
         for run_id, start in firsts.items():
             self.began[run_id] = min(start, self.began.get(run_id, start))
+        self.last_id = last_id
 
     def averages(self, shape):
-        """{family: [attempts, ms they ran together]}; only new attempts are looked at."""
-        if self.summed[0] != shape.number:
-            self.summed = [shape.number, 0, {}]
+        """{family: (attempts, ms they ran together)}; only new attempts are looked at."""
+        if self.summed[0] != shape:
+            self.summed = [shape, 0, {}]
         _, known, sums = self.summed
         self.summed[1] = len(self)
         sizes = len(shape.names) + 1      # the last is of jobs that came a moment ago
@@ -3746,7 +3754,7 @@ class Attempts:
                 entry = sums.setdefault(family, [0, 0])
                 entry[0] += number
                 entry[1] += times[family]
-        return sums
+        return {family: tuple(entry) for family, entry in sums.items()}
 
     def lanes(self, needs):
         """{node id: Lane}; only lanes of new attempts are laid anew. needs: see timeline."""
@@ -3831,8 +3839,14 @@ def attempts(store, workflow_id):
         return keep(store, ("attempts", workflow_id), known)
 
 
+def forget_attempts(store, workflow_id):
+    """After a commit: attempts are to be read again, as results known before have changed."""
+    with store.keeping:
+        store.kept.pop(("attempts", workflow_id), None)
+
+
 def forget_used(store, workflow_id):
-    """What attempts used is to be read again: it has changed in results known before."""
+    """After a commit: what attempts used is to be read again."""
     with store.keeping:
         known = store.kept.get(("attempts", workflow_id))
         if known:
@@ -4221,7 +4235,8 @@ FAMILY_STATUS = ("failed", "terminated", "pending_failed", "running", "pending",
 
 def family_nodes(store, workflow_id, shape, counted):
     """The nodes of a graph of families."""
-    averages = attempts(store, workflow_id).averages(shape)
+    with store.keeping:
+        averages = attempts(store, workflow_id).averages(shape)
     nodes = []
     for family, label in enumerate(shape.labels):
         counts_of, size = counted[family], shape.sizes[family]
@@ -5158,8 +5173,11 @@ class Request(NamedTuple):
 TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false",
               "status": "a job status", "statuses": "a job status, or several with commas",
               "ints": "a list of integers", "any": "a value",
-              "echo": "a string",
+              "echo": "a string", "time": "a time such as 2026-01-02T03:04:05Z",
               "dict": "an object", "list": "a list"}
+# What SQLite's julianday() reads, too.
+TIME = re.compile(r"\d{4}-[01]\d-[0-3]\d[T ][0-2]\d:[0-5]\d(:[0-5]\d(\.\d+)?)? ?"
+                  r"(Z|[-+]\d\d:\d\d)?", re.I)
 
 
 def has_type(value, kind):
@@ -5172,6 +5190,8 @@ def has_type(value, kind):
         return isinstance(value, list) and all(has_type(item, "int") for item in value)
     if kind == "status":
         return isinstance(value, str) and value in STATUS_OF_NAME
+    if kind == "time":
+        return isinstance(value, str) and bool(TIME.fullmatch(value))
     return kind == "any" or isinstance(value, {"str": str, "echo": str, "bool": bool,
                                                "dict": dict, "list": list}[kind])
 
@@ -5325,6 +5345,8 @@ def update_record(request, kind, record_id):
         before = fetch(request.store, kind, record_id)
         check_references(request.store, before["workflow_id"], values)
         change(request.store, kind, record_id, values)
+    if kind.table == "result":
+        forget_attempts(request.store, before["workflow_id"])
     return fetch(request.store, kind, record_id)
 
 
@@ -5874,6 +5896,8 @@ def update_job(request, job_id):
         change_job(store, job_id, {name: values[name] for name in allowed if name in values})
         if "name" in values or "depends_on_job_ids" in values:
             reshaped(store, job["workflow_id"])
+    if "resource_requirements_id" in values:
+        forget_attempts(store, job["workflow_id"])
     return show_job(store, job_id)
 
 
@@ -5945,7 +5969,7 @@ def stop_job_request(request, job_id):
 def rerun_job_request(request, job_id):
     """Run an ended job again (ours)."""
     with request.store.transaction():
-        rerun_job(request.store, job_id)
+        rerun_jobs(request.store, job_row(request.store, job_id).workflow_id, [job_id])
     return show_job(request.store, job_id)
 
 
@@ -5959,6 +5983,7 @@ def rerun_jobs_request(request, workflow_id):
     if not isinstance(rows, list):
         raise BadShape("field `jobs` is not a list")
     require_workflow(store, workflow_id)
+    job_ids = []
     with store.transaction():
         for row in rows:
             values = check_body(row, RERUN_FIELDS)
@@ -5971,7 +5996,9 @@ def rerun_jobs_request(request, workflow_id):
             if need_id is not None:
                 store.execute("UPDATE job SET resource_requirements_id = ? WHERE id = ?",
                               (need_id, job_id))
-            rerun_job(store, job_id)
+            job_ids.append(job_id)
+        rerun_jobs(store, workflow_id, list(dict.fromkeys(job_ids)))
+    forget_attempts(store, workflow_id)
     return {"count": len(rows)}
 
 
@@ -6030,7 +6057,7 @@ STEP_BODY = fields("compute_node_id:int! step:int starts:list completions:list r
                    " held:list claim:dict counts:bool closing:bool replay:bool")
 STEP_JOB = fields("job_id:int! attempt_id:int!")
 STEP_DONE = fields("job_id:int! run_id:int! attempt_id:int! status:status! return_code:int!"
-                   " exec_time_minutes:float! completion_time:str! peak_memory_bytes:int"
+                   " exec_time_minutes:float! completion_time:time! peak_memory_bytes:int"
                    " avg_memory_bytes:int peak_cpu_percent:float avg_cpu_percent:float"
                    " stderr_tail:str output_files:list requeue:bool")
 STEP_CLAIM = fields("limit:int! bins:list whole:ints time_left_s:float scheduler_config_id:int"
@@ -6423,10 +6450,12 @@ def create_scheduled_node(request):
     with store.transaction():
         row = once and store.one(
             "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
-            " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL)",
+            " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL) ORDER BY cluster IS NULL",
             [values.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
                                            "cluster")])
         if row:
+            store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE"
+                          " id = ?", (values.get("cluster"), row[0]))
             return fetch(store, kind, row[0])
         store.news(values["workflow_id"])
         made = {**values, "id": add(store, kind, values)}
@@ -6448,14 +6477,17 @@ def create_slurm_stats(request):
     with store.transaction():
         check_references(store, workflow_id, values)
         made = {**values, "id": add(store, kind, values)}
-        if store.execute(
-                "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = CASE WHEN"
-                " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END WHERE"
-                " job_id = ? AND run_id = ? AND attempt_id = ? AND peak_memory_bytes IS NULL",
+        changed = store.execute(
+                "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = coalesce(CASE WHEN"
+                " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END,"
+                " avg_cpu_percent) WHERE job_id = ? AND run_id = ? AND attempt_id = ? AND"
+                " peak_memory_bytes IS NULL",
                 [values.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id",
-                                               "run_id", "attempt_id")]):
-            forget_used(store, workflow_id)
+                                               "run_id", "attempt_id")])
+        if changed:
             store.news(workflow_id)
+    if changed:
+        forget_used(store, workflow_id)
     return made
 
 
@@ -9582,18 +9614,18 @@ def slurm(*words, env=None, again=3):
 def cluster_name():
     """The name of the cluster whose Slurm answers here: ClusterName in slurm.conf(5), or None. A
     server may be used from several, each with its own job ids."""
-    global _cluster
-    if _cluster is None:
-        inside = "SLURM_JOB_ID" in os.environ
-        _cluster = os.environ.get("SLURM_CLUSTER_NAME", "") if inside else ""
+    if not _cluster["name"] and "SLURM_JOB_ID" in os.environ:
+        _cluster["name"] = os.environ.get("SLURM_CLUSTER_NAME")
+    if not _cluster["name"] and time.monotonic() >= _cluster["again"]:
+        _cluster["again"] = time.monotonic() + 10         # a controller that is away comes back
         with contextlib.suppress(TorcError):
-            match = not _cluster and re.search(r"^ClusterName\s*=\s*(\S+)", slurm(
+            match = re.search(r"^ClusterName\s*=\s*(\S+)", slurm(
                 "scontrol", "show", "config", again=0), re.M)
-            _cluster = match[1] if match else _cluster
-    return _cluster or None
+            _cluster["name"] = match and match[1]
+    return _cluster["name"]
 
 
-_cluster = None
+_cluster = {"name": None, "again": -math.inf}
 
 
 # ---- what the queue says
@@ -9956,14 +9988,14 @@ def schedule_pending(client, workflow_id, request, triggers=None):
             continue
         try:
             client.post(f"{path}/{action['id']}/claim", {})
+            done.append((action, schedule_action(client, workflow, action, request)))
         except Conflict:
             continue
-        try:
-            done.append((action, schedule_action(client, workflow, action, request)))
         except TorcError as error:
             some = getattr(error, "submitted", [])
             if not some:
-                client.delete(f"{path}/{action['id']}/claim")
+                with contextlib.suppress(TorcError):
+                    client.delete(f"{path}/{action['id']}/claim")
             error.submitted = [number for _, ids in done for number in ids] + some
             raise
     return done
@@ -9972,8 +10004,9 @@ def schedule_pending(client, workflow_id, request, triggers=None):
 # ---- allocations that have ended
 
 def is_elsewhere(cluster):
-    """Whether this is the name of another cluster than the one that answers here."""
-    return bool(cluster and cluster_name() and cluster != cluster_name())
+    """Whether this is the name of another cluster than the one that answers here, or may be: none
+    does answer."""
+    return bool(cluster) and cluster != cluster_name()
 
 
 def fate(state, limits):
@@ -11984,10 +12017,11 @@ def server_notes():
 def refuse_second_server(database):
     """Raise Conflict if a server of this user on this host serves the database: two would take each
     other's runners for dead."""
-    path = os.path.abspath(database)
+    path = os.path.realpath(database)
     for note in server_notes():
         command = read_bytes(f"/proc/{note['pid']}/cmdline")
-        if note["database"] == path and note["pid"] != os.getpid() and b"server" in command:
+        if (os.path.realpath(note["database"]) == path and note["pid"] != os.getpid()
+                and b"server" in command):
             raise Conflict(f"database {database} is served already (pid {note['pid']}, at "
                            f"{note['urls'][0]}): use that server, or end it, or name another "
                            "--database")
@@ -12166,6 +12200,16 @@ class Ending:
             sock.close()
         end()
         server.task_dispatcher.shutdown()
+        deadline = time.monotonic() + LAST_WORDS_S
+        while time.monotonic() < deadline:               # what waitress holds for slow readers
+            rest = {number: channel for number, channel in list(loop.items())
+                    if getattr(channel, "total_outbufs_len", 0)}
+            if not rest:
+                break
+            wasyncore.loop(timeout=0.1, use_poll=True, map=rest, count=1)
+
+
+LAST_WORDS_S = 5.0
 
 
 def serve(args):
@@ -18122,9 +18166,15 @@ def regenerate(args, client, workflow_id, submit=False, dry_run=False):
                     "num_allocations": one["num_allocations"],
                     "start_one_worker_per_node": bool(one["start_one_worker_per_node"])}})
         elif submit:
-            report["slurm_jobs"] += submit_allocations(
-                client, workflow, record, one["num_allocations"], request._replace(
-                    one_worker_per_node=one["start_one_worker_per_node"] or None))
+            try:
+                report["slurm_jobs"] += submit_allocations(
+                    client, workflow, record, one["num_allocations"], request._replace(
+                        one_worker_per_node=one["start_one_worker_per_node"] or None))
+            except TorcError as error:
+                ids = error.submitted = report["slurm_jobs"] + getattr(error, "submitted", [])
+                if ids:
+                    error.args = (f"{error}. {submitted(len(ids), ids)}",)
+                raise
     return report
 
 
@@ -18416,6 +18466,7 @@ class Watcher:
         self.watch = Watch()
         self.retries = 0
         self.scheduled_at = -math.inf     # when allocations were asked for last,
+        self.refused = False              # and whether none were to be had then
         self.ready_since = None           # since when jobs are ready and none is there
         self.told = None
         os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
@@ -18487,12 +18538,22 @@ class Watcher:
         retried = sum(job["attempt_id"] > 1 for job in self.client.items(
             "/jobs", workflow_id=self.workflow_id, status="ready")) if not nobody else 0
         stranded = args.auto_schedule_stranded_timeout
-        due = nobody or now - self.scheduled_at >= args.auto_schedule_cooldown and (
-            retried >= args.auto_schedule_threshold
+        due = (nobody and not self.refused) or now - self.scheduled_at >= (
+            args.auto_schedule_cooldown) and (
+            nobody or retried >= args.auto_schedule_threshold
             or retried and stranded and now - self.ready_since >= stranded)
         if due and not counted["is_canceled"]:
             self.scheduled_at = now
-            made = regenerate(args, self.client, self.workflow_id, submit=True)
+            try:
+                self.refused = True
+                made = regenerate(args, self.client, self.workflow_id, submit=True)
+                self.refused = False
+            except Unreachable:
+                raise
+            except TorcError as error:
+                self.say(f"{error}; trying again in "
+                         f"{span(args.auto_schedule_cooldown)}", "warn")
+                return
             self.say(f"{plural(ready, 'job')} are ready and nobody runs them: "
                      + submitted(len(made["slurm_jobs"]), made["slurm_jobs"]))
 
