@@ -7049,6 +7049,53 @@ def test_other_sites_cannot_make_a_browser_act(dash, headers, status):
     assert dash.ask("/dash/wizard", "POST", "{}", headers)[0] == status
 
 
+@pytest.mark.parametrize("path, headers, status", [
+    ("/dash/user", {"Sec-Fetch-Site": "cross-site"}, 403), ("/dash/user", {"Sec-Fetch-Site": "none"}, 200),
+    ("/", {"Sec-Fetch-Site": "cross-site"}, 200), ("/dash/user", {"Origin": "http://[", }, 403),
+    ("/dash/user", {"Host": "[::1"}, 403)])
+def test_other_sites_lead_to_the_dashboard_and_no_further(dash, path, headers, status):
+    dash.enter()
+    assert dash.ask(path, "GET", None, headers)[0] == status
+
+
+@pytest.mark.parametrize("path, body, status, text", [
+    ("/dash/wizard", {"name": "x", "command": "y", "cpus": "two"}, 400, "/dash/wizard cannot use this"),
+    ("/dash/wizard", [], 400, "not a JSON object"), ("/dash/log", {}, 400, "/dash/log cannot use this"),
+    ("/dash/open", {"path": "/dev/zero"}, 400, "/dev/zero is no file")])
+def test_what_the_dashboard_cannot_use_is_no_defect_of_its_own(dash, path, body, status, text):
+    dash.enter()
+    answer = dash.ask(path, "POST", json.dumps(body), {"Sec-Fetch-Site": "same-origin"})
+    assert answer[0] == status and text in str(answer)
+
+
+def test_a_refused_submission_does_not_say_that_the_server_is_away(dash, server):
+    dash.enter()
+    workflow_id = two_allocations(server.client())
+    answer = dash.ask("/dash/do/submit?dry_run=true", "POST", json.dumps({"workflow_id": workflow_id}),
+                      {"Sec-Fetch-Site": "same-origin"})
+    assert answer[0] == 422 and "listens on this machine only" in str(answer)
+
+
+@pytest.mark.parametrize("body", ['{"workflow_id": 1, "name": "u", "data": {"loss": NaN}}',
+                                  '{"workflow_id": 1, "name": "f", "path": "p", "st_mtime": 1e999}'])
+def test_numbers_that_json_does_not_have_are_refused(server, body):
+    make(server.client(), {"a": []})
+    path = "/files" if "path" in body else "/user_data"
+    status, _, text = raw(server, "POST", API + path, body, **{"Content-Type": "application/json"})
+    assert status in (400, 422) and re.search("NaN is not JSON|inf is not a number", text), text
+
+
+def test_a_log_is_handed_on_in_whole_letters(tmp_path):
+    path = tmp_path / "log"
+    seen, offset = "", 0
+    for part in ("größe 1".encode()[:3], "größe 1".encode()[3:], b" \x1b[3", b"1mred\x1b[0m\r", "\nend €".encode()):
+        with open(path, "ab") as file:
+            file.write(part)
+        answer = torc.log_part(path, offset)
+        seen, offset = seen + answer["text"], answer["size"]
+    assert seen == "größe 1 red\nend €" and offset == path.stat().st_size
+
+
 def test_the_dashboard_runs_a_workflow_from_its_text_to_its_output(dash, server, tmp_path):
     dash.enter()
     bad = dash.json("/dash/validate", {"spec": "name: x\njobs:\n  - name: a\n    comand: c\n"})
@@ -7563,6 +7610,34 @@ def axe_source(directory):
                 with tarfile.open(directory / done.stdout.split()[-1]) as archive:
                     AXE["text"] = archive.extractfile("package/axe.min.js").read().decode()
     return AXE["text"]
+
+
+@pytest.mark.browser
+def test_pages_say_what_has_changed_meanwhile(chromium, dash, server, tmp_path):
+    client = server.client()
+    workflow_id, ids = make(client, {"a": [], "b": []})
+    visit = Visit(chromium, dash)
+    page, asked = visit.page, []
+    page.on("request", lambda request: asked.append(request.url))
+    visit.go("/w/1/jobs?status=bogus")    # refused in plain text: said once
+    visit.see("The server refused")
+    assert sum("status=bogus" in url for url in asked) == 1
+    assert "does not answer" not in page.locator("body").inner_text()
+    visit.go(f"/w/1/jobs/{ids['a']}")
+    node = make_node(client, workflow_id)
+    client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    client.put(f"/jobs/{ids['a']}/start_job/1/{node}")
+    page.get_by_role("button", name="Cancel job…").wait_for()
+    complete(client, ids["a"], workflow_id, node, code=3)
+    page.get_by_role("button", name="Rerun job…").wait_for()
+    page.locator("p.why").get_by_text("return code 3").wait_for()
+    page.get_by_role("cell", name="exit 3").wait_for()
+    client.delete(f"/workflows/{workflow_id}")
+    visit.page.evaluate("refresh()")
+    visit.see("Not found")
+    visit.trouble[:] = [one for one in visit.trouble if "40" not in one]     # said of refusals
+    assert visit.trouble == []
+    client.close()
 
 
 @pytest.mark.browser

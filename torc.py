@@ -5185,7 +5185,7 @@ def has_type(value, kind):
     if kind == "int":
         return type(value) is int and -2**63 <= value < 2**63
     if kind == "float":
-        return type(value) in (int, float)
+        return type(value) in (int, float) and math.isfinite(value)
     if kind == "ints":
         return isinstance(value, list) and all(has_type(item, "int") for item in value)
     if kind == "status":
@@ -7465,13 +7465,18 @@ class Client(Calls):
         """(connection, response) of an event stream, on a connection of its own; a read waits 30 s
         at most. Raises Unreachable."""
         from urllib.parse import quote
-        try:
-            connection = open_connection(self.scheme, self.host, self.port, 30, self.tls)
-            connection.request("GET", quote(self.prefix + path) + (f"?{query}" if query else ""),
-                               headers={**self._headers(), "Accept": "text/event-stream"})
-            return connection, connection.getresponse()
-        except OSError as error:
-            raise self._trouble(error) from None
+        for again in (True, False):
+            try:
+                connection = open_connection(self.scheme, self.host, self.port, 30, self.tls)
+                connection.request("GET", quote(self.prefix + path) + (
+                    f"?{query}" if query else ""),
+                    headers={**self._headers(), "Accept": "text/event-stream"})
+                response = connection.getresponse()
+                if response.status != 421 or not again or not self._elsewhere(30):
+                    return connection, response
+            except OSError as error:
+                if not again or not self._elsewhere(30):
+                    raise self._trouble(error) from None
 
     def _send(self, method, target, data, headers, timeout, repeatable):
         """Send on the kept connection; again on a new one if that cannot do harm."""
@@ -11502,8 +11507,11 @@ def read_json(http):
         raise UnsupportedMedia("expected a request with `Content-Type: application/json`")
     if http.content_length > MAX_BODY_BYTES:
         raise TooLarge(f"the body is larger than {format_bytes(MAX_BODY_BYTES)}")
+    def constant(name):                   # Python writes NaN, which no other reader of JSON takes
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        return json.loads(http.environ["wsgi.input"].read())
+        return json.loads(http.environ["wsgi.input"].read(), parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
 
@@ -12311,6 +12319,16 @@ NO_ENTRY = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title
             "works once, and a new one is shown when it was used.</html>")
 
 
+def split_host(url):
+    """(host and port, host in small letters) of a URL; two empty texts if it is none."""
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(url)
+        return parts.netloc, parts.hostname or ""
+    except ValueError:
+        return "", ""
+
+
 class Dashboard:
     """The pages and a door to the server for one user's browser: a WSGI application.
 
@@ -12322,7 +12340,8 @@ class Dashboard:
 
     def __init__(self, client, names, actions, port=0, trusted=False, say=lambda text: None):
         import secrets
-        self.client, self.names, self.actions = client, set(names), actions
+        self.client, self.actions = client, actions
+        self.names = {name.lower() for name in names}
         self.trusted, self.say, self.port = trusted, say, port
         self.cookie, self.secret = f"torc_dash_{port}", secrets.token_urlsafe(32)
         self.token = None                 # of the link that has not been used
@@ -12381,14 +12400,15 @@ class Dashboard:
 
     def refusal(self, environ, headers):
         """What is answered to those who may not, None for those who may."""
-        from urllib.parse import parse_qs, urlsplit
-        host = environ.get("HTTP_HOST", "")
-        if urlsplit(f"//{host}").hostname not in self.names:
+        from urllib.parse import parse_qs
+        host, origin = environ.get("HTTP_HOST", ""), environ.get("HTTP_ORIGIN")
+        if split_host(f"//{host}")[1] not in self.names:
             return self.failed("403 Forbidden", f"this dashboard is not called {host!r}")
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            origin, site = environ.get("HTTP_ORIGIN"), environ.get("HTTP_SEC_FETCH_SITE")
-            same = urlsplit(origin).netloc == host if origin else site == "same-origin"
-            if not same or site not in (None, "same-origin"):
+        reads = environ["REQUEST_METHOD"] in ("GET", "HEAD")
+        if not (reads and environ["PATH_INFO"] == "/"):  # other sites may lead there, no more
+            site = environ.get("HTTP_SEC_FETCH_SITE")
+            same = split_host(origin)[0] == host if origin else reads or site == "same-origin"
+            if not same or site not in (None, "same-origin", "none")[:3 if reads else 2]:
                 return self.failed("403 Forbidden", "requests from other sites are refused")
         if self.trusted or self.knows(environ):
             return None
@@ -12457,7 +12477,15 @@ class Dashboard:
             body = json.loads(data) if data else {}
         except ValueError as error:
             raise BadRequest(f"the body is not JSON: {error}") from None
-        value = self.actions[name](self.mine(), {**query, "rest": rest, "method": method}, body)
+        if not isinstance(body, dict):
+            raise BadRequest("the body is not a JSON object")
+        try:
+            value = self.actions[name](self.mine(), {**query, "rest": rest, "method": method}, body)
+        except Unreachable as error:
+            self.mine().get("/ping")      # or it is the server that is away
+            raise Invalid(str(error)) from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadRequest(f"/dash/{name} cannot use this: {error}") from None
         return "200 OK", "application/json", compact(value).encode()
 
     def forward(self, environ, method, path, data):
@@ -12498,6 +12526,8 @@ class Dashboard:
                     connection.close()
                     connection, response = self.mine().open_stream(
                         path, environ.get("QUERY_STRING", ""))
+                    if response.status != 200:           # the workflow is gone
+                        return
                     continue
                 if not part:
                     return
@@ -19234,7 +19264,18 @@ def log_part(path, offset):
             data = file.read(DASH_PART_BYTES)
     except FileNotFoundError:
         return {"text": "", "from": 0, "size": 0}
+    # What a writer has begun comes with the rest: a letter, an end of line, a colour.
+    data = re.sub(rb"([\xc2-\xf4][\x80-\xbf]{0,2}|\r|\x1b(\[[0-9;?]{0,20})?)\Z",
+                  lambda cut: cut[0] if is_whole(cut[0]) else b"", data)
     return {"text": readable_text(data), "from": start, "size": start + len(data)}
+
+
+def is_whole(data):
+    """Whether these bytes are whole letters, none of which begins something longer."""
+    try:
+        return data.decode("utf-8") not in ("\r", "\x1b") and data[:1] != b"\x1b"
+    except UnicodeDecodeError:
+        return False
 
 
 def log_found(path, words, block=2**20):
@@ -19388,6 +19429,8 @@ class DashActions:
     def open(self, client, query, body):
         """The text of a specification file on this machine."""
         path = os.path.expanduser(str(body.get("path", "")))
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise BadRequest(f"{path} is no file")
         if os.path.getsize(path) > 16 * 2**20:
             raise TooLarge(f"{path} is larger than 16 MB: create it with torc create")
         with open(path, encoding="utf-8", errors="strict") as file:
@@ -21086,7 +21129,7 @@ let watchers = [];                   // those of a page go when the page goes; t
 
 function watch(topic, act, stays = false) {
   watchers.push({topic, act, stays});
-  if (store[topic] && topic !== "event") act(store[topic]);
+  if (store[topic] && topic !== "event" && topic !== "missed") act(store[topic]);
 }
 function put(topic, value) {
   store[topic] = value;
@@ -21110,7 +21153,12 @@ class Refused extends Error {
 async function send(method, url, body) {
   const headers = {"Content-Type": "application/json"};
   const answer = await fetch(url, {method, headers, body: body && JSON.stringify(body)});
-  return {status: answer.status, body: await answer.json()};
+  const text = await answer.text();
+  try {
+    return {status: answer.status, body: JSON.parse(text)};
+  } catch (error) {                  // plain text of a refusal; or an answer that this page cannot read
+    return {status: answer.status < 400 ? 500 : answer.status, body: {error: {message: text.slice(0, 300) || error.message}}};
+  }
 }
 async function api(path, query = {}, method = "GET", body = undefined) {
   const asked = new URLSearchParams(Object.entries(query).filter(([, value]) => value != null && value !== ""));
@@ -21149,14 +21197,19 @@ async function again() {
 const EVENTS = ["workflow_started", "workflow_reinitialized", "job_started", "job_completed", "job_failed",
   "job_canceled", "job_terminated", "job_pending_failed", "compute_node_started", "compute_node_stopped",
   "scheduler_node_created", "warning"];
-const stream = {stop: null, asking: 0};
+const stream = {stop: null, asking: 0, asked: 0, gap: false};
 async function follow(id) {
   stream.stop?.();
   if (!id || document.hidden) return;
   const hold = () => new Promise(done => {
     const source = new EventSource(`${API}/workflows/${id}/events/stream?level=info`);
     stream.stop = () => { source.close(); stream.stop = null; done(); };
-    source.onopen = () => { put("link", {state: "live", since: Date.now()}); refresh(); };   // there is no replay
+    source.onopen = () => {          // there is no replay
+      put("link", {state: "live", since: Date.now()});
+      refresh();
+      if (stream.gap) put("missed", Date.now());
+      stream.gap = false;
+    };
     source.onerror = () => { stream.stop(); fallBack(id); };   // the server is away, or has no stream free
     for (const type of EVENTS) {
       source.addEventListener(type, message => happened(shaped(JSON.parse(message.data))));
@@ -21192,9 +21245,17 @@ function happened(event) {
 }
 async function refresh() {
   clearTimeout(stream.asking);
-  stream.asking = 0;
+  [stream.asking, stream.asked] = [0, Date.now()];
   const id = store.workflow?.id;
-  if (id) put("summary", await api(`/workflows/${id}/summary`).catch(() => store.summary));
+  if (!id) return;
+  try {
+    put("summary", await api(`/workflows/${id}/summary`));
+  } catch (error) {
+    if (error.status !== 404 || store.workflow?.id !== id) return;
+    stream.stop?.();                 // it was deleted: the page says so
+    store.workflow = null;
+    render();
+  }
 }
 
 // 3 Router and shell -----------------------------------------------------------------------------------------
@@ -21368,8 +21429,7 @@ function problem({status, message}) {                   // what went wrong and t
 }
 const noAccess = () => note("This link does not open the dashboard any more",
   "It was used in another browser, or the dashboard was started again since. Nothing is lost.",
-  h("p", "Open the address that ", h("code", "torc dash"), " printed last, or ask for a new one where it runs:"),
-  code("torc dash --show-url"));
+  h("p", "Open the address that ", h("code", "torc dash"), " printed last: it prints a new one whenever one was used."));
 function fill(el, load, draw) {      // show what `load` brings; "Loading" only if it takes long; else what went wrong
   const slow = setTimeout(() => { if (!el.childNodes.length) el.append(h("p.muted", "Loading…")); }, 150);
   const show = (...nodes) => { clearTimeout(slow); el.replaceChildren(...nodes.flat(9).filter(Boolean)); };
@@ -21378,7 +21438,7 @@ function fill(el, load, draw) {      // show what `load` brings; "Loading" only 
 }
 
 function logView({streams, load, running, name}) {      // streams: names; load(stream, offset, find)
-  let which = streams[0], text = "", from = 0, offset = 0, hit = 0, follows = running, busy = false;
+  let which = streams[0], text = "", from = 0, offset = 0, hit = 0, follows = running(), ran = follows, busy = false;
   let other = streams[1];            // shown instead if there is nothing in the first
   const pre = h("pre", {tabindex: 0, role: "region", "aria-label": `Output of ${name}`});
   const where = h("span.muted.small"), count = h("span.muted.small", {role: "status"});
@@ -21402,14 +21462,16 @@ function logView({streams, load, running, name}) {      // streams: names; load(
     if (busy) return;
     busy = true;
     const asked = which, first = !offset;
-    const part = await load(which, offset).catch(error => ({text: error.message, from: 0, size: 0}));
+    const part = await load(which, offset).catch(error => ({error}));
     busy = false;
     if (asked !== which) return more();                 // the other stream was chosen meanwhile
+    if (part.error) { where.textContent = part.error.message; return; }
+    if (!first && part.from !== offset) text = "";      // the file was begun anew
     if (other && !part.text && first) {
       [which, other] = [other, null];
       return open(which);
     }
-    if (first) from = part.from;
+    if (first || part.from !== offset) from = part.from;
     [text, offset] = [(text + part.text).slice(-512 * 1024), part.size];
     where.textContent = !text ? "" : from ? `last ${bytes(offset - from)} of ${bytes(offset)}` : bytes(offset);
     if (part.text || first) draw();
@@ -21428,15 +21490,19 @@ function logView({streams, load, running, name}) {      // streams: names; load(
     const needle = find.value, parts = needle ? text.split(needle) : [text], hits = parts.length - 1;
     hit = hits ? (hit + hits) % hits : 0;
     const marked = (part, i) => i ? [h("mark", {class: i - 1 === hit ? "now" : ""}, needle), part] : [part];
-    const none = h("span.muted", running ? "Nothing written yet." : "The job wrote nothing here.");
+    const none = h("span.muted", running() ? "Nothing written yet." : "The job wrote nothing here.");
     pre.replaceChildren(...(text ? parts.flatMap(marked) : [none]));
     count.textContent = !needle ? "" : hits ? `${hit + 1} of ${hits}` : from ? "not in this part: Enter searches all" : "not found";
     if (needle && hits) pre.querySelector(".now").scrollIntoView({block: "nearest"});
     else if (follows) pre.scrollTop = pre.scrollHeight;
   }
   pre.addEventListener("wheel", ({deltaY}) => { if (follows && deltaY < 0) tail.click(); }, {passive: true});
-  const timer = setInterval(() => el.isConnected ? follows && running && more() : clearInterval(timer), 1000);
-  const el = h("div.log", h("div.tools", tabs, find, count, h("span.far", where, running && tail, wrap)), pre);
+  const timer = setInterval(() => {
+    if (!el.isConnected) return clearInterval(timer);
+    if (follows && (running() || ran)) more();          // once more when it has ended
+    ran = running();
+  }, 1000);
+  const el = h("div.log", h("div.tools", tabs, find, count, h("span.far", where, ran && tail, wrap)), pre);
   open(which);
   return el;
 }
@@ -21522,6 +21588,7 @@ function pagedTable({label, columns, load, none, pick, change, size = 50}) {
     entry.tr.classList.toggle("left", !stays);
     if (!stays) stale.replaceChildren(button([`${many(++moved, "row")} moved on: load again `, h("kbd", "r")], reload));
   });
+  watch("missed", reload);
   reload();
   return {table, pager, stale, reload};
 }
@@ -21554,7 +21621,7 @@ function columnChart(values, label) {
 }
 // series: [{name, kind: used | asked | limit, points: [value, ...]}] over the same equidistant times
 function chart({label, times, series, text, height = 150}) {
-  const last = times.length - 1, floor = height - 18, left = 48, top = 1.1 * Math.max(...series.flatMap(s => s.points));
+  const last = times.length - 1, floor = height - 18, left = 48, top = 1.1 * Math.max(...series.flatMap(s => s.points)) || 1;
   const spoken = series.map(({name, points}) =>
     `${name}: now ${text(points[last])}, at most ${text(Math.max(...points))}`);
   const plot = h("div.plot", {tabindex: 0, role: "img", "aria-label": `${label}. ${spoken.join("; ")}`});
@@ -21805,11 +21872,16 @@ async function before(workflow) {    // what was before the stream, asked once: 
   if (store.workflow === workflow) store.events = [...store.events, ...past.filter(
     event => !event.job_id || !known.has(event.job_id)).sort((a, b) => b.timestamp - a.timestamp)];
 }
+async function restored(draw) {      // what came while no stream was open
+  if (store.workflow) [store.workflow.past, store.events] = [null, []];
+  if (store.workflow) await stored(draw);
+}
 function latest(n) {
   const el = h("div"), when = event => h("span.muted", clock(event.timestamp));
   const draw = () => morph(el, h("div", lines(store.events.slice(0, n), when, eventText)));
   stored(draw);
   watch("event", draw);
+  watch("missed", () => restored(draw));
   return el;
 }
 
@@ -21865,30 +21937,45 @@ function jobPage({id, job: jobId}) {
     api("/results", {workflow_id: id, job_id: jobId, all_runs: true, sort_by: "id", reverse_sort: true}),
     api(`/workflows/${id}/graph`, {around: jobId})]);
   return asked(ask, ([job, why, {items}, near]) => {
-    const results = items.map(r => ({...r, ended: r.return_code === -128 ? "its runner died" : `exit ${r.return_code}`,
+    const results = () => items.map(r => ({...r, ended: r.return_code === -128 ? "its runner died" : `exit ${r.return_code}`,
       host: r.compute_node_id === items[0].compute_node_id ? job.host : `node ${r.compute_node_id}`,
       ran_s: r.exec_time_minutes * 60}));
-    const verb = job.status === "running" ? {"data-verb": "cancel_job", class: "danger"}
+    const verbOf = () => job.status === "running" ? {"data-verb": "cancel_job", class: "danger"}
       : TONES[job.status] || job.status === "canceled" ? {"data-verb": "rerun", class: "primary"} : null;
-    const head = () => h("div.headline", h("h1.grow", job.name, chip(job.status)), verb
+    const head = (verb = verbOf()) => h("div.headline", h("h1.grow", job.name, chip(job.status)), verb
       && h("button", {...verb, "data-ids": job.id}, verb.class === "danger" ? "Cancel job…" : "Rerun job…"));
+    const reason = () => h("p.why", {class: TONES[job.status]}, why.sentence, why.next && h("small", why.next));
+    const tries = () => h("div", items.length ? plainTable("Attempts", ATTEMPTS, results())
+      : h("p.muted", "None has ended yet."));
     const top = head(), map = graph(near, {mini: true, focus: job.id});
-    const output = logView({name: job.name, running: job.status === "running",
+    const shown = [reason(), tries()];
+    const output = logView({name: job.name, running: () => job.status === "running",
       streams: TONES[job.status] === "bad" ? ["stderr", "stdout"] : ["stdout", "stderr"],
       load: (name, offset, find) => api("/dash/log", {job: jobId, stream: name, offset, find})});
     watch("event", event => {
       map.change(event.job_id, event.data);
-      if (event.job_id === job.id) { Object.assign(job, event.data); morph(top, head()); }
+      if (event.job_id !== job.id) return;
+      Object.assign(job, event.data);
+      again();
     });
+    watch("missed", () => again());
+    async function again() {         // its sentence and attempts have changed, too
+      morph(top, head());
+      const now = await ask().catch(() => null);
+      if (!now) return;
+      Object.assign(job, now[0]);
+      [why, items] = [now[1], now[2].items];
+      morph(top, head());
+      [reason(), tries()].forEach((el, i) => morph(shown[i], el));
+    }
     const about = facts([["Job", `${job.id}, priority ${job.priority}`], ["Started", clock(job.start_ms)],
       ["Ran", job.requirement === "default" ? span(job.ran_s) : of(span(job.ran_s), span(job.runtime_s))], ["CPUs", of(job.cpu_used, job.num_cpus)],
       ["Memory", memory(job) || bytes(job.memory_bytes)], ["Node", job.host],
       ["Needs", go(`#/w/${id}/resources`, job.requirement)], ["On failure", job.handler],
       ["Reads", job.inputs], ["Writes", job.outputs]]);
-    return [top, h("p.why", {class: TONES[job.status]}, why.sentence, why.next && h("small", why.next)), h("div.split",
+    return [top, shown[0], h("div.split",
       h("div", section("Command", null, code(job.command)), section("Output", `attempt ${job.attempt_id}`, output),
-        section("Attempts", null, results.length ? plainTable("Attempts", ATTEMPTS, results)
-          : h("p.muted", "None has ended yet."))),
+        section("Attempts", null, shown[1])),
       h("div", section("Facts", null, about), section("Waits for, then frees", near.more, map.el)))];
   });
 }
@@ -21903,6 +21990,8 @@ function graphPage({id, query}) {
     const families = data.families
       ? `, ${data.nodes.length} families: the jobs made from one entry of the spec` : "";
     watch("event", event => map.change(event.job_id, event.data));
+    watch("missed", async () => (await api(`/workflows/${id}/graph`, {data: withData || ""})).nodes.forEach(
+      node => map.change(node.id, node)));
     watch("summary", s => s.families?.forEach(family => map.change(family.id, family)));
     return [h("div.tools", h("span.muted", many(data.total, "job"), families), more, zoomButtons(map.zoom, map.fit, "Fit")),
       map.el, readout];
@@ -22089,6 +22178,7 @@ function eventsPage({id}) {
     Object.keys(kinds).map(name => h("option", name)));
   const pause = toggle("Pause", false, on => { paused = on; missed = 0; draw(); });
   stored(draw);
+  watch("missed", () => restored(draw));
   watch("event", () => { missed += 1; draw(); });
   return [h("div.tools", choice, pause, h("div.far", count)), table];
 }
@@ -22187,12 +22277,13 @@ function dialog(title, broad, ...content) {
   return el;
 }
 const closing = h("div.foot", h("button", {value: "close"}, "Close"));
+const plain = text => text.replace(/\s+/g, " ").trim();       // as it is shown, and can be typed
 function confirmDialog({title, lines: words, verb, danger, typed}) {
   return new Promise(answer => {
     const yes = h("button", {value: "yes", class: danger ? "danger" : "primary", disabled: Boolean(typed)}, verb);
     const no = h("button", {value: "no", autofocus: true}, "Keep as it is");
     const field = h("input", {"aria-label": `Type ${typed}`, autocomplete: "off",
-      oninput: () => { yes.disabled = field.value !== typed; }});
+      oninput: () => { yes.disabled = plain(field.value) !== plain(typed); }});
     const el = dialog(title, false, words.map(line => h("p", line)),
       typed && h("p", "Type ", h("b", typed), " to go on: ", field), h("div.foot", no, yes));
     el.addEventListener("close", () => answer(el.returnValue === "yes"));
@@ -22201,7 +22292,7 @@ function confirmDialog({title, lines: words, verb, danger, typed}) {
 function outputDialog({title, log}) {
   const load = (name, offset, find) => api("/dash/log", {log, offset, find});
   dialog(title, true, h("p.muted", "Closing this window does not stop the runner."),
-    logView({name: title, running: true, streams: ["output"], load}), closing);
+    logView({name: title, running: () => true, streams: ["output"], load}), closing);
 }
 function helpDialog() {
   const row = (names, what) => [h("span", names.map(name => [h("kbd", name), " "])), h("span", what)];
@@ -22308,9 +22399,12 @@ addEventListener("hashchange", render);
 watch("link", showLink, true);
 watch("summary", speak, true);
 setInterval(() => {                  // the countdown while away; without a stream, a question now and then
-  const {state: now, since} = store.link;
+  const now = store.link.state;
   if (now === "away") showLink(store.link);
-  if (now === "every" && !document.hidden && Date.now() - since > 15000) refresh();
+  if (now !== "live") stream.gap = true;
+  if (now !== "every" || document.hidden || Date.now() - stream.asked < 15000) return;
+  refresh();
+  put("missed", Date.now());
 }, 1000);
 render();
 """
