@@ -1710,6 +1710,13 @@ def test_jobs_that_come_and_go_break_no_view_that_is_asked_meanwhile(api, monkey
     assert api.get(f"/workflows/{workflow_id}/graph")["edges"] == [["f0", "f1"]]
 
 
+def test_there_is_no_forecast_without_a_runner(past):
+    assert past.get("/summary")["left_s"] > 0
+    for node in past.api.items("/compute_nodes", workflow_id=past.workflow_id):
+        past.api.put(f"/compute_nodes/{node['id']}", {"is_active": False})
+    assert past.get("/summary")["left_s"] is None
+
+
 def test_jobs_run_again_together_or_none_of_them(api):
     workflow_id, ids = make(api, {name: [] for name in "abc"})
     other, theirs = make(api, {"z": []})
@@ -4896,6 +4903,15 @@ def test_the_kernel_tells_whose_the_other_end_is(family, host, listen):
     assert torc.peer_uid(sock) is None
 
 
+def test_a_password_that_is_wrong_is_called_so(tmp_path):
+    torc.write_private(str(tmp_path / "users"), f"alice:{torc.hash_password(ALICE, 4)}\n")
+    with guarded(tmp_path / "x.db", tmp_path / "users", "--require-auth").closing() as server:
+        with pytest.raises(torc.Unauthorized, match="refuses this password of the user alice: is TORC"):
+            torc.Client(server.url, "alice", "not hers").get("/workflows")
+        with pytest.raises(torc.Unauthorized, match="wants a user name and password: set TORC_PASS"):
+            torc.Client(server.url, "alice").get("/workflows")
+
+
 def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
     """Everything in alice's workflow, by bob and by nobody, on every route."""
     server, clients = walls
@@ -6500,6 +6516,27 @@ def test_delete_names_what_it_could_not_and_spares_others_workflows(cli, local):
     code, out, err = cli("delete", "1,2", 9, "--force", "-f", "json")
     assert code == 1 and [row["id"] for row in json.loads(out)] == [1]
     assert "belongs to ann" in err and "9" in err
+
+
+def test_a_success_is_not_canceled_afterwards(cli, local):
+    cli("run", "--example", "hello", ok=0)
+    for words in ((), ("--dry-run",)):
+        assert "has ended already: there is nothing to cancel" in cli("cancel", 1, *words, ok=0)[1]
+    cli("wait", 1, ok=0)
+
+
+def test_recover_with_json_is_one_document(cli, local, tmp_path):
+    (tmp_path / "w.yaml").write_text("name: w\njobs:\n  - {name: a, command: exit 1}\n")
+    cli("run", "w.yaml", ok=1)
+    code, out, _ = cli("recover", 1, "--dry-run", "-f", "json")
+    assert code == 1 and "1 job failed for other reasons" in json.loads(out)["message"]
+
+
+def test_a_job_ended_by_its_runners_time_limit_is_not_told_of_another(cli, local, tmp_path):
+    (tmp_path / "w.yaml").write_text("name: w\njobs:\n  - {name: a, command: sleep 60}\n")
+    cli("run", "w.yaml", "--time-limit", "PT3S")
+    assert "The time of the runner or allocation was up." in cli("why", 1)[1]
+    assert "the time of its runner was up after" in cli("recover", 1, "--dry-run", "--no-prompts")[1]
 
 
 def test_cancel_and_its_dry_run(cli, local):

@@ -3396,8 +3396,9 @@ def why(store, job_id):
     if job.status == CANCELED and job.cascaded:
         return f"it was canceled because {bad_dependency(store, job_id)}"
     return {
-        UNINITIALIZED: f"it is not initialized: torc workflows reinit {job.workflow_id} starts "
-                       "what is new or has changed",
+        UNINITIALIZED: f"it is not initialized: torc run {job.workflow_id} or torc submit "
+                       f"{job.workflow_id} starts the workflow, torc workflows reinit "
+                       f"{job.workflow_id} what is new or has changed in one that has run",
         PENDING: f"it is claimed by {node_name(store, job.compute_node_id)}, which is about to "
                  "start it",
         RUNNING: f"it is running on {node_name(store, job.compute_node_id)} (attempt "
@@ -3435,7 +3436,7 @@ def why_ready(store, job, canceled):
     """Why a ready job is not running."""
     if canceled:
         return (f"workflow {job.workflow_id} is canceled: torc workflows reset-status "
-                f"{job.workflow_id} lifts that")
+                f"{job.workflow_id} --failed-only --reinitialize starts it again")
     if job.compute_node_id:
         return (f"an earlier attempt is still being stopped on "
                 f"{node_name(store, job.compute_node_id)}")
@@ -4083,7 +4084,7 @@ def summary(store, workflow_id, now):
     failed = any(counted.get(name) for name in ("failed", "terminated", "pending_failed"))
     groups = failures(store, workflow_id, most=1000)["groups"] if failed else []
     return {**answer, "left_s": round(60 * left / answer["rate"]) if answer["rate"] and left
-            else None, "runners": len(nodes), "runners_text": runners_text(nodes),
+            and nodes else None, "runners": len(nodes), "runners_text": runners_text(nodes),
             "waiting": [{"count": number, "status": status, "why": why_text}
                         for number, why_text, status in waiting[:8]],
             "longest": list(job_views(store, longest, now).values()),
@@ -4458,7 +4459,10 @@ def failure_remedy(jobs, codes):
         return ("memory", f"Rerun with {format_bytes(more)}…",
                 f"Asked for {format_bytes(limit)} and {held}." if known else
                 f"Asked for nothing and {held}.")
-    if one.code == codes["time"] or known and one.status != FAILED and ran > 0.9 * one.runtime_s:
+    late = known and ran > 0.9 * one.runtime_s
+    if one.code == codes["time"] and not late:
+        return ("lost", "Rerun these…", "The time of the runner or allocation was up.")
+    if late and (one.code == codes["time"] or one.status != FAILED):
         more = max(1, math.ceil(1.4 * max(ran, one.runtime_s) / 60))
         return ("runtime", f"Rerun with {more} min…", f"Ran into the runtime of "
                 f"{span(one.runtime_s)} asked for.")
@@ -7572,6 +7576,9 @@ class Client(Calls):
         if 200 <= status < 300:
             raise Unreachable(f"{self.where}: {PROXY_HINT} ({content_type or 'no content type'}): "
                               "name another with --url")
+        if status == 401 and self.password:
+            raise Unauthorized(f"{self.where} refuses this password of the user {self.user}: is "
+                               "TORC_PASSWORD right, and TORC_USERNAME? (--prompt-password asks)")
         if status == 401:
             raise Unauthorized(f"{self.where} wants a user name and password: set TORC_PASSWORD, "
                                f"or take --prompt-password (the user is {self.user}: set "
@@ -13189,7 +13196,8 @@ def overview_rows(state, page, width):
             (f"{glyph(state, STATE_LOOKS[word])} {word}", STATE_LOOKS[word])]
     if data.get("rate") and data.get("left_s"):
         left = data["left_s"]
-        head.append((f"  {data['rate']:,.3g} a minute, about {format_duration(left)} left" + (
+        rate = f"{data['rate']:,.0f}" if data["rate"] >= 100 else f"{data['rate']:.3g}"
+        head.append((f"  {rate} a minute, about {format_duration(left)} left" + (
             f" (until {clock(state.now + left, state.now)})" if width >= 100 else ""), ""))
     rows = [Row(head), Row([("", ""), *bar(state, counted, total, width - 2)])]
     rows += [Row(line, ("jobs", {})) for line in wrapped(legend(state, counted), width - 2)]
@@ -16437,10 +16445,15 @@ def do_cancel(args, client):
     path = f"/workflows/{args.workflow_id}"
     counted = client.get(f"{path}/counts")
     busy = counted["pending"] + counted["running"]
+    if counted["is_complete"] and not counted["is_canceled"] and not unended_allocations(
+            client, args.workflow_id):    # a success is no cancellation afterwards
+        say(args, f"Workflow {args.workflow_id} has ended already: there is nothing to cancel",
+            workflow_id=args.workflow_id, canceled_slurm_jobs=[], status="success")
+        return 0
     if args.dry_run:
         say(args, f"{plural(busy, 'job')} would be ended", workflow_id=args.workflow_id,
             dry_run=True, job_count=busy)
-        return
+        return 0
     client.put(f"{path}/cancel")
     canceled, errors = cancel_allocations(client, args.workflow_id)
     for error in errors:
@@ -18300,7 +18313,8 @@ def diagnose(job, result, need, limits, peak, memory_factor, runtime_factor):
             return Diagnosis(job, "runtime", f"it ran for {format_duration(spent)}, its runtime is "
                              f"{need['runtime']}",
                              {"runtime": longer_runtime(max(spent, runtime), runtime_factor)})
-        return Diagnosis(job, "lost", f"its allocation ended after {format_duration(spent)}", {})
+        return Diagnosis(job, "lost", "the time of its runner was up after "
+                         f"{format_duration(spent)}", {})
     return Diagnosis(job, "unknown", f"return code {code}", {})
 
 
@@ -18476,13 +18490,17 @@ def do_recover(args, client):
         if report["jobs"]:
             confirm(f"Run {plural(len(report['jobs']), 'job')} again?", False)
     report = recover_workflow(args, client, args.workflow_id)
-    if not report["jobs"]:
+    if report["jobs"]:
         show_recovery(args, report)
-        number = len(report["skipped"])
-        raise TorcError(f"workflow {args.workflow_id}: nothing to recover" + (
-            f", {plural(number, 'job')} failed for other reasons: --retry-unknown runs them again"
-            if number else ""))
+        return 0
+    number = len(report["skipped"])
+    report["message"] = f"workflow {args.workflow_id}: nothing to recover" + (
+        f", {plural(number, 'job')} failed for other reasons: --retry-unknown runs them again"
+        if number else "")
     show_recovery(args, report)
+    if args.format == "json":             # one document
+        return 1
+    raise TorcError(report["message"])
 
 
 # ---- watching
@@ -21828,7 +21846,8 @@ function headline(summary) {         // how far, how fast, what to do
   const {counts, total, done, rate, left_s: left} = summary, until = clock(Date.now() + left * 1000, false);
   const speed = rate < 2 ? `${num(rate * 60)} an hour` : `${num(rate)} a minute`;
   const pace = done === total ? `took ${span(summary.elapsed_s)}, ended ${clock(summary.ended_ms)}`
-    : rate ? `${speed}, about ${span(left)} left (until ${until})` : "too early for a forecast";
+    : left ? `${speed}, about ${span(left)} left (until ${until})`
+    : summary.runners ? "too early for a forecast" : "no runner is at work";
   const how = h("div.grow", h("p", h("b", num(done)), ` of ${many(total, "job")} done`), h("p.muted", pace));
   return [h("div.headline", h("span.percent", share(done, total)), how, actionBar(summary.state)),
     bar(counts, true), legend(counts, s => `#/w/${store.workflow.id}/jobs?status=${s}`)];
