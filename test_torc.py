@@ -3109,6 +3109,25 @@ def test_a_deleted_workflow_ends_its_runner_without_wrong_advice(tmp_path):
     assert not list((tmp_path / "torc_output" / "journal").iterdir())
 
 
+def test_clones_begin_where_another_has_found_the_server(tmp_path):
+    server = Server(tmp_path / "moved.db")
+    root = server.client()
+    make(root.clone(), {"a": []})         # the root itself has asked nothing
+    server.kill()
+    moved = Server(tmp_path / "moved.db")
+    try:
+        assert moved.port != server.port
+        assert root.clone().get("/ping") and root.where == moved.url
+        moved.kill()
+        moved = Server(tmp_path / "moved.db", server.port)
+        connection, response = root.clone().open_stream("/workflows/1/events/stream", "")
+        assert response.status == 200
+        connection.close()
+    finally:
+        moved.stop()
+
+
+
 @pytest.mark.slow
 def test_a_job_begun_after_the_server_has_moved_reaches_it(tmp_path):
     server = Server(tmp_path / "x.db")
@@ -7890,9 +7909,11 @@ def test_another_user_gets_nothing_without_the_password(cluster):
     url = f"http://{LOGIN}:{port}"
     mine = ["env", "TORC_USERNAME=hpcuser", "TORC_PASSWORD=a long sentence"]
     assert cluster.torc("workflows", "list", "--url", url, env=mine, host="c1").returncode == 0
-    for env in ((), ["env", "TORC_USERNAME=hpcuser", "TORC_PASSWORD=a wrong sentence"]):
+    for env, said in (((), "wants a user name and password"), (
+            ["env", "TORC_USERNAME=hpcuser", "TORC_PASSWORD=a wrong sentence"],
+            "refuses this password of the user hpcuser")):
         done = cluster.torc("workflows", "list", "--url", url, user="other", env=env)
-        assert done.returncode == 1 and "wants a user name and password" in done.stderr
+        assert done.returncode == 1 and said in done.stderr
     for name in ("users", "f.db"):
         assert (cluster.directory / "hpcuser" / name).stat().st_mode & 0o077 == 0
     seen = cluster.run("bash", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr "

@@ -7368,6 +7368,7 @@ class Client(Calls):
         self.scheme, self.host, self.port, self.prefix = split_url(url)
         self.user = user or user_name()
         self.password, self.tls, self.cookie = password, tls, cookie
+        self.root = self                  # of clones: what they know of the server is told to it
         self.others = ()                  # URLs at which the same server may be, too
         self.id = None                    # of the server, once an answer has told it
         if url == os.environ.get("TORC_API_URL"):
@@ -7394,7 +7395,7 @@ class Client(Calls):
     def clone(self):
         """Another client of the same server, for another thread."""
         other = Client(self.where, self.user, self.password, self.tls, self.cookie)
-        other.id, other.others = self.id, (*self.others, self.where)
+        other.id, other.others, other.root = self.id, (*self.others, self.where), self.root
         return other
 
     def interrupt(self):
@@ -7500,6 +7501,7 @@ class Client(Calls):
                     raise Unreachable(f"{self.where} is {now} now: is ours gone? Name where it is "
                                       "with --url")
                 self.id = told
+                self.root.id = self.root.id or told
                 self.date = response.headers.get("Date")
                 self._used = time.monotonic()
                 if response.will_close:
@@ -7548,6 +7550,9 @@ class Client(Calls):
             self._open(timeout)
         except OSError:
             return False
+        if self.root is not self:         # so that later clones begin there
+            self.root.scheme, self.root.host, self.root.port, self.root.prefix = (
+                self.scheme, self.host, self.port, self.prefix)
         return True
 
     def _trouble(self, error):
@@ -13456,7 +13461,9 @@ def help_rows(state, page, width):
         title, keys = KEYS[group]
         rows.append(Row([(title, "title")]))
         for names, _, text, _ in keys:
-            rows.append(Row([(f"  {', '.join(names.split()):<22}", "key"), (text, "")]))
+            lines = folded(text, width - 26) or [""]
+            rows.append(Row([(f"  {', '.join(names.split()):<22}", "key"), (lines[0], "")]))
+            rows += [Row([(" " * 24 + line, "")]) for line in lines[1:]]
         rows.append(Row([]))
     rows.append(Row([("g and a letter", "title")]))
     rows += [Row([(f"  {'g ' + kind.go:<22}", "key"), (kind.title, "")])
@@ -13685,8 +13692,11 @@ def message_line(state, width):
         return [(f" {prompt.label}: ", "key"), (text, ""), ("_", "hit"),
                 ("  " + prompt.hint if not text else "", "dim")]
     if state.going:
-        return [(" g ", "key"), (" ".join(f"{kind.go} {kind.title}" for kind in PAGES.values()
-                                         if kind.go), "dim")]
+        pages = [kind for kind in PAGES.values() if kind.go]
+        fits = next(size for size in range(20, 0, -1) if size == 1 or sum(
+            len(kind.title[:size]) + 3 for kind in pages) + 3 <= width)
+        return [(" g ", "key"), (" ".join(f"{kind.go} {kind.title[:fits]}" for kind in pages),
+                                 "dim")]
     if state.busy:
         return [(f" {state.busy}...", "live")]
     if state.message:
