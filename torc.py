@@ -6002,7 +6002,8 @@ def rerun_jobs_request(request, workflow_id):
                               (need_id, job_id))
             job_ids.append(job_id)
         rerun_jobs(store, workflow_id, list(dict.fromkeys(job_ids)))
-    forget_attempts(store, workflow_id)
+    if any("resource_requirements_id" in row for row in rows):
+        forget_attempts(store, workflow_id)
     return {"count": len(rows)}
 
 
@@ -12420,7 +12421,7 @@ class Dashboard:
         if not (reads and environ["PATH_INFO"] == "/"):  # other sites may lead there, no more
             site = environ.get("HTTP_SEC_FETCH_SITE")
             same = split_host(origin)[0] == host if origin else reads or site == "same-origin"
-            if not same or site not in (None, "same-origin", "none")[:3 if reads else 2]:
+            if not same or site not in (None, "same-origin") and not (reads and site == "none"):
                 return self.failed("403 Forbidden", "requests from other sites are refused")
         if self.trusted or self.knows(environ):
             return None
@@ -18603,12 +18604,12 @@ class Watcher:
         if due and not counted["is_canceled"]:
             self.scheduled_at = now
             try:
-                self.refused = True
                 made = regenerate(args, self.client, self.workflow_id, submit=True)
                 self.refused = False
-            except Unreachable:
+            except Unreachable:           # of the server: run() tries again soon
                 raise
             except TorcError as error:
+                self.refused = True
                 self.say(f"{error}; trying again in "
                          f"{span(args.auto_schedule_cooldown)}", "warn")
                 return
