@@ -15,16 +15,17 @@ Map of this file. Code uses only what stands above it.
   3 Records                  job statuses and KINDS, one row for each kind of record
   4 Workflow specification   a spec file to plain records: parse, expand, check
   5 Store                    schema, migrations, transactions, the generic six operations
-  6 Engine                   what changes job and workflow state
-  7 Access                   password files, credentials of requests, groups
-  8 API                      every operation as a function of a Request; ROUTES
-  9 Client                   over HTTP or on a database file: the same methods and errors
-  10 Runner                  child processes, resources, time limits, journal, guardian
-  11 Slurm                   allocations and their workers, HPC profiles
-  12 Server                  bottle and waitress; sockets, logging, shutdown
-  13 Terminal UI             state to lines, keys, curses
-  14 Command line            commands with their options, tables and JSON, main
-  15 Pages                   HTML, CSS and JavaScript of the dashboard
+  6 Engine                   what changes the state of jobs and workflows, and nothing else
+  7 Views                    what only looks: why, summary, graph, failures, timeline, usage
+  8 Access                   password files, credentials of requests, groups
+  9 API                      every operation as a function of a Request; ROUTES
+  10 Client                  over HTTP or on a database file: the same methods and errors
+  11 Runner                  child processes, resources, time limits, journal, guardian
+  12 Slurm                   allocations and their workers, HPC profiles
+  13 Server                  bottle and waitress; sockets, logging, shutdown
+  14 Terminal UI             state to lines, keys, curses
+  15 Command line            commands with their options, tables and JSON, main
+  16 Pages                   HTML, CSS and JavaScript of the dashboard
 """
 from __future__ import annotations
 
@@ -258,6 +259,14 @@ def plural(number, noun):
     return f"{number} {noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
 
 
+def plain_names(names, most=3):
+    """Names as a list in a sentence: "a, b and 4 more"."""
+    names = list(names)
+    if len(names) > most:
+        names = [*names[:most - 1], f"{len(names) - most + 1:,} more"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def clean(text):
     """A text that cannot move the terminal's cursor or break a line."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
@@ -280,6 +289,23 @@ def shorten(text, width):
     while text_width(kept) > max(0, width - 2):
         kept = kept[:-1]
     return kept + ".."
+
+
+TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d+))?)? ?"
+                  r"(?:Z|([-+])(\d\d):(\d\d))?", re.I)
+
+
+def parse_time(text):
+    """Milliseconds since the epoch of a time such as 2026-01-02T03:04:05.678Z (RFC 3339); one that
+    names no zone is UTC. Raises ValueError."""
+    import datetime
+    match = TIME.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is not a time such as 2026-01-02T03:04:05Z")
+    *whole, second, fraction, sign, hours, minutes = match.groups()
+    moment = datetime.datetime(*map(int, whole), int(second or 0), tzinfo=datetime.timezone.utc)
+    zone = 60 * (60 * int(hours or 0) + int(minutes or 0)) * (-1 if sign == "-" else 1)
+    return 1000 * (int(moment.timestamp()) - zone) + int((fraction or "0").ljust(3, "0")[:3])
 
 
 def iso_time(seconds):
@@ -368,10 +394,17 @@ class Kind(NamedTuple):
     filters: str = ""                     # fields compared exactly; others are the list's own
     unsorted: str = ""                    # fields a list cannot be sorted by
     ops: str = "create list clear get update delete"
+    derive: Any = None                    # columns that follow from others: a function of a record
 
     def field(self, name):
         """The field called `name`."""
         return next(field for field in self.fields if field.name == name)
+
+
+def result_times(result):
+    """Start and end of an attempt in ms since the epoch."""
+    end = parse_time(result["completion_time"])
+    return {"start_ms": end - round(result["exec_time_minutes"] * 60_000), "end_ms": end}
 
 
 KINDS = {kind.table: kind for kind in (
@@ -428,7 +461,8 @@ KINDS = {kind.table: kind for kind in (
         " return_code:int! exec_time_minutes:float! completion_time:time! status:status!"
         " peak_memory_bytes:int avg_memory_bytes:int peak_cpu_percent:float avg_cpu_percent:float"
         " stderr_tail:str"),
-        filters="job_id run_id return_code status compute_node_id", ops="clear get update delete"),
+        filters="job_id run_id return_code status compute_node_id", ops="clear get update delete",
+        derive=result_times),
     Kind("event", "event", "/events", fields(
         "id:int* workflow_id:int! timestamp:int data:any"), ops="clear get delete"),
 )}
@@ -1713,13 +1747,120 @@ CREATE INDEX job_workflow ON job (workflow_id)                  -- pages of a li
 CLUSTER_SCHEMA = """
 ALTER TABLE scheduled_compute_node ADD COLUMN cluster TEXT      -- whose Slurm job it is
 """
+COUNTER_SCHEMA = """
+-- The database keeps its own counters: whoever changes a status need not think of them.
+DROP TABLE job_input_hash;
+ALTER TABLE job ADD COLUMN result_id INTEGER;                   -- the result that a list shows
+ALTER TABLE job ADD COLUMN dooms INTEGER NOT NULL DEFAULT 0;    -- it ended so that dependents which
+                                           -- want that are canceled
+ALTER TABLE job ADD COLUMN seen TEXT;      -- digests of what its last attempt began with
+ALTER TABLE job ADD COLUMN seen_result INTEGER;                 -- the newest result at that time
+ALTER TABLE compute_node ADD COLUMN step INTEGER NOT NULL DEFAULT 0;    -- its last runner_step
+ALTER TABLE result ADD COLUMN start_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE result ADD COLUMN end_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE result ADD COLUMN asked_id INTEGER;                 -- its requirements then,
+ALTER TABLE result ADD COLUMN asked_cpus INTEGER NOT NULL DEFAULT 0;    -- and what they asked for
+ALTER TABLE result ADD COLUMN asked_memory INTEGER NOT NULL DEFAULT 0;
+UPDATE job SET result_id = (SELECT result_id FROM latest_result WHERE job_id = job.id);
+DROP TABLE latest_result;
+UPDATE job SET dooms = status IN (7, 8) OR status = 6
+    AND coalesce((SELECT return_code FROM result WHERE id = job.result_id), 1) <> 0;
+UPDATE result SET end_ms =
+    coalesce(CAST(round((julianday(completion_time) - 2440587.5) * 86400000) AS INTEGER), 0);
+UPDATE result SET start_ms = end_ms - CAST(round(exec_time_minutes * 60000) AS INTEGER);
+CREATE VIEW asked AS                       -- what a job asks for on all its nodes
+    SELECT j.id AS job_id, q.id AS id, q.num_cpus * q.num_nodes AS cpus,
+        CASE q.name WHEN 'default' THEN 0 ELSE q.memory_bytes * q.num_nodes END AS memory
+    FROM job j JOIN resource_requirements q ON q.id = j.resource_requirements_id;
+UPDATE result SET (asked_id, asked_cpus, asked_memory) =
+    (SELECT id, cpus, memory FROM asked WHERE job_id = result.job_id);
+DROP INDEX result_workflow;
+CREATE INDEX result_end ON result (workflow_id, end_ms);
+CREATE INDEX result_start ON result (workflow_id, run_id, start_ms);
+CREATE INDEX job_name ON job (name, workflow_id);
+CREATE INDEX job_unsettled ON job (workflow_id) WHERE status = 1 AND unfinished = 0;
+UPDATE job SET unfinished = (SELECT count(*) FROM job_dependency d JOIN job p
+    ON p.id = d.depends_on_job_id WHERE d.job_id = job.id AND p.status NOT IN (5, 6, 7, 8));
+
+CREATE TRIGGER job_ends_or_begins_anew AFTER UPDATE OF status ON job
+WHEN (OLD.status IN (5, 6, 7, 8)) <> (NEW.status IN (5, 6, 7, 8)) BEGIN
+    UPDATE job SET unfinished = unfinished + CASE WHEN NEW.status IN (5, 6, 7, 8) THEN -1 ELSE 1 END
+    WHERE id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id = NEW.id);
+END;
+CREATE TRIGGER ready_job_waits_again AFTER UPDATE OF unfinished ON job
+WHEN NEW.status = 2 AND NEW.unfinished > 0 BEGIN
+    UPDATE job SET status = 1 WHERE id = NEW.id;
+END;
+CREATE TRIGGER dependency_comes AFTER INSERT ON job_dependency
+WHEN (SELECT status FROM job WHERE id = NEW.depends_on_job_id) NOT IN (5, 6, 7, 8) BEGIN
+    UPDATE job SET unfinished = unfinished + 1 WHERE id = NEW.job_id;
+END;
+CREATE TRIGGER dependency_goes AFTER DELETE ON job_dependency
+WHEN (SELECT status FROM job WHERE id = OLD.depends_on_job_id) NOT IN (5, 6, 7, 8) BEGIN
+    UPDATE job SET unfinished = unfinished - 1 WHERE id = OLD.job_id;
+END;
+CREATE TRIGGER job_goes BEFORE DELETE ON job BEGIN     -- while its status can still be looked up
+    DELETE FROM job_dependency WHERE depends_on_job_id = OLD.id;
+    DELETE FROM action_job WHERE job_id = OLD.id;
+END;
+CREATE TRIGGER result_goes BEFORE DELETE ON result BEGIN
+    UPDATE job SET result_id = NULL WHERE id = OLD.job_id AND result_id = OLD.id;
+END;
+
+-- An action of jobs counts those that are past its moment, each once however often it runs.
+CREATE TABLE moment (trigger_type TEXT, status INTEGER, PRIMARY KEY (trigger_type, status))
+    WITHOUT ROWID;
+INSERT INTO moment VALUES ('on_jobs_ready', 2), ('on_jobs_ready', 3), ('on_jobs_ready', 4),
+    ('on_jobs_ready', 5), ('on_jobs_ready', 6), ('on_jobs_ready', 7), ('on_jobs_ready', 8),
+    ('on_jobs_ready', 10), ('on_jobs_complete', 5), ('on_jobs_complete', 6),
+    ('on_jobs_complete', 7), ('on_jobs_complete', 8);
+UPDATE workflow_action SET
+    required_triggers = (SELECT count(*) FROM action_job WHERE action_id = workflow_action.id),
+    trigger_count = (SELECT count(*) FROM action_job x JOIN job j ON j.id = x.job_id JOIN moment m
+        ON m.trigger_type = workflow_action.trigger_type AND m.status = j.status
+        WHERE x.action_id = workflow_action.id)
+    WHERE trigger_type IN ('on_jobs_ready', 'on_jobs_complete') AND job_ids IS NOT NULL;
+CREATE TRIGGER job_passes_a_moment AFTER UPDATE OF status ON job
+WHEN EXISTS (SELECT 1 FROM action_job WHERE job_id = NEW.id) BEGIN
+    UPDATE workflow_action SET trigger_count = trigger_count
+        + EXISTS (SELECT 1 FROM moment m WHERE m.trigger_type = workflow_action.trigger_type
+                  AND m.status = NEW.status)
+        - EXISTS (SELECT 1 FROM moment m WHERE m.trigger_type = workflow_action.trigger_type
+                  AND m.status = OLD.status)
+    WHERE id IN (SELECT action_id FROM action_job WHERE job_id = NEW.id);
+END;
+CREATE TRIGGER action_gets_a_job AFTER INSERT ON action_job BEGIN
+    UPDATE workflow_action SET required_triggers = required_triggers + 1, trigger_count =
+        trigger_count + EXISTS (SELECT 1 FROM moment m JOIN job j ON j.status = m.status
+            WHERE m.trigger_type = workflow_action.trigger_type AND j.id = NEW.job_id)
+    WHERE id = NEW.action_id AND trigger_type IN ('on_jobs_ready', 'on_jobs_complete');
+END;
+CREATE TRIGGER action_loses_a_job BEFORE DELETE ON action_job BEGIN
+    UPDATE workflow_action SET required_triggers = required_triggers - 1, trigger_count =
+        trigger_count - EXISTS (SELECT 1 FROM moment m JOIN job j ON j.status = m.status
+            WHERE m.trigger_type = workflow_action.trigger_type AND j.id = OLD.job_id)
+    WHERE id = OLD.action_id AND trigger_type IN ('on_jobs_ready', 'on_jobs_complete');
+END
+"""
 # Step n brings a database from user_version n to n + 1.
-MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA)
+MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
+              COUNTER_SCHEMA)
 
 # File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
     r"nfs|lustre|gpfs|beegfs|cifs|smb|ceph|afs|fuse|panfs|9p|glusterfs")
 CHUNK = 900                               # variables in a statement: SQLite before 3.32 takes 999
+
+
+def statements(script):
+    """The statements of an SQL script; a trigger has semicolons inside."""
+    import sqlite3
+    statement = ""
+    for part in re.sub(r"--[^\n]*", "", script).split(";"):
+        statement += part + ";"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
 
 
 def file_system(path):
@@ -1839,7 +1980,7 @@ class Store:
     def __init__(self, path, server=False, shared=False, network=None):
         self.path = os.path.abspath(path)
         self.shared = shared
-        self.heard = {}                   # compute node: (time.monotonic() of its last step, step)
+        self.heard = {}                   # compute node: time.monotonic() of its last step
         self.closing = False
         self.kept = {}                    # what views of large workflows have worked out already
         self.keeping = threading.RLock()
@@ -1924,9 +2065,8 @@ class Store:
             if version == 0 and self.one("SELECT count(*) FROM sqlite_master")[0]:
                 raise Unreachable(f"database {self.path} belongs to another program: name another "
                                   "with --database FILE")
-            for step in MIGRATIONS[version:]:
-                for statement in re.sub(r"--[^\n]*", "", step).split(";"):
-                    self.execute(statement)
+            for statement in statements(";".join(MIGRATIONS[version:])):
+                self.execute(statement)
             self.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (secrets.token_hex(8),))
             self.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
@@ -1986,6 +2126,10 @@ class Store:
     def insert(self, sql, params=()):
         """Run an INSERT inside the transaction of this thread; returns the new id."""
         return self._writer.execute(sql, params).lastrowid
+
+    def execute_many(self, sql, rows):
+        """Run a statement inside the transaction of this thread for each row of parameters."""
+        self._writer.executemany(sql, rows)
 
     def insert_many(self, head, width, rows):
         """Insert `rows` (tuples of `width` values) with few statements; head: INSERT INTO t (c)."""
@@ -2149,24 +2293,23 @@ def fetch(store, kind, record_id):
     return to_record(kind_columns, row)
 
 
-def add(store, kind, values):
-    """Insert a record from a checked body; returns its id."""
-    given = [field for field in columns(kind)
-             if not field.server and values.get(field.name) is not None]
-    return store.insert(
-        f"INSERT INTO {kind.table} ({', '.join(field.name for field in given)}) "
-        f"VALUES ({', '.join('?' * len(given))})",
-        [to_column(field, values[field.name]) for field in given])
+def add(store, kind, values, **more):
+    """Insert a record from a checked body, and more columns; returns its id."""
+    row = {field.name: to_column(field, values[field.name]) for field in columns(kind)
+           if not field.server and values.get(field.name) is not None}
+    row.update(more, **(kind.derive(values) if kind.derive else {}))
+    return store.insert(f"INSERT INTO {kind.table} ({', '.join(row)}) VALUES"
+                        f" ({', '.join('?' * len(row))})", list(row.values()))
 
 
 def change(store, kind, record_id, values):
     """Update the fields that `values` has, but never the workflow a record belongs to."""
-    given = [field for field in columns(kind) if not field.server
-             and field.name in values and field.name != "workflow_id"]
-    if given:
-        pairs = ", ".join(f"{field.name} = ?" for field in given)
-        store.execute(f"UPDATE {kind.table} SET {pairs} WHERE id = ?",
-                      [to_column(field, values[field.name]) for field in given] + [record_id])
+    row = {field.name: to_column(field, values[field.name]) for field in columns(kind)
+           if not field.server and field.name in values and field.name != "workflow_id"}
+    row.update(kind.derive({**fetch(store, kind, record_id), **values}) if kind.derive else {})
+    if row:
+        store.execute(f"UPDATE {kind.table} SET {' = ?, '.join(row)} = ? WHERE id = ?",
+                      [*row.values(), record_id])
 
 
 def remove(store, kind, record_id):
@@ -2215,15 +2358,28 @@ def listing(store, kind, page, where, params, without=()):
 # 6 Engine
 # ==================================================================================================
 # What changes the state of jobs and workflows. Functions that write say "in a transaction": the
-# caller has opened one. A job's `unfinished` counts its dependencies outside the complete set and
-# is kept true by every change of status; `compute_node_id` names the node that may still have a
-# process of the job, and a ready job that has one is not handed out, so no two attempts overlap.
+# caller has opened one. Four rules keep all of it true:
+# - set_status is the only UPDATE of a job's status; triggers keep what is counted (Store).
+# - settle alone makes a job ready, or cancels it for what it depends on. Whatever changes jobs ends
+#   with it; all else that wants a job to run makes it blocked.
+# - compute_node_id names the node that may still have a process of the job. A ready job that has
+#   one is not handed out, so that no two attempts overlap.
+# - begin_anew takes jobs back, with what only the cascade below them had canceled.
 
 NOT_COMPLETE = f"({UNINITIALIZED}, {BLOCKED}, {READY}, {PENDING}, {RUNNING}, {PENDING_FAILED})"
 COMPLETE = f"({', '.join(str(status) for status in COMPLETE_SET)})"
 IDS = "(SELECT value FROM json_each(?))"  # a list of ids as one parameter, of any length
-# Nodes of our runners hold a lease and report what they end; others' are never waited for.
-BEATING = "(SELECT id FROM compute_node WHERE workflow_id = ? AND beats = 1 AND is_active = 1)"
+KEEP = -1                                 # as owner: whoever may have a process of the job
+# Why a blocked job d.job_id (as j) waits for p, or is canceled with it.
+HINDERS = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_job_failure)"
+# An action that is due. One on jobs that all were canceled before they were ready is for nobody.
+PENDING_ACTION = (
+    "executed = 0 AND CASE trigger_type WHEN 'on_workflow_complete' THEN"
+    " EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)"
+    f" AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id AND status IN"
+    f" {NOT_COMPLETE}) ELSE trigger_count >= required_triggers AND (trigger_type <> 'on_jobs_ready'"
+    " OR job_ids = '[]' OR EXISTS (SELECT 1 FROM action_job x JOIN job j ON j.id = x.job_id WHERE"
+    f" x.action_id = a.id AND j.status <> {CANCELED})) END")
 
 
 class JobRow(NamedTuple):
@@ -2238,12 +2394,22 @@ class JobRow(NamedTuple):
     cascaded: int
 
 
+def find_jobs(store, where, params):
+    """[JobRow, ...] of the jobs for which an SQL condition holds, by id."""
+    return [JobRow(*row) for row in store.query(
+        f"SELECT {', '.join(JobRow._fields)} FROM job WHERE {where} ORDER BY id", params)]
+
+
 def job_row(store, job_id):
     """The job's row. Raises NotFound."""
-    row = store.one(f"SELECT {', '.join(JobRow._fields)} FROM job WHERE id = ?", (job_id,))
-    if not row:
-        raise not_found(KINDS["job"], job_id)
-    return JobRow(*row)
+    for row in find_jobs(store, "id = ?", (job_id,)):
+        return row
+    raise not_found(KINDS["job"], job_id)
+
+
+def job_ids(store, where, params):
+    """Ids of the jobs for which an SQL condition holds."""
+    return [row[0] for row in store.query(f"SELECT id FROM job WHERE {where}", params)]
 
 
 def workflow_row(store, workflow_id, names):
@@ -2267,12 +2433,9 @@ def counts(store, workflow_id):
                                               "run_id, is_canceled, is_archived")
     number = dict(store.query("SELECT status, count(*) FROM job WHERE workflow_id = ? "
                               "GROUP BY status", (workflow_id,)))
-    answer = {name: number.get(status, 0) for status, name in enumerate(STATUS_NAMES)}
-    answer["total"] = sum(number.values())
-    open_jobs = answer["total"] - answer["disabled"] - sum(
-        number.get(status, 0) for status in COMPLETE_SET)
-    return {**answer, "run_id": run_id, "is_canceled": bool(canceled),
-            "is_archived": bool(archived), "is_complete": bool(canceled) or not open_jobs}
+    return {**{name: number.get(status, 0) for status, name in enumerate(STATUS_NAMES)},
+            "total": sum(number.values()), "run_id": run_id, "is_canceled": bool(canceled),
+            "is_archived": bool(archived), "is_complete": is_complete(store, workflow_id)}
 
 
 def store_event(store, workflow_id, now, event):
@@ -2281,31 +2444,31 @@ def store_event(store, workflow_id, now, event):
                         (workflow_id, int(now * 1000), compact(event)))
 
 
+def refuse_archived(store, workflow_id):
+    """Raise Invalid for an archived workflow."""
+    if workflow_row(store, workflow_id, "is_archived")[0]:
+        raise Invalid(f"workflow {workflow_id} is archived: torc workflows archive false "
+                      f"{workflow_id} brings it back")
+
+
 # ---- events for those who listen
 
 ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMINATED: "warning",
                   PENDING_FAILED: "info"}
 
 
-def tell_ended(store, workflow_id, status, job_ids, code=None):
-    """In a transaction: jobs have ended as `status`. Call it only if the workflow is heard."""
+def tell_ended(store, workflow_id, status, ended, code=None):
+    """In a transaction: these jobs have ended as `status`."""
+    if not ended or not store.is_heard(workflow_id):
+        return
     names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}",
-                             (compact(job_ids[:EVENT_QUEUE]),)))
+                             (compact(ended[:EVENT_QUEUE]),)))
     said, severity = STATUS_NAMES[status], ENDED_SEVERITY[status]
-    for job_id in job_ids[:EVENT_QUEUE]:
+    for job_id in ended[:EVENT_QUEUE]:
         store.tell(workflow_id, f"job_{said}", severity, {
             "job_id": job_id, "job_name": names.get(job_id), "status": said, "return_code": code})
-    if len(job_ids) > EVENT_QUEUE:
-        store.tell(workflow_id, f"job_{said}", severity, None, len(job_ids) - EVENT_QUEUE)
-
-
-def tell_started(store, job_id):
-    """In a transaction: a job has begun to run. Call it only if the workflow is heard."""
-    workflow_id, name, node_id, run_id = store.one(
-        "SELECT w.id, j.name, j.compute_node_id, w.run_id FROM job j JOIN workflow w ON w.id ="
-        " j.workflow_id WHERE j.id = ?", (job_id,))
-    store.tell(workflow_id, "job_started", "info", {
-        "job_id": job_id, "job_name": name, "compute_node_id": node_id, "run_id": run_id})
+    if len(ended) > EVENT_QUEUE:
+        store.tell(workflow_id, f"job_{said}", severity, None, len(ended) - EVENT_QUEUE)
 
 
 def tell_node(store, node_id, started):
@@ -2319,157 +2482,198 @@ def tell_node(store, node_id, started):
                    {"compute_node_id": node_id, **dict(zip(names, row[1:]))})
 
 
-# ---- dependencies: counting, freeing, canceling
+# ---- the status of a job
 
-def reshaped(store, workflow_id):
-    """In a transaction: jobs or dependencies have come or gone, or have other names."""
-    store.execute("UPDATE workflow SET shape = shape + 1 WHERE id = ?", (workflow_id,))
+def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=None, started_ms=None,
+               forget=False):
+    """In a transaction: the one place that changes the status of jobs.
 
-
-def recount(store, workflow_id):
-    """In a transaction: set `unfinished` of every job from the dependencies' statuses."""
+    owner: the compute node that has them, None when no process of them is left. KEEP leaves them to
+    their node if that is at work and one of ours, which will say when it has ended them. cascaded:
+    canceled only for what they depend on. again: 1 for the next attempt. code: the return code of
+    those that failed. forget: their result is no longer the one that counts.
+    """
+    dooms = status in (CANCELED, TERMINATED) or status == FAILED and code != 0
+    at_work = status in (PENDING, RUNNING)
     store.execute(
-        "UPDATE job SET unfinished = (SELECT count(*) FROM job_dependency d JOIN job p"
-        " ON p.id = d.depends_on_job_id WHERE d.job_id = job.id"
-        f" AND p.status NOT IN {COMPLETE}) WHERE workflow_id = ?", (workflow_id,))
+        "UPDATE job SET status = ?, cascaded = ?, dooms = ?, attempt_id = attempt_id + ?,"
+        " started_ms = ?, result_id = CASE WHEN ? THEN NULL ELSE result_id END, compute_node_id ="
+        " CASE WHEN ? <> -1 OR ? IS NULL THEN ? WHEN ? THEN compute_node_id ELSE (SELECT n.id FROM"
+        " compute_node n WHERE n.id = job.compute_node_id AND n.beats AND n.is_active) END"
+        f" WHERE id IN {IDS}",
+        (status, cascaded, dooms, again, started_ms, forget, owner, owner, owner, at_work,
+         compact(ids)))
 
 
-def shift_dependents(store, job_ids, difference):
-    """In a transaction: jobs entered (-1) or left (+1) the complete set; count their dependents."""
-    for job_id in job_ids:
-        store.execute("UPDATE job SET unfinished = unfinished + ? WHERE id IN"
-                      " (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)",
-                      (difference, job_id))
-        if difference > 0:                # not begun yet: it waits again
-            store.execute(f"UPDATE job SET status = {BLOCKED} WHERE status = {READY} AND id IN"
-                          " (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)",
-                          (job_id,))
+def settle(store, workflow_id):
+    """In a transaction: what waits for nothing any more is ready, or canceled.
 
-
-def settle(store, workflow_id, candidates):
-    """In a transaction: free or cancel those of `candidates` that wait for nothing any more.
-
-    A blocked job is canceled if it wants that and a dependency ended badly: failed, canceled or
-    terminated, with a return code other than 0 or with no result (a canceled job has none, so
-    that everything downstream of a failure is canceled). Else it is ready. Canceled jobs settle
-    their own dependents in turn. Returns the ids made ready.
+    A blocked job without unfinished dependencies is canceled if it wants that and one of them was
+    canceled, terminated, or failed with a return code other than 0; so on downstream. Else it is
+    ready. In a canceled workflow nothing moves. Returns the ids made ready.
     """
     freed, ended = [], []
-    while candidates:
-        waiting = store.query(
-            "SELECT id, cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM job_dependency d"
-            " JOIN job p ON p.id = d.depends_on_job_id LEFT JOIN latest_result l ON l.job_id = p.id"
-            " LEFT JOIN result r ON r.id = l.result_id WHERE d.job_id = job.id AND p.status IN"
-            f" ({FAILED}, {CANCELED}, {TERMINATED}) AND (r.id IS NULL OR r.return_code <> 0))"
-            f" FROM job WHERE id IN {IDS} AND status = {BLOCKED} AND unfinished = 0",
-            (compact(candidates),))
-        freed += [job_id for job_id, doomed in waiting if not doomed]
-        doomed_ids = [job_id for job_id, doomed in waiting if doomed]
-        candidates = end_jobs(store, doomed_ids, CANCELED, cascaded=1) if doomed_ids else []
-        ended += doomed_ids
-    if ended and store.is_heard(workflow_id):
-        tell_ended(store, workflow_id, CANCELED, ended)
-    if freed:
-        store.execute(f"UPDATE job SET status = {READY} WHERE id IN {IDS}", (compact(freed),))
-        count_triggers(store, workflow_id, "on_jobs_ready", freed)
-    if ended:
-        count_triggers(store, workflow_id, "on_jobs_complete", ended)
+    while True:
+        rows = store.query(
+            "SELECT j.id, j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM job_dependency"
+            " d JOIN job p ON p.id = d.depends_on_job_id WHERE d.job_id = j.id AND p.dooms) FROM"
+            " workflow w CROSS JOIN job j INDEXED BY job_unsettled ON j.workflow_id = w.id AND"
+            f" j.status = {BLOCKED} AND j.unfinished = 0 WHERE w.id = ? AND NOT w.is_canceled",
+            (workflow_id,))
+        free = [job_id for job_id, is_doomed in rows if not is_doomed]
+        doomed = [job_id for job_id, is_doomed in rows if is_doomed]
+        if free:
+            set_status(store, free, READY)
+            freed += free
+        if not doomed:                    # else there may be more below them
+            break
+        set_status(store, doomed, CANCELED, cascaded=True, forget=True)
+        ended += doomed
+    tell_ended(store, workflow_id, CANCELED, ended)
     return freed
 
 
-def end_jobs(store, job_ids, status, cascaded=0):
-    """In a transaction: put jobs into the complete set; returns the ids of their dependents."""
-    text = compact(job_ids)
-    store.execute(f"UPDATE job SET status = ?, cascaded = ? WHERE id IN {IDS}",
-                  (status, cascaded, text))
-    shift_dependents(store, job_ids, -1)
-    return [row[0] for row in store.query(
-        f"SELECT DISTINCT job_id FROM job_dependency WHERE depends_on_job_id IN {IDS}", (text,))]
-
-
-def undo_cascade(store, job_ids):
-    """In a transaction: jobs that only the cascade below `job_ids` canceled are blocked again."""
-    below = [row[0] for row in store.query(
-        "WITH RECURSIVE below (id) AS (SELECT j.id FROM job_dependency d JOIN job j"
-        f" ON j.id = d.job_id WHERE d.depends_on_job_id IN {IDS} AND j.status = {CANCELED}"
-        " AND j.cascaded = 1 UNION SELECT j.id FROM below JOIN job_dependency d"
-        " ON d.depends_on_job_id = below.id JOIN job j ON j.id = d.job_id"
-        f" WHERE j.status = {CANCELED} AND j.cascaded = 1) SELECT id FROM below",
-        (compact(job_ids),))]
+def begin_anew(store, ids, status=BLOCKED, **more):
+    """In a transaction: jobs leave the state they are in, and what only their end had canceled is
+    blocked again. more: see set_status."""
+    below = [row[0] for row in store.query(f"""
+        WITH RECURSIVE below (id) AS (
+            SELECT j.id FROM json_each(?) v CROSS JOIN job p ON p.id = v.value AND p.dooms
+            CROSS JOIN job_dependency d ON d.depends_on_job_id = p.id
+            CROSS JOIN job j ON j.id = d.job_id AND j.cascaded
+            UNION SELECT j.id FROM below CROSS JOIN job_dependency d
+            ON d.depends_on_job_id = below.id CROSS JOIN job j ON j.id = d.job_id AND j.cascaded)
+        SELECT id FROM below WHERE id NOT IN {IDS}""", (compact(ids), compact(ids)))]
+    set_status(store, ids, status, **more)
     if below:
-        store.execute(f"UPDATE job SET status = {BLOCKED}, cascaded = 0 WHERE id IN {IDS}",
-                      (compact(below),))
-        shift_dependents(store, below, 1)
+        set_status(store, below, BLOCKED)
 
 
-def leave_complete(store, job, status):
-    """In a transaction: a job leaves the complete set; what its failure canceled is undone."""
-    if job.status in COMPLETE_SET:
-        shift_dependents(store, [job.id], 1)
-        undo_cascade(store, [job.id])
-    store.execute("UPDATE job SET status = ?, cascaded = 0, started_ms = NULL WHERE id = ?",
-                  (status, job.id))
+def finish(store, job, status, owner=None, code=None):
+    """In a transaction: an attempt of a job has ended as `status`."""
+    set_status(store, [job.id], status, owner, code=code)
+    tell_ended(store, job.workflow_id, status, [job.id], code)
 
 
-def finish(store, job, status, node=None, code=None):
-    """In a transaction: a job's attempt has ended as `status`; free or cancel its dependents.
+def hindrances(store, where, params, limit=-1):
+    """Dependencies for which jobs wait or with which they are canceled: [(job id, job name, id,
+    name and status of the dependency), ...]; those that never end by themselves first.
 
-    node: what compute_node_id becomes (None once no process of the job is left). code: its return
-    code, if there is one. Returns the ids made ready.
+    where: an SQL condition on the job j and its dependency p.
     """
-    store.execute("UPDATE job SET status = ?, compute_node_id = ?, cascaded = 0 WHERE id = ?",
-                  (status, node, job.id))
-    if store.is_heard(job.workflow_id):
-        tell_ended(store, job.workflow_id, status, [job.id], code)
-    freed = []
-    if status in COMPLETE_SET:
-        store.execute("UPDATE job SET unfinished = unfinished - 1 WHERE id IN"
-                      " (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)", (job.id,))
-        dependents = [row[0] for row in store.query(
-            "SELECT d.job_id FROM job_dependency d JOIN job j ON j.id = d.job_id WHERE"
-            f" d.depends_on_job_id = ? AND j.unfinished = 0 AND j.status = {BLOCKED}", (job.id,))]
-        if dependents:
-            freed = settle(store, job.workflow_id, dependents)
-    count_triggers(store, job.workflow_id, "on_jobs_complete", [job.id])
-    return freed
+    return store.query(
+        "SELECT j.id, j.name, p.id, p.name, p.status FROM job j JOIN job_dependency d ON d.job_id ="
+        f" j.id JOIN job p ON p.id = d.depends_on_job_id WHERE {where} AND {HINDERS} ORDER BY j.id,"
+        f" p.status IN ({DISABLED}, {PENDING_FAILED}) DESC, p.id LIMIT ?", (*params, limit))
 
 
-def check_end(store, workflow_id):
-    """In a transaction, after jobs have ended: tell and trigger if that was the last one."""
-    if is_complete(store, workflow_id):
-        store.execute("UPDATE workflow_action SET trigger_count = required_triggers WHERE"
-                      " workflow_id = ? AND trigger_type = 'on_workflow_complete'", (workflow_id,))
-        store.news(workflow_id)
+def refuse_hindered(store, ids):
+    """Raise Invalid for jobs that cannot run because of a job that is not among them."""
+    text = compact(list(ids))
+    for row in hindrances(store, f"j.id IN {IDS} AND p.id NOT IN {IDS}", (text, text), 1):
+        raise Invalid(f'job "{row[1]}" cannot run again: it depends on "{row[3]}" (job {row[2]}), '
+                      f"which is {STATUS_NAMES[row[4]]}. Retry that one, or both together")
+
+
+# ---- what an attempt began with
+
+def digests(store, ids):
+    """{job id: {part: digest}} of what decides the outcome of jobs, as it is now.
+
+    Parts: command (with its invocation script), dependencies, input files (with their times), user
+    data (with their contents). Not: resources, priority. Upstream: the job input hash.
+    """
+    text = compact(list(ids))
+    parts = {job_id: {"command": [command, script]} for job_id, command, script in store.query(
+        f"SELECT id, command, invocation_script FROM job WHERE id IN {IDS}", (text,))}
+    for job_id, part, value in store.query(
+            "SELECT job_id, 'dependencies', depends_on_job_id FROM job_dependency WHERE job_id IN"
+            f" {IDS} UNION ALL SELECT i.job_id, 'input files', json_array(f.id, f.st_mtime) FROM"
+            f" job_input_file i JOIN file f ON f.id = i.file_id WHERE i.job_id IN {IDS} UNION ALL"
+            " SELECT i.job_id, 'user data', json_array(u.id, u.data) FROM job_input_user_data i"
+            f" JOIN user_data u ON u.id = i.user_data_id WHERE i.job_id IN {IDS} ORDER BY 1, 2, 3",
+            (text, text, text)):
+        parts[job_id].setdefault(part, []).append(value)
+    return {job_id: {part: hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+                     for part, values in of_job.items()} for job_id, of_job in parts.items()}
+
+
+def note_seen(store, ids):
+    """In a transaction: remember what the attempts of jobs begin with."""
+    newest = store.one("SELECT seq FROM sqlite_sequence WHERE name = 'result'") or (0,)
+    store.execute_many("UPDATE job SET seen = ?, seen_result = ? WHERE id = ?",
+                       [(compact(found), newest[0], job_id)
+                        for job_id, found in digests(store, ids).items()])
+
+
+def changes_since(store, where, params):
+    """{job id: [what has changed since its last attempt began, ...]} of jobs for which an SQL
+    condition on j holds, in words; those that are up to date are left out."""
+    seen = dict(store.query(f"SELECT j.id, j.seen FROM job j WHERE {where} AND j.seen IS NOT NULL"
+                            " ORDER BY j.id", params))
+    changed = {}
+    for job_id, now in digests(store, seen).items():
+        before = json.loads(seen[job_id])
+        parts = [part for part in ("command", "dependencies", "input files", "user data")
+                 if before.get(part) != now.get(part)]
+        if parts:
+            changed[job_id] = [f"its {plain_names(parts)} changed"]
+    for job_id, name in store.query(
+            "SELECT j.id, min(p.name) FROM job j JOIN job_dependency d ON d.job_id = j.id JOIN job"
+            f" p ON p.id = d.depends_on_job_id WHERE {where} AND p.result_id > j.seen_result AND"
+            f" j.status IN {RAN} GROUP BY j.id ORDER BY j.id", params):
+        changed.setdefault(job_id, []).append(f'"{name}", on which it depends, ran again')
+    return changed
+
+
+RAN = f"({COMPLETED}, {FAILED}, {TERMINATED}, {PENDING_FAILED})"
+
+
+def ran_after(store, ids):
+    """Ids of jobs downstream of these that have run, so that they are out of date when these run
+    again."""
+    return [row[0] for row in store.query(
+        "WITH RECURSIVE below (id) AS (SELECT job_id FROM job_dependency WHERE depends_on_job_id IN"
+        f" {IDS} UNION SELECT d.job_id FROM below JOIN job_dependency d ON d.depends_on_job_id ="
+        f" below.id) SELECT j.id FROM below JOIN job j ON j.id = below.id WHERE j.status IN {RAN}"
+        " ORDER BY j.id", (compact(list(ids)),)) if row[0] not in set(ids)]
 
 
 # ---- initialize and reset
+
+DOWNSTREAM = """WITH RECURSIVE below (id) AS (
+    SELECT d.job_id FROM job j JOIN job_dependency d ON d.depends_on_job_id = j.id
+    WHERE j.workflow_id = ? AND j.status IN ({})
+    UNION SELECT d.job_id FROM below JOIN job_dependency d ON d.depends_on_job_id = below.id)
+SELECT id FROM below"""
+
 
 def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemeral=False):
     """In a transaction: derive dependencies, then make every job blocked or ready that should be.
 
     Upstream: initialize_jobs, both modes. Neither run_id nor attempt_id changes.
     """
-    workflow_row(store, workflow_id, "id")
     derive_dependencies(store, workflow_id)
     if clear_ephemeral:
         store.execute("UPDATE user_data SET data = NULL WHERE workflow_id = ? AND is_ephemeral = 1",
                       (workflow_id,))
     if only_uninitialized:
-        reset_downstream(store, workflow_id)
-    recount(store, workflow_id)
-    only = f"AND status = {UNINITIALIZED}" if only_uninitialized else ""
-    store.execute(f"UPDATE job SET status = {BLOCKED}, cascaded = 0 WHERE workflow_id = ?"
-                  f" AND unfinished > 0 {only}", (workflow_id,))
+        begin_anew(store, job_ids(
+            store, f"id IN ({DOWNSTREAM.format(UNINITIALIZED)}) AND status <> {UNINITIALIZED}",
+            (workflow_id,)), UNINITIALIZED)
+    open_jobs = f"status IN ({UNINITIALIZED}, {PENDING}, {RUNNING}, {TERMINATED}, {PENDING_FAILED})"
+    if not only_uninitialized:            # also what has ended but depends on what has not
+        open_jobs = f"({open_jobs} OR unfinished > 0 AND status <> {BLOCKED})"
+    begin_anew(store, job_ids(store, f"workflow_id = ? AND {open_jobs}", (workflow_id,)),
+               forget=True)
+    note_seen(store, job_ids(store, f"workflow_id = ? AND status = {BLOCKED}", (workflow_id,)))
+    settle(store, workflow_id)
+    store.execute("DELETE FROM workflow_action WHERE workflow_id = ? AND is_recovery = 1",
+                  (workflow_id,))
     store.execute(
-        f"UPDATE job SET status = {READY}, cascaded = 0 WHERE workflow_id = ? AND status NOT IN"
-        f" ({DISABLED}, {BLOCKED}, {COMPLETED}, {FAILED}, {CANCELED}, {READY})", (workflow_id,))
-    recount(store, workflow_id)
-    disown(store, workflow_id)
-    store.execute("DELETE FROM latest_result WHERE job_id IN (SELECT id FROM job WHERE"
-                  f" workflow_id = ? AND status NOT IN {COMPLETE})", (workflow_id,))
-    hashes = sorted(input_hashes(store, workflow_id).items())
-    store.insert_many("INSERT OR REPLACE INTO job_input_hash (job_id, hash)", 2, hashes)
-    reset_actions(store, workflow_id)
+        "UPDATE workflow_action SET executed = 0, executed_by = NULL, trigger_count = CASE WHEN"
+        " trigger_type IN ('on_workflow_start', 'on_worker_start', 'on_worker_complete') THEN"
+        " required_triggers ELSE trigger_count END WHERE workflow_id = ?", (workflow_id,))
     store.news(workflow_id)
 
 
@@ -2483,59 +2687,9 @@ def derive_dependencies(store, workflow_id):
             reshaped(store, workflow_id)
 
 
-def reset_downstream(store, workflow_id):
-    """In a transaction: everything downstream of an uninitialized job becomes uninitialized."""
-    store.execute(
-        "WITH RECURSIVE below (id) AS (SELECT d.job_id FROM job j JOIN job_dependency d"
-        f" ON d.depends_on_job_id = j.id WHERE j.workflow_id = ? AND j.status = {UNINITIALIZED}"
-        " UNION SELECT d.job_id FROM below JOIN job_dependency d ON d.depends_on_job_id = below.id)"
-        f" UPDATE job SET status = {UNINITIALIZED}, cascaded = 0 WHERE id IN below", (workflow_id,))
-
-
-def disown(store, workflow_id):
-    """In a transaction: jobs that run no more belong to nobody, unless a live runner of ours must
-    still end their process and say so."""
-    store.execute(
-        # The + keeps SQLite from walking the whole workflow: few jobs have a node (index job_node).
-        "UPDATE job SET compute_node_id = NULL WHERE +workflow_id = ? AND status NOT IN"
-        f" ({PENDING}, {RUNNING}) AND compute_node_id IS NOT NULL"
-        f" AND compute_node_id NOT IN {BEATING}", (workflow_id, workflow_id))
-
-
-def input_hashes(store, workflow_id):
-    """Job id: SHA-256 over what decides a job's outcome.
-
-    Command, invocation script, dependencies, input and output files, user data and the contents
-    of the user data read. Not: resources, priority, file times. Upstream: the job input hash.
-    """
-    ids = {name: {} for name in RELATIONS}
-    for name, (table, mine, theirs) in RELATIONS.items():
-        for job_id, other in store.bulk(
-                f"SELECT r.{mine}, r.{theirs} FROM job j JOIN {table} r ON r.{mine} = j.id"
-                " WHERE j.workflow_id = ?", 2, (workflow_id,)):
-            ids[name].setdefault(job_id, []).append(other)
-    contents = dict(store.query("SELECT id, data FROM user_data WHERE workflow_id = ?",
-                                (workflow_id,)))
-    jobs = store.bulk("SELECT id, command, invocation_script FROM job WHERE workflow_id = ?", 3,
-                      (workflow_id,))
-    hashes = {}
-    for job_id, command, script in jobs:
-        parts = [command, script or ""] + [sorted(of_job[job_id]) if job_id in of_job else 0
-                                           for of_job in ids.values()]
-        read = ids["input_user_data_ids"].get(job_id)
-        if read:
-            parts.append([contents.get(other) for other in sorted(read)])
-        hashes[job_id] = hashlib.sha256(repr(parts).encode()).hexdigest()
-    return hashes
-
-
-def changed_jobs(store, workflow_id):
-    """(id, name) of jobs whose input hash differs from the one stored at initialization, by id."""
-    stored = store.query(
-        "SELECT j.id, j.name, h.hash FROM job j JOIN job_input_hash h ON h.job_id = j.id"
-        " WHERE j.workflow_id = ? ORDER BY j.id", (workflow_id,))
-    present = input_hashes(store, workflow_id)
-    return [(job_id, name) for job_id, name, old in stored if present[job_id] != old]
+def reshaped(store, workflow_id):
+    """In a transaction: jobs or dependencies have come or gone, or have other names."""
+    store.execute("UPDATE workflow SET shape = shape + 1 WHERE id = ?", (workflow_id,))
 
 
 def reset_jobs(store, workflow_id, failed_only=False):
@@ -2544,37 +2698,27 @@ def reset_jobs(store, workflow_id, failed_only=False):
     failed_only: failed, canceled, terminated and pending_failed jobs, and what of the complete set
     lies downstream of them. Else all jobs, disabled ones included. Upstream: reset_job_status.
     """
-    if failed_only:
-        which = f"status IN ({FAILED}, {CANCELED}, {TERMINATED}, {PENDING_FAILED})"
-        downstream = [row[0] for row in store.query(
-            "WITH RECURSIVE below (id) AS (SELECT d.job_id FROM job j JOIN job_dependency d"
-            f" ON d.depends_on_job_id = j.id WHERE j.workflow_id = ? AND j.{which}"
-            " UNION SELECT d.job_id FROM below JOIN job_dependency d"
-            " ON d.depends_on_job_id = below.id) SELECT b.id FROM below b JOIN job j ON j.id = b.id"
-            f" WHERE j.status IN {COMPLETE}", (workflow_id,))]
-    else:
-        which, downstream = f"status <> {UNINITIALIZED}", []
-    updated = store.execute(f"UPDATE job SET status = {UNINITIALIZED}, cascaded = 0"
-                            f" WHERE workflow_id = ? AND {which}", (workflow_id,))
-    store.execute(f"UPDATE job SET status = {UNINITIALIZED}, cascaded = 0 WHERE id IN {IDS}",
-                  (compact(downstream),))
-    recount(store, workflow_id)
-    disown(store, workflow_id)
+    refuse_archived(store, workflow_id)
+    statuses = f"{FAILED}, {CANCELED}, {TERMINATED}, {PENDING_FAILED}"
+    chosen = job_ids(store, "workflow_id = ? AND " + (
+        f"status IN ({statuses})" if failed_only else f"status <> {UNINITIALIZED}"), (workflow_id,))
+    below = job_ids(store, f"id IN ({DOWNSTREAM.format(statuses)}) AND status IN {COMPLETE}",
+                    (workflow_id,)) if failed_only else []
+    begin_anew(store, list({*chosen, *below}), UNINITIALIZED)
+    if not failed_only:
+        store.execute("UPDATE workflow_action SET trigger_count = 0 WHERE workflow_id = ? AND"
+                      " executed = 0 AND job_ids IS NULL", (workflow_id,))
+    settle(store, workflow_id)
     store.news(workflow_id)
-    return updated
+    return len(chosen)
 
 
 def cancel_workflow(store, workflow_id, user, now):
     """In a transaction: set the flag; pending and running jobs are canceled, others untouched."""
-    workflow_row(store, workflow_id, "id")
-    jobs = [row[0] for row in store.query(
-        f"SELECT id FROM job WHERE workflow_id = ? AND status IN ({PENDING}, {RUNNING})",
-        (workflow_id,))]
-    end_jobs(store, jobs, CANCELED)
-    if jobs and store.is_heard(workflow_id):
-        tell_ended(store, workflow_id, CANCELED, jobs)
-    disown(store, workflow_id)
     store.execute("UPDATE workflow SET is_canceled = 1 WHERE id = ?", (workflow_id,))
+    jobs = job_ids(store, f"workflow_id = ? AND status IN ({PENDING}, {RUNNING})", (workflow_id,))
+    set_status(store, jobs, CANCELED)
+    tell_ended(store, workflow_id, CANCELED, jobs)
     store_event(store, workflow_id, now, {"category": "workflow_canceled", "user": user,
                                           "workflow_id": workflow_id})
     store.news(workflow_id)
@@ -2585,10 +2729,7 @@ def reset_workflow(store, workflow_id, force, user, now):
 
     Upstream: reset_workflow_status.
     """
-    archived = workflow_row(store, workflow_id, "is_archived")[0]
-    if archived:
-        raise Invalid(f"workflow {workflow_id} is archived: torc workflows archive false "
-                      f"{workflow_id} brings it back")
+    refuse_archived(store, workflow_id)
     busy = store.one("SELECT (SELECT count(*) FROM job WHERE workflow_id = ? AND status IN"
                      f" ({PENDING}, {RUNNING})), (SELECT count(*) FROM scheduled_compute_node"
                      " WHERE workflow_id = ? AND status IN ('pending', 'active'))",
@@ -2598,9 +2739,7 @@ def reset_workflow(store, workflow_id, force, user, now):
                       f"{busy[1]} allocations scheduled): cancel it first, or take --force")
     store.execute("UPDATE workflow SET is_canceled = 0, is_archived = 0,"
                   " has_detected_need_to_run_completion_script = 0 WHERE id = ?", (workflow_id,))
-    settle(store, workflow_id, [row[0] for row in store.query(
-        f"SELECT id FROM job WHERE workflow_id = ? AND status = {BLOCKED} AND unfinished = 0",
-        (workflow_id,))])
+    settle(store, workflow_id)
     store_event(store, workflow_id, now, {
         "category": "user_action", "action": "reset_workflow_status", "user": user,
         "workflow_id": workflow_id, "force": force})
@@ -2613,28 +2752,22 @@ class Capacity:
     """What is free for claimed jobs: values of one node, times `nodes`.
 
     A job of several nodes takes whole ones; single-node jobs share the rest, and only the sum is
-    checked. None for cpus means that resources do not count.
+    checked.
     """
 
     def __init__(self, cpus, memory, gpus, nodes):
         self.node = (cpus, memory, gpus)
-        self.nodes = max(nodes, 1)
-        self.whole = 0
+        self.nodes = nodes
         self.shared = (0, 0, 0)
 
     def take(self, need, nodes):
         """Take (cpus, memory, gpus) on `nodes` nodes if they fit; says whether they did."""
-        if nodes > 1:
-            rest = self.nodes - self.whole - nodes
-            if rest < 0 or any(used > one * rest for one, used in zip(self.node, self.shared)):
-                return False
-            self.whole += nodes
-            return True
-        rest = self.nodes - self.whole
-        if any(used + want > one * rest
-               for want, one, used in zip(need, self.node, self.shared)):
+        whole = nodes if nodes > 1 else 0
+        shared = self.shared if whole else tuple(map(sum, zip(self.shared, need)))
+        rest = self.nodes - whole
+        if rest < 0 or any(used > one * rest for one, used in zip(self.node, shared)):
             return False
-        self.shared = tuple(used + want for used, want in zip(self.shared, need))
+        self.nodes, self.shared = rest, shared
         return True
 
 
@@ -2681,61 +2814,50 @@ def candidates(store, workflow_id, limit, fit="1", params=()):
         " ORDER BY j.priority DESC, j.id LIMIT ?", (workflow_id, *params, limit))
 
 
-def mark_pending(store, job_ids, node_id=None):
-    """In a transaction: jobs are claimed, by a node if that is known."""
-    store.execute(f"UPDATE job SET status = {PENDING}, compute_node_id = ? WHERE id IN {IDS}",
-                  (node_id, compact(job_ids)))
+def take(store, ids, node_id=None):
+    """In a transaction: jobs are claimed, by a node if that is known; returns their ids."""
+    if ids:
+        set_status(store, ids, PENDING, node_id)
+        note_seen(store, ids)
+    return ids
 
 
 def claim_next(store, workflow_id, limit):
     """In a transaction: claim ready jobs whatever they need; ids in claim order.
 
-    Upstream: claim_next_jobs. Raises NotFound.
+    Upstream: claim_next_jobs.
     """
     if workflow_row(store, workflow_id, "is_canceled")[0] or limit == 0:
         return []
-    chosen = [row[0] for row in candidates(store, workflow_id, limit)]
-    mark_pending(store, chosen)
-    return chosen
+    return take(store, [row[0] for row in candidates(store, workflow_id, limit)])
 
 
-def fit_condition(want):
-    """SQL condition and parameters for a requirement and job that suit a node's request."""
-    sql = ["r.num_cpus <= ?", "r.memory_bytes <= ?", "r.num_gpus <= ?", "r.num_nodes <= ?"]
-    params = [want["num_cpus"], want["memory_bytes"], want["num_gpus"], want["num_nodes"]]
-    if want.get("time_left_s") is not None:
-        sql.append("r.runtime_s <= ?")
-        params.append(want["time_left_s"])
-    return " AND ".join(sql), params
-
-
-def scheduler_condition(store, workflow_id, fit, params, scheduler_id, strict):
-    """Narrow `fit` to jobs of this scheduler or of none; all jobs if there are none such, unless
-    strict."""
+def for_scheduler(store, workflow_id, fit, params, claim):
+    """Narrow `fit` to jobs of the scheduler of a claim or of none; all jobs if there are none such,
+    unless it is strict about that."""
     narrow = f"{fit} AND (j.scheduler_id IS NULL OR j.scheduler_id = ?)"
-    narrow_params = [*params, scheduler_id]
-    if strict or candidates(store, workflow_id, 1, narrow, narrow_params):
+    narrow_params = [*params, claim.get("scheduler_config_id")]
+    if claim.get("strict_scheduler_match") or candidates(store, workflow_id, 1, narrow,
+                                                         narrow_params):
         return narrow, narrow_params
     return fit, params
 
 
-def claim_by_resources(store, workflow_id, limit, want, strict):
+def claim_by_resources(store, workflow_id, limit, want):
     """In a transaction: claim the ready jobs that fit; ids in claim order.
 
     want: num_cpus, memory_bytes, num_gpus, num_nodes (free, per node), time_left_s,
-    scheduler_config_id. The limit cuts the candidates before they are packed, as upstream does:
-    claim_jobs_based_on_resources. Raises NotFound.
+    scheduler_config_id, strict_scheduler_match. The limit cuts the candidates before they are
+    packed, as upstream does: claim_jobs_based_on_resources.
     """
-    fit, params = scheduler_condition(store, workflow_id, *fit_condition(want),
-                                      want.get("scheduler_config_id"), strict)
-    capacity = Capacity(want["num_cpus"], want["memory_bytes"], want["num_gpus"], want["num_nodes"])
-    if want["num_nodes"] < 1:
-        return []
-    chosen = [job_id for job_id, _, cpus, memory, gpus, nodes
-              in candidates(store, workflow_id, limit, fit, params)
-              if capacity.take((cpus, memory, gpus), nodes)]
-    mark_pending(store, chosen)
-    return chosen
+    node = [want["num_cpus"], want["memory_bytes"], want["num_gpus"], want["num_nodes"]]
+    fit, params = for_scheduler(
+        store, workflow_id, "r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ? AND"
+        " r.num_nodes <= ? AND r.runtime_s <= ?", [*node, want["time_left_s"]], want)
+    capacity = Capacity(*node)
+    return take(store, [job_id for job_id, _, cpus, memory, gpus, nodes
+                        in candidates(store, workflow_id, limit, fit, params)
+                        if capacity.take((cpus, memory, gpus), nodes)])
 
 
 def claim_for_runner(store, workflow_id, node_id, claim):
@@ -2755,167 +2877,148 @@ def claim_for_runner(store, workflow_id, node_id, claim):
         if claim.get("time_left_s") is not None:
             fit += " AND r.runtime_s <= ?"
             params.append(claim["time_left_s"])
-        fit, params = scheduler_condition(
-            store, workflow_id, fit, params, claim.get("scheduler_config_id"),
-            claim.get("strict_scheduler_match", False))
+        fit, params = for_scheduler(store, workflow_id, fit, params, claim)
         found = candidates(store, workflow_id, limit - len(chosen), fit, params)
-        taken = [row[0] for row in found if not bins or bins.take(row[2:5], row[5])]
-        if not taken:
-            break
-        mark_pending(store, taken, node_id)
+        taken = take(store, [row[0] for row in found if not bins or bins.take(row[2:5], row[5])],
+                     node_id)
         chosen += taken
-        if not bins or len(taken) == len(found) < limit:
+        if not taken or not bins or len(taken) == len(found) < limit:
             break
-    return chosen, prefetch(store, workflow_id, node_id, claim.get("prefetch"))
-
-
-def prefetch(store, workflow_id, node_id, want):
-    """In a transaction: claim a few jobs of one requirement, whatever is free; their ids."""
-    if not want or want["limit"] < 1:
-        return []
-    chosen = [row[0] for row in candidates(store, workflow_id, min(want["limit"], 64),
-                                           "r.id = ?", (want["resource_requirements_id"],))]
-    mark_pending(store, chosen, node_id)
-    return chosen
+    more = claim.get("prefetch") or {"limit": 0}
+    return chosen, take(store, [row[0] for row in candidates(
+        store, workflow_id, min(more["limit"], 64), "r.id = ?",
+        (more["resource_requirements_id"],))] if more["limit"] > 0 else [], node_id)
 
 
 # ---- one conversation per runner
 
-RESULT_COLUMNS = ("workflow_id", "job_id", "run_id", "attempt_id", "compute_node_id", "return_code",
-                  "exec_time_minutes", "completion_time", "status", "peak_memory_bytes",
-                  "avg_memory_bytes", "peak_cpu_percent", "avg_cpu_percent", "stderr_tail")
+def store_result(store, values, replace=False, counts=True):
+    """In a transaction: insert a result from a checked body; returns its id.
 
-
-def store_result(store, values, replace=False):
-    """In a transaction: insert a result (columns of RESULT_COLUMNS) and make it the latest."""
-    verb = "INSERT OR REPLACE" if replace else "INSERT"
-    result_id = store.insert(
-        f"{verb} INTO result ({', '.join(RESULT_COLUMNS)}) VALUES"
-        f" ({', '.join('?' * len(RESULT_COLUMNS))})", [values.get(name) for name in RESULT_COLUMNS])
-    store.execute("INSERT OR REPLACE INTO latest_result VALUES (?, ?)",
-                  (values["job_id"], result_id))
+    replace: instead of one of the same attempt. counts: it is the one by which its job is judged.
+    """
+    if replace:
+        store.execute("DELETE FROM result WHERE job_id = ? AND run_id = ? AND attempt_id = ?",
+                      [values[name] for name in ("job_id", "run_id", "attempt_id")])
+    asked = store.one("SELECT id, cpus, memory FROM asked WHERE job_id = ?",
+                      (values["job_id"],))
+    result_id = add(store, KINDS["result"], values,
+                    **dict(zip(("asked_id", "asked_cpus", "asked_memory"), asked or ())))
+    if counts:
+        store.execute("UPDATE job SET result_id = ? WHERE id = ?", (result_id, values["job_id"]))
     return result_id
 
 
-def take_completion(store, workflow_id, run_id, node_id, done):
-    """In a transaction: apply one completion a runner reports; returns the ids made ready.
+def take_completion(store, workflow_id, run_id, node_id, done, job):
+    """In a transaction: apply one completion a runner reports; says whether it ended the attempt.
 
-    run_id: the workflow's. Counts once: the same (job, run, attempt) again changes nothing, except
-    that it replaces the -128 which stands for a runner believed dead. A completion of an attempt
-    that the job has left behind (canceled, reset, taken over) is kept as a result and changes no
-    status.
+    run_id: the workflow's. job: its JobRow, as far as it is known. Counts once: the same (job, run,
+    attempt) again changes nothing, except that it replaces the -128 which stands for a runner
+    believed dead. A completion of an attempt that the job has left behind (canceled, reset, taken
+    over) is kept as a result and changes no status.
     """
-    try:
-        job = job_row(store, done["job_id"])
-    except NotFound:
-        return []                         # deleted meanwhile
-    if job.workflow_id != workflow_id:
-        return []
-    values = {**done, "workflow_id": workflow_id, "compute_node_id": node_id,
-              "status": STATUS_OF_NAME[done["status"]]}
+    for job in [job] if job else find_jobs(store, "id = ? AND workflow_id = ?",
+                                          (done["job_id"], workflow_id)):
+        break
+    else:
+        return False                      # deleted meanwhile
+    values = {**done, "workflow_id": workflow_id, "compute_node_id": node_id}
     earlier = store.one("SELECT return_code FROM result WHERE job_id = ? AND run_id = ?"
                         " AND attempt_id = ?", (job.id, done["run_id"], done["attempt_id"]))
     mine = job.compute_node_id == node_id
     same = job.attempt_id == done["attempt_id"] and (not earlier or done["run_id"] == run_id)
-    if mine and same and job.status in (PENDING, RUNNING):
+    at_work = job.status in (PENDING, RUNNING)
+    lost = bool(earlier) and earlier[0] == ORPHAN_RETURN_CODE != done["return_code"]
+    revives = lost and same and job.status == FAILED and not job.compute_node_id
+    if mine and same and at_work or revives:
+        if revives:
+            begin_anew(store, [job.id], RUNNING)
         store_result(store, values, replace=bool(earlier))
-        return apply_completion(store, job, values)
-    if earlier and earlier[0] == ORPHAN_RETURN_CODE and done["return_code"] != ORPHAN_RETURN_CODE:
-        store_result(store, values, replace=True)
-        if same and job.status == FAILED and not job.compute_node_id:
-            leave_complete(store, job, RUNNING)
-            return apply_completion(store, job._replace(status=RUNNING), values)
-    elif not earlier:
-        latest = store.one("SELECT result_id FROM latest_result WHERE job_id = ?", (job.id,))
-        store_result(store, values)
-        if latest and not same:
-            store.execute("UPDATE latest_result SET result_id = ? WHERE job_id = ?",
-                          (latest[0], job.id))
-    if mine and job.status not in (PENDING, RUNNING):   # else the node has its next attempt
-        disown_job(store, job)
-    return []
+        apply_completion(store, job, values)
+        return True
+    if lost or not earlier:
+        counting = store.one("SELECT r.run_id, r.attempt_id FROM job j JOIN result r ON r.id ="
+                             " j.result_id WHERE j.id = ?", (job.id,))
+        store_result(store, values, replace=lost, counts=same or counting in (
+            None, (done["run_id"], done["attempt_id"])))
+    if mine and not at_work:              # else the node has its next attempt
+        disown(store, [job])
+    return mine and not at_work
 
 
 def apply_completion(store, job, values):
-    """In a transaction: the job's status follows its completion; returns the ids made ready."""
+    """In a transaction: the job's status follows its completion."""
     for file in values.get("output_files") or ():
         store.execute("UPDATE file SET st_mtime = ? WHERE id = ? AND workflow_id = ?",
                       (file["st_mtime"], file["id"], job.workflow_id))
     if values.get("requeue"):
-        return requeue(store, job)
-    return finish(store, job, values["status"], code=values["return_code"])
+        set_status(store, [job.id], BLOCKED, None, again=1)
+    else:
+        finish(store, job, STATUS_OF_NAME[values["status"]], None, values["return_code"])
 
 
-def requeue(store, job):
-    """In a transaction: the job is ready again with the next attempt; returns its id in a list."""
-    store.execute(f"UPDATE job SET status = {READY}, attempt_id = attempt_id + 1,"
-                  " compute_node_id = NULL WHERE id = ?", (job.id,))
-    count_triggers(store, job.workflow_id, "on_jobs_ready", [job.id])
-    return [job.id]
+def disown(store, jobs):
+    """In a transaction: no process of these jobs is left, so they may be handed out again."""
+    store.execute(f"UPDATE job SET compute_node_id = NULL WHERE id IN {IDS}",
+                  (compact([job.id for job in jobs]),))
+    if any(job.status == READY for job in jobs):
+        store.news(jobs[0].workflow_id)
 
 
-def disown_job(store, job):
-    """In a transaction: no process of the job is left, so it may be handed out again."""
-    store.execute("UPDATE job SET compute_node_id = NULL WHERE id = ?", (job.id,))
-    if job.status == READY:
-        store.news(job.workflow_id)
+def take_starts(store, workflow_id, node_id, starts, owned, now):
+    """In a transaction: claimed jobs of this node have begun to run. owned: {id: JobRow}."""
+    begun = [job["job_id"] for job in starts if is_claim(owned, job)]
+    set_status(store, begun, RUNNING, node_id, started_ms=int(now * 1000))
+    for job_id in begun:
+        owned[job_id] = owned[job_id]._replace(status=RUNNING)
+        tell_started(store, workflow_id, owned[job_id], node_id)
 
 
-def take_starts(store, workflow_id, node_id, starts, now):
-    """In a transaction: claimed jobs of this node have begun to run."""
-    for start in starts:
-        if store.execute(
-                f"UPDATE job SET status = {RUNNING}, started_ms = ? WHERE id = ? AND workflow_id ="
-                f" ? AND attempt_id = ? AND compute_node_id = ? AND status = {PENDING}",
-                (int(now * 1000), start["job_id"], workflow_id, start["attempt_id"], node_id)
-                ) and store.is_heard(workflow_id):
-            tell_started(store, start["job_id"])
+def tell_started(store, workflow_id, job, node_id):
+    """In a transaction: a job has begun to run."""
+    if store.is_heard(workflow_id):
+        store.tell(workflow_id, "job_started", "info", {
+            "job_id": job.id, "job_name": job.name, "compute_node_id": node_id,
+            "run_id": workflow_row(store, workflow_id, "run_id")[0]})
 
 
-def take_returns(store, workflow_id, node_id, returns):
-    """In a transaction: claimed jobs that never started go back; returns their ids."""
-    back = []
-    for job in returns:
-        if store.execute(f"UPDATE job SET status = {READY}, compute_node_id = NULL WHERE id = ?"
-                         " AND workflow_id = ? AND attempt_id = ? AND compute_node_id = ?"
-                         f" AND status = {PENDING}",
-                         (job["job_id"], workflow_id, job["attempt_id"], node_id)):
-            back.append(job["job_id"])
-    return back
+def is_claim(owned, job):
+    """Whether {"job_id", "attempt_id"} names a claimed job among those owned that has not begun."""
+    known = owned.get(job["job_id"])
+    return known and known.status == PENDING and known.attempt_id == job["attempt_id"]
 
 
-def compare_held(store, workflow_id, node_id, held):
-    """In a transaction: what this node must stop, and which of its pending jobs it does not know.
+def compare_held(store, workflow_id, owned, held):
+    """In a transaction: what a node must stop, and which of its pending jobs it does not know.
 
-    Returns (stop list of the answer, ids to hand out again). Jobs the node no longer has and that
-    have left pending and running are free of it.
+    owned: {id: JobRow} of its jobs; held: [[job id, attempt id], ...] that it has. Returns (stop
+    list of the answer, ids to hand out again). Jobs it no longer has and that have left pending and
+    running are free of it.
     """
-    owned = {row[0]: JobRow(*row) for row in store.query(
-        f"SELECT {', '.join(JobRow._fields)} FROM job WHERE compute_node_id = ?", (node_id,))}
-    stop, known = [], set()
-    for job_id, attempt_id in held:
-        known.add(job_id)
-        job = owned.get(job_id)
-        if not job or job.attempt_id != attempt_id or job.status not in (PENDING, RUNNING):
-            row = store.one("SELECT status FROM job WHERE id = ?", (job_id,))
-            stop.append({"job_id": job_id, "attempt_id": attempt_id,
-                         "status": STATUS_NAMES[row[0]] if row else "deleted"})
-    lost = [job.id for job in owned.values() if job.id not in known and job.status == PENDING]
-    for job in owned.values():
-        if job.id not in known and job.status not in (PENDING, RUNNING):
-            disown_job(store, job)
-    return stop, lost
+    statuses = dict(store.query(f"SELECT id, status FROM job WHERE id IN {IDS} AND workflow_id = ?",
+                                (compact([job_id for job_id, _ in held]), workflow_id)))
+    current = {(job.id, job.attempt_id) for job in owned.values()
+               if job.status in (PENDING, RUNNING)}
+    stop = [{"job_id": job_id, "attempt_id": attempt_id,
+             "status": STATUS_NAMES[statuses[job_id]] if job_id in statuses else "deleted"}
+            for job_id, attempt_id in held if (job_id, attempt_id) not in current]
+    known = {job_id for job_id, _ in held}
+    unknown = [job for job in owned.values() if job.id not in known]
+    gone = [job for job in unknown if job.status not in (PENDING, RUNNING)]
+    if gone:
+        disown(store, gone)
+    return stop, [job.id for job in unknown if job.status == PENDING]
 
 
-def claimed_jobs(store, job_ids, run_id, prefetched=()):
-    """Claimed jobs as the runner needs them, in the order of `job_ids`, and their requirements."""
+def claimed_jobs(store, ids, run_id, prefetched=()):
+    """Claimed jobs as the runner needs them, in the order of `ids`, and their requirements."""
     names = ("id", "workflow_id", "name", "command", "invocation_script",
              "resource_requirements_id", "failure_handler_id", "attempt_id", "priority", "stdio")
-    text = compact(job_ids)
+    text = compact(ids)
     rows = {row[0]: row for row in store.query(
         f"SELECT {', '.join(names)} FROM job WHERE id IN {IDS}", (text,))}
     jobs = [{name: value for name, value in zip(names, rows[job_id]) if value is not None}
-            for job_id in job_ids]
+            for job_id in ids]
     by_id = {job["id"]: job for job in jobs}
     for job in jobs:
         job["run_id"] = run_id
@@ -2928,9 +3031,9 @@ def claimed_jobs(store, job_ids, run_id, prefetched=()):
     kind = KINDS["resource_requirements"]
     wanted = compact(sorted({job["resource_requirements_id"] for job in jobs}))
     requirements = store.query(
-        f"SELECT {', '.join(field.name for field in kind.fields)} FROM resource_requirements"
+        f"SELECT {', '.join(field.name for field in columns(kind))} FROM resource_requirements"
         f" WHERE id IN {IDS}", (wanted,))
-    return jobs, {str(row[0]): to_record(kind.fields, row) for row in requirements}
+    return jobs, {str(row[0]): to_record(columns(kind), row) for row in requirements}
 
 
 def runner_step(store, workflow_id, step, now):
@@ -2943,46 +3046,50 @@ def runner_step(store, workflow_id, step, now):
     """
     run_id, canceled, minutes = workflow_row(
         store, workflow_id, "run_id, is_canceled, compute_node_wait_for_healthy_database_minutes")
-    node_id, number = step["compute_node_id"], step.get("step", 0)
-    node = store.one("SELECT is_active, beats FROM compute_node WHERE id = ? AND workflow_id = ?",
+    node_id, number, replay = step["compute_node_id"], step["step"], step.get("replay")
+    last = store.one("SELECT step FROM compute_node WHERE id = ? AND workflow_id = ?",
                      (node_id, workflow_id))
-    if not node:
+    if not last:
         raise not_found(KINDS["compute_node"], node_id)
-    replay = bool(step.get("replay"))
-    last = store.heard.get(node_id, (0, 0))[1]
+    is_new = bool(replay) or number > last[0]
     answer = {"jobs": [], "requirements": {}, "stop": [], "run_id": run_id}
-    if not replay and number < last:
-        return {**answer, **situation(store, workflow_id), "lease_s": lease_s(minutes)}
-    if not replay:
-        store.heard[node_id] = (time.monotonic(), number)
-        if node != (1, 1):
-            store.execute("UPDATE compute_node SET is_active = 1, beats = 1 WHERE id = ?",
-                          (node_id,))
-    freed = []
-    take_starts(store, workflow_id, node_id, step.get("starts") or (), now)
-    for done in step.get("completions") or ():
-        freed += take_completion(store, workflow_id, run_id, node_id, done)
-    if replay or number != last:
-        freed += take_returns(store, workflow_id, node_id, step.get("returns") or ())
-    if not replay:
-        answer["stop"], lost = compare_held(store, workflow_id, node_id, step.get("held") or ())
-        claim = step.get("claim")
-        chosen, extra = lost, []
-        if claim and not canceled and number != last:
-            claimed, extra = claim_for_runner(store, workflow_id, node_id, claim)
-            chosen = lost + claimed
-        if chosen or extra:
-            answer["jobs"], answer["requirements"] = claimed_jobs(
-                store, chosen + extra, run_id, extra)
-    if step.get("completions"):
-        check_end(store, workflow_id)
-    if step.get("closing"):
-        close_node(store, node_id, now)
-    answer.update(situation(store, workflow_id))
-    if freed and answer["has_ready"] or step.get("closing"):
-        store.news(workflow_id)           # others may want what this runner left
-        answer.update(situation(store, workflow_id))
-    answer["lease_s"] = lease_s(minutes)
+    freed, completions = [], step.get("completions", ())
+    if is_new or number == last[0]:
+        if not replay:
+            store.heard[node_id] = time.monotonic()
+            store.execute("UPDATE compute_node SET is_active = 1, beats = 1, step = ? WHERE id = ?",
+                          (number, node_id))
+        owned = {job.id: job for job in find_jobs(store, "compute_node_id = ?", (node_id,))}
+        take_starts(store, workflow_id, node_id, step.get("starts", ()), owned, now)
+        for done in completions:
+            if take_completion(store, workflow_id, run_id, node_id, done,
+                               owned.get(done["job_id"])):
+                owned.pop(done["job_id"], None)
+        back = [job["job_id"] for job in step.get("returns", ()) if is_new and is_claim(owned, job)]
+        if back:
+            set_status(store, back, BLOCKED, None)
+        freed = settle(store, workflow_id) if completions or back else []
+        if not replay:
+            held = {job_id: job for job_id, job in owned.items() if job_id not in back}
+            answer["stop"], chosen = compare_held(store, workflow_id, held, step.get("held", ()))
+            extra = []
+            if step.get("claim") and is_new and not canceled:
+                claimed, extra = claim_for_runner(store, workflow_id, node_id, step["claim"])
+                chosen += claimed
+            if chosen or extra:
+                answer["jobs"], answer["requirements"] = claimed_jobs(
+                    store, chosen + extra, run_id, extra)
+        if step.get("closing"):
+            close_node(store, node_id, now)
+    state = situation(store, workflow_id)
+    ended = [done["job_id"] for done in completions]
+    if (step.get("closing") or freed and state["has_ready"]    # others may want what this one left
+            or completions and (state["is_complete"] or store.one(
+                f"SELECT 1 FROM action_job WHERE job_id IN {IDS} LIMIT 1",
+                (compact(ended + freed),)))):
+        store.news(workflow_id)
+        state = situation(store, workflow_id)
+    answer.update(state, lease_s=lease_s(minutes))
     if step.get("counts"):
         answer["counts"] = counts(store, workflow_id)
     return answer
@@ -2998,9 +3105,8 @@ def situation(store, workflow_id):
     generation, canceled = workflow_row(store, workflow_id, "generation, is_canceled")
     ready, pending = store.one(
         f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status = {READY}"
-        " AND compute_node_id IS NULL), EXISTS (SELECT 1 FROM workflow_action WHERE"
-        " workflow_id = ? AND trigger_count >= required_triggers AND executed = 0)",
-        (workflow_id, workflow_id))
+        " AND compute_node_id IS NULL), EXISTS (SELECT 1 FROM workflow_action a WHERE"
+        f" workflow_id = ? AND {PENDING_ACTION})", (workflow_id, workflow_id))
     return {"generation": generation, "has_ready": bool(ready), "is_canceled": bool(canceled),
             "is_complete": is_complete(store, workflow_id), "pending_actions": bool(pending)}
 
@@ -3018,73 +3124,44 @@ def close_node(store, node_id, now):
     store.heard.pop(node_id, None)
 
 
-def orphan_result(job, run_id, node_id, now):
-    """The result that stands for an attempt whose runner died."""
-    return {"workflow_id": job.workflow_id, "job_id": job.id, "run_id": run_id,
-            "attempt_id": job.attempt_id, "compute_node_id": node_id,
-            "return_code": ORPHAN_RETURN_CODE, "exec_time_minutes": 0.0,
-            "completion_time": iso_time(now), "status": FAILED,
-            "stderr_tail": f"torc: the runner on compute node {node_id} died"}
-
-
 def release_node(store, node_id, now, ended=None, reason=""):
-    """In a transaction: a node's runner is proven dead, so its jobs are ready again.
+    """In a transaction: a node's runner is dead, so its jobs are ready again.
 
     Running ones keep a result (-128) of the attempt that was lost; the next attempt has the next
     number. ended: (status, return code) that running jobs get instead, where it is known what
     ended them. reason: for the tail of their stderr. Returns (requeued ids, number of others).
-    Raises NotFound.
     """
-    row = store.one("SELECT workflow_id FROM compute_node WHERE id = ?", (node_id,))
-    if not row:
-        raise not_found(KINDS["compute_node"], node_id)
-    run_id = workflow_row(store, row[0], "run_id")[0]
+    workflow_id, = store.one("SELECT workflow_id FROM compute_node WHERE id = ?", (node_id,))
+    run_id = workflow_row(store, workflow_id, "run_id")[0]
     requeued, others = [], 0
-    for job in owned_jobs(store, node_id):
+    status, code = ended or (FAILED, ORPHAN_RETURN_CODE)
+    for job in find_jobs(store, "compute_node_id = ?", (node_id,)):
         if job.status == RUNNING:
-            values = orphan_result(job, run_id, node_id, now)
-            if ended:
-                values.update(status=ended[0], return_code=ended[1])
-            if reason:
-                values["stderr_tail"] = f"torc: {reason}"
-            store_result(store, values, replace=True)
+            store_result(store, {
+                "workflow_id": workflow_id, "job_id": job.id, "run_id": run_id,
+                "attempt_id": job.attempt_id, "compute_node_id": node_id, "return_code": code,
+                "exec_time_minutes": 0.0, "completion_time": iso_time(now),
+                "status": STATUS_NAMES[status], "stderr_tail":
+                f"torc: {reason or f'the runner on compute node {node_id} died'}"}, replace=True)
         if job.status == RUNNING and ended:
-            finish(store, job, ended[0], code=ended[1])
+            finish(store, job, status, None, code)
             others += 1
         elif job.status in (PENDING, RUNNING):
-            requeued += requeue(store, job)
+            set_status(store, [job.id], BLOCKED, None, again=1)
+            requeued.append(job.id)
         else:
             others += 1
     close_node(store, node_id, now)
-    check_end(store, row[0])
-    store.news(row[0])
+    settle(store, workflow_id)
+    store.news(workflow_id)
     return requeued, others
-
-
-def owned_jobs(store, node_id):
-    """Jobs of which the node may have a process."""
-    return [JobRow(*values) for values in store.query(
-        f"SELECT {', '.join(JobRow._fields)} FROM job WHERE compute_node_id = ? ORDER BY id",
-        (node_id,))]
 
 
 def expire_node(store, node_id, now):
     """In a transaction: a node's lease ran out. Its running jobs fail with -128, its pending ones
     are ready again with the next attempt."""
-    row = store.one("SELECT workflow_id FROM compute_node WHERE id = ? AND is_active = 1",
-                    (node_id,))
-    if not row:
-        return
-    run_id = workflow_row(store, row[0], "run_id")[0]
-    for job in owned_jobs(store, node_id):
-        if job.status == RUNNING:
-            store_result(store, orphan_result(job, run_id, node_id, now), replace=True)
-            finish(store, job, FAILED, code=ORPHAN_RETURN_CODE)
-        elif job.status == PENDING:
-            requeue(store, job)
-    close_node(store, node_id, now)
-    check_end(store, row[0])
-    store.news(row[0])
+    if store.one("SELECT 1 FROM compute_node WHERE id = ? AND is_active = 1", (node_id,)):
+        release_node(store, node_id, now, (FAILED, ORPHAN_RETURN_CODE))
 
 
 def expired_nodes(store, now, started):
@@ -3096,7 +3173,7 @@ def expired_nodes(store, now, started):
     for node_id, minutes in store.query(
             "SELECT n.id, w.compute_node_wait_for_healthy_database_minutes FROM compute_node n"
             " JOIN workflow w ON w.id = n.workflow_id WHERE n.is_active = 1 AND n.beats = 1"):
-        left = store.heard.get(node_id, (started, 0))[0] + lease_s(minutes) - now
+        left = store.heard.get(node_id, started) + lease_s(minutes) - now
         if left <= 0:
             expired.append(node_id)
         else:
@@ -3107,46 +3184,39 @@ def expired_nodes(store, now, started):
 # ---- single jobs
 
 def complete_job(store, job_id, status, run_id, body):
-    """In a transaction: upstream's complete_job. Returns the result's id.
+    """In a transaction: upstream's complete_job.
 
-    Raises NotFound, Invalid (already complete; the body names another job), Internal (status not
-    terminal, wrong run, duplicate result, job disabled or pending_failed).
+    Raises NotFound; Invalid: status not terminal, already complete, the body names another job,
+    wrong run, job disabled or pending_failed; Conflict: the attempt has a result.
     """
     job = job_row(store, job_id)
     if status not in FINAL_SET:
-        raise Internal(f"status {STATUS_NAMES[status]} does not complete a job")
-    if job.status in COMPLETE_SET:
-        if not (job.status == CANCELED and job.cascaded):
-            raise Invalid(f"job {job_id} is already complete ({STATUS_NAMES[job.status]})")
+        raise Invalid(f"status {STATUS_NAMES[status]} does not complete a job")
+    if job.status in COMPLETE_SET and not job.cascaded:
+        raise Invalid(f"job {job_id} is already complete ({STATUS_NAMES[job.status]})")
     if body["job_id"] != job_id or body["workflow_id"] != job.workflow_id:
         raise Invalid(f"the result is for job {body['job_id']} of workflow {body['workflow_id']}, "
                       f"not for job {job_id} of workflow {job.workflow_id}")
-    current = workflow_row(store, job.workflow_id, "run_id")[0]
-    if run_id != current:
-        raise Internal(f"run_id {run_id} is not the workflow's, which is {current}")
+    check_run(store, job.workflow_id, run_id)
     if job.status in (DISABLED, PENDING_FAILED):
-        raise Internal(f"job {job_id} is {STATUS_NAMES[job.status]}")
-    result_id = store_result(store, {**body, "attempt_id": body.get("attempt_id") or 1,
-                                     "status": STATUS_OF_NAME[body["status"]]})
-    if job.status == CANCELED:            # only the cascade had canceled it
-        leave_complete(store, job, BLOCKED)
-    if finish(store, job, status, code=body["return_code"]):
-        store.news(job.workflow_id)
-    check_end(store, job.workflow_id)
-    return result_id
+        raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}")
+    if job.cascaded:                      # only the cascade had canceled it
+        begin_anew(store, [job_id])
+    store_result(store, body)
+    finish(store, job, status, None, body["return_code"])
+    settle(store, job.workflow_id)
+    store.news(job.workflow_id)
 
 
 def start_job(store, job_id, run_id, node_id, now):
-    """In a transaction: pending to running. Raises NotFound, Internal, Invalid."""
+    """In a transaction: pending to running. Raises NotFound, Invalid."""
     job = job_row(store, job_id)
     if job.status != PENDING:
-        raise Internal(f"job {job_id} is {STATUS_NAMES[job.status]}, not pending")
+        raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}, not pending")
     check_run(store, job.workflow_id, run_id)
-    store.execute(f"UPDATE job SET status = {RUNNING}, started_ms = ?, compute_node_id = (SELECT id"
-                  " FROM compute_node WHERE id = ?) WHERE id = ?",
-                  (int(now * 1000), node_id, job_id))
-    if store.is_heard(job.workflow_id):
-        tell_started(store, job_id)
+    known = store.one("SELECT id FROM compute_node WHERE id = ?", (node_id,))
+    set_status(store, [job_id], RUNNING, known and known[0], started_ms=int(now * 1000))
+    tell_started(store, job.workflow_id, job, node_id)
 
 
 def check_run(store, workflow_id, run_id):
@@ -3159,8 +3229,8 @@ def check_run(store, workflow_id, run_id):
 def manage_status(store, job_id, status, run_id):
     """In a transaction: set a status outside the complete set. Upstream: manage_status_change.
 
-    Raises Invalid, NotFound. From the complete set to uninitialized takes direct dependents that
-    are completed or failed along.
+    Ready means as soon as nothing hinders it. From the complete set to uninitialized takes direct
+    dependents that are completed or failed along. Raises Invalid, NotFound.
     """
     if status in COMPLETE_SET:
         raise Invalid(f"status {STATUS_NAMES[status]} is set by complete_job only")
@@ -3168,30 +3238,34 @@ def manage_status(store, job_id, status, run_id):
     if status == job.status:
         return
     check_run(store, job.workflow_id, run_id)
-    leave_complete(store, job, status)
+    ids = [job_id]
     if job.status in COMPLETE_SET and status == UNINITIALIZED:
-        for dependent in store.query(
-                "SELECT j.id FROM job_dependency d JOIN job j ON j.id = d.job_id WHERE"
-                f" d.depends_on_job_id = ? AND j.status IN ({COMPLETED}, {FAILED})", (job_id,)):
-            leave_complete(store, job_row(store, dependent[0]), UNINITIALIZED)
-    disown(store, job.workflow_id)
+        ids += job_ids(store, "id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id ="
+                       f" ?) AND status IN ({COMPLETED}, {FAILED})", (job_id,))
+    if status == READY:
+        refuse_hindered(store, ids)
+    begin_anew(store, ids, BLOCKED if status == READY else status)
+    settle(store, job.workflow_id)
     store.news(job.workflow_id)
 
 
 def retry_job(store, job_id, run_id, max_retries, now):
     """In a transaction: ready again with the next attempt. Upstream: retry_job.
 
-    The runner calls it while the job is running. Raises NotFound, Invalid.
+    Upstream's runner calls it while the job is running. One of ours keeps the job until it has said
+    that the process is gone. Raises NotFound, Invalid.
     """
     job = job_row(store, job_id)
+    refuse_archived(store, job.workflow_id)
     check_run(store, job.workflow_id, run_id)
     if job.status not in (RUNNING, FAILED, TERMINATED):
         raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}: only running, failed and "
                       "terminated jobs can be retried")
     if job.attempt_id >= max_retries:
         raise Invalid(f"job {job_id} has had {job.attempt_id} attempts of {max_retries}")
-    leave_complete(store, job, READY)
-    requeue(store, job)
+    refuse_hindered(store, [job_id])
+    begin_anew(store, [job_id], again=1)
+    settle(store, job.workflow_id)
     store_event(store, job.workflow_id, now, {
         "event_type": "job_retried", "job_id": job_id, "job_name": job.name, "run_id": run_id,
         "previous_attempt": job.attempt_id, "new_attempt": job.attempt_id + 1,
@@ -3205,88 +3279,67 @@ def stop_job(store, job_id, status):
     Its dependents follow the rules of settle. Raises NotFound, Invalid when it has ended already.
     """
     job = job_row(store, job_id)
+    refuse_archived(store, job.workflow_id)
     if status not in (CANCELED, TERMINATED):
         raise Invalid(f"a job is stopped as canceled or terminated, not as {STATUS_NAMES[status]}")
     if job.status in COMPLETE_SET:
         raise Invalid(f"job {job_id} has already ended ({STATUS_NAMES[job.status]})")
-    started = job.status in (PENDING, RUNNING)
-    store.execute("DELETE FROM latest_result WHERE job_id = ?", (job_id,))
-    finish(store, job, status, node=job.compute_node_id if started else None)
-    disown(store, job.workflow_id)
-    check_end(store, job.workflow_id)
+    set_status(store, [job_id], status, forget=True)
+    tell_ended(store, job.workflow_id, status, [job_id])
+    settle(store, job.workflow_id)
     store.news(job.workflow_id)
 
 
-def rerun_jobs(store, workflow_id, job_ids):
-    """In a transaction: ended jobs of a workflow are ready (or blocked) again, a new attempt each.
+def rerun_jobs(store, workflow_id, ids, only=False):
+    """In a transaction: ended jobs of a workflow run again, a new attempt each, and so does what
+    has run downstream of them, unless `only`. What their failure had canceled is blocked again.
 
-    What their failure had canceled is blocked again. Raises NotFound, Invalid.
+    Returns the ids of those that run again. Raises Invalid.
     """
+    refuse_archived(store, workflow_id)
     if workflow_row(store, workflow_id, "is_canceled")[0]:
         raise Invalid(f"workflow {workflow_id} is canceled: torc workflows reset-status "
                       f"{workflow_id} --failed-only --reinitialize starts it again")
-    for job_id in job_ids:
-        status = job_row(store, job_id).status
-        if status not in (*COMPLETE_SET, PENDING_FAILED):
-            raise Invalid(f"job {job_id} is {STATUS_NAMES[status]}: only a job that has ended can "
-                          "be retried")
-    for job_id in job_ids:                # read anew: one before it may have blocked it again
-        leave_complete(store, job_row(store, job_id), BLOCKED)
-        store.execute("UPDATE job SET attempt_id = attempt_id + 1 WHERE id = ?", (job_id,))
-        store.execute("DELETE FROM latest_result WHERE job_id = ?", (job_id,))
-    ready = [row[0] for row in store.query(
-        f"SELECT id FROM job WHERE id IN {IDS} AND unfinished = 0", (compact(job_ids),))]
-    store.execute(f"UPDATE job SET status = {READY} WHERE id IN {IDS}", (compact(ready),))
-    count_triggers(store, workflow_id, "on_jobs_ready", ready)
+    for job in find_jobs(store, f"id IN {IDS}", (compact(ids),)):
+        if job.status not in FINAL_SET:
+            raise Invalid(f"job {job.id} is {STATUS_NAMES[job.status]}: only a job that has ended "
+                          "can be retried")
+    again = [*ids, *([] if only else ran_after(store, ids))]
+    refuse_hindered(store, again)
+    begin_anew(store, again, again=1, forget=True)
+    settle(store, workflow_id)
     store.news(workflow_id)
+    return again
+
+
+def delete_jobs(store, workflow_id, where, params):
+    """In a transaction: delete the jobs of a workflow for which an SQL condition holds; what waited
+    for them waits no more. Returns how many."""
+    number = store.execute(f"DELETE FROM job WHERE workflow_id = ? AND {where}",
+                           (workflow_id, *params))
+    settle(store, workflow_id)
+    reshaped(store, workflow_id)
+    store.news(workflow_id)
+    return number
 
 
 # ---- actions
 
-def count_triggers(store, workflow_id, trigger, job_ids):
-    """In a transaction: jobs became ready or complete; count that for actions that list them."""
-    raised = store.query(
-        "SELECT a.id, count(*) FROM action_job x JOIN workflow_action a ON a.id = x.action_id"
-        f" WHERE x.job_id IN {IDS} AND a.trigger_type = ? AND a.trigger_count < a.required_triggers"
-        " GROUP BY a.id", (compact(job_ids), trigger))
-    for action_id, number in raised:
-        store.execute("UPDATE workflow_action SET trigger_count ="
-                      " min(required_triggers, trigger_count + ?) WHERE id = ?",
-                      (number, action_id))
-    if raised:
-        store.news(workflow_id)
-
-
-def reset_actions(store, workflow_id):
-    """In a transaction, at initialization: recovery actions go, others begin anew."""
-    store.execute("DELETE FROM workflow_action WHERE workflow_id = ? AND is_recovery = 1",
-                  (workflow_id,))
-    store.execute(
-        "UPDATE workflow_action SET executed = 0, executed_by = NULL, trigger_count = CASE"
-        " WHEN trigger_type IN ('on_workflow_start', 'on_worker_start', 'on_worker_complete')"
-        " THEN required_triggers"
-        " WHEN trigger_type IN ('on_jobs_ready', 'on_jobs_complete') THEN (SELECT count(*)"
-        " FROM action_job x JOIN job j ON j.id = x.job_id WHERE x.action_id = workflow_action.id"
-        f" AND (j.status IN {COMPLETE} OR (j.status = {READY} AND trigger_type = 'on_jobs_ready')))"
-        " ELSE 0 END WHERE workflow_id = ?", (workflow_id,))
-
-
 def add_action(store, workflow_id, action):
     """In a transaction: insert an action from a checked body; returns its id."""
-    job_ids = action.get("job_ids")
-    job_trigger = action["trigger_type"] in ("on_jobs_ready", "on_jobs_complete")
+    listed = action.get("job_ids")
+    on_jobs = action["trigger_type"] in ("on_jobs_ready", "on_jobs_complete") and listed is not None
     action_id = store.insert(
         "INSERT INTO workflow_action (workflow_id, trigger_type, action_type, action_config,"
         " job_ids, trigger_count, required_triggers, executed, persistent, is_recovery)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (workflow_id, action["trigger_type"], action["action_type"],
-         compact(action["action_config"]), None if job_ids is None else compact(job_ids),
-         action.get("trigger_count") or 0,
-         len(set(job_ids)) if job_trigger and job_ids is not None else 1,
+         compact(action["action_config"]), None if listed is None else compact(listed),
+         0 if on_jobs else action.get("trigger_count") or 0, 0 if on_jobs else 1,
          bool(action.get("executed")), bool(action.get("persistent")),
          bool(action.get("is_recovery"))))
     store.insert_many("INSERT INTO action_job (job_id, action_id)", 2,
-                      [(job_id, action_id) for job_id in sorted(set(job_ids or ()))])
+                      [(job_id, action_id) for job_id in sorted(set(listed or ()))])
     return action_id
 
 
@@ -3295,10 +3348,15 @@ def actions(store, workflow_id, pending=False, triggers=()):
     names = ("id", "workflow_id", "trigger_type", "action_type", "action_config", "job_ids",
              "trigger_count", "required_triggers", "executed", "executed_at", "executed_by",
              "persistent", "is_recovery")
-    condition = "trigger_count >= required_triggers AND executed = 0" if pending else "1"
+    shown = {"job_ids": "CASE WHEN job_ids IS NOT NULL THEN (SELECT json_group_array(job_id) FROM"
+                        " action_job WHERE action_id = a.id) END",
+             "trigger_count": "max(trigger_count, trigger_type = 'on_workflow_complete' AND"
+                              f" {PENDING_ACTION})"}
     records = []
-    for row in store.query(f"SELECT {', '.join(names)} FROM workflow_action WHERE workflow_id = ?"
-                           f" AND {condition} ORDER BY id", (workflow_id,)):
+    for row in store.query(
+            f"SELECT {', '.join(shown.get(name, name) for name in names)} FROM workflow_action a"
+            f" WHERE workflow_id = ? AND {PENDING_ACTION if pending else '1'} ORDER BY id",
+            (workflow_id,)):
         record = {name: value for name, value in zip(names, row) if value is not None}
         for name in ("executed", "persistent", "is_recovery"):
             record[name] = bool(record[name])
@@ -3331,22 +3389,153 @@ def unclaim_action(store, workflow_id, action_id):
     store.news(workflow_id)
 
 
-# ---- explaining
+# ==================================================================================================
+# 7 Views
+# ==================================================================================================
+# What only looks. Numbers for a page that is drawn again every second, also of 100,000 jobs, so a
+# question costs its answer: counts and sums are made by SQL. What is dear and seldom changes, the
+# families of a workflow, is kept in memory (store.kept).
+
+FEW_JOBS = 400                            # up to here a graph shows each job, else families
+MAX_FAMILIES = 60
+MAX_KEPT = 12
+MS = "round((julianday({0}) - 2440587.5) * 86400000)"           # a text's time, ms since the epoch
+DONE_SET = (*COMPLETE_SET, DISABLED)
+STATUS_PAST = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was terminated"}
+
+
+def span(seconds):
+    """A duration for people: "3m 20s"."""
+    return re.sub(r"(?<=[a-z])(?=\d)", " ", format_duration(seconds))
+
+
+# ---- how an attempt ended
+
+def code_meaning(code):
+    """A return code for people."""
+    import signal
+    if code == ORPHAN_RETURN_CODE:
+        return "return code -128 (its runner died)"
+    known = {126: "command cannot be executed", 127: "command not found", 137: "killed, SIGKILL",
+             152: "time limit"}
+    text = known.get(code)
+    if not text and 128 < code < 193:
+        with contextlib.suppress(ValueError):
+            text = signal.Signals(code - 128).name
+    return f"return code {code}" + (f" ({text})" if text else "")
+
+
+def exit_text(status, code, codes):
+    """How an attempt ended, in two words: "exit 137, out of memory"."""
+    import signal
+    meaning = {codes["memory"]: "out of memory", ORPHAN_RETURN_CODE: "its runner died",
+               126: "cannot be executed", 127: "command not found"}.get(code, "")
+    if code == codes["time"] or status == TERMINATED:
+        meaning = "time limit" if code == codes["time"] else "ended by Torc"
+    if not meaning and 128 < code < 193:
+        with contextlib.suppress(ValueError):
+            meaning = signal.Signals(code - 128).name
+    return f"exit {code}" + (f", {meaning}" if meaning else "")
+
+
+def exit_codes(store, workflow_id):
+    """The return codes that stand for memory and time in a workflow."""
+    text = workflow_row(store, workflow_id, "execution_config")[0]
+    config = json.loads(text or "{}")
+    config = config if isinstance(config, dict) else {}
+    return {"memory": config.get("oom_exit_code", 137),
+            "time": config.get("timeout_exit_code", 152)}
+
+
+# ---- why jobs do not run
+
+def active_nodes(store, workflow_id, last=False):
+    """Runners at work: [(id, hostname, cpus, memory_bytes, gpus, nodes), ...], cpus in all and the
+    rest of one node. last: if there are none, the one that was the last."""
+    sql = ("SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,"
+           " num_nodes FROM compute_node WHERE workflow_id = ?")
+    found = store.query(sql + " AND is_active = 1 ORDER BY id", (workflow_id,))
+    return found if found or not last else store.query(sql + " ORDER BY id DESC LIMIT 1",
+                                                       (workflow_id,))
+
+
+def misfits(need, cpus, memory_bytes, gpus, nodes):
+    """What of a requirement (a record) a machine does not have: [(wanted, what it has), ...]."""
+    pairs = ((need["num_gpus"], gpus, "GPU"), (need["num_cpus"], cpus, "CPU"),
+             (need["num_nodes"], nodes, "node"))
+    found = [(plural(want, word), str(have)) for want, have, word in pairs if want > have]
+    if parse_memory(need["memory"]) > memory_bytes:
+        found.append((f"{format_bytes(parse_memory(need['memory']))} of memory",
+                      format_bytes(memory_bytes)))
+    return found
+
+
+def unfit(store, need_id, nodes):
+    """(record, (what is wanted, the most that a runner has)) of requirements that none of some
+    runners can hold, None if one can."""
+    need = fetch(store, KINDS["resource_requirements"], need_id)
+    lacks = [misfits(need, cpus // max(count, 1), memory, gpus, max(count, 1))
+             for _, _, cpus, memory, gpus, count in nodes]
+    return (need, max((lack[0] for lack in lacks), key=lambda pair: (len(pair[1]), pair[1]))) \
+        if lacks and all(lacks) else None
+
+
+def blockers(store, workflow_id, nodes):
+    """Why the ready jobs of a workflow are not running: [(cause, jobs, facts), ...].
+
+    cause: "canceled"; "no runner" (facts: allocations that are to begin); "stopping", of jobs whose
+    earlier attempt is still being ended; "unfit" (facts: see unfit); "busy", which is all the rest
+    (facts: CPUs at work, CPUs there, runners). nodes: of active_nodes.
+    """
+    wants = store.query("SELECT resource_requirements_id, count(*), count(compute_node_id) FROM job"
+                        f" WHERE workflow_id = ? AND status = {READY} GROUP BY 1", (workflow_id,))
+    number, stopping = (sum(row[place] for row in wants) for place in (1, 2))
+    if workflow_row(store, workflow_id, "is_canceled")[0]:
+        return [("canceled", number, None)]
+    if not nodes:
+        return [("no runner", number, store.one(
+            "SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ? AND status ="
+            " 'pending'", (workflow_id,))[0])]
+    found = [("stopping", stopping, None)] if stopping else []
+    found += [("unfit", count - held, facts) for need_id, count, held in wants if count > held
+              for facts in (unfit(store, need_id, nodes),) if facts]
+    rest = number - sum(count for _, count, _ in found)
+    if rest > 0:
+        busy = store.one("SELECT total(a.cpus) FROM job j CROSS JOIN asked a ON a.job_id = j.id"
+                         f" WHERE j.workflow_id = ? AND j.status IN ({PENDING}, {RUNNING})",
+                         (workflow_id,))[0]
+        found.append(("busy", rest, (int(busy), sum(row[2] for row in nodes), len(nodes))))
+    return found
+
+
+def blocker_text(cause, number, facts):
+    """The sentence of a blocker for so many jobs; see blockers."""
+    if cause == "canceled":
+        return "the workflow is canceled"
+    if cause == "no runner":
+        return (f"{plural(facts, 'allocation')} of Slurm must begin first" if facts
+                else "no runner is at work: run here, or submit to Slurm")
+    if cause == "stopping":
+        return "an earlier attempt is still being stopped"
+    if cause == "unfit":
+        _, (want, most) = facts
+        return (f"{'it needs' if number == 1 else 'each needs'} {want}, the largest runner has "
+                f"{most}: {'it cannot start' if number == 1 else 'none of them can start'}")
+    busy, cpus, runners = facts
+    whose = "the runner" if runners == 1 else f"the {runners} runners"
+    return (f"every CPU of {whose} is busy" if busy >= cpus else
+            f"a free place on {whose} is needed ({busy} of {cpus} CPUs are busy)")
+
 
 def unfinished(store, workflow_id):
     """What keeps a workflow from completing: see the API's GET /workflows/{id}/unfinished."""
     by_status = {name: number for name, number in counts(store, workflow_id).items()
-                 if name in STATUS_OF_NAME and number
-                 and STATUS_OF_NAME[name] not in (*COMPLETE_SET, DISABLED)}
-    kind = KINDS["resource_requirements"]
-    ready = []
-    for row in store.query(
-            "SELECT resource_requirements_id, count(*), min(id), sum(compute_node_id IS NOT NULL)"
-            f" FROM job WHERE workflow_id = ? AND status = {READY} GROUP BY 1 ORDER BY 3",
-            (workflow_id,)):
-        ready.append({"resource_requirements": fetch(store, kind, row[0]), "count": row[1],
-                      "job_id": row[2], "job_name": job_row(store, row[2]).name,
-                      "stopping": row[3]})
+                 if number and name in STATUS_OF_NAME and STATUS_OF_NAME[name] not in DONE_SET}
+    ready = [{"resource_requirements": fetch(store, KINDS["resource_requirements"], need_id),
+              "count": number, "job_id": job_id, "job_name": job_row(store, job_id).name,
+              "stopping": stopping} for need_id, number, job_id, stopping in store.query(
+        "SELECT resource_requirements_id, count(*), min(id), count(compute_node_id) FROM job WHERE"
+        f" workflow_id = ? AND status = {READY} GROUP BY 1 ORDER BY 3", (workflow_id,))]
     nodes = listing(store, KINDS["compute_node"], Page(), "workflow_id = ? AND is_active = 1",
                     (workflow_id,))["items"]
     scheduled = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ?"
@@ -3356,21 +3545,18 @@ def unfinished(store, workflow_id):
 
 
 def waiting_for(store, workflow_id):
-    """At most 20 jobs that will not end by themselves, and so hold the workflow up."""
-    roots = store.query(
-        "SELECT j.id, j.name, j.status, (SELECT count(*) FROM job_dependency d WHERE"
-        " d.depends_on_job_id = j.id) AS dependents FROM job j WHERE j.workflow_id = ? AND"
-        f" (j.status IN ({UNINITIALIZED}, {PENDING_FAILED}) OR (j.status = {DISABLED}"
-        " AND EXISTS (SELECT 1 FROM job_dependency d JOIN job b ON b.id = d.job_id WHERE"
-        f" d.depends_on_job_id = j.id AND b.status = {BLOCKED}))) ORDER BY dependents DESC, j.id"
-        " LIMIT 20", (workflow_id,))
-    if not roots:                         # nothing else to wait for: blocked jobs form a circle
-        roots = store.query(
-            "SELECT j.id, j.name, j.status, (SELECT count(*) FROM job_dependency d WHERE"
-            " d.depends_on_job_id = j.id) FROM job j WHERE j.workflow_id = ?"
-            f" AND j.status = {BLOCKED} AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = ?"
-            " AND status IN"
-            f" ({READY}, {PENDING}, {RUNNING})) ORDER BY j.id LIMIT 20", (workflow_id, workflow_id))
+    """At most 20 jobs that will not end by themselves, and so hold the workflow up; if there are
+    none and nothing is at work, those that wait for each other in a circle."""
+    sql = ("SELECT j.id, j.name, j.status, (SELECT count(*) FROM job_dependency d WHERE"
+           " d.depends_on_job_id = j.id) AS dependents FROM job j WHERE j.workflow_id = ? AND {}"
+           " ORDER BY dependents DESC, j.id LIMIT 20")
+    stuck = (f"(j.status IN ({UNINITIALIZED}, {PENDING_FAILED}) OR (j.status = {DISABLED} AND"
+             " EXISTS (SELECT 1 FROM job_dependency d JOIN job b ON b.id = d.job_id WHERE"
+             f" d.depends_on_job_id = j.id AND b.status = {BLOCKED})))")
+    circle = (f"j.status = {BLOCKED} AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id ="
+              f" j.workflow_id AND status IN ({READY}, {PENDING}, {RUNNING}))")
+    roots = store.query(sql.format(stuck), (workflow_id,)) or store.query(sql.format(circle),
+                                                                         (workflow_id,))
     return [{"job_id": job_id, "job_name": name, "status": STATUS_NAMES[status],
              "dependents": dependents} for job_id, name, status, dependents in roots]
 
@@ -3378,23 +3564,25 @@ def waiting_for(store, workflow_id):
 def why(store, job_id):
     """One sentence: why a job is not running, or how it ended. Raises NotFound."""
     job = job_row(store, job_id)
-    canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
     result = store.one(
         "SELECT r.return_code, r.completion_time, r.compute_node_id, r.attempt_id, r.run_id,"
-        " r.stderr_tail FROM latest_result l JOIN result r ON r.id = l.result_id"
-        " WHERE l.job_id = ?", (job_id,))
+        " r.stderr_tail FROM job j JOIN result r ON r.id = j.result_id WHERE j.id = ?", (job_id,))
     if job.status == BLOCKED:
         return why_blocked(store, job)
     if job.status == READY:
-        return why_ready(store, job, canceled)
+        return why_ready(store, job)
     if job.status in (FAILED, TERMINATED, COMPLETED, PENDING_FAILED) and result:
         code, when, node_id, attempt, run, tail = result
         last = (tail or "").strip().splitlines()[-1:]
+        changed = changes_since(store, "j.id = ?", (job_id,)).get(job_id)
         return (f"it {STATUS_NAMES[job.status].replace('_', ' ')} with {code_meaning(code)} on "
                 f"{node_name(store, node_id)} at {when} (run {run}, attempt {attempt})"
-                + (f": {last[0]}" if last else ""))
-    if job.status == CANCELED and job.cascaded:
+                + (f": {last[0]}" if last else "") + (
+                    f". Since then {plain_names(changed)}: torc workflows reinit "
+                    f"{job.workflow_id} runs it again" if changed else ""))
+    if job.cascaded:
         return f"it was canceled because {bad_dependency(store, job_id)}"
+    canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
     return {
         UNINITIALIZED: f"it is not initialized: torc run {job.workflow_id} or torc submit "
                        f"{job.workflow_id} starts the workflow, torc workflows reinit "
@@ -3411,60 +3599,49 @@ def why(store, job_id):
 
 def why_blocked(store, job):
     """What a blocked job waits for."""
-    rows = store.query(
-        "SELECT p.id, p.name, p.status FROM job_dependency d JOIN job p ON p.id ="
-        f" d.depends_on_job_id WHERE d.job_id = ? AND p.status NOT IN {COMPLETE} ORDER BY"
-        f" p.status IN ({DISABLED}, {PENDING_FAILED}) DESC, p.id LIMIT 4", (job.id,))
-    total = store.one("SELECT unfinished FROM job WHERE id = ?", (job.id,))[0]
-    names = ", ".join(f'"{name}" (job {job_id}, {STATUS_NAMES[status]})'
-                      for job_id, name, status in rows[:3])
-    more = f" and {total - 3} more" if total > 3 else ""
-    return f"it waits for {names}{more}" if rows else "it is blocked, though it waits for no job"
+    rows = hindrances(store, f"j.id = ? AND p.status NOT IN {COMPLETE}", (job.id,))
+    named = [f'"{name}" (job {job_id}, {STATUS_NAMES[status]})'
+             for _, _, job_id, name, status in rows]
+    if not named and workflow_row(store, job.workflow_id, "is_canceled")[0]:
+        return restart_text(job.workflow_id)
+    return f"it waits for {plain_names(named, 4)}" if named else \
+        "it is blocked, though it waits for no job"
 
 
-def misfits(need, cpus, memory_bytes, gpus, nodes):
-    """What of a requirement (a record) a machine does not have, as phrases."""
-    pairs = ((need["num_cpus"], cpus, "CPU"), (need["num_gpus"], gpus, "GPU"),
-             (need["num_nodes"], nodes, "node"))
-    found = [f"{plural(want, word)} (it has {have})" for want, have, word in pairs if want > have]
-    if parse_memory(need["memory"]) > memory_bytes:
-        found.append(f"{need['memory']} of memory (it has {format_bytes(memory_bytes)})")
-    return found
+def restart_text(workflow_id):
+    """What to do about a canceled workflow."""
+    return (f"workflow {workflow_id} is canceled: torc workflows reset-status {workflow_id} "
+            "--failed-only --reinitialize starts it again")
 
 
-def why_ready(store, job, canceled):
+def why_ready(store, job):
     """Why a ready job is not running."""
-    if canceled:
-        return (f"workflow {job.workflow_id} is canceled: torc workflows reset-status "
-                f"{job.workflow_id} --failed-only --reinitialize starts it again")
     if job.compute_node_id:
-        return (f"an earlier attempt is still being stopped on "
+        return ("an earlier attempt is still being stopped on "
                 f"{node_name(store, job.compute_node_id)}")
-    need = fetch(store, KINDS["resource_requirements"], store.one(
-        "SELECT resource_requirements_id FROM job WHERE id = ?", (job.id,))[0])
-    nodes = store.query("SELECT hostname, num_cpus, memory_gb, num_gpus, num_nodes, is_active"
-                        " FROM compute_node WHERE workflow_id = ? ORDER BY is_active DESC, id DESC"
-                        " LIMIT 1000", (job.workflow_id,))
-    active = [row for row in nodes if row[5]]
-    lacks = [misfits(need, cpus, memory * 2**30, gpus, count)
-             for _, cpus, memory, gpus, count, _ in active or nodes[:1]]
-    too_small = "" if not all(lacks) or not lacks else (
-        f'needs {" and ".join(lacks[0])} (resource requirements "{need["name"]}")')
-    waiting = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ? AND"
-                        " status = 'pending'", (job.workflow_id,))[0]
-    if not active and waiting:
-        return f"it is ready and waits for {plural(waiting, 'allocation')} of Slurm to begin"
-    if not active:
-        start = f"no runner is at work on workflow {job.workflow_id}: torc run {job.workflow_id}"
-        return f"it {too_small.replace('it has', f'the last runner, on {nodes[0][0]}, had')}; " \
-            f"{start} on a larger machine" if too_small else f"it is ready, but {start}"
-    if too_small:
-        return f"it {too_small.replace('it has', f'the runner on {active[0][0]} has')}" + (
-            f", and so do the other {len(active) - 1} runners" if len(active) > 1 else "")
+    need_id = store.one("SELECT resource_requirements_id FROM job WHERE id = ?", (job.id,))[0]
+    nodes = active_nodes(store, job.workflow_id)
+    found = {cause: facts for cause, _, facts in blockers(store, job.workflow_id, nodes)}
+    if "canceled" in found:
+        return restart_text(job.workflow_id)
+    if found.get("no runner"):
+        return f"it is ready: {blocker_text('no runner', 1, found['no runner'])}"
+    seen = nodes or active_nodes(store, job.workflow_id, last=True)
+    lacks = unfit(store, need_id, seen)
+    start = "" if nodes else f"no runner is at work on workflow {job.workflow_id}: torc run " \
+        f"{job.workflow_id}"
+    if lacks:
+        need, (want, most) = lacks
+        whose = (f"the last runner, on {seen[0][1]}, had" if not nodes else
+                 f"the runner on {seen[0][1]} has" if len(seen) == 1 else "the largest runner has")
+        return f'it needs {want}, {whose} {most} (resource requirements "{need["name"]}")' + (
+            f"; {start} on a larger machine" if start else "")
+    if start:
+        return f"it is ready, but {start}"
     ahead = store.one(f"SELECT count(*) FROM job j, job me WHERE me.id = ? AND j.workflow_id ="
                       f" me.workflow_id AND j.status = {READY} AND (j.priority > me.priority OR"
                       " (j.priority = me.priority AND j.id < me.id))", (job.id,))[0]
-    return f"it is ready and waits for a free place; {ahead} jobs are ahead of it"
+    return f"it is ready and waits for a free place; {plural(ahead, 'job')} ahead of it"
 
 
 def bad_dependency(store, job_id):
@@ -3472,17 +3649,12 @@ def bad_dependency(store, job_id):
     row = store.one(
         "WITH RECURSIVE above (id) AS (SELECT depends_on_job_id FROM job_dependency"
         " WHERE job_id = ? UNION SELECT d.depends_on_job_id FROM above JOIN job a"
-        " ON a.id = above.id JOIN"
-        f" job_dependency d ON d.job_id = a.id WHERE a.status = {CANCELED} AND a.cascaded = 1)"
-        " SELECT j.id, j.name, j.status FROM above JOIN job j ON j.id = above.id WHERE"
-        f" j.status IN ({FAILED}, {TERMINATED}) OR (j.status = {CANCELED} AND j.cascaded = 0)"
-        " ORDER BY j.id LIMIT 1", (job_id,))
+        " ON a.id = above.id JOIN job_dependency d ON d.job_id = a.id WHERE a.cascaded)"
+        " SELECT j.id, j.name, j.status FROM above JOIN job j ON j.id = above.id WHERE j.dooms AND"
+        " NOT j.cascaded ORDER BY j.id LIMIT 1", (job_id,))
     if not row:
-        return "a job it depends on ended badly"
+        return "a job it depends on ended unsuccessfully"
     return f'"{row[1]}" (job {row[0]}), on which it depends, {STATUS_PAST[row[2]]}'
-
-
-STATUS_PAST = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was terminated"}
 
 
 def node_name(store, node_id):
@@ -3491,54 +3663,7 @@ def node_name(store, node_id):
     return f"{row[0]} (pid {row[1]})" if row else "an unknown compute node"
 
 
-def code_meaning(code):
-    """A return code for people."""
-    import signal
-    if code == ORPHAN_RETURN_CODE:
-        return "return code -128 (its runner died)"
-    known = {126: "command cannot be executed", 127: "command not found", 137: "killed, SIGKILL",
-             152: "time limit"}
-    text = known.get(code)
-    if not text and 128 < code < 193:
-        with contextlib.suppress(ValueError):
-            text = signal.Signals(code - 128).name
-    return f"return code {code}" + (f" ({text})" if text else "")
-
-
-# ---- what the views of a workflow show
-#
-# Numbers for a page that is drawn again every second, also of 100,000 jobs. What is dear and seldom
-# changes is kept in memory (store.kept): which families there are, and the attempts that ended.
-
-FEW_JOBS = 400                            # up to here a graph shows each job, else families
-MOST_FAMILIES = 60
-KEPT_AT_MOST = 12
-MS = "round((julianday({0}) - 2440587.5) * 86400000)"           # a text's time, ms since the epoch
-DONE_SET = (*COMPLETE_SET, DISABLED)
-
-
-def span(seconds):
-    """A duration for people: "3m 20s"."""
-    return re.sub(r"(?<=[a-z])(?=\d)", " ", format_duration(seconds))
-
-
-def plain_names(names, most=3):
-    """Names as a list in a sentence: "a, b and 4 more"."""
-    names = list(names)
-    if len(names) > most:
-        names = [*names[:most - 1], f"{len(names) - most + 1:,} more"]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def keep(store, key, value):
-    """Remember what was worked out; the oldest of KEPT_AT_MOST goes."""
-    with store.keeping:
-        store.kept.pop(key, None)
-        while len(store.kept) >= KEPT_AT_MOST:
-            store.kept.pop(next(iter(store.kept)))
-        store.kept[key] = value
-    return value
-
+# ---- families
 
 def json_columns(store, names, source, params):
     """Columns of a SELECT, each as one JSON list: see Store.bulk."""
@@ -3562,33 +3687,36 @@ def family_name(name):
 
 
 def family_names(names):
-    """The family of each name; coarser ones if there would be more than MOST_FAMILIES."""
+    """The family of each name; coarser ones if there would be more than MAX_FAMILIES."""
     found = []
     for stem in (family_name, lambda name: re.match(r"[^\W\d_]*", name)[0] or "#", lambda _: "#"):
         found = [stem(name) for name in names]
-        if len(set(found)) <= MOST_FAMILIES:
+        if len(set(found)) <= MAX_FAMILIES:
             break
     return found
 
 
 def kept(store, key, number, make):
-    """What make() gives, worked out anew when `number` (or what it is made of) is another; once, if
-    several ask."""
+    """What make() gives, worked out again when `number` is another; once, if several ask. The
+    oldest of MAX_KEPT is forgotten."""
     with store.keeping:
-        known = store.kept.get(key)
+        known = store.kept.pop(key, None)
         if known is None or known[0] != number:
-            known = keep(store, key, (number, make()))
+            known = number, make()
+        while len(store.kept) >= MAX_KEPT:
+            store.kept.pop(next(iter(store.kept)))
+        store.kept[key] = known
         return known[1]
 
 
 def shape_of(store, workflow_id):
-    """The Shape of a workflow, worked out anew when jobs have come or gone."""
+    """The Shape of a workflow, worked out again when jobs have come or gone."""
     from collections import Counter
     number = workflow_row(store, workflow_id, "shape")[0]
 
     def make():
-        ids, names = json_columns(store, ("id", "name"), "FROM job WHERE workflow_id = ?",
-                                  (workflow_id,))
+        ids, names = json_columns(store, ("id", "name"), "FROM (SELECT id, name FROM job WHERE"
+                                  " workflow_id = ? ORDER BY id)", (workflow_id,))
         found = family_names(names)
         index = {name: place for place, name in enumerate(dict.fromkeys(found))}
         family_of = dict(zip(ids, map(index.__getitem__, found)))
@@ -3616,7 +3744,24 @@ def family_edges(store, workflow_id, shape):
         return {pair: number for pair, number in Counter(zip(
             map(ids.get, before), map(ids.get, after))).items()
             if None not in pair}          # of jobs that came a moment ago
-    return kept(store, ("edges", workflow_id), shape, make)
+    return kept(store, ("edges", workflow_id), shape.number, make)
+
+
+def family_times(store, workflow_id, shape):
+    """{family: [attempts, ms they ran together]}; only new results are read."""
+    with store.keeping:
+        known = kept(store, ("times", workflow_id), shape.number, lambda: {"last": 0, "sums": {}})
+        last = store.one("SELECT coalesce(max(id), 0) FROM result WHERE workflow_id = ?",
+                         (workflow_id,))[0]
+        ids, times = json_columns(
+            store, ("job_id", "end_ms - start_ms"), "FROM result WHERE workflow_id = ? AND id > ?"
+            " AND id <= ?", (workflow_id, known["last"], last))
+        known["last"] = last
+        for family, ran in zip(map(shape.family_of.get, ids), times):
+            entry = known["sums"].setdefault(family, [0, 0])
+            entry[0] += 1
+            entry[1] += ran
+        return known["sums"]
 
 
 def family_members(store, workflow_id, name):
@@ -3634,224 +3779,16 @@ def family_counts(store, workflow_id, shape):
         (workflow_id,))]
     answer, rest = [{} for _ in shape.names], list(shape.sizes)
     for status in statuses[1:]:
-        ids = store.one("SELECT json_group_array(id) FROM job WHERE workflow_id = ? AND status ="
-                        " ?", (workflow_id, status))[0]
-        for family, number in Counter(map(shape.family_of.get, json.loads(ids))).items():
+        ids, = json_columns(store, ("id",), "FROM job WHERE workflow_id = ? AND status = ?",
+                            (workflow_id, status))
+        for family, number in Counter(map(shape.family_of.get, ids)).items():
             if family is not None:        # else a job that came a moment ago
                 answer[family][STATUS_NAMES[status]] = number
                 rest[family] -= number
-    for counts, number in zip(answer, rest):
+    for counts_of, number in zip(answer, rest):
         if number > 0 and statuses:       # the others are of the status that most jobs have
-            counts[STATUS_NAMES[statuses[0]]] = number
+            counts_of[STATUS_NAMES[statuses[0]]] = number
     return answer
-
-
-class Integral:
-    """Sums of weighted stretches of time, of which any part can be had without going through them.
-
-    starts, ends: ms, as lists; weights: a list for each of the sums.
-    """
-
-    def __init__(self, starts, ends, *weights):
-        from operator import mul
-        self.base = min(starts, default=0)           # keeps the sums small, so exact enough
-        self.sides = []
-        for times in (starts, ends):
-            order = sorted(range(len(times)), key=times.__getitem__)
-            times = [times[place] for place in order]
-            since = [float(moment - self.base) for moment in times]
-            columns = [[column[place] for place in order] for column in weights]
-            self.sides.append((times, [
-                (list(itertools.accumulate(column, initial=0)),
-                 list(itertools.accumulate(map(mul, since, column), initial=0)))
-                for column in columns]))
-
-    def until(self, moment):
-        """For each sum, weight times milliseconds up to a moment."""
-        from bisect import bisect_left
-        (starts, begun), (ends, ended) = self.sides
-        one, other, since = bisect_left(starts, moment), bisect_left(ends, moment), \
-            moment - self.base
-        return [(weights[one] - gone[other]) * since - (products[one] - past[other])
-                for (weights, products), (gone, past) in zip(begun, ended)]
-
-    def means(self, begin, end, bins):
-        """For each sum, the mean weight in each of so many bins."""
-        width = (end - begin) / bins
-        sums = zip(*(self.until(begin + number * width) for number in range(bins + 1)))
-        return [[max(0.0, after - before) / width for before, after in zip(row, row[1:])]
-                for row in sums]
-
-
-class Lane:
-    """What ended on one runner. bars: [(start, end, job id, status, requirement id), ...] by start,
-    times in ms; needs: {requirement id: CPUs}."""
-
-    def __init__(self, bars, needs):
-        self.bars = bars
-        self.starts, ends = [bar[0] for bar in bars], [bar[1] for bar in bars]
-        self.busy = Integral(self.starts, ends, [needs.get(bar[4], 1) for bar in bars])
-        self.ends = self.busy.sides[1][0]
-        self.failed = [bar[1] for bar in bars if bar[3] != COMPLETED and bar[3] != CANCELED]
-        latest = itertools.accumulate(ends, max)
-        gaps = [(end, start) for end, start in zip(latest, self.starts[1:]) if start > end]
-        self.gaps = [gap for gap in gaps if gap[1] - gap[0] >= 1000]
-        self.idle = Integral([gap[0] for gap in gaps], [gap[1] for gap in gaps], [1] * len(gaps))
-
-    def number(self, begin, end):
-        """How many of its jobs fall into a stretch."""
-        from bisect import bisect_left, bisect_right
-        return bisect_left(self.starts, end) - bisect_right(self.ends, begin)
-
-
-class Attempts:
-    """Every attempt of a workflow that has ended, as columns in the order of the results' ids."""
-
-    COLUMNS = ("r.job_id", "r.compute_node_id", "j.resource_requirements_id", "r.status",
-               "r.run_id", f"CAST(coalesce({MS.format('r.completion_time')}, 0) AS INT)",
-               "CAST(round(r.exec_time_minutes * 60000) AS INT)")
-    USED = ("coalesce(max(r.avg_cpu_percent, 0), 0) / 100",
-            "coalesce(r.avg_memory_bytes, r.peak_memory_bytes, 0)")
-
-    def __init__(self):
-        from array import array
-        self.last_id = 0                  # of the newest result known
-        self.columns = [array("q") for _ in self.COLUMNS]
-        self.used = 0, [], []             # up to which result, CPUs, bytes; see loads
-        self.began = {}                   # run id: ms of its first start
-        self.summed = [None, 0, {}]       # of which shape, of how many, by family
-        self.laid = 0, {}, {}, None       # see lanes
-        self.loaded = 0, None, None       # see loads
-
-    def __len__(self):
-        return len(self.columns[0])
-
-    def extend(self, last_id, columns):
-        """Take newer results."""
-        for mine, new in zip(self.columns, columns):
-            mine.extend(new)
-        run_ids, ends, rans = columns[4:]
-        starts = map(int.__sub__, ends, rans)
-        firsts = {run_ids[0]: min(starts)} if len(set(run_ids)) == 1 else dict(
-            sorted(zip(run_ids, starts), reverse=True))
-        for run_id, start in firsts.items():
-            self.began[run_id] = min(start, self.began.get(run_id, start))
-        self.last_id = last_id
-
-    def averages(self, shape):
-        """{family: (attempts, ms they ran together)}; only new attempts are looked at."""
-        if self.summed[0] != shape:
-            self.summed = [shape, 0, {}]
-        _, known, sums = self.summed
-        self.summed[1] = len(self)
-        sizes = len(shape.names) + 1      # the last is of jobs that came a moment ago
-        numbers, times = [0] * sizes, [0] * sizes
-        for family, ran in zip(map(shape.family_of.get, self.columns[0][known:],
-                                   itertools.repeat(-1)), self.columns[6][known:]):
-            numbers[family] += 1
-            times[family] += ran
-        for family, number in enumerate(numbers[:-1]):
-            if number:
-                entry = sums.setdefault(family, [0, 0])
-                entry[0] += number
-                entry[1] += times[family]
-        return {family: tuple(entry) for family, entry in sums.items()}
-
-    def lanes(self, needs):
-        """{node id: Lane}; only lanes of new attempts are laid anew. needs: see timeline."""
-        known, lanes, bars, old = self.laid
-        if old != needs:
-            known, lanes, bars = 0, {}, {}
-        job_ids, hosts, asked, statuses, _, ends, rans = (
-            column[known:] for column in self.columns)
-        touched = set(hosts)
-        for node in touched:
-            bars.setdefault(node, [])
-        for node, bar in zip(hosts, zip(map(int.__sub__, ends, rans), ends, job_ids, statuses,
-                                        asked)):
-            bars[node].append(bar)
-        for node in touched:
-            bars[node].sort()             # nearly in order already
-            lanes[node] = Lane(bars[node], needs)
-        self.laid = len(self), lanes, bars, needs
-        return lanes
-
-    def loads(self, store, workflow_id, needs):
-        """Integral of CPUs asked for, memory, CPUs used, memory used; and {requirement id: (mean
-        CPUs, mean memory) that its jobs used}. needs: see usage."""
-        number, known, loads = self.loaded
-        if (number, known) != (len(self), needs):
-            if number < len(self):
-                seen, *used = self.used
-                for mine, new in zip(used, attempt_columns(store, workflow_id, self.USED, seen,
-                                                           self.last_id)):
-                    mine.extend(new)
-                self.used = self.last_id, *used
-            _, _, need, _, _, ends, rans = self.columns
-            starts = list(map(int.__sub__, ends, rans))
-            asked = [needs.get(one, (0, 0)) for one in need]
-            _, cpus, sizes = self.used
-            sums = {}
-            for one, ran, cpu, size in zip(need, rans, cpus, sizes):
-                total = sums.setdefault(one, [1, 0, 0])
-                total[0] += ran
-                total[1] += cpu * ran
-                total[2] += size * ran
-            loads = (Integral(starts, ends, [one[0] for one in asked], [one[1] for one in asked],
-                              cpus, sizes),
-                     {one: (cpu / ran, size / ran) for one, (ran, cpu, size) in sums.items()})
-            self.loaded = len(self), needs, loads
-        return loads
-
-    def ends_since(self, moment):
-        """Ends (ms) of attempts not before `moment`, the newest first."""
-        found = []
-        for end in reversed(self.columns[5]):
-            if end < moment - 600_000:    # a replayed journal may come late
-                break
-            if end >= moment:
-                found.append(end)
-        return found
-
-
-def attempt_columns(store, workflow_id, columns, after, last_id):
-    """Columns of the results of a workflow with ids above `after`, up to last_id, by id."""
-    named = ", ".join(f"{column} AS c{number}" for number, column in enumerate(columns))
-    return json_columns(
-        store, [f"c{number}" for number in range(len(columns))],
-        f"FROM (SELECT {named} FROM result r CROSS JOIN job j ON j.id = r.job_id WHERE"
-        " r.workflow_id = ? AND r.id > ? AND r.id <= ? ORDER BY r.id)",
-        (workflow_id, after, last_id))
-
-
-def attempts(store, workflow_id):
-    """The Attempts of a workflow; only new results are read, unless older ones were replaced."""
-    with store.keeping:
-        known = store.kept.get(("attempts", workflow_id)) or Attempts()
-        last_id, = store.one("SELECT coalesce(max(id), 0) FROM result WHERE workflow_id = ?",
-                             (workflow_id,))
-        for _ in range(2):
-            known.extend(last_id, attempt_columns(store, workflow_id, known.COLUMNS,
-                                                  known.last_id, last_id))
-            if len(known) == store.one("SELECT count(*) FROM result WHERE workflow_id = ? AND id"
-                                       " <= ?", (workflow_id, last_id))[0]:
-                break
-            known = Attempts()
-        return keep(store, ("attempts", workflow_id), known)
-
-
-def forget_attempts(store, workflow_id):
-    """After a commit: attempts are to be read again, as results known before have changed."""
-    with store.keeping:
-        store.kept.pop(("attempts", workflow_id), None)
-
-
-def forget_used(store, workflow_id):
-    """After a commit: what attempts used is to be read again."""
-    with store.keeping:
-        known = store.kept.get(("attempts", workflow_id))
-        if known:
-            known.used, known.loaded = (0, [], []), (0, None, None)
 
 
 # ---- how far a workflow is
@@ -3891,9 +3828,9 @@ def progress(store, workflow_ids):
             f" {IDS}", (text,)):
         number = numbers[workflow_id]
         state = workflow_state(number, canceled, workflow_id in active)
-        if state == "running" and number.get(READY) and not (
-                number.get(PENDING) or number.get(RUNNING)) and (
-                sum(row[1] for row in unfit(store, workflow_id)) == number[READY]):
+        if state == "running" and not (number.get(PENDING) or number.get(RUNNING)) and all(
+                cause == "unfit" for cause, _, _ in blockers(
+                    store, workflow_id, active_nodes(store, workflow_id))):
             state = "stuck"
         answer[workflow_id] = {
             "counts": {STATUS_NAMES[status]: count for status, count in sorted(number.items())},
@@ -3901,65 +3838,6 @@ def progress(store, workflow_ids):
             "state": state, "created_ms": int(created or 0), "run_id": run_id,
             "output_dir": places.get(workflow_id)}
     return answer
-
-
-def active_nodes(store, workflow_id):
-    """Runners at work: (id, hostname, cpus, memory_bytes, gpus, nodes)."""
-    return store.query(
-        "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,"
-        " num_nodes FROM compute_node WHERE workflow_id = ? AND is_active = 1 ORDER BY id",
-        (workflow_id,))
-
-
-def unfit(store, workflow_id):
-    """Requirements of ready jobs that no runner at work can hold: [(sentence, jobs), ...]."""
-    nodes = active_nodes(store, workflow_id)
-    found = []
-    for need_id, cpus, memory, gpus, count in store.query(
-            "SELECT id, num_cpus, memory_bytes, num_gpus, num_nodes FROM resource_requirements"
-            " WHERE workflow_id = ?", (workflow_id,)):
-        lacks = []
-        for _, _, has, has_memory, has_gpus, has_nodes in nodes:
-            per = max(has_nodes, 1)
-            pairs = (("GPU", gpus, has_gpus), ("CPU", cpus, has // per), ("node", count, per))
-            lack = [(f"{plural(want, word)}", str(have)) for word, want, have in pairs
-                    if want > have]
-            if memory > has_memory:
-                lack.append((f"{format_bytes(memory)} of memory", format_bytes(has_memory)))
-            lacks.append(lack)
-        if lacks and all(lacks):
-            number = store.one("SELECT count(*) FROM job WHERE resource_requirements_id = ? AND"
-                               f" status = {READY}", (need_id,))[0]
-            what, most = max((lack[0] for lack in lacks), key=lambda pair: (len(pair[1]), pair[1]))
-            if number:
-                found.append((f"{'it needs' if number == 1 else 'each needs'} {what}, the largest "
-                              f"runner has {most}: {'it' if number == 1 else 'none of them'} can "
-                              f"{'not ' if number == 1 else ''}start", number))
-    return found
-
-
-def waiting_ready(store, workflow_id, number, canceled):
-    """Why ready jobs are not running: [(jobs, sentence), ...]."""
-    nodes = active_nodes(store, workflow_id)
-    if canceled:
-        return [(number, "the workflow is canceled")]
-    if not nodes:
-        scheduled = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ?"
-                              " AND status = 'pending'", (workflow_id,))[0]
-        return [(number, f"{plural(scheduled, 'allocation')} of Slurm must begin first" if scheduled
-                 else "no runner is up: run here, or submit to Slurm")]
-    rows = [(count, sentence) for sentence, count in unfit(store, workflow_id)]
-    rest = number - sum(count for count, _ in rows)
-    if rest > 0:
-        busy = store.one(
-            "SELECT total(q.num_cpus * q.num_nodes) FROM job j JOIN resource_requirements q ON q.id"
-            f" = j.resource_requirements_id WHERE j.workflow_id = ? AND j.status IN ({PENDING},"
-            f" {RUNNING})", (workflow_id,))[0]
-        cpus = sum(row[2] for row in nodes)
-        whose = "the runner" if len(nodes) == 1 else f"the {len(nodes)} runners"
-        rows.append((rest, f"every CPU of {whose} is busy" if busy >= cpus else
-                     f"a free place on {whose} is needed ({busy:.0f} of {cpus} CPUs are busy)"))
-    return rows
 
 
 def waiting_families(store, workflow_id, shape, counted):
@@ -3994,16 +3872,13 @@ def waiting_families(store, workflow_id, shape, counted):
 def waiting_jobs(store, workflow_id):
     """Why blocked jobs of a small workflow wait: [(jobs, sentence), ...], by what they wait for."""
     waits, bad, names, order = {}, {}, {}, {}
-    for job_id, name, keeps, before, before_name, status in store.query(
-            "SELECT j.id, j.name, NOT j.cancel_on_blocking_job_failure, p.id, p.name, p.status"
-            " FROM job j JOIN job_dependency d ON d.job_id = j.id JOIN job p ON p.id ="
-            f" d.depends_on_job_id WHERE j.workflow_id = ? AND j.status = {BLOCKED} AND p.status"
-            f" <> {COMPLETED} ORDER BY j.id, p.id", (workflow_id,)):
+    for job_id, name, before, before_name, status in hindrances(
+            store, f"j.workflow_id = ? AND j.status = {BLOCKED}", (workflow_id,)):
         names[job_id] = name
-        if status not in COMPLETE_SET:
-            waits.setdefault(job_id, {})[before] = before_name
-        elif not keeps:
+        if status in COMPLETE_SET:
             bad.setdefault(job_id, f"{before_name} {STATUS_PAST[status]}")
+        else:
+            waits.setdefault(job_id, {})[before] = before_name
     doomed, more = set(bad), set(bad)
     while more:
         more = {job_id for job_id, before in waits.items() if more & set(before)} - doomed
@@ -4025,21 +3900,23 @@ def waiting_jobs(store, workflow_id):
     return rows
 
 
-def pace(store, workflow_id, run_id, done, now):
+def pace(store, workflow_id, run_id, now):
     """How fast jobs end: rate (a minute), history (60 minutes of them), started_ms, ended_ms."""
-    known = attempts(store, workflow_id)
-    ends, now_ms = known.ends_since(now * 1000 - 3_600_000), now * 1000
+    now_ms = int(now * 1000)
     history = [0] * 60
-    for end in ends:
-        history[max(0, min(59, 59 - int((now_ms - end) // 60_000)))] += 1
-    running = store.one(f"SELECT min(started_ms) FROM job WHERE workflow_id = ? AND status ="
-                        f" {RUNNING}", (workflow_id,))[0]
-    starts = [moment for moment in (known.began.get(run_id), running) if moment]
-    started = min(starts) if starts else None
+    for minutes, number in store.query(
+            "SELECT max(0, (? - end_ms) / 60000), count(*) FROM result WHERE workflow_id = ? AND"
+            " end_ms > ? GROUP BY 1", (now_ms, workflow_id, now_ms - 3_600_000)):
+        history[59 - min(59, minutes)] += number
+    began, last, running = store.one(
+        "SELECT (SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?), (SELECT"
+        " max(end_ms) FROM result WHERE workflow_id = ?), (SELECT min(started_ms) FROM job WHERE"
+        f" workflow_id = ? AND status = {RUNNING})", (workflow_id, run_id, workflow_id,
+                                                      workflow_id))
+    started = min((moment for moment in (began, running) if moment), default=None)
     up = max(1.0, (now_ms - (started or now_ms)) / 60_000)
     lately = sum(history[-10:])
-    rate = lately / min(10, up) if lately >= 10 else len(ends) / min(60, up)
-    last = known.columns[5][-1] if known else None
+    rate = lately / min(10, up) if lately >= 10 else sum(history) / min(60, up)
     return {"rate": round(rate, 3), "history": history, "started_ms": started, "ended_ms": last,
             "elapsed_s": ((last if not running and last else now_ms) - started) / 1000
             if started else None}
@@ -4056,27 +3933,24 @@ def runners_text(nodes):
 
 def summary(store, workflow_id, now):
     """All that the overview of a workflow shows. Raises NotFound."""
-    run_id, canceled = workflow_row(store, workflow_id, "run_id, is_canceled")
+    run_id, = workflow_row(store, workflow_id, "run_id")
     answer = progress(store, [workflow_id])[workflow_id]
     counted, total = answer["counts"], answer["total"]
     large = total > FEW_JOBS
     shape = shape_of(store, workflow_id) if large else None
     by_family = family_counts(store, workflow_id, shape) if large else None
-    waiting = []
-    if counted.get("ready"):
-        waiting += [(*row, "ready") for row in waiting_ready(store, workflow_id, counted["ready"],
-                                                             canceled)]
+    nodes = active_nodes(store, workflow_id)
+    waiting = [(number, blocker_text(cause, number, facts), "ready") for cause, number, facts in (
+        blockers(store, workflow_id, nodes) if counted.get("ready") else ())]
     if counted.get("blocked"):
         waiting += [(*row, "blocked") for row in (
             waiting_families(store, workflow_id, shape, by_family) if large
             else waiting_jobs(store, workflow_id))]
-    for status, sentence in (("pending_failed", "failed, and wait for your decision"),
-                             ("uninitialized", "not initialized yet"),
-                             ("disabled", "disabled, will not run")):
-        if counted.get(status):
-            waiting.append((counted[status], sentence, status))
-    answer.update(pace(store, workflow_id, run_id, answer["done"], now))
-    nodes = active_nodes(store, workflow_id)
+    waiting += [(counted[status], sentence, status) for status, sentence in (
+        ("pending_failed", "failed, and wait for your decision"),
+        ("uninitialized", "not initialized yet"), ("disabled", "disabled, will not run"))
+        if counted.get(status)]
+    answer.update(pace(store, workflow_id, run_id, now))
     left = total - answer["done"]
     longest = [row[0] for row in store.query(
         f"SELECT id FROM job WHERE workflow_id = ? AND status = {RUNNING} ORDER BY started_ms, id"
@@ -4095,96 +3969,63 @@ def summary(store, workflow_id, now):
 
 # ---- jobs with how they ended
 
-def exit_text(status, code, codes):
-    """How an attempt ended, in two words: "exit 137, out of memory"."""
-    import signal
-    meaning = {codes["memory"]: "out of memory", ORPHAN_RETURN_CODE: "its runner died",
-               126: "cannot be executed", 127: "command not found"}.get(code, "")
-    if code == codes["time"] or status == TERMINATED:
-        meaning = "time limit" if code == codes["time"] else "ended by Torc"
-    if not meaning and 128 < code < 193:
-        with contextlib.suppress(ValueError):
-            meaning = signal.Signals(code - 128).name
-    return f"exit {code}" + (f", {meaning}" if meaning else "")
+# A job t with the result r that counts and the node n that has it or had it.
+ENDED_JOB = (f"job t LEFT JOIN result r ON r.id = t.result_id AND t.status IN"
+             f" ({', '.join(map(str, FINAL_SET))}) LEFT JOIN compute_node n ON n.id ="
+             " coalesce(r.compute_node_id, t.compute_node_id)")
 
 
-def exit_codes(store, workflow_id):
-    """The return codes that stand for memory and time in a workflow."""
-    text = workflow_row(store, workflow_id, "execution_config")[0]
-    config = json.loads(text or "{}")
-    config = config if isinstance(config, dict) else {}
-    return {"memory": config.get("oom_exit_code", 137),
-            "time": config.get("timeout_exit_code", 152)}
-
-
-def job_views(store, job_ids, now):
+def job_views(store, ids, now):
     """{job id: what a row of the list of jobs shows besides the record}, in the order given."""
-    ids = compact(list(job_ids))
-    views, codes, waits, ends = {job_id: {} for job_id in job_ids}, {}, [], []
-    for (job_id, workflow_id, name, status, attempt, started, unfinished, cascaded, command, need,
-         cpus, memory, runtime, ran, end, peak, code, host) in store.query(
-            "SELECT j.id, j.workflow_id, j.name, j.status, j.attempt_id, j.started_ms,"
-            " j.unfinished, j.cascaded, j.command, q.name, q.num_cpus, q.memory_bytes, q.runtime_s,"
-            f" r.exec_time_minutes * 60, {MS.format('r.completion_time')}, r.peak_memory_bytes,"
-            " r.return_code, n.hostname FROM job j JOIN resource_requirements q ON q.id ="
-            " j.resource_requirements_id LEFT JOIN latest_result l ON l.job_id = j.id AND j.status"
-            f" IN ({', '.join(map(str, FINAL_SET))}) LEFT JOIN result r ON r.id = l.result_id"
-            " LEFT JOIN compute_node n ON n.id = coalesce(r.compute_node_id, j.compute_node_id)"
-            f" WHERE j.id IN {IDS}", (ids,)):
+    views, codes, hindered = {job_id: {} for job_id in ids}, {}, []
+    for (job_id, workflow_id, name, status, attempt, started, waits, cascaded, command, need, cpus,
+         memory, runtime, start, end, peak, code, host) in store.query(
+            "SELECT t.id, t.workflow_id, t.name, t.status, t.attempt_id, t.started_ms,"
+            " t.unfinished, t.cascaded, t.command, q.name, q.num_cpus, q.memory_bytes, q.runtime_s,"
+            " r.start_ms, r.end_ms, r.peak_memory_bytes, r.return_code, n.hostname FROM"
+            f" {ENDED_JOB} JOIN resource_requirements q ON q.id = t.resource_requirements_id WHERE"
+            f" t.id IN {IDS}", (compact(list(ids)),)):
         if workflow_id not in codes:
             codes[workflow_id] = exit_codes(store, workflow_id)
         if status == RUNNING:
-            start, ran = started, (now * 1000 - started) / 1000 if started else None
-        else:
-            start = round(end - ran * 1000) if end and ran is not None else None
+            start, end = started, int(now * 1000)
         note = ""
         if status in (FAILED, TERMINATED, PENDING_FAILED) and code is not None:
             note = exit_text(status, code, codes[workflow_id])
         elif status == BLOCKED:
-            note = f"waits for {unfinished:,} jobs"
-            waits += [job_id] if unfinished == 1 else []
-        elif status == CANCELED and cascaded:
-            ends.append(job_id)
+            note = f"waits for {waits:,} jobs"
         elif status == READY:
             note = "waits for a free place"
+        hindered += [job_id] if cascaded or status == BLOCKED and waits == 1 else []
         views[job_id] = {
             "id": job_id, "name": name, "family": family_name(name), "command": command,
             "status": STATUS_NAMES[status], "attempt_id": attempt, "num_cpus": cpus,
             "memory_bytes": memory, "runtime_s": runtime, "requirement": need, "host": host or "",
-            "start_ms": start,
-            "ran_s": None if ran is None else round(ran, 3), "peak_memory_bytes": peak,
-            "note": note}
-    for job_id, name in store.query(
-            "SELECT d.job_id, p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id"
-            f" WHERE d.job_id IN {IDS} AND p.status NOT IN {COMPLETE}", (compact(waits),)):
-        views[job_id]["note"] = f"waits for {name}"
-    for job_id, name, status in store.query(
-            "SELECT d.job_id, p.name, p.status FROM job_dependency d JOIN job p ON p.id ="
-            f" d.depends_on_job_id WHERE d.job_id IN {IDS} AND p.status IN"
-            f" ({FAILED}, {CANCELED}, {TERMINATED}) ORDER BY p.id DESC", (compact(ends),)):
-        views[job_id]["note"] = f"{name} {STATUS_PAST[status]}"
+            "start_ms": start, "ran_s": None if start is None else (end - start) / 1000,
+            "peak_memory_bytes": peak, "note": note}
+    for job_id, _, _, name, status in reversed(hindrances(
+            store, f"j.id IN {IDS} AND (j.cascaded OR p.status NOT IN {COMPLETE})",
+            (compact(hindered),))):
+        views[job_id]["note"] = f"{name} {STATUS_PAST[status]}" if status in STATUS_PAST \
+            else f"waits for {name}"
     return views
 
 
 JOB_ORDERS = {                            # what a list of jobs can be sorted by besides its columns
-    "start": f"CASE WHEN t.status = {RUNNING} THEN t.started_ms ELSE"
-             f" {MS.format('r.completion_time')} - round(r.exec_time_minutes * 60000) END",
-    "ran": f"CASE WHEN t.status = {RUNNING} THEN (clock.now - t.started_ms) / 60000.0 ELSE"
-           " r.exec_time_minutes END",
-    "memory": "r.peak_memory_bytes", "host": "n.hostname",
-    "note": "r.return_code"}
+    "start": f"CASE WHEN t.status = {RUNNING} THEN t.started_ms ELSE r.start_ms END",
+    "ran": f"CASE WHEN t.status = {RUNNING} THEN {{now}} - t.started_ms ELSE r.end_ms - r.start_ms"
+           " END",
+    "memory": "r.peak_memory_bytes", "host": "n.hostname", "note": "r.return_code"}
 
 
 def job_page(store, page, where, params, now):
     """A list envelope of jobs, sorted by a key of JOB_ORDERS; see listing."""
     direction = "DESC" if page.reverse else "ASC"
+    order = JOB_ORDERS[page.sort_by].format(now=int(now * 1000))
     total = store.one(f"SELECT count(*) FROM job t WHERE {where}", params)[0]
     ids = [row[0] for row in store.query(
-        "SELECT t.id FROM (SELECT ? AS now) clock CROSS JOIN job t LEFT JOIN latest_result l"
-        " ON l.job_id = t.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN compute_node n ON"
-        f" n.id = r.compute_node_id WHERE {where} ORDER BY {JOB_ORDERS[page.sort_by]} {direction},"
-        f" t.id {direction} LIMIT ? OFFSET ?",
-        (int(now * 1000), *params, page.limit, max(page.offset, 0)))]
+        f"SELECT t.id FROM {ENDED_JOB} WHERE {where} ORDER BY {order} {direction}, t.id {direction}"
+        " LIMIT ? OFFSET ?", (*params, page.limit, max(page.offset, 0)))]
     records = {record["id"]: record for record in listing(
         store, KINDS["job"], Page(), f"t.id IN {IDS}", (compact(ids),))["items"]}
     return envelope([records[job_id] for job_id in ids if job_id in records], page, total)
@@ -4193,9 +4034,8 @@ def job_page(store, page, where, params, now):
 def job_details(store, job_id):
     """What the page of one job shows besides: CPUs used, failure handler, files read, written."""
     used, handler, priority = store.one(
-        "SELECT r.avg_cpu_percent, h.name, j.priority FROM job j LEFT JOIN latest_result l ON"
-        " l.job_id = j.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN failure_handler h ON"
-        " h.id = j.failure_handler_id WHERE j.id = ?", (job_id,))
+        f"SELECT r.avg_cpu_percent, h.name, t.priority FROM {ENDED_JOB} LEFT JOIN failure_handler h"
+        " ON h.id = t.failure_handler_id WHERE t.id = ?", (job_id,))
     paths = {}
     for what in ("input", "output"):
         paths[what + "s"] = ", ".join(row[0] for row in store.query(
@@ -4209,7 +4049,7 @@ def job_details(store, job_id):
 
 def acyclic(number, edges):
     """Edges without those that close a circle, of nodes 0 to number - 1."""
-    after, state, kept = {}, [0] * number, []
+    after, state, kept_edges = {}, [0] * number, []
     for before, other in sorted(edges):
         if before != other:
             after.setdefault(before, []).append(other)
@@ -4223,45 +4063,45 @@ def acyclic(number, edges):
                 state[node] = 2
                 stack.pop()
             elif state[other] != 1:       # 1: on the way here, so this edge would close a circle
-                kept.append((node, other))
+                kept_edges.append((node, other))
                 if not state[other]:
                     state[other] = 1
                     stack.append((other, iter(after.get(other, ()))))
-    return kept
+    return kept_edges
 
 
-FAMILY_STATUS = ("failed", "terminated", "pending_failed", "running", "pending", "ready", "blocked",
-                 "uninitialized", "canceled", "completed", "disabled")
+FAMILY_STATUS = ("running", "pending", "ready", "blocked", "failed", "terminated",
+                 "pending_failed", "uninitialized", "canceled", "completed", "disabled")
 
 
 def family_nodes(store, workflow_id, shape, counted):
     """The nodes of a graph of families."""
-    with store.keeping:
-        averages = attempts(store, workflow_id).averages(shape)
+    times = family_times(store, workflow_id, shape)
     nodes = []
     for family, label in enumerate(shape.labels):
         counts_of, size = counted[family], shape.sizes[family]
-        active = next((name for name in ("running", "pending", "ready", "blocked")
-                       if counts_of.get(name)), None)
-        status = active or next((name for name in FAMILY_STATUS if counts_of.get(name)),
-                                "uninitialized")
-        ran = averages.get(family)
-        sub = (f"each {span(ran[1] / ran[0] / 1000)} on average" if ran and size > 1 else
-               f"1 job, took {span(ran[1] / ran[0] / 1000)}" if ran else
-               f"{plural(size, 'job')}, none has ended")
+        number, ran = times.get(family, (0, 0))
+        sub = (f"{plural(size, 'job')}, none has ended" if not number else
+               f"each {span(ran / number / 1000)} on average" if size > 1 else
+               f"1 job, took {span(ran / number / 1000)}")
         nodes.append({"id": f"f{family}", "name": label, "family": shape.names[family],
-                      "counts": counts_of, "status": status, "sub": sub,
+                      "counts": counts_of, "sub": sub, "status": next(
+                          (name for name in FAMILY_STATUS if counts_of.get(name)),
+                          "uninitialized"),
                       "why": ", ".join(f"{number:,} {name.replace('_', ' ')}"
                                        for name, number in counts_of.items()),
                       "href": f"#/w/{workflow_id}/jobs?family={shape.names[family]}"})
     return nodes
 
 
-def graph(store, workflow_id, now, data=False):
+def graph(store, workflow_id, now, around=None, data=False):
     """Nodes and edges of a workflow: its jobs, or its families if there are many.
 
-    data: with the files and user data that jobs read and write, if it shows jobs.
+    around: id of the job that is shown with its neighbors. data: with the files and user data that
+    jobs read and write, if it shows jobs. Raises NotFound.
     """
+    if around is not None:
+        return graph_around(store, workflow_id, around, now)
     total = store.one("SELECT count(*) FROM job WHERE workflow_id = ?", (workflow_id,))[0]
     if total > FEW_JOBS:
         shape = shape_of(store, workflow_id)
@@ -4270,9 +4110,9 @@ def graph(store, workflow_id, now, data=False):
                 "edges": [[f"f{one}", f"f{other}"]
                           for one, other in acyclic(len(nodes), family_edges(
                               store, workflow_id, shape))]}
-    ids = [row[0] for row in store.query("SELECT id FROM job WHERE workflow_id = ? ORDER BY id",
-                                         (workflow_id,))]
-    nodes, edges = job_nodes(store, workflow_id, ids, now), store.query(
+    nodes = job_nodes(store, workflow_id, sorted(job_ids(store, "workflow_id = ?",
+                                                         (workflow_id,))), now)
+    edges = store.query(
         "SELECT d.depends_on_job_id, d.job_id FROM job j JOIN job_dependency d ON d.job_id = j.id"
         " WHERE j.workflow_id = ?", (workflow_id,))
     if data:
@@ -4294,16 +4134,16 @@ def data_nodes(store, workflow_id, nodes):
     """(nodes of the files and user data of jobs, {id: (jobs that write it, jobs that read it)})."""
     names, found, ways = {node["id"]: node["name"] for node in nodes}, [], {}
     known = compact(list(names))
-    for kind, table, text in (("file", "file", "f.path"), ("user_data", "user_data", "f.name")):
+    for kind, text in (("file", "f.path"), ("user_data", "f.name")):
         sides = [{}, {}]
         for side, what in zip(sides, ("output", "input")):
             for record_id, job_id in store.query(
-                    f"SELECT x.{table}_id, x.job_id FROM {table} f JOIN job_{what}_{table} x ON"
-                    f" x.{table}_id = f.id WHERE f.workflow_id = ? AND x.job_id IN {IDS} ORDER BY"
+                    f"SELECT x.{kind}_id, x.job_id FROM {kind} f JOIN job_{what}_{kind} x ON"
+                    f" x.{kind}_id = f.id WHERE f.workflow_id = ? AND x.job_id IN {IDS} ORDER BY"
                     " x.job_id", (workflow_id, known)):
                 side.setdefault(record_id, []).append(job_id)
         for record_id, name, more in store.query(
-                f"SELECT f.id, f.name, {text} FROM {table} f WHERE f.workflow_id = ? ORDER BY f.id",
+                f"SELECT f.id, f.name, {text} FROM {kind} f WHERE f.workflow_id = ? ORDER BY f.id",
                 (workflow_id,)):
             key, (made, read) = f"{kind}:{record_id}", [side.get(record_id, []) for side in sides]
             if made or read:
@@ -4317,10 +4157,10 @@ def data_nodes(store, workflow_id, nodes):
     return found, ways
 
 
-def job_nodes(store, workflow_id, job_ids, now):
+def job_nodes(store, workflow_id, ids, now):
     """The nodes of a graph of jobs."""
     nodes = []
-    for job_id, view in job_views(store, job_ids, now).items():
+    for job_id, view in job_views(store, ids, now).items():
         status, ran = view["status"], view["ran_s"]
         said = status.replace("_", " ")
         why_text = (f"runs for {span(ran)} of {span(view['runtime_s'])}" if status == "running"
@@ -4341,7 +4181,7 @@ def graph_around(store, workflow_id, job_id, now, most=5):
     ids, edges, more = [job_id], [], []
     for mine, theirs, words in (("job_id", "depends_on_job_id", "waits for"),
                                 ("depends_on_job_id", "job_id", "frees")):
-        # Those that matter now first: what is not done, then what went badly.
+        # Those that matter now first: what is not done, then what ended unsuccessfully.
         found = store.query(
             f"SELECT d.{theirs} FROM job_dependency d JOIN job j ON j.id = d.{theirs} WHERE"
             f" d.{mine} = ? AND d.{theirs} <> d.{mine} ORDER BY j.status IN {COMPLETE}, j.status ="
@@ -4358,11 +4198,11 @@ def graph_around(store, workflow_id, job_id, now, most=5):
 
 # ---- failures
 
-BADLY = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
+BAD_END = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
 
 
 class Failure(NamedTuple):
-    """A job that ended badly, with its latest result."""
+    """A job that ended unsuccessfully, with its result."""
 
     job_id: int
     name: str
@@ -4370,54 +4210,50 @@ class Failure(NamedTuple):
     result_id: int | None
     code: int | None
     ran_s: float | None
-    ended_ms: float | None
+    ended_ms: int | None
     peak: int | None
     host: str | None
     tail: str | None
     memory: int
     runtime_s: int
     need: str
-    attempt: int
 
 
 def failed_jobs(store, where, params):
-    """[Failure, ...], the latest first. params: of `where`, and how many at most."""
+    """[Failure, ...], the latest first. where: on t; params: of it, and how many at most."""
     return [Failure(*row) for row in store.query(
-        "SELECT j.id, j.name, j.status, r.id, r.return_code, r.exec_time_minutes * 60,"
-        f" {MS.format('r.completion_time')}, r.peak_memory_bytes, n.hostname,"
-        " substr(r.stderr_tail, -400), q.memory_bytes, q.runtime_s, q.name, j.attempt_id FROM job j"
-        " JOIN resource_requirements q ON q.id = j.resource_requirements_id LEFT JOIN latest_result"
-        " l ON l.job_id = j.id LEFT JOIN result r ON r.id = l.result_id LEFT JOIN compute_node n"
-        f" ON n.id = r.compute_node_id WHERE {where} ORDER BY r.id DESC LIMIT ?", params)]
+        "SELECT t.id, t.name, t.status, r.id, r.return_code, (r.end_ms - r.start_ms) / 1000.0,"
+        " r.end_ms, r.peak_memory_bytes, n.hostname, substr(r.stderr_tail, -400), q.memory_bytes,"
+        f" q.runtime_s, q.name FROM {ENDED_JOB} JOIN resource_requirements q ON q.id ="
+        f" t.resource_requirements_id WHERE {where} AND t.status IN {BAD_END} ORDER BY r.id DESC"
+        " LIMIT ?", params)]
 
 
-def failures(store, workflow_id, most=5000, wanted=None):
-    """Jobs that ended badly, in groups of one cause: exit, and last line of stderr.
+def failures(store, workflow_id, most=5000, group=None):
+    """Jobs that ended unsuccessfully, in groups of one cause: exit, and last line of stderr.
 
-    most: the latest so many are looked at. wanted: id of the only group, with all its job ids.
+    most: the latest so many are looked at. group: id of the only one, with all its job ids.
     """
     codes = exit_codes(store, workflow_id)
-    number = dict(store.query(
-        f"SELECT status, count(*) FROM job WHERE workflow_id = ? AND status IN {BADLY}"
-        " GROUP BY status", (workflow_id,)))
-    downstream = store.one(f"SELECT total(cascaded) FROM job WHERE workflow_id = ? AND status ="
-                           f" {CANCELED}", (workflow_id,))[0]
-    groups = {}
-    rows = failed_jobs(store, f"j.workflow_id = ? AND j.status IN {BADLY}", (workflow_id, most))
+    total, downstream = store.one(
+        f"SELECT (SELECT count(*) FROM job WHERE workflow_id = ? AND status IN {BAD_END}), (SELECT"
+        f" total(cascaded) FROM job WHERE workflow_id = ? AND status = {CANCELED})",
+        (workflow_id, workflow_id))
+    groups, answer = {}, []
+    rows = failed_jobs(store, "t.workflow_id = ?", (workflow_id, most))
     for one in rows:
         lines = (one.tail or "").strip().splitlines()
         line = lines[-1].strip()[-300:] if lines else ""
         key = one.status, one.code, re.sub(r"\d+", "#", line)
         groups.setdefault(key, []).append((one, line))
-    answer = []
     for key, members in groups.items():
         group_id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-        if wanted is None or wanted == group_id:
+        if group in (None, group_id):
             answer.append({"id": group_id, **failure_group(store, members, codes)})
-            if wanted:
+            if group:
                 answer[-1]["job_ids"] = sorted(one.job_id for one, _ in members)
-    answer.sort(key=lambda group: (-group["count"], group["first_ms"] or 0))
-    return {"groups": answer, "total": sum(number.values()), "downstream": int(downstream),
+    answer.sort(key=lambda one: (-one["count"], one["first_ms"] or 0))
+    return {"groups": answer, "total": total, "downstream": int(downstream),
             "looked_at": len(rows)}
 
 
@@ -4433,8 +4269,8 @@ def failure_group(store, members, codes):
     return {"count": len(jobs), "status": STATUS_NAMES[first.status], "line": line,
             "cause": exit_text(first.status, first.code, codes) if first.code is not None
             else "no result is kept", "verdict": verdict, "remedy": remedy, "advice": advice,
-            "family": plain_names(families), "first_ms": int(min(ended)) if ended else None,
-            "last_ms": int(max(ended)) if ended else None,
+            "family": plain_names(families), "first_ms": min(ended, default=None),
+            "last_ms": max(ended, default=None),
             "hosts": f"{len(hosts)} nodes" if len(hosts) > 3 else plain_names(hosts) if hosts
             else "no node", "jobs": [{"id": one.job_id, "name": one.name} for one in jobs[:3]],
             "tail": (tail[0] if tail else "") or ""}
@@ -4476,11 +4312,67 @@ def failure_remedy(jobs, codes):
 
 # ---- over time
 
-MOST_BARS = 2000                          # jobs that a timeline shows one by one
+MAX_BARS = 2000                           # jobs that a timeline shows one by one
+LEAST_BINS = 120                          # of a timeline: it tells gaps of a hundredth of it
+
+
+class Window(NamedTuple):
+    """A stretch of time in bins. begin, end: ms since the epoch."""
+
+    begin: int
+    end: int
+    bins: int
+
+    @property
+    def width(self):
+        """Of a bin, in ms."""
+        return (self.end - self.begin) / self.bins
+
+    def bin_of(self, column):
+        """SQL for the bin of a time in ms: -1 before the first, the number of bins after the last.
+
+        Division cuts towards zero, so the bins are counted from 1 first.
+        """
+        length = self.end - self.begin
+        return (f"max(-1, min({self.bins}, (({column} - {self.begin}) * {self.bins} + {length})"
+                f" / {length} - 1))")
+
+    def group(self, start, end, weights, number=1):
+        """One or more stretches of time as means() takes them: their bins, the sums of their
+        starts and ends in ms, their number, and the sums of their weights."""
+        return (*(max(-1, min(self.bins, int((moment / number - self.begin) // self.width)))
+                  for moment in (start, end)), start, end, number, weights)
+
+    def means(self, groups, place):
+        """The mean of one of the weights in each bin, of groups of which each starts in one bin and
+        ends in one."""
+        weights, moments = [0.0] * (self.bins + 2), [0.0] * (self.bins + 2)
+        for first, last, start, end, number, of_group in groups:
+            weight = of_group[place]
+            weights[first + 1] += weight          # counts at the border behind its bin
+            weights[last + 1] -= weight
+            moments[first + 1] += weight * (start / number - self.begin)
+            moments[last + 1] -= weight * (end / number - self.begin)
+        until = [number * self.width * weight - moment for number, (weight, moment) in enumerate(
+            zip(itertools.accumulate(weights), itertools.accumulate(moments)))]
+        return [max(0.0, after - before) / self.width
+                for before, after in zip(until, until[1:self.bins + 1])]
+
+
+def grouped(store, workflow_id, window, key, sums, params=()):
+    """Results of a workflow in groups of one key (an id), bin of start and bin of end: [(key,
+    (bin, bin, sum of starts, sum of ends, number), sums), ...]."""
+    size = window.bins + 2                # as one number they are grouped faster
+    for packed, start, end, number, *row in store.query(
+            f"SELECT ({key} * {size} + {window.bin_of('start_ms')} + 1) * {size} +"
+            f" {window.bin_of('end_ms')} + 1, sum(start_ms), sum(end_ms), count(*), {sums} FROM"
+            " result WHERE workflow_id = ? GROUP BY 1", (*params, workflow_id)):
+        rest, last = divmod(packed, size)
+        yield rest // size, (rest % size - 1, last - 1, start, end, number), row
 
 
 def nodes_over_time(store, workflow_id, now):
-    """Runners: (id, name, cpus, memory_bytes, start ms, end ms, active), by start."""
+    """Runners: (id, name, cpus, memory_bytes, start ms, end ms, active), by id."""
     found = []
     for node_id, host, cpus, memory, start, ran, active in store.query(
             "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * max(num_nodes, 1) *"
@@ -4491,125 +4383,167 @@ def nodes_over_time(store, workflow_id, now):
     return found
 
 
-def running_jobs(store, workflow_id):
-    """Jobs that run: (id, node id, requirement id, start ms or None)."""
-    return store.query("SELECT id, compute_node_id, resource_requirements_id, started_ms FROM job"
-                       f" WHERE workflow_id = ? AND status = {RUNNING} AND compute_node_id IS NOT"
-                       " NULL", (workflow_id,))
+def running_jobs(store, workflow_id, now):
+    """Jobs that run: (id, node id, requirement id, start ms, CPUs, memory asked for)."""
+    return store.query(
+        "SELECT j.id, j.compute_node_id, a.id, j.started_ms, a.cpus, a.memory FROM job j CROSS JOIN"
+        f" asked a ON a.job_id = j.id WHERE j.workflow_id = ? AND j.status = {RUNNING} AND"
+        " j.started_ms < ? ORDER BY j.started_ms", (workflow_id, int(now * 1000)))
 
 
-def stretch(store, workflow_id, begin, end, nodes, now):
-    """The stretch of time to show: what is asked for, or the present run. Milliseconds."""
+def stretch(store, workflow_id, begin, end, nodes, now, bins):
+    """The Window to show: what is asked for, or the present run."""
     run_id = workflow_row(store, workflow_id, "run_id")[0]
-    began = attempts(store, workflow_id).began
-    starts = [began[run_id]] if run_id in began else [node[4] for node in nodes if node[6]]
+    began = store.one("SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?",
+                      (workflow_id, run_id))[0]
+    starts = [began] if began is not None else [node[4] for node in nodes if node[6]]
     ends = [node[5] for node in nodes]
-    begin = begin if begin is not None else int(min(starts, default=now * 1000 - 60_000))
-    end = end if end is not None else int(max(ends, default=now * 1000))
-    return begin, max(end, begin + 1000)
+    begin = int(begin if begin is not None else min(starts, default=now * 1000 - 60_000))
+    end = int(end if end is not None else max(ends, default=now * 1000))
+    return Window(begin, max(end, begin + 1000), bins)
 
 
-def timeline(store, workflow_id, begin, end, bins, now, jobs=True):
+class Lane:
+    """What ended on one runner, summed over the bins of a Window, and what runs there."""
+
+    def __init__(self, window, node):
+        self.window, self.node = window, node
+        self.groups = []
+        self.starts, self.ends = [0] * (window.bins + 2), [0] * (window.bins + 2)
+        self.first, self.last = [None] * (window.bins + 2), [None] * (window.bins + 2)
+        self.failed = set()
+
+    def add(self, group, failed, first, last):
+        """Jobs of which the first started and the last ended at these times (ms)."""
+        start, end, number = group[0] + 1, group[1] + 1, group[4]
+        self.groups.append(group)
+        self.starts[start] += number
+        self.ends[end] += number
+        self.first[start] = min(first, self.first[start] or first)
+        self.last[end] = max(last, self.last[end] or last)
+        if failed:
+            self.failed.add(group[1])
+
+    def number(self):
+        """How many of its jobs fall into the window."""
+        return sum(self.starts[:-1]) - self.ends[0]
+
+    def gaps(self):
+        """[(from, to), ...] in ms when nothing ran, of those in which a bin ends."""
+        _, _, _, _, up, down, active = self.node
+        known = [moment for moment in (*self.first, *self.last) if moment]
+        up, down = min([up, *known]), max([down, *known])
+        after, following = [], down       # the first start behind each border
+        for moment in reversed(self.first):
+            after.append(following)
+            following = moment or following
+        found, at_work, since = {}, 0, up
+        for started, ended, last, to in zip(self.starts, self.ends, self.last, reversed(after)):
+            at_work += started - ended
+            since = max(since, last or since)
+            if not at_work and to > since:
+                found[since] = to
+        return sorted(found.items())
+
+
+def lanes_of(store, workflow_id, window, nodes, now):
+    """{node id: Lane} of a workflow's runners, with the jobs that run there now."""
+    lanes = {node[0]: Lane(window, node) for node in nodes}
+    for node_id, group, (cpus, failed, first, last) in grouped(
+            store, workflow_id, window, "compute_node_id", "sum(asked_cpus), sum(status NOT IN"
+            f" ({COMPLETED}, {CANCELED})), min(start_ms), max(end_ms)"):
+        if node_id in lanes:
+            lanes[node_id].add((*group, (cpus,)), failed, first, last)
+    now_ms = int(now * 1000)
+    for _, node_id, _, start, cpus, _ in running_jobs(store, workflow_id, now):
+        if node_id in lanes:
+            lanes[node_id].add(window.group(start, now_ms, (cpus,)), 0, start, now_ms)
+    return lanes
+
+
+def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True):
     """What each runner did from begin to end (ms): its jobs, or how busy it was in each bin.
 
     bins: [part of its CPUs in use, whether a job failed]. gaps: when it did nothing, with the
     cause, the longest first. jobs: show each if they are not too many.
     """
     nodes = nodes_over_time(store, workflow_id, now)
-    begin, end = stretch(store, workflow_id, begin, end, nodes, now)
-    needs = dict(store.query("SELECT id, num_cpus * num_nodes FROM resource_requirements WHERE"
-                             " workflow_id = ?", (workflow_id,)))
-    with store.keeping:
-        lanes = attempts(store, workflow_id).lanes(needs)
-    running = {}
-    for job_id, node_id, need, start in running_jobs(store, workflow_id):
-        if start and start < end:
-            running.setdefault(node_id, []).append((start, int(now * 1000), job_id, RUNNING, need))
-    empty, runners = Lane([], needs), []
-    single = jobs and MOST_BARS >= sum(lane.number(begin, end) for lane in lanes.values()) + sum(
-        map(len, running.values()))
+    finer = -(-LEAST_BINS // bins)
+    window = stretch(store, workflow_id, begin, end, nodes, now, bins * finer)
+    lanes = lanes_of(store, workflow_id, window, nodes, now)
+    single = jobs and sum(lane.number() for lane in lanes.values()) <= MAX_BARS
+    bars = bars_of(store, workflow_id, window, now) if single else {}
+    runners = []
     for node in nodes:
-        lane, bars = lanes.get(node[0], empty), sorted(running.get(node[0], ()))
-        if bars or lane.number(begin, end) or node[4] < end and node[5] > begin:
-            shown = runner_lane(store, workflow_id, node, lane, bars, (begin, end), needs)
-            runners.append({**shown,
-                            **(bars_in_lanes(store, lane, bars, begin, end) if single else
-                               busy_bins(node, lane, bars, (begin, end, bins), needs))})
-    return {"from": begin, "to": end, "runners": runners}
+        lane = lanes[node[0]]
+        if lane.number() or node[4] < window.end and node[5] > window.begin:
+            means = window.means(lane.groups, 0)
+            shown = {"jobs": in_rows(bars.get(node[0], ()))} if single else {"bins": [
+                [round(min(1.0, sum(means[place:place + finer]) / finer / max(1, node[2])), 3),
+                 not lane.failed.isdisjoint(range(place, place + finer))]
+                for place in range(0, window.bins, finer)]}
+            runners.append({**runner_lane(store, workflow_id, lane, means), **shown})
+    return {"from": window.begin, "to": window.end, "runners": runners}
 
 
-def runner_lane(store, workflow_id, node, lane, running, view, needs):
-    """One runner of a timeline. running: bars of the jobs that run there now, by start."""
-    from bisect import bisect_left
-    node_id, host, cpus, _, up, down, active = node
-    first = min([up, *lane.starts[:1], *(bar[0] for bar in running[:1])])
-    last = max([down, *lane.ends[-1:]])
-    start, stop = max(first, view[0]), max(min(last, view[1]), max(first, view[0]))
-    # From the first of the jobs that run now on, it is not idle.
-    until = min([stop, *(bar[0] for bar in running[:1])])
-    edges = [(first, lane.starts[0]), (lane.ends[-1], max(last, lane.ends[-1]))] \
-        if lane.bars else [(first, last)]
-    idle_ms = sum(max(0, min(to, until) - max(since, start)) for since, to in edges)
-    if until > start:
-        idle_ms += lane.idle.until(until)[0] - lane.idle.until(start)[0]
-    least = max(1000, (view[1] - view[0]) / 100)
-    clipped = [(max(since, start), min(to, until)) for since, to in (*lane.gaps, *edges)]
+def runner_lane(store, workflow_id, lane, means):
+    """One runner of a timeline. means: the CPUs at work in each bin."""
+    window = lane.window
+    node_id, host, cpus, _, up, down, active = lane.node
+    known = [moment for moment in (*lane.first, *lane.last) if moment]
+    start = max(min([up, *known]), window.begin)
+    stop = max(min(max([down, *known]), window.end), start)
+    least = max(1000, (window.end - window.begin) / 100)
+    clipped = [(max(since, start), min(to, stop), to) for since, to in lane.gaps()]
     gaps = sorted((gap for gap in clipped if gap[1] - gap[0] >= least),
                   key=lambda gap: gap[0] - gap[1])[:5]
-    shown = []
-    for since, to in gaps:
-        place = bisect_left(lane.starts, to)
-        after = [*(bar for bar in running if bar[0] >= to), *lane.bars[place:place + 1]]
-        cause = gap_cause(store, workflow_id, since, to, min(after, default=None), active)
-        shown.append({"from": int(since), "to": int(to),
-                      "text": f"idle {span((to - since) / 1000)}, {cause}"})
-    if not active and down < view[1] - least:
-        shown.append({"from": int(down), "to": int(view[1]), "text": gone_text(store, node_id)})
-    busy = lane.busy.until(stop)[0] - lane.busy.until(start)[0] + sum(
-        needs.get(bar[4], 1) * max(0, stop - max(bar[0], start)) for bar in running)
+    shown = [{"from": int(since), "to": int(until), "text": f"idle {span((until - since) / 1000)}, "
+              + gap_cause(store, workflow_id, node_id, since, to, active)}
+             for since, until, to in gaps]
+    if not active and down < window.end - least:
+        shown.append({"from": int(down), "to": int(window.end), "text": gone_text(store, node_id)})
     return {"id": node_id, "name": host, "cpus": cpus, "active": active, "start": int(start),
-            "end": int(stop),
-            "ran": lane.number(*view) + len(running), "gaps": shown,
-            "idle_s": round(idle_ms / 1000, 1),
-            "busy": max(0, min(100, round(100 * busy / max(1, cpus * (stop - start)))))}
+            "end": int(stop), "ran": lane.number(), "gaps": shown,
+            "idle_s": round(sum(max(0, until - since) for since, until, _ in clipped) / 1000, 1),
+            "busy": max(0, min(100, round(100 * sum(means) * window.width
+                                          / max(1, cpus * (stop - start)))))}
 
 
-def busy_bins(node, lane, running, view, needs):
-    """The bins of a runner in a timeline."""
-    begin, end, bins = view
-    means, = lane.busy.means(*view)
-    if running:
-        now = Integral([bar[0] for bar in running], [bar[1] for bar in running],
-                       [needs.get(bar[4], 1) for bar in running])
-        means = [one + other for one, other in zip(means, now.means(*view)[0])]
-    failed = {int((moment - begin) * bins / (end - begin)) for moment in lane.failed
-              if begin <= moment < end}
-    return {"bins": [[round(min(1.0, mean / max(1, node[2])), 3), number in failed]
-                     for number, mean in enumerate(means)]}
+def bars_of(store, workflow_id, window, now):
+    """{node id: [(start, end, job id, name, status), ...]} of a window, times in ms."""
+    now_ms, found = int(now * 1000), {}
+    rows = store.query(
+        "SELECT r.compute_node_id, r.start_ms, r.end_ms, j.id, j.name, r.status FROM result r JOIN"
+        " job j ON j.id = r.job_id WHERE r.workflow_id = ? AND r.end_ms > ? AND r.start_ms < ?",
+        (workflow_id, window.begin, window.end)) + store.query(
+        "SELECT compute_node_id, started_ms, ?, id, name, status FROM job WHERE workflow_id = ? AND"
+        f" status = {RUNNING} AND started_ms < ?", (now_ms, workflow_id, window.end))
+    for node_id, *bar in rows:
+        found.setdefault(node_id, []).append(bar)
+    return found
 
 
-def bars_in_lanes(store, lane, running, begin, end):
+def in_rows(bars):
     """The jobs of a runner in a timeline, each in the first row that is free when it starts."""
-    bars = sorted([*(bar for bar in lane.bars if bar[1] > begin and bar[0] < end), *running])
-    names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}",
-                             (compact([bar[2] for bar in bars]),)))
     rows, jobs = [], []
-    for start, stop, job_id, status, _ in bars:
+    for start, stop, job_id, name, status in sorted(bars):
         row = next((number for number, until in enumerate(rows) if until <= start), len(rows))
         rows[row:row + 1] = [stop]
-        jobs.append({"id": job_id, "name": names.get(job_id, f"job {job_id}"),
-                     "status": STATUS_NAMES[status], "start": start, "end": stop, "lane": row})
-    return {"jobs": jobs}
+        jobs.append({"id": job_id, "name": name, "status": STATUS_NAMES[status], "start": start,
+                     "end": stop, "lane": row})
+    return jobs
 
 
-def gap_cause(store, workflow_id, first, last, after, active):
-    """Why a runner idled from first to last (ms). after: the bar that ended this, or None."""
+def gap_cause(store, workflow_id, node_id, first, last, active):
+    """Why a runner idled from first to last (ms), when one of its jobs began, if one did."""
+    after = store.one(
+        "SELECT job_id FROM result WHERE compute_node_id = ? AND start_ms = ? UNION ALL SELECT id"
+        " FROM job WHERE compute_node_id = ? AND started_ms = ?", (node_id, last, node_id, last))
     if after:                             # what did that job wait for?
         row = store.one(
             "SELECT p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id JOIN"
-            " latest_result l ON l.job_id = p.id JOIN result r ON r.id = l.result_id WHERE d.job_id"
-            f" = ? AND {MS.format('r.completion_time')} BETWEEN ? AND ? ORDER BY r.completion_time"
-            " DESC LIMIT 1", (after[2], first + 1, last + 1000))
+            " result r ON r.id = p.result_id WHERE d.job_id = ? AND r.end_ms BETWEEN ? AND ? ORDER"
+            " BY r.end_ms DESC LIMIT 1", (after[0], first + 1, last + 1000))
         return f"waited for {row[0]}" if row else "nothing was ready"
     ready = active and store.one(
         f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status = {READY})",
@@ -4625,74 +4559,76 @@ def gone_text(store, node_id):
     return f"lost, with {plural(lost, 'job')} that ran there" if lost else "ended"
 
 
-def usage(store, workflow_id, begin, end, bins, now):
+def usage(store, workflow_id, now, begin=None, end=None, bins=240):
     """CPUs and memory over time, and by resource requirements: asked for, used, there.
 
     What a running job uses is not known yet: it counts as jobs of its requirements did so far.
     """
     nodes = nodes_over_time(store, workflow_id, now)
-    begin, end = stretch(store, workflow_id, begin, end, nodes, now)
-    needs = {row[0]: row[1:] for row in store.query(
-        "SELECT id, num_cpus * num_nodes, CASE name WHEN 'default' THEN 0 ELSE memory_bytes"
-        " * num_nodes END, name, runtime_s FROM resource_requirements WHERE workflow_id = ?",
-        (workflow_id,))}
-    with store.keeping:
-        loads, means = attempts(store, workflow_id).loads(store, workflow_id, needs)
-    running = [(start, *needs[need][:2], *means.get(need, (0, 0)))
-               for _, _, need, start in running_jobs(store, workflow_id) if start and need in needs]
-    starts, stops = [row[0] for row in running], [int(now * 1000)] * len(running)
-    now_running = Integral(starts, stops, *([row[place] for row in running]
-                                            for place in (1, 2, 3, 4)))
-    points = [[one + other for one, other in zip(*pair)] for pair in zip(
-        loads.means(begin, end, bins), now_running.means(begin, end, bins))]
-    points += Integral([node[4] for node in nodes], [node[5] for node in nodes],
-                       [node[2] for node in nodes], [node[3] for node in nodes]).means(
-        begin, end, bins)
+    window = stretch(store, workflow_id, begin, end, nodes, now, bins)
+    codes = exit_codes(store, workflow_id)
+    groups, of_need = [], {}
+    for need, group, sums in grouped(
+            store, workflow_id, window, "coalesce(asked_id, 0)", "sum(asked_cpus),"
+            " sum(asked_memory), total(max(avg_cpu_percent, 0)) / 100, total(coalesce("
+            "avg_memory_bytes, peak_memory_bytes)), max(peak_memory_bytes), max(end_ms - start_ms),"
+            f" sum(return_code = ? AND status <> {COMPLETED}), sum(return_code = ?)",
+            (codes["memory"], codes["time"])):
+        groups.append((*group, sums[:4]))
+        of_need.setdefault(need, []).append((*group[2:], *sums[2:]))
+    rows = requirement_rows(store, workflow_id, of_need)
+    for _, _, need, start, *asked in running_jobs(store, workflow_id, now):
+        used = rows[need]["cpu_used"], rows[need]["memory_used"]
+        groups.append(window.group(start, now * 1000, (*asked, *used)))
+    there = [window.group(node[4], node[5], node[2:4]) for node in nodes]
     series = {what: [{"name": name, "kind": kind, "points": [
-        round(value, digits) for value in points[place + offset]]} for name, kind, place in (
-            ("used", "used", 2), ("asked", "asked", 0), ("available", "limit", 4))]
+        round(value, digits) for value in window.means(weights, place + offset)]}
+        for name, kind, weights, place in (
+            ("used", "used", groups, 2), ("asked", "asked", groups, 0),
+            ("available", "limit", there, 0))]
         for what, digits, offset in (("cpu", 3, 0), ("memory", None, 1))}
-    width = (end - begin) / bins
-    return {"times": [int(begin + width * (number + 0.5)) for number in range(bins)], **series,
-            "requirements": requirement_rows(store, workflow_id, needs, means)}
+    return {"times": [int(window.begin + window.width * (number + 0.5)) for number in range(bins)],
+            **series, "requirements": [row for row in rows.values() if row["jobs"]]}
 
 
-def requirement_rows(store, workflow_id, needs, means):
-    """What was asked for and used by each resource requirement, and what to change."""
-    codes, rows = exit_codes(store, workflow_id), []
-    jobs = dict(store.query("SELECT resource_requirements_id, count(*) FROM job WHERE workflow_id"
-                            " = ? GROUP BY 1", (workflow_id,)))
-    most = {row[0]: row[1:] for row in store.query(
-        "SELECT j.resource_requirements_id, max(r.peak_memory_bytes), max(r.exec_time_minutes)"
-        " * 60, count(*), total(r.return_code = ? AND r.status <> ?), total(r.return_code = ?)"
-        " FROM result r CROSS JOIN latest_result l ON l.result_id = r.id CROSS JOIN job j ON j.id ="
-        " r.job_id WHERE r.workflow_id = ? GROUP BY 1",
-        (codes["memory"], COMPLETED, codes["time"], workflow_id))}
-    for need, (cpus, memory, name, runtime_s) in needs.items():
-        if not jobs.get(need):
-            continue
-        peak, longest, ended, of_memory, of_time = most.get(need, (0, 0, 0, 0, 0))
-        used = means.get(need, (0, 0))[0]
-        verdict, advice = requirement_advice(cpus, memory, name, runtime_s, peak or 0, longest or 0,
-                                             ended, used, int(of_memory), int(of_time))
-        rows.append({"name": name, "jobs": jobs[need], "cpus": cpus, "cpu_used": round(used, 3),
-                     "peak": peak or 0, "memory": memory, "longest_s": longest or 0,
-                     "runtime_s": runtime_s, "verdict": verdict, "advice": advice})
+def requirement_rows(store, workflow_id, of_need):
+    """{requirement id: what was asked for and used by its jobs, and what to change}.
+
+    of_need: {requirement id: [(sum of starts, of ends, number, CPUs used, memory used, largest
+    peak, longest ms, number out of memory, out of time), ...]} of results.
+    """
+    rows = {}
+    for need, cpus, memory, name, runtime_s, jobs in store.query(
+            "SELECT id, num_cpus * num_nodes, CASE name WHEN 'default' THEN 0 ELSE memory_bytes"
+            " * num_nodes END, name, runtime_s, (SELECT count(*) FROM job WHERE"
+            " resource_requirements_id = q.id) FROM resource_requirements q WHERE workflow_id = ?",
+            (workflow_id,)):
+        ended = of_need.get(need, [])
+        ran_ms = max(1, sum(row[1] - row[0] for row in ended))
+        used, held = (sum(row[place] * (row[1] - row[0]) / row[2] for row in ended) / ran_ms
+                      for place in (3, 4))
+        row = rows[need] = {
+            "name": name, "jobs": jobs, "cpus": cpus, "cpu_used": round(used, 3),
+            "memory_used": round(held), "peak": max((row[5] or 0 for row in ended), default=0),
+            "memory": memory, "longest_s": max((row[6] for row in ended), default=0) / 1000,
+            "runtime_s": runtime_s}
+        row["verdict"], row["advice"] = requirement_advice(
+            row, bool(ended), *(sum(row[place] for row in ended) for place in (7, 8)))
     return rows
 
 
-def requirement_advice(cpus, memory, name, runtime_s, peak, longest, ended, used, of_memory,
-                       of_time):
+def requirement_advice(row, ended, of_memory, of_time):
     """(status whose glyph it gets, sentence) on what to change of a resource requirement."""
+    cpus, memory, used, peak = (row[name] for name in ("cpus", "memory", "cpu_used", "peak"))
     if not ended:
         return "uninitialized", "Nothing has run yet"
-    if name == "default":
+    if row["name"] == "default":
         return "completed", "Nothing was asked for, so nothing is limited"
     if of_memory or of_time:
         short = [f"{number:,} ran out of {what}" for number, what in (
             (of_memory, "memory"), (of_time, "time")) if number]
         ask = [format_bytes(1.5 * max(peak, memory))] if of_memory else []
-        ask += [span(1.4 * max(longest, runtime_s))] if of_time else []
+        ask += [span(1.4 * max(row["longest_s"], row["runtime_s"]))] if of_time else []
         return "failed", f"{' and '.join(short)}: ask {', '.join(ask)}"
     if cpus > 1 and 0 < used < 0.5 * cpus:
         return "pending_failed", f"Uses {used:.1f} of {cpus} CPUs: ask {max(1, math.ceil(used))}"
@@ -4703,7 +4639,7 @@ def requirement_advice(cpus, memory, name, runtime_s, peak, longest, ended, used
 
 
 # ==================================================================================================
-# 7 Access
+# 8 Access
 # ==================================================================================================
 # Who asks, and what may they do? Passwords are compared with an htpasswd file. Its hashes are slow
 # on purpose, so threads of their own compute them, never one that serves requests. Who may use a
@@ -5113,7 +5049,7 @@ def require_access(store, workflow_id, user):
 
 
 # ==================================================================================================
-# 8 API
+# 9 API
 # ==================================================================================================
 # Every operation is a plain function of a Request and the URL's values; it returns what becomes
 # JSON and raises our errors. Nothing here knows HTTP: the server and LocalClient both call it.
@@ -5179,9 +5115,6 @@ TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool
               "ints": "a list of integers", "any": "a value",
               "echo": "a string", "time": "a time such as 2026-01-02T03:04:05Z",
               "dict": "an object", "list": "a list"}
-# What SQLite's julianday() reads, too.
-TIME = re.compile(r"\d{4}-[01]\d-[0-3]\d[T ][0-2]\d:[0-5]\d(:[0-5]\d(\.\d+)?)? ?"
-                  r"(Z|[-+]\d\d:\d\d)?", re.I)
 
 
 def has_type(value, kind):
@@ -5195,7 +5128,9 @@ def has_type(value, kind):
     if kind == "status":
         return isinstance(value, str) and value in STATUS_OF_NAME
     if kind == "time":
-        return isinstance(value, str) and bool(TIME.fullmatch(value))
+        with contextlib.suppress(ValueError, TypeError):
+            return parse_time(value) is not None
+        return False
     return kind == "any" or isinstance(value, {"str": str, "echo": str, "bool": bool,
                                                "dict": dict, "list": list}[kind])
 
@@ -5266,7 +5201,7 @@ FILTERS = {
         "scheduler_id": Filter("str", "t.scheduler_id = CAST(? AS INTEGER)"),
         "scheduler_config_id": Filter("str", "t.scheduler_config_id = CAST(? AS INTEGER)")},
     "result": {"all_runs": Filter(
-        "bool", "(? OR t.id IN (SELECT result_id FROM latest_result))", False)},
+        "bool", "(? OR t.id = (SELECT result_id FROM job WHERE id = t.job_id))", False)},
     "event": {"after_timestamp": Filter("int", "t.timestamp > ?")},
 }
 
@@ -5349,8 +5284,6 @@ def update_record(request, kind, record_id):
         before = fetch(request.store, kind, record_id)
         check_references(request.store, before["workflow_id"], values)
         change(request.store, kind, record_id, values)
-    if kind.table == "result":
-        forget_attempts(request.store, before["workflow_id"])
     return fetch(request.store, kind, record_id)
 
 
@@ -5359,12 +5292,12 @@ def delete_record(request, kind, record_id):
     with request.store.transaction():
         record = fetch(request.store, kind, record_id)
         if kind.table == "job":
-            delete_jobs(request.store, record["workflow_id"], [record_id])
+            delete_jobs(request.store, record["workflow_id"], "id = ?", (record_id,))
         else:
             remove(request.store, kind, record_id)
-            if kind.table == "resource_requirements":
-                settle_all(request.store, record["workflow_id"])
-            request.store.news(record.get("workflow_id", record_id))
+            if kind.table == "resource_requirements":        # and with it its jobs
+                delete_jobs(request.store, record["workflow_id"], "0", ())
+            request.store.news(record["workflow_id"])
     return record
 
 
@@ -5375,36 +5308,9 @@ def clear_records(request, kind):
     with request.store.transaction():
         number = request.store.execute(f"DELETE FROM {kind.table} WHERE workflow_id = ?",
                                        (workflow_id,))
-        reshaped(request.store, workflow_id)
-        request.store.news(workflow_id)
+        delete_jobs(request.store, workflow_id, "0", ())     # those that went with them
     return {"count": number, "deleted_count": number,
             "message": f"deleted {number} {kind.name} records"}
-
-
-def delete_jobs(store, workflow_id, job_ids):
-    """In a transaction: delete jobs; what waited for them waits no more."""
-    for job_id in job_ids:
-        job = job_row(store, job_id)
-        if job.status not in COMPLETE_SET:
-            shift_dependents(store, [job_id], -1)
-        remove(store, KINDS["job"], job_id)
-    settle_blocked(store, workflow_id)
-    reshaped(store, workflow_id)
-    store.news(workflow_id)
-
-
-def settle_blocked(store, workflow_id):
-    """In a transaction: free or cancel blocked jobs that wait for nothing any more."""
-    settle(store, workflow_id, [row[0] for row in store.query(
-        f"SELECT id FROM job WHERE workflow_id = ? AND status = {BLOCKED} AND unfinished = 0",
-        (workflow_id,))])
-
-
-def settle_all(store, workflow_id):
-    """In a transaction: jobs have vanished by a cascade; put the rest in order."""
-    recount(store, workflow_id)
-    reshaped(store, workflow_id)
-    settle_blocked(store, workflow_id)
 
 
 # ---- server
@@ -5565,6 +5471,7 @@ def is_workflow_uninitialized(request, workflow_id):
 def cancel(request, workflow_id):
     """Cancel a workflow: no more claims, running jobs are ended by their runners."""
     with request.store.transaction():
+        require_workflow(request.store, workflow_id)
         cancel_workflow(request.store, workflow_id, request.subject, request.now)
     return workflow_status(request.store, workflow_id)
 
@@ -5598,6 +5505,7 @@ def initialize(request, workflow_id):
     message = f"initialized the jobs of workflow {workflow_id}"
     kind = "workflow_started" if only else "workflow_reinitialized"      # as upstream names them
     with request.store.transaction():
+        require_workflow(request.store, workflow_id)
         initialize_jobs(request.store, workflow_id, only, clear)
         if request.store.is_heard(workflow_id):
             request.store.tell(workflow_id, kind, "info", {
@@ -5610,12 +5518,14 @@ def process_changed_job_inputs(request, workflow_id):
     dry_run = request.param("dry_run", "bool", False)
     with request.store.transaction():
         require_workflow(request.store, workflow_id)
-        changed = changed_jobs(request.store, workflow_id)
-        if not dry_run and changed:
-            for job_id, _ in changed:
-                leave_complete(request.store, job_row(request.store, job_id), UNINITIALIZED)
-            disown(request.store, workflow_id)
-    return {"reinitialized_jobs": [name for _, name in changed]}
+        changed = changes_since(request.store, "j.workflow_id = ?", (workflow_id,))
+        if not dry_run:
+            begin_anew(request.store, list(changed), UNINITIALIZED)
+            settle(request.store, workflow_id)
+    names = {job.id: job.name for job in find_jobs(request.store, f"id IN {IDS}",
+                                                  (compact(list(changed)),))}
+    return {"reinitialized_jobs": list(names.values()),
+            "reasons": {str(job_id): plain_names(changed[job_id]) for job_id in names}}
 
 
 # ---- a whole specification at once
@@ -5733,7 +5643,7 @@ def insert_spec_action(store, workflow_id, action, ids):
 JOB_COLUMNS = ("id", "workflow_id", "name", "command", "invocation_script",
                "cancel_on_blocking_job_failure", "supports_termination",
                "resource_requirements_id", "scheduler_id", "failure_handler_id", "priority",
-               "stdio", "unfinished")
+               "stdio")
 
 
 def insert_jobs(store, workflow_id, jobs):
@@ -5748,26 +5658,18 @@ def insert_jobs(store, workflow_id, jobs):
     for job_id, job in enumerate(jobs, first):
         if job.get("priority", 0) < 0:
             raise Invalid(f"priority {job['priority']} of job {job['name']!r} is negative")
-        waits = 0
         for name, pairs in relations.items():
-            if job.get(name):
-                distinct = set(job[name])
-                pairs += [(job_id, other) for other in distinct]
-                if name == "depends_on_job_ids":
-                    waits = len(distinct)
+            pairs += [(job_id, other) for other in set(job.get(name, ()))]
         rows.append((job_id, workflow_id, job["name"], job["command"],
                      job.get("invocation_script"), job.get("cancel_on_blocking_job_failure", True),
                      job.get("supports_termination", False),
                      job.get("resource_requirements_id", default), job.get("scheduler_id") or None,
                      job.get("failure_handler_id") or None, job.get("priority", 0),
-                     job.get("stdio"), waits))
+                     job.get("stdio")))
     store.insert_many(f"INSERT INTO job ({', '.join(JOB_COLUMNS)})", len(JOB_COLUMNS), rows)
     for name, pairs in relations.items():
         table, mine, theirs = RELATIONS[name]
         store.insert_many(f"INSERT INTO {table} ({mine}, {theirs})", 2, sorted(pairs))
-    if store.one("SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status IN"
-                 f" {COMPLETE})", (workflow_id,))[0]:
-        recount(store, workflow_id)       # some dependencies may have ended already
     reshaped(store, workflow_id)
     store.news(workflow_id)
     return range(first, first + len(jobs))
@@ -5888,20 +5790,20 @@ def update_job(request, job_id):
         check_update(job, values)
         check_references(store, job["workflow_id"], values)
         if values.get("status") == "disabled":
-            store.execute(f"UPDATE job SET status = {DISABLED} WHERE id = ?", (job_id,))
+            set_status(store, [job_id], DISABLED)
         if "depends_on_job_ids" in values:
             store.execute("DELETE FROM job_dependency WHERE job_id = ?", (job_id,))
             store.insert_many("INSERT INTO job_dependency (job_id, depends_on_job_id)", 2,
                               [(job_id, other) for other in set(values["depends_on_job_ids"])])
-            recount(store, job["workflow_id"])
         allowed = ("name", "command", "invocation_script", "cancel_on_blocking_job_failure",
                    "supports_termination", "resource_requirements_id", "scheduler_id", "priority",
                    "stdio")
         change_job(store, job_id, {name: values[name] for name in allowed if name in values})
         if "name" in values or "depends_on_job_ids" in values:
             reshaped(store, job["workflow_id"])
-    if "resource_requirements_id" in values:
-        forget_attempts(store, job["workflow_id"])
+        if "cancel_on_blocking_job_failure" in values and job["status"] == "ready":
+            set_status(store, [job_id], BLOCKED)         # settle says whether it may still run
+            settle(store, job["workflow_id"])
     return show_job(store, job_id)
 
 
@@ -5971,9 +5873,11 @@ def stop_job_request(request, job_id):
 
 
 def rerun_job_request(request, job_id):
-    """Run an ended job again (ours)."""
+    """Run an ended job again, and what has run downstream of it; only=true: just that one
+    (ours)."""
+    only = request.param("only", "bool", False)
     with request.store.transaction():
-        rerun_jobs(request.store, job_row(request.store, job_id).workflow_id, [job_id])
+        rerun_jobs(request.store, job_row(request.store, job_id).workflow_id, [job_id], only)
     return show_job(request.store, job_id)
 
 
@@ -5987,7 +5891,7 @@ def rerun_jobs_request(request, workflow_id):
     if not isinstance(rows, list):
         raise BadShape("field `jobs` is not a list")
     require_workflow(store, workflow_id)
-    job_ids = []
+    ids = []
     with store.transaction():
         for row in rows:
             values = check_body(row, RERUN_FIELDS)
@@ -6000,11 +5904,10 @@ def rerun_jobs_request(request, workflow_id):
             if need_id is not None:
                 store.execute("UPDATE job SET resource_requirements_id = ? WHERE id = ?",
                               (need_id, job_id))
-            job_ids.append(job_id)
-        rerun_jobs(store, workflow_id, list(dict.fromkeys(job_ids)))
-    if any("resource_requirements_id" in row for row in rows):
-        forget_attempts(store, workflow_id)
-    return {"count": len(rows)}
+            ids.append(job_id)
+        again = rerun_jobs(store, workflow_id, list(dict.fromkeys(ids)),
+                           request.param("only", "bool", False))
+    return {"count": len(again)}
 
 
 def why_request(request, job_id):
@@ -6014,7 +5917,7 @@ def why_request(request, job_id):
               "sentence": why(request.store, job_id)}
     if job.compute_node_id:
         answer["compute_node_id"] = job.compute_node_id
-    for one in failed_jobs(request.store, f"j.id = ? AND j.status IN {BADLY}", (job_id, 1)):
+    for one in failed_jobs(request.store, "t.id = ?", (job_id, 1)):
         answer["next"] = failure_remedy([one], exit_codes(request.store, job.workflow_id))[2]
     return answer
 
@@ -6034,6 +5937,7 @@ def claimed(request, job_ids):
 def claim_next_jobs(request, workflow_id):
     """Claim ready jobs by priority, whatever they need."""
     limit = request.param("limit", "int", 10)
+    require_workflow(request.store, workflow_id)
     with request.store.transaction():
         return {"jobs": claimed(request, claim_next(request.store, workflow_id, limit))}
 
@@ -6044,18 +5948,18 @@ CLAIM_BODY = fields("num_cpus:int! memory_gb:float! num_gpus:int! num_nodes:int!
 
 def claim_jobs_based_on_resources(request, workflow_id, limit):
     """Claim the ready jobs that fit a node's free resources."""
-    strict = request.param("strict_scheduler_match", "bool", False)
     body = check_body(request.body, CLAIM_BODY)
     try:
-        time_left_s = parse_duration(body["time_limit"]) if "time_limit" in body else None
+        time_left_s = parse_duration(body["time_limit"]) if "time_limit" in body else 2**53
     except ValueError as error:
         raise Invalid(f"time_limit: {error}") from None
-    if workflow_row(request.store, workflow_id, "is_canceled")[0]:
-        return {"jobs": [], "reason": "Workflow is canceled"}
-    want = {**body, "memory_bytes": body["memory_gb"] * 2**30, "time_left_s": time_left_s}
+    want = {**body, "memory_bytes": body["memory_gb"] * 2**30, "time_left_s": time_left_s,
+            "strict_scheduler_match": request.param("strict_scheduler_match", "bool", False)}
     with request.store.transaction():
+        if workflow_row(request.store, workflow_id, "is_canceled")[0]:
+            return {"jobs": [], "reason": "Workflow is canceled"}
         return {"jobs": claimed(request, claim_by_resources(request.store, workflow_id, limit,
-                                                            want, strict))}
+                                                            want))}
 
 
 STEP_BODY = fields("compute_node_id:int! step:int starts:list completions:list returns:list"
@@ -6135,7 +6039,7 @@ def get_graph(request, workflow_id):
     require_workflow(request.store, workflow_id)
     if around is not None:
         return graph_around(request.store, workflow_id, around, request.now)
-    return graph(request.store, workflow_id, request.now, data)
+    return graph(request.store, workflow_id, request.now, data=data)
 
 
 def get_failures(request, workflow_id):
@@ -6143,7 +6047,7 @@ def get_failures(request, workflow_id):
     (ours)."""
     wanted = request.param("group")
     require_workflow(request.store, workflow_id)
-    return failures(request.store, workflow_id, wanted=wanted)
+    return failures(request.store, workflow_id, group=wanted)
 
 
 MOST_BINS = 2000
@@ -6166,14 +6070,14 @@ def get_timeline(request, workflow_id):
     begin, end, bins = window(request, 300)
     jobs = request.param("jobs", "bool", True)
     require_workflow(request.store, workflow_id)
-    return timeline(request.store, workflow_id, begin, end, bins, request.now, jobs)
+    return timeline(request.store, workflow_id, request.now, begin, end, bins, jobs)
 
 
 def get_usage(request, workflow_id):
     """CPUs and memory asked for, used and there, over time and by requirements (ours)."""
     begin, end, bins = window(request, 240)
     require_workflow(request.store, workflow_id)
-    return usage(request.store, workflow_id, begin, end, bins, request.now)
+    return usage(request.store, workflow_id, request.now, begin, end, bins)
 
 
 def list_job_ids(request, workflow_id):
@@ -6371,8 +6275,7 @@ def create_result(request):
     values["attempt_id"] = values.get("attempt_id") or 1
     with request.store.transaction():
         check_references(request.store, values["workflow_id"], values)
-        result_id = store_result(request.store,
-                                 {**values, "status": STATUS_OF_NAME[values["status"]]})
+        result_id = store_result(request.store, values)
     return {**values, "id": result_id}
 
 
@@ -6441,6 +6344,7 @@ def release_compute_node(request, node_id):
         raise Invalid(f"status {STATUS_NAMES[status]} is not one of a job that was ended")
     ended = None if status is None else (status, code)
     with request.store.transaction():
+        fetch(request.store, KINDS["compute_node"], node_id)
         requeued, others = release_node(request.store, node_id, request.now, ended,
                                         request.param("reason", default=""))
     return {"requeued": requeued, "canceled": others}
@@ -6491,8 +6395,6 @@ def create_slurm_stats(request):
                                                "run_id", "attempt_id")])
         if changed:
             store.news(workflow_id)
-    if changed:
-        forget_used(store, workflow_id)
     return made
 
 
@@ -7026,7 +6928,7 @@ def call_endpoint(endpoint, texts, request):
 
 
 # ==================================================================================================
-# 9 Client
+# 10 Client
 # ==================================================================================================
 # Client speaks HTTP with the standard library; LocalClient calls the operations of section 8 on a
 # database file. Same methods, same errors. A client is used by one thread at a time.
@@ -7681,7 +7583,7 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
 
 
 # ==================================================================================================
-# 10 Runner
+# 11 Runner
 # ==================================================================================================
 # One thread spawns and reaps (the main thread, woken by SIGCHLD through a pipe, never by a timer),
 # one talks to the server, one listens for news, one samples what the jobs use. The first two share
@@ -9432,13 +9334,14 @@ class Runner:
         parts = []
         for entry in report["ready"][:3]:
             need = entry["resource_requirements"]
-            lacks = misfits(need, self.cpus, self.memory, len(self.gpus), len(self.room.free))
+            lacks = [f"{want} (this runner has {have})" for want, have in misfits(
+                need, self.cpus, self.memory, len(self.gpus), len(self.room.free))]
             if self.end_time and parse_duration(need["runtime"]) > self._time_left():
                 left = format_duration(max(0, self.end_time - time.monotonic()))
                 lacks.append(f"{need['runtime']} (there are {left} left)")
             verb = "needs" if entry["count"] == 1 else "need"
             parts.append(f"{plural(entry['count'], 'ready job')} (such as \"{entry['job_name']}\") "
-                         f"{verb} " + " and ".join(lacks).replace("it has", "this runner has"))
+                         f"{verb} {' and '.join(lacks)}")
         for entry in report["waiting"][:3]:
             parts.append(f"\"{entry['job_name']}\" (job {entry['job_id']}) is {entry['status']}"
                          + (f" and {entry['dependents']} jobs wait for it" if entry["dependents"]
@@ -9576,7 +9479,7 @@ class Runner:
 
 
 # ==================================================================================================
-# 11 Slurm
+# 12 Slurm
 # ==================================================================================================
 # What is known of Slurm: its programs and what they print, the batch script of an allocation, the
 # worker inside it, partitions of clusters. The programs are those of Slurm 20.11 and newer.
@@ -11333,7 +11236,7 @@ def specification_text(document, as_json):
 
 
 # ==================================================================================================
-# 12 Server
+# 13 Server
 # ==================================================================================================
 # bottle and waitress are imported here and nowhere else, inside the functions. One loop over the
 # table of operations: build the request, call, serialize, map errors, log.
@@ -12621,7 +12524,7 @@ def serve_dashboard(dashboard, sockets, ending):
 
 
 # ==================================================================================================
-# 13 Terminal UI
+# 14 Terminal UI
 # ==================================================================================================
 # draw() turns a State into styled lines of any size: a pure function that knows nothing of curses.
 # Terminal takes keys and events and changes the State; a Worker thread asks the server (or the
@@ -15265,7 +15168,7 @@ def loop(terminal, canvas, signals):
 
 
 # ==================================================================================================
-# 14 Command line
+# 15 Command line
 # ==================================================================================================
 # A command is a function of (args, client) with its options beside it; COMMANDS holds them all and
 # feeds parser, help and completion. argparse builds only the parser of the command that is called.
@@ -20780,7 +20683,7 @@ def main_dash():
 
 
 # ==================================================================================================
-# 15 Pages
+# 16 Pages
 # ==================================================================================================
 # What the dashboard shows, served byte for byte. Plain DOM code without a framework or a build; the
 # only texts of this program whose lines may be longer than a hundred characters.
