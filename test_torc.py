@@ -61,23 +61,45 @@ def until(condition, seconds=20.0, what="the condition"):
         time.sleep(0.01)
 
 
+# What must hold after every operation, as queries that find what violates it.
+DOOMED = ("(j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM job_dependency d JOIN job p ON p.id ="
+          " d.depends_on_job_id WHERE d.job_id = j.id AND (p.status IN"
+          f" ({torc.CANCELED}, {torc.TERMINATED}) OR p.status = {torc.FAILED} AND p.dooms)))")
+INVARIANTS = {
+    "a counter of unfinished dependencies is wrong":
+        "SELECT id, name, unfinished FROM job WHERE unfinished <> (SELECT count(*) FROM job_dependency d JOIN"
+        f" job p ON p.id = d.depends_on_job_id WHERE d.job_id = job.id AND p.status NOT IN {torc.COMPLETE})",
+    "a ready job waits for something": f"SELECT id, name FROM job WHERE status = {torc.READY} AND unfinished > 0",
+    "a ready job is to be canceled": f"SELECT id, name FROM job j WHERE status = {torc.READY} AND {DOOMED}",
+    "a blocked job waits for nothing":
+        "SELECT j.id, j.name FROM job j JOIN workflow w ON w.id = j.workflow_id WHERE j.status ="
+        f" {torc.BLOCKED} AND unfinished = 0 AND NOT w.is_canceled",
+    "a running job has no owner":
+        f"SELECT j.id, j.name FROM job j WHERE j.status = {torc.RUNNING} AND j.compute_node_id IS NULL AND"
+        " EXISTS (SELECT 1 FROM compute_node n WHERE n.workflow_id = j.workflow_id AND n.beats)",
+    "a job dooms its dependents for no reason, or should":
+        f"SELECT id, name, status FROM job WHERE dooms <> (status IN ({torc.CANCELED}, {torc.TERMINATED}) OR"
+        f" status = {torc.FAILED} AND dooms)",
+    "a job was canceled by a cascade that is no more":
+        f"SELECT id, name FROM job j WHERE cascaded AND (status <> {torc.CANCELED})",
+    "an action counts its jobs wrongly":
+        "SELECT a.id, trigger_type, trigger_count, required_triggers FROM workflow_action a WHERE trigger_type"
+        " IN ('on_jobs_ready', 'on_jobs_complete') AND job_ids IS NOT NULL AND (required_triggers <> (SELECT"
+        " count(*) FROM action_job WHERE action_id = a.id) OR trigger_count <> (SELECT count(*) FROM action_job"
+        " x JOIN job j ON j.id = x.job_id WHERE x.action_id = a.id AND (j.status IN"
+        f" {torc.COMPLETE} OR trigger_type = 'on_jobs_ready' AND j.status IN ({torc.READY}, {torc.PENDING},"
+        f" {torc.RUNNING}, {torc.PENDING_FAILED}))))",
+    "a job's result is another's":
+        "SELECT j.id, j.name FROM job j LEFT JOIN result r ON r.id = j.result_id WHERE j.result_id IS NOT NULL"
+        " AND (r.id IS NULL OR r.job_id <> j.id)",
+    "a reference leads nowhere": "PRAGMA foreign_key_check",
+}
+
+
 def check_store(store):
     """Assert what must hold after every test: counters are true, no status contradicts them."""
-    complete = torc.COMPLETE
-    wrong = store.query(
-        "SELECT id, name, unfinished FROM job WHERE unfinished <> (SELECT count(*) FROM"
-        " job_dependency d JOIN job p ON p.id = d.depends_on_job_id WHERE d.job_id = job.id"
-        f" AND p.status NOT IN {complete})")
-    assert wrong == [], "counters of unfinished dependencies are wrong"
-    assert store.query(f"SELECT id FROM job WHERE status = {torc.READY} AND unfinished > 0") == []
-    assert store.query(
-        f"SELECT j.id FROM job j JOIN workflow w ON w.id = j.workflow_id WHERE j.status ="
-        f" {torc.BLOCKED} AND unfinished = 0 AND NOT w.is_canceled") == []
-    assert store.query(
-        f"SELECT j.id FROM job j WHERE j.status = {torc.RUNNING} AND j.compute_node_id IS NULL AND"
-        " EXISTS (SELECT 1 FROM compute_node n WHERE n.workflow_id = j.workflow_id AND n.beats)"
-    ) == [], "running jobs without an owner"
-    assert store.query("PRAGMA foreign_key_check") == []
+    for what, sql in INVARIANTS.items():
+        assert store.query(sql) == [], what
 
 
 @pytest.fixture(autouse=True)
@@ -1407,6 +1429,136 @@ def test_upstreams_runners_never_beat_and_are_never_failed_for_it(store, api):
     api.post(f"/workflows/{workflow_id}/claim_next_jobs")
     api.put(f"/jobs/{ids['a']}/start_job/1/{node}")
     assert torc.expired_nodes(store, time.monotonic() + 10**6, 0)[0] == []
+
+
+# ---- any operation in any state
+
+class Game:
+    """A random workflow and random operations of clients and runners on it, over the API."""
+
+    def __init__(self, client, seed):
+        self.client, self.random = client, random.Random(seed)
+        names = [f"j{number}" for number in range(self.random.randint(2, 7))]
+        graph = {name: [other for other in names[:place] if self.random.random() < 0.4]
+                 for place, name in enumerate(names)}
+        self.workflow_id, ids = make(client, graph, start=False, **{
+            name: {"cancel_on_blocking_job_failure": False} for name in names if self.random.random() < 0.3})
+        self.jobs, self.run_id, self.log = list(ids.values()), 0, []
+        self.runners = [Conversation(client, self.workflow_id, num_cpus=8) for _ in range(2)]
+        self.foreign = make_node(client, self.workflow_id)
+        for trigger in ("on_jobs_ready", "on_jobs_complete"):
+            client.post(f"/workflows/{self.workflow_id}/actions", {
+                "trigger_type": trigger, "action_type": "run_commands", "persistent": False,
+                "action_config": {"commands": ["true"]}, "workflow_id": self.workflow_id,
+                "job_ids": self.random.sample(self.jobs, min(2, len(self.jobs)))})
+
+    def turn(self):
+        """One operation; refusals are fine, faults and violated invariants are not."""
+        chosen = self.random.choice(MOVES)
+        self.log.append(chosen.__name__)
+        with contextlib.suppress(torc.Invalid, torc.NotFound, torc.Conflict, torc.BadRequest, IndexError):
+            chosen(self)
+        check_store(self.client.store)
+        holders = [job_id for runner in self.runners for job_id in runner.held]
+        assert len(holders) == len(set(holders)), "two runners have the same job"
+
+    def job(self):
+        """A path of some job."""
+        return f"/jobs/{self.random.choice(self.jobs)}"
+
+    def at(self, path, **query):
+        """A POST below the workflow."""
+        return self.client.post(f"/workflows/{self.workflow_id}{path}", **query)
+
+    def initialize(self):
+        self.run_id += 1
+        self.client.put(f"/workflows/{self.workflow_id}/status", {"run_id": self.run_id, "is_canceled": False})
+        self.at("/initialize_jobs", only_uninitialized=self.random.random() < 0.5)
+
+    def step(self):
+        runner = self.random.choice(self.runners)
+        done = [runner.done(job, self.random.choice([0, 0, 1, 143]), requeue=self.random.random() < 0.15)
+                for job in list(runner.held.values()) if self.random.random() < 0.5]
+        gone = [job for job in runner.held.values() if self.random.random() < 0.1
+                and job["id"] not in {one["job_id"] for one in done}]
+        started = [{"job_id": job["id"], "attempt_id": job["attempt_id"]} for job in runner.held.values()
+                   if self.random.random() < 0.7]
+        back = [{"job_id": job["id"], "attempt_id": job["attempt_id"]} for job in gone]
+        [runner.held.pop(job["id"]) for job in gone]
+        answer = runner.step(done, limit=self.random.randint(0, 3), starts=started, returns=back)
+        for one in answer["stop"]:        # what is stopped has ended by the next step
+            runner.held.pop(one["job_id"], None)
+
+    def claim(self):
+        for job in self.at("/claim_next_jobs", limit=1)["jobs"]:
+            self.client.put(f"/jobs/{job['id']}/start_job/{self.run_id}/{self.foreign}")
+
+    def end(self):
+        job = self.client.get(self.job())
+        complete(self.client, job["id"], self.workflow_id, self.foreign, self.random.choice([0, 1, 143]),
+                 run_id=self.run_id, attempt=job["attempt_id"])
+
+    def stop(self):
+        self.client.post(self.job() + "/stop", status=self.random.choice(["canceled", "terminated"]))
+
+    def retry(self):
+        self.client.post(f"{self.job()}/retry/{self.run_id}", max_retries=9)
+
+    def rerun(self):
+        self.client.post(self.job() + "/rerun", only=self.random.random() < 0.5)
+
+    def manage(self):
+        status = self.random.choice(["uninitialized", "blocked", "ready", "pending", "disabled",
+                                     "pending_failed"])
+        self.client.put(f"{self.job()}/manage_status_change/{status}/{self.run_id}")
+
+    def reset(self):
+        self.at("/reset_job_status", failed_only=self.random.random() < 0.7)
+
+    def cancel(self):
+        self.client.put(f"/workflows/{self.workflow_id}/cancel")
+
+    def revive(self):
+        self.at("/reset_status", force=True)
+
+    def change(self):
+        self.client.put(self.job(), {"cancel_on_blocking_job_failure": self.random.random() < 0.5})
+
+    def compare(self):
+        self.at("/process_changed_job_inputs")
+
+    def delete(self):
+        if self.random.random() < 0.2:
+            self.client.delete(self.job())
+
+    def forget(self):
+        results = self.client.get("/results", workflow_id=self.workflow_id, all_runs=True)["items"]
+        self.client.delete(f"/results/{self.random.choice(results)['id']}")
+
+    def release(self):
+        place = self.random.randrange(2)
+        self.client.post(f"/compute_nodes/{self.runners[place].node}/release")
+        self.runners[place] = Conversation(self.client, self.workflow_id, num_cpus=8)
+
+
+MOVES = [Game.step] * 6 + [Game.initialize] * 2 + [
+    Game.claim, Game.end, Game.stop, Game.retry, Game.rerun, Game.manage, Game.reset, Game.cancel, Game.revive,
+    Game.change, Game.compare, Game.delete, Game.forget, Game.release]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_no_operation_in_any_state_violates_an_invariant(api, part):
+    """60 games of thirty operations each."""
+    for seed in range(60 * part, 60 * part + 60):
+        game = Game(api, seed)
+        game.initialize()
+        for _ in range(30):
+            try:
+                game.turn()
+            except AssertionError as error:
+                raise AssertionError(f"seed {seed}, {game.log}: {error}") from None
+        api.delete(f"/workflows/{game.workflow_id}")
 
 
 # ---- what the views of a workflow show

@@ -1969,6 +1969,16 @@ class Subscription:
         self.store.unsubscribe(self)
 
 
+def refusal(error):
+    """The error of ours for a constraint that sqlite3 says is violated."""
+    what, _, names = str(error).partition(": ")
+    if what.startswith("UNIQUE"):
+        fields = ", ".join(name.rpartition(".")[2] for name in names.split(", "))
+        return Conflict(f"there is already a {names.partition('.')[0].replace('_', ' ')} with this "
+                        f"{fields}")
+    return Invalid(f"a record that this refers to does not exist ({error})")
+
+
 class Store:
     """A database file: one writer at a time, readers beside it, and news for those who wait.
 
@@ -2109,7 +2119,7 @@ class Store:
                 if self._events:
                     self._publish(self._events)
             except sqlite3.IntegrityError as error:
-                raise Internal(f"the store refuses this: {error}") from None
+                raise refusal(error) from None
             except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
                 raise self._trouble(error) from error
             finally:
@@ -2549,8 +2559,8 @@ def begin_anew(store, ids, status=BLOCKED, **more):
         set_status(store, below, BLOCKED)
 
 
-def finish(store, job, status, owner=None, code=None):
-    """In a transaction: an attempt of a job has ended as `status`."""
+def finish(store, job, status, owner, code):
+    """In a transaction: an attempt of a job has ended as `status`; see set_status."""
     set_status(store, [job.id], status, owner, code=code)
     tell_ended(store, job.workflow_id, status, [job.id], code)
 
@@ -2939,8 +2949,8 @@ def take_completion(store, workflow_id, run_id, node_id, done, job):
     if lost or not earlier:
         counting = store.one("SELECT r.run_id, r.attempt_id FROM job j JOIN result r ON r.id ="
                              " j.result_id WHERE j.id = ?", (job.id,))
-        store_result(store, values, replace=lost, counts=same or counting in (
-            None, (done["run_id"], done["attempt_id"])))
+        store_result(store, values, replace=lost, counts=counting == (
+            done["run_id"], done["attempt_id"]) or not counting and same)
     if mine and not at_work:              # else the node has its next attempt
         disown(store, [job])
     return mine and not at_work
@@ -3203,7 +3213,7 @@ def complete_job(store, job_id, status, run_id, body):
     if job.cascaded:                      # only the cascade had canceled it
         begin_anew(store, [job_id])
     store_result(store, body)
-    finish(store, job, status, None, body["return_code"])
+    finish(store, job, status, KEEP, body["return_code"])
     settle(store, job.workflow_id)
     store.news(job.workflow_id)
 
