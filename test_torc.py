@@ -189,13 +189,14 @@ def client(request, tmp_path):
 def make(client, graph, start=True, requirements=None, **options):
     """A workflow from {"job": ["dependency", ...]}; returns (workflow id, {name: job id}).
 
-    options: job fields by job name, such as b={"cancel_on_blocking_job_failure": False}.
+    options: job fields by job name, such as b={"cancel_on_blocking_job_failure": False}; the first
+    of the requirements has the id 1.
     """
-    names = list(graph)
+    place = {name: number for number, name in enumerate(graph, 1)}
     payload = {"workflow": {"name": "test", "user": "tester"},
                "resource_requirements": requirements or [],
                "jobs": [{"name": name, "command": "true", **options.get(name, {}),
-                         "depends_on": [names.index(other) for other in needs]}
+                         "depends_on_job_ids": [place[other] for other in needs]}
                         for name, needs in graph.items()]}
     workflow_id = client.post("/workflow_specs", payload)["id"]
     if start:
@@ -203,6 +204,38 @@ def make(client, graph, start=True, requirements=None, **options):
         client.post(f"/workflows/{workflow_id}/initialize_jobs")
     ids = {job["name"]: job["id"] for job in client.items("/jobs", workflow_id=workflow_id)}
     return workflow_id, ids
+
+
+def place_of(path):
+    """The path of a route with values."""
+    return re.sub(r"<(?:\w+:)?(\w+)>", lambda match: {
+        "status": "completed", "managed": "ready", "str": "alice"}.get(match[1], "1"), path)
+
+
+VALUES = {                                # a valid value of each type of field
+    "int": 1, "limit": 1, "float": 2.5, "str": "text", "when": "2026-01-02T03:04:05Z", "echo": "text",
+    "bool": True, "any": {"k": [1, None]}, "status": "completed", "final": "completed", "count": 3, "map": {},
+    "time": "2026-01-02T03:04:05Z", "positive": 3, "memory": "2g", "duration": "PT5M", "json": "{}", "ids": [1],
+    "statuses": "failed,ready", "strs": ["x"], "maps": [], "list": [], "pairs": [[1, 1]], "sizes": [[1, 1, 0]],
+    "size": [1, 1, 0]}
+NAMED_VALUES = {"role": "admin", "trigger_type": "on_workflow_start", "action_type": "run_commands",
+                "action_config": {"commands": ["true"]}, "workflow": {"name": "w", "user": "tester"}}
+
+
+def valid_value(field):
+    """A valid value of a Field."""
+    return NAMED_VALUES.get(field.name, VALUES.get(field.type.partition(":")[0]))
+
+
+def valid_request(method, path, every=False):
+    """(query, body) that a route takes, with what it requires, or with every field."""
+    endpoint, _ = torc.find_endpoint(method, place_of(path))
+    query, body = ({field.name: valid_value(field) for field in wanted or ()
+                    if (every or field.required) and not field.server}
+                   for wanted in (endpoint.query, endpoint.body))
+    if path in ("/bulk_jobs", "/workflows/<workflow>/rerun_jobs"):
+        body["jobs"] = [{"workflow_id": 1, "name": "x", "command": "c"} if path == "/bulk_jobs" else {"job_id": 1}]
+    return query, None if endpoint.body is None else body.get("value", body)
 
 
 def statuses(client, workflow_id):
@@ -384,7 +417,7 @@ BAD_SPECS = (
     ("b.yaml", "- a\n- b\n",
      "b.yaml: the specification is a list, not a mapping with name and jobs"),
     ("b.yaml", "just a text",
-     "b.yaml: the specification is a text, not a mapping with name and jobs"),
+     "b.yaml: the specification is a string, not a mapping with name and jobs"),
     ("b.yaml", "name: w\njobs: [\n",
      "b.yaml line 3: not YAML:..."),
     ("b.yaml", "name: w\n\tjobs: []\n",
@@ -406,11 +439,11 @@ BAD_SPECS = (
     ("b.json5", "{name: 'w'}",
      "b.json5: JSON5 is not supported yet: convert it to YAML or JSON"),
     ("b.yaml", 'jobs:\n  - {name: a, command: "true"}\n',
-     "b.yaml: workflow: the field name is missing"),
+     "b.yaml: workflow: missing field `name`"),
     ("b.yaml", "name: w\n",
-     "b.yaml: workflow: the field jobs is missing"),
+     "b.yaml: workflow: missing field `jobs`"),
     ("b.yaml", 'name: 5\njobs:\n  - {name: a, command: "true"}\n',
-     "b.yaml line 1: workflow: name: 5 is not a text with something in it"),
+     "b.yaml line 1: workflow: name: 5 is not a string with something in it"),
     ("b.yaml", 'name: w\njbs: []\njobs:\n  - {name: a, command: "true"}\n',
      "b.yaml line 2: workflow: unknown field 'jbs' (did you mean \"jobs\"?)"),
     ("b.yaml", 'name: w\nslurm_config: {}\njobs:\n  - {name: a, command: "true"}\n',
@@ -421,33 +454,33 @@ BAD_SPECS = (
     ("b.yaml", 'name: w\nfiles: f.txt\njobs:\n  - {name: a, command: "true"}\n',
      "b.yaml line 2: workflow: files: 'f.txt' is not a list"),
     ("b.yaml", "name: w\nmetadata: '{x'\njobs:\n  - {name: a, command: \"true\"}\n",
-     "b.yaml line 2: metadata: '{x' is not a mapping or a text of JSON"),
+     "b.yaml line 2: workflow: metadata: '{x' is not JSON"),
     ("b.yaml", 'name: w\nuse_pending_failed: yes\njobs:\n  - {name: a, command: "true"}\n',
      "b.yaml line 2: workflow: use_pending_failed: 'yes' is not true or false"),
     ("b.yaml", "name: w\ncompute_node_wait_for_new_jobs_seconds: -5\njobs:\n"
      '  - {name: a, command: "true"}\n',
-     "b.yaml line 2: workflow: compute_node_wait_for_new_jobs_seconds: -5 is not a whole "
-     "number of at least 0"),
+     "b.yaml line 2: workflow: compute_node_wait_for_new_jobs_seconds: -5 is not an "
+     "integer of at least 0"),
     ("b.yaml", "name: w\njobs:\n  - a\n",
      "b.yaml line 3: job number 1 is 'a', not a mapping"),
     ("b.yaml", "name: w\njobs:\n  - {name: a}\n",
-     'b.yaml line 3: job "a": the field command is missing'),
+     'b.yaml line 3: job "a": missing field `command`'),
     ("b.yaml", "name: w\njobs:\n  - {command: c}\n",
-     "b.yaml line 3: job number 1: the field name is missing"),
+     "b.yaml line 3: job number 1: missing field `name`"),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    comand: c\n",
      "b.yaml line 4: job \"a\": unknown field 'comand' (did you mean \"command\"?)\n"
-     'b.yaml line 3: job "a": the field command is missing'),
+     'b.yaml line 3: job "a": missing field `command`'),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    env: {A: b}\n",
-     "b.yaml line 5: job \"a\": unknown field 'env' (set variables in the command or with "
-     "invocation_script)"),
+     "b.yaml line 5: job \"a\": unknown field 'env' (of Torc 1.0, not supported here: "
+     "set variables in the command)"),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    priority: -1\n",
-     'b.yaml line 5: job "a": priority: -1 is not a whole number of at least 0'),
+     'b.yaml line 5: job "a": priority: -1 is not an integer of at least 0'),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    priority: 1.5\n",
-     'b.yaml line 5: job "a": priority: 1.5 is not a whole number of at least 0'),
+     'b.yaml line 5: job "a": priority: 1.5 is not an integer of at least 0'),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    depends_on: b\n",
-     "b.yaml line 5: job \"a\": depends_on: 'b' is not a list of texts"),
+     "b.yaml line 5: job \"a\": depends_on: 'b' is not a list of strings"),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: ''\n",
-     "b.yaml line 4: job \"a\": command: '' is not a text with something in it"),
+     "b.yaml line 4: job \"a\": command: '' is not a string with something in it"),
     ("b.yaml", "name: w\njobs:\n  - {name: prepare, command: c}\n  - name: b\n    command: c\n"
      "    depends_on: [prepar]\n",
      "b.yaml line 6: job \"b\": depends_on names no job 'prepar' (did you mean \"prepare\"?)"),
@@ -460,9 +493,9 @@ BAD_SPECS = (
      '  - {name: a, command: "true"}\n',
      'b.yaml line 4: file name "f" is used twice'),
     ("b.yaml", 'name: w\nfiles:\n  - {name: f}\njobs:\n  - {name: a, command: "true"}\n',
-     'b.yaml line 3: file "f": the field path is missing'),
+     'b.yaml line 3: file "f": missing field `path`'),
     ("b.yaml", 'name: w\nuser_data:\n  - {data: 5}\njobs:\n  - {name: a, command: "true"}\n',
-     "b.yaml line 3: user data number 1: the field name is missing"),
+     "b.yaml line 3: user data number 1: missing field `name`"),
     ("b.yaml", "name: w\nuser_data:\n  - {name: u, parameters: {i: '1:2'}}\njobs:\n"
      '  - {name: a, command: "true"}\n',
      "b.yaml line 3: user data \"u\": unknown field 'parameters'"),
@@ -481,7 +514,7 @@ BAD_SPECS = (
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    depends_on_regexes: ['^q']\n",
      "b.yaml line 5: job \"a\": depends_on_regexes: '^q' matches no job"),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    depends_on_regexes: ['(']\n",
-     "b.yaml line 5: job \"a\": depends_on_regexes: '(' is no regular expression: missing ), "
+     "b.yaml line 5: job \"a\": depends_on_regexes: '(' is not a valid regular expression: missing ), "
      "unterminated subpattern at position 0"),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c\n    depends_on_regexes: ['a']\n",
      "b.yaml line 3: jobs wait for each other in a circle: a -> a"),
@@ -495,7 +528,7 @@ BAD_SPECS = (
      '"2g"'),
     ("b.yaml", "name: w\nresource_requirements:\n  - {name: r, num_cpus: 0, memory: 1g}\njobs:\n"
      '  - {name: a, command: "true"}\n',
-     'b.yaml line 3: resource requirements "r": num_cpus: 0 is not a whole number of at '
+     'b.yaml line 3: resource requirements "r": num_cpus: 0 is not an integer of at '
      "least 1"),
     ("b.yaml", "name: w\nresource_requirements:\n  - {name: r, num_cpus: 1, memory: 1g, runtime: 1h}\n"
      'jobs:\n  - {name: a, command: "true"}\n',
@@ -503,15 +536,15 @@ BAD_SPECS = (
      'such as "PT30M"'),
     ("b.yaml", "name: w\nresource_requirements:\n  - {name: r, memory: 1g}\njobs:\n"
      '  - {name: a, command: "true"}\n',
-     'b.yaml line 3: resource requirements "r": the field num_cpus is missing'),
+     'b.yaml line 3: resource requirements "r": missing field `num_cpus`'),
     ("b.yaml", "name: w\nresource_requirements:\n  - {name: default, num_cpus: 1, memory: 1g}\njobs:\n"
      '  - {name: a, command: "true"}\n',
      'b.yaml line 3: resource requirements name "default" is reserved for those every '
      "workflow has"),
     ("b.yaml", "name: w\nfailure_handlers:\n  - name: h\n    rules:\n      - {exit_codes: ['1']}\n"
      'jobs:\n  - {name: a, command: "true"}\n',
-     "b.yaml line 5: failure handler \"h\" rule 1: exit_codes: ['1'] is not a list of whole "
-     "numbers"),
+     "b.yaml line 5: failure handler \"h\" rule 1: exit_codes: ['1'] is not a list of "
+     "integers"),
     ("b.yaml", "name: w\nfailure_handlers:\n  - name: h\n    rules:\n      - {max_retries: 3}\njobs:\n"
      '  - {name: a, command: "true"}\n',
      'b.yaml line 5: failure handler "h" rule 1: it has neither exit_codes nor '
@@ -521,7 +554,7 @@ BAD_SPECS = (
      "b.yaml line 3: Slurm scheduler \"s\": walltime: '4 hours' is not a time such as "
      '"04:00:00" or "1-12:00:00"'),
     ("b.yaml", 'name: w\nslurm_schedulers:\n  - {name: s}\njobs:\n  - {name: a, command: "true"}\n',
-     'b.yaml line 3: Slurm scheduler "s": the field account is missing'),
+     'b.yaml line 3: Slurm scheduler "s": missing field `account`'),
     ("b.yaml", 'name: w\nslurm_defaults: {partition: debug}\njobs:\n  - {name: a, command: "true"}\n',
      "b.yaml line 2: slurm_defaults: partition is not allowed here: it belongs to a "
      "scheduler in slurm_schedulers"),
@@ -553,7 +586,7 @@ BAD_SPECS = (
      "b.yaml line 2: resource_monitor: granularity: 'fine' is not one of summary, time_series"),
     ("b.yaml", "name: w\nresource_monitor: {sample_interval_seconds: 0}\njobs:\n"
      '  - {name: a, command: "true"}\n',
-     "b.yaml line 2: resource_monitor: sample_interval_seconds: 0 is not a whole number of "
+     "b.yaml line 2: resource_monitor: sample_interval_seconds: 0 is not an integer of "
      "at least 1"),
     ("b.yaml", "name: w\nexecution_config: {timeout_exit_code: 999}\njobs:\n"
      '  - {name: a, command: "true"}\n',
@@ -588,12 +621,12 @@ BAD_SPECS = (
     ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: []}\n",
      'b.yaml line 5: job "a_{i}": parameter i: is an empty list'),
     ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: {x: 1}}\n",
-     "b.yaml line 5: job \"a_{i}\": parameter i: {'x': 1} is neither a list, a text nor a "
+     "b.yaml line 5: job \"a_{i}\": parameter i: {'x': 1} is neither a list, a string nor a "
      "number"),
     ("b.yaml", "name: w\njobs:\n  - name: a_{i}_{j}\n    command: c\n"
      "    parameters: {i: '1:3', j: '1:2'}\n    parameter_mode: zip\n",
      'b.yaml line 3: job "a_{i}_{j}": parameter_mode zip needs lists of one length: i has 3 '
-     "values, j has 2"),
+     "values, j has 2 values"),
     ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: '1:3'}\n"
      "    parameter_mode: cross\n",
      "b.yaml line 6: job \"a_{i}\": parameter_mode: 'cross' is not one of product, zip"),
@@ -602,15 +635,15 @@ BAD_SPECS = (
      "b.yaml line 6: job \"a_{cuont}\": use_parameters names no parameter 'cuont' of the "
      'workflow (did you mean "count"?)'),
     ("b.yaml", "name: w\njobs:\n  - name: a_{j}\n    command: c\n    parameters: {i: '1:3'}\n",
-     'b.yaml line 3: job "a_{j}": name: {j} is no parameter of this job'),
+     'b.yaml line 3: job "a_{j}": name: {j} is not a parameter of this job'),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: c {i}\n    parameters: {i: '1:3'}\n",
      'b.yaml line 4: job "a": command differs between combinations of parameters that all '
      "give the name 'a': put the placeholder into the name, too"),
     ("b.yaml", "name: w\njobs:\n  - name: 'a_{i:03d}'\n    command: c\n    parameters: {i: [x, y]}\n",
      "b.yaml line 3: job \"a_{i:03d}\": name: {i:03d} does not suit the value 'x'"),
     ("b.yaml", "name: w\njobs:\n  - name: a_{i}\n    command: c\n    parameters: {i: '1:9999999'}\n",
-     "b.yaml line 5: job \"a_{i}\": parameter i: '1:9999999' has 9999999 values, more than "
-     "1000000"),
+     "b.yaml line 5: job \"a_{i}\": parameter i: '1:9999999' has 9,999,999 values, more than "
+     "1,000,000"),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    command: cat ${files.input.nope}\n",
      "b.yaml line 4: job \"a\": command names no file 'nope'"),
     ("b.yaml", "name: w\nuser_data: [{name: u}]\njobs:\n  - name: a\n"
@@ -682,12 +715,14 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, make_bad, message)
 
 
 def spec_jobs(text):
-    """The jobs of a YAML spec by name, with names in place of the indexes of depends_on."""
+    """The jobs of a YAML spec by name."""
     jobs = torc.read_spec("s.yaml", "name: w\n" + textwrap.dedent(text)).payload["jobs"]
-    for job in jobs:
-        if "depends_on" in job:
-            job["depends_on"] = [jobs[index]["name"] for index in job["depends_on"]]
     return {job["name"]: job for job in jobs}
+
+
+def after(jobs, name):
+    """Names of the jobs that one of spec_jobs() depends on."""
+    return [list(jobs)[other - 1] for other in jobs[name]["depends_on_job_ids"]]
 
 
 def test_yaml_is_read_by_the_core_schema_of_1_2():
@@ -733,7 +768,7 @@ def test_a_fan_in_job_is_not_copied():
           - {name: agg, command: c, use_parameters: [i], depends_on: ["p_{i}"]}
         """)
     assert list(jobs) == ["p_1", "p_2", "p_3", "agg"]
-    assert jobs["agg"]["depends_on"] == ["p_1", "p_2", "p_3"]
+    assert after(jobs, "agg") == ["p_1", "p_2", "p_3"]
 
 
 def test_a_name_that_varies_in_part_gathers_the_rest():
@@ -742,7 +777,7 @@ def test_a_name_that_varies_in_part_gathers_the_rest():
           - {name: "p_{i}_{j}", command: c, parameters: {i: "1:2", j: "1:2"}}
           - {name: "row_{i}", command: c, parameters: {i: "1:2", j: "1:2"}, depends_on: ["p_{i}_{j}"]}
         """)
-    assert jobs["row_2"]["depends_on"] == ["p_2_1", "p_2_2"]
+    assert after(jobs, "row_2") == ["p_2_1", "p_2_2"]
 
 
 def test_shared_and_local_parameters_are_merged_and_local_ones_win():
@@ -760,7 +795,7 @@ def test_regexes_are_searched_in_the_names():
           - {name: "p_{i}", command: c, parameters: {i: "1:12"}}
           - {name: last, command: c, depends_on_regexes: ["p_1", "_2$"]}
         """)
-    assert jobs["last"]["depends_on"] == ["p_1", "p_10", "p_11", "p_12", "p_2"]
+    assert after(jobs, "last") == ["p_1", "p_10", "p_11", "p_12", "p_2"]
 
 
 def test_variables_do_not_drop_the_explicit_lists():
@@ -777,7 +812,7 @@ def test_variables_do_not_drop_the_explicit_lists():
     [job] = spec.payload["jobs"]
     assert job["command"] == "cat pa > po; echo '{\"x\":[1,2]}' ${HOME}"
     assert job["invocation_script"] == "with pb"
-    assert (job["input_files"], job["output_files"], job["input_user_data"]) == ([1, 0], [2], [0])
+    assert (job["input_file_ids"], job["output_file_ids"], job["input_user_data_ids"]) == ([2, 1], [3], [1])
 
 
 def test_a_monitor_section_without_enabled_does_not_turn_monitoring_off():
@@ -987,8 +1022,8 @@ def test_a_full_disk_changes_nothing_and_says_so(tmp_path):
     workflow_id, _ = make(api, {"a": []})
     store._writer.execute(f"PRAGMA max_page_count = {store.one('PRAGMA page_count')[0]}")
     with pytest.raises(torc.Unreachable, match="the disk is full, so nothing was changed"):
-        api.post("/bulk_jobs", {"jobs": [{"workflow_id": workflow_id, "name": "n" * 1000,
-                                          "command": "c" * 1000}] * 500})
+        api.post("/bulk_jobs", {"jobs": [{"workflow_id": workflow_id, "name": f"{number}" * 300,
+                                          "command": "c" * 1000} for number in range(500)]})
     store._writer.execute("PRAGMA max_page_count = 1000000")
     assert api.get(f"/workflows/{workflow_id}/counts")["total"] == 1
     api.put(f"/workflows/{workflow_id}/cancel")
@@ -1101,7 +1136,7 @@ def claim_resources(client, workflow_id, limit=10, strict=False, **want):
 def test_jobs_are_packed_by_resources(api, kinds, want, limit, claimed):
     graph = {f"j{number}": [] for number in range(len(kinds))}
     workflow_id, _ = make(api, graph, requirements=SIZES, **{
-        f"j{number}": {"resource_requirements": kind} for number, kind in enumerate(kinds)})
+        f"j{number}": {"resource_requirements_id": kind + 1} for number, kind in enumerate(kinds)})
     assert claim_resources(api, workflow_id, limit, **want) == claimed
 
 
@@ -1141,11 +1176,11 @@ def test_initialize_follows_the_two_modes(api):
 def test_files_and_user_data_imply_dependencies(api):
     payload = {"workflow": {"name": "w", "user": "u"},
                "files": [{"name": "f", "path": "f"}], "user_data": [{"name": "u"}],
-               "jobs": [{"name": "reads", "command": "true", "input_files": [0]},
-                        {"name": "writes1", "command": "true", "output_files": [0]},
-                        {"name": "writes2", "command": "true", "output_files": [0],
-                         "output_user_data": [0]},
-                        {"name": "knows", "command": "true", "input_user_data": [0]}]}
+               "jobs": [{"name": "reads", "command": "true", "input_file_ids": [1]},
+                        {"name": "writes1", "command": "true", "output_file_ids": [1]},
+                        {"name": "writes2", "command": "true", "output_file_ids": [1],
+                         "output_user_data_ids": [1]},
+                        {"name": "knows", "command": "true", "input_user_data_ids": [1]}]}
     workflow_id = api.post("/workflow_specs", payload)["id"]
     api.post(f"/workflows/{workflow_id}/initialize_jobs")
     rows = api.get(f"/workflows/{workflow_id}/job_dependencies")["items"]
@@ -1261,9 +1296,9 @@ def test_a_step_older_than_the_last_changes_nothing(client):
 
 def test_mixed_sizes_fill_a_node_without_oversubscribing(client):
     workflow_id, _ = make(client, {f"j{n}": [] for n in range(5)}, requirements=SIZES,
-                          j0={"resource_requirements": 0}, j1={"resource_requirements": 0},
-                          j2={"resource_requirements": 2}, j3={"resource_requirements": 1},
-                          j4={"resource_requirements": 1})
+                          j0={"resource_requirements_id": 1}, j1={"resource_requirements_id": 1},
+                          j2={"resource_requirements_id": 3}, j3={"resource_requirements_id": 2},
+                          j4={"resource_requirements_id": 2})
     runner = Conversation(client, workflow_id)
     answer = runner.step(claim={"limit": 2, "bins": [[3, 2**36, 0]], "whole": [4, 2**36, 0]})
     assert [job["name"] for job in answer["jobs"]] == ["j0", "j3"]
@@ -1279,7 +1314,7 @@ def test_mixed_sizes_fill_a_node_without_oversubscribing(client):
 ])
 def test_jobs_are_packed_node_by_node(client, kinds, bins, claimed):
     workflow_id, _ = make(client, {f"j{n}": [] for n in range(len(kinds))}, requirements=SIZES,
-                          **{f"j{n}": {"resource_requirements": kind}
+                          **{f"j{n}": {"resource_requirements_id": kind + 1}
                              for n, kind in enumerate(kinds)})
     runner = Conversation(client, workflow_id)
     answer = runner.step(claim={"limit": 9, "bins": [[cpus, 2**36, 0] for cpus in bins],
@@ -1299,7 +1334,7 @@ def test_jobs_are_packed_node_by_node(client, kinds, bins, claimed):
 
 def test_prefetched_jobs_are_of_the_same_requirement_and_can_go_back(client):
     workflow_id, ids = make(client, {f"j{n}": [] for n in range(4)}, requirements=SIZES,
-                            j1={"resource_requirements": 1}, j3={"resource_requirements": 1})
+                            j1={"resource_requirements_id": 2}, j3={"resource_requirements_id": 2})
     need = client.get(f"/jobs/{ids['j1']}")["resource_requirements_id"]
     runner = Conversation(client, workflow_id)
     answer = runner.step(claim={"limit": 0, "bins": [[0, 0, 0]], "whole": [4, 2**36, 0],
@@ -1702,7 +1737,7 @@ def test_a_workflow_has_a_state_in_a_word(number, canceled, active, state):
 def test_what_no_runner_can_hold_is_stuck_and_says_so(api):
     past = Past(api, {"a": [], "b": []}, requirements=[
         {"name": "gpu", "num_cpus": 1, "num_gpus": 4, "num_nodes": 1, "memory": "1g",
-         "runtime": "PT1H"}], a={"resource_requirements": 0}, b={"resource_requirements": 0})
+         "runtime": "PT1H"}], a={"resource_requirements_id": 1}, b={"resource_requirements_id": 1})
     summary = past.get("/summary")
     assert summary["state"] == "stuck" and summary["waiting"] == [{
         "count": 2, "status": "ready",
@@ -1819,7 +1854,7 @@ def test_a_time_that_is_none_is_refused_and_an_old_one_breaks_no_view(api):
     body = {"workflow_id": workflow_id, "job_id": ids["a"], "run_id": 1, "return_code": 0,
             "compute_node_id": make_node(api, workflow_id), "exec_time_minutes": 0.1, "status": "completed"}
     for text in ("Mon Jan 1 2024", "2024-01-01", ""):
-        with pytest.raises(torc.BadShape, match="`completion_time`: .* is not a time such as"):
+        with pytest.raises(torc.BadShape, match="completion_time: .* is not a time such as"):
             api.post("/results", {**body, "completion_time": text})
     made = api.post("/results", {**body, "completion_time": "2024-01-01T00:00:00.123456789+01:00"})
     api.store.execute("UPDATE result SET completion_time = 'noon' WHERE id = ?", (made["id"],))
@@ -1949,7 +1984,7 @@ def test_new_and_replaced_results_are_noticed(past):
 def test_failures_are_grouped_by_exit_and_last_line(api):
     past = Past(api, {f"case_{number}": [] for number in range(5)}, requirements=[
         {"name": "small", "num_cpus": 1, "num_gpus": 0, "num_nodes": 1, "memory": "2g",
-         "runtime": "PT20M"}], **{f"case_{number}": {"resource_requirements": 0}
+         "runtime": "PT20M"}], **{f"case_{number}": {"resource_requirements_id": 1}
                                   for number in range(5)})
     for number in range(3):
         past.end(f"case_{number}", number, 10, code=1, stderr_tail=f"x\nbad mesh in case {number}\n")
@@ -2124,7 +2159,7 @@ def test_why_names_the_cause(api):
     workflow_id, ids = make(api, {"bad": [], "b": ["bad"], "c": ["b"], "slow": [], "d": ["slow"],
                                   "big": []},
                             requirements=[{"name": "huge", "num_cpus": 64, "memory": "1m"}],
-                            big={"resource_requirements": 0})
+                            big={"resource_requirements_id": 1})
     sentence = lambda name: api.get(f"/jobs/{ids[name]}/why")["sentence"]  # noqa: E731
     assert sentence("slow") == (f"it is ready, but no runner is at work on workflow {workflow_id}: "
                                 f"torc run {workflow_id}")
@@ -2354,11 +2389,8 @@ def test_admins_are_those_the_server_was_told(store):
 
 def sample(kind):
     """A body with a value for every field of a kind that a client may set."""
-    values = {"int": 3, "float": 2.5, "str": "text", "echo": "text", "bool": True, "any": {"k": [1, None]},
-              "status": "completed", "ints": [], "time": "2026-01-02T03:04:05Z"}
-    special = {"memory": "2g", "runtime": "PT5M", "name": "a name"}
-    return {field.name: special.get(field.name, values[field.type]) for field in kind.fields
-            if not field.server and field.type != "ints"}
+    return {field.name: {"memory": "2g", "name": "a name"}.get(field.name, valid_value(field))
+            for field in kind.fields if not field.server and field.type != "ids"}
 
 
 @pytest.mark.parametrize("table", [table for table in torc.KINDS if table not in ("workflow", "job")])
@@ -2406,8 +2438,7 @@ def test_records_do_not_refer_to_those_of_another_workflow(client):
             ("post", "/jobs", {**job, "resource_requirements_id": need}),
             ("post", "/bulk_jobs", {"jobs": [job, {**job, "name": "y", "input_file_ids": [file]}]}),
             ("put", f"/jobs/{my['a']}", {"resource_requirements_id": need}),
-            ("post", "/results", {**result, "job_id": their["b"]}), ("post", "/results", result),
-            ("post", f"/jobs/{my['a']}/complete_job/completed/1", result),
+            ("post", "/results", {**result, "job_id": their["b"]}),
             ("post", "/slurm_stats", {"workflow_id": mine, "job_id": their["b"], "run_id": 1,
                                       "attempt_id": 1}),
             ("post", f"/workflows/{mine}/actions", {
@@ -2417,6 +2448,7 @@ def test_records_do_not_refer_to_those_of_another_workflow(client):
             getattr(client, method)(path, body)
     with pytest.raises(torc.Invalid, match="belongs to workflow"):
         client.post("/user_data", {"workflow_id": mine, "name": "u"}, consumer_job_id=their["b"])
+    assert client.post("/results", result)["compute_node_id"] == node    # as clients of Torc do
     assert client.get("/jobs", workflow_id=mine)["total_count"] == before
     assert statuses(client, theirs) == {"b": "ready"}
 
@@ -2437,7 +2469,7 @@ def test_a_put_changes_only_what_it_names(client):
     ("GET", "/jobs", {"workflow_id": [1, 2]}, None, torc.BadRequest, "given 2 times"),
     ("GET", "/jobs", {"workflow_id": 1, "status": "odd"}, None, torc.BadRequest, "a job status"),
     ("GET", "/jobs", {"workflow_id": 1, "reverse_sort": "yes"}, None, torc.BadRequest, "true or"),
-    ("GET", "/jobs", {"workflow_id": 1, "limit": 100_001}, None, torc.Internal, "larger than 100000"),
+    ("GET", "/jobs", {"workflow_id": 1, "limit": 100_001}, None, torc.BadRequest, "an integer of at most 100000"),
     ("GET", "/jobs", {"workflow_id": 99}, None, torc.NotFound, "Workflow not found"),
     ("GET", "/jobs/abc", {}, None, torc.BadRequest, "'abc' in the path is not an integer"),
     ("GET", "/jobs/99", {}, None, torc.NotFound, "Job not found"),
@@ -2448,20 +2480,20 @@ def test_a_put_changes_only_what_it_names(client):
      "True is not an integer"),
     ("POST", "/jobs", {}, {"workflow_id": 1, "name": 5, "command": "c"}, torc.Invalid, "not a string"),
     ("POST", "/jobs", {}, {"workflow_id": 1, "name": "x", "command": "c", "priority": -1},
-     torc.Invalid, "negative"),
+     torc.Invalid, "priority: -1 is not an integer of at least 0"),
     ("POST", "/jobs", {}, {"workflow_id": 1, "name": "x", "command": "c", "depends_on_job_ids": [99]},
-     torc.Internal, "FOREIGN KEY"),
+     torc.Invalid, "job 99 does not exist"),
     ("POST", "/jobs", {}, [], torc.Invalid, "not a JSON object"),
     ("POST", "/bulk_jobs", {}, {"jobs": [{"workflow_id": 1, "name": "x", "command": "c"},
                                          {"workflow_id": 2, "name": "x", "command": "c"}]},
      torc.Invalid, "different workflows"),
-    ("POST", "/resource_requirements", {}, {"workflow_id": 1, "name": "default"}, torc.Internal,
+    ("POST", "/resource_requirements", {}, {"workflow_id": 1, "name": "default"}, torc.Invalid,
      "reserved"),
     ("POST", "/resource_requirements", {}, {"workflow_id": 1, "name": "r", "memory": "1gb"},
-     torc.Invalid, "memory '1gb'"),
+     torc.Invalid, "memory: '1gb' is not a size"),
     ("POST", "/resource_requirements", {}, {"workflow_id": 1, "name": "r", "num_nodes": 0},
-     torc.Invalid, "not positive"),
-    ("POST", "/workflows/1/actions", {}, {"trigger_type": "x", "action_type": "run_commands",
+     torc.Invalid, "num_nodes: 0 is not an integer of at least 1"),
+    ("POST", "/workflows/1/actions", {}, {"trigger_type": "on_workflow_start", "action_type": "run_commands",
                                           "action_config": {"commands": [""]}}, torc.Invalid,
      "command lines"),
     ("POST", "/jobs/1/retry/1", {}, None, torc.BadRequest, "max_retries is missing"),
@@ -2517,7 +2549,7 @@ def test_a_large_list_has_the_same_records_as_small_pages(client):
 def test_deleting_requirements_deletes_their_jobs_and_frees_what_waited(client):
     workflow_id, ids = make(client, {"a": [], "b": ["a"]},
                             requirements=[{"name": "r", "num_cpus": 1, "memory": "1m"}],
-                            a={"resource_requirements": 0})
+                            a={"resource_requirements_id": 1})
     need = client.get(f"/jobs/{ids['a']}")["resource_requirements_id"]
     assert client.delete(f"/resource_requirements/{need}")["name"] == "r"
     assert statuses(client, workflow_id) == {"b": "ready"}
@@ -2560,9 +2592,9 @@ def test_required_files_and_missing_user_data(client):
                "files": [{"name": "in", "path": "in"}, {"name": "mid", "path": "mid"},
                          {"name": "unused", "path": "x"}],
                "user_data": [{"name": "set", "data": 1}, {"name": "unset"}],
-               "jobs": [{"name": "a", "command": "c", "input_files": [0], "output_files": [1],
-                         "input_user_data": [0, 1]},
-                        {"name": "b", "command": "c", "input_files": [1]}]}
+               "jobs": [{"name": "a", "command": "c", "input_file_ids": [1], "output_file_ids": [2],
+                         "input_user_data_ids": [1, 2]},
+                        {"name": "b", "command": "c", "input_file_ids": [2]}]}
     workflow_id = client.post("/workflow_specs", payload)["id"]
     assert client.get(f"/workflows/{workflow_id}/required_existing_files") == {"files": [1]}
     assert client.get(f"/workflows/{workflow_id}/missing_user_data") == {"user_data": [2]}
@@ -2572,7 +2604,7 @@ def test_required_files_and_missing_user_data(client):
 
 
 def test_an_interrupted_creation_does_not_leave_half_a_workflow(client):
-    for broken in ({"depends_on": [7]}, {"input_files": [0]}, {"resource_requirements": 3},
+    for broken in ({"depends_on_job_ids": [7]}, {"input_file_ids": [1]}, {"resource_requirements_id": 3},
                    {"priority": -2}, {"name": None}):
         with pytest.raises(torc.TorcError):
             client.post("/workflow_specs", {
@@ -2603,9 +2635,9 @@ UPSTREAM_RECORDS = re.compile(r"/(workflows|jobs|bulk_jobs|files|user_data|resou
 
 
 def test_the_table_of_routes_has_no_double_and_every_route_a_docstring():
-    seen = [(method, path) for method, path, _, _ in torc.ROUTES]
+    seen = [(method, path) for method, path, *_ in torc.ROUTES]
     assert len(seen) == len(set(seen))
-    assert all(function.__doc__ for _, _, function, _ in torc.ROUTES)
+    assert all(function.__doc__ for _, _, function, *_ in torc.ROUTES)
 
 
 # ==================================================================================================
@@ -2969,9 +3001,9 @@ def test_a_job_over_its_memory_is_killed_with_all_its_children(run):
               resource_requirements=[{"name": "r", "num_cpus": 1, "memory": "50m"}])
     [result] = ran.results()["a"]
     assert (ran.code, result["status"], result["return_code"]) == (1, "failed", 137)
-    assert re.search(r'killed: used 3\d\d\.\d MB, the limit is 50\.0 MB \(resource requirements "r"\)',
+    assert re.search(r'killed: used \d+\.\d MB, the limit is 50\.0 MB \(resource requirements "r"\)',
                      result["stderr_tail"])
-    assert result["peak_memory_bytes"] > 300 * 2**20
+    assert result["peak_memory_bytes"] > 50 * 2**20          # it may be seen while it grows
     until(lambda: not processes_in(ran.directory), what="the end of all processes")
 
 
@@ -3196,8 +3228,9 @@ def test_an_output_directory_that_cannot_be_written_is_said_at_once(tmp_path):
     somebody = []
     if os.geteuid() == 0:                 # for whom nothing is unwritable
         somebody = ["setpriv", "--reuid=65534", "--clear-groups"]
-        for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-            directory.chmod(0o755)
+        for directory in (tmp_path, *tmp_path.parents):
+            if directory.stat().st_mode & 0o005 != 0o005:
+                directory.chmod(0o755)
     shutil.copy(TORC, tmp_path / "torc.py")
     write_spec(tmp_path, {"a": "true"})
     (tmp_path / "torc_output" / "job_stdio").mkdir(parents=True)
@@ -4163,8 +4196,8 @@ def test_what_cannot_be_planned_is_explained(requirement, options, text):
 def grouped(edges):
     """The plan of jobs {"name": [names it waits for]}; those with an o need another requirement."""
     names, records = list(edges), [HALF, {**HALF, "name": "other"}]
-    jobs = [{"name": name, "resource_requirements": int(name[0] == "o"),
-             "depends_on": [names.index(other) for other in needs]}
+    jobs = [{"name": name, "resource_requirements_id": 1 + (name[0] == "o"),
+             "depends_on_job_ids": [1 + names.index(other) for other in needs]}
             for name, needs in edges.items()]
     return [(one["trigger"], one["num_allocations"], sorted(one["jobs"]),
              sorted(one["trigger_jobs"]))
@@ -4180,14 +4213,14 @@ def test_jobs_that_wait_for_each_other_never_share_a_trigger():
 def test_a_chain_shares_an_allocation_that_is_long_enough():
     edges = {"a": [], "b": ["a"], "c": ["b"]}
     assert grouped(edges) == [("on_workflow_start", 1, ["a", "b", "c"], [])]
-    groups = torc.group_jobs([{"name": "abc"[i], "resource_requirements": 0,
-                               "depends_on": [i - 1] if i else []} for i in range(3)], [HALF])
+    groups = torc.group_jobs([{"name": "abc"[i], "resource_requirements_id": 1,
+                               "depends_on_job_ids": [i] if i else []} for i in range(3)], [HALF])
     assert planned(*groups) == [("half_scheduler", "standard", 1, "13:30:00", 1, 3)]
 
 
 def test_a_chain_longer_than_the_partition_allows_is_cut():
-    groups = torc.group_jobs([{"name": str(i), "resource_requirements": 0,
-                               "depends_on": [i - 1] if i else []} for i in range(20)], [HALF])
+    groups = torc.group_jobs([{"name": str(i), "resource_requirements_id": 1,
+                               "depends_on_job_ids": [i] if i else []} for i in range(20)], [HALF])
     assert planned(*groups) == [
         ("half_scheduler", "standard", 1, "2-00:00:00", 1, 16),
         ("half_deferred_scheduler", "standard", 1, "18:00:00", 1, 4)]
@@ -4202,10 +4235,10 @@ def test_levels_of_different_width_get_allocations_of_their_own():
 
 def test_levels_follow_files_and_user_data():
     levels, after = torc.dependency_levels([
-        {"output_files": [0], "resource_requirements": 0},
-        {"input_files": [0], "output_user_data": [0], "resource_requirements": 1},
-        {"input_user_data": [0], "resource_requirements": 0}])
-    assert levels == [0, 1, 2] and after == [set(), {(0, 0)}, {(1, 1)}]
+        {"output_file_ids": [1], "resource_requirements_id": 1},
+        {"input_file_ids": [1], "output_user_data_ids": [1], "resource_requirements_id": 2},
+        {"input_user_data_ids": [1], "resource_requirements_id": 1}])
+    assert levels == [0, 1, 2] and after == [set(), {(1, 0)}, {(2, 1)}]
 
 
 def test_jobs_without_requirements_cannot_be_planned():
@@ -4214,8 +4247,8 @@ def test_jobs_without_requirements_cannot_be_planned():
 
 
 def test_a_hundred_thousand_jobs_are_planned():
-    jobs = [{"name": f"j{i}", "resource_requirements": i % 2,
-             "depends_on": [i % 100] if i >= 100 else []} for i in range(100_000)]
+    jobs = [{"name": f"j{i}", "resource_requirements_id": 1 + i % 2,
+             "depends_on_job_ids": [1 + i % 100] if i >= 100 else []} for i in range(100_000)]
     plan = torc.plan_allocations(torc.group_jobs(jobs, [LITTLE, HALF]), torc.KESTREL, "a")
     assert sum(len(one["jobs"]) for one in plan) == 100_000
     assert sum(one["num_allocations"] for one in plan) == 1 + 481 + 25 + 24_975
@@ -4258,13 +4291,13 @@ def test_generate_makes_a_specification_that_can_be_read(cli, spec_file, ending)
     assert said.startswith(f"Wrote {out}: 3 schedulers and 22 allocations on kestrel for 42 jobs")
     assert "none of the comments" in errors
     before, after = torc.read_spec(str(spec_file)), torc.read_spec(str(out))
-    fields = ("name", "command", "resource_requirements", "depends_on")
+    fields = ("name", "command", "resource_requirements_id", "depends_on_job_ids")
     assert [[job.get(name) for name in fields] for job in before.payload["jobs"]] == \
         [[job.get(name) for name in fields] for job in after.payload["jobs"]]
     names = after.summary["scheduler_names"]
-    assert [names[job["scheduler"]] for job in after.payload["jobs"]] == [
+    assert [names[job["scheduler_id"] - 1] for job in after.payload["jobs"]] == [
         "small_scheduler", *["half_deferred_scheduler"] * 40, "small_deferred_scheduler"]
-    assert [(action["trigger_type"], action["action_type"], len(action.get("jobs", ())))
+    assert [(action["trigger_type"], action["action_type"], len(action.get("job_ids", ())))
             for action in after.payload["actions"]] == [
         ("on_workflow_start", "run_commands", 0), ("on_workflow_start", "schedule_nodes", 0),
         ("on_jobs_ready", "schedule_nodes", 40), ("on_jobs_ready", "schedule_nodes", 1)]
@@ -4447,8 +4480,8 @@ def two_allocations(api):
         "slurm_schedulers": [{"name": name, "account": "a", "nodes": 1, "walltime": "01:00:00"}
                              for name in ("one", "two")],
         "actions": [{"trigger_type": "on_workflow_start", "action_type": "schedule_nodes",
-                     "action_config": {"scheduler": index, "scheduler_type": "slurm",
-                                       "num_allocations": 1}} for index in (0, 1)]})["id"]
+                     "action_config": {"scheduler_id": number, "scheduler_type": "slurm",
+                                       "num_allocations": 1}} for number in (1, 2)]})["id"]
 
 
 SECOND_REFUSED = '[ ! -e "$0.n" ] || { echo "Invalid account" >&2; exit 1; }; : > "$0.n"; echo 100'
@@ -4496,11 +4529,11 @@ def test_a_generated_profile_is_found_and_wins(cli, programs, monkeypatch):
 
 @pytest.mark.parametrize("text, fault", [
     ("{", "k.json line 1: not JSON"), ("[]", "k.json is [], not a mapping"),
-    ('{"name": "x"}', "k.json: the field partitions is missing"),
+    ('{"name": "x"}', "k.json: missing field `partitions`"),
     ('{"name": "x", "partitions": [{"name": "p", "cpus_per_nod": 4}]}',
      "k.json: partition \"p\": unknown field 'cpus_per_nod' (did you mean \"cpus_per_node\"?)"),
     ('{"name": "x", "partitions": [{"name": "p", "cpus_per_node": "4"}]}',
-     "k.json: partition \"p\": cpus_per_node: '4' is not a whole number of at least 1"),
+     "k.json: partition \"p\": cpus_per_node: '4' is not an integer of at least 1"),
     ('{"name": "x", "partitions": [], "detection": [{"type": "hostname", "value": "("}]}',
      "k.json: detection 1: '(' is no regular expression"),
     ('{"name": "x", "partitions": [], "detection": [{"type": "env", "value": "x"}]}',
@@ -4556,8 +4589,8 @@ API = torc.API_PREFIX
     ("POST", API + "/workflows", "{}", {}, 415, None),
     ("POST", API + "/workflows", "{", {"Content-Type": "application/json"}, 400, None),
     ("POST", API + "/workflows", "{}", {"Content-Type": "application/json"}, 422,
-     "missing field `name`"),
-    ("GET", API + "/workflows?limit=100001", None, {}, 500, None),
+     "missing field `name`; missing field `user`"),
+    ("GET", API + "/workflows?limit=100001", None, {}, 400, None),
     ("GET", API + "/jobs/9", None, {}, 404,
      '{"error":{"message":"Job not found with ID: 9","error":"NotFound"}}'),
 ])
@@ -4577,7 +4610,8 @@ def test_a_span_id_is_echoed(server):
 def test_a_body_of_several_megabytes_is_taken_and_one_over_the_limit_refused(server):
     client = server.client()
     workflow_id, _ = make(client, {})
-    jobs = [{"workflow_id": workflow_id, "name": "n" * 200, "command": "c" * 300}] * 10_000
+    jobs = [{"workflow_id": workflow_id, "name": f"{number:0200d}", "command": "c" * 300}
+            for number in range(10_000)]
     assert len(client.post("/bulk_jobs", {"jobs": jobs})["jobs"]) == 10_000
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.putrequest("POST", API + "/workflows")
@@ -4952,8 +4986,7 @@ def test_70_streams_starve_nobody_and_places_come_back(server):
 def every_route():
     """(method, path) of every route, with values in its path."""
     for method, path, *_ in torc.ROUTES:
-        yield method, torc.API_PREFIX + re.sub(r"<\w+:(\w+)>", lambda match: {
-            "int": "1", "status": "completed", "str": "alice"}[match[1]], path)
+        yield method, torc.API_PREFIX + place_of(path)
 
 
 def fetch(server, method, path, header=None, body=None):
@@ -5093,7 +5126,7 @@ def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
     samples = {"resource_requirements": {"name": "r"}, "failure_handler": {"name": "h", "rules": "[]"}}
     for kind in torc.KINDS.values():
         if "create" in kind.ops or kind.table == "scheduled_compute_node":
-            alice.post(kind.path, {**sample(kind), "workflow_id": workflow_id, "job_id": ids["a"],
+            alice.post(kind.path, {**sample(kind), "workflow_id": workflow_id,
                                    **samples.get(kind.table, {})})
     alice.post("/user_data", {"workflow_id": workflow_id, "name": "u"})
     alice.post("/events", {"workflow_id": workflow_id, "data": {}})
@@ -5107,25 +5140,18 @@ def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
     for method, path, *_ in torc.ROUTES:
         if path in open_to_all or path == "/workflows" and method == "GET":
             continue
-        place = re.sub(r"<\w+:(\w+)>", lambda match: {
-            "int": "1", "status": "completed", "str": "alice"}[match[1]], path)
-        body = {"workflow_id": workflow_id, "name": "x", "user": "bob", "jobs": [
-            {"workflow_id": workflow_id, "name": "x", "command": "true"}], "user_name": "bob",
-            "role": "admin", "workflow": {"name": "x", "user": "bob"}, "command": "true"}
+        place, (query, body) = place_of(path), valid_request(method, path)
         for who, client in (("bob", bob), (None, nobody)):
             if who and path in ("/workflows", "/workflow_specs"):
                 continue                  # a user may create what is his own
-            query = {} if method == "POST" else {"workflow_id": workflow_id}
             with pytest.raises(torc.Forbidden):
-                client.request(method, place, query, body if method in ("POST", "PUT") else None)
+                client.request(method, place, query, body)
                 pytest.fail(f"{who} may {method} {path}")
     assert statuses(alice, workflow_id) == {"a": "ready", "b": "blocked"}
 
 
 @pytest.mark.parametrize("path, query, body", [
     ("/jobs", "mine", {"workflow_id": "hers", "name": "x", "command": "true"}),
-    ("/jobs", None, {"workflow_id": "hers", "name": "x", "command": "true",
-                     "jobs": [{"workflow_id": "mine"}]}),
     ("/bulk_jobs", "mine", {"jobs": [{"workflow_id": "hers", "name": "x", "command": "true"}]}),
     ("/files", "mine", {"workflow_id": "hers", "name": "x", "path": "x"}),
 ])
@@ -5163,7 +5189,7 @@ def test_a_group_shares_a_workflow_until_the_link_is_cut(walls):
     group = zoe.post("/access_groups", {"name": "team", "description": "d"})
     assert group["name"] == "team" and re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d",
                                                     group["created_at"])
-    with pytest.raises(torc.Internal):
+    with pytest.raises(torc.Conflict, match="another access group has this name already"):
         zoe.post("/access_groups", {"name": "team"})
     with pytest.raises(torc.Forbidden):
         bob.post(f"/access_groups/{group['id']}/members", {"user_name": "bob", "role": "member"})
@@ -5174,7 +5200,7 @@ def test_a_group_shares_a_workflow_until_the_link_is_cut(walls):
     with pytest.raises(torc.Forbidden):   # not even as an admin of his group
         bob.post(f"/workflows/{workflow_id}/access_groups/{group['id']}")
     alice.post(f"/workflows/{workflow_id}/access_groups/{group['id']}")
-    with pytest.raises(torc.Internal):
+    with pytest.raises(torc.Conflict, match="is shared with group 2 already"):
         alice.post(f"/workflows/{workflow_id}/access_groups/{group['id']}")
     assert bob.get(f"/access_check/{workflow_id}/bob")["has_access"]
     assert statuses(bob, workflow_id) == {"a": "ready"}
@@ -5617,7 +5643,7 @@ def test_the_allocation_in_focus_is_explained(api, tmp_path):
 
 def test_a_server_that_lacks_what_the_pages_need_is_named(api, tmp_path, monkeypatch):
     monkeypatch.setattr(torc, "EXTENSIONS", ("summary", "search"))
-    text = Hands(api, tmp_path).text()
+    text = " ".join(Hands(api, tmp_path).text().split())     # a long path breaks the line elsewhere
     assert "lacks failures, graph, include_results, which these pages need" in text
 
 
@@ -6307,10 +6333,10 @@ def pipeline(client, directory, start=True):
     names = ["in.txt", "mid.txt", "out.txt"]
     payload = {"workflow": {"name": "pipeline", "user": client.user},
                "files": [{"name": name, "path": name} for name in names],
-               "jobs": [{"name": "first", "command": "true", "input_files": [0],
-                         "output_files": [1]},
-                        {"name": "second", "command": "true", "input_files": [1],
-                         "output_files": [2]},
+               "jobs": [{"name": "first", "command": "true", "input_file_ids": [1],
+                         "output_file_ids": [2]},
+                        {"name": "second", "command": "true", "input_file_ids": [2],
+                         "output_file_ids": [3]},
                         {"name": "alone", "command": "true"}]}
     workflow_id = client.post("/workflow_specs", payload)["id"]
     ids = {job["name"]: job["id"] for job in client.items("/jobs", workflow_id=workflow_id)}
@@ -7016,7 +7042,7 @@ def test_everything_runs_again_with_few_requests(local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     payload = {"workflow": {"name": "wide", "user": local.user},
                "files": [{"name": "in", "path": "in"}],
-               "jobs": [{"name": f"j{number}", "command": "true", "input_files": [0]}
+               "jobs": [{"name": f"j{number}", "command": "true", "input_file_ids": [1]}
                         for number in range(300)]}
     workflow_id = local.post("/workflow_specs", payload)["id"]
     (tmp_path / "in").write_text("")
@@ -7135,7 +7161,7 @@ def test_an_exported_workflow_is_made_anew(cli, api, tmp_path, monkeypatch):
     assert cli_json(cli, "workflows", "get", 2)["name"] == "again"
     (tmp_path / "bad.json").write_text("{}")
     code, _, err = cli("workflows", "import", "bad.json")
-    assert code == 1 and "this is no exported workflow" in err
+    assert code == 1 and "this is not an exported workflow" in err
 
 
 def test_the_other_programs_are_commands_of_this_one(monkeypatch, capsys):
@@ -9145,7 +9171,7 @@ def test_every_command_is_in_the_readme():
 
 
 def test_the_readme_names_all_our_operations():
-    missing = [path for _, path, _, _ in torc.ROUTES
+    missing = [path for _, path, *_ in torc.ROUTES
                if path.rpartition("/")[2] in ("server_info", "workflow_specs", "runner_step", "changes",
                                               "counts", "unfinished", "stop", "rerun", "why", "release",
                                               "summary", "graph", "timeline", "usage", "failures",
@@ -9341,11 +9367,11 @@ def half_done(database, size):
     graph = {"prepare": [], **{f"sim_{number:05d}": ["prepare"] for number in range(width)}}
     names = list(graph)
     jobs = [{"name": name, "command": f"python {name}.py --out {name}.h5",
-             "depends_on": [0] if number else []} for number, name in enumerate(names)]
+             "depends_on_job_ids": [1] if number else []} for number, name in enumerate(names)]
     jobs += [{"name": f"score_{number:05d}", "command": f"python score.py {number}",
-              "depends_on": [1 + number]} for number in range(width)]
+              "depends_on_job_ids": [2 + number]} for number in range(width)]
     jobs += [{"name": f"reduce_{number:02d}", "command": "python reduce.py",
-              "depends_on": list(range(1 + width + number, 1 + 2 * width, 96))}
+              "depends_on_job_ids": list(range(2 + width + number, 2 + 2 * width, 96))}
              for number in range(96)]
     workflow_id = bench_workflow(api, jobs)
     now, ids = time.time(), [row[0] for row in store.query(

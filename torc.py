@@ -228,6 +228,30 @@ def parse_duration(text):
     return int(seconds)
 
 
+def parse_walltime(text):
+    """Seconds of a Slurm time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S (sbatch(1)).
+
+    Raises ValueError.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text) \
+        if isinstance(text, str) else None
+    if not match:
+        raise ValueError(f"{text!r} is not a time such as 04:00:00 or 1-12:00:00")
+    days, *rest = match.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is not None:
+        parts += [0] * (3 - len(parts))
+    elif len(parts) < 3:                  # minutes, or minutes:seconds
+        parts = [0, *parts, 0][:3] if len(parts) == 1 else [0, *parts]
+    return int(days or 0) * 86_400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
+
+
+def slurm_memory(text):
+    """Bytes of a Slurm memory size; a bare number is MB. Raises ValueError."""
+    text = str(text)
+    return parse_memory(text + "m" if text.isdigit() else text.rstrip("bB"))
+
+
 def format_duration(seconds):
     """A duration for people: 0.4s, 12s, 3m20s, 2h05m, 3d04h."""
     seconds = max(0.0, seconds)
@@ -332,7 +356,7 @@ def nearest(word, known):
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
-ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def compact(value):
@@ -353,7 +377,8 @@ def read_text(path):
 # 3 Records
 # ==================================================================================================
 # What the program keeps, as tables: the statuses of a job, and a row of KINDS for every kind of
-# record. Store, API and command line are written against these rows.
+# record with all there is to know of its fields. Specifications, store, API and command line are
+# written against these rows: a new field is a line here and a column in the schema.
 
 (UNINITIALIZED, BLOCKED, READY, PENDING, RUNNING, COMPLETED, FAILED, CANCELED, TERMINATED, DISABLED,
  PENDING_FAILED) = range(11)              # as stored, and the order in which status sorts
@@ -362,26 +387,125 @@ STATUS_NAMES = ("uninitialized", "blocked", "ready", "pending", "running", "comp
 STATUS_OF_NAME = {name: number for number, name in enumerate(STATUS_NAMES)}
 COMPLETE_SET = (COMPLETED, FAILED, CANCELED, TERMINATED)      # these satisfy a dependency
 UNSUCCESSFUL = (FAILED, CANCELED, TERMINATED)
-FINAL_SET = (*COMPLETE_SET, PENDING_FAILED)                   # what complete_job may set
+FINAL_SET = (*COMPLETE_SET, PENDING_FAILED)                   # in which an attempt can end
+TRIGGERS = ("on_workflow_start", "on_workflow_complete", "on_jobs_ready", "on_jobs_complete",
+            "on_worker_start", "on_worker_complete")
+STDIO_MODES = ("separate", "combined", "no_stdout", "no_stderr", "none")
+
+
+# ---- types of values
+
+def is_string(value):
+    """Whether a value is a string that can be written as UTF-8: "\\ud800" cannot."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return isinstance(value, str) and (value.isascii() or value.encode() is not None)
+    return False
+
+
+def is_json(value):
+    """Whether a value can be written as JSON, in UTF-8 and by any reader."""
+    try:
+        return is_string(compact(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def reads(reader):
+    """A check: whether a reader such as parse_memory takes a string."""
+    def check(value):
+        with contextlib.suppress(ValueError):
+            return isinstance(value, str) and reader(value) is not None
+        return False
+    return check
+
+
+def whole(least, most=2**63 - 1):
+    """A check: whether a value is an integer within bounds; 1.0 and true are none."""
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def list_of(kind):
+    """A check: whether a value is a list of values of a type."""
+    return lambda value: isinstance(value, list) and all(map(TYPES[kind][0], value))
+
+
+def is_signal(value):
+    """Whether a value names a signal."""
+    import signal
+    return isinstance(value, str) and isinstance(getattr(signal, value, None), signal.Signals)
+
+
+TYPES = {                                 # name: check, and what is expected in words
+    "str": (is_string, "a string"),
+    "when": (is_string, "a string"),      # a time, but in any form
+    "name": (lambda value: is_string(value) and value.strip() and "\0" not in value,
+             "a string with something in it"),
+    "int": (whole(-2**63), "an integer"),
+    "limit": (whole(-2**63, MAX_LIMIT), f"an integer of at most {MAX_LIMIT}"),
+    "count": (whole(0), "an integer of at least 0"),
+    "positive": (whole(1), "an integer of at least 1"),
+    "byte": (whole(1, 255), "an exit code from 1 to 255"),
+    "float": (lambda value: type(value) in (int, float) and abs(value) < 1e300, "a number"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "list": (lambda value: isinstance(value, list), "a list"),
+    "map": (lambda value: isinstance(value, dict), "an object"),
+    "any": (is_json, "a JSON value"),
+    "status": (lambda value: isinstance(value, str) and value in STATUS_OF_NAME, "a job status"),
+    "managed": (None, "a job status"),    # in a path
+    "statuses": (None, "a job status, or several with commas"),
+    "final": (lambda value: isinstance(value, str) and STATUS_OF_NAME.get(value) in FINAL_SET,
+              "a status in which an attempt can end"),
+    "time": (reads(parse_time), "a time such as 2026-01-02T03:04:05Z"),
+    "memory": (reads(parse_memory), 'a size such as "500m" or "2g"'),
+    "duration": (reads(parse_duration), 'an ISO 8601 duration such as "PT30M"'),
+    "walltime": (reads(parse_walltime), 'a time such as "04:00:00" or "1-12:00:00"'),
+    "slurm memory": (lambda value: type(value) is int and value >= 0 or reads(slurm_memory)(
+        value), 'a size such as "200g" (MB without a letter)'),
+    "signal": (is_signal, 'the name of a signal such as "SIGTERM"'),
+    "ints": (list_of("int"), "a list of integers"),
+    "strs": (list_of("str"), "a list of strings"),
+    "maps": (list_of("map"), "a list of objects"),
+    "pairs": (lambda value: list_of("ints")(value) and all(len(one) == 2 for one in value),
+              "a list of pairs of integers"),
+    "sizes": (lambda value: list_of("ints")(value) and all(len(one) == 3 for one in value),
+              "a list of [cpus, memory_bytes, gpus]"),
+    "size": (lambda value: list_of("int")(value) and len(value) == 3,
+             "[cpus, memory_bytes, gpus]"),
+}
 
 
 class Field(NamedTuple):
-    """One field of a record: its JSON type and whether a client must send it."""
+    """One field of a record or request."""
 
     name: str
-    type: str                             # int, float, str, bool, any, status, ints, time, or echo:
-                                          # a text that is answered but not kept
+    type: str                             # of TYPES; or json (see read_value), ids (of TYPES: ints,
+                                          # kept in a table of RELATIONS), echo (str, not kept)
     required: bool = False
-    server: bool = False                  # set by the server, whatever a client sends
+    server: bool = False                  # set by the server, ignored in what a client sends
+    default: Any = None                   # of a record that is stored without it
+    refers: str = ""                      # the table whose id, or ids, it holds
+    spec: str = ""                        # its name in a specification, if it may stand there
+    spec_type: str = ""                   # and its type there, with ! if it must
+
+
+MARK = re.compile(r"\b(required|server)\b|(>|=|\bas|\bspec) (\S+)")
 
 
 def fields(text):
-    """Fields from words like "name:str! size:int id:int*": ! is required, * the server's own."""
-    parsed = []
-    for word in text.split():
-        name, kind = word.split(":")
-        parsed.append(Field(name, kind.strip("!*"), kind.endswith("!"), kind.endswith("*")))
-    return tuple(parsed)
+    """Fields from lines, or parts between commas, such as "name str required spec name!": name,
+    type, and marks: required, server, "= DEFAULT", "> TABLE it refers to", "as NAME in a
+    specification", "spec TYPE there"."""
+    found = []
+    for line in re.split(r"\n|,\s", text.strip()):
+        name, kind, *_ = line.split()
+        marks = {word or sign: value for word, sign, value in MARK.findall(line)}
+        refers = marks.get(">", "")
+        spec_type = marks.get("spec", {"ids": "strs", "int": "str"}[kind] if refers else "")
+        found.append(Field(
+            name, kind, "required" in marks, "server" in marks,
+            json.loads(marks["="]) if "=" in marks else None, refers,
+            marks.get("as", name if "spec" in marks else ""), spec_type))
+    return tuple(found)
 
 
 class Kind(NamedTuple):
@@ -407,75 +531,278 @@ def result_times(result):
     return {"start_ms": end - round(result["exec_time_minutes"] * 60_000), "end_ms": end}
 
 
+def parsed_requirements(need):
+    """Memory in bytes and runtime in seconds."""
+    return {"memory_bytes": parse_memory(need["memory"]),
+            "runtime_s": parse_duration(need["runtime"])}
+
+
 KINDS = {kind.table: kind for kind in (
-    Kind("workflow", "workflow", "/workflows", fields(
-        "id:int* name:str! user:str! description:str timestamp:str* project:str metadata:str"
-        " compute_node_expiration_buffer_seconds:int compute_node_wait_for_new_jobs_seconds:int"
-        " compute_node_ignore_workflow_completion:bool"
-        " compute_node_wait_for_healthy_database_minutes:int"
-        " compute_node_min_time_for_new_jobs_seconds:int resource_monitor_config:str"
-        " slurm_defaults:str slurm_config:str execution_config:str use_pending_failed:bool"
-        " enable_ro_crate:bool status_id:int*"),
-        filters="name user", unsorted="slurm_config execution_config", ops="get delete"),
-    Kind("job", "job", "/jobs", fields(
-        "id:int* workflow_id:int! name:str! command:str! invocation_script:str status:status"
-        " cancel_on_blocking_job_failure:bool supports_termination:bool"
-        " resource_requirements_id:int scheduler_id:int failure_handler_id:int attempt_id:int*"
-        " priority:int stdio:str depends_on_job_ids:ints input_file_ids:ints output_file_ids:ints"
-        " input_user_data_ids:ints output_user_data_ids:ints"),
-        unsorted="priority stdio", ops="clear delete"),
-    Kind("file", "file", "/files", fields(
-        "id:int* workflow_id:int! name:str! path:str! st_mtime:float"), filters="name path",
-        ops="create clear get delete"),
-    Kind("user data", "user_data", "/user_data", fields(
-        "id:int* workflow_id:int! name:str! is_ephemeral:bool data:any"),
-        filters="is_ephemeral", ops="clear get update delete"),
-    Kind("resource requirements", "resource_requirements", "/resource_requirements", fields(
-        "id:int* workflow_id:int! name:str! num_cpus:int num_gpus:int num_nodes:int memory:str"
-        " runtime:str"),
-        filters="name memory num_cpus num_gpus num_nodes", ops="clear get delete"),
-    Kind("failure handler", "failure_handler", "/failure_handlers", fields(
-        "id:int* workflow_id:int! name:str! rules:str!"), ops="create get delete"),
-    Kind("Slurm scheduler", "slurm_scheduler", "/slurm_schedulers", fields(
-        "id:int* workflow_id:int! name:str account:str! gres:str mem:str nodes:int!"
-        " ntasks_per_node:int partition:str qos:str tmp:str walltime:str! extra:str")),
-    Kind("compute node", "compute_node", "/compute_nodes", fields(
-        "id:int* workflow_id:int! hostname:str! pid:int! start_time:str! duration_seconds:float"
-        " is_active:bool num_cpus:int! memory_gb:float! num_gpus:int! num_nodes:int!"
-        " time_limit:str scheduler_config_id:int compute_node_type:str! scheduler:any"
-        " boot_id:str pid_started:int output_dir:str"),
+    Kind("workflow", "workflow", "/workflows", fields("""
+        id                              int     server
+        name                            str     required                    spec name!
+        user                            str     required
+        description                     str                                 spec str
+        timestamp                       str     server
+        project                         str                                 spec str
+        metadata                        json                                spec json
+        compute_node_expiration_buffer_seconds          int                 spec count
+        compute_node_wait_for_new_jobs_seconds          int     = 90        spec count
+        compute_node_ignore_workflow_completion         bool    = false     spec bool
+        compute_node_wait_for_healthy_database_minutes  int     = 20        spec count
+        compute_node_min_time_for_new_jobs_seconds      int     = 300       spec count
+        resource_monitor_config         json:resource_monitor   as resource_monitor spec map
+        slurm_defaults                  json:slurm_defaults     spec map
+        slurm_config                    str
+        execution_config                json:execution_config   spec map
+        use_pending_failed              bool                                spec bool
+        enable_ro_crate                 bool                                spec bool
+        status_id                       int     server"""),
+        filters="name user", unsorted="slurm_config execution_config", ops=""),
+    Kind("job", "job", "/jobs", fields("""
+        id                              int     server
+        workflow_id                     int     required > workflow
+        name                            str     required                    spec name!
+        command                         str     required                    spec name!
+        invocation_script               str                                 spec str
+        status                          status
+        cancel_on_blocking_job_failure  bool    = true                      spec bool
+        supports_termination            bool    = false                     spec bool
+        resource_requirements_id        int     > resource_requirements     as resource_requirements
+        scheduler_id                    int     > slurm_scheduler           as scheduler
+        failure_handler_id              int     > failure_handler           as failure_handler
+        attempt_id                      int     server
+        priority                        count   = 0                         spec count
+        stdio                           json:stdio                          spec map
+        schedule_compute_nodes          echo
+        depends_on_job_ids              ids     > job                       as depends_on
+        input_file_ids                  ids     > file                      as input_files
+        output_file_ids                 ids     > file                      as output_files
+        input_user_data_ids             ids     > user_data                 as input_user_data
+        output_user_data_ids            ids     > user_data                 as output_user_data"""),
+        unsorted="priority stdio", ops=""),
+    Kind("file", "file", "/files", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        name                str     required    spec name!
+        path                str     required    spec name!
+        st_mtime            float               spec float"""),
+        filters="name path", ops="create list clear get delete"),
+    Kind("user data", "user_data", "/user_data", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        name                str     required    spec name!
+        is_ephemeral        bool    = false     spec bool
+        data                any                 spec any"""),
+        filters="is_ephemeral", ops="list clear get update delete"),
+    Kind("resource requirements", "resource_requirements", "/resource_requirements", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        name                str     required    spec name!
+        num_cpus            int     = 1         spec positive!
+        num_gpus            int     = 0         spec count
+        num_nodes           positive = 1        spec positive
+        memory              memory  = "1m"      spec memory!
+        runtime             duration = "PT1M"   spec duration"""),
+        filters="name memory num_cpus num_gpus num_nodes", ops="list clear get delete",
+        derive=parsed_requirements),
+    Kind("failure handler", "failure_handler", "/failure_handlers", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        name                str     required    spec name!
+        rules               str     required    spec maps!"""),
+        ops="create get delete"),
+    Kind("Slurm scheduler", "slurm_scheduler", "/slurm_schedulers", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        name                str     required    spec name!
+        account             str     required    spec name!
+        gres                str                 spec str
+        mem                 str                 as mem spec slurm-memory
+        nodes               int     required    spec positive
+        ntasks_per_node     int                 spec positive
+        partition           str                 spec str
+        qos                 str                 spec str
+        tmp                 str                 spec str
+        walltime            str     required    spec walltime
+        extra               str                 spec str""")),
+    Kind("compute node", "compute_node", "/compute_nodes", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        hostname            str     required
+        pid                 int     required
+        start_time          when    required
+        duration_seconds    float
+        is_active           bool    = false
+        num_cpus            int     required
+        memory_gb           float   required
+        num_gpus            int     required
+        num_nodes           int     required
+        time_limit          str
+        scheduler_config_id int
+        compute_node_type   str     required
+        scheduler           any
+        boot_id             str
+        pid_started         int
+        output_dir          str"""),
         filters="hostname is_active", unsorted="scheduler", ops="list clear get delete"),
-    Kind("local scheduler", "local_scheduler", "/local_schedulers", fields(
-        "id:int* workflow_id:int! name:echo memory:str num_cpus:int")),
-    Kind("Slurm statistics", "slurm_stats", "/slurm_stats", fields(
-        "id:int* workflow_id:int! job_id:int! run_id:int! attempt_id:int! slurm_job_id:str"
-        " max_rss_bytes:int max_vm_size_bytes:int max_disk_read_bytes:int"
-        " max_disk_write_bytes:int ave_cpu_seconds:float node_list:str"),
+    Kind("local scheduler", "local_scheduler", "/local_schedulers", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        name                echo
+        memory              str     required
+        num_cpus            int     required""")),
+    Kind("Slurm statistics", "slurm_stats", "/slurm_stats", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        job_id              int     required > job
+        run_id              int     required
+        attempt_id          int     required
+        slurm_job_id        str
+        max_rss_bytes       int
+        max_vm_size_bytes   int
+        max_disk_read_bytes int
+        max_disk_write_bytes int
+        ave_cpu_seconds     float
+        node_list           str"""),
         filters="job_id run_id attempt_id", ops=""),
-    Kind("scheduled compute node", "scheduled_compute_node", "/scheduled_compute_nodes", fields(
-        "id:int* workflow_id:int! scheduler_id:int! scheduler_config_id:int! scheduler_type:str!"
-        " status:str! output_dir:str work_dir:str note:str cluster:str"), filters="status",
-        ops="list clear get update delete"),
-    Kind("result", "result", "/results", fields(
-        "id:int* workflow_id:int! job_id:int! run_id:int! attempt_id:int compute_node_id:int!"
-        " return_code:int! exec_time_minutes:float! completion_time:time! status:status!"
-        " peak_memory_bytes:int avg_memory_bytes:int peak_cpu_percent:float avg_cpu_percent:float"
-        " stderr_tail:str"),
+    Kind("scheduled compute node", "scheduled_compute_node", "/scheduled_compute_nodes", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        scheduler_id        int     required
+        scheduler_config_id int     required
+        scheduler_type      str     required
+        status              str     required
+        output_dir          str
+        work_dir            str
+        note                str
+        cluster             str"""),
+        filters="status", ops="list clear get update delete"),
+    Kind("result", "result", "/results", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        job_id              int     required > job
+        run_id              int     required
+        attempt_id          int     = 1
+        compute_node_id     int     required > compute_node
+        return_code         int     required
+        exec_time_minutes   float   required
+        completion_time     time    required
+        status              status  required
+        peak_memory_bytes   int
+        avg_memory_bytes    int
+        peak_cpu_percent    float
+        avg_cpu_percent     float
+        stderr_tail         str"""),
         filters="job_id run_id return_code status compute_node_id", ops="clear get update delete",
         derive=result_times),
-    Kind("event", "event", "/events", fields(
-        "id:int* workflow_id:int! timestamp:int data:any"), ops="clear get delete"),
+    Kind("event", "event", "/events", fields("""
+        id                  int     server
+        workflow_id         int     required > workflow
+        timestamp           int     server
+        data                any"""),
+        ops="list clear get delete"),
 )}
 RELATIONS = {                             # a job's list of ids: its table, this column, theirs
-    "depends_on_job_ids": ("job_dependency", "job_id", "depends_on_job_id"),
-    "input_file_ids": ("job_input_file", "job_id", "file_id"),
-    "output_file_ids": ("job_output_file", "job_id", "file_id"),
-    "input_user_data_ids": ("job_input_user_data", "job_id", "user_data_id"),
-    "output_user_data_ids": ("job_output_user_data", "job_id", "user_data_id"),
+    field.name: ("job_dependency", "job_id", "depends_on_job_id") if field.refers == "job" else
+    ("job_" + field.name[:-4], "job_id", f"{field.refers}_id")
+    for field in KINDS["job"].fields if field.type == "ids"}
+SPEC_LISTS = {"files": "file", "user_data": "user_data", "failure_handlers": "failure_handler",
+              "resource_requirements": "resource_requirements",
+              "slurm_schedulers": "slurm_scheduler", "jobs": "job"}     # jobs refer to the others
+PARTS = {                                 # objects inside of records, and of specifications
+    "resource_monitor": fields("""
+        enabled                     bool
+        granularity                 enum:summary|time_series
+        sample_interval_seconds     positive
+        generate_plots              bool"""),
+    "execution_config": fields("""
+        mode                        enum:direct|slurm|auto
+        sigkill_headroom_seconds    count
+        timeout_exit_code           byte
+        staggered_start             bool
+        limit_resources             bool
+        termination_signal          signal
+        sigterm_lead_seconds        count
+        oom_exit_code               byte
+        srun_termination_signal     str
+        enable_cpu_bind             bool
+        stdio                       part:stdio"""),
+    "stdio": fields(f"""
+        mode                        enum:{'|'.join(STDIO_MODES)}
+        delete_on_success           bool"""),
+    "slurm_defaults": (),
+    "rule": fields("""
+        exit_codes                  ints
+        match_all_exit_codes        bool
+        recovery_script             str
+        max_retries                 count"""),
 }
-TRIGGERS = ("on_workflow_start", "on_workflow_complete", "on_jobs_ready", "on_jobs_complete",
-            "on_worker_start", "on_worker_complete")
-STDIO_MODES = ("separate", "combined", "no_stdout", "no_stderr", "none")
+# Names that are not fields here, and what to say of them.
+HINTS = {"slurm_config": "it was removed: use slurm_defaults and execution_config",
+         "retries": "use a failure_handler", "depends_on": "depends_on_job_ids takes ids",
+         **dict.fromkeys(("env", "labels", "variables", "parameters_file", "use_parameters_file",
+                          "dynamic_jobs", "access_groups", "serialize_allocations", "origin",
+                          "submission_directory"), "of Torc 1.0, not supported here"),
+         "env": "of Torc 1.0, not supported here: set variables in the command"}
+
+
+# ---- reading values
+
+def fault_of(value, kind, strict=False):
+    """What is wrong with a value by its type, or None. strict: unknown fields inside of it are
+    faults."""
+    kind, _, more = kind.partition(":")
+    if kind == "enum":
+        known = more.split("|")
+        return None if value in known else (
+            f"{value!r:.80} is not one of {', '.join(known)}{nearest(value, known)}")
+    if kind in ("part", "json"):
+        if kind == "json" and is_string(value):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                return f"{value!r:.80} is not JSON"
+            if not more:                  # metadata: any JSON
+                return None
+        if not isinstance(value, dict) or not is_json(value):
+            return f"{value!r:.80} is not an object"
+        faults = []
+        if more and PARTS[more]:
+            check_record(value, {field.name: field for field in PARTS[more]},
+                         lambda name, sentence: faults.append(sentence), strict=strict)
+        return "; ".join(faults) or None
+    check, expected = TYPES[{"ids": "ints", "echo": "any"}.get(kind, kind.replace("-", " "))]
+    return None if check(value) else f"{value!r:.80} is not {expected}"
+
+
+def check_record(record, wanted, note, partial=False, strict=True, inner=False):
+    """The values of an object that are of the types of its fields; those that are null are absent,
+    those of the server's fields ignored.
+
+    wanted: {name: Field}. note: called with (name or None, sentence) for each fault. partial:
+    required ones may be absent. strict: unknown ones are faults; inner: those of objects inside,
+    too.
+    """
+    good = {}
+    for name, value in record.items():
+        field = wanted.get(name)
+        if value is None or field and field.server:
+            continue
+        if field:
+            fault = fault_of(value, field.type, inner)
+            if fault:
+                note(name, f"{name}: {fault}")
+            else:
+                good[name] = compact(value) if isinstance(value, dict) and field.type.startswith(
+                    "json") else value
+        elif strict:
+            hint = f" ({HINTS[name]})" if name in HINTS else nearest(name, wanted)
+            note(name, f"unknown field {name!r:.60}{hint}")
+    for name, field in wanted.items():
+        if field.required and not partial and record.get(name) is None:
+            note(None, f"missing field `{name}`")
+    return good
 
 
 def stdio_name(workflow_id, job_id, run_id, attempt_id, ending):
@@ -487,91 +814,47 @@ def stdio_name(workflow_id, job_id, run_id, attempt_id, ending):
 # ==================================================================================================
 # 4 Workflow specification
 # ==================================================================================================
-# From a file to the plain records that POST /workflow_specs takes: parse, check each record,
-# expand parameters, resolve names, check the whole. All errors are gathered and told together,
-# with the line where one is known.
+# From a file to the records that the API takes, with ids 1, 2, 3, ... of their own: parse, check
+# each record, expand parameters, resolve names, check the whole. All errors are gathered and told
+# together, with the line where one is known.
 
-MOST_ERRORS = 100
-MOST_JOBS = 1_000_000
-PLACEHOLDER = re.compile(r"(\$?)\{([A-Za-z_]\w*)(?::([^{}]*))?\}")
+MAX_ERRORS = 100
+MAX_JOBS = 1_000_000
+MAX_DEPTH = 60                            # of values inside of values
+MAX_ALIASED = 50                          # values that YAML may stand for, per letter of it
+REGEX_S = 5.0                             # for all regular expressions that might take for ever
 VARIABLE = re.compile(r"\$\{(files|user_data)\.(input|output)\.([^}]*)\}")
 NEARLY_VARIABLE = re.compile(r"\$\{(?:files?|user_?data)\b[^}\s]*\}?")
-MODES = "direct|slurm|auto"
-
-# Field: type, with ! when required. Types are explained by EXPECTED.
-PARAMETERIZED = {"parameters": "map", "parameter_mode": "enum:product|zip",
-                 "use_parameters": "strs"}
-SPEC_FIELDS = {
-    "workflow": {
-        "name": "name!", "user": "str", "description": "str", "project": "str", "metadata": "json",
-        "parameters": "map", "jobs": "list!", "files": "list", "user_data": "list",
-        "resource_requirements": "list", "failure_handlers": "list", "slurm_schedulers": "list",
-        "actions": "list", "slurm_defaults": "map", "resource_monitor": "map",
-        "execution_config": "map", "use_pending_failed": "bool", "enable_ro_crate": "bool",
-        "compute_node_wait_for_new_jobs_seconds": "count",
-        "compute_node_ignore_workflow_completion": "bool",
-        "compute_node_wait_for_healthy_database_minutes": "count",
-        "compute_node_min_time_for_new_jobs_seconds": "count",
-        "compute_node_expiration_buffer_seconds": "count"},
-    "job": {
-        "name": "name!", "command": "name!", "invocation_script": "str", "depends_on": "strs",
-        "depends_on_regexes": "strs", "input_files": "strs", "input_file_regexes": "strs",
-        "output_files": "strs", "output_file_regexes": "strs", "input_user_data": "strs",
-        "input_user_data_regexes": "strs", "output_user_data": "strs",
-        "output_user_data_regexes": "strs", "resource_requirements": "str", "scheduler": "str",
-        "failure_handler": "str", "cancel_on_blocking_job_failure": "bool", "priority": "count",
-        "stdio": "map", "supports_termination": "bool", **PARAMETERIZED},
-    "file": {"name": "name!", "path": "name!", "st_mtime": "number", **PARAMETERIZED},
-    "user data": {"name": "name!", "data": "any", "is_ephemeral": "bool"},
-    "resource requirements": {"name": "name!", "num_cpus": "positive!", "memory": "memory!",
-                              "num_gpus": "count", "num_nodes": "positive", "runtime": "duration"},
-    "failure handler": {"name": "name!", "rules": "list!"},
-    "rule": {"exit_codes": "ints", "match_all_exit_codes": "bool", "recovery_script": "str",
-             "max_retries": "count"},
-    "Slurm scheduler": {"name": "name!", "account": "name!", "partition": "str",
-                        "nodes": "positive", "walltime": "walltime", "mem": "slurm memory",
-                        "gres": "str", "qos": "str",
-                        "tmp": "str", "ntasks_per_node": "positive", "extra": "str"},
-    "action": {"trigger_type": "enum!:" + "|".join(TRIGGERS),
-               "action_type": "enum!:run_commands|schedule_nodes", "jobs": "strs",
-               "job_name_regexes": "strs", "commands": "strs", "scheduler": "str",
-               "scheduler_type": "enum:slurm", "num_allocations": "positive",
-               "start_one_worker_per_node": "bool", "max_parallel_jobs": "positive",
-               "persistent": "bool"},
-    "resource_monitor": {"enabled": "bool", "granularity": "enum:summary|time_series",
-                         "sample_interval_seconds": "positive", "generate_plots": "bool"},
-    "execution_config": {
-        "mode": "enum:" + MODES, "sigkill_headroom_seconds": "count", "timeout_exit_code": "byte",
-        "staggered_start": "bool", "limit_resources": "bool", "termination_signal": "signal",
-        "sigterm_lead_seconds": "count", "oom_exit_code": "byte", "srun_termination_signal": "str",
-        "enable_cpu_bind": "bool", "stdio": "map"},
-    "stdio": {"mode": "enum:" + "|".join(STDIO_MODES), "delete_on_success": "bool"},
-}
-EXPECTED = {
-    "name": "a text with something in it", "str": "a text", "int": "a whole number",
-    "count": "a whole number of at least 0", "positive": "a whole number of at least 1",
-    "byte": "an exit code from 1 to 255", "number": "a number", "bool": "true or false",
-    "list": "a list", "map": "a mapping",
-    "strs": "a list of texts", "ints": "a list of whole numbers",
-    "json": "a mapping or a text of JSON", "any": "a value",
-    "memory": 'a size such as "500m" or "2g"', "duration": 'an ISO 8601 duration such as "PT30M"',
-    "walltime": 'a time such as "04:00:00" or "1-12:00:00"',
-    "slurm memory": 'a size such as "200g" (MB without a letter)',
-    "signal": 'the name of a signal such as "SIGTERM"',
-}
 DIRECT_ONLY = ("limit_resources", "termination_signal", "sigterm_lead_seconds", "oom_exit_code")
 SLURM_ONLY = ("srun_termination_signal", "enable_cpu_bind")
 NOT_IN_DEFAULTS = ("partition", "nodes", "walltime", "time", "mem", "gres", "name", "job-name")
-LISTS = {"jobs": "job", "files": "file", "user_data": "user data",
-         "resource_requirements": "resource requirements", "failure_handlers": "failure handler",
-         "slurm_schedulers": "Slurm scheduler"}
-JOB_LISTS = {                             # a job's list: what it names, and its list of regexes
-    "depends_on": ("jobs", "depends_on_regexes"), "input_files": ("files", "input_file_regexes"),
-    "output_files": ("files", "output_file_regexes"),
-    "input_user_data": ("user_data", "input_user_data_regexes"),
-    "output_user_data": ("user_data", "output_user_data_regexes")}
-JOB_NAMES = {"resource_requirements": "resource_requirements", "scheduler": "slurm_schedulers",
-             "failure_handler": "failure_handlers"}
+
+PARAMETERS = fields("parameters map, parameter_mode enum:product|zip, use_parameters strs")
+LIST_OF = {table: name for name, table in SPEC_LISTS.items()}
+REGEXES = {field.name: re.sub("(_job)?_ids$", "_regexes", field.name)
+           for field in KINDS["job"].fields if field.type == "ids"}
+SPEC_ONLY = {                             # what a specification has beside the fields of KINDS
+    "workflow": fields("user str, parameters map, jobs list required, actions list, " + ", ".join(
+        f"{name} list" for name in SPEC_LISTS if name != "jobs")),
+    "job": (*fields(", ".join(f"{name} strs" for name in REGEXES.values())), *PARAMETERS),
+    "file": PARAMETERS,
+}
+SPEC_FIELDS = {kind.table: {**{
+    field.spec: Field(field.spec, field.spec_type.rstrip("!"), field.spec_type.endswith("!"))
+    for field in kind.fields if field.spec},
+    **{field.name: field for field in SPEC_ONLY.get(kind.table, ())}} for kind in KINDS.values()}
+ACTION_FIELDS = {field.name: field for field in fields(f"""
+    trigger_type                enum:{'|'.join(TRIGGERS)} required
+    action_type                 enum:run_commands|schedule_nodes required
+    jobs                        strs
+    job_name_regexes            strs
+    commands                    strs
+    scheduler                   str
+    scheduler_type              enum:slurm
+    num_allocations             positive
+    start_one_worker_per_node   bool
+    max_parallel_jobs           positive
+    persistent                  bool""")}
 
 
 class Spec(NamedTuple):
@@ -580,30 +863,6 @@ class Spec(NamedTuple):
     payload: dict                         # body of POST /workflow_specs
     summary: dict
     warnings: list
-
-
-def parse_walltime(text):
-    """Seconds of a Slurm time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S (sbatch(1)).
-
-    Raises ValueError.
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text) \
-        if isinstance(text, str) else None
-    if not match:
-        raise ValueError(f"{text!r} is not {EXPECTED['walltime']}")
-    days, *rest = match.groups()
-    parts = [int(part) for part in rest if part is not None]
-    if days is not None:
-        parts += [0] * (3 - len(parts))
-    elif len(parts) < 3:                  # minutes, or minutes:seconds
-        parts = [0, *parts, 0][:3] if len(parts) == 1 else [0, *parts]
-    return int(days or 0) * 86_400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
-
-
-def slurm_memory(text):
-    """Bytes of a Slurm memory size; a bare number is MB. Raises ValueError."""
-    text = str(text)
-    return parse_memory(text + "m" if text.isdigit() else text.rstrip("bB"))
 
 
 # ---- reading
@@ -690,11 +949,11 @@ class Problems:
         if not self.found:
             return
         sentences = []
-        for path, text in self.found[:MOST_ERRORS]:
+        for path, text in self.found[:MAX_ERRORS]:
             line = self.lines.of(path) if self.lines and path else None
             sentences.append(f"{self.name}{f' line {line}' if line else ''}: {text}")
-        if len(self.found) > MOST_ERRORS:
-            sentences.append(f"{self.name}: and {len(self.found) - MOST_ERRORS} more errors")
+        if len(self.found) > MAX_ERRORS:
+            sentences.append(f"{self.name}: and {len(self.found) - MAX_ERRORS} more errors")
         raise SpecError(sentences)
 
 
@@ -710,16 +969,48 @@ def read_spec_text(path):
 
 
 def parse_spec_text(path, text):
-    """(value, Lines) of a specification's text. Raises SpecError, MissingPackage."""
+    """(value, Lines) of a specification's text, which JSON can hold. Raises SpecError,
+    MissingPackage."""
     ending = os.path.splitext(path)[1].lower()
     if ending in (".json5", ".kdl"):
         raise SpecError([f"{path}: {ending[1:].upper()} is not supported yet: convert it to "
                          "YAML or JSON"])
     if not text.strip():
         raise SpecError([f"{path}: the file is empty"])
-    if ending == ".json" or (ending not in (".yaml", ".yml") and text.lstrip()[0] == "{"):
-        return parse_json(path, text), Lines(text, True)
-    return parse_yaml(path, text), Lines(text, False)
+    as_json = ending == ".json" or (ending not in (".yaml", ".yml") and text.lstrip()[0] == "{")
+    value, lines = (parse_json if as_json else parse_yaml)(path, text), Lines(text, as_json)
+    if not as_json or not is_json(value):
+        problems = Problems(path, lines)
+        check_tree(problems, value, (), itertools.count(), 100_000 + MAX_ALIASED * len(text))
+        problems.raise_any()
+    return value, lines
+
+
+def check_tree(problems, value, path, count, most):
+    """Note where a value is none of JSON's, or stands for too many: aliases of YAML may repeat and
+    contain themselves. count: counts values; most: of them."""
+    place = f"{'.'.join(map(str, path)) or 'the specification'}: "
+    if next(count) > most:
+        if len(problems.found) < 1 or not problems.found[-1][1].startswith("its aliases"):
+            problems.add((), f"its aliases (&name, *name) stand for more than {most:,} values")
+    elif len(path) > MAX_DEPTH:
+        problems.add(path[:2], f"{place[:60]}... is nested more than {MAX_DEPTH} deep")
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if not is_string(name):
+                problems.add(path, f"{place}the key {name!r:.60} is not a string: quote it")
+            elif not problems.found:
+                check_tree(problems, inner, (*path, name), count, most)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            if not problems.found:
+                check_tree(problems, inner, (*path, number), count, most)
+    elif not is_json(value):
+        kind = {"str": "text that is not Unicode", "float": "a number that JSON does not have",
+                "int": "a number of too many digits"}.get(
+            type(value).__name__, f"a {type(value).__name__}, which JSON does not have: quote it")
+        problems.add(path, f"{place}{value!r:.60} is {kind}" if not isinstance(value, int) else
+                     f"{place}{kind}")
 
 
 def parse_json(path, text):
@@ -740,6 +1031,8 @@ def parse_json(path, text):
     except json.JSONDecodeError as error:
         raise SpecError([f"{path} line {error.lineno}: not JSON: {error.msg} (column "
                          f"{error.colno})"]) from None
+    except ValueError:                    # Python's limit of digits
+        raise SpecError([f"{path}: a number of too many digits"]) from None
     except RecursionError:
         raise SpecError([f"{path}: nested too deeply"]) from None
 
@@ -763,24 +1056,54 @@ def parse_yaml(path, text):
 
 
 def core_loader(yaml):
-    """A safe loader with the core schema: 1:5, 12:30, no and 2024-01-01 stay texts, 010 is 10."""
+    """A safe loader with the core schema: 1:5, 12:30, no and 2024-01-01 stay texts, 010 is 10.
+
+    Merge keys are its own, as releases of PyYAML differ: a mapping's own keys win, then the first
+    of those merged (yaml.org/type/merge.html).
+    """
+    tag = "tag:yaml.org,2002:"
+
+    def wrong(text, mark):
+        return yaml.constructor.ConstructorError(None, None, text, mark)
+
     class CoreLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         yaml_implicit_resolvers = {}
 
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f'the key "{key.value}" occurs twice', key.start_mark)
-                seen.add(key.value if isinstance(key.value, str) else id(key))
-            return super().construct_mapping(node, deep)
+        def construct_object(self, node, deep=False):
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise wrong(f"{str(node.value):.60} cannot be read as {node.tag.rpartition(':')[2]}"
+                            f" ({str(error):.80})", node.start_mark) from None
+
+        def flatten_mapping(self, node):
+            own, merged, seen = [], [], set()
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise wrong("a key is not a string", key.start_mark)
+                if key.tag == tag + "merge":
+                    merged += self.merged_pairs(value)
+                elif key.value in seen:
+                    raise wrong(f'the key "{key.value}" occurs twice', key.start_mark)
+                else:
+                    seen.add(key.value)
+                    own.append((key, value))
+            kept = {key.value: (key, value) for key, value in reversed(merged)
+                    if key.value not in seen}
+            node.value = [*reversed(kept.values()), *own]
+
+        def merged_pairs(self, node):
+            if isinstance(node, yaml.SequenceNode):
+                return [pair for one in node.value for pair in self.merged_pairs(one)]
+            if not isinstance(node, yaml.MappingNode):
+                raise wrong("<< takes a mapping or a list of mappings", node.start_mark)
+            self.flatten_mapping(node)
+            return node.value
 
     def integer(loader, node):
         text = loader.construct_scalar(node)
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
-    tag = "tag:yaml.org,2002:"
     for name, pattern, first in (
             ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
             ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -795,96 +1118,42 @@ def core_loader(yaml):
     return CoreLoader
 
 
-# ---- checking records against the tables
+def check_fields(problems, path, record, wanted, what):
+    """The fields of a record that are known, of their type and not null; notes all errors.
 
-def is_of(value, kind):
-    """Whether a value is of a type of SPEC_FIELDS."""
-    import signal
-    if kind in ("count", "positive", "int"):
-        least = {"count": 0, "positive": 1, "int": -2**63}[kind]
-        return type(value) is int and least <= value < 2**63
-    if kind == "byte":
-        return type(value) is int and 1 <= value <= 255
-    if kind in ("strs", "ints"):
-        return isinstance(value, list) and all(
-            isinstance(item, str) if kind == "strs" else type(item) is int for item in value)
-    if kind == "name":
-        return isinstance(value, str) and bool(value.strip()) and "\0" not in value
-    if kind == "number":
-        return type(value) in (int, float)
-    if kind == "signal":
-        return isinstance(value, str) and isinstance(getattr(signal, value, None), signal.Signals)
-    readers = {"memory": parse_memory, "duration": parse_duration, "walltime": parse_walltime,
-               "slurm memory": slurm_memory}
-    if kind in readers:
-        try:
-            readers[kind](value)
-            return kind == "slurm memory" or isinstance(value, str)
-        except (ValueError, TypeError):
-            return False
-    types = {"str": str, "bool": bool, "list": list, "map": dict, "json": (dict, str)}
-    return kind == "any" or isinstance(value, types[kind])
-
-
-def fault_of(value, rule):
-    """What is wrong with a field's value by its rule, or None."""
-    kind, _, choices = rule.partition(":")
-    kind = kind.rstrip("!")
-    if kind == "enum":
-        known = choices.split("|")
-        if value in known:
-            return None
-        return f"{value!r:.80} is not one of {', '.join(known)}{nearest(value, known)}"
-    return None if is_of(value, kind) else f"{value!r:.80} is not {EXPECTED[kind]}"
-
-
-def check_fields(problems, path, record, table, what):
-    """The fields of a record that are known, of their type and not null; notes all errors."""
-    rules = SPEC_FIELDS[table]
+    wanted: {name: Field}.
+    """
     if not isinstance(record, dict):
         problems.add(path, f"{what} is {record!r:.60}, not a mapping")
         return {}
-    good = {}
-    for name, value in record.items():
-        rule = rules.get(name)
-        if rule is None:
-            hint = HINTS.get(name) or nearest(name, rules)
-            problems.add((*path, name), f"{what}: unknown field {name!r}{hint}")
-        elif value is not None:
-            if rule == "str" and isinstance(value, str):
-                good[name] = value
-                continue
-            fault = fault_of(value, rule)
-            if fault:
-                problems.add((*path, name), f"{what}: {name}: {fault}")
-            else:
-                good[name] = value
-    for name, rule in rules.items():
-        if "!" in rule.partition(":")[0] and record.get(name) is None:
-            problems.add(path, f"{what}: the field {name} is missing")
-    return good
+    return check_record(record, wanted, lambda name, sentence: problems.add(
+        path if name is None else (*path, name), f"{what}: {sentence}"), inner=True)
 
 
-HINTS = {"slurm_config": " (it was removed: use slurm_defaults and execution_config)",
-         "env": " (set variables in the command or with invocation_script)",
-         "retries": " (use a failure_handler)"}
+def check_part(problems, path, value, part, what):
+    """An object of PARTS in a specification, checked."""
+    return check_fields(problems, path, value, {field.name: field for field in PARTS[part]}, what)
 
 
 def title(table, number, record):
     """How messages call a record: job "post", or job number 3."""
     name = record.get("name") if isinstance(record, dict) else None
-    return f'{table} "{name}"' if isinstance(name, str) and name else f"{table} number {number + 1}"
+    kind = KINDS[table].name
+    return f'{kind} "{name}"' if isinstance(name, str) and name else f"{kind} number {number + 1}"
 
 
 # ---- parameters
 
 def number_of(text, exact=True):
     """The int or float that a text spells, or None; exact: only if it prints as it is written."""
-    for kind in (int, float):
+    for kind in (int, float) if len(text) < 400 else ():
         with contextlib.suppress(ValueError):
             value = kind(text)
-            return value if math.isfinite(value) and (not exact or repr(value) == text) else None
+            return value if is_json(value) and (not exact or repr(value) == text) else None
     return None
+
+
+LIST_ITEM = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|([^,'"\[\]]*?))\s*(?:,|$)""")
 
 
 def parameter_values(value):
@@ -896,21 +1165,17 @@ def parameter_values(value):
         if not value:
             raise ValueError("is an empty list")
         if not all(isinstance(item, (str, int, float)) for item in value):
-            raise ValueError(f"{value!r:.60} has values that are neither texts nor numbers")
+            raise ValueError(f"{value!r:.60} has values that are neither strings nor numbers")
         return value
     if not isinstance(value, str):
         if isinstance(value, (int, float)):
             return [value]
-        raise ValueError(f"{value!r:.60} is neither a list, a text nor a number")
+        raise ValueError(f"{value!r:.60} is neither a list, a string nor a number")
     text = value.strip()
     if text.startswith("{") and text.endswith("}"):
         text = text[1:-1].strip()
     if text.startswith("[") and text.endswith("]"):
-        words = [word.strip() for word in text[1:-1].split(",")]
-        if words == [""]:
-            raise ValueError(f"{value!r} is an empty list")
-        numbers = [number_of(word) for word in words]
-        return numbers if None not in numbers else [word.strip("'\"") for word in words]
+        return listed_values(text)
     parts = [part.strip() for part in text.split(":")]
     if len(parts) in (2, 3) and all(number_of(part, False) is not None for part in parts):
         return range_values(value, parts)
@@ -918,51 +1183,91 @@ def parameter_values(value):
     return [text if number is None else number]
 
 
+def listed_values(text):
+    """The values of a list that is written as a text: [1, 2], ['a,b', "c"], [a, b]. Raises
+    ValueError."""
+    inner, place, words, quoted = text[1:-1], 0, [], False
+    if not inner.strip():
+        raise ValueError(f"{text!r} is an empty list")
+    while place < len(inner):
+        match = LIST_ITEM.match(inner, place)
+        if not match or match.end() == place:
+            raise ValueError(f"{text!r:.60} has an empty value or a quote too many at "
+                             f"{inner[place:place + 20]!r}")
+        word = next(group for group in match.groups() if group is not None)
+        quoted = quoted or match[3] is None
+        if not word and match[3] is not None:
+            raise ValueError(f"{text!r:.60} has an empty value")
+        words.append(word)
+        place = match.end()
+    if inner.rstrip().endswith(","):
+        raise ValueError(f"{text!r:.60} has an empty value behind its last comma")
+    numbers = [number_of(word) for word in words]
+    return words if quoted or None in numbers else numbers
+
+
 def range_values(text, parts):
     """Inclusive range start:stop[:step] of ints or floats. Raises ValueError when empty."""
-    numbers = [number_of(part, False) for part in parts]
-    start, stop, step = (*numbers, 1)[:3]
+    from decimal import Decimal
+    whole = all(isinstance(number_of(part, False), int) for part in parts)
+    start, stop, step = (*map(Decimal, parts), Decimal(1))[:3]
     if step == 0:
         raise ValueError(f"{text!r} has the step 0")
     if (stop - start) * step < 0:
         raise ValueError(f"{text!r} is empty: from {parts[0]} to {parts[1]} the step must be "
                          f"{'negative' if stop < start else 'positive'}")
-    count = int((stop - start) / step + 1e-10) + 1
-    if count > MOST_JOBS:
-        raise ValueError(f"{text!r} has {count} values, more than {MOST_JOBS}")
-    if all(isinstance(number, int) for number in (start, stop, step)):
-        return [start + index * step for index in range(count)]
-    digits = max(len(part.partition(".")[2]) if "e" not in part.lower() else 15 for part in parts)
-    return [round(start + index * step, digits) for index in range(count)]
+    count = int((stop - start) / step) + 1
+    if count > MAX_JOBS:
+        raise ValueError(f"{text!r} has {count:,} values, more than {MAX_JOBS:,}")
+    return [(int if whole else float)(start + index * step) for index in range(count)]
 
 
 def plain(value):
-    """A parameter's value in a text: 1.0 is 1."""
+    """A parameter's value in a text: 1.0 is 1, true is true."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
         return str(int(value))
     return str(value)
 
 
-def substitute(text, values):
+def placeholder(names):
+    """The pattern of {name} and {name:03d}, of these names; ${name} is the shell's."""
+    words = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.compile(r"(?<!\$)\{(" + words + r")(?::([^{}]*))?\}")
+
+
+def substitute(text, values, escape=False):
     """Put parameter values in place of {name} and {name:03d}; ${name} is the shell's and stays.
 
-    Raises ValueError when a format does not suit a value.
+    escape: into a regular expression. Raises ValueError when a format does not suit a value.
     """
-    if "{" not in text:
+    if "{" not in text or not values:
         return text
 
     def put(match):
-        dollar, name, layout = match.groups()
-        if dollar or name not in values:
-            return match[0]
-        if layout is None:
-            return plain(values[name])
+        name, layout = match.groups()
         try:
-            return format(values[name], layout)
+            made = plain(values[name]) if layout is None else format(values[name], layout)
         except (ValueError, TypeError):
             raise ValueError(f"{match[0]} does not suit the value {values[name]!r}") from None
+        return re.escape(made) if escape else made
 
-    return PLACEHOLDER.sub(put, text)
+    return placeholder(values).sub(put, text)
+
+
+def leftover(text, names, used=()):
+    """What stands in braces with the name of a parameter in it, but is not replaced, or None.
+
+    names: of the parameters there are; used: those that are replaced.
+    """
+    if "{" not in text or not names:
+        return None
+    rest = placeholder(used).sub("", text) if used else text
+    words = "|".join(map(re.escape, names))
+    match = re.search(r"(?<!\$)\{\s*(?:[^{}\s]*[^{}\s\w\"'])?(?:" + words
+                      + r")(?![\w-])[^{}\s]*\s*\}", rest)            # {"name":1} is JSON
+    return match[0] if match else None
 
 
 def own_parameters(problems, path, record, shared, what):
@@ -970,7 +1275,7 @@ def own_parameters(problems, path, record, shared, what):
 
     None when one of them is wrong: then nothing can be expanded.
     """
-    wanted = {}
+    wanted, known = {}, len(problems.found)
     for name in record.get("use_parameters", ()):
         if name in shared:
             wanted[name] = shared[name]
@@ -981,69 +1286,77 @@ def own_parameters(problems, path, record, shared, what):
     found = {}
     for name, value in wanted.items():
         try:
-            found[str(name)] = parameter_values(value)
+            found[name] = parameter_values(value)
         except ValueError as error:
             problems.add((*path, "parameters"), f"{what}: parameter {name}: {error}")
-    complete = set(found) == {*record.get("use_parameters", ()), *record.get("parameters", {})}
-    return found if complete else None
+    return found if len(problems.found) == known else None
 
 
 def combinations(problems, path, record, found, what):
-    """All combinations of parameter values as dicts, in declared order."""
-    names = list(found)
+    """(number, iterator) of all combinations of parameter values as dicts, in declared order."""
+    lengths = [len(values) for values in found.values()]
     if record.get("parameter_mode") == "zip":
-        first = names[0]
-        for name in names[1:]:
-            if len(found[name]) != len(found[first]):
-                problems.add(path, f"{what}: parameter_mode zip needs lists of one length: "
-                             f"{first} has {len(found[first])} values, {name} has "
-                             f"{len(found[name])}")
-                return []
-        rows = zip(*found.values())
+        if len(set(lengths)) > 1:
+            told = ", ".join(f"{name} has {len(values)} values" for name, values in found.items())
+            problems.add(path, f"{what}: parameter_mode zip needs lists of one length: {told}")
+        number, rows = min(lengths), zip(*found.values())
     else:
-        number = math.prod(len(values) for values in found.values())
-        if number > MOST_JOBS:
-            problems.add(path, f"{what}: {number} combinations of parameters, more than "
-                               f"{MOST_JOBS}")
-            return []
-        rows = itertools.product(*found.values())
-    return [dict(zip(names, row)) for row in rows]
+        number, rows = math.prod(lengths), itertools.product(*found.values())
+    if number > MAX_JOBS:
+        problems.add(path, f"{what}: {number:,} combinations of parameters, more than {MAX_JOBS:,}")
+        number = 0
+    return number, (dict(zip(found, row)) for row in itertools.islice(rows, number))
 
 
 def expand(problems, path, record, shared, what):
-    """The records that one with parameters stands for.
+    """(number of combinations, iterator of (name of a record, record)) that a record with
+    parameters stands for.
 
     Combinations that give the same name are one record: its lists hold what all of them give, in
     order (the documented fan-in), and its other fields must agree.
     """
-    if "parameters" not in record and "use_parameters" not in record:
-        return [record]
-    found = own_parameters(problems, path, record, shared, what)
-    record = {name: value for name, value in record.items() if name not in PARAMETERIZED or
-              name == "parameter_mode"}
-    if found is None:
-        return []
+    found = {}
+    if "parameters" in record or "use_parameters" in record:
+        found = own_parameters(problems, path, record, shared, what)
+        if found is None:
+            return 0, ()
+    mode = {name: record.pop(name) for name in ("parameter_mode", "parameters", "use_parameters")
+            if name in record}
+    for name, value in record.items():
+        for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+            rest = isinstance(text, str) and leftover(text, {**shared, **found}, found)
+            if rest:
+                problems.add((*path, name), f"{what}: {name}: {rest} is left as it is: write "
+                             "{name} or {name:format} with the name of a parameter of it "
+                             "(parameters, use_parameters)")
+                return 0, ()
     if not found:
-        return [record]
-    rows = combinations(problems, path, record, found, what)
-    record.pop("parameter_mode", None)
+        return 1, [record]
+    number, rows = combinations(problems, path, mode, found, what)
+    return number, expanded(problems, path, record, rows, what)
+
+
+def expanded(problems, path, record, rows, what):
+    """The records of expand(), one for each name."""
     merged = {}
     for row in rows:
         one = {}
         for name, value in record.items():
             try:
+                escape = name.endswith("_regexes")
                 if isinstance(value, str):
                     value = substitute(value, row)
                 elif isinstance(value, list):
-                    value = [substitute(item, row) for item in value]
+                    value = [substitute(item, row, escape) for item in value]
             except ValueError as error:
                 problems.add((*path, name), f"{what}: {name}: {error}")
-                return []
+                return
             one[name] = value
         if not merge(problems, path, merged, one, what):
-            return []
-    return [{name: list(value) if isinstance(value, dict) and isinstance(record[name], list)
-             else value for name, value in one.items()} for one in merged.values()]
+            return
+    for one in merged.values():
+        yield {name: list(value) if isinstance(value, dict) and isinstance(record[name], list)
+               else value for name, value in one.items()}
 
 
 def merge(problems, path, merged, one, what):
@@ -1064,184 +1377,203 @@ def merge(problems, path, merged, one, what):
     return True
 
 
-def leftover(text):
-    """The first placeholder in a text that no parameter has filled, or None."""
-    match = PLACEHOLDER.search(text) if "{" in text else None
-    return match[0] if match and not match[1] else None
+# ---- names
+
+MATCHER = """import json, re, sys
+patterns, names = json.load(sys.stdin)
+search = re.compile(patterns).search
+print(json.dumps([name for name in names if search(name)]))"""
 
 
-# ---- the whole specification
+def names_that_match(pattern, names):
+    """The names that a regular expression finds. Raises ValueError, with what is wrong.
+
+    One that repeats something twice may take for ever, and cannot be interrupted: it is tried in a
+    process of its own.
+    """
+    try:
+        search = re.compile(pattern).search
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r:.80} is not a valid regular expression: {error}") from None
+    if len(re.findall(r"[*+{]", pattern)) < 2:
+        return [name for name in names if search(name)]
+    import subprocess
+    try:
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", MATCHER], timeout=REGEX_S,
+                              input=json.dumps([pattern, list(names)]), capture_output=True,
+                              text=True, check=True)
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{pattern!r:.80} takes more than {REGEX_S:.0f} s for {len(names)} names: "
+                         "do not repeat what repeats, as in (a+)+") from None
+    except (OSError, subprocess.SubprocessError):
+        return [name for name in names if search(name)]
+
 
 class Reader:
     """Turns a parsed specification into a payload; one object for one file."""
 
     def __init__(self, problems, top):
         self.problems, self.top = problems, top
-        self.records = {name: [] for name in LISTS}       # expanded
-        self.paths = {name: [] for name in LISTS}         # where each comes from
-        self.index = {}                                   # list: {name: index}
-        self.before = {}                                  # list: number before expansion
+        self.records = {table: [] for table in LIST_OF}   # expanded
+        self.paths = {table: [] for table in LIST_OF}     # where each comes from
+        self.ids = {}                                     # table: {name: id}
         self.warnings = []
 
     def read(self):
-        """Check and expand all lists, resolve all names; returns the payload's lists."""
+        """Check and expand all lists, resolve all names."""
         self.shared = self.top.get("parameters", {})
-        for name in LISTS:
-            self._list(name)
-        for name in LISTS:
-            self._names(name)
+        for table in LIST_OF:
+            self._list(table)
+            self._names(table)
         self._handlers()
         self.jobs = [self._job(job, path) for job, path in
-                     zip(self.records["jobs"], self.paths["jobs"])]
+                     zip(self.records["job"], self.paths["job"])]
         self.actions = [self._action(number, action)
                         for number, action in enumerate(self.top.get("actions", ()))]
-        self._cycles()
+        if not self.problems.found:       # else ids may be missing
+            self._circles()
 
-    def _list(self, name):
+    def _list(self, table):
         """Check the records of a list and expand their parameters."""
-        table, given = LISTS[name], self.top.get(name, ())
-        self.before[name] = len(given)
-        records, paths = self.records[name], self.paths[name]
-        for number, raw in enumerate(given):
-            path, what = (name, number), title(table, number, raw)
-            record = check_fields(self.problems, path, raw, table, what)
-            if "name" not in record:
-                continue
-            for one in expand(self.problems, path, record, self.shared, what):
-                open_name = leftover(one["name"])
-                if open_name and table in ("job", "file"):
-                    self.problems.add((*path, "name"), f"{what}: name: {open_name} is no parameter "
-                                      f"of this {table}")
-                records.append(one)
-                paths.append(path)
-            if len(records) > MOST_JOBS:
-                self.problems.add(path, f"more than {MOST_JOBS} {name} after expansion")
-                return
+        total, waiting = 0, []
+        for number, raw in enumerate(self.top.get(LIST_OF[table], ())):
+            path, what = (LIST_OF[table], number), title(table, number, raw)
+            record = check_fields(self.problems, path, raw, SPEC_FIELDS[table], what)
+            if "name" in record:
+                many, records = expand(self.problems, path, record, self.shared, what)
+                total += many
+                waiting.append((path, records))
+        if total > MAX_JOBS:              # before anything is made of it
+            self.problems.add((LIST_OF[table],), f"{LIST_OF[table]}: {total:,} combinations of "
+                              f"parameters in all, more than {MAX_JOBS:,}")
+            return
+        for path, records in waiting:
+            records = list(records)
+            self.records[table] += records
+            self.paths[table] += [path] * len(records)
 
-    def _names(self, name):
-        """Index a list by name; names must be unique."""
-        index = self.index[name] = {}
-        for number, record in enumerate(self.records[name]):
-            if record["name"] in index:
-                self.problems.add(self.paths[name][number],
-                                  f'{LISTS[name]} name "{record["name"]}" is used twice')
-            index.setdefault(record["name"], number)
-        if "default" in index and name == "resource_requirements":
-            self.problems.add(self.paths[name][index["default"]], 'resource requirements name '
-                              '"default" is reserved for those every workflow has')
+    def _names(self, table):
+        """Give ids to the records of a list; names must be unique."""
+        ids = self.ids[table] = {}
+        for number, record in enumerate(self.records[table], 1):
+            name, path = record["name"], self.paths[table][number - 1]
+            if name in ids:
+                self.problems.add(path, f'{KINDS[table].name} name "{name}" is used twice')
+            elif name == "default" and table == "resource_requirements":
+                self.problems.add(path, 'resource requirements name "default" is reserved for '
+                                  "those every workflow has")
+            rest = re.search(r"(?<!\$)\{[\w.-]+(?::[^{}]*)?\}", name)
+            if rest and table in ("job", "file"):
+                self.problems.add((*path, "name"), f'{KINDS[table].name} "{name}": name: {rest[0]} '
+                                  f"is not a parameter of this {KINDS[table].name}")
+            ids.setdefault(name, number)
 
     def _handlers(self):
         """Check the rules of failure handlers."""
-        for handler, path in zip(self.records["failure_handlers"], self.paths["failure_handlers"]):
+        for handler, path in zip(self.records["failure_handler"], self.paths["failure_handler"]):
             for number, rule in enumerate(handler.get("rules", ())):
                 what = f'failure handler "{handler["name"]}" rule {number + 1}'
-                good = check_fields(self.problems, (*path, "rules", number), rule, "rule", what)
+                good = check_part(self.problems, (*path, "rules", number), rule, "rule", what)
                 if isinstance(rule, dict) and not rule.get("exit_codes") and not good.get(
                         "match_all_exit_codes"):
                     self.problems.add((*path, "rules", number), f"{what}: it has neither "
                                       "exit_codes nor match_all_exit_codes, so it never applies")
 
-    def _find(self, path, what, field, name, which):
-        """Index of a named record, or None with an error that suggests the nearest name."""
-        number = self.index[which].get(name)
+    def _find(self, path, what, field, name, table):
+        """Id of a named record, or None with an error that suggests the nearest name."""
+        number = self.ids[table].get(name)
         if number is None:
-            open_name = leftover(name)
-            hint = (f": {open_name} is no parameter of it" if open_name
-                    else nearest(name, self.index[which]))
-            self.problems.add((*path, field), f"{what}: {field} names no "
-                              f"{LISTS[which]} {name!r}{hint}")
+            self.problems.add((*path, field), f"{what}: {field} names no {KINDS[table].name} "
+                              f"{name!r}{nearest(name, self.ids[table])}")
         return number
 
-    def _match(self, path, what, field, pattern, which):
-        """Indexes of the records whose name a regex finds."""
+    def _match(self, path, what, field, pattern, table):
+        """Ids of the records whose name a regular expression finds."""
         try:
-            search = re.compile(pattern).search
-        except re.error as error:
-            self.problems.add((*path, field), f"{what}: {field}: {pattern!r} is no regular "
-                              f"expression: {error}")
+            found = names_that_match(pattern, self.ids[table])
+            if not found:
+                raise ValueError(f"{pattern!r} matches no {KINDS[table].name}")
+            return [self.ids[table][name] for name in found]
+        except ValueError as error:
+            self.problems.add((*path, field), f"{what}: {field}: {error}")
             return []
-        found = [number for name, number in self.index[which].items() if search(name)]
-        if not found:
-            self.problems.add((*path, field), f"{what}: {field}: {pattern!r} matches no "
-                              f"{LISTS[which]}")
-        return found
 
     def _job(self, job, path):
-        """A job with indexes in place of names."""
-        what = f'job "{job["name"]}"'
-        made = {name: job[name] for name in (
-            "name", "command", "priority", "cancel_on_blocking_job_failure",
-            "supports_termination") if name in job}
-        if job.get("invocation_script"):
-            made["invocation_script"] = job["invocation_script"]
-        for field, which in JOB_NAMES.items():
-            if field in job and not (field == "resource_requirements" and job[field] == "default"):
-                number = self._find(path, what, field, job[field], which)
-                if number is not None:
-                    made[field] = number
-        for field, (which, regexes) in JOB_LISTS.items():
-            numbers = [self._find(path, what, field, name, which) for name in job.get(field, ())]
-            for pattern in job.get(regexes, ()):
-                numbers += self._match(path, what, regexes, pattern, which)
-            if numbers:
-                made[field] = list(dict.fromkeys(number for number in numbers
-                                                 if number is not None))
-        if "stdio" in job:
-            made["stdio"] = compact(check_fields(self.problems, (*path, "stdio"), job["stdio"],
-                                                 "stdio", f"{what}: stdio"))
-        for field in ("command", "invocation_script"):
-            if "${" in made.get(field, ""):
-                made[field] = self._variables(made, path, what, field)
+        """A job as the API takes it."""
+        what, made = f'job "{job["name"]}"', {}
+        for field in KINDS["job"].fields:
+            value = job.get(field.spec)
+            if field.type == "ids":
+                ids = [self._find(path, what, field.spec, name, field.refers)
+                       for name in value or ()]
+                for pattern in job.get(REGEXES[field.name], ()):
+                    ids += self._match(path, what, REGEXES[field.name], pattern, field.refers)
+                value = [one for one in dict.fromkeys(ids) if one] or None
+            elif value is not None and field.refers:
+                value = self._find(path, what, field.spec, value, field.refers) \
+                    if (field.refers, value) != ("resource_requirements", "default") else None
+            elif value is not None and field.name == "stdio":
+                value = compact(check_part(self.problems, (*path, "stdio"), value, "stdio",
+                                           f"{what}: stdio"))
+            if value not in (None, ""):
+                made[field.name] = value
+        for name in ("command", "invocation_script"):
+            if name in made:
+                made[name] = self._variables(made[name], path, what, name, made)
         return made
 
-    def _variables(self, made, path, what, field):
-        """Replace ${files.input.NAME} and its like, and record the relation each implies."""
+    def _variables(self, text, path, what, field, job=None):
+        """Replace ${files.input.NAME} and its like in a command of a job (or, without one, of an
+        action), and record the relation that each implies."""
         def put(match):
             which, way, name = match.groups()
-            number = self._find(path, what, field, name, which)
+            table = {"files": "file"}.get(which, which)
+            number = self._find(path, what, field, name, table)
             if number is None:
                 return match[0]
-            relation = f"{way}_{which}"
-            made.setdefault(relation, [])
-            if number not in made[relation]:
-                made[relation].append(number)
-            record = self.records[which][number]
-            if which == "files":
+            if job is not None:
+                ids = job.setdefault(f"{way}_{table}_ids", [])
+                ids += [number] if number not in ids else []
+            record = self.records[table][number - 1]
+            if table == "file":
                 return record.get("path", "")
             if record.get("data") is None:
                 self.problems.add((*path, field), f"{what}: {field}: {match[0]} has no data yet: "
                                   "let the command ask `torc user-data` for it")
             return compact(record.get("data"))
 
-        done = VARIABLE.sub(put, made[field])
-        for match in NEARLY_VARIABLE.finditer(VARIABLE.sub("", made[field])):
+        if "${" not in text:
+            return text
+        for match in NEARLY_VARIABLE.finditer(VARIABLE.sub("", text)):
             self.problems.add((*path, field), f"{what}: {field}: {match[0]} is none of "
                               "${files.input.NAME}, ${files.output.NAME}, ${user_data.input.NAME}, "
                               "${user_data.output.NAME}")
-        return done
+        return VARIABLE.sub(put, text)
 
     def _action(self, number, raw):
-        """An action with indexes in place of names."""
+        """An action as the API takes it."""
         path, what = ("actions", number), f"action {number + 1}"
-        action = check_fields(self.problems, path, raw, "action", what)
+        action = check_fields(self.problems, path, raw, ACTION_FIELDS, what)
         trigger, kind = action.get("trigger_type"), action.get("action_type")
-        jobs = [self._find(path, what, "jobs", name, "jobs") for name in action.get("jobs", ())]
+        jobs = [self._find(path, what, "jobs", name, "job") for name in action.get("jobs", ())]
         for pattern in action.get("job_name_regexes", ()):
-            jobs += self._match(path, what, "job_name_regexes", pattern, "jobs")
+            jobs += self._match(path, what, "job_name_regexes", pattern, "job")
         for_jobs = trigger in ("on_jobs_ready", "on_jobs_complete")
         if trigger and for_jobs != bool(jobs):
             self.problems.add(path, f"{what}: {trigger} " + (
                 "needs jobs or job_name_regexes" if for_jobs else "takes no jobs"))
         config = {}
         if kind == "run_commands":
-            config = {"commands": action.get("commands", [])}
+            config = {"commands": [self._variables(line, path, what, "commands")
+                                   for line in action.get("commands", ())]}
             if not config["commands"] or not all(line.strip() for line in config["commands"]):
                 self.problems.add(path, f"{what}: run_commands needs commands, none of them empty")
         elif kind == "schedule_nodes":
             config = self._schedule(action, path, what)
         made = {"trigger_type": trigger, "action_type": kind, "action_config": config}
         if jobs:
-            made["jobs"] = list(dict.fromkeys(job for job in jobs if job is not None))
+            made["job_ids"] = [job for job in dict.fromkeys(jobs) if job]
         if "persistent" in action:
             made["persistent"] = action["persistent"]
         return made
@@ -1253,17 +1585,15 @@ class Reader:
             if name not in action:
                 self.problems.add(path, f"{what}: schedule_nodes needs {name}")
         if "scheduler" in action:
-            config["scheduler"] = self._find(path, what, "scheduler", action["scheduler"],
-                                             "slurm_schedulers")
+            config["scheduler_id"] = self._find(path, what, "scheduler", action["scheduler"],
+                                                "slurm_scheduler")
         for name in ("start_one_worker_per_node", "max_parallel_jobs"):
             if name in action:
                 config[name] = action[name]
         return config
 
-    def _cycles(self):
+    def _circles(self):
         """Jobs must not wait for themselves, directly or through files and user data."""
-        if self.problems.found:
-            return                        # indexes may be missing
         graph, waits = self._graph()
         free = [node for node, number in waits.items() if number == 0]
         while free:
@@ -1274,18 +1604,20 @@ class Reader:
         stuck = {node for node, number in waits.items() if number}
         if stuck:
             names = self._circle(graph, stuck)
-            self.problems.add(self.paths["jobs"][self.index["jobs"][names[0]]],
-                              f"jobs wait for each other in a circle: {' -> '.join(names)}")
+            shown = names if len(names) <= 11 else [
+                *names[:5], f"... {len(names) - 10:,} more ...", *names[-5:]]
+            self.problems.add(self.paths["job"][self.ids["job"][names[0]] - 1],
+                              f"jobs wait for each other in a circle: {' -> '.join(shown)}")
 
     def _graph(self):
-        """{node: nodes that wait for it} and {node: number it waits for}; nodes are job indexes
-        and ("files" or "user_data", index)."""
-        graph, waits = {}, dict.fromkeys(range(len(self.jobs)), 0)
-        for number, job in enumerate(self.jobs):
-            edges = [(other, number) for other in job.get("depends_on", ())]
-            for what in ("files", "user_data"):
-                edges += [((what, other), number) for other in job.get(f"input_{what}", ())]
-                edges += [(number, (what, other)) for other in job.get(f"output_{what}", ())]
+        """{node: nodes that wait for it} and {node: number it waits for}; nodes are job ids and
+        ("file" or "user_data", id)."""
+        graph, waits = {}, dict.fromkeys(range(1, len(self.jobs) + 1), 0)
+        for number, job in enumerate(self.jobs, 1):
+            edges = [(other, number) for other in job.get("depends_on_job_ids", ())]
+            for table in ("file", "user_data"):
+                edges += [((table, one), number) for one in job.get(f"input_{table}_ids", ())]
+                edges += [(number, (table, one)) for one in job.get(f"output_{table}_ids", ())]
             for before, after in edges:
                 graph.setdefault(before, []).append(after)
                 waits[after] = waits.get(after, 0) + 1
@@ -1295,56 +1627,46 @@ class Reader:
     def _circle(self, graph, stuck):
         """Names of the jobs on one circle, the first again at the end."""
         before = {after: node for node in stuck for after in graph.get(node, ()) if after in stuck}
-        node, seen = next(iter(before)), []
+        node, seen = next(iter(before)), {}
         while node not in seen:
-            seen.append(node)
+            seen[node] = len(seen)
             node = before[node]
-        circle = [*seen[seen.index(node):], node][::-1]
-        names = [self.jobs[one]["name"] for one in circle if isinstance(one, int)]
+        circle = [*list(seen)[seen[node]:], node][::-1]
+        names = [self.jobs[one - 1]["name"] for one in circle if isinstance(one, int)]
         return names if names[0] == names[-1] and len(names) > 1 else [*names, names[0]]
 
 
+# ---- the whole specification
+
 def check_top(problems, top):
     """Checks of the workflow's own maps; returns what of them goes into its record."""
-    record = {name: top[name] for name in (
-        "name", "description", "project", "use_pending_failed", "enable_ro_crate",
-        *(name for name in SPEC_FIELDS["workflow"] if name.startswith("compute_node_")))
-        if name in top}
-    metadata = top.get("metadata")
-    if isinstance(metadata, dict):
-        record["metadata"] = compact(metadata)
-    elif metadata:
-        try:
-            json.loads(metadata)
-            record["metadata"] = metadata
-        except ValueError:
-            problems.add(("metadata",), f"metadata: {metadata!r:.60} is not {EXPECTED['json']}")
+    record = {field.name: top[field.spec] for field in KINDS["workflow"].fields
+              if field.spec in top}
     for name in top.get("slurm_defaults", ()):
-        if str(name) in NOT_IN_DEFAULTS:
+        if name in NOT_IN_DEFAULTS:
             problems.add(("slurm_defaults", name), f"slurm_defaults: {name} is not allowed here: "
                          "it belongs to a scheduler in slurm_schedulers")
         elif not isinstance(top["slurm_defaults"][name], (str, int, float)):
             problems.add(("slurm_defaults", name),
-                         f"slurm_defaults: {name} is not a text or number")
-    if top.get("slurm_defaults"):
-        record["slurm_defaults"] = compact(top["slurm_defaults"])
+                         f"slurm_defaults: {name} is not a string or number")
     if "resource_monitor" in top:
         monitor = dict(top["resource_monitor"])
         if isinstance(monitor.get("granularity"), str):
             monitor["granularity"] = {"Summary": "summary", "TimeSeries": "time_series"}.get(
                 monitor["granularity"], monitor["granularity"])
-        record["resource_monitor_config"] = compact({"enabled": True, **check_fields(
-            problems, ("resource_monitor",), monitor, "resource_monitor", "resource_monitor")})
+        record["resource_monitor_config"] = {"enabled": True, **check_part(
+            problems, ("resource_monitor",), monitor, "resource_monitor", "resource_monitor")}
     if "execution_config" in top:
-        record["execution_config"] = compact(check_execution(problems, top))
-    return record
+        record["execution_config"] = check_execution(problems, top)
+    return {name: compact(value) if isinstance(value, dict) else value
+            for name, value in record.items() if value != {} or name == "metadata"}
 
 
 def check_execution(problems, top):
     """execution_config with only fields that its mode knows."""
     path = ("execution_config",)
-    config = check_fields(problems, path, top["execution_config"], "execution_config",
-                          "execution_config")
+    config = check_part(problems, path, top["execution_config"], "execution_config",
+                        "execution_config")
     mode = config.get("mode", "direct")
     if mode == "auto":
         mode = "slurm" if top.get("slurm_schedulers") else "direct"
@@ -1355,9 +1677,6 @@ def check_execution(problems, top):
                 hint = f": use {other}" if name.endswith("termination_signal") else ""
                 problems.add((*path, name), f"execution_config: {name} belongs to the mode "
                              f"{wanted}, the mode is {mode}{hint}")
-    if "stdio" in config:
-        config["stdio"] = check_fields(problems, (*path, "stdio"), config["stdio"], "stdio",
-                                       "execution_config: stdio")
     if mode == "slurm":
         for number, action in enumerate(top.get("actions", ())):
             if isinstance(action, dict) and action.get("start_one_worker_per_node"):
@@ -1370,14 +1689,14 @@ def scheduler_misfits(reader):
     """(path, sentence, whether it is sure) for jobs that their Slurm scheduler could never run, and
     for those without one that none could run."""
     found = []
-    schedulers, needs = (reader.records[name] for name in ("slurm_schedulers",
-                                                           "resource_requirements"))
-    for job, path in zip(reader.jobs, reader.paths["jobs"]):
-        if "resource_requirements" not in job:
+    schedulers, needs = (reader.records[table] for table in ("slurm_scheduler",
+                                                             "resource_requirements"))
+    for job, path in zip(reader.jobs, reader.paths["job"]):
+        if "resource_requirements_id" not in job:
             continue
-        need = needs[job["resource_requirements"]]
-        sure = "scheduler" in job
-        own = [schedulers[job["scheduler"]]] if sure else schedulers
+        need = needs[job["resource_requirements_id"] - 1]
+        sure = "scheduler_id" in job
+        own = [schedulers[job["scheduler_id"] - 1]] if sure else schedulers
         reasons = [misfits_of_scheduler(need, one) for one in own]
         if reasons and all(reasons):
             found += [(path, f'job "{job["name"]}": {reason}', sure) for reason in reasons[0]]
@@ -1402,33 +1721,32 @@ def misfits_of_scheduler(need, one):
 
 def payload_of(reader, workflow):
     """The body of POST /workflow_specs."""
-    files = []
-    for record in reader.records["files"]:
-        file = {name: record[name] for name in ("name", "path", "st_mtime") if name in record}
+    lists = {name: reader.records[table] for name, table in SPEC_LISTS.items()}
+    files = [dict(file) for file in lists["files"]]
+    for file in files:
         with contextlib.suppress(OSError, ValueError):
             file["st_mtime"] = os.stat(file["path"]).st_mtime
-        files.append(file)
-    schedulers = [{"nodes": 1, "walltime": "01:00:00", **record} for record in
-                  reader.records["slurm_schedulers"]]
-    for record in schedulers:
-        if "mem" in record:
-            record["mem"] = str(record["mem"])
     return {
-        "workflow": workflow, "files": files, "user_data": reader.records["user_data"],
-        "resource_requirements": [{"runtime": "PT1H", **record} for record in
-                                  reader.records["resource_requirements"]],
-        "failure_handlers": [{"name": record["name"], "rules": compact(record["rules"])}
-                             for record in reader.records["failure_handlers"]],
-        "slurm_schedulers": schedulers, "jobs": reader.jobs, "actions": reader.actions}
+        "workflow": workflow, **lists, "files": files, "jobs": reader.jobs,
+        "actions": reader.actions,
+        "resource_requirements": [{"runtime": "PT1H", **record}
+                                  for record in lists["resource_requirements"]],
+        "failure_handlers": [{**record, "rules": compact(record["rules"])}
+                             for record in lists["failure_handlers"]],
+        "slurm_schedulers": [
+            {"nodes": 1, "walltime": "01:00:00", **record,
+             **({"mem": str(record["mem"])} if "mem" in record else {})}
+            for record in lists["slurm_schedulers"]]}
 
 
-def spec_summary(reader, payload):
+def spec_summary(top, payload):
     """What a specification amounts to, for `torc create --dry-run`."""
     workflow = payload["workflow"]
     return {
         "workflow_name": workflow["name"], "workflow_description": workflow.get("description"),
-        "job_count": len(payload["jobs"]), "job_count_before_expansion": reader.before["jobs"],
-        "file_count": len(payload["files"]), "file_count_before_expansion": reader.before["files"],
+        "job_count": len(payload["jobs"]), "job_count_before_expansion": len(top["jobs"]),
+        "file_count": len(payload["files"]),
+        "file_count_before_expansion": len(top.get("files", ())),
         "user_data_count": len(payload["user_data"]),
         "resource_requirements_count": len(payload["resource_requirements"]),
         "slurm_scheduler_count": len(payload["slurm_schedulers"]),
@@ -1448,11 +1766,11 @@ def warnings_of(reader, top):
         found.append("compute_node_expiration_buffer_seconds is deprecated and has no effect")
     writers = {}
     for job in reader.jobs:
-        for number in job.get("output_files", ()):
+        for number in job.get("output_file_ids", ()):
             writers.setdefault(number, []).append(job["name"])
     for number, names in writers.items():
         if len(names) > 1:
-            found.append(f'file "{reader.records["files"][number]["name"]}" is written by '
+            found.append(f'file "{reader.records["file"][number - 1]["name"]}" is written by '
                          f"{len(names)} jobs ({', '.join(names[:3])})")
     return found
 
@@ -1466,9 +1784,9 @@ def read_spec(path, text=None, skip_checks=False):
     value, lines = parse_spec_text(path, read_spec_text(path) if text is None else text)
     problems = Problems(path, lines)
     if not isinstance(value, dict):
-        kind = {"list": "a list", "str": "a text"}.get(type(value).__name__, "a single value")
+        kind = {"list": "a list", "str": "a string"}.get(type(value).__name__, "a single value")
         raise SpecError([f"{path}: the specification is {kind}, not a mapping with name and jobs"])
-    top = check_fields(problems, (), value, "workflow", "workflow")
+    top = check_fields(problems, (), value, SPEC_FIELDS["workflow"], "workflow")
     workflow = check_top(problems, top)
     reader = Reader(problems, top)
     reader.read()
@@ -1480,7 +1798,7 @@ def read_spec(path, text=None, skip_checks=False):
                 reader.warnings.append(sentence)
     problems.raise_any()
     payload = payload_of(reader, workflow)
-    return Spec(payload, spec_summary(reader, payload), warnings_of(reader, top))
+    return Spec(payload, spec_summary(top, payload), warnings_of(reader, top))
 
 
 SPEC_EXAMPLES = {
@@ -1974,8 +2292,8 @@ def refusal(error):
     what, _, names = str(error).partition(": ")
     if what.startswith("UNIQUE"):
         fields = ", ".join(name.rpartition(".")[2] for name in names.split(", "))
-        return Conflict(f"there is already a {names.partition('.')[0].replace('_', ' ')} with this "
-                        f"{fields}")
+        return Conflict(f"another {names.partition('.')[0].replace('_', ' ')} has this {fields} "
+                        "already")
     return Invalid(f"a record that this refers to does not exist ({error})")
 
 
@@ -2260,6 +2578,12 @@ class Store:
 
 # ---- records: the generic operations, for any row of KINDS
 
+def columns(kind):
+    """The fields of a kind that are columns of its table."""
+    return [field for field in kind.fields
+            if field.type not in ("ids", "echo") and field.name != "status_id"]
+
+
 def to_column(field, value):
     """A JSON value as SQLite keeps it."""
     if value is None:
@@ -2270,12 +2594,6 @@ def to_column(field, value):
 
 
 FROM_COLUMN = {"bool": bool, "status": STATUS_NAMES.__getitem__, "any": json.loads}
-
-
-def columns(kind):
-    """The fields of a kind that are columns of its table."""
-    return [field for field in kind.fields
-            if field.type not in ("ints", "echo") and field.name != "status_id"]
 
 
 def to_record(kind_columns, row):
@@ -2303,28 +2621,49 @@ def fetch(store, kind, record_id):
     return to_record(kind_columns, row)
 
 
-def add(store, kind, values, **more):
-    """Insert a record from a checked body, and more columns; returns its id."""
-    row = {field.name: to_column(field, values[field.name]) for field in columns(kind)
-           if not field.server and values.get(field.name) is not None}
-    row.update(more, **(kind.derive(values) if kind.derive else {}))
-    return store.insert(f"INSERT INTO {kind.table} ({', '.join(row)}) VALUES"
-                        f" ({', '.join('?' * len(row))})", list(row.values()))
+def next_id(store, table):
+    """In a transaction: the id that the next insert into a table gets; ids are never reused."""
+    row = store.one("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
+    return (row[0] if row else 0) + 1
+
+
+def add_many(store, kind, records):
+    """In a transaction: insert records from checked bodies, with what they leave out, what follows
+    from that, and their relations; returns their consecutive ids."""
+    first = next_id(store, kind.table)
+    defaults = {field.name: field.default for field in kind.fields if field.default is not None}
+    full = [{**defaults, **record} for record in records]
+    if kind.derive:
+        full = [{**record, **kind.derive(record)} for record in full]
+    known = {field.name: field for field in columns(kind)}
+    apart = {field.name for field in kind.fields} - set(known)
+    names = [name for name in dict.fromkeys(itertools.chain.from_iterable(full))
+             if name not in apart]
+    converted = [known[name] if name in known and known[name].type in ("status", "any") else None
+                 for name in names]
+    store.insert_many(
+        f"INSERT INTO {kind.table} (id, {', '.join(names)})", len(names) + 1,
+        [(record_id, *(to_column(field, record.get(name)) if field else record.get(name)
+                       for name, field in zip(names, converted)))
+         for record_id, record in enumerate(full, first)])
+    for field in kind.fields:
+        if field.type == "ids":
+            table, mine, theirs = RELATIONS[field.name]
+            store.insert_many(f"INSERT INTO {table} ({mine}, {theirs})", 2, sorted(
+                {(record_id, other) for record_id, record in enumerate(full, first)
+                 for other in record.get(field.name, ())}))
+    return range(first, first + len(full))
 
 
 def change(store, kind, record_id, values):
-    """Update the fields that `values` has, but never the workflow a record belongs to."""
+    """In a transaction: update the fields that `values` has, but never the workflow a record
+    belongs to."""
     row = {field.name: to_column(field, values[field.name]) for field in columns(kind)
            if not field.server and field.name in values and field.name != "workflow_id"}
     row.update(kind.derive({**fetch(store, kind, record_id), **values}) if kind.derive else {})
     if row:
         store.execute(f"UPDATE {kind.table} SET {' = ?, '.join(row)} = ? WHERE id = ?",
                       [*row.values(), record_id])
-
-
-def remove(store, kind, record_id):
-    """Delete a record; SQLite's cascades take what hangs on it."""
-    store.execute(f"DELETE FROM {kind.table} WHERE id = ?", (record_id,))
 
 
 class Page(NamedTuple):
@@ -2348,15 +2687,16 @@ def listing(store, kind, page, where, params, without=()):
     where: text made by this program, with ? for each of `params`; the table is called t.
     """
     kind_columns = [field for field in columns(kind) if field.name not in without]
-    sortable = {field.name for field in kind_columns} - set(kind.unsorted.split())
-    order = page.sort_by if page.sort_by in sortable else "id"
+    sortable = {field.name: f"julianday(t.{field.name})" if field.type in ("time", "when") else
+                f"t.{field.name}" for field in kind_columns
+                if field.name not in kind.unsorted.split()}
     direction = "DESC" if page.reverse else "ASC"
     names = ", ".join(f"t.{field.name}" for field in kind_columns)
     source = f"FROM {kind.table} t WHERE {where}"
     total = store.one(f"SELECT count(*) {source}", params)[0]
-    part = f"{source} ORDER BY t.{order} {direction}, t.id {direction} LIMIT ? OFFSET ?"
+    sql = (f"SELECT {names} {source} ORDER BY {sortable.get(page.sort_by, 't.id')} {direction},"
+           f" t.id {direction} LIMIT ? OFFSET ?")
     params = [*params, page.limit, max(page.offset, 0)]
-    sql = f"SELECT {names} {part}"
     exact = any(field.type == "float" for field in kind_columns)
     large = min(total, page.limit if page.limit >= 0 else total) > 500
     rows = (store.bulk(sql, len(kind_columns), params) if large and not exact
@@ -2902,6 +3242,9 @@ def claim_for_runner(store, workflow_id, node_id, claim):
 
 # ---- one conversation per runner
 
+RESULT_FIELDS = {field.name for field in KINDS["result"].fields}
+
+
 def store_result(store, values, replace=False, counts=True):
     """In a transaction: insert a result from a checked body; returns its id.
 
@@ -2912,8 +3255,9 @@ def store_result(store, values, replace=False, counts=True):
                       [values[name] for name in ("job_id", "run_id", "attempt_id")])
     asked = store.one("SELECT id, cpus, memory FROM asked WHERE job_id = ?",
                       (values["job_id"],))
-    result_id = add(store, KINDS["result"], values,
-                    **dict(zip(("asked_id", "asked_cpus", "asked_memory"), asked or ())))
+    values = {name: value for name, value in values.items() if name in RESULT_FIELDS}
+    result_id, = add_many(store, KINDS["result"], [{**values, **dict(zip(
+        ("asked_id", "asked_cpus", "asked_memory"), asked or ()))}])
     if counts:
         store.execute("UPDATE job SET result_id = ? WHERE id = ?", (result_id, values["job_id"]))
     return result_id
@@ -3240,10 +3584,9 @@ def manage_status(store, job_id, status, run_id):
     """In a transaction: set a status outside the complete set. Upstream: manage_status_change.
 
     Ready means as soon as nothing hinders it. From the complete set to uninitialized takes direct
-    dependents that are completed or failed along. Raises Invalid, NotFound.
+    dependents that are completed or failed along. status: outside the complete set. Raises Invalid,
+    NotFound.
     """
-    if status in COMPLETE_SET:
-        raise Invalid(f"status {STATUS_NAMES[status]} is set by complete_job only")
     job = job_row(store, job_id)
     if status == job.status:
         return
@@ -3322,13 +3665,14 @@ def rerun_jobs(store, workflow_id, ids, only=False):
     return again
 
 
-def delete_jobs(store, workflow_id, where, params):
-    """In a transaction: delete the jobs of a workflow for which an SQL condition holds; what waited
-    for them waits no more. Returns how many."""
-    number = store.execute(f"DELETE FROM job WHERE workflow_id = ? AND {where}",
+def delete_records(store, kind, workflow_id, where, params):
+    """In a transaction: delete the records of a workflow for which an SQL condition holds, with all
+    that hangs on them; what waited for jobs that go waits no more. Returns how many."""
+    number = store.execute(f"DELETE FROM {kind.table} WHERE workflow_id = ? AND {where}",
                            (workflow_id, *params))
-    settle(store, workflow_id)
-    reshaped(store, workflow_id)
+    if kind.table in ("job", "resource_requirements"):       # which take their jobs along
+        settle(store, workflow_id)
+        reshaped(store, workflow_id)
     store.news(workflow_id)
     return number
 
@@ -5063,7 +5407,9 @@ def require_access(store, workflow_id, user):
 # ==================================================================================================
 # Every operation is a plain function of a Request and the URL's values; it returns what becomes
 # JSON and raises our errors. Nothing here knows HTTP: the server and LocalClient both call it.
-# Order of checks: query and body, existence, values, work.
+# ROUTES say what an operation needs; call_endpoint reads and checks that, in the order path, query,
+# body, existence, access, references, and opens the transaction of all but a GET, so that check and
+# work see the same state.
 
 
 class Request(NamedTuple):
@@ -5071,97 +5417,88 @@ class Request(NamedTuple):
 
     store: Store
     user: str | None                      # authenticated user, None for nobody
-    query: dict                           # parameter: list of texts
-    body: Any                             # decoded JSON, None without a body
+    query: dict                           # parameter: list of strings; to the operation: its value
+    body: Any                             # decoded JSON; to the operation: what of it is known
     now: float                            # seconds since the epoch
     urls: tuple = ()                      # where the server can be reached, empty without one
     access: Access = Access()
     nobody: str = "anonymous"             # or "unknown" if there were wrong credentials
     streams: bool = False                 # whether the caller can take a Subscription
+    workflow_id: int | None = None        # of what the path, query or body names
 
     @property
     def subject(self):
         """The user's name for events and messages."""
         return self.user or self.nobody
 
-    def param(self, name, kind="str", default=None):
-        """A query parameter as str, int or bool. Raises BadRequest."""
-        values = self.query.get(name)
-        if not values:
-            return default
-        if len(values) > 1:
-            raise BadRequest(f"query parameter {name} is given {len(values)} times")
-        text = values[0]
-        if kind == "int" and re.fullmatch(r"[-+]?\d{1,18}", text):
-            return int(text)
-        if kind == "bool" and text in ("true", "false"):
-            return text == "true"
-        if kind == "status" and text in STATUS_OF_NAME:
-            return STATUS_OF_NAME[text]
-        if kind == "statuses" and all(one in STATUS_OF_NAME for one in text.split(",")):
-            return compact([STATUS_OF_NAME[one] for one in text.split(",")])
-        if kind == "str":
-            return text
-        raise BadRequest(f"query parameter {name}={text!r} is not {TYPE_NAMES[kind]}")
-
-    def need(self, name, kind="int"):
-        """A query parameter that must be there. Raises BadRequest."""
-        value = self.param(name, kind)
-        if value is None:
-            raise BadRequest(f"query parameter {name} is missing")
-        return value
-
-    def page(self, clamp=False):
-        """offset, limit, sort_by and reverse_sort. Raises BadRequest, Internal."""
-        limit = self.param("limit", "int", MAX_LIMIT)
-        if limit > MAX_LIMIT and not clamp:
-            raise Internal(f"limit {limit} is larger than {MAX_LIMIT}")
-        return Page(self.param("offset", "int", 0), min(limit, MAX_LIMIT),
-                    self.param("sort_by"), self.param("reverse_sort", "bool", False))
+    @property
+    def page(self):
+        """The Page that the query asks for."""
+        page = Page(*(self.query.get(field.name, field.default) for field in PAGE))
+        return page._replace(limit=min(page.limit, MAX_LIMIT))
 
 
-TYPE_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false",
-              "status": "a job status", "statuses": "a job status, or several with commas",
-              "ints": "a list of integers", "any": "a value",
-              "echo": "a string", "time": "a time such as 2026-01-02T03:04:05Z",
-              "dict": "an object", "list": "a list"}
+PAGE = fields("offset int = 0, limit limit = 100000, sort_by str, reverse_sort bool = false")
+CUT_PAGE = tuple(field._replace(type="int") if field.name == "limit" else field for field in PAGE)
+BOOLS = {"true": True, "false": False}
 
 
-def has_type(value, kind):
-    """Whether a JSON value is of a field's type; 1.0 is no integer, true is no number."""
-    if kind == "int":
-        return type(value) is int and -2**63 <= value < 2**63
+def read_query(wanted, query):
+    """The values of query parameters by name, defaults included. Raises BadRequest.
+
+    wanted: Fields; strs: may be repeated. Others are ignored, as upstream ignores them.
+    """
+    values = {}
+    for field in wanted:
+        given = query.get(field.name)
+        if not given:
+            if field.required:
+                raise BadRequest(f"query parameter {field.name} is missing")
+            if field.default is not None:
+                values[field.spec or field.name] = field.default
+            continue
+        if len(given) > 1 and field.type != "strs":
+            raise BadRequest(f"query parameter {field.name} is given {len(given)} times")
+        text = given[0]
+        try:
+            values[field.spec or field.name] = given if field.type == "strs" else read_word(
+                field.type, text)
+        except (ValueError, KeyError):
+            raise BadRequest(f"query parameter {field.name}={text!r:.80} is not "
+                             f"{TYPES[field.type][1]}") from None
+    return values
+
+
+def read_word(kind, text):
+    """A value that is written in a path or query. Raises ValueError, KeyError."""
+    if not is_string(text):
+        raise ValueError
+    if kind == "managed" and STATUS_OF_NAME[text] in COMPLETE_SET:       # upstream's first check
+        raise Invalid(f"status {text} is set by complete_job only")
+    if kind == "limit" and len(text) < 9 and int(text) > MAX_LIMIT:
+        raise ValueError
+    if kind in ("int", "limit"):
+        return int(text) if re.fullmatch(r"[-+]?\d{1,18}", text) else int("")
     if kind == "float":
-        return type(value) in (int, float) and math.isfinite(value)
-    if kind == "ints":
-        return isinstance(value, list) and all(has_type(item, "int") for item in value)
-    if kind == "status":
-        return isinstance(value, str) and value in STATUS_OF_NAME
-    if kind == "time":
-        with contextlib.suppress(ValueError, TypeError):
-            return parse_time(value) is not None
-        return False
-    return kind == "any" or isinstance(value, {"str": str, "echo": str, "bool": bool,
-                                               "dict": dict, "list": list}[kind])
+        return float(text) if re.fullmatch(r"-?\d{1,16}(\.\d+)?", text) else int("")
+    if kind == "statuses":                # one, or several with commas
+        return compact([STATUS_OF_NAME[one] for one in text.split(",")])
+    known = {"bool": BOOLS, "status": STATUS_OF_NAME, "managed": STATUS_OF_NAME}
+    return known[kind][text] if kind != "str" else text
 
 
 def check_body(body, wanted, partial=False):
-    """The known fields of a JSON object that have a value. Raises BadShape.
+    """The known fields of a JSON object that have a value. Raises BadShape with all its faults.
 
     wanted: Fields. partial: required ones may be absent, as in an update.
     """
     if not isinstance(body, dict):
         raise BadShape(f"the body is {type(body).__name__}, not a JSON object")
-    values = {}
-    for field in wanted:
-        value = body.get(field.name)
-        if value is None:
-            if field.required and not partial:
-                raise BadShape(f"missing field `{field.name}`")
-        elif not has_type(value, field.type):
-            raise BadShape(f"field `{field.name}`: {value!r:.80} is not {TYPE_NAMES[field.type]}")
-        else:
-            values[field.name] = value
+    faults = []
+    values = check_record(body, {field.name: field for field in wanted},
+                          lambda name, sentence: faults.append(sentence), partial)
+    if faults:
+        raise BadShape("; ".join(faults))
     return values
 
 
@@ -5173,113 +5510,82 @@ def require_workflow(store, workflow_id):
 # ---- the six operations that most kinds share
 
 class Filter(NamedTuple):
-    """A list's filter beyond equality: the parameter's type, the SQL condition, the value that
-    stands for an absent parameter."""
+    """A list's filter beyond equality: the parameter's Field, and the SQL condition."""
 
-    type: str
+    field: Field
     condition: str
-    default: Any = None
+
+
+def filters(table, text):
+    """Filters of a kind from lines "name type: condition", and those of its row in KINDS."""
+    kinds = {"count": "int", "positive": "int", "int": "int", "bool": "bool", "status": "status"}
+    found = {field.name: Filter(Field(field.name, kinds.get(field.type, "str")),
+                                f"t.{field.name} = ?") for field in KINDS[table].fields
+             if field.name in KINDS[table].filters.split()}
+    for line in text.strip().splitlines():
+        head, condition = line.split(": ", 1)
+        field, = fields(head)
+        found[field.name] = Filter(field, condition)
+    return tuple(found.values())
 
 
 CONTAINS = "instr(lower(t.{0}), lower(?)) > 0"
-FILTERS = {
-    "workflow": {"description": Filter("str", CONTAINS.format("description")),
-                 "is_archived": Filter("bool", "t.is_archived = ?")},
-    "job": {"status": Filter("statuses", f"t.status IN {IDS}"),
-            "needs_file_id": Filter(
-                "int", "t.id IN (SELECT job_id FROM job_input_file WHERE file_id = ?)"),
-            "upstream_job_id": Filter(
-                "int", "t.id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)"),
-            "active_compute_node_id": Filter("int", "t.compute_node_id = ?")},
-    "file": {"produced_by_job_id": Filter(
-                 "int", "t.id IN (SELECT file_id FROM job_output_file WHERE job_id = ?)"),
-             "is_output": Filter("bool", "(NOT ? OR EXISTS (SELECT 1 FROM job_output_file o WHERE"
-                                         " o.file_id = t.id))")},
-    "user_data": {"name": Filter("str", CONTAINS.format("name")),
-                  "consumer_job_id": Filter(
-                      "int", "t.id IN (SELECT user_data_id FROM job_input_user_data"
-                             " WHERE job_id = ?)"),
-                  "producer_job_id": Filter(
-                      "int", "t.id IN (SELECT user_data_id FROM job_output_user_data"
-                             " WHERE job_id = ?)")},
-    "resource_requirements": {"runtime": Filter("int", "t.runtime_s = ?"),
-                              "job_id": Filter("int", "t.id = (SELECT resource_requirements_id"
-                                                      " FROM job WHERE id = ?)")},
-    "compute_node": {"scheduled_compute_node_id": Filter(
-        "int", "json_extract(t.scheduler, '$.scheduler_id') = ?")},
-    "scheduled_compute_node": {
-        "scheduler_id": Filter("str", "t.scheduler_id = CAST(? AS INTEGER)"),
-        "scheduler_config_id": Filter("str", "t.scheduler_config_id = CAST(? AS INTEGER)")},
-    "result": {"all_runs": Filter(
-        "bool", "(? OR t.id = (SELECT result_id FROM job WHERE id = t.job_id))", False)},
-    "event": {"after_timestamp": Filter("int", "t.timestamp > ?")},
-}
+FILTERS = {table: filters(table, text) for table, text in {**dict.fromkeys(KINDS, ""), **{
+    "workflow": f"""
+description str: {CONTAINS.format("description")}
+is_archived bool: t.is_archived = ?""",
+    "job": f"""
+status statuses: t.status IN {IDS}
+needs_file_id int: t.id IN (SELECT job_id FROM job_input_file WHERE file_id = ?)
+upstream_job_id int: t.id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)
+active_compute_node_id int: t.compute_node_id = ?""",
+    "file": """
+produced_by_job_id int: t.id IN (SELECT file_id FROM job_output_file WHERE job_id = ?)
+is_output bool: (NOT ? OR EXISTS (SELECT 1 FROM job_output_file o WHERE o.file_id = t.id))""",
+    "user_data": f"""
+name str: {CONTAINS.format("name")}
+consumer_job_id int: t.id IN (SELECT user_data_id FROM job_input_user_data WHERE job_id = ?)
+producer_job_id int: t.id IN (SELECT user_data_id FROM job_output_user_data WHERE job_id = ?)""",
+    "resource_requirements": """
+runtime int: t.runtime_s = ?
+job_id int: t.id = (SELECT resource_requirements_id FROM job WHERE id = ?)""",
+    "compute_node": """
+scheduled_compute_node_id int: json_extract(t.scheduler, '$.scheduler_id') = ?""",
+    "scheduled_compute_node": """
+scheduler_id str: t.scheduler_id = CAST(? AS INTEGER)
+scheduler_config_id str: t.scheduler_config_id = CAST(? AS INTEGER)""",
+    "result": """
+all_runs bool = false: (? OR t.id = (SELECT result_id FROM job WHERE id = t.job_id))""",
+    "event": """
+after_timestamp int: t.timestamp > ?"""}}.items()}
+AFTER_ID = Filter(*fields("after_id int"), "t.id > ?")
 
 
-def like(text):
-    """A text as a pattern of LIKE, which is twice as fast as comparing lower-case copies."""
-    return "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
+def conditions(query, table):
+    """[SQL condition, ...] and [parameter, ...] of a list's filters, from the values of a query."""
+    found = [(one.condition, query[one.field.name]) for one in (*FILTERS[table], AFTER_ID)
+             if one.field.name in query]
+    return [condition for condition, _ in found], [value for _, value in found]
 
 
-def searched(request, names, where, params):
-    """Add to a condition that each word of a request's `search` occurs in one of these columns."""
-    for one in (request.param("search") or "").split():
+def searched(query, names, where, params):
+    """Add to a condition that each word of `search` occurs in one of these columns. LIKE is twice
+    as fast as comparing lower-case copies."""
+    for word in query.get("search", "").split():
         where.append("(" + " OR ".join(f"t.{name} LIKE ? ESCAPE '\\'" for name in names) + ")")
-        params += [like(one)] * len(names)
+        params += ["%" + re.sub(r"([\\%_])", r"\\\1", word) + "%"] * len(names)
 
 
-def conditions(request, kind):
-    """The SQL condition and parameters of a list request's filters."""
-    found = {name: Filter(kind.field(name).type, f"t.{name} = ?") for name in kind.filters.split()}
-    found.update(FILTERS.get(kind.table, {}))
-    where, params = [], []
-    for name, wanted in found.items():
-        value = request.param(name, wanted.type, wanted.default)
-        if value is not None:
-            where.append(wanted.condition)
-            params.append(value)
-    return where, params
-
-
-def list_records(request, kind, workflow_id=None, without=(), clamp=False):
+def list_records(request, kind, workflow_id=None, without=()):
     """The records of a workflow, filtered and paged."""
-    if workflow_id is None:
-        workflow_id = request.need("workflow_id")
-    page = request.page(clamp)
-    where, params = conditions(request, kind)
-    require_workflow(request.store, workflow_id)
-    return listing(request.store, kind, page, " AND ".join(["t.workflow_id = ?", *where]),
-                   [workflow_id, *params], without)
-
-
-REFERRED = {                              # a field with an id, or ids: of which kind
-    "job_id": "job", "job_ids": "job", "compute_node_id": "compute_node",
-    "resource_requirements_id": "resource_requirements", "failure_handler_id": "failure_handler",
-    "depends_on_job_ids": "job", "input_file_ids": "file", "output_file_ids": "file",
-    "input_user_data_ids": "user_data", "output_user_data_ids": "user_data",
-}
-
-
-def check_references(store, workflow_id, *records):
-    """Raise Invalid where records of a workflow refer to what belongs to another one."""
-    for name, table in REFERRED.items():
-        ids = {one for record in records if record.get(name) is not None for one in (
-            record[name] if isinstance(record[name], list) else [record[name]])}
-        found = ids and store.one(
-            f"SELECT t.id, t.workflow_id FROM json_each(?) v CROSS JOIN {table} t ON t.id ="
-            " v.value WHERE t.workflow_id <> ? LIMIT 1", (compact(list(ids)), workflow_id))
-        if found:
-            raise Invalid(f"{name}: {KINDS[table].name} {found[0]} belongs to workflow {found[1]}, "
-                          f"not to workflow {workflow_id}")
+    where, params = conditions(request.query, kind.table)
+    return listing(request.store, kind, request.page, " AND ".join(["t.workflow_id = ?", *where]),
+                   [workflow_id or request.query["workflow_id"], *params], without)
 
 
 def create_record(request, kind):
     """Store a record; the answer echoes the request with the new id."""
-    values = check_body(request.body, kind.fields)
-    require_workflow(request.store, values["workflow_id"])
-    with request.store.transaction():
-        check_references(request.store, values["workflow_id"], values)
-        return {**values, "id": add(request.store, kind, values)}
+    return {**request.body, "id": add_many(request.store, kind, [request.body])[0]}
 
 
 def get_record(request, kind, record_id):
@@ -5289,36 +5595,21 @@ def get_record(request, kind, record_id):
 
 def update_record(request, kind, record_id):
     """Change the fields given; absent ones keep their value."""
-    values = check_body(request.body, kind.fields, partial=True)
-    with request.store.transaction():
-        before = fetch(request.store, kind, record_id)
-        check_references(request.store, before["workflow_id"], values)
-        change(request.store, kind, record_id, values)
+    change(request.store, kind, record_id, request.body)
+    request.store.news(request.workflow_id)
     return fetch(request.store, kind, record_id)
 
 
 def delete_record(request, kind, record_id):
     """Delete a record and answer what it was."""
-    with request.store.transaction():
-        record = fetch(request.store, kind, record_id)
-        if kind.table == "job":
-            delete_jobs(request.store, record["workflow_id"], "id = ?", (record_id,))
-        else:
-            remove(request.store, kind, record_id)
-            if kind.table == "resource_requirements":        # and with it its jobs
-                delete_jobs(request.store, record["workflow_id"], "0", ())
-            request.store.news(record["workflow_id"])
+    record = fetch(request.store, kind, record_id)
+    delete_records(request.store, kind, request.workflow_id, "id = ?", (record_id,))
     return record
 
 
 def clear_records(request, kind):
     """Delete all records of a kind in a workflow; `count` is what clients read."""
-    workflow_id = request.need("workflow_id")
-    require_workflow(request.store, workflow_id)
-    with request.store.transaction():
-        number = request.store.execute(f"DELETE FROM {kind.table} WHERE workflow_id = ?",
-                                       (workflow_id,))
-        delete_jobs(request.store, workflow_id, "0", ())     # those that went with them
+    number = delete_records(request.store, kind, request.query["workflow_id"], "1", ())
     return {"count": number, "deleted_count": number,
             "message": f"deleted {number} {kind.name} records"}
 
@@ -5348,29 +5639,18 @@ def server_info(request):
 
 # ---- workflows
 
-def create_workflow(request):
-    """Store a workflow and its default resource requirements."""
-    values = check_body(request.body, KINDS["workflow"].fields)
-    with request.store.transaction():
-        return insert_workflow(request, values)
-
-
 DEFAULT_REQUIREMENTS = {"name": "default", "num_cpus": 1, "num_gpus": 0, "num_nodes": 1,
                         "memory": "1m", "runtime": "P0DT1M"}
 
 
-def insert_workflow(request, values):
-    """In a transaction: the workflow's row and its default requirements; returns the echo."""
-    values = {**values, "user": request.user or values["user"]}
-    for name in ("id", "status_id"):
-        values.pop(name, None)
+def create_workflow(request, values=None):
+    """Store a workflow and its default resource requirements."""
+    values = {**(values or request.body)}
+    values["user"] = request.user or values["user"]
     timestamp = iso_time(request.now)
-    names = [field.name for field in columns(KINDS["workflow"])
-             if field.name in values and not field.server]
-    workflow_id = request.store.insert(
-        f"INSERT INTO workflow (timestamp, {', '.join(names)}) VALUES"
-        f" (?{', ?' * len(names)})", [timestamp] + [values[name] for name in names])
-    insert_requirements(request.store, workflow_id, [DEFAULT_REQUIREMENTS])
+    workflow_id, = add_many(request.store, KINDS["workflow"], [{**values, "timestamp": timestamp}])
+    add_many(request.store, KINDS["resource_requirements"],
+             [{**DEFAULT_REQUIREMENTS, "workflow_id": workflow_id}])
     return {**values, "id": workflow_id, "status_id": workflow_id, "timestamp": timestamp}
 
 
@@ -5381,14 +5661,8 @@ def show_workflow(store, workflow_id):
 
 def get_workflow(request, workflow_id):
     """One workflow; include_counts adds how far it is (ours)."""
-    workflow = show_workflow(request.store, workflow_id)
-    if request.param("include_counts", "bool", False):
-        workflow.update(progress(request.store, [workflow_id])[workflow_id])
-    return workflow
-
-
-WORKFLOW_STATUS = fields("run_id:int! is_canceled:bool! is_archived:bool"
-                         " has_detected_need_to_run_completion_script:bool")
+    more = request.query["include_counts"] and progress(request.store, [workflow_id])[workflow_id]
+    return {**show_workflow(request.store, workflow_id), **(more or {})}
 
 
 def list_workflows(request):
@@ -5397,18 +5671,18 @@ def list_workflows(request):
     Ours: search (in name, project and description), all_users=false (only those of the user whose
     name is given), include_counts.
     """
-    page = request.page()
-    where, params = conditions(request, KINDS["workflow"])
-    searched(request, ("name", "project", "description"), where, params)
-    if not request.param("all_users", "bool", True) and request.user:
+    where, params = conditions(request.query, "workflow")
+    searched(request.query, ("name", "project", "description"), where, params)
+    if not request.query["all_users"] and request.user:
         where.append("t.user = ?")
         params.append(request.user)
     if request.access.enforced and not is_admin(request.store, request.user):
         where.append(USABLE)
         params += [request.user] * 2      # nobody's name is NULL, which equals nothing
-    answer = listing(request.store, KINDS["workflow"], page, " AND ".join(where) or "1", params)
-    counted = request.param("include_counts", "bool", False)
-    far = progress(request.store, [one["id"] for one in answer["items"]]) if counted else {}
+    answer = listing(request.store, KINDS["workflow"], request.page, " AND ".join(where) or "1",
+                     params)
+    far = progress(request.store, [one["id"] for one in answer["items"]]) \
+        if request.query["include_counts"] else {}
     for workflow in answer["items"]:
         workflow.update(status_id=workflow["id"], **far.get(workflow["id"], {}))
     return answer
@@ -5416,50 +5690,49 @@ def list_workflows(request):
 
 def update_workflow(request, workflow_id):
     """Change the fields given."""
-    values = check_body(request.body, KINDS["workflow"].fields, partial=True)
-    with request.store.transaction():
-        owner = workflow_row(request.store, workflow_id, "user")[0]
-        if values.get("user", owner) != owner and request.user != owner:
-            require_admin(request)        # a group that shares a workflow cannot take it over
-        change(request.store, KINDS["workflow"], workflow_id, values)
+    owner = workflow_row(request.store, workflow_id, "user")[0]
+    if request.body.get("user", owner) != owner and request.user != owner:
+        require_admin(request)            # a group that shares a workflow cannot take it over
+    change(request.store, KINDS["workflow"], workflow_id, request.body)
+    request.store.news(workflow_id)
     return show_workflow(request.store, workflow_id)
 
 
 def delete_workflow(request, workflow_id):
     """Delete a workflow and everything below it."""
-    with request.store.transaction():
-        record = show_workflow(request.store, workflow_id)
-        # Jobs first: the cascades then meet empty tables instead of searching for each parent.
-        request.store.execute("DELETE FROM job WHERE workflow_id = ?", (workflow_id,))
-        request.store.news(workflow_id)
-        remove(request.store, KINDS["workflow"], workflow_id)
+    record, store = show_workflow(request.store, workflow_id), request.store
+    # Dependencies, then jobs: the cascades then meet empty tables instead of searching for each.
+    store.execute("DELETE FROM job_dependency WHERE job_id IN (SELECT id FROM job WHERE workflow_id"
+                  " = ?)", (workflow_id,))
+    store.execute("DELETE FROM job WHERE workflow_id = ?", (workflow_id,))
+    store.news(workflow_id)
+    store.execute("DELETE FROM workflow WHERE id = ?", (workflow_id,))
     return record
 
 
-def workflow_status(store, workflow_id):
-    """Run number and flags of a workflow."""
-    names = [field.name for field in WORKFLOW_STATUS]
-    row = workflow_row(store, workflow_id, ", ".join(names))
-    return {"id": workflow_id, **{field.name: bool(value) if field.type == "bool" else value
-                                  for field, value in zip(WORKFLOW_STATUS, row)}}
+WORKFLOW_STATUS = fields("""
+    id int server
+    run_id int required
+    is_canceled bool required
+    is_archived bool = false
+    has_detected_need_to_run_completion_script bool = false""")
 
 
 def get_workflow_status(request, workflow_id):
     """Run number and flags."""
-    return workflow_status(request.store, workflow_id)
+    row = workflow_row(request.store, workflow_id, ", ".join(one.name for one in WORKFLOW_STATUS))
+    return to_record(WORKFLOW_STATUS, row)
 
 
 def update_workflow_status(request, workflow_id):
     """Set run number and flags; a flag left out becomes false, as upstream."""
-    values = check_body(request.body, WORKFLOW_STATUS)
-    with request.store.transaction():
-        require_workflow(request.store, workflow_id)
-        request.store.execute(
-            "UPDATE workflow SET run_id = ?, is_canceled = ?, is_archived = ?,"
-            " has_detected_need_to_run_completion_script = ? WHERE id = ?",
-            [values.get(field.name, False) for field in WORKFLOW_STATUS] + [workflow_id])
-        request.store.news(workflow_id)
-    return {**values, "id": workflow_id}
+    request.store.execute(
+        "UPDATE workflow SET run_id = ?, is_canceled = ?, is_archived = ?,"
+        " has_detected_need_to_run_completion_script = ? WHERE id = ?",
+        [*(request.body.get(one.name, one.default) for one in WORKFLOW_STATUS[1:]), workflow_id])
+    settle(request.store, workflow_id)
+    request.store.news(workflow_id)
+    return {**request.body, "id": workflow_id}
 
 
 def is_workflow_complete(request, workflow_id):
@@ -5472,7 +5745,6 @@ def is_workflow_complete(request, workflow_id):
 
 def is_workflow_uninitialized(request, workflow_id):
     """Whether every job is uninitialized or disabled."""
-    require_workflow(request.store, workflow_id)
     return {"is_uninitialized": not request.store.one(
         f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status NOT IN"
         f" ({UNINITIALIZED}, {DISABLED}))", (workflow_id,))[0]}
@@ -5480,236 +5752,139 @@ def is_workflow_uninitialized(request, workflow_id):
 
 def cancel(request, workflow_id):
     """Cancel a workflow: no more claims, running jobs are ended by their runners."""
-    with request.store.transaction():
-        require_workflow(request.store, workflow_id)
-        cancel_workflow(request.store, workflow_id, request.subject, request.now)
-    return workflow_status(request.store, workflow_id)
+    cancel_workflow(request.store, workflow_id, request.subject, request.now)
+    return get_workflow_status(request, workflow_id)
 
 
 def reset_status(request, workflow_id):
     """Clear a workflow's flags."""
-    force = request.param("force", "bool", False)
-    with request.store.transaction():
-        reset_workflow(request.store, workflow_id, force, request.subject, request.now)
-    return workflow_status(request.store, workflow_id)
+    reset_workflow(request.store, workflow_id, request.query["force"], request.subject,
+                   request.now)
+    return get_workflow_status(request, workflow_id)
 
 
 def reset_job_status(request, workflow_id):
     """Jobs back to uninitialized: all, or the failed ones and what lies downstream of them."""
-    failed_only = request.param("failed_only", "bool", False)
-    with request.store.transaction():
-        require_workflow(request.store, workflow_id)
-        updated = reset_jobs(request.store, workflow_id, failed_only)
-        store_event(request.store, workflow_id, request.now, {
-            "category": "user_action", "action": "reset_job_status",
-            "user": request.subject, "workflow_id": workflow_id,
-            "failed_only": failed_only, "updated_count": updated})
+    failed_only = request.query["failed_only"]
+    updated = reset_jobs(request.store, workflow_id, failed_only)
+    store_event(request.store, workflow_id, request.now, {
+        "category": "user_action", "action": "reset_job_status", "user": request.subject,
+        "workflow_id": workflow_id, "failed_only": failed_only, "updated_count": updated})
     answer = {"workflow_id": workflow_id, "updated_count": updated, "status": "uninitialized"}
     return {**answer, "reset_type": "failed_only"} if failed_only else answer
 
 
 def initialize(request, workflow_id):
     """Derive dependencies and make jobs blocked or ready. Upstream: initialize_jobs."""
-    only = request.param("only_uninitialized", "bool", False)
-    clear = request.param("clear_ephemeral_user_data", "bool", False)
+    only = request.query["only_uninitialized"]
     message = f"initialized the jobs of workflow {workflow_id}"
     kind = "workflow_started" if only else "workflow_reinitialized"      # as upstream names them
-    with request.store.transaction():
-        require_workflow(request.store, workflow_id)
-        initialize_jobs(request.store, workflow_id, only, clear)
-        if request.store.is_heard(workflow_id):
-            request.store.tell(workflow_id, kind, "info", {
-                "category": "workflow", "type": kind, "user": request.subject, "message": message})
+    initialize_jobs(request.store, workflow_id, only, request.query["clear_ephemeral_user_data"])
+    request.store.tell(workflow_id, kind, "info", {
+        "category": "workflow", "type": kind, "user": request.subject, "message": message})
     return {"message": message}
 
 
 def process_changed_job_inputs(request, workflow_id):
-    """Jobs whose inputs differ from those of the last initialization become uninitialized."""
-    dry_run = request.param("dry_run", "bool", False)
-    with request.store.transaction():
-        require_workflow(request.store, workflow_id)
-        changed = changes_since(request.store, "j.workflow_id = ?", (workflow_id,))
-        if not dry_run:
-            begin_anew(request.store, list(changed), UNINITIALIZED)
-            settle(request.store, workflow_id)
+    """Jobs that began with other inputs than there are now become uninitialized; `reasons` says
+    what has changed (ours)."""
+    changed = changes_since(request.store, "j.workflow_id = ?", (workflow_id,))
+    if not request.query["dry_run"]:
+        begin_anew(request.store, list(changed), UNINITIALIZED)
+        settle(request.store, workflow_id)
     names = {job.id: job.name for job in find_jobs(request.store, f"id IN {IDS}",
-                                                  (compact(list(changed)),))}
+                                                   (compact(list(changed)),))}
     return {"reinitialized_jobs": list(names.values()),
             "reasons": {str(job_id): plain_names(changed[job_id]) for job_id in names}}
 
 
 # ---- a whole specification at once
 
-SPEC_LISTS = {"files": "file", "user_data": "user_data",
-              "resource_requirements": "resource_requirements",
-              "failure_handlers": "failure_handler", "slurm_schedulers": "slurm_scheduler"}
-SPEC_JOB = fields("name:str! command:str! invocation_script:str priority:int"
-                  " cancel_on_blocking_job_failure:bool supports_termination:bool stdio:str"
-                  " resource_requirements:int scheduler:int failure_handler:int depends_on:ints"
-                  " input_files:ints output_files:ints input_user_data:ints output_user_data:ints")
-SPEC_RELATIONS = {"input_files": ("files", "input_file_ids"),
-                  "output_files": ("files", "output_file_ids"),
-                  "input_user_data": ("user_data", "input_user_data_ids"),
-                  "output_user_data": ("user_data", "output_user_data_ids")}
-
-
 def create_from_spec(request):
     """A workflow with all its records from one body, in one transaction (ours).
 
-    Records refer to each other by index into the body's lists. Answers id, name and the number of
-    jobs. Raises BadShape for what a checked specification never has.
+    Each list of SPEC_LISTS has records as their own POST takes them, without workflow_id; the first
+    has the id 1, the second 2, and so on, and records refer to each other by these ids. Answers
+    id, name and the number of jobs.
     """
-    body = request.body
-    if not isinstance(body, dict) or not isinstance(body.get("workflow"), dict):
-        raise BadShape("missing field `workflow`")
-    for name in (*SPEC_LISTS, "jobs", "actions"):
-        if not isinstance(body.setdefault(name, []), list):
-            raise BadShape(f"field `{name}` is not a list")
-    values = check_body(body["workflow"], KINDS["workflow"].fields)
-    jobs = [check_body(job, SPEC_JOB) for job in body["jobs"]]
-    store = request.store
-    with store.transaction():
-        workflow = insert_workflow(request, values)
-        workflow_id = workflow["id"]
-        ids = {name: insert_spec_list(store, workflow_id, name, body[name]) for name in SPEC_LISTS}
-        ids["jobs"] = insert_jobs(store, workflow_id, jobs_by_id(jobs, ids, next_id(store, "job")))
-        for action in body["actions"]:
-            insert_spec_action(store, workflow_id, action, ids)
-    return {"id": workflow_id, "name": workflow["name"], "jobs": len(jobs)}
+    store, body = request.store, request.body
+    workflow = create_workflow(request, check_body(body["workflow"], KINDS["workflow"].fields))
+    workflow_id, ids = workflow["id"], {}
+    for name, table in SPEC_LISTS.items():
+        kind = KINDS[table]
+        wanted = [field for field in kind.fields if field.name != "workflow_id"]
+        records = [{**check_body(record, wanted), "workflow_id": workflow_id}
+                   for record in body.get(name, ())]
+        first = next_id(store, table)
+        ids[table] = range(first, first + len(records))
+        for field in wanted:
+            if field.refers:
+                for record in records:
+                    if field.name in record:
+                        record[field.name] = new_ids(record[field.name], ids[field.refers], field)
+        insert_jobs(store, records) if table == "job" else add_many(store, kind, records)
+    for action in body.get("actions", ()):
+        action = check_body(action, KINDS_OF_ACTION)
+        config = action["action_config"]
+        if isinstance(config, dict) and "scheduler_id" in config:
+            action["action_config"] = {**config, "scheduler_id": new_ids(
+                config["scheduler_id"], ids["slurm_scheduler"], KINDS["job"].field("scheduler_id"))}
+        if "job_ids" in action:
+            action["job_ids"] = new_ids(action["job_ids"], ids["job"],
+                                        KINDS["job"].field("depends_on_job_ids"))
+        check_action(action)
+        add_action(store, workflow_id, action)
+    return {"id": workflow_id, "name": workflow["name"], "jobs": len(ids["job"])}
 
 
-def next_id(store, table):
-    """In a transaction: the id that the next insert into a table gets; ids are never reused."""
-    row = store.one("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
-    return (row[0] if row else 0) + 1
-
-
-def insert_spec_list(store, workflow_id, name, records):
-    """In a transaction: insert the records of one list of a specification; returns their ids."""
-    kind = KINDS[SPEC_LISTS[name]]
-    wanted = [field._replace(required=field.required and field.name != "workflow_id")
-              for field in kind.fields]
-    checked = [check_body(record, wanted) for record in records]
-    first = next_id(store, kind.table)
-    if kind.table == "resource_requirements":
-        insert_requirements(store, workflow_id, checked)
-    else:
-        given = [field for field in columns(kind) if not field.server
-                 and field.name != "workflow_id"
-                 and any(field.name in record for record in checked)]
-        names = "".join(f", {field.name}" for field in given)
-        rows = [(workflow_id, *(to_column(field, record.get(field.name, DEFAULTS.get(field.name)))
-                                for field in given)) for record in checked]
-        store.insert_many(f"INSERT INTO {kind.table} (workflow_id{names})", len(given) + 1, rows)
-    return range(first, first + len(records))
-
-
-DEFAULTS = {"is_ephemeral": False}        # of columns that are NOT NULL and may be left out
-
-
-def at(ids, index, what):
-    """The id at an index of a list of ids. Raises BadShape."""
-    if not 0 <= index < len(ids):
-        raise BadShape(f"{what}: index {index} is outside its list of {len(ids)}")
-    return ids[index]
-
-
-def jobs_by_id(jobs, ids, first):
-    """Jobs of a specification with ids in place of indexes, as insert_jobs takes them."""
-    job_ids = range(first, first + len(jobs))
-    for job in jobs:
-        for name, key in (("resource_requirements", "resource_requirements_id"),
-                          ("failure_handler", "failure_handler_id"),
-                          ("scheduler", "scheduler_id")):
-            if name in job:
-                source = name if name == "resource_requirements" else {
-                    "scheduler": "slurm_schedulers"}.get(name, "failure_handlers")
-                job[key] = at(ids[source], job.pop(name), name)
-        if "depends_on" in job:
-            job["depends_on_job_ids"] = [at(job_ids, index, "depends_on")
-                                         for index in job.pop("depends_on")]
-        for name, (source, key) in SPEC_RELATIONS.items():
-            if name in job:
-                job[key] = [at(ids[source], index, name) for index in job.pop(name)]
-    return jobs
-
-
-def insert_spec_action(store, workflow_id, action, ids):
-    """In a transaction: insert an action of a specification, indexes turned into ids."""
-    action = check_body(action, fields("trigger_type:str! action_type:str! action_config:dict!"
-                                       " persistent:bool jobs:ints"))
-    config = dict(action["action_config"])
-    if "scheduler" in config:
-        config["scheduler_id"] = at(ids["slurm_schedulers"], config.pop("scheduler"), "scheduler")
-    action["action_config"] = config
-    if "jobs" in action:
-        action["job_ids"] = [at(ids["jobs"], index, "jobs") for index in action.pop("jobs")]
-    check_action(action)
-    add_action(store, workflow_id, action)
+def new_ids(value, ids, field):
+    """The ids that were given to records of a specification, from their own ones. Raises
+    BadShape."""
+    if isinstance(value, list):
+        return [new_ids(one, ids, field) for one in value]
+    if type(value) is not int or not 1 <= value <= len(ids):
+        raise BadShape(f"{field.name}: there is no {KINDS[field.refers].name} {value!r:.60} among "
+                       f"the {len(ids)} of this body")
+    return ids[value - 1]
 
 
 # ---- jobs
 
-JOB_COLUMNS = ("id", "workflow_id", "name", "command", "invocation_script",
-               "cancel_on_blocking_job_failure", "supports_termination",
-               "resource_requirements_id", "scheduler_id", "failure_handler_id", "priority",
-               "stdio")
-
-
-def insert_jobs(store, workflow_id, jobs):
-    """In a transaction: insert checked jobs with their relations; returns their consecutive ids.
-
-    Raises Invalid for a negative priority. Unknown ids are refused by the store.
-    """
-    first = next_id(store, "job")
-    default = store.one("SELECT min(id) FROM resource_requirements WHERE workflow_id = ?"
-                        " AND name = 'default'", (workflow_id,))[0]
-    rows, relations = [], {name: [] for name in RELATIONS}
-    for job_id, job in enumerate(jobs, first):
-        if job.get("priority", 0) < 0:
-            raise Invalid(f"priority {job['priority']} of job {job['name']!r} is negative")
-        for name, pairs in relations.items():
-            pairs += [(job_id, other) for other in set(job.get(name, ()))]
-        rows.append((job_id, workflow_id, job["name"], job["command"],
-                     job.get("invocation_script"), job.get("cancel_on_blocking_job_failure", True),
-                     job.get("supports_termination", False),
-                     job.get("resource_requirements_id", default), job.get("scheduler_id") or None,
-                     job.get("failure_handler_id") or None, job.get("priority", 0),
-                     job.get("stdio")))
-    store.insert_many(f"INSERT INTO job ({', '.join(JOB_COLUMNS)})", len(JOB_COLUMNS), rows)
-    for name, pairs in relations.items():
-        table, mine, theirs = RELATIONS[name]
-        store.insert_many(f"INSERT INTO {table} ({mine}, {theirs})", 2, sorted(pairs))
+def insert_jobs(store, jobs):
+    """In a transaction: insert checked jobs of one workflow; returns their ids. Raises Conflict
+    when a name is taken."""
+    workflow_id = jobs[0]["workflow_id"] if jobs else 0
+    from collections import Counter
+    names = Counter(job["name"] for job in jobs)
+    twice = [name for name, number in names.items() if number > 1] or (
+        store.one("SELECT 1 FROM job WHERE workflow_id = ? LIMIT 1", (workflow_id,)) and store.one(
+            "SELECT j.name FROM json_each(?) v CROSS JOIN job j ON j.name = v.value AND"
+            " j.workflow_id = ?", (compact(list(names)), workflow_id)))
+    if twice:
+        raise Conflict(f'job name "{twice[0]:.80}" is used twice in workflow {workflow_id}')
+    default = default_requirements(store, workflow_id)
+    ids = add_many(store, KINDS["job"], [
+        {"resource_requirements_id": default, **job, "status": "uninitialized",
+         "scheduler_id": job.get("scheduler_id") or None} for job in jobs])
     reshaped(store, workflow_id)
     store.news(workflow_id)
-    return range(first, first + len(jobs))
+    return ids
 
 
-def created_job(values, job_id, default):
-    """The echo of a job that was created."""
-    return {"resource_requirements_id": default, **values, "id": job_id, "status": "uninitialized"}
+def default_requirements(store, workflow_id):
+    """Id of the requirements of jobs that name none."""
+    return store.one("SELECT min(id) FROM resource_requirements WHERE workflow_id = ? AND name ="
+                     " 'default'", (workflow_id,))[0]
 
 
 def create_jobs(request, bodies):
     """Insert jobs of one workflow; returns their echoes."""
-    jobs = [check_body(body, KINDS["job"].fields) for body in bodies]
-    if not jobs:
+    if not bodies:
         return []
-    if len(jobs) > MAX_LIMIT:
-        raise Internal(f"{len(jobs)} jobs in one request: at most {MAX_LIMIT}")
-    workflow_id = jobs[0]["workflow_id"]
-    if any(job["workflow_id"] != workflow_id for job in jobs):
-        raise Invalid("the jobs belong to different workflows")
-    require_workflow(request.store, workflow_id)
-    for job in jobs:
-        for name in ("id", "attempt_id"):
-            job.pop(name, None)
-    with request.store.transaction():
-        check_references(request.store, workflow_id, *jobs)
-        ids = insert_jobs(request.store, workflow_id, jobs)
-        default = request.store.one("SELECT min(id) FROM resource_requirements WHERE"
-                                    " workflow_id = ? AND name = 'default'", (workflow_id,))[0]
-    return [created_job(job, job_id, default) for job, job_id in zip(jobs, ids)]
+    ids = insert_jobs(request.store, bodies)
+    default = default_requirements(request.store, bodies[0]["workflow_id"])
+    return [{"resource_requirements_id": default, **job, "id": job_id, "status": "uninitialized"}
+            for job, job_id in zip(bodies, ids)]
 
 
 def create_job(request):
@@ -5719,9 +5894,16 @@ def create_job(request):
 
 def create_bulk_jobs(request):
     """Create many jobs of one workflow, all or none."""
-    if not isinstance(request.body, dict) or not isinstance(request.body.get("jobs"), list):
-        raise BadShape("missing field `jobs`")
-    return {"jobs": create_jobs(request, request.body["jobs"])}
+    if len(request.body["jobs"]) > MAX_LIMIT:
+        raise Invalid(f"{len(request.body['jobs'])} jobs in one request: at most {MAX_LIMIT}")
+    jobs = [check_body(job, KINDS["job"].fields) for job in request.body["jobs"]]
+    owners = sorted({job["workflow_id"] for job in jobs})
+    if len(owners) > 1:
+        raise Invalid(f"the jobs belong to different workflows: {owners[0]} and {owners[1]}")
+    for workflow_id in owners:
+        request = admitted(request, workflow_id)
+    check_references(request, KINDS["job"].fields, jobs)
+    return {"jobs": create_jobs(request, jobs)}
 
 
 def with_relations(store, jobs):
@@ -5746,7 +5928,7 @@ def show_job(store, job_id):
 def get_job(request, job_id):
     """One job with its relations; include_results adds how it ended (ours)."""
     job = show_job(request.store, job_id)
-    if request.param("include_results", "bool", False):
+    if request.query["include_results"]:
         job.update(job_views(request.store, [job_id], request.now)[job_id],
                    **job_details(request.store, job_id))
     return job
@@ -5758,31 +5940,27 @@ def list_jobs(request):
     Ours: several statuses (status=failed,terminated), search (words of name or command), family,
     include_results, and sort_by start, ran, memory or host.
     """
-    relations = request.param("include_relationships", "bool", False)
-    results = request.param("include_results", "bool", False)
-    workflow_id, page, store = request.need("workflow_id"), request.page(), request.store
-    where, params = conditions(request, KINDS["job"])
-    require_workflow(store, workflow_id)
+    workflow_id, store = request.query["workflow_id"], request.store
+    where, params = conditions(request.query, "job")
     where, params = ["t.workflow_id = ?", *where], [workflow_id, *params]
-    searched(request, ("name", "command"), where, params)
-    if request.param("family"):
+    searched(request.query, ("name", "command"), where, params)
+    if "family" in request.query:
         where.append(f"t.id IN {IDS}")
-        params.append(compact(family_members(store, workflow_id, request.param("family"))))
-    if page.sort_by in JOB_ORDERS:
-        answer = job_page(store, page, " AND ".join(where), params, request.now)
-    else:
-        answer = listing(store, KINDS["job"], page, " AND ".join(where), params)
-    if relations:
+        params.append(compact(family_members(store, workflow_id, request.query["family"])))
+    shown, more = (job_page, (request.now,)) if request.page.sort_by in JOB_ORDERS else (
+        lambda *rest: listing(store, KINDS["job"], *rest[1:]), ())
+    answer = shown(store, request.page, " AND ".join(where), params, *more)
+    if request.query["include_relationships"]:
         with_relations(store, answer["items"])
-    if results:
+    if request.query["include_results"]:
         views = job_views(store, [job["id"] for job in answer["items"]], request.now)
         for job in answer["items"]:
             job.update(views[job["id"]])
     return answer
 
 
-LOCKED = ("name", "command", "depends_on_job_ids")
-IMMUTABLE = tuple(name for name in RELATIONS if name not in LOCKED)
+LOCKED = ("name", "command", "depends_on_job_ids")       # once the job is initialized
+FIXED = {"failure_handler_id", "schedule_compute_nodes"}  # as upstream: a PUT does not change them
 
 
 def update_job(request, job_id):
@@ -5790,133 +5968,91 @@ def update_job(request, job_id):
 
     Values equal to the stored ones are always fine.
     """
-    values = check_body(request.body, KINDS["job"].fields, partial=True)
-    store = request.store
-    with store.transaction():
-        job = show_job(store, job_id)
-        values = {name: value for name, value in values.items()
-                  if (sorted(value) if isinstance(value, list) else value)
-                  != job.get(name, [] if isinstance(value, list) else None)}
-        check_update(job, values)
-        check_references(store, job["workflow_id"], values)
-        if values.get("status") == "disabled":
-            set_status(store, [job_id], DISABLED)
-        if "depends_on_job_ids" in values:
-            store.execute("DELETE FROM job_dependency WHERE job_id = ?", (job_id,))
-            store.insert_many("INSERT INTO job_dependency (job_id, depends_on_job_id)", 2,
-                              [(job_id, other) for other in set(values["depends_on_job_ids"])])
-        allowed = ("name", "command", "invocation_script", "cancel_on_blocking_job_failure",
-                   "supports_termination", "resource_requirements_id", "scheduler_id", "priority",
-                   "stdio")
-        change_job(store, job_id, {name: values[name] for name in allowed if name in values})
-        if "name" in values or "depends_on_job_ids" in values:
-            reshaped(store, job["workflow_id"])
-        if "cancel_on_blocking_job_failure" in values and job["status"] == "ready":
-            set_status(store, [job_id], BLOCKED)         # settle says whether it may still run
-            settle(store, job["workflow_id"])
-    return show_job(store, job_id)
-
-
-def change_job(store, job_id, values):
-    """In a transaction: write plain columns of a job; scheduler 0 means none."""
-    if values.get("scheduler_id") == 0:
-        values["scheduler_id"] = None
-    for name, value in values.items():
-        store.execute(f"UPDATE job SET {name} = ? WHERE id = ?", (value, job_id))
-
-
-def check_update(job, values):
-    """Raise Invalid for a change that this job's state forbids."""
+    store, job = request.store, show_job(request.store, job_id)
+    values = {name: value for name, value in request.body.items() if name not in FIXED
+              and (sorted(value) if isinstance(value, list) else value)
+              != job.get(name, [] if isinstance(value, list) else None)}
+    status = values.pop("status", None)
     for name in values:
         if name in LOCKED and job["status"] != "uninitialized":
-            raise Invalid(f"{name} of job {job['id']} can be changed only while it is "
-                          f"uninitialized; it is {job['status']}")
-        if name in IMMUTABLE:
+            raise Invalid(f"{name} of job {job_id} can be changed only while it is uninitialized; "
+                          f"it is {job['status']}")
+        if name in RELATIONS and name not in LOCKED:
             raise Invalid(f"{name} of a job is immutable")
-    if values.get("priority", 0) < 0:
-        raise Invalid(f"priority {values['priority']} is negative")
-    status = values.get("status")
-    if status and not (status == "disabled" and job["status"] == "uninitialized"):
+    if status and (status, job["status"]) != ("disabled", "uninitialized"):
         raise Invalid(f"the status of a job is immutable here: {job['status']} does not become "
                       f"{status}")
+    if values.get("scheduler_id") == 0:   # means none
+        values["scheduler_id"] = None
+    if "depends_on_job_ids" in values:
+        check_references(request, KINDS["job"].fields, [values])
+        store.execute("DELETE FROM job_dependency WHERE job_id = ?", (job_id,))
+        store.insert_many("INSERT INTO job_dependency (job_id, depends_on_job_id)", 2,
+                          [(job_id, other) for other in set(values["depends_on_job_ids"])])
+    if "name" in values and store.one("SELECT 1 FROM job WHERE workflow_id = ? AND name = ?",
+                                      (job["workflow_id"], values["name"])):
+        raise Conflict(f'job name "{values["name"]:.80}" is taken in workflow {job["workflow_id"]}')
+    change(store, KINDS["job"], job_id, values)
+    reshaped(store, job["workflow_id"])
+    if status or job["status"] == "ready" and "cancel_on_blocking_job_failure" in values:
+        set_status(store, [job_id], DISABLED if status else BLOCKED)
+        settle(store, job["workflow_id"])
+    store.news(job["workflow_id"])
+    return show_job(store, job_id)
 
 
 def complete_job_request(request, job_id, status, run_id):
     """Take the result of a job and set its final status. Upstream: complete_job."""
-    body = check_body(request.body, KINDS["result"].fields)
-    with request.store.transaction():
-        check_references(request.store, job_row(request.store, job_id).workflow_id, body)
-        complete_job(request.store, job_id, status, run_id, body)
+    complete_job(request.store, job_id, status, run_id, request.body)
     return show_job(request.store, job_id)
 
 
 def start_job_request(request, job_id, run_id, node_id):
     """A claimed job begins to run. Upstream: start_job."""
-    with request.store.transaction():
-        check_references(request.store, job_row(request.store, job_id).workflow_id,
-                         {"compute_node_id": node_id})
-        start_job(request.store, job_id, run_id, node_id, request.now)
+    check_references(request, fields("compute_node_id int > compute_node"),
+                     [{"compute_node_id": node_id}], unknown=True)
+    start_job(request.store, job_id, run_id, node_id, request.now)
     return show_job(request.store, job_id)
 
 
 def manage_status_change(request, job_id, status, run_id):
     """Set a status outside the complete set."""
-    with request.store.transaction():
-        manage_status(request.store, job_id, status, run_id)
+    manage_status(request.store, job_id, status, run_id)
     return show_job(request.store, job_id)
 
 
 def retry_job_request(request, job_id, run_id):
     """Ready again with the next attempt. Upstream: retry_job."""
-    limit = request.need("max_retries")
-    with request.store.transaction():
-        retry_job(request.store, job_id, run_id, limit, request.now)
+    retry_job(request.store, job_id, run_id, request.query["max_retries"], request.now)
     return show_job(request.store, job_id)
 
 
 def stop_job_request(request, job_id):
     """Cancel or terminate one job; its runner ends the process (ours)."""
-    status = request.need("status", "status")
-    with request.store.transaction():
-        stop_job(request.store, job_id, status)
+    stop_job(request.store, job_id, request.query["status"])
     return show_job(request.store, job_id)
 
 
 def rerun_job_request(request, job_id):
     """Run an ended job again, and what has run downstream of it; only=true: just that one
     (ours)."""
-    only = request.param("only", "bool", False)
-    with request.store.transaction():
-        rerun_jobs(request.store, job_row(request.store, job_id).workflow_id, [job_id], only)
+    rerun_jobs(request.store, request.workflow_id, [job_id], request.query["only"])
     return show_job(request.store, job_id)
-
-
-RERUN_FIELDS = fields("job_id:int! resource_requirements_id:int")
 
 
 def rerun_jobs_request(request, workflow_id):
     """Run ended jobs of a workflow again, all or none of them, with other resource requirements
-    where these are named (ours)."""
-    store, rows = request.store, request.body.get("jobs")
-    if not isinstance(rows, list):
-        raise BadShape("field `jobs` is not a list")
-    require_workflow(store, workflow_id)
-    ids = []
-    with store.transaction():
-        for row in rows:
-            values = check_body(row, RERUN_FIELDS)
-            job_id, need_id = values["job_id"], values.get("resource_requirements_id")
-            for kind, record_id in (("job", job_id), ("resource_requirements", need_id)):
-                if record_id is not None and not store.one(
-                        f"SELECT 1 FROM {kind} WHERE id = ? AND workflow_id = ?",
-                        (record_id, workflow_id)):
-                    raise not_found(KINDS[kind], record_id)
-            if need_id is not None:
-                store.execute("UPDATE job SET resource_requirements_id = ? WHERE id = ?",
-                              (need_id, job_id))
-            ids.append(job_id)
-        again = rerun_jobs(store, workflow_id, list(dict.fromkeys(ids)),
-                           request.param("only", "bool", False))
+    where these are named (ours); see rerun_job_request."""
+    wanted = fields("job_id int required > job, resource_requirements_id int >"
+                    " resource_requirements")
+    rows = [check_body(row, wanted) for row in request.body["jobs"]]
+    check_references(request, wanted, rows)
+    for row in rows:
+        if "resource_requirements_id" in row:
+            request.store.execute("UPDATE job SET resource_requirements_id = ? WHERE id = ?",
+                                  (row["resource_requirements_id"], row["job_id"]))
+    again = rerun_jobs(request.store, workflow_id, list(dict.fromkeys(
+        row["job_id"] for row in rows)), request.query["only"])
     return {"count": len(again)}
 
 
@@ -5934,79 +6070,73 @@ def why_request(request, job_id):
 
 # ---- claims and the runner's conversation
 
-def claimed(request, job_ids):
+def claimed(store, ids):
     """Claimed jobs in upstream's form: relations only of outputs."""
-    jobs = with_relations(request.store, [fetch(request.store, KINDS["job"], job_id)
-                                          for job_id in job_ids])
+    jobs = with_relations(store, [fetch(store, KINDS["job"], job_id) for job_id in ids])
     for job in jobs:
         for name in ("scheduler_id", "depends_on_job_ids", "input_file_ids", "input_user_data_ids"):
             job.pop(name, None)
-    return jobs
+    return {"jobs": jobs}
 
 
 def claim_next_jobs(request, workflow_id):
     """Claim ready jobs by priority, whatever they need."""
-    limit = request.param("limit", "int", 10)
-    require_workflow(request.store, workflow_id)
-    with request.store.transaction():
-        return {"jobs": claimed(request, claim_next(request.store, workflow_id, limit))}
-
-
-CLAIM_BODY = fields("num_cpus:int! memory_gb:float! num_gpus:int! num_nodes:int! time_limit:str"
-                    " scheduler_config_id:int")
+    return claimed(request.store, claim_next(request.store, workflow_id, request.query["limit"]))
 
 
 def claim_jobs_based_on_resources(request, workflow_id, limit):
     """Claim the ready jobs that fit a node's free resources."""
-    body = check_body(request.body, CLAIM_BODY)
-    try:
-        time_left_s = parse_duration(body["time_limit"]) if "time_limit" in body else 2**53
-    except ValueError as error:
-        raise Invalid(f"time_limit: {error}") from None
-    want = {**body, "memory_bytes": body["memory_gb"] * 2**30, "time_left_s": time_left_s,
-            "strict_scheduler_match": request.param("strict_scheduler_match", "bool", False)}
-    with request.store.transaction():
-        if workflow_row(request.store, workflow_id, "is_canceled")[0]:
-            return {"jobs": [], "reason": "Workflow is canceled"}
-        return {"jobs": claimed(request, claim_by_resources(request.store, workflow_id, limit,
-                                                            want))}
+    body, store = request.body, request.store
+    if workflow_row(store, workflow_id, "is_canceled")[0]:
+        return {"jobs": [], "reason": "Workflow is canceled"}
+    time_limit = body.get("time_limit")
+    return claimed(store, claim_by_resources(store, workflow_id, limit, {
+        **body, **request.query, "memory_bytes": body["memory_gb"] * 2**30,
+        "time_left_s": 2**53 if time_limit is None else parse_duration(time_limit)}))
 
 
-STEP_BODY = fields("compute_node_id:int! step:int starts:list completions:list returns:list"
-                   " held:list claim:dict counts:bool closing:bool replay:bool")
-STEP_JOB = fields("job_id:int! attempt_id:int!")
-STEP_DONE = fields("job_id:int! run_id:int! attempt_id:int! status:status! return_code:int!"
-                   " exec_time_minutes:float! completion_time:time! peak_memory_bytes:int"
-                   " avg_memory_bytes:int peak_cpu_percent:float avg_cpu_percent:float"
-                   " stderr_tail:str output_files:list requeue:bool")
-STEP_CLAIM = fields("limit:int! bins:list whole:ints time_left_s:float scheduler_config_id:int"
-                    " strict_scheduler_match:bool prefetch:dict")
+STEP_JOB = fields("job_id int required, attempt_id int required")
+STEP_LISTS = {"starts": STEP_JOB, "returns": STEP_JOB, "completions": fields("""
+    job_id int required
+    run_id int required
+    attempt_id int required
+    status final required
+    return_code int required
+    exec_time_minutes float required
+    completion_time time required
+    peak_memory_bytes int
+    avg_memory_bytes int
+    peak_cpu_percent float
+    avg_cpu_percent float
+    stderr_tail str
+    output_files maps
+    requeue bool""")}
+STEP_CLAIM = fields("limit int required, bins sizes, whole size, time_left_s float,"
+                    " scheduler_config_id int, strict_scheduler_match bool, prefetch map")
+STEP_PREFETCH = fields("resource_requirements_id int required, limit int required")
+OUTPUT_FILE = fields("id int required, st_mtime float required")
 
 
 def runner_step_request(request, workflow_id):
     """A runner reports and is given work, in one transaction (ours)."""
-    step = check_body(request.body, STEP_BODY)
-    for name in ("starts", "returns"):
-        step[name] = [check_body(job, STEP_JOB) for job in step.get(name, ())]
-    step["completions"] = [check_body(done, STEP_DONE) for done in step.get("completions", ())]
+    step = dict(request.body)
+    for name, wanted in STEP_LISTS.items():
+        step[name] = [check_body(one, wanted) for one in step.get(name, ())]
+    for done in step["completions"]:
+        done["output_files"] = [check_body(file, OUTPUT_FILE)
+                                for file in done.get("output_files", ())]
     if "claim" in step:
         claim = step["claim"] = check_body(step["claim"], STEP_CLAIM)
-        if any(not has_type(one, "ints") or len(one) != 3
-               for one in (*claim.get("bins", ()), claim.get("whole", [0, 0, 0]))):
-            raise BadShape("fields `bins` and `whole` are not [cpus, memory_bytes, gpus]")
-        if "prefetch" in step["claim"]:
-            step["claim"]["prefetch"] = check_body(
-                step["claim"]["prefetch"], fields("resource_requirements_id:int! limit:int!"))
-    if any(not has_type(pair, "ints") or len(pair) != 2 for pair in step.get("held", ())):
-        raise BadShape("field `held` is not a list of [job_id, attempt_id]")
-    with request.store.transaction():
-        return runner_step(request.store, workflow_id, step, request.now)
+        if "bins" in claim and "whole" not in claim:
+            raise BadShape("missing field `whole` beside `bins`")
+        if "prefetch" in claim:
+            claim["prefetch"] = check_body(claim["prefetch"], STEP_PREFETCH)
+    return runner_step(request.store, workflow_id, step, request.now)
 
 
 def changes(request, workflow_id):
     """What a waiting client wants to know; waits for news unless they are there already (ours)."""
-    since = request.param("since", "int", 0)
-    wait_s = request.param("wait_s", "int", 0)
+    since, wait_s = request.query["since"], request.query["wait_s"]
     now = situation(request.store, workflow_id)
     if now["generation"] == since and wait_s > 0:
         request.store.wait_news(workflow_id, since, min(wait_s, 60))
@@ -6016,8 +6146,7 @@ def changes(request, workflow_id):
 
 def stream_events(request, workflow_id):
     """Events as they happen, as server-sent events; level: the least severity to show."""
-    level = request.param("level", default="info").lower()
-    require_workflow(request.store, workflow_id)
+    level = request.query["level"].lower()
     if not request.streams:
         raise Invalid("events are streamed over HTTP: start torc-server on this database, or ask "
                       f"GET /workflows/{workflow_id}/changes, which waits for news")
@@ -6026,82 +6155,35 @@ def stream_events(request, workflow_id):
 
 # ---- what is derived
 
-def get_counts(request, workflow_id):
-    """Jobs by status, and the workflow's flags (ours)."""
-    return counts(request.store, workflow_id)
+def view(function, timed=True):
+    """The operation that answers what a function of section 7 shows (ours)."""
+    def operation(request, workflow_id):
+        return function(request.store, workflow_id, *[request.now] * timed, **request.query)
+    operation.__doc__ = function.__doc__
+    return operation
 
 
-def get_unfinished(request, workflow_id):
-    """What keeps a workflow from completing (ours)."""
-    require_workflow(request.store, workflow_id)
-    return unfinished(request.store, workflow_id)
+MAX_BINS = 2000
 
 
-def get_summary(request, workflow_id):
-    """How far a workflow is, how fast, and what holds it up (ours)."""
-    return summary(request.store, workflow_id, request.now)
-
-
-def get_graph(request, workflow_id):
-    """Which job waits for which, by families above 400 jobs; around=JOB: one and its neighbours;
-    data=true: with files and user data (ours)."""
-    around, data = request.param("around", "int"), request.param("data", "bool", False)
-    require_workflow(request.store, workflow_id)
-    if around is not None:
-        return graph_around(request.store, workflow_id, around, request.now)
-    return graph(request.store, workflow_id, request.now, data=data)
-
-
-def get_failures(request, workflow_id):
-    """Jobs that ended badly, in groups of one cause; group=ID: that one, with all its job ids
-    (ours)."""
-    wanted = request.param("group")
-    require_workflow(request.store, workflow_id)
-    return failures(request.store, workflow_id, group=wanted)
-
-
-MOST_BINS = 2000
-
-
-def window(request, default):
-    """from, to (ms, None if absent) and bins of a request. Raises BadRequest."""
-    moments = []
-    for name in ("from", "to"):
-        text = request.param(name)
-        if text is not None and not re.fullmatch(r"-?\d{1,16}(\.\d+)?", text):
-            raise BadRequest(f"query parameter {name}={text!r} is not a number of milliseconds")
-        moments.append(None if text is None else int(float(text)))
-    return (*moments, max(2, min(MOST_BINS, request.param("bins", "int", default))))
-
-
-def get_timeline(request, workflow_id):
-    """What ran where between from and to (ms), as jobs or in bins, and why runners idled;
-    jobs=false: in bins (ours)."""
-    begin, end, bins = window(request, 300)
-    jobs = request.param("jobs", "bool", True)
-    require_workflow(request.store, workflow_id)
-    return timeline(request.store, workflow_id, request.now, begin, end, bins, jobs)
-
-
-def get_usage(request, workflow_id):
-    """CPUs and memory asked for, used and there, over time and by requirements (ours)."""
-    begin, end, bins = window(request, 240)
-    require_workflow(request.store, workflow_id)
-    return usage(request.store, workflow_id, request.now, begin, end, bins)
+def over_time(function):
+    """The same for one that takes a stretch of time and bins."""
+    def operation(request, workflow_id):
+        query = {**request.query, "bins": max(2, min(MAX_BINS, request.query["bins"]))}
+        return function(request.store, workflow_id, request.now, **query)
+    operation.__doc__ = function.__doc__
+    return operation
 
 
 def list_job_ids(request, workflow_id):
     """Ids of all jobs, ascending."""
-    require_workflow(request.store, workflow_id)
-    ids = [row[0] for row in request.store.bulk("SELECT id FROM job WHERE workflow_id = ?"
-                                                " ORDER BY id", 1, (workflow_id,))]
+    ids = sorted(job_ids(request.store, "workflow_id = ?", (workflow_id,)))
     return {"job_ids": ids, "count": len(ids)}
 
 
 def relationships(request, workflow_id, names, source, order):
     """A list envelope of rows of a SELECT, absent values left out."""
-    page = request.page(clamp=True)
-    require_workflow(request.store, workflow_id)
+    page = request.page
     total = request.store.one(f"SELECT count(*) {source}", (workflow_id,))[0]
     direction = "DESC" if page.reverse else "ASC"
     rows = request.store.bulk(
@@ -6117,42 +6199,30 @@ def list_job_dependencies(request, workflow_id):
     """Which job depends on which; implicit ones after initialization."""
     names = {"job_id": "j.id", "job_name": "j.name", "depends_on_job_id": "p.id",
              "depends_on_job_name": "p.name", "workflow_id": "j.workflow_id"}
-    order = {"depends_on_job_id": ("p.id", "j.id")}.get(request.param("sort_by"), ("j.id", "p.id"))
+    order = ("p.id", "j.id") if request.page.sort_by == "depends_on_job_id" else ("j.id", "p.id")
     return relationships(
         request, workflow_id, names, "FROM job j JOIN job_dependency d ON d.job_id = j.id"
         " JOIN job p ON p.id = d.depends_on_job_id WHERE j.workflow_id = ?", order)
 
 
-def relation_names(what):
-    """Columns of a relationship list of files or user data."""
+def relations_of(what):
+    """The operation that lists which job writes and reads which file or user data."""
     names = {f"{what}_id": "t.id", f"{what}_name": "t.name", "workflow_id": "t.workflow_id",
-             "producer_job_id": "p.id", "producer_job_name": "p.name",
-             "consumer_job_id": "c.id", "consumer_job_name": "c.name"}
-    return {**names, "file_path": "t.path"} if what == "file" else names
+             "producer_job_id": "p.id", "producer_job_name": "p.name", "consumer_job_id": "c.id",
+             "consumer_job_name": "c.name", **({"file_path": "t.path"} if what == "file" else {})}
 
-
-def list_relations(request, what, workflow_id):
-    """One row for each combination of file (or user data), producer and consumer."""
-    return relationships(
-        request, workflow_id, relation_names(what),
-        f"FROM {what} t LEFT JOIN job_output_{what} o ON o.{what}_id = t.id"
-        f" LEFT JOIN job p ON p.id = o.job_id LEFT JOIN job_input_{what} i ON i.{what}_id = t.id"
-        " LEFT JOIN job c ON c.id = i.job_id WHERE t.workflow_id = ?", ("t.id", "p.id", "c.id"))
-
-
-def list_file_relations(request, workflow_id):
-    """Which job writes and reads which file."""
-    return list_relations(request, "file", workflow_id)
-
-
-def list_user_data_relations(request, workflow_id):
-    """Which job writes and reads which user data."""
-    return list_relations(request, "user_data", workflow_id)
+    def operation(request, workflow_id):
+        """One row for each combination of file (or user data), producer and consumer."""
+        return relationships(
+            request, workflow_id, names,
+            f"FROM {what} t LEFT JOIN job_output_{what} o ON o.{what}_id = t.id LEFT JOIN job p ON"
+            f" p.id = o.job_id LEFT JOIN job_input_{what} i ON i.{what}_id = t.id LEFT JOIN job c"
+            " ON c.id = i.job_id WHERE t.workflow_id = ?", ("t.id", "p.id", "c.id"))
+    return operation
 
 
 def needed(store, workflow_id, what, also):
     """Ids of records that some job reads and none writes, or that a completed job has written."""
-    require_workflow(store, workflow_id)
     return [row[0] for row in store.query(
         f"SELECT t.id FROM {what} t WHERE t.workflow_id = ? AND {also} AND ("
         f"(EXISTS (SELECT 1 FROM job_input_{what} i WHERE i.{what}_id = t.id) AND NOT EXISTS"
@@ -6173,147 +6243,83 @@ def missing_user_data(request, workflow_id):
 
 def ready_job_requirements(request, workflow_id):
     """Totals over the ready jobs."""
-    require_workflow(request.store, workflow_id)
     row = request.store.one(
-        "SELECT count(*), coalesce(sum(r.num_cpus), 0), coalesce(sum(r.num_gpus), 0),"
-        " coalesce(sum(r.memory_bytes), 0), coalesce(max(r.num_nodes), 0),"
-        " coalesce(max(r.runtime_s), 0) FROM job j JOIN resource_requirements r ON r.id ="
-        f" j.resource_requirements_id WHERE j.workflow_id = ? AND j.status = {READY}",
-        (workflow_id,))
-    return {"num_jobs": row[0], "num_cpus": row[1], "num_gpus": row[2],
+        "SELECT count(*), total(r.num_cpus), total(r.num_gpus), total(r.memory_bytes),"
+        " coalesce(max(r.num_nodes), 0), coalesce(max(r.runtime_s), 0) FROM job j JOIN"
+        " resource_requirements r ON r.id = j.resource_requirements_id WHERE j.workflow_id = ? AND"
+        f" j.status = {READY}", (workflow_id,))
+    return {"num_jobs": row[0], "num_cpus": int(row[1]), "num_gpus": int(row[2]),
             "memory_gb": row[3] / 2**30, "max_num_nodes": row[4], "max_runtime": f"PT{row[5]}S"}
 
 
-# ---- resource requirements
-
-def checked_requirements(values):
-    """Requirements with defaults filled in and the two texts parsed. Raises Invalid."""
-    full = {"num_cpus": 1, "num_gpus": 0, "num_nodes": 1, "memory": "1m", "runtime": "PT1M",
-            **values}
-    try:
-        parsed = {"memory_bytes": parse_memory(full["memory"]),
-                  "runtime_s": parse_duration(full["runtime"])}
-    except ValueError as error:
-        raise Invalid(f"resource requirements {full['name']!r}: {error}") from None
-    if full["num_nodes"] <= 0:
-        raise Invalid(f"resource requirements {full['name']!r}: num_nodes {full['num_nodes']} is "
-                      "not positive")
-    return {**full, **parsed}
-
-
-REQUIREMENT_COLUMNS = ("name", "num_cpus", "num_gpus", "num_nodes", "memory", "runtime",
-                       "memory_bytes", "runtime_s")
-
-
-def insert_requirements(store, workflow_id, records):
-    """In a transaction: insert resource requirements."""
-    rows = [(workflow_id, *(checked[name] for name in REQUIREMENT_COLUMNS))
-            for checked in map(checked_requirements, records)]
-    store.insert_many(f"INSERT INTO resource_requirements (workflow_id,"
-                      f" {', '.join(REQUIREMENT_COLUMNS)})", len(REQUIREMENT_COLUMNS) + 1, rows)
-
+# ---- records that are not quite like others
 
 def create_resource_requirements(request):
     """Store resource requirements; the name "default" is taken."""
-    values = check_body(request.body, KINDS["resource_requirements"].fields)
-    require_workflow(request.store, values["workflow_id"])
-    if values["name"] == "default":
-        raise Internal('the name "default" is reserved for the requirements every workflow has')
-    with request.store.transaction():
-        record_id = next_id(request.store, "resource_requirements")
-        insert_requirements(request.store, values["workflow_id"], [values])
-    full = checked_requirements(values)
-    return {"workflow_id": values["workflow_id"], "id": record_id,
-            **{name: full[name] for name in REQUIREMENT_COLUMNS[:6]}}
+    kind = KINDS["resource_requirements"]
+    if request.body["name"] == "default":
+        raise Invalid('the name "default" is reserved for the requirements every workflow has')
+    record_id, = add_many(request.store, kind, [request.body])
+    return fetch(request.store, kind, record_id)
 
 
 def update_resource_requirements(request, record_id):
     """Change resource requirements and keep an event about it."""
-    kind = KINDS["resource_requirements"]
-    values = check_body(request.body, kind.fields, partial=True)
-    store = request.store
-    with store.transaction():
-        old = fetch(store, kind, record_id)
-        full = checked_requirements({**old, **values})
-        store.execute(f"UPDATE resource_requirements SET {' = ?, '.join(REQUIREMENT_COLUMNS)} = ?"
-                      " WHERE id = ?", [full[name] for name in REQUIREMENT_COLUMNS] + [record_id])
-        new = fetch(store, kind, record_id)
-        if new != old:
-            event = {name: new[name] for name in REQUIREMENT_COLUMNS[:6]}
-            store_event(store, old["workflow_id"], request.now, {
-                "category": "user_action", "action": "update_resource_requirements",
-                "user": request.subject, "resource_requirements_id": record_id,
-                **event})
-            store.news(old["workflow_id"])
+    store, kind = request.store, KINDS["resource_requirements"]
+    old = fetch(store, kind, record_id)
+    change(store, kind, record_id, request.body)
+    new = fetch(store, kind, record_id)
+    if new != old:
+        shown = {name: value for name, value in new.items() if name not in ("id", "workflow_id")}
+        store_event(store, old["workflow_id"], request.now, {
+            "category": "user_action", "action": "update_resource_requirements",
+            "user": request.subject, "resource_requirements_id": record_id, **shown})
+        store.news(old["workflow_id"])
     return new
 
 
-# ---- files, user data, results, events, nodes, failure handlers
-
 def update_file(request, file_id):
     """Change a file; st_mtime is always written, absent means none, as upstream."""
-    values = check_body(request.body, KINDS["file"].fields, partial=True)
-    with request.store.transaction():
-        fetch(request.store, KINDS["file"], file_id)
-        change(request.store, KINDS["file"], file_id, {"st_mtime": None, **values})
-    return fetch(request.store, KINDS["file"], file_id)
+    return update_record(request._replace(body={"st_mtime": None, **request.body}), KINDS["file"],
+                         file_id)
 
 
 def create_user_data(request):
     """Store user data, with the jobs that read or write it if the query names them."""
-    relations = [(request.param(name, "int"), table) for name, table in
-                 (("consumer_job_id", "job_input_user_data"),
-                  ("producer_job_id", "job_output_user_data"))]
-    kind = KINDS["user_data"]
-    values = check_body(request.body, kind.fields)
-    require_workflow(request.store, values["workflow_id"])
-    with request.store.transaction():
-        record_id = add(request.store, kind, values)
-        check_references(request.store, values["workflow_id"],
-                         {"job_ids": [job_id for job_id, _ in relations if job_id is not None]})
-        for job_id, table in relations:
-            if job_id is not None:
-                request.store.execute(f"INSERT INTO {table} (job_id, user_data_id) VALUES (?, ?)",
-                                      (job_id, record_id))
-    return {**values, "id": record_id}
+    roles = {"consumer_job_id": "job_input_user_data", "producer_job_id": "job_output_user_data"}
+    jobs = [(request.query[name], table) for name, table in roles.items() if name in request.query]
+    check_references(request, fields("job_id int > job"), [{"job_id": one} for one, _ in jobs])
+    made = create_record(request, KINDS["user_data"])
+    for job_id, table in jobs:
+        request.store.execute(f"INSERT INTO {table} (job_id, user_data_id) VALUES (?, ?)",
+                              (job_id, made["id"]))
+    return made
 
 
 def create_result(request):
     """Store a result as the job's latest; no status changes."""
-    values = check_body(request.body, KINDS["result"].fields)
-    require_workflow(request.store, values["workflow_id"])
-    values["attempt_id"] = values.get("attempt_id") or 1
-    with request.store.transaction():
-        check_references(request.store, values["workflow_id"], values)
-        result_id = store_result(request.store, values)
-    return {**values, "id": result_id}
+    values = {"attempt_id": 1, **request.body}
+    return {**values, "id": store_result(request.store, values)}
 
 
 def list_results(request):
     """Each job's latest result, or all; include_stderr adds the last lines of failed ones."""
-    tail = request.param("include_stderr", "bool", False)
+    tail = request.query["include_stderr"]
     return list_records(request, KINDS["result"], without=() if tail else ("stderr_tail",))
 
 
 def create_event(request):
     """Store an event; the server's clock sets its time."""
-    body = check_body(request.body, fields("workflow_id:int!"))
-    require_workflow(request.store, body["workflow_id"])
     if "data" not in request.body:
         raise BadShape("missing field `data`")
-    with request.store.transaction():
-        event_id = store_event(request.store, body["workflow_id"], request.now,
-                               request.body["data"])
+    event_id = store_event(request.store, request.body["workflow_id"], request.now,
+                           request.body["data"])
     return fetch(request.store, KINDS["event"], event_id)
 
 
 def update_event(request, event_id):
     """Replace an event's data by the body."""
-    with request.store.transaction():
-        fetch(request.store, KINDS["event"], event_id)
-        request.store.execute("UPDATE event SET data = ? WHERE id = ?",
-                              (compact(request.body), event_id))
-    return fetch(request.store, KINDS["event"], event_id)
+    return update_record(request._replace(body={"data": request.body}), KINDS["event"], event_id)
 
 
 def list_failure_handlers(request, workflow_id):
@@ -6323,25 +6329,18 @@ def list_failure_handlers(request, workflow_id):
 
 def create_compute_node(request):
     """Store a compute node; the answer echoes the request with the new id."""
-    kind = KINDS["compute_node"]
-    values = check_body(request.body, kind.fields)
-    require_workflow(request.store, values["workflow_id"])
-    with request.store.transaction():
-        node_id = add(request.store, kind, values)
-        tell_node(request.store, node_id, started=True)
-    return {**values, "id": node_id}
+    node_id, = add_many(request.store, KINDS["compute_node"], [request.body])
+    tell_node(request.store, node_id, started=True)
+    return {**request.body, "id": node_id}
 
 
 def update_compute_node(request, node_id):
     """Change the fields given; a runner that ends sets is_active to false."""
-    kind = KINDS["compute_node"]
-    values = check_body(request.body, kind.fields, partial=True)
-    with request.store.transaction():
-        before = fetch(request.store, kind, node_id)
-        change(request.store, kind, node_id, values)
-        if before["is_active"] and values.get("is_active") is False:
-            tell_node(request.store, node_id, started=False)
-    return fetch(request.store, kind, node_id)
+    before = fetch(request.store, KINDS["compute_node"], node_id)
+    change(request.store, KINDS["compute_node"], node_id, request.body)
+    if before["is_active"] and request.body.get("is_active") is False:
+        tell_node(request.store, node_id, started=False)
+    return fetch(request.store, KINDS["compute_node"], node_id)
 
 
 def release_compute_node(request, node_id):
@@ -6349,143 +6348,126 @@ def release_compute_node(request, node_id):
 
     status and return_code: what the running ones become instead. reason: why, for people.
     """
-    status, code = request.param("status", "status"), request.param("return_code", "int", 1)
+    status = request.query.get("status")
     if status is not None and status not in UNSUCCESSFUL:
         raise Invalid(f"status {STATUS_NAMES[status]} is not one of a job that was ended")
-    ended = None if status is None else (status, code)
-    with request.store.transaction():
-        fetch(request.store, KINDS["compute_node"], node_id)
-        requeued, others = release_node(request.store, node_id, request.now, ended,
-                                        request.param("reason", default=""))
+    requeued, others = release_node(
+        request.store, node_id, request.now,
+        None if status is None else (status, request.query["return_code"]), request.query["reason"])
     return {"requeued": requeued, "canceled": others}
 
 
 def create_scheduled_node(request):
     """Store a scheduled compute node; once=true (ours): the one there is for this Slurm job."""
-    kind, store = KINDS["scheduled_compute_node"], request.store
-    values = check_body(request.body, kind.fields)
-    once = request.param("once", "bool", False)
-    require_workflow(store, values["workflow_id"])
-    with store.transaction():
-        row = once and store.one(
-            "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
-            " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL) ORDER BY cluster IS NULL",
-            [values.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
-                                           "cluster")])
-        if row:
-            store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE"
-                          " id = ?", (values.get("cluster"), row[0]))
-            return fetch(store, kind, row[0])
-        store.news(values["workflow_id"])
-        made = {**values, "id": add(store, kind, values)}
-        if store.is_heard(values["workflow_id"]):
-            store.tell(values["workflow_id"], "scheduler_node_created", "info", {
-                "category": "scheduler", "scheduled_compute_node_id": made["id"],
-                **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
-                                                   "scheduler_type", "status")}})
-        return made
+    kind, store, values = KINDS["scheduled_compute_node"], request.store, request.body
+    row = request.query["once"] and store.one(
+        "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
+        " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL) ORDER BY cluster IS NULL",
+        [values.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
+                                       "cluster")])
+    if row:
+        store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE id ="
+                      " ?", (values.get("cluster"), row[0]))
+        return fetch(store, kind, row[0])
+    made = create_record(request, kind)
+    store.tell(values["workflow_id"], "scheduler_node_created", "info", {
+        "category": "scheduler", "scheduled_compute_node_id": made["id"],
+        **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
+                                           "scheduler_type", "status")}})
+    return made
 
 
 def create_slurm_stats(request):
     """Store what Slurm's accounting says of an attempt; its result, if it lacks them, gets the peak
     memory and the CPU use."""
-    kind, store = KINDS["slurm_stats"], request.store
-    values = check_body(request.body, kind.fields)
-    workflow_id = values["workflow_id"]
-    require_workflow(store, workflow_id)
-    with store.transaction():
-        check_references(store, workflow_id, values)
-        made = {**values, "id": add(store, kind, values)}
-        changed = store.execute(
-                "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = coalesce(CASE WHEN"
-                " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END,"
-                " avg_cpu_percent) WHERE job_id = ? AND run_id = ? AND attempt_id = ? AND"
-                " peak_memory_bytes IS NULL",
-                [values.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id",
-                                               "run_id", "attempt_id")])
-        if changed:
-            store.news(workflow_id)
-    return made
+    values = request.body
+    request.store.execute(
+        "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = coalesce(CASE WHEN"
+        " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END, avg_cpu_percent)"
+        " WHERE job_id = ? AND run_id = ? AND attempt_id = ? AND peak_memory_bytes IS NULL",
+        [values.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id", "run_id",
+                                       "attempt_id")])
+    return create_record(request, KINDS["slurm_stats"])
 
 
 def list_slurm_stats(request):
     """What Slurm's accounting says of attempts; a limit that is too large is cut."""
-    answer = list_records(request, KINDS["slurm_stats"], clamp=True)
-    return {**answer, "max_limit": request.page(clamp=True).limit}
+    return {**list_records(request, KINDS["slurm_stats"]), "max_limit": request.page.limit}
 
 
 # ---- actions
 
-SCHEDULE_FIELDS = {"scheduler_id": "int", "scheduler_type": "str", "num_allocations": "int",
-                   "start_one_worker_per_node": "bool", "max_parallel_jobs": "int"}
-ACTION_BODY = fields("trigger_type:str! action_type:str! action_config:any! job_ids:ints"
-                     " trigger_count:int required_triggers:int executed:bool persistent:bool"
-                     " is_recovery:bool workflow_id:int")
+KINDS_OF_ACTION = fields(f"""
+    id                  int     server
+    workflow_id         int
+    trigger_type        enum:{'|'.join(TRIGGERS)}           required
+    action_type         enum:run_commands|schedule_nodes    required
+    action_config       any     required
+    job_ids             ids     > job
+    trigger_count       int
+    required_triggers   int
+    executed            bool
+    executed_at         str     server
+    executed_by         int     server
+    persistent          bool
+    is_recovery         bool""")
+SCHEDULE_FIELDS = fields("scheduler_id int > slurm_scheduler, scheduler_type str, num_allocations"
+                         " int, start_one_worker_per_node bool, max_parallel_jobs int")
 
 
 def check_action(action):
     """Raise Invalid for an action_config that does not suit its action_type."""
-    config, kind = action["action_config"], action["action_type"]
+    config = action["action_config"]
     if not isinstance(config, dict):
         raise Invalid("action_config is not an object")
-    if kind == "run_commands":
-        commands = config.get("commands")
-        if list(config) != ["commands"] or not isinstance(commands, list) or not all(
-                isinstance(command, str) and command.strip() for command in commands):
-            raise Invalid('action_config of run_commands is {"commands": [...]} with command lines')
-    elif kind == "schedule_nodes":
-        for name, value in config.items():
-            if name not in SCHEDULE_FIELDS or not has_type(value, SCHEDULE_FIELDS[name]):
-                raise Invalid(f"action_config of schedule_nodes: {name} = {value!r} is not known "
-                              f"or not {TYPE_NAMES.get(SCHEDULE_FIELDS.get(name), 'a field')}")
+    if action["action_type"] == "schedule_nodes":
+        try:
+            check_body(config, SCHEDULE_FIELDS)
+        except BadShape as error:
+            raise Invalid(f"action_config of schedule_nodes: {error}") from None
+    elif list(config) != ["commands"] or not TYPES["strs"][0](config["commands"]) or not all(
+            line.strip() for line in config["commands"]):
+        raise Invalid('action_config of run_commands is {"commands": [...]} with command lines')
 
 
 def create_action(request, workflow_id):
     """Store an action of a workflow; nothing is triggered by that."""
-    action = check_body(request.body, ACTION_BODY)
-    require_workflow(request.store, workflow_id)
+    action = request.body
     check_action(action)
-    with request.store.transaction():
-        check_references(request.store, workflow_id, action)
-        action_id = add_action(request.store, workflow_id, action)
-        request.store.news(workflow_id)
+    check_references(request, SCHEDULE_FIELDS, [action["action_config"]])
+    action_id = add_action(request.store, workflow_id, action)
+    request.store.news(workflow_id)
     return {**action, "workflow_id": workflow_id, "id": action_id}
 
 
 def get_actions(request, workflow_id):
     """All actions of a workflow."""
-    require_workflow(request.store, workflow_id)
     return actions(request.store, workflow_id)
 
 
 def get_pending_actions(request, workflow_id):
     """Actions that are triggered and not executed; trigger_type may be repeated."""
-    require_workflow(request.store, workflow_id)
-    return actions(request.store, workflow_id, pending=True,
-                   triggers=request.query.get("trigger_type", ()))
+    return actions(request.store, workflow_id, True, request.query.get("trigger_type", ()))
 
 
 def claim_action_request(request, workflow_id, action_id):
     """Take an action; the loser of a race gets Conflict."""
-    body = check_body(request.body, fields("compute_node_id:int"))
-    with request.store.transaction():
-        claim_action(request.store, workflow_id, action_id, body.get("compute_node_id"),
-                     request.now)
+    claim_action(request.store, workflow_id, action_id, request.body.get("compute_node_id"),
+                 request.now)
     return {"success": True, "action_id": action_id}
 
 
 def unclaim_action_request(request, workflow_id, action_id):
     """An action that was claimed could not be carried out: it is pending again (ours)."""
-    require_workflow(request.store, workflow_id)
-    with request.store.transaction():
-        unclaim_action(request.store, workflow_id, action_id)
+    unclaim_action(request.store, workflow_id, action_id)
     return {"success": True, "action_id": action_id}
 
 
 # ---- access: groups, members, what is shared
 
-GROUP = fields("id:int* name:str! description:str created_at:str*")
-MEMBER = fields("id:int* user_name:str! group_id:int role:str! created_at:str*")
+GROUP = fields("id int server, name str required, description str, created_at str server")
+MEMBER = fields("id int server, user_name str required, group_id int server, role enum:member|admin"
+                " required, created_at str server")
 
 
 def require_admin(request, group_id=ADMIN_GROUP):
@@ -6501,18 +6483,9 @@ def require_self(request, user):
         require_admin(request)
 
 
-def group_row(store, group_id):
-    """A group as clients see it. Raises NotFound."""
-    row = store.one("SELECT id, name, description, created_at FROM access_group WHERE id = ?",
-                    (group_id,))
-    if not row:
-        raise NotFound(f"Access group not found with ID: {group_id}")
-    return to_record(GROUP, row)
-
-
 def short_listing(request, wanted, source, params):
     """A list of groups or members; upstream gives it an envelope of its own."""
-    page = request.page()
+    page = request.page
     total = request.store.one(f"SELECT count(*) FROM {source}", params)[0]
     names = ", ".join(f"t.{field.name}" for field in wanted)
     rows = request.store.query(f"SELECT {names} FROM {source} ORDER BY t.id LIMIT ? OFFSET ?",
@@ -6522,15 +6495,21 @@ def short_listing(request, wanted, source, params):
             "has_more": max(page.offset, 0) + len(rows) < total}
 
 
+def group_row(store, group_id):
+    """A group as clients see it. Raises NotFound."""
+    row = store.one("SELECT id, name, description, created_at FROM access_group WHERE id = ?",
+                    (group_id,))
+    if not row:
+        raise NotFound(f"Access group not found with ID: {group_id}")
+    return to_record(GROUP, row)
+
+
 def create_access_group(request):
     """A group of users, with whom workflows can be shared."""
-    values = check_body(request.body, GROUP)
     require_admin(request)
-    with request.store.transaction():
-        group_id = request.store.insert(
-            "INSERT INTO access_group (name, description) VALUES (?, ?)",
-            (values["name"], values.get("description")))
-    return group_row(request.store, group_id)
+    return group_row(request.store, request.store.insert(
+        "INSERT INTO access_group (name, description) VALUES (?, ?)",
+        (request.body["name"], request.body.get("description"))))
 
 
 def list_access_groups(request):
@@ -6548,12 +6527,10 @@ def get_access_group(request, group_id):
 
 def delete_access_group(request, group_id):
     """Delete a group with its memberships; what it shared is shared no more."""
-    group = group_row(request.store, group_id)
-    require_admin(request)
+    group = get_access_group(request, group_id)
     if group_id == ADMIN_GROUP:
         raise Forbidden(f"the system group {group['name']} cannot be deleted")
-    with request.store.transaction():
-        request.store.execute("DELETE FROM access_group WHERE id = ?", (group_id,))
+    request.store.execute("DELETE FROM access_group WHERE id = ?", (group_id,))
     return group
 
 
@@ -6566,22 +6543,22 @@ def members_of(request, group_id):
     require_admin(request, group_id)
 
 
+def member_row(store, group_id, user):
+    """A membership as clients see it. Raises NotFound."""
+    row = store.one("SELECT id, user_name, group_id, role, created_at FROM user_group_membership"
+                    " WHERE group_id = ? AND user_name = ?", (group_id, user))
+    if not row:
+        raise NotFound(f"user {user} is not in group {group_id}")
+    return to_record(MEMBER, row)
+
+
 def add_member(request, group_id):
     """Put a user into a group. Upstream: add_user_to_group."""
-    values = check_body(request.body, MEMBER)
     members_of(request, group_id)
-    with request.store.transaction():
-        member_id = request.store.insert(
-            "INSERT INTO user_group_membership (user_name, group_id, role) VALUES (?, ?, ?)",
-            (values["user_name"], group_id, values["role"]))
-    return member_row(request.store, "id = ?", (member_id,))
-
-
-def member_row(store, where, params):
-    """A membership as clients see it, None if there is none."""
-    row = store.one("SELECT id, user_name, group_id, role, created_at FROM user_group_membership"
-                    f" WHERE {where}", params)
-    return to_record(MEMBER, row) if row else None
+    request.store.insert(
+        "INSERT INTO user_group_membership (user_name, group_id, role) VALUES (?, ?, ?)",
+        (request.body["user_name"], group_id, request.body["role"]))
+    return member_row(request.store, group_id, request.body["user_name"])
 
 
 def list_members(request, group_id):
@@ -6595,11 +6572,8 @@ def list_members(request, group_id):
 def remove_member(request, group_id, user):
     """Take a user out of a group. Upstream: remove_user_from_group."""
     members_of(request, group_id)
-    with request.store.transaction():
-        member = member_row(request.store, "group_id = ? AND user_name = ?", (group_id, user))
-        if not member:
-            raise NotFound(f"user {user} is not in group {group_id}")
-        request.store.execute("DELETE FROM user_group_membership WHERE id = ?", (member["id"],))
+    member = member_row(request.store, group_id, user)
+    request.store.execute("DELETE FROM user_group_membership WHERE id = ?", (member["id"],))
     return member
 
 
@@ -6612,44 +6586,38 @@ def list_user_groups(request, user):
 
 def list_workflow_groups(request, workflow_id):
     """The groups a workflow is shared with."""
-    require_workflow(request.store, workflow_id)
     return short_listing(request, GROUP, "access_group t JOIN workflow_access_group w"
                          " ON w.group_id = t.id WHERE w.workflow_id = ?", (workflow_id,))
 
 
-def may_share(request, workflow_id, group_id):
-    """Check that the caller may link workflow and group. Raises NotFound, Forbidden."""
+def shared(request, workflow_id, group_id):
+    """A link of workflow and group that the caller may change, as clients see it. Raises NotFound,
+    Forbidden."""
     owner = workflow_row(request.store, workflow_id, "user")[0]
     group_row(request.store, group_id)
     if request.user != owner:
         require_admin(request, group_id)
+    row = request.store.one("SELECT created_at FROM workflow_access_group WHERE workflow_id = ?"
+                            " AND group_id = ?", (workflow_id, group_id))
+    return row and {"workflow_id": workflow_id, "group_id": group_id, "created_at": row[0]}
 
 
 def share_workflow(request, workflow_id, group_id):
     """Let a group use a workflow. Upstream: add_workflow_to_group."""
-    may_share(request, workflow_id, group_id)
-    with request.store.transaction():
-        request.store.insert("INSERT INTO workflow_access_group (workflow_id, group_id)"
-                             " VALUES (?, ?)", (workflow_id, group_id))
-    return shared(request.store, workflow_id, group_id)
-
-
-def shared(store, workflow_id, group_id):
-    """A link of workflow and group as clients see it. Raises NotFound."""
-    row = store.one("SELECT created_at FROM workflow_access_group WHERE workflow_id = ?"
-                    " AND group_id = ?", (workflow_id, group_id))
-    if not row:
-        raise NotFound(f"workflow {workflow_id} is not shared with group {group_id}")
-    return {"workflow_id": workflow_id, "group_id": group_id, "created_at": row[0]}
+    if shared(request, workflow_id, group_id):
+        raise Conflict(f"workflow {workflow_id} is shared with group {group_id} already")
+    request.store.insert("INSERT INTO workflow_access_group (workflow_id, group_id) VALUES (?, ?)",
+                         (workflow_id, group_id))
+    return shared(request, workflow_id, group_id)
 
 
 def unshare_workflow(request, workflow_id, group_id):
     """A group may use a workflow no more. Upstream: remove_workflow_from_group."""
-    may_share(request, workflow_id, group_id)
-    with request.store.transaction():
-        link = shared(request.store, workflow_id, group_id)
-        request.store.execute("DELETE FROM workflow_access_group WHERE workflow_id = ?"
-                              " AND group_id = ?", (workflow_id, group_id))
+    link = shared(request, workflow_id, group_id)
+    if not link:
+        raise NotFound(f"workflow {workflow_id} is not shared with group {group_id}")
+    request.store.execute("DELETE FROM workflow_access_group WHERE workflow_id = ? AND group_id ="
+                          " ?", (workflow_id, group_id))
     return link
 
 
@@ -6666,77 +6634,41 @@ def reload_auth(request):
     """Read the password file again. Upstream: reload_auth."""
     require_admin(request)
     gate = request.access.gate
-    if not gate:
-        error = Internal("the server was started without --auth-file")
-        error.title = "NoAuthFile"
-        raise error
     try:
-        number = gate.reload()
-    except Unreachable as trouble:
-        error = Internal(f"{trouble}; the users stay as they were")
-        error.title = "ReloadFailed"
+        if not gate:
+            raise Internal("the server was started without --auth-file")
+        return {"message": "Auth credentials reloaded successfully", "user_count": gate.reload()}
+    except TorcError as trouble:
+        error = Internal(f"{trouble}; the users stay as they were" if gate else str(trouble))
+        error.title = "ReloadFailed" if gate else "NoAuthFile"
         raise error from None
-    return {"message": "Auth credentials reloaded successfully", "user_count": number}
-
-
-# ---- who may call what: see who_may
-
-def anyone(request, values):
-    """Whoever reaches the server, or whom the operation itself lets."""
-
-
-def somebody(request, values):
-    """Any user, but with a name."""
-    if not request.user:
-        raise Forbidden(f"{request.subject} may not create workflows here: give a user name and "
-                        "password (TORC_USERNAME, TORC_PASSWORD)")
-
-
-def user_of_workflow(request, values):
-    """Who may use the workflow whose id stands in the path."""
-    require_access(request.store, values[0], request.user)
-
-
-def user_of_named(request, values):
-    """Who may use every workflow that the query or the body names."""
-    body = request.body if isinstance(request.body, dict) else {}
-    jobs = body["jobs"] if isinstance(body.get("jobs"), list) else []
-    named = [body, *(job for job in jobs if isinstance(job, dict))]
-    for workflow_id in {request.param("workflow_id", "int"),
-                        *(record["workflow_id"] for record in named
-                          if has_type(record.get("workflow_id"), "int"))} - {None}:
-        require_access(request.store, workflow_id, request.user)
-
-
-def user_of(table):
-    """Who may use the workflow of the record whose id stands in the path."""
-    def check(request, values):
-        row = request.store.one(f"SELECT workflow_id FROM {table} WHERE id = ?", (values[0],))
-        if row:
-            require_access(request.store, row[0], request.user)
-    return check
 
 
 # ---- the whole surface
 
-NONE, JSON = "no body", "JSON body"
-VERBS = {                                 # word of Kind.ops: method, path behind the kind's, body
-    "create": ("POST", "", create_record, JSON), "list": ("GET", "", list_records, NONE),
-    "clear": ("DELETE", "", clear_records, NONE), "get": ("GET", "/<id:int>", get_record, NONE),
-    "update": ("PUT", "/<id:int>", update_record, JSON),
-    "delete": ("DELETE", "/<id:int>", delete_record, NONE),
+ANYONE, SOMEBODY, ITSELF = "anyone", "anyone with a name", "whom the operation lets"
+ANY = fields("value any")                 # a body of any JSON
+OF_WORKFLOW = fields("workflow_id int required")
+
+
+def listed(table, more="", page=PAGE):
+    """Query fields of the list of a kind: its filters, and others of its own."""
+    own = () if table == "workflow" else OF_WORKFLOW
+    return (*own, *page, AFTER_ID.field, *(one.field for one in FILTERS[table]),
+            *(fields(more) if more else ()))
+
+
+VERBS = {                                 # word of Kind.ops: method, path, function, query, body
+    "create": lambda kind: ("POST", kind.path, create_record, (), kind.table),
+    "list": lambda kind: ("GET", kind.path, list_records, listed(kind.table), None),
+    "clear": lambda kind: ("DELETE", kind.path, clear_records, OF_WORKFLOW, None),
+    "get": lambda kind: ("GET", f"{kind.path}/<{kind.table}>", get_record, (), None),
+    "update": lambda kind: ("PUT", f"{kind.path}/<{kind.table}>", update_record, (), kind.table),
+    "delete": lambda kind: ("DELETE", f"{kind.path}/<{kind.table}>", delete_record, (), None),
 }
 
 
-def crud_routes(kinds):
-    """Routes of the generic operations that each kind takes part in."""
-    for kind in kinds.values():
-        for word in kind.ops.split():
-            method, path, function, body = VERBS[word]
-            yield method, kind.path + path, bind_kind(function, kind), body
-
-
-def bind_kind(function, kind):
+def of_kind(function, kind):
     """A generic operation for one kind."""
     def operation(request, *values):
         return function(request, kind, *values)
@@ -6744,113 +6676,139 @@ def bind_kind(function, kind):
     return operation
 
 
-WF = "/workflows/<id:int>"
+def crud_routes():
+    """Routes of the generic operations that each kind takes part in."""
+    for kind in KINDS.values():
+        for word in kind.ops.split():
+            method, path, function, *rest = VERBS[word](kind)
+            yield method, path, of_kind(function, kind), *rest
+
+
+# Path: <table> is the id of such a record, which must exist, and whose workflow the caller may use;
+# <name:type> is another value. Query: Fields, or their text. Body: None, the table of the kind
+# whose fields it has (all optional in a PUT), or Fields. Last, where no workflow is named: who may.
+WF = "/workflows/<workflow>"
+JOB = "/jobs/<job>"
 ROUTES = (
-    # method  path                                             function                      body
-    ("GET",    "/ping",                                        ping,                         NONE),
-    ("GET",    "/version",                                     version,                      NONE),
-    ("GET",    "/server_info",                                 server_info,                  NONE),
-    ("POST",   "/workflow_specs",                              create_from_spec,             JSON),
-    ("POST",   "/workflows",                                   create_workflow,              JSON),
-    ("GET",    "/workflows",                                   list_workflows,               NONE),
-    ("GET",    WF,                                             get_workflow,                 NONE),
-    ("PUT",    WF,                                             update_workflow,              JSON),
-    ("DELETE", WF,                                             delete_workflow,              NONE),
-    ("GET",    WF + "/status",                                 get_workflow_status,          NONE),
-    ("PUT",    WF + "/status",                                 update_workflow_status,       JSON),
-    ("GET",    WF + "/counts",                                 get_counts,                   NONE),
-    ("GET",    WF + "/changes",                                changes,                      NONE),
-    ("GET",    WF + "/events/stream",                          stream_events,                NONE),
-    ("GET",    WF + "/unfinished",                             get_unfinished,               NONE),
-    ("GET",    WF + "/summary",                                get_summary,                  NONE),
-    ("GET",    WF + "/graph",                                  get_graph,                    NONE),
-    ("GET",    WF + "/failures",                               get_failures,                 NONE),
-    ("GET",    WF + "/timeline",                               get_timeline,                 NONE),
-    ("GET",    WF + "/usage",                                  get_usage,                    NONE),
-    ("POST",   WF + "/runner_step",                            runner_step_request,          JSON),
-    ("PUT",    WF + "/cancel",                                 cancel,                       NONE),
-    ("POST",   WF + "/reset_status",                           reset_status,                 NONE),
-    ("POST",   WF + "/reset_job_status",                       reset_job_status,             NONE),
-    ("POST",   WF + "/rerun_jobs",                             rerun_jobs_request,           JSON),
-    ("POST",   WF + "/initialize_jobs",                        initialize,                   NONE),
-    ("POST",   WF + "/process_changed_job_inputs",             process_changed_job_inputs,   NONE),
-    ("GET",    WF + "/is_complete",                            is_workflow_complete,         NONE),
-    ("GET",    WF + "/is_uninitialized",                       is_workflow_uninitialized,    NONE),
-    ("POST",   WF + "/claim_next_jobs",                        claim_next_jobs,              NONE),
+    # method  path                              function                      query and body
+    ("GET",    "/ping",                         ping,                         "", None, ANYONE),
+    ("GET",    "/version",                      version,                      "", None, ANYONE),
+    ("GET",    "/server_info",                  server_info,                  "", None, ANYONE),
+    ("POST",   "/workflow_specs",               create_from_spec,             "",
+     fields("workflow map required, actions maps, " + ", ".join(
+         f"{name} maps" for name in SPEC_LISTS)), SOMEBODY),
+    ("POST",   "/workflows",                    create_workflow,              "", "workflow",
+     SOMEBODY),
+    ("GET",    "/workflows",                    list_workflows,               listed(
+        "workflow", "search str, all_users bool = true, include_counts bool = false"), None,
+     ANYONE),
+    ("GET",    WF,                              get_workflow, "include_counts bool = false", None),
+    ("PUT",    WF,                              update_workflow,              "", "workflow"),
+    ("DELETE", WF,                              delete_workflow,              "", None),
+    ("GET",    WF + "/status",                  get_workflow_status,          "", None),
+    ("PUT",    WF + "/status",                  update_workflow_status,       "", WORKFLOW_STATUS),
+    ("GET",    WF + "/counts",                  view(counts, False),          "", None),
+    ("GET",    WF + "/changes",         changes, "since int = 0, wait_s int = 0", None),
+    ("GET",    WF + "/events/stream",           stream_events, 'level str = "info"', None),
+    ("GET",    WF + "/unfinished",              view(unfinished, False),      "", None),
+    ("GET",    WF + "/summary",                 view(summary),                "", None),
+    ("GET",    WF + "/graph",           view(graph), "around int, data bool = false", None),
+    ("GET",    WF + "/failures",                view(failures, False),        "group str", None),
+    ("GET",    WF + "/timeline",                over_time(timeline),
+     "from float as begin, to float as end, bins int = 300, jobs bool = true", None),
+    ("GET",    WF + "/usage",                   over_time(usage),
+     "from float as begin, to float as end, bins int = 240", None),
+    ("POST",   WF + "/runner_step",             runner_step_request,          "", fields(
+        "compute_node_id int required, step int required, starts maps, completions maps, returns"
+        " maps, held pairs, claim map, counts bool, closing bool, replay bool")),
+    ("PUT",    WF + "/cancel",                  cancel,                       "", None),
+    ("POST",   WF + "/reset_status",            reset_status,         "force bool = false", None),
+    ("POST",   WF + "/reset_job_status",        reset_job_status,
+     "failed_only bool = false", None),
+    ("POST",   WF + "/rerun_jobs",              rerun_jobs_request,           "only bool = false",
+     fields("jobs maps required")),
+    ("POST",   WF + "/initialize_jobs",         initialize,
+     "only_uninitialized bool = false, clear_ephemeral_user_data bool = false", None),
+    ("POST",   WF + "/process_changed_job_inputs", process_changed_job_inputs,
+     "dry_run bool = false", None),
+    ("GET",    WF + "/is_complete",             is_workflow_complete,         "", None),
+    ("GET",    WF + "/is_uninitialized",        is_workflow_uninitialized,    "", None),
+    ("POST",   WF + "/claim_next_jobs",         claim_next_jobs,      "limit int = 10", None),
     ("POST",   WF + "/claim_jobs_based_on_resources/<limit:int>", claim_jobs_based_on_resources,
-     JSON),
-    ("GET",    WF + "/job_ids",                                list_job_ids,                 NONE),
-    ("GET",    WF + "/job_dependencies",                       list_job_dependencies,        NONE),
-    ("GET",    WF + "/job_file_relationships",                 list_file_relations,          NONE),
-    ("GET",    WF + "/job_user_data_relationships",            list_user_data_relations,     NONE),
-    ("GET",    WF + "/required_existing_files",                required_existing_files,      NONE),
-    ("GET",    WF + "/missing_user_data",                      missing_user_data,            NONE),
-    ("GET",    WF + "/ready_job_requirements",                 ready_job_requirements,       NONE),
-    ("GET",    WF + "/failure_handlers",                       list_failure_handlers,        NONE),
-    ("POST",   WF + "/actions",                                create_action,                JSON),
-    ("GET",    WF + "/actions",                                get_actions,                  NONE),
-    ("GET",    WF + "/actions/pending",                        get_pending_actions,          NONE),
-    ("POST",   WF + "/actions/<action:int>/claim",             claim_action_request,         JSON),
-    ("DELETE", WF + "/actions/<action:int>/claim",             unclaim_action_request,       NONE),
-    ("POST",   "/jobs",                                        create_job,                   JSON),
-    ("POST",   "/bulk_jobs",                                   create_bulk_jobs,             JSON),
-    ("GET",    "/jobs",                                        list_jobs,                    NONE),
-    ("GET",    "/jobs/<id:int>",                               get_job,                      NONE),
-    ("PUT",    "/jobs/<id:int>",                               update_job,                   JSON),
-    ("POST",   "/jobs/<id:int>/complete_job/<status:status>/<run:int>", complete_job_request,
-     JSON),
-    ("PUT",    "/jobs/<id:int>/start_job/<run:int>/<node:int>", start_job_request,           NONE),
-    ("PUT",    "/jobs/<id:int>/manage_status_change/<status:status>/<run:int>",
-     manage_status_change, NONE),
-    ("POST",   "/jobs/<id:int>/retry/<run:int>",               retry_job_request,            NONE),
-    ("POST",   "/jobs/<id:int>/stop",                          stop_job_request,             NONE),
-    ("POST",   "/jobs/<id:int>/rerun",                         rerun_job_request,            NONE),
-    ("GET",    "/jobs/<id:int>/why",                           why_request,                  NONE),
-    ("POST",   "/resource_requirements",                       create_resource_requirements, JSON),
-    ("GET",    "/resource_requirements",
-     bind_kind(list_records, KINDS["resource_requirements"]), NONE),
-    ("PUT",    "/resource_requirements/<id:int>",              update_resource_requirements, JSON),
-    ("GET",    "/files",                            bind_kind(list_records, KINDS["file"]),  NONE),
-    ("PUT",    "/files/<id:int>",                              update_file,                  JSON),
-    ("POST",   "/user_data",                                   create_user_data,             JSON),
-    ("GET",    "/user_data",                   bind_kind(list_records, KINDS["user_data"]),  NONE),
-    ("POST",   "/results",                                     create_result,                JSON),
-    ("GET",    "/results",                                     list_results,                 NONE),
-    ("POST",   "/events",                                      create_event,                 JSON),
-    ("GET",    "/events",                           bind_kind(list_records, KINDS["event"]), NONE),
-    ("PUT",    "/events/<id:int>",                             update_event,                 JSON),
-    ("POST",   "/compute_nodes",                               create_compute_node,          JSON),
-    ("PUT",    "/compute_nodes/<id:int>",                      update_compute_node,          JSON),
-    ("POST",   "/compute_nodes/<id:int>/release",              release_compute_node,         NONE),
-    ("POST",   "/scheduled_compute_nodes",                     create_scheduled_node,        JSON),
-    ("GET",    "/slurm_stats",                                 list_slurm_stats,             NONE),
-    ("POST",   "/slurm_stats",                                 create_slurm_stats,           JSON),
-    ("POST",   "/admin/reload-auth",                           reload_auth,                  NONE),
-    ("POST",   "/access_groups",                               create_access_group,          JSON),
-    ("GET",    "/access_groups",                               list_access_groups,           NONE),
-    ("GET",    "/access_groups/<id:int>",                      get_access_group,             NONE),
-    ("DELETE", "/access_groups/<id:int>",                      delete_access_group,          NONE),
-    ("POST",   "/access_groups/<id:int>/members",              add_member,                   JSON),
-    ("GET",    "/access_groups/<id:int>/members",              list_members,                 NONE),
-    ("DELETE", "/access_groups/<id:int>/members/<user:str>",   remove_member,                NONE),
-    ("GET",    "/users/<user:str>/groups",                     list_user_groups,             NONE),
-    ("GET",    "/access_check/<id:int>/<user:str>",            access_check,                 NONE),
-    ("GET",    WF + "/access_groups",                          list_workflow_groups,         NONE),
-    ("POST",   WF + "/access_groups/<group:int>",              share_workflow,               NONE),
-    ("DELETE", WF + "/access_groups/<group:int>",              unshare_workflow,             NONE),
-    *crud_routes({table: kind for table, kind in KINDS.items() if table != "workflow"}),
+     "strict_scheduler_match bool = false", fields(
+         "id int, num_cpus int required, memory_gb float required, num_gpus int required, num_nodes"
+         " int required, time_limit duration, scheduler_config_id int")),
+    ("GET",    WF + "/job_ids",                 list_job_ids,                 "", None),
+    ("GET",    WF + "/job_dependencies",        list_job_dependencies,        CUT_PAGE, None),
+    ("GET",    WF + "/job_file_relationships",  relations_of("file"),     CUT_PAGE, None),
+    ("GET",    WF + "/job_user_data_relationships", relations_of("user_data"),
+     CUT_PAGE, None),
+    ("GET",    WF + "/required_existing_files", required_existing_files,      "", None),
+    ("GET",    WF + "/missing_user_data",       missing_user_data,            "", None),
+    ("GET",    WF + "/ready_job_requirements",  ready_job_requirements,       "", None),
+    ("GET",    WF + "/failure_handlers",        list_failure_handlers,        (
+        *PAGE, AFTER_ID.field), None),
+    ("POST",   WF + "/actions",                 create_action,                "", KINDS_OF_ACTION),
+    ("GET",    WF + "/actions",                 get_actions,                  "", None),
+    ("GET",    WF + "/actions/pending",         get_pending_actions,  "trigger_type strs", None),
+    ("POST",   WF + "/actions/<action:int>/claim", claim_action_request,      "",
+     fields("compute_node_id int > compute_node")),
+    ("DELETE", WF + "/actions/<action:int>/claim", unclaim_action_request,    "", None),
+    ("POST",   "/jobs",                         create_job,                   "", "job"),
+    ("POST",   "/bulk_jobs",                    create_bulk_jobs,             "",
+     fields("jobs maps required"), ITSELF),
+    ("GET",    "/jobs",                         list_jobs,                    listed(
+        "job", "include_relationships bool = false, include_results bool = false, search str,"
+        " family str"), None),
+    ("DELETE", "/jobs",        of_kind(clear_records, KINDS["job"]),  OF_WORKFLOW, None),
+    ("GET",    JOB,                             get_job, "include_results bool = false", None),
+    ("PUT",    JOB,                             update_job,                   "", "job"),
+    ("DELETE", JOB,            of_kind(delete_record, KINDS["job"]),  "", None),
+    ("POST",   JOB + "/complete_job/<status:status>/<run:int>", complete_job_request, "", "result"),
+    ("PUT",    JOB + "/start_job/<run:int>/<node:int>", start_job_request,    "", None),
+    ("PUT",    JOB + "/manage_status_change/<status:managed>/<run:int>", manage_status_change, "",
+     None),
+    ("POST",   JOB + "/retry/<run:int>",        retry_job_request, "max_retries int required",
+     None),
+    ("POST",   JOB + "/stop",                   stop_job_request, "status status required", None),
+    ("POST",   JOB + "/rerun",                  rerun_job_request, "only bool = false", None),
+    ("GET",    JOB + "/why",                    why_request,                  "", None),
+    ("POST",   "/resource_requirements",        create_resource_requirements, "",
+     "resource_requirements"),
+    ("PUT",    "/resource_requirements/<resource_requirements>", update_resource_requirements, "",
+     "resource_requirements"),
+    ("PUT",    "/files/<file>",                 update_file,                  "", "file"),
+    ("POST",   "/user_data",                    create_user_data,
+     "consumer_job_id int, producer_job_id int", "user_data"),
+    ("POST",   "/results",                      create_result,                "", "result"),
+    ("GET",    "/results",                      list_results,                 listed(
+        "result", "include_stderr bool = false"), None),
+    ("POST",   "/events",                       create_event,                 "", "event"),
+    ("PUT",    "/events/<event>",               update_event,                 "", ANY),
+    ("POST",   "/compute_nodes",                create_compute_node,          "", "compute_node"),
+    ("PUT",    "/compute_nodes/<compute_node>", update_compute_node,          "", "compute_node"),
+    ("POST",   "/compute_nodes/<compute_node>/release", release_compute_node,
+     'status status, return_code int = 1, reason str = ""', None),
+    ("POST",   "/scheduled_compute_nodes",      create_scheduled_node,        "once bool = false",
+     "scheduled_compute_node"),
+    ("GET",    "/slurm_stats",                  list_slurm_stats,     listed(
+        "slurm_stats", page=CUT_PAGE), None),
+    ("POST",   "/slurm_stats",                  create_slurm_stats,           "", "slurm_stats"),
+    ("POST",   "/admin/reload-auth",            reload_auth,                  "", None, ITSELF),
+    ("POST",   "/access_groups",                create_access_group,          "", GROUP, ITSELF),
+    ("GET",    "/access_groups",                list_access_groups,           PAGE, None, ITSELF),
+    ("GET",    "/access_groups/<id:int>",       get_access_group,             "", None, ITSELF),
+    ("DELETE", "/access_groups/<id:int>",       delete_access_group,          "", None, ITSELF),
+    ("POST",   "/access_groups/<id:int>/members", add_member,                 "", MEMBER, ITSELF),
+    ("GET",    "/access_groups/<id:int>/members", list_members,               PAGE, None, ITSELF),
+    ("DELETE", "/access_groups/<id:int>/members/<user:str>", remove_member,   "", None, ITSELF),
+    ("GET",    "/users/<user:str>/groups",      list_user_groups,             PAGE, None, ITSELF),
+    ("GET",    "/access_check/<id:int>/<user:str>", access_check,             "", None, ITSELF),
+    ("GET",    WF + "/access_groups",           list_workflow_groups,         PAGE, None),
+    ("POST",   WF + "/access_groups/<group:int>", share_workflow,             "", None),
+    ("DELETE", WF + "/access_groups/<group:int>", unshare_workflow,           "", None),
+    *crud_routes(),
 )
-
-
-def path_value(kind, text):
-    """A value in a path as int or status number. Raises BadRequest."""
-    if kind == "int" and re.fullmatch(r"[-+]?\d{1,18}", text):
-        return int(text)
-    if kind == "status" and text in STATUS_OF_NAME:
-        return STATUS_OF_NAME[text]
-    if kind == "str":
-        return text
-    raise BadRequest(f"{text!r} in the path is not {TYPE_NAMES[kind]}")
 
 
 class Endpoint(NamedTuple):
@@ -6859,64 +6817,35 @@ class Endpoint(NamedTuple):
     method: str
     path: str
     function: Any
-    body: str
-    types: tuple                          # of the values in its path
-    who: Any                              # raises Forbidden for those who may not, see who_may
+    query: tuple                          # Fields
+    body: tuple | None                    # Fields
+    partial: bool                         # whether required fields of the body may be absent
+    types: tuple                          # of the values in its path: a type, or a table
+    who: str
 
 
-ANYONE = ("/ping", "/version", "/server_info", "/workflows")
-SELF_GUARDED = ("/access_groups", "/users", "/access_check", "/admin")      # they check themselves
+def endpoint(method, path, function, query, body, who=""):
+    """The Endpoint of a row of ROUTES. Raises AssertionError for one that says not who may."""
+    types = tuple(part.rpartition(":")[2] for part in re.findall(r"<([^>]+)>", path))
+    query = fields(query) if query and isinstance(query, str) else query or ()
+    wanted = KINDS[body].fields if isinstance(body, str) else body
+    named = {field.name for field in (*query, *(wanted or ()))}
+    assert who or types[:1] and types[0] in KINDS or "workflow_id" in named, path
+    return Endpoint(method, path, function, query, wanted, isinstance(body, str) and
+                    method == "PUT", types, who)
 
 
-def who_may(method, path):
-    """The check that access control makes before an operation, by its path."""
-    kinds = {kind.path: kind for kind in KINDS.values()}
-    words = path.split("/")
-    first = "/" + words[1]
-    if path in ("/workflows", "/workflow_specs") and method == "POST":
-        return somebody
-    if path in ANYONE or first in SELF_GUARDED:
-        return anyone
-    if path.startswith(WF):
-        return user_of_workflow
-    if path in kinds or path == "/bulk_jobs":
-        return user_of_named
-    return user_of(kinds[first].table)    # KeyError for a path without a rule
-
-
-def build_index(routes):
-    """Routes by (number of segments, fixed segments joined): {method: Endpoint}."""
+def index_of(routes):
+    """{(number of segments, the first): {segments, "*" for values: {method: Endpoint}}}."""
     index = {}
-    for method, path, function, body in routes:
-        segments = path.strip("/").split("/")
-        pattern = tuple("*" if segment.startswith("<") else segment for segment in segments)
-        types = tuple(segment[1:-1].split(":")[1] for segment in segments if segment[0] == "<")
-        index.setdefault(pattern, {})[method] = Endpoint(method, path, function, body, types,
-                                                         who_may(method, path))
+    for route in routes:
+        pattern = tuple("*" if part[0] == "<" else part for part in route[1].strip("/").split("/"))
+        index.setdefault((len(pattern), pattern[0]), {}).setdefault(pattern, {})[
+            route[0]] = endpoint(*route)
     return index
 
 
-INDEX = build_index(ROUTES)
-PATTERNS = {}                             # by number of segments and the first one
-for _pattern in INDEX:
-    PATTERNS.setdefault((len(_pattern), _pattern[0]), []).append(_pattern)
-
-
-def find_endpoint(method, path):
-    """(Endpoint, texts of its path values) for a path without prefix.
-
-    Raises NotFound, or BadRequest with .allow (methods that exist) for another method.
-    """
-    segments = path.split("/")[1:]
-    for pattern in PATTERNS.get((len(segments), segments[0]) if segments else (), ()):
-        if all(want == "*" and have or want == have for want, have in zip(pattern, segments)):
-            methods = INDEX[pattern]
-            if method not in methods:
-                error = WrongMethod(f"{path} does not take {method}")
-                error.allow = sorted(methods)
-                raise error
-            return methods[method], [have for want, have in zip(pattern, segments) if want == "*"]
-    raise NoSuchPath(f"there is no {path} here")
+INDEX = index_of(ROUTES)
 
 
 class WrongMethod(TorcError):
@@ -6929,12 +6858,105 @@ class NoSuchPath(NotFound):
     """The URL leads nowhere; the answer has an empty body."""
 
 
+def find_endpoint(method, path):
+    """(Endpoint, texts of its path values) for a path without prefix.
+
+    Raises NotFound, or BadRequest with .allow (methods that exist) for another method.
+    """
+    segments = path.split("/")[1:]
+    for pattern, methods in INDEX.get((len(segments), segments[0] if segments else ""), {}).items():
+        if all(want == "*" and have or want == have for want, have in zip(pattern, segments)):
+            if method not in methods:
+                error = WrongMethod(f"{path} does not take {method}")
+                error.allow = sorted(methods)
+                raise error
+            return methods[method], [have for want, have in zip(pattern, segments) if want == "*"]
+    raise NoSuchPath(f"there is no {path} here")
+
+
 def call_endpoint(endpoint, texts, request):
-    """Run an operation with the values of its path, converted."""
-    values = [path_value(kind, text) for kind, text in zip(endpoint.types, texts)]
-    if request.access.enforced:
-        endpoint.who(request, values)
+    """Run an operation: read what it declares, check existence, access and references, call it."""
+    values = []
+    for kind, text in zip(endpoint.types, texts):
+        try:
+            values.append(read_word("int" if kind in KINDS else kind, text))
+        except (ValueError, KeyError):
+            raise BadRequest(f"{text!r:.80} in the path is not "
+                             f"{TYPES['int' if kind in KINDS else kind][1]}") from None
+    body = request.body
+    if endpoint.body is ANY:
+        check_body({"value": body}, ANY)
+    elif endpoint.body is not None:
+        body = check_body(body, endpoint.body, endpoint.partial)
+    request = request._replace(query=read_query(endpoint.query, request.query), body=body)
+    if endpoint.method == "GET":
+        return run(endpoint, values, request)
+    with request.store.transaction():
+        return run(endpoint, values, request)
+
+
+def run(endpoint, values, request):
+    """Check existence, access and references, and call the operation."""
+    if endpoint.who == SOMEBODY and request.access.enforced and not request.user:
+        raise Forbidden(f"{request.subject} may not create workflows here: give a user name and "
+                        "password (TORC_USERNAME, TORC_PASSWORD)")
+    if not endpoint.who:
+        table = endpoint.types[0] if endpoint.types else ""
+        if table in KINDS and table != "workflow":
+            row = request.store.one(f"SELECT workflow_id FROM {table} WHERE id = ?", values[:1])
+            if not row:
+                raise not_found(KINDS[table], values[0])
+            workflow_ids = row
+        elif table:
+            workflow_ids = values[:1]
+        else:                             # every workflow that is named, whichever is used
+            workflow_ids = {named["workflow_id"] for named in (request.query, request.body or {})
+                            if "workflow_id" in named}
+        for workflow_id in workflow_ids:
+            request = admitted(request, workflow_id)
+        if endpoint.body and endpoint.body is not ANY:
+            check_references(request, [field for field in endpoint.body if not (
+                endpoint.partial and field.type == "ids")], [request.body])
     return endpoint.function(request, *values)
+
+
+def admitted(request, workflow_id):
+    """The request, of a workflow that exists and that the caller may use. Raises NotFound,
+    Forbidden."""
+    if not request.store.one("SELECT 1 FROM workflow WHERE id = ?", (workflow_id,)):
+        raise not_found(KINDS["workflow"], workflow_id)
+    if request.access.enforced:
+        require_access(request.store, workflow_id, request.user)
+    return request._replace(workflow_id=workflow_id)
+
+
+def check_references(request, wanted, records, unknown=False):
+    """Raise Invalid where records refer to what does not exist or belongs to another workflow.
+
+    A compute node may be of another workflow that the caller may use, as clients of Torc do. A
+    scheduler need not exist; unknown: nothing need exist.
+    """
+    for field in wanted:
+        if not field.refers or field.refers == "workflow":
+            continue
+        ids = {one for record in records if record.get(field.name) is not None for one in (
+            record[field.name] if isinstance(record[field.name], list) else [record[field.name]])}
+        found = ids and request.store.query(
+            f"SELECT v.value, t.workflow_id FROM json_each(?) v LEFT JOIN {field.refers} t ON t.id"
+            " = v.value WHERE t.workflow_id IS NOT ?", (compact(list(ids)), request.workflow_id))
+        for record_id, owner in found or ():
+            what = f"{field.name}: {KINDS[field.refers].name} {record_id}"
+            if owner is None:
+                if field.refers == "slurm_scheduler" or unknown or field.refers == (
+                        "failure_handler") and not record_id:
+                    continue
+                raise Invalid(f"{what} does not exist")
+            if field.refers == "compute_node" and (
+                    not request.access.enforced or is_admin(request.store, request.user)
+                    or has_access(request.store, owner, request.user)):
+                continue
+            raise Invalid(f"{what} belongs to workflow {owner}, not to workflow "
+                          f"{request.workflow_id}")
 
 
 # ==================================================================================================
@@ -10540,17 +10562,15 @@ DANE = Profile(
 
 BUILT_IN_PROFILES = {profile.name: profile for profile in (KESTREL, DANE)}
 DYNAMIC_PROFILE = "slurm"                 # read from the cluster's own programs
-PROFILE_RULES = {                         # types as in SPEC_FIELDS
-    "name": "name!", "display_name": "str", "description": "str", "detection": "list",
-    "partitions": "list!", "default_account": "str", "charge_factor_cpu": "number",
-    "charge_factor_gpu": "number", "metadata": "map"}
-DETECTION_RULES = {"type": "enum!:env|hostname|file", "value": "name!", "name": "str"}
-PARTITION_RULES = {
-    "name": "name!", "cpus_per_node": "positive!", "memory_mb": "positive",
-    "max_walltime_secs": "positive", "max_nodes": "positive", "max_nodes_per_user": "positive",
-    "min_nodes": "count", "gpus_per_node": "count", "gpu_type": "str", "gpu_memory_gb": "positive",
-    "local_disk_gb": "count", "shared": "bool", "requires_explicit_request": "bool",
-    "default_qos": "str", "features": "strs", "description": "str"}
+PROFILE_FIELDS = fields("""
+    name str required, display_name str, description str, detection list, partitions list required
+    default_account str, charge_factor_cpu float, charge_factor_gpu float, metadata map""")
+DETECTION_FIELDS = fields("type enum:env|hostname|file required, value name required, name str")
+PARTITION_FIELDS = fields("""
+    name name required, cpus_per_node positive required, memory_mb positive
+    max_walltime_secs positive, max_nodes positive, max_nodes_per_user positive, min_nodes count
+    gpus_per_node count, gpu_type str, gpu_memory_gb positive, local_disk_gb count, shared bool
+    requires_explicit_request bool, default_qos str, features strs, description str""")
 
 
 def profile_json(profile):
@@ -10561,29 +10581,22 @@ def profile_json(profile):
                            for one in profile.partitions]}
 
 
-def checked_record(record, rules, what):
+def checked_record(record, wanted, what):
     """The fields of a record of a profile that are not null. Raises TorcError."""
-    if not isinstance(record, dict):
-        raise TorcError(f"{what} is {record!r:.60}, not a mapping")
-    for name, value in record.items():
-        if name not in rules:
-            raise TorcError(f"{what}: unknown field {name!r}{nearest(name, rules)}")
-        fault = fault_of(value, rules[name]) if value is not None else None
-        if fault:
-            raise TorcError(f"{what}: {name}: {fault}")
-    for name, rule in rules.items():
-        if "!" in rule.partition(":")[0] and record.get(name) is None:
-            raise TorcError(f"{what}: the field {name} is missing")
-    return {name: value for name, value in record.items() if value is not None}
+    problems = Problems("")
+    good = check_fields(problems, (), record, {field.name: field for field in wanted}, what)
+    for _, sentence in problems.found:
+        raise TorcError(sentence)
+    return good
 
 
 def read_profile(path):
     """The Profile in a JSON file, as `torc hpc generate` writes it. Raises TorcError."""
-    record = checked_record(parse_json(path, read_spec_text(path)), PROFILE_RULES, path)
+    record = checked_record(parse_json(path, read_spec_text(path)), PROFILE_FIELDS, path)
     signs, partitions = [], []
     for number, one in enumerate(record.get("detection", ())):
         what = f"{path}: detection {number + 1}"
-        sign = Detection(**checked_record(one, DETECTION_RULES, what))
+        sign = Detection(**checked_record(one, DETECTION_FIELDS, what))
         if sign.type == "env" and not sign.name:
             raise TorcError(f"{what}: the field name, of the environment variable, is missing")
         with contextlib.suppress(re.error):
@@ -10592,7 +10605,9 @@ def read_profile(path):
             continue
         raise TorcError(f"{what}: {sign.value!r} is no regular expression")
     for number, one in enumerate(record["partitions"]):
-        good = checked_record(one, PARTITION_RULES, f"{path}: {title('partition', number, one)}")
+        good = checked_record(one, PARTITION_FIELDS, f"{path}: " + (
+            f'partition "{one["name"]}"' if isinstance(one, dict) and isinstance(
+                one.get("name"), str) else f"partition number {number + 1}"))
         partitions.append(Partition(**{"memory_mb": None, "max_walltime_secs": None, **good,
                                        "features": tuple(good.get("features", ()))}))
     if record["name"] == DYNAMIC_PROFILE:
@@ -10896,19 +10911,19 @@ class Part(NamedTuple):
 def dependency_levels(jobs):
     """([level of each job], [keys of the jobs each waits for]); a key is (requirement, level).
 
-    jobs: as in a payload, with indexes in depends_on, input_files, output_files, input_user_data,
-    output_user_data. Level 0 waits for nothing; others are one above the highest they wait for.
+    jobs: as in a payload, where the first has the id 1. Level 0 waits for nothing; others are one
+    above the highest they wait for.
     """
     writers = {}
     for number, job in enumerate(jobs):
-        for what in ("files", "user_data"):
-            for other in job.get(f"output_{what}", ()):
+        for what in ("file", "user_data"):
+            for other in job.get(f"output_{what}_ids", ()):
                 writers.setdefault((what, other), []).append(number)
     parents = []
     for number, job in enumerate(jobs):
-        found = set(job.get("depends_on", ()))
-        for what in ("files", "user_data"):
-            for other in job.get(f"input_{what}", ()):
+        found = {other - 1 for other in job.get("depends_on_job_ids", ())}
+        for what in ("file", "user_data"):
+            for other in job.get(f"input_{what}_ids", ()):
                 found.update(writers.get((what, other), ()))
         found.discard(number)
         parents.append(found)
@@ -10924,17 +10939,17 @@ def dependency_levels(jobs):
             waits[child] -= 1
             if not waits[child]:
                 free.append(child)
-    return levels, [{(jobs[parent].get("resource_requirements"), levels[parent])
+    return levels, [{(jobs[parent].get("resource_requirements_id"), levels[parent])
                      for parent in found} for found in parents]
 
 
 def group_jobs(jobs, requirements):
     """Groups for plan_allocations: jobs of one requirement and one level of dependencies.
 
-    jobs, requirements: records as in a payload; a job names its requirement by index.
+    jobs, requirements: records as in a payload; the first requirement has the id 1.
     Raises TorcError for jobs without requirements.
     """
-    bare = [job["name"] for job in jobs if job.get("resource_requirements") is None]
+    bare = [job["name"] for job in jobs if "resource_requirements_id" not in job]
     if bare:
         raise TorcError(f"without resource_requirements nobody knows what to ask Slurm for: "
                         f"{plural(len(bare), 'job')} {'has' if len(bare) == 1 else 'have'} none "
@@ -10942,12 +10957,12 @@ def group_jobs(jobs, requirements):
     levels, after = dependency_levels(jobs)
     groups = {}
     for job, level, keys in zip(jobs, levels, after):
-        number = job["resource_requirements"]
+        number = job["resource_requirements_id"]
         group = groups.setdefault((level, number), {
-            **requirements[number], "jobs": [], "deferred": level > 0, "level": level,
+            **requirements[number - 1], "jobs": [], "deferred": level > 0, "level": level,
             "after": set()})
         group["jobs"].append(job["name"])
-        group["after"].update((requirements[other]["name"], above) for other, above in keys)
+        group["after"].update((requirements[other - 1]["name"], above) for other, above in keys)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -11155,14 +11170,14 @@ def expanded_names(document):
     problems, shared = Problems("", None), document.get("parameters") or {}
     return [[one["name"] for one in
              expand(problems, (), {name: value for name, value in job.items()
-                                   if value is not None}, shared, "")]
+                                   if value is not None}, shared, "")[1]]
             for job in document["jobs"]]
 
 
 def name_pattern(name):
     """A regular expression for the names that a job's name with placeholders stands for."""
     parts, end = [], 0
-    for match in PLACEHOLDER.finditer(name):
+    for match in re.finditer(r"(?<!\$)\{[^{}]+\}", name):
         parts += [re.escape(name[end:match.start()]), ".+"]
         end = match.end()
     return f"^{''.join(parts)}{re.escape(name[end:])}$"
@@ -11409,7 +11424,7 @@ class Application:
         """Run an operation; those that wait take a place of their own, so they starve nobody."""
         from urllib.parse import parse_qs
         query = parse_qs(http.query_string, keep_blank_values=True)
-        body = read_json(http) if endpoint.body == JSON else None
+        body = read_json(http) if endpoint.body is not None else None
         request = Request(self.store, verdict.user, query, body, time.time(), self.urls,
                           self.access, "unknown" if verdict.state == "wrong" else "anonymous")
         if endpoint.function is stream_events:
@@ -16112,9 +16127,9 @@ def missing_inputs(payload):
     """Paths of files that jobs of a payload read, none writes, and that do not exist."""
     read, written = set(), set()
     for job in payload["jobs"]:
-        read.update(job.get("input_files", ()))
-        written.update(job.get("output_files", ()))
-    paths = [payload["files"][index]["path"] for index in sorted(read - written)]
+        read.update(job.get("input_file_ids", ()))
+        written.update(job.get("output_file_ids", ()))
+    paths = [payload["files"][file_id - 1]["path"] for file_id in sorted(read - written)]
     return [path for path in paths if present_time(path) is None]
 
 
@@ -17058,17 +17073,9 @@ def json_file(path):
         raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-EXPORTED = (                              # key in the document, path, what a new record keeps of it
-    ("files", "/files", "name path st_mtime"),
-    ("user_data", "/user_data", "name data is_ephemeral"),
-    ("resource_requirements", "/resource_requirements",
-     "name num_cpus num_gpus num_nodes memory runtime"),
-    ("slurm_schedulers", "/slurm_schedulers",
-     "name account gres mem nodes ntasks_per_node partition qos tmp walltime extra"),
-    ("local_schedulers", "/local_schedulers", ""),
-    ("failure_handlers", "/workflows/{}/failure_handlers", "name rules"))
-EXPORTED_JOB = ("name command invocation_script cancel_on_blocking_job_failure supports_termination"
-                " priority stdio")
+EXPORTED = {                              # key in the document: path
+    **{name: KINDS[table].path for name, table in SPEC_LISTS.items() if name != "jobs"},
+    "local_schedulers": "/local_schedulers", "failure_handlers": "/workflows/{}/failure_handlers"}
 EXPORT_VERSION = "1.0"
 
 
@@ -17080,7 +17087,7 @@ def export_workflow(client, workflow_id, results=False, events=False):
 
     document = {"export_version": EXPORT_VERSION, "exported_at": iso_time(time.time()),
                 "workflow": client.get(f"/workflows/{workflow_id}"),
-                **{key: records(path.format(workflow_id)) for key, path, _ in EXPORTED},
+                **{key: records(path.format(workflow_id)) for key, path in EXPORTED.items()},
                 "ro_crate_entities": [], "jobs": records("/jobs", include_relationships=True),
                 "workflow_actions": client.get(f"/workflows/{workflow_id}/actions")}
     if results:
@@ -17091,56 +17098,47 @@ def export_workflow(client, workflow_id, results=False, events=False):
     return document
 
 
-def picked(record, names):
-    """The named fields of a record that have a value."""
-    return {name: record[name] for name in names.split() if record.get(name) is not None}
+def picked(record, table, ids=None):
+    """What a new record of a kind takes of an exported one. ids: {table: {old id: new one}}."""
+    made = {field.name: record[field.name] for field in KINDS[table].fields if not field.server
+            and field.name not in ("workflow_id", "status") and record.get(field.name) is not None}
+    for field in KINDS[table].fields if ids else ():
+        if field.refers and field.name in made:
+            new = ids[field.refers]
+            made[field.name] = [new[one] for one in made[field.name]] if field.type == "ids" \
+                else new.get(made[field.name])
+    return {name: value for name, value in made.items() if value is not None}
 
 
 def import_payload(document, name=None):
-    """The body of POST /workflow_specs that makes an exported workflow anew. Raises Invalid."""
+    """The body of POST /workflow_specs that recreates an exported workflow. Raises Invalid."""
     if not isinstance(document, dict) or not isinstance(document.get("workflow"), dict):
-        raise Invalid("this is no exported workflow: it has no `workflow` (torc workflows export "
-                      "writes one)")
+        raise Invalid("this is not an exported workflow: it has no `workflow` (torc workflows "
+                      "export writes one)")
     if str(document.get("export_version", "1")).partition(".")[0] != EXPORT_VERSION[0]:
         raise Invalid(f"export_version {document['export_version']!r} is not known here "
                       f"({EXPORT_VERSION})")
-    place, payload = {}, {}
-    for key, _, names in EXPORTED:
-        kept = [record for record in document.get(key) or () if names and not (
-            key == "resource_requirements" and record["name"] == "default")]
-        place[key] = {record["id"]: index for index, record in enumerate(kept)}
-        if names:
-            payload[key] = [picked(record, names) for record in kept]
-    jobs = document.get("jobs") or []
-    place["jobs"] = {job["id"]: index for index, job in enumerate(jobs)}
-    links = (("depends_on", "depends_on_job_ids", "jobs"),
-             *((what, key, table) for what, (table, key) in SPEC_RELATIONS.items()))
-    payload["jobs"] = [{
-        **picked(job, EXPORTED_JOB),
-        **{what: place[table][job[key]] for what, key, table in (
-            ("resource_requirements", "resource_requirements_id", "resource_requirements"),
-            ("scheduler", "scheduler_id", "slurm_schedulers"),
-            ("failure_handler", "failure_handler_id", "failure_handlers"))
-           if job.get(key) in place[table]},
-        **{what: [place[table][number] for number in job[key]] for what, key, table in links
-           if job.get(key)}} for job in jobs]
-    workflow = document["workflow"]
-    payload["workflow"] = {field.name: workflow[field.name] for field in KINDS["workflow"].fields
-                           if not field.server and workflow.get(field.name) is not None}
-    payload["workflow"]["name"] = name or workflow["name"]
-    payload["actions"] = [import_action(action, place) for action in
+    ids, payload = {}, {"workflow": picked(document["workflow"], "workflow")}
+    for key, table in SPEC_LISTS.items():
+        kept = [record for record in document.get(key) or () if not (
+            table == "resource_requirements" and record["name"] == "default")]
+        ids[table] = {record["id"]: number for number, record in enumerate(kept, 1)}
+        payload[key] = [picked(record, table, ids) for record in kept]
+    payload["workflow"]["name"] = name or document["workflow"]["name"]
+    payload["actions"] = [import_action(action, ids) for action in
                           document.get("workflow_actions") or () if not action.get("is_recovery")]
     return payload
 
 
-def import_action(action, place):
-    """An exported action with indexes in place of ids."""
-    config = dict(action["action_config"])
+def import_action(action, ids):
+    """An exported action with the ids of the new records. ids: see picked."""
+    made = {name: action[name] for name in ("trigger_type", "action_type", "persistent")
+            if action.get(name) is not None}
+    config = made["action_config"] = dict(action["action_config"])
     if "scheduler_id" in config:
-        config["scheduler"] = place["slurm_schedulers"][config.pop("scheduler_id")]
-    made = {**picked(action, "trigger_type action_type persistent"), "action_config": config}
+        config["scheduler_id"] = ids["slurm_scheduler"][config["scheduler_id"]]
     if action.get("job_ids"):
-        made["jobs"] = [place["jobs"][number] for number in action["job_ids"]]
+        made["job_ids"] = [ids["job"][number] for number in action["job_ids"]]
     return made
 
 
@@ -17763,7 +17761,7 @@ def dry_submit(args, client, spec, request):
     if spec:
         workflow = {"id": 0, **spec.payload["workflow"]}
         actions, schedulers = spec.payload["actions"], dict(enumerate(
-            spec.payload["slurm_schedulers"]))
+            spec.payload["slurm_schedulers"], 1))
     else:
         workflow = client.get(f"/workflows/{int(args.spec)}")
         actions = client.get(f"/workflows/{workflow['id']}/actions")
@@ -17775,7 +17773,7 @@ def dry_submit(args, client, spec, request):
     for action in actions:
         config = action["action_config"]
         if action["action_type"] == "schedule_nodes" and action["trigger_type"] in START_ACTIONS:
-            scheduler = {"id": 0, **schedulers[config.get("scheduler", config.get("scheduler_id"))]}
+            scheduler = {"id": 0, **schedulers[config["scheduler_id"]]}
             wanted = request._replace(one_worker_per_node=config.get("start_one_worker_per_node"))
             words = worker_words(client, workflow, scheduler, wanted, config["num_allocations"])
             scripts.append({"scheduler": scheduler["name"], "num_allocations":
