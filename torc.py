@@ -2320,7 +2320,7 @@ class Store:
         self._waiting = {}                # workflow: [condition, number of waiters]
         self._waiting_lock = threading.Lock()
         self._readers = []
-        self._host_lock = None
+        self._host_lock = self._served = None
         try:
             # Closing any descriptor of a database drops the locks that this process has on it.
             if not os.path.isfile(self.path):
@@ -2335,15 +2335,31 @@ class Store:
         self._network = network
         if network:
             self._host_lock = HostLock(self.path + ".lock", server)
+        elif server:
+            self._lock_file()
         self._writer = self._connect()
         self._migrate()
         self.id = self.one("SELECT value FROM meta WHERE key = 'id'")[0]
+
+    def _lock_file(self):
+        """Hold a lock (flock(2), which is none of SQLite's) on the database as long as this server
+        lives. Raises Conflict when another server has it."""
+        import fcntl
+        self._served = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._served, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._served)
+            raise Conflict(f"database {self.path} is served already") from None
+        except OSError:                   # a file system without such locks
+            pass
 
     def _connect(self):
         import sqlite3
         try:
             connection = sqlite3.connect(self.path, timeout=45, isolation_level=None,
                                          check_same_thread=False)
+            self._check_owner(connection)
             connection.execute("PRAGMA foreign_keys = ON")
             self._set_journal_mode(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -2351,6 +2367,18 @@ class Store:
             return connection
         except sqlite3.Error as error:
             raise self._trouble(error) from None
+
+    def _check_owner(self, connection):
+        """Raise Unreachable for a database of another program, or of a newer one of ours, before
+        anything is written to it."""
+        version, = connection.execute("PRAGMA user_version").fetchone()
+        names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+        if names and not {"meta", "workflow_action"} <= names:
+            raise Unreachable(f"database {self.path} belongs to another program: name another with "
+                              "--database FILE")
+        if version > len(MIGRATIONS):
+            raise Unreachable(f"database {self.path} was made by a newer torc (its schema is "
+                              f"{version}, this program knows {len(MIGRATIONS)}): use that one")
 
     def _set_journal_mode(self, connection):
         """WAL on a local disk. Two who open a new file at once: SQLite tells one of them "locked"
@@ -2378,6 +2406,8 @@ class Store:
             text = "the disk is full, so nothing was changed: free some space and try again"
         elif "readonly" in text:
             text = "not writable by you: name another with --database FILE"
+        elif "unable to open" not in text:           # a disk that cannot be read, a damaged file
+            return Internal(f"database {self.path}: {text}")
         return Unreachable(f"database {self.path}: {text}")
 
     def _migrate(self):
@@ -2387,12 +2417,6 @@ class Store:
             return
         with self.transaction():
             version = self.one("PRAGMA user_version")[0]
-            if version > len(MIGRATIONS):
-                raise Unreachable(f"database {self.path} was made by a newer torc (its schema is "
-                                  f"{version}, this program knows {len(MIGRATIONS)}): use that one")
-            if version == 0 and self.one("SELECT count(*) FROM sqlite_master")[0]:
-                raise Unreachable(f"database {self.path} belongs to another program: name another "
-                                  "with --database FILE")
             for statement in statements(";".join(MIGRATIONS[version:])):
                 self.execute(statement)
             self.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (secrets.token_hex(8),))
@@ -2417,6 +2441,9 @@ class Store:
             self._readers = []
         if self._host_lock:
             self._host_lock.close()
+        if self._served is not None:      # after SQLite, whose locks on the file it would drop
+            os.close(self._served)
+            self._served = None
 
     # ---- transactions and queries
 
@@ -3643,11 +3670,11 @@ def stop_job(store, job_id, status):
     store.news(job.workflow_id)
 
 
-def rerun_jobs(store, workflow_id, ids, only=False):
+def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
     """In a transaction: ended jobs of a workflow run again, a new attempt each, and so does what
     has run downstream of them, unless `only`. What their failure had canceled is blocked again.
 
-    Returns the ids of those that run again. Raises Invalid.
+    Returns the JobRows of those that run again, as they were. Raises Invalid.
     """
     refuse_archived(store, workflow_id)
     if workflow_row(store, workflow_id, "is_canceled")[0]:
@@ -3659,10 +3686,12 @@ def rerun_jobs(store, workflow_id, ids, only=False):
                           "can be retried")
     again = [*ids, *([] if only else ran_after(store, ids))]
     refuse_hindered(store, again)
-    begin_anew(store, again, again=1, forget=True)
-    settle(store, workflow_id)
-    store.news(workflow_id)
-    return again
+    jobs = find_jobs(store, f"id IN {IDS}", (compact(again),))
+    if not dry_run:
+        begin_anew(store, again, again=1, forget=True)
+        settle(store, workflow_id)
+        store.news(workflow_id)
+    return jobs
 
 
 def delete_records(store, kind, workflow_id, where, params):
@@ -5079,11 +5108,12 @@ def hash_password(password, cost=BCRYPT_COST):
 class PasswordFile:
     """An htpasswd file: its lines as they are, and the users in them.
 
-    path: the file; absent: False makes one that does not exist an error. Raises Unreachable with
-    file and line for what cannot be read or used.
+    path: the file; absent: False makes one that does not exist an error. faults: a list for what is
+    wrong with single lines, which then have no users. Raises Unreachable with file and line for
+    what cannot be read or used.
     """
 
-    def __init__(self, path, absent=False):
+    def __init__(self, path, absent=False, faults=None):
         self.path = path
         self.users = {}
         try:
@@ -5100,7 +5130,12 @@ class PasswordFile:
             raise Unreachable(f"password file {path}: {reason}") from None
         for number, line in enumerate(self.lines, 1):
             if line.strip() and not line.startswith("#"):
-                self._take(line.strip(), f"password file {path}, line {number}")
+                try:
+                    self._take(line.strip(), f"password file {path}, line {number}")
+                except Unreachable as fault:
+                    if faults is None:
+                        raise
+                    faults.append(str(fault))
 
     def _take(self, line, place):
         user, colon, hashed = line.partition(":")
@@ -5115,9 +5150,12 @@ class PasswordFile:
         self.users[user] = hashed
 
     def look(self):
-        """What changes when the file does."""
-        found = os.stat(self.path)
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        """What changes when the file does; None if there is none."""
+        try:
+            found = os.stat(self.path)
+            return found.st_mtime_ns, found.st_size, found.st_ino
+        except FileNotFoundError:
+            return None
 
     def set(self, user, hashed):
         """Give a user a hash, in the user's line if there is one; None removes the user."""
@@ -5164,7 +5202,7 @@ def write_private(path, text):
 def basic_credentials(header):
     """(user, password) of an Authorization header, None if it carries none (RFC 7617)."""
     import base64
-    if not header or not header.startswith("Basic "):
+    if not header or header[:6].lower() != "basic ":
         return None
     try:
         user, colon, password = base64.b64decode(header[6:], validate=True).decode().partition(":")
@@ -5207,7 +5245,10 @@ class Gate:
     def __init__(self, path, required=False, ttl_s=60.0, warn=lambda text: None):
         import collections
         self.required, self.ttl_s, self.warn = required, ttl_s, warn
-        self.file = self._read(path)
+        self.file = PasswordFile(path)
+        if not self.file.users:
+            raise Unreachable(f"password file {path} has no users: torc-htpasswd add --file {path} "
+                              "USER adds one")
         self.key = os.urandom(32)
         self.proven = {}                  # user: (hash, digest of the password, believed until)
         self.refuted = collections.OrderedDict()     # digests of wrong credentials
@@ -5220,23 +5261,17 @@ class Gate:
 
     # -- the file
 
-    @staticmethod
-    def _read(path):
-        file = PasswordFile(path)
-        if not file.users:
-            raise Unreachable(f"password file {path} has no users: torc-htpasswd add --file {path} "
-                              "USER adds one")
-        return file
-
     def reload(self):
-        """Read the file again. Raises Unreachable, and keeps the users it had."""
-        fresh = self._read(self.file.path)
+        """Read the file again; returns what is wrong with single lines. Whoever is no longer in it
+        is let in no more, whatever else it has. Raises Unreachable when it cannot be read."""
+        faults = []
+        fresh = PasswordFile(self.file.path, absent=True, faults=faults)
         with self.condition:
             self.file = fresh
             self.proven = {user: entry for user, entry in self.proven.items()
                            if fresh.users.get(user) == entry[0]}
             self.refuted.clear()
-        return len(fresh.users)
+        return faults
 
     def _look_at_file(self, now):
         """Read it again if it has changed, looking at most once a second."""
@@ -5244,15 +5279,17 @@ class Gate:
             return
         self.looked = now
         try:
-            if self.file.look() != self.file.signature:
-                self.reload()
-                self.warn(f"password file {self.file.path} has changed: "
-                          f"{len(self.file.users)} users")
+            signature = self.file.look()
+            if signature == self.file.signature:
+                return
+            self.file.signature = signature          # complained about once
+            faults = self.reload()
+            self.warn(f"password file {self.file.path} "
+                      + ("is gone" if signature is None else "has changed")
+                      + f": {plural(len(self.file.users), 'user')}"
+                      + "".join(f"; {fault}" for fault in faults))
         except (OSError, Unreachable) as error:
-            self.file.signature = None    # complained about once, until it changes again
-            with contextlib.suppress(OSError):
-                self.file.signature = self.file.look()
-                self.warn(f"the users stay as they were: {error}")
+            self.warn(f"the users stay as they were: {error}")
 
     # -- judging
 
@@ -6042,18 +6079,19 @@ def rerun_job_request(request, job_id):
 
 def rerun_jobs_request(request, workflow_id):
     """Run ended jobs of a workflow again, all or none of them, with other resource requirements
-    where these are named (ours); see rerun_job_request."""
+    where these are named; answers which run again (ours). See rerun_job_request."""
     wanted = fields("job_id int required > job, resource_requirements_id int >"
                     " resource_requirements")
     rows = [check_body(row, wanted) for row in request.body["jobs"]]
     check_references(request, wanted, rows)
     for row in rows:
-        if "resource_requirements_id" in row:
+        if "resource_requirements_id" in row and not request.query["dry_run"]:
             request.store.execute("UPDATE job SET resource_requirements_id = ? WHERE id = ?",
                                   (row["resource_requirements_id"], row["job_id"]))
-    again = rerun_jobs(request.store, workflow_id, list(dict.fromkeys(
-        row["job_id"] for row in rows)), request.query["only"])
-    return {"count": len(again)}
+    jobs = rerun_jobs(request.store, workflow_id, list(dict.fromkeys(
+        row["job_id"] for row in rows)), **request.query)
+    return {"count": len(jobs), "jobs": [
+        {"id": job.id, "name": job.name, "status": STATUS_NAMES[job.status]} for job in jobs]}
 
 
 def why_request(request, job_id):
@@ -6635,13 +6673,14 @@ def reload_auth(request):
     require_admin(request)
     gate = request.access.gate
     try:
-        if not gate:
-            raise Internal("the server was started without --auth-file")
-        return {"message": "Auth credentials reloaded successfully", "user_count": gate.reload()}
-    except TorcError as trouble:
-        error = Internal(f"{trouble}; the users stay as they were" if gate else str(trouble))
+        faults = gate.reload() if gate else ["the server was started without --auth-file"]
+    except Unreachable as trouble:
+        faults = [f"{trouble}; the users stay as they were"]
+    if faults:
+        error = Internal("; ".join(faults))
         error.title = "ReloadFailed" if gate else "NoAuthFile"
-        raise error from None
+        raise error
+    return {"message": "Auth credentials reloaded successfully", "user_count": len(gate.file.users)}
 
 
 # ---- the whole surface
@@ -6725,8 +6764,8 @@ ROUTES = (
     ("POST",   WF + "/reset_status",            reset_status,         "force bool = false", None),
     ("POST",   WF + "/reset_job_status",        reset_job_status,
      "failed_only bool = false", None),
-    ("POST",   WF + "/rerun_jobs",              rerun_jobs_request,           "only bool = false",
-     fields("jobs maps required")),
+    ("POST",   WF + "/rerun_jobs",              rerun_jobs_request,
+     "only bool = false, dry_run bool = false", fields("jobs maps required")),
     ("POST",   WF + "/initialize_jobs",         initialize,
      "only_uninitialized bool = false, clear_ephemeral_user_data bool = false", None),
     ("POST",   WF + "/process_changed_job_inputs", process_changed_job_inputs,
@@ -7071,17 +7110,30 @@ class Calls:
         return self.get(path, **query)
 
     def items(self, path, **query):
-        """All records of a list, page by page; limit and offset in the query are honoured."""
+        """All records of a list, page by page; limit and offset in the query are honoured.
+
+        Pages begin behind the last id, so that nothing is passed over while records come and go;
+        with an offset or an order of its own, or from a server that does not know after_id, behind
+        as many records as were read.
+        """
         left = query.pop("limit", None)
         offset = query.pop("offset", None) or 0
+        by_id = not offset and not any(query.get(name) for name in ("sort_by", "reverse_sort"))
+        last = None
         while left is None or left > 0:
             size = PAGE_SIZE if left is None else min(left, PAGE_SIZE)
-            page = self.get(path, **query, limit=size, offset=offset)
-            yield from page["items"]
-            if not page["has_more"] or not page["items"]:
+            where = {"after_id": last} if by_id and last is not None else {"offset": offset}
+            page = self.get(path, **query, limit=size, **where)
+            items = page["items"]
+            if "after_id" in where and items and items[0]["id"] <= last:
+                by_id = False
+                continue
+            yield from items
+            if not page["has_more"] or not items:
                 return
-            offset += len(page["items"])
-            left = None if left is None else left - len(page["items"])
+            offset += len(items)
+            last = items[-1].get("id")
+            left = None if left is None else left - len(items)
 
     def server_id(self):
         """Id of the database behind this client; it survives restarts."""
@@ -11963,17 +12015,17 @@ def server_notes():
     return found
 
 
-def refuse_second_server(database):
-    """Raise Conflict if a server of this user on this host serves the database: two would take each
-    other's runners for dead."""
-    path = os.path.realpath(database)
-    for note in server_notes():
-        command = read_bytes(f"/proc/{note['pid']}/cmdline")
-        if (os.path.realpath(note["database"]) == path and note["pid"] != os.getpid()
-                and b"server" in command):
-            raise Conflict(f"database {database} is served already (pid {note['pid']}, at "
-                           f"{note['urls'][0]}): use that server, or end it, or name another "
-                           "--database")
+def open_served(database):
+    """The Store of a server. Raises Conflict, with what is known of the other one, if the database
+    is served already: two servers would take each other's runners for dead."""
+    try:
+        return Store(database, server=True)
+    except Conflict as error:
+        path = os.path.realpath(database)
+        other = next((f" (pid {note['pid']}, at {note['urls'][0]})" for note in server_notes()
+                      if os.path.realpath(note["database"]) == path), "")
+        raise Conflict(f"{error}{other}: use that server, or end it, or name another --database"
+                       ) from None
 
 
 def read_bytes(path):
@@ -12186,9 +12238,8 @@ def serve(args):
     access = server_access(args, log)
     tls = server_tls(args.tls_cert, args.tls_key) if args.https else None
     database = server_database(args.database, log)
-    refuse_second_server(database)
+    store = open_served(database)
     sockets = bind_sockets(args.host, args.port)
-    store = Store(database, server=True)
     set_admins(store, args.admin_user)
     application = Application(store, args.threads, log, access)
     limit = raise_file_limit()
@@ -15950,10 +16001,11 @@ def plan_rerun(client, workflow_id, reset="", with_changes=True):
     times, names = [], set()
     if with_changes:
         times = graph.mark_files()
-        names = set(client.post(f"/workflows/{workflow_id}/process_changed_job_inputs",
-                                dry_run=True)["reinitialized_jobs"])
-        graph.mark([job_id for job_id, job in graph.jobs.items() if job["name"] in names],
-                   "its command, dependencies or user data changed")
+        answer = client.post(f"/workflows/{workflow_id}/process_changed_job_inputs", dry_run=True)
+        names, reasons = set(answer["reinitialized_jobs"]), answer.get("reasons", {})
+        for job_id, job in graph.jobs.items():
+            if job["name"] in names:
+                graph.mark([job_id], reasons.get(str(job_id), "its inputs changed"))
     direct = set(graph.reasons)
     reached = graph.spread()
     jobs = [{"job_id": job_id, "job_name": graph.jobs[job_id]["name"],
@@ -16749,7 +16801,10 @@ def get_verb(noun):
 
 def update_verb(noun):
     """Add `NOUN update`."""
-    @command(f"{noun.word} update", ID, *noun.update,
+    more = [opt("--any-workflow", action="store_true", help="in a job: of another workflow, too")] \
+        if noun.table == "user_data" else []
+
+    @command(f"{noun.word} update", ID, *noun.update, *more,
              summary=f"Change {article(noun.kind.name)}; what is not named stays.",
              example=f"torc {noun.word} update 17 {noun.update[0][0][-1]} new")
     def update(args, client):
@@ -16757,14 +16812,19 @@ def update_verb(noun):
         if not values:
             raise UsageError(f"name what to change: see torc {noun.word} update --help")
         path = f"{noun.kind.path}/{args.id}"
+        inside = os.environ.get("TORC_WORKFLOW_ID") if noun.table == "user_data" else None
+        owner = inside and client.get(path)["workflow_id"]
+        if inside and str(owner) != inside and not args.any_workflow:
+            raise UsageError(f"user data {args.id} belongs to workflow {owner}, but this job to "
+                             f"workflow {inside} (TORC_WORKFLOW_ID), so nothing was changed: torc "
+                             f"user-data list {inside} shows its own; --any-workflow changes it")
         if noun.table == "file":          # this PUT forgets st_mtime unless it is sent
             values = {"st_mtime": client.get(path).get("st_mtime"), **values}
         record = client.put(path, values)
         say(args, f"Updated {noun.kind.name} {args.id}", **record)
 
 
-DONE = {"delete": "Deleted", "cancel": "Canceled", "terminate": "Terminated",
-        "retry": "Will run again:"}
+DONE = {"delete": "Deleted", "cancel": "Canceled", "terminate": "Terminated"}
 
 
 def act_on_ids(args, client, noun, verb, action):
@@ -17343,7 +17403,34 @@ def job_verb(verb, summary, path, **query):
 job_verb("cancel", "Cancel jobs: they never start, or are ended; what depends on them is canceled.",
          "stop", status="canceled")
 job_verb("terminate", "End jobs as a time limit would.", "stop", status="terminated")
-job_verb("retry", "Run jobs again that have ended.", "rerun")
+
+
+@command("jobs retry", LIST_IDS, opt("--only", action="store_true", help="without what depends on "
+                                     "them and has run"), FORCE, NO_PROMPTS, DRY_RUN,
+         example="torc jobs retry 17 18 --dry-run")
+def do_jobs_retry(args, client):
+    """Run jobs again that have ended, and what has run downstream of them."""
+    ids, groups = flat(args.ids), {}
+    for number in ids:
+        groups.setdefault(client.get(f"/jobs/{number}")["workflow_id"], []).append(number)
+
+    def rerun(dry_run):
+        return [job for workflow_id, members in groups.items() for job in client.post(
+            f"/workflows/{workflow_id}/rerun_jobs", {"jobs": [{"job_id": one} for one in members]},
+            only=args.only, dry_run=dry_run)["jobs"]]
+
+    again = rerun(True)
+    if not args.dry_run:
+        confirm(f"Retry {plural(len(again), 'job')}?", args.force or args.no_prompts, strict=False)
+        rerun(False)
+    if args.format == "json":
+        print_json({"jobs": [client.get(f"/jobs/{job['id']}") for job in again]}
+                   if len(again) > 1 else client.get(f"/jobs/{again[0]['id']}"))
+        return
+    for job in again:
+        below = "" if job["id"] in ids else ", which depends on what runs again"
+        print(f"{'Would retry' if args.dry_run else 'Will run again:'} job {job['id']} "
+              f"\"{clean(job['name'])}\"{below}")
 
 
 # ---- the lists that differ
@@ -20082,10 +20169,14 @@ def plan_retry(args, client, job_id):
         again = client.post(f"/jobs/{job_id}/rerun")
         return f"{job['name']} is {said(again['status'])} again, attempt {again['attempt_id']}."
 
+    more = [one["name"] for one in client.post(
+        f"/workflows/{job['workflow_id']}/rerun_jobs", {"jobs": [{"job_id": job_id}]},
+        dry_run=True)["jobs"] if one["id"] != job_id]
     return Plan(f"Run {job['name']} (job {job_id}) again?", (
         f"It {'has completed' if job['status'] == 'completed' else 'is ' + said(job['status'])} "
-        f"after attempt {job['attempt_id']}; what its failure canceled waits for it again.",),
-        (("y", "run 1 job again", do),))
+        f"after attempt {job['attempt_id']}; what its failure canceled waits for it again.",
+        *([f"What depends on it and has run runs again, too: {some(more)}."] if more else [])),
+        (("y", f"run {plural(1 + len(more), 'job')} again", do),))
 
 
 PLANS = {"initialize": plan_initialize, "reinitialize": plan_reinitialize, "reset": plan_reset,
