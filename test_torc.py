@@ -725,6 +725,130 @@ def after(jobs, name):
     return [list(jobs)[other - 1] for other in jobs[name]["depends_on_job_ids"]]
 
 
+JOB = "name: w\njobs: [{name: a, command: x}]\n"
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{number}: &a{number} [{','.join([f'*a{number - 1}'] * 10)}]\n" for number in range(1, 10))
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ('{"name": "w", "jobs": [], "metadata": {"x": 1e400}}', "metadata.x: inf is a number that JSON does not have"),
+    ('{"name": "w", "jobs": [{"name": "\\ud800", "command": "c"}]}', "jobs.0.name: '.ud800' is text that is not"),
+    (JOB + "user_data: [{name: u, data: [1e999]}]", "user_data.0.data.0: inf is a number that JSON does not have"),
+    (JOB + "user_data:\n  - name: u\n    data:\n      ? [a, b]\n      : c\n", "line 6: not YAML: a key is not a string"),
+    (JOB + "user_data: [{name: u, data: !!int foo}]", "line 3: not YAML: foo cannot be read as int"),
+    (JOB + "user_data: [{name: u, data: !!binary aGVsbG8=}]", "b'hello' is binary, which JSON does not have"),
+    (JOB + "user_data: [{name: u, data: !!set {a}}]", "{'a'} is a set, which JSON does not have: quote it"),
+    (JOB + "user_data: [{name: u, data: !!timestamp 2026-01-01}]", "is a date, which JSON does not have: quote it"),
+    (JOB + "metadata: &m\n  x: *m\n", "is nested more than 60 deep"),
+    (JOB + "metadata:\n" + textwrap.indent(BOMB, "  "), r"its aliases .&name, .name. stand for more than 12\d,\d+ values"),
+    ("name: w\njobs: [{name: a, command: c, parameters: {1: [1, 2]}}]", "the key 1 is not a string: quote it"),
+    ("name: w\njobs: [{name: 'a_{i}_{j}_{k}', command: c, parameters: {i: '1:1000', j: '1:1000', k: '1:1000'}}]",
+     "1,000,000,000 combinations of parameters, more than 1,000,000"),
+    ("name: w\njobs:\n" + "".join(f"  - {{name: 'a{n}_{{i}}', command: c, parameters: {{i: '1:1000000'}}}}\n"
+                                  for n in range(2)), "jobs: 2,000,000 combinations of parameters in all"),
+    ("name: w\njobs: [{name: 'a_{x}', command: c, parameters: {x: '[1,2,]'}}]", "has an empty value behind its last comma"),
+    ("name: w\njobs: [{name: 'a_{x}', command: c, parameters: {x: '[1,,2]'}}]", "has an empty value"),
+    ("name: w\njobs: [{name: 'a_{i}', command: 'x {i+1}', parameters: {i: '1:2'}}]", r"{i\+1} is left as it is"),
+    ("name: w\njobs: [{name: 'a_{i}', command: 'x { i!r }', parameters: {i: '1:2'}}]", "{ i!r } is left as it is"),
+    ("name: w\nparameters: {i: '1:2'}\njobs: [{name: a, command: 'x {i}'}]", "{i} is left as it is"),
+    (JOB + "files: [{name: f, path: p}]\nactions: [{trigger_type: on_workflow_start, action_type: run_commands,"
+     " commands: ['cat ${files.input.g}']}]", "commands names no file 'g'"),
+])
+def test_what_could_not_be_done_as_it_says_is_refused(text, sentence):
+    started = time.monotonic()
+    with pytest.raises(torc.SpecError, match=sentence):
+        torc.read_spec("s.json" if text[0] == "{" else "s.yaml", text)
+    assert time.monotonic() - started < 20
+
+
+def test_integers_of_thousands_of_digits_are_told():
+    for name, text in (("s.yaml", JOB + f"user_data: [{{name: u, data: {'9' * 5000}}}]"),
+                       ("s.json", f'{{"name": "w", "jobs": [], "user_data": [{{"name": "u", "data": {"9" * 5000}}}]}}')):
+        if sys.version_info < (3, 10):    # where Python has no limit of its own
+            assert torc.read_spec(name, text).payload["user_data"][0]["data"] == int("9" * 5000)
+        else:
+            with pytest.raises(torc.SpecError, match="digits|cannot be read as int"):
+                torc.read_spec(name, text)
+
+
+@pytest.mark.slow
+def test_what_explodes_is_refused_in_little_memory_and_time(tmp_path):
+    texts = {"bomb.yaml": JOB + "metadata:\n" + textwrap.indent(BOMB, "  "),
+             "many.yaml": "name: w\njobs:\n" + "".join(
+                 f"  - {{name: 'a{n}_{{i}}', command: c, parameters: {{i: '1:1000000'}}}}\n" for n in range(3)),
+             "regex.yaml": "name: w\njobs:\n  - {name: " + "a" * 40 + "b, command: c}\n"
+                           "  - {name: z, command: c, depends_on_regexes: ['^(a+)+$']}\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        done = subprocess.run([PYTHON, "-c", MEASURED, "create", "--dry-run", name], cwd=tmp_path, timeout=60,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert "more than" in done.stdout + done.stderr, done
+        assert int(done.stdout.split("PEAK")[1]) < 200
+
+
+def test_a_circle_of_forty_thousand_jobs_names_ten_of_them():
+    jobs = [{"name": f"j{number}", "command": "c", "depends_on": [f"j{(number + 1) % 40_000}"]}
+            for number in range(40_000)]
+    with pytest.raises(torc.SpecError) as caught:
+        torc.read_spec("s.json", json.dumps({"name": "w", "jobs": jobs}))
+    assert len(re.findall(r"\bj\d+", str(caught.value))) == 10 and "39,991 more" in str(caught.value)
+
+
+def test_parameters_of_any_name_are_put_in():
+    jobs = spec_jobs("""
+        jobs:
+          - name: "a_{learning-rate}_{a.b}"
+            command: "x {learning-rate} {a.b:.2f} ${learning-rate} '{\\"a.b\\":1}'"
+            parameters: {learning-rate: [0.1, 0.2], a.b: 1.5}
+        """)
+    assert {name: job["command"] for name, job in jobs.items()} == {
+        "a_0.1_1.5": "x 0.1 1.50 ${learning-rate} '{\"a.b\":1}'",
+        "a_0.2_1.5": "x 0.2 1.50 ${learning-rate} '{\"a.b\":1}'"}
+
+
+@pytest.mark.parametrize("values, texts", [
+    ("\"['a,b','c']\"", ["a,b", "c"]), ("'[\"a\", b c]'", ["a", "b c"]), ("[true, false]", ["true", "false"]),
+    ("'1e-16:5e-16:2e-16'", ["1e-16", "3e-16", "5e-16"]), ("'0:0.3:0.1'", ["0", "0.1", "0.2", "0.3"]),
+    ("'5:1:-2'", ["5", "3", "1"]), ("'[1, 2.5]'", ["1", "2.5"]), ("x", ["x"]), ("'{1:3}'", ["1", "2", "3"])])
+def test_each_value_of_a_parameter_is_written_as_it_was_meant(values, texts):
+    assert [job["command"] for job in spec_jobs(f"""
+        jobs: [{{name: "a_{{x}}", command: "{{x}}", parameters: {{x: {values}}}}}]
+        """).values()] == texts
+
+
+def test_values_are_no_regular_expressions():
+    jobs = spec_jobs("""
+        parameters: {x: [c, "c++", c.d]}
+        jobs:
+          - {name: "prep_{x}", command: c, use_parameters: [x]}
+          - {name: "run_{x}", command: c, use_parameters: [x], depends_on_regexes: ["^prep_{x}$"]}
+        """)
+    assert [after(jobs, f"run_{name}") for name in ("c", "c++", "c.d")] == [["prep_c"], ["prep_c++"], ["prep_c.d"]]
+
+
+def test_commands_of_actions_know_the_files():
+    spec = torc.read_spec("s.yaml", JOB + "files: [{name: f, path: out.txt}]\nactions: [{trigger_type: "
+                          "on_workflow_complete, action_type: run_commands, commands: ['cat ${files.output.f}']}]")
+    assert spec.payload["actions"][0]["action_config"] == {"commands": ["cat out.txt"]}
+
+
+@pytest.mark.parametrize("merges, command, priority", [
+    ("<<: [*x, *y]", "one", 1), ("<<: [*y, *x]", "two", 2), ("<<: *x\n    <<: *y", "one", 1),
+    ("command: own\n    <<: [*x, *y]", "own", 1), ("<<: *z", "three", 1), ("<<: [*y, *z]", "two", 2),
+    ("<<: *x\n    command: own", "own", 1)])
+def test_of_merged_keys_the_first_wins_and_own_ones_override(merges, command, priority):
+    [job] = torc.read_spec("s.yaml", f"""name: w
+metadata:
+  x: &x {{command: one, priority: 1}}
+  y: &y {{command: two, priority: 2}}
+  z: &z {{<<: *x, command: three}}
+jobs:
+  - name: a
+    {merges}
+""").payload["jobs"]
+    assert (job["command"], job["priority"]) == (command, priority)
+
+
 def test_yaml_is_read_by_the_core_schema_of_1_2():
     spec = torc.read_spec("s.yaml", "name: no\njobs: []\ndescription: 12:30\nmetadata:\n  a: 010\n"
                           "  b: 0o17\n  c: 1e3\n  d: yes\n  e: ~\n  f: 2024-01-01\n  g: 0x1F\n")
@@ -1028,6 +1152,19 @@ def test_many_rows_are_inserted_in_order(store, api):
         store.insert_many("INSERT INTO file (workflow_id, name, path)", 3, rows)
     names = [item["name"] for item in api.items("/files", workflow_id=workflow_id)]
     assert names == [row[1] for row in rows]
+
+
+def test_two_servers_never_serve_one_database(tmp_path):
+    first = torc.Store(str(tmp_path / "x.db"), server=True)
+    (tmp_path / "link.db").symlink_to("x.db")
+    for name in ("x.db", "link.db"):
+        with pytest.raises(torc.Conflict, match="is served already"):
+            torc.Store(str(tmp_path / name), server=True)
+    torc.Store(str(tmp_path / "x.db")).close()       # a command beside it may look
+    with pytest.raises(torc.Conflict):
+        torc.Store(str(tmp_path / "x.db"), server=True)
+    first.close()
+    torc.Store(str(tmp_path / "x.db"), server=True).close()
 
 
 def test_news_wakes_who_waits_for_that_workflow(store, api):
@@ -7437,6 +7574,40 @@ def test_jobs_are_canceled_terminated_and_run_again(cli, local):
     assert statuses(local, 1) == {"a": "ready", "b": "blocked", "c": "ready"}
 
 
+def test_retry_names_what_runs_again_with_it(cli, local):
+    workflow_id, ids = make(local, {"a": [], "b": ["a"], "c": ["b"]})
+    node = make_node(local, workflow_id)
+    for name in "abc":
+        complete(local, ids[name], workflow_id, node)
+    dry = 'Would retry job 1 "a"\n' + "".join(
+        f'Would retry job {ids[name]} "{name}", which depends on what runs again\n' for name in "bc")
+    assert cli("jobs", "retry", 1, "--dry-run", ok=0)[1] == dry
+    assert cli("jobs", "retry", 1, "--dry-run", "--only", ok=0)[1] == 'Would retry job 1 "a"\n'
+    assert set(statuses(local, 1).values()) == {"completed"}
+    cli("jobs", "retry", 1, "--only", ok=0)
+    assert statuses(local, 1) == {"a": "ready", "b": "completed", "c": "completed"}
+    complete(local, ids["a"], workflow_id, node, attempt=2)
+    assert [row["reason"] for row in cli_json(cli, "workflows", "reinit", 1, "--dry-run")["jobs"]] == [
+        '"a", on which it depends, ran again', 'it depends on "b", which runs again']
+    cli("jobs", "retry", 1, ok=0)
+    assert statuses(local, 1) == {"a": "ready", "b": "blocked", "c": "blocked"}
+    code, _, err = cli("jobs", "retry", 2)
+    assert code == 1 and "job 2 is blocked: only a job that has ended can be retried" in err
+
+
+def test_a_job_changes_no_user_data_of_another_workflow_by_mistake(cli, local, monkeypatch):
+    mine, theirs = (make(local, {"a": []})[0] for _ in range(2))
+    data = local.post("/user_data", {"workflow_id": theirs, "name": "u", "data": 1})["id"]
+    monkeypatch.setenv("TORC_WORKFLOW_ID", str(mine))
+    code, _, err = cli("user-data", "update", data, "-d", "2")
+    assert code == 2 and f"user data {data} belongs to workflow {theirs}, but this job to workflow {mine}" in err
+    assert local.get(f"/user_data/{data}")["data"] == 1
+    cli("user-data", "update", data, "-d", "2", "--any-workflow", ok=0)
+    monkeypatch.setenv("TORC_WORKFLOW_ID", str(theirs))
+    cli("user-data", "update", data, "-d", "3", ok=0)
+    assert local.get(f"/user_data/{data}")["data"] == 3
+
+
 def test_results_are_filtered(cli, local):
     workflow_id, ids = make(local, {"a": [], "b": []})
     node = make_node(local, workflow_id)
@@ -8019,6 +8190,36 @@ def test_a_database_is_served_once(server, tmp_path):
         assert done.returncode == 1
         assert f"is served already (pid {server.process.pid}, at http://127.0.0.1:{server.port}/" \
             in done.stderr
+
+
+def test_of_two_servers_that_start_at_once_one_serves(tmp_path):
+    words = [*COMMAND, "server", "run", "--port", "0", "--database", str(tmp_path / "x.db")]
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        lines = [process.stdout.readline() for process in both]
+        assert sorted(bool(line) for line in lines) == [False, True]
+        loser = both[lines.index("")]
+        assert "is served already" in loser.communicate(timeout=20)[1] and loser.returncode == 1
+    finally:
+        for process in both:
+            process.terminate()
+            process.communicate(timeout=20)
+
+
+def test_a_note_whose_pid_another_program_has_now_keeps_nobody_from_starting(tmp_path):
+    store = torc.Store(str(tmp_path / "x.db"))
+    server_id = store.id
+    store.close()
+    other = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(60)  # a server"])
+    path = Path(torc.server_note(server_id))
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"id": server_id, "urls": ["http://127.0.0.1:1"], "pid": other.pid,
+                                "host": socket.gethostname(), "database": str(tmp_path / "x.db")}))
+    try:
+        with Server(tmp_path / "x.db").closing() as server:
+            assert server.client().get("/ping") == {"status": "ok"}
+    finally:
+        other.kill(), other.wait()
 
 
 def test_a_database_is_served_once_whatever_link_leads_to_it(server, tmp_path):

@@ -875,9 +875,12 @@ class Lines:
         self._root = None
 
     def of(self, path):
-        """Line of the value at a path such as ("jobs", 3, "command"), or of what contains it."""
+        """Line of the value at a path such as ("jobs", 3, "command"), or of what contains it; None
+        in JSON that is too long to be parsed again in Python."""
         try:
-            return self._json(path) if self.as_json else self._yaml(path)
+            if self.as_json:
+                return self._json(path) if len(self.text) < 2**20 else None
+            return self._yaml(path)
         except Exception:                 # no line is better than no message
             return None
 
@@ -1007,10 +1010,10 @@ def check_tree(problems, value, path, count, most):
                 check_tree(problems, inner, (*path, number), count, most)
     elif not is_json(value):
         kind = {"str": "text that is not Unicode", "float": "a number that JSON does not have",
-                "int": "a number of too many digits"}.get(
-            type(value).__name__, f"a {type(value).__name__}, which JSON does not have: quote it")
-        problems.add(path, f"{place}{value!r:.60} is {kind}" if not isinstance(value, int) else
-                     f"{place}{kind}")
+                "int": "a number of too many digits", "bytes": "binary, which JSON does not have"}
+        problems.add(path, f"{place}" + ("" if isinstance(value, int) else f"{value!r:.60} is ")
+                     + kind.get(type(value).__name__, f"a {type(value).__name__}, which JSON does "
+                                "not have: quote it"))
 
 
 def parse_json(path, text):
@@ -3583,6 +3586,8 @@ def complete_job(store, job_id, status, run_id, body):
         raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}")
     if job.cascaded:                      # only the cascade had canceled it
         begin_anew(store, [job_id])
+    if job.status not in (PENDING, RUNNING):         # nobody has claimed it
+        note_seen(store, [job_id])
     store_result(store, body)
     finish(store, job, status, KEEP, body["return_code"])
     settle(store, job.workflow_id)
