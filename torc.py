@@ -18164,14 +18164,15 @@ def open_jobs(client, workflow_id):
     """What is left to run, {job id: record}, and the same as group_jobs takes it: jobs named by
     their ids, and the requirements."""
     needs = list(client.items("/resource_requirements", workflow_id=workflow_id))
-    number = {need["id"]: index for index, need in enumerate(needs)}
+    number = {need["id"]: place for place, need in enumerate(needs, 1)}
     left = {job["id"]: job for status in ("ready", "blocked", "uninitialized")
             for job in client.items("/jobs", workflow_id=workflow_id, status=status,
                                     include_relationships=True)}
-    place = {job_id: index for index, job_id in enumerate(left)}
-    jobs = [{"name": str(job_id), "resource_requirements": number[job["resource_requirements_id"]],
-             "depends_on": [place[other] for other in job.get("depends_on_job_ids", ())
-                            if other in place]} for job_id, job in left.items()]
+    place = {job_id: number for number, job_id in enumerate(left, 1)}
+    jobs = [{"name": str(job_id), "depends_on_job_ids": [
+        place[other] for other in job.get("depends_on_job_ids", ()) if other in place],
+        "resource_requirements_id": number[job["resource_requirements_id"]]}
+        for job_id, job in left.items()]
     return left, jobs, needs
 
 
