@@ -764,7 +764,7 @@ def test_what_could_not_be_done_as_it_says_is_refused(text, sentence):
 def test_integers_of_thousands_of_digits_are_told():
     for name, text in (("s.yaml", JOB + f"user_data: [{{name: u, data: {'9' * 5000}}}]"),
                        ("s.json", f'{{"name": "w", "jobs": [], "user_data": [{{"name": "u", "data": {"9" * 5000}}}]}}')):
-        if sys.version_info < (3, 10):    # where Python has no limit of its own
+        if not hasattr(sys, "set_int_max_str_digits"):       # where Python has no limit of its own
             assert torc.read_spec(name, text).payload["user_data"][0]["data"] == int("9" * 5000)
         else:
             with pytest.raises(torc.SpecError, match="digits|cannot be read as int"):
@@ -2646,7 +2646,7 @@ def test_why_names_the_cause(api):
                                 f"torc run {workflow_id}")
     node = make_node(api, workflow_id)
     complete(api, ids["bad"], workflow_id, node, code=139)
-    assert sentence("bad").startswith("it failed with return code 139 (SIGSEGV) on here (pid 1)")
+    assert sentence("bad").startswith("it failed with return code 139, SIGSEGV on here (pid 1)")
     assert sentence("c") == (f'it was canceled because "bad" (job {ids["bad"]}), on which it '
                              "depends, failed")
     assert sentence("d") == f'it waits for "slow" (job {ids["slow"]}, ready)'
@@ -3187,7 +3187,7 @@ def test_two_jobs_of_one_name_are_refused(client):
     ("/workflows/1/actions", {"trigger_type": "on_workflow_start", "action_type": "fly", "action_config": {}},
      torc.Invalid, "action_type: 'fly' is not one of run_commands, schedule_nodes"),
     ("/workflows/1/rerun_jobs", [1], torc.Invalid, "the body is list, not a JSON object"),
-    ("/workflows/1/rerun_jobs", {"jobs": [1]}, torc.Invalid, r"jobs: \[1\] is not a list of objects"),
+    ("/workflows/1/rerun_jobs", {"jobs": [1]}, torc.Invalid, "jobs: 1 is not an object"),
     ("/workflows/1/runner_step", {"compute_node_id": 1, "step": 1, "claim": {"limit": 1, "bins": [[1, 1, 0]]}},
      torc.Invalid, "missing field `whole`"),
     ("/workflows/1/runner_step", {"compute_node_id": 1, "step": 1, "completions": [{

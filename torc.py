@@ -710,7 +710,30 @@ RELATIONS = {                             # a job's list of ids: its table, this
 SPEC_LISTS = {"files": "file", "user_data": "user_data", "failure_handlers": "failure_handler",
               "resource_requirements": "resource_requirements",
               "slurm_schedulers": "slurm_scheduler", "jobs": "job"}     # jobs refer to the others
-PARTS = {                                 # objects inside of records, and of specifications
+PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
+    "job": KINDS["job"].fields,
+    **{f"new_{table}": [field for field in kind.fields if field.name != "workflow_id"]
+       for table, kind in KINDS.items()},           # what a specification makes
+    "new_action": fields(f"""
+        id                          int     server
+        workflow_id                 int
+        trigger_type                enum:{'|'.join(TRIGGERS)}           required
+        action_type                 enum:run_commands|schedule_nodes    required
+        action_config               any     required
+        job_ids                     ids     > job
+        trigger_count               int
+        required_triggers           int
+        executed                    bool
+        executed_at                 str     server
+        executed_by                 int     server
+        persistent                  bool
+        is_recovery                 bool"""),
+    "allocations": fields("""
+        scheduler_id                int     > slurm_scheduler
+        scheduler_type              str
+        num_allocations             int
+        start_one_worker_per_node   bool
+        max_parallel_jobs           int"""),
     "resource_monitor": fields("""
         enabled                     bool
         granularity                 enum:summary|time_series
@@ -737,7 +760,29 @@ PARTS = {                                 # objects inside of records, and of sp
         match_all_exit_codes        bool
         recovery_script             str
         max_retries                 count"""),
-}
+    "attempt": fields("job_id int required, attempt_id int required"),
+    "completion": fields("""
+        job_id                      int     required
+        run_id                      int     required
+        attempt_id                  int     required
+        status                      final   required
+        return_code                 int     required
+        exec_time_minutes           float   required
+        completion_time             time    required
+        peak_memory_bytes           int
+        avg_memory_bytes            int
+        peak_cpu_percent            float
+        avg_cpu_percent             float
+        stderr_tail                 str
+        output_files                parts:file_time
+        requeue                     bool"""),
+    "file_time": fields("id int required, st_mtime float required"),
+    "claim": fields("limit int required, bins sizes, whole size, time_left_s float, prefetch"
+                    " part:prefetch, scheduler_config_id int, strict_scheduler_match bool"),
+    "prefetch": fields("resource_requirements_id int required, limit int required"),
+    "rerun": fields("job_id int required > job,"
+                    " resource_requirements_id int > resource_requirements"),
+}.items()}
 # Names that are not fields here, and what to say of them.
 HINTS = {"slurm_config": "it was removed: use slurm_defaults and execution_config",
          "retries": "use a failure_handler", "depends_on": "depends_on_job_ids takes ids",
@@ -749,31 +794,46 @@ HINTS = {"slurm_config": "it was removed: use slurm_defaults and execution_confi
 
 # ---- reading values
 
-def fault_of(value, kind, strict=False):
-    """What is wrong with a value by its type, or None. strict: unknown fields inside of it are
-    faults."""
+def read_part(value, part, strict=True):
+    """The values of an object by PARTS. Raises ValueError with all that is wrong; strict: unknown
+    fields are."""
+    if not isinstance(value, dict) or not is_json(value):
+        raise ValueError(f"{value!r:.80} is not an object")
+    faults = []
+    good = check_record(value, PARTS[part], lambda name, sentence: faults.append(sentence),
+                        strict=strict)
+    if faults:
+        raise ValueError("; ".join(faults))
+    return good
+
+
+def read_value(value, kind, strict=False):
+    """A value as it is kept, by its type. Raises ValueError with what is wrong; strict: unknown
+    fields inside of it are."""
     kind, _, more = kind.partition(":")
     if kind == "enum":
         known = more.split("|")
-        return None if value in known else (
-            f"{value!r:.80} is not one of {', '.join(known)}{nearest(value, known)}")
-    if kind in ("part", "json"):
-        if kind == "json" and is_string(value):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                return f"{value!r:.80} is not JSON"
-            if not more:                  # metadata: any JSON
-                return None
-        if not isinstance(value, dict) or not is_json(value):
-            return f"{value!r:.80} is not an object"
-        faults = []
-        if more and PARTS[more]:
-            check_record(value, {field.name: field for field in PARTS[more]},
-                         lambda name, sentence: faults.append(sentence), strict=strict)
-        return "; ".join(faults) or None
-    check, expected = TYPES[{"ids": "ints", "echo": "any"}.get(kind, kind.replace("-", " "))]
-    return None if check(value) else f"{value!r:.80} is not {expected}"
+        if value not in known:
+            raise ValueError(f"{value!r:.80} is not one of {', '.join(known)}"
+                             f"{nearest(value, known)}")
+    elif kind == "part":
+        return read_part(value, more, strict)
+    elif kind == "parts" and isinstance(value, list):
+        return [read_part(one, more) for one in value]
+    elif kind == "json":                  # an object, or the text of one, which stays as it is
+        try:
+            inner = json.loads(value) if is_string(value) else value
+        except (ValueError, RecursionError):
+            raise ValueError(f"{value!r:.80} is not JSON") from None
+        if more or not isinstance(value, str):
+            read_part(inner, more or "slurm_defaults", strict and bool(more))
+        return compact(value) if isinstance(value, dict) else value
+    else:
+        check, expected = TYPES[{"ids": "ints", "echo": "any", "parts": "list"}.get(
+            kind, kind.replace("-", " "))]
+        if not check(value):
+            raise ValueError(f"{value!r:.80} is not {expected}")
+    return value
 
 
 def check_record(record, wanted, note, partial=False, strict=True, inner=False):
@@ -790,12 +850,10 @@ def check_record(record, wanted, note, partial=False, strict=True, inner=False):
         if value is None or field and field.server:
             continue
         if field:
-            fault = fault_of(value, field.type, inner)
-            if fault:
+            try:
+                good[name] = read_value(value, field.type, inner)
+            except ValueError as fault:
                 note(name, f"{name}: {fault}")
-            else:
-                good[name] = compact(value) if isinstance(value, dict) and field.type.startswith(
-                    "json") else value
         elif strict:
             hint = f" ({HINTS[name]})" if name in HINTS else nearest(name, wanted)
             note(name, f"unknown field {name!r:.60}{hint}")
@@ -868,23 +926,21 @@ class Spec(NamedTuple):
 # ---- reading
 
 class Lines:
-    """Finds the line of a record or field; parses the text once more, and only if asked."""
+    """Finds the line of a record or field; parses the text once more, and only if asked. JSON is
+    read as the YAML that it is."""
 
     def __init__(self, text, as_json):
-        self.text, self.as_json = text, as_json
-        self._root = None
+        self.text, self.as_json, self._root = text, as_json, None
 
     def of(self, path):
         """Line of the value at a path such as ("jobs", 3, "command"), or of what contains it; None
-        in JSON that is too long to be parsed again in Python."""
+        in a long text, and without PyYAML."""
         try:
-            if self.as_json:
-                return self._json(path) if len(self.text) < 2**20 else None
-            return self._yaml(path)
+            return self._find(path) if len(self.text) < 2**20 else None
         except Exception:                 # no line is better than no message
             return None
 
-    def _yaml(self, path):
+    def _find(self, path):
         import yaml
         if self._root is None:
             self._root = yaml.compose(self.text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -898,43 +954,6 @@ class Lines:
                 break
             node, line = pair[1], pair[0].start_mark.line + 1
         return line
-
-    def _json(self, path):
-        if self._root is None:
-            self._spots = SpotDecoder()
-            self._root = self._spots.decode(self.text)
-        value, spot = self._root, None
-        for step in path:
-            inner = value.get(step) if isinstance(value, dict) else value[step]
-            if isinstance(inner, dict):
-                spot = self._spots.start[id(inner)] - 1
-            elif isinstance(value, dict) and step in value:
-                found = re.compile(rf"{re.escape(json.dumps(step))}\s*:").search(
-                    self.text, spot or 0)
-                spot = found.start() if found else spot
-            if inner is None:
-                break
-            value = inner
-        return None if spot is None else self.text.count("\n", 0, spot) + 1
-
-
-class SpotDecoder(json.JSONDecoder):
-    """A JSON decoder that notes where each object begins, by id of the dict."""
-
-    def __init__(self):
-        import json.decoder
-        import json.scanner
-        super().__init__()
-        self.start, self.keep = {}, []
-
-        def parse_object(state, *rest):
-            value, end = json.decoder.JSONObject(state, *rest)
-            self.start[id(value)] = state[1]
-            self.keep.append(value)       # so that no id is used twice
-            return value, end
-
-        self.parse_object = parse_object
-        self.scan_once = json.scanner.py_make_scanner(self)
 
 
 class Problems:
@@ -1135,7 +1154,7 @@ def check_fields(problems, path, record, wanted, what):
 
 def check_part(problems, path, value, part, what):
     """An object of PARTS in a specification, checked."""
-    return check_fields(problems, path, value, {field.name: field for field in PARTS[part]}, what)
+    return check_fields(problems, path, value, PARTS[part], what)
 
 
 def title(table, number, record):
@@ -1604,7 +1623,7 @@ class Reader:
                 waits[after] -= 1
                 if waits[after] == 0:
                     free.append(after)
-        stuck = {node for node, number in waits.items() if number}
+        stuck = dict.fromkeys(node for node, number in waits.items() if number)
         if stuck:
             names = self._circle(graph, stuck)
             shown = names if len(names) <= 11 else [
@@ -3104,7 +3123,7 @@ def cancel_workflow(store, workflow_id, user, now):
     store.news(workflow_id)
 
 
-def reset_workflow(store, workflow_id, force, user, now):
+def reset_workflow(store, workflow_id, user, now, force):
     """In a transaction: clear the workflow's flags. Raises Invalid.
 
     Upstream: reset_workflow_status.
@@ -3245,8 +3264,9 @@ def claim_for_runner(store, workflow_id, node_id, claim):
 
     claim: see runner_step. Returns (ids of jobs that fit, ids of prefetched ones).
     """
-    limit = claim.get("limit", 0)
-    chosen = []
+    limit, chosen = claim["limit"], []
+    if claim.get("bins") and "whole" not in claim:
+        raise Invalid("claim: missing field `whole` beside `bins`")
     bins = Bins(claim["bins"], claim["whole"]) if claim.get("bins") else None
     while len(chosen) < limit:
         fit, params = "1", []
@@ -3264,7 +3284,7 @@ def claim_for_runner(store, workflow_id, node_id, claim):
         chosen += taken
         if not taken or not bins or len(taken) == len(found) < limit:
             break
-    more = claim.get("prefetch") or {"limit": 0}
+    more = claim.get("prefetch", {"limit": 0})
     return chosen, take(store, [row[0] for row in candidates(
         store, workflow_id, min(more["limit"], 64), "r.id = ?",
         (more["resource_requirements_id"],))] if more["limit"] > 0 else [], node_id)
@@ -3600,7 +3620,10 @@ def start_job(store, job_id, run_id, node_id, now):
     if job.status != PENDING:
         raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}, not pending")
     check_run(store, job.workflow_id, run_id)
-    known = store.one("SELECT id FROM compute_node WHERE id = ?", (node_id,))
+    known = store.one("SELECT id, workflow_id FROM compute_node WHERE id = ?", (node_id,))
+    if known and known[1] != job.workflow_id:
+        raise Invalid(f"compute node {node_id} belongs to workflow {known[1]}, not to workflow "
+                      f"{job.workflow_id}")
     set_status(store, [job_id], RUNNING, known and known[0], started_ms=int(now * 1000))
     tell_started(store, job.workflow_id, job, node_id)
 
@@ -3634,7 +3657,7 @@ def manage_status(store, job_id, status, run_id):
     store.news(job.workflow_id)
 
 
-def retry_job(store, job_id, run_id, max_retries, now):
+def retry_job(store, job_id, run_id, now, max_retries):
     """In a transaction: ready again with the next attempt. Upstream: retry_job.
 
     Upstream's runner calls it while the job is running. One of ours keeps the job until it has said
@@ -3799,30 +3822,20 @@ def span(seconds):
 
 # ---- how an attempt ended
 
-def code_meaning(code):
-    """A return code for people."""
-    import signal
-    if code == ORPHAN_RETURN_CODE:
-        return "return code -128 (its runner died)"
-    known = {126: "command cannot be executed", 127: "command not found", 137: "killed, SIGKILL",
-             152: "time limit"}
-    text = known.get(code)
-    if not text and 128 < code < 193:
-        with contextlib.suppress(ValueError):
-            text = signal.Signals(code - 128).name
-    return f"return code {code}" + (f" ({text})" if text else "")
+CODES = {ORPHAN_RETURN_CODE: "its runner died", 126: "cannot be executed",
+         127: "command not found"}
 
 
-def exit_text(status, code, codes):
-    """How an attempt ended, in two words: "exit 137, out of memory"."""
+def exit_text(code, codes=None, status=FAILED):
+    """How an attempt ended, in two words: "exit 137, out of memory". codes: see exit_codes."""
     import signal
-    meaning = {codes["memory"]: "out of memory", ORPHAN_RETURN_CODE: "its runner died",
-               126: "cannot be executed", 127: "command not found"}.get(code, "")
-    if code == codes["time"] or status == TERMINATED:
-        meaning = "time limit" if code == codes["time"] else "ended by Torc"
+    codes = codes or {"memory": None, "time": 152}
+    meaning = {**CODES, codes["memory"]: "out of memory", codes["time"]: "time limit"}.get(code)
     if not meaning and 128 < code < 193:
         with contextlib.suppress(ValueError):
             meaning = signal.Signals(code - 128).name
+    if status == TERMINATED and code != codes["time"]:
+        meaning = "ended by Torc"
     return f"exit {code}" + (f", {meaning}" if meaning else "")
 
 
@@ -3963,8 +3976,9 @@ def why(store, job_id):
         code, when, node_id, attempt, run, tail = result
         last = (tail or "").strip().splitlines()[-1:]
         changed = changes_since(store, "j.id = ?", (job_id,)).get(job_id)
-        return (f"it {STATUS_NAMES[job.status].replace('_', ' ')} with {code_meaning(code)} on "
-                f"{node_name(store, node_id)} at {when} (run {run}, attempt {attempt})"
+        return (f"it {STATUS_NAMES[job.status].replace('_', ' ')} with return code "
+                f"{exit_text(code)[5:]} on {node_name(store, node_id)} at {when} (run {run}, "
+                f"attempt {attempt})"
                 + (f": {last[0]}" if last else "") + (
                     f". Since then {plain_names(changed)}: torc workflows reinit "
                     f"{job.workflow_id} runs it again" if changed else ""))
@@ -4379,7 +4393,7 @@ def job_views(store, ids, now):
             start, end = started, int(now * 1000)
         note = ""
         if status in (FAILED, TERMINATED, PENDING_FAILED) and code is not None:
-            note = exit_text(status, code, codes[workflow_id])
+            note = exit_text(code, codes[workflow_id], status)
         elif status == BLOCKED:
             note = f"waits for {waits:,} jobs"
         elif status == READY:
@@ -4655,7 +4669,7 @@ def failure_group(store, members, codes):
     verdict, remedy, advice = failure_remedy(jobs, codes)
     tail = store.one("SELECT stderr_tail FROM result WHERE id = ?", (first.result_id,))
     return {"count": len(jobs), "status": STATUS_NAMES[first.status], "line": line,
-            "cause": exit_text(first.status, first.code, codes) if first.code is not None
+            "cause": exit_text(first.code, codes, first.status) if first.code is not None
             else "no result is kept", "verdict": verdict, "remedy": remedy, "advice": advice,
             "family": plain_names(families), "first_ms": min(ended, default=None),
             "last_ms": max(ended, default=None),
@@ -4702,6 +4716,7 @@ def failure_remedy(jobs, codes):
 
 MAX_BARS = 2000                           # jobs that a timeline shows one by one
 LEAST_BINS = 120                          # of a timeline: it tells gaps of a hundredth of it
+MAX_BINS = 2000
 
 
 class Window(NamedTuple):
@@ -4856,6 +4871,7 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
     cause, the longest first. jobs: show each if they are not too many.
     """
     nodes = nodes_over_time(store, workflow_id, now)
+    bins = max(2, min(MAX_BINS, bins))
     finer = -(-LEAST_BINS // bins)
     window = stretch(store, workflow_id, begin, end, nodes, now, bins * finer)
     lanes = lanes_of(store, workflow_id, window, nodes, now)
@@ -4952,7 +4968,7 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
 
     What a running job uses is not known yet: it counts as jobs of its requirements did so far.
     """
-    nodes = nodes_over_time(store, workflow_id, now)
+    nodes, bins = nodes_over_time(store, workflow_id, now), max(2, min(MAX_BINS, bins))
     window = stretch(store, workflow_id, begin, end, nodes, now, bins)
     codes = exit_codes(store, workflow_id)
     groups, of_need = [], {}
@@ -5752,26 +5768,23 @@ def delete_workflow(request, workflow_id):
     return record
 
 
-WORKFLOW_STATUS = fields("""
-    id int server
-    run_id int required
-    is_canceled bool required
-    is_archived bool = false
-    has_detected_need_to_run_completion_script bool = false""")
+WORKFLOW_STATUS = Kind("workflow", "workflow", "", fields("""
+    id              int     server
+    run_id          int     required
+    is_canceled     bool    required
+    is_archived     bool    = false
+    has_detected_need_to_run_completion_script bool = false"""))
 
 
-def get_workflow_status(request, workflow_id):
+def workflow_status(store, workflow_id):
     """Run number and flags."""
-    row = workflow_row(request.store, workflow_id, ", ".join(one.name for one in WORKFLOW_STATUS))
-    return to_record(WORKFLOW_STATUS, row)
+    return fetch(store, WORKFLOW_STATUS, workflow_id)
 
 
 def update_workflow_status(request, workflow_id):
     """Set run number and flags; a flag left out becomes false, as upstream."""
-    request.store.execute(
-        "UPDATE workflow SET run_id = ?, is_canceled = ?, is_archived = ?,"
-        " has_detected_need_to_run_completion_script = ? WHERE id = ?",
-        [*(request.body.get(one.name, one.default) for one in WORKFLOW_STATUS[1:]), workflow_id])
+    change(request.store, WORKFLOW_STATUS, workflow_id, {
+        "is_archived": False, "has_detected_need_to_run_completion_script": False, **request.body})
     settle(request.store, workflow_id)
     request.store.news(workflow_id)
     return {**request.body, "id": workflow_id}
@@ -5790,19 +5803,6 @@ def is_workflow_uninitialized(request, workflow_id):
     return {"is_uninitialized": not request.store.one(
         f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status NOT IN"
         f" ({UNINITIALIZED}, {DISABLED}))", (workflow_id,))[0]}
-
-
-def cancel(request, workflow_id):
-    """Cancel a workflow: no more claims, running jobs are ended by their runners."""
-    cancel_workflow(request.store, workflow_id, request.subject, request.now)
-    return get_workflow_status(request, workflow_id)
-
-
-def reset_status(request, workflow_id):
-    """Clear a workflow's flags."""
-    reset_workflow(request.store, workflow_id, request.query["force"], request.subject,
-                   request.now)
-    return get_workflow_status(request, workflow_id)
 
 
 def reset_job_status(request, workflow_id):
@@ -5850,44 +5850,36 @@ def create_from_spec(request):
     id, name and the number of jobs.
     """
     store, body = request.store, request.body
-    workflow = create_workflow(request, check_body(body["workflow"], KINDS["workflow"].fields))
+    workflow = create_workflow(request, body["workflow"])
     workflow_id, ids = workflow["id"], {}
     for name, table in SPEC_LISTS.items():
-        kind = KINDS[table]
-        wanted = [field for field in kind.fields if field.name != "workflow_id"]
-        records = [{**check_body(record, wanted), "workflow_id": workflow_id}
-                   for record in body.get(name, ())]
-        first = next_id(store, table)
+        records, first = body.get(name, []), next_id(store, table)
         ids[table] = range(first, first + len(records))
-        for field in wanted:
-            if field.refers:
-                for record in records:
-                    if field.name in record:
-                        record[field.name] = new_ids(record[field.name], ids[field.refers], field)
-        insert_jobs(store, records) if table == "job" else add_many(store, kind, records)
+        for record in records:
+            record["workflow_id"] = workflow_id
+            give_ids(record, PARTS[f"new_{table}"], ids)
+        insert_jobs(store, records) if table == "job" else add_many(store, KINDS[table], records)
     for action in body.get("actions", ()):
-        action = check_body(action, KINDS_OF_ACTION)
-        config = action["action_config"]
-        if isinstance(config, dict) and "scheduler_id" in config:
-            action["action_config"] = {**config, "scheduler_id": new_ids(
-                config["scheduler_id"], ids["slurm_scheduler"], KINDS["job"].field("scheduler_id"))}
-        if "job_ids" in action:
-            action["job_ids"] = new_ids(action["job_ids"], ids["job"],
-                                        KINDS["job"].field("depends_on_job_ids"))
         check_action(action)
+        give_ids(action, PARTS["new_action"], ids)
+        give_ids(action["action_config"], PARTS["allocations"], ids)
         add_action(store, workflow_id, action)
     return {"id": workflow_id, "name": workflow["name"], "jobs": len(ids["job"])}
 
 
-def new_ids(value, ids, field):
-    """The ids that were given to records of a specification, from their own ones. Raises
-    BadShape."""
-    if isinstance(value, list):
-        return [new_ids(one, ids, field) for one in value]
-    if type(value) is not int or not 1 <= value <= len(ids):
-        raise BadShape(f"{field.name}: there is no {KINDS[field.refers].name} {value!r:.60} among "
-                       f"the {len(ids)} of this body")
-    return ids[value - 1]
+def give_ids(record, wanted, ids):
+    """Put the ids that records of a specification get in place of their own ones. ids: {table: new
+    ids}. Raises Invalid."""
+    for name in record.keys() & wanted.keys():
+        known = ids.get(wanted[name].refers)
+        if known is not None:
+            many = isinstance(record[name], list)
+            for one in record[name] if many else [record[name]]:
+                if not 1 <= one <= len(known):
+                    raise Invalid(f"{name}: there is no {KINDS[wanted[name].refers].name} {one} "
+                                  f"among the {len(known)} of this body")
+            record[name] = [known[one - 1] for one in record[name]] if many else \
+                known[record[name] - 1]
 
 
 # ---- jobs
@@ -5938,7 +5930,7 @@ def create_bulk_jobs(request):
     """Create many jobs of one workflow, all or none."""
     if len(request.body["jobs"]) > MAX_LIMIT:
         raise Invalid(f"{len(request.body['jobs'])} jobs in one request: at most {MAX_LIMIT}")
-    jobs = [check_body(job, KINDS["job"].fields) for job in request.body["jobs"]]
+    jobs = request.body["jobs"]
     owners = sorted({job["workflow_id"] for job in jobs})
     if len(owners) > 1:
         raise Invalid(f"the jobs belong to different workflows: {owners[0]} and {owners[1]}")
@@ -6043,38 +6035,6 @@ def update_job(request, job_id):
     return show_job(store, job_id)
 
 
-def complete_job_request(request, job_id, status, run_id):
-    """Take the result of a job and set its final status. Upstream: complete_job."""
-    complete_job(request.store, job_id, status, run_id, request.body)
-    return show_job(request.store, job_id)
-
-
-def start_job_request(request, job_id, run_id, node_id):
-    """A claimed job begins to run. Upstream: start_job."""
-    check_references(request, fields("compute_node_id int > compute_node"),
-                     [{"compute_node_id": node_id}], unknown=True)
-    start_job(request.store, job_id, run_id, node_id, request.now)
-    return show_job(request.store, job_id)
-
-
-def manage_status_change(request, job_id, status, run_id):
-    """Set a status outside the complete set."""
-    manage_status(request.store, job_id, status, run_id)
-    return show_job(request.store, job_id)
-
-
-def retry_job_request(request, job_id, run_id):
-    """Ready again with the next attempt. Upstream: retry_job."""
-    retry_job(request.store, job_id, run_id, request.query["max_retries"], request.now)
-    return show_job(request.store, job_id)
-
-
-def stop_job_request(request, job_id):
-    """Cancel or terminate one job; its runner ends the process (ours)."""
-    stop_job(request.store, job_id, request.query["status"])
-    return show_job(request.store, job_id)
-
-
 def rerun_job_request(request, job_id):
     """Run an ended job again, and what has run downstream of it; only=true: just that one
     (ours)."""
@@ -6085,10 +6045,8 @@ def rerun_job_request(request, job_id):
 def rerun_jobs_request(request, workflow_id):
     """Run ended jobs of a workflow again, all or none of them, with other resource requirements
     where these are named; answers which run again (ours). See rerun_job_request."""
-    wanted = fields("job_id int required > job, resource_requirements_id int >"
-                    " resource_requirements")
-    rows = [check_body(row, wanted) for row in request.body["jobs"]]
-    check_references(request, wanted, rows)
+    rows = request.body["jobs"]
+    check_references(request, PARTS["rerun"].values(), rows)
     for row in rows:
         if "resource_requirements_id" in row and not request.query["dry_run"]:
             request.store.execute("UPDATE job SET resource_requirements_id = ? WHERE id = ?",
@@ -6138,45 +6096,6 @@ def claim_jobs_based_on_resources(request, workflow_id, limit):
         "time_left_s": 2**53 if time_limit is None else parse_duration(time_limit)}))
 
 
-STEP_JOB = fields("job_id int required, attempt_id int required")
-STEP_LISTS = {"starts": STEP_JOB, "returns": STEP_JOB, "completions": fields("""
-    job_id int required
-    run_id int required
-    attempt_id int required
-    status final required
-    return_code int required
-    exec_time_minutes float required
-    completion_time time required
-    peak_memory_bytes int
-    avg_memory_bytes int
-    peak_cpu_percent float
-    avg_cpu_percent float
-    stderr_tail str
-    output_files maps
-    requeue bool""")}
-STEP_CLAIM = fields("limit int required, bins sizes, whole size, time_left_s float,"
-                    " scheduler_config_id int, strict_scheduler_match bool, prefetch map")
-STEP_PREFETCH = fields("resource_requirements_id int required, limit int required")
-OUTPUT_FILE = fields("id int required, st_mtime float required")
-
-
-def runner_step_request(request, workflow_id):
-    """A runner reports and is given work, in one transaction (ours)."""
-    step = dict(request.body)
-    for name, wanted in STEP_LISTS.items():
-        step[name] = [check_body(one, wanted) for one in step.get(name, ())]
-    for done in step["completions"]:
-        done["output_files"] = [check_body(file, OUTPUT_FILE)
-                                for file in done.get("output_files", ())]
-    if "claim" in step:
-        claim = step["claim"] = check_body(step["claim"], STEP_CLAIM)
-        if "bins" in claim and "whole" not in claim:
-            raise BadShape("missing field `whole` beside `bins`")
-        if "prefetch" in claim:
-            claim["prefetch"] = check_body(claim["prefetch"], STEP_PREFETCH)
-    return runner_step(request.store, workflow_id, step, request.now)
-
-
 def changes(request, workflow_id):
     """What a waiting client wants to know; waits for news unless they are there already (ours)."""
     since, wait_s = request.query["since"], request.query["wait_s"]
@@ -6198,22 +6117,14 @@ def stream_events(request, workflow_id):
 
 # ---- what is derived
 
-def view(function, timed=True):
-    """The operation that answers what a function of section 7 shows (ours)."""
-    def operation(request, workflow_id):
-        return function(request.store, workflow_id, *[request.now] * timed, **request.query)
-    operation.__doc__ = function.__doc__
-    return operation
-
-
-MAX_BINS = 2000
-
-
-def over_time(function):
-    """The same for one that takes a stretch of time and bins."""
-    def operation(request, workflow_id):
-        query = {**request.query, "bins": max(2, min(MAX_BINS, request.query["bins"]))}
-        return function(request.store, workflow_id, request.now, **query)
+def calls(function, *wanted, show=None):
+    """The operation that calls a function of the sections above with the store, the values of the
+    path, what it wants of the request (body, now, subject), and the query. It answers what `show`
+    shows of the record that the path names, or what the function returns."""
+    def operation(request, *values):
+        made = function(request.store, *values, *(getattr(request, name) for name in wanted),
+                        **request.query)
+        return show(request.store, values[0]) if show else made
     operation.__doc__ = function.__doc__
     return operation
 
@@ -6440,24 +6351,6 @@ def list_slurm_stats(request):
 
 # ---- actions
 
-KINDS_OF_ACTION = fields(f"""
-    id                  int     server
-    workflow_id         int
-    trigger_type        enum:{'|'.join(TRIGGERS)}           required
-    action_type         enum:run_commands|schedule_nodes    required
-    action_config       any     required
-    job_ids             ids     > job
-    trigger_count       int
-    required_triggers   int
-    executed            bool
-    executed_at         str     server
-    executed_by         int     server
-    persistent          bool
-    is_recovery         bool""")
-SCHEDULE_FIELDS = fields("scheduler_id int > slurm_scheduler, scheduler_type str, num_allocations"
-                         " int, start_one_worker_per_node bool, max_parallel_jobs int")
-
-
 def check_action(action):
     """Raise Invalid for an action_config that does not suit its action_type."""
     config = action["action_config"]
@@ -6465,8 +6358,8 @@ def check_action(action):
         raise Invalid("action_config is not an object")
     if action["action_type"] == "schedule_nodes":
         try:
-            check_body(config, SCHEDULE_FIELDS)
-        except BadShape as error:
+            read_part(config, "allocations")
+        except ValueError as error:
             raise Invalid(f"action_config of schedule_nodes: {error}") from None
     elif list(config) != ["commands"] or not TYPES["strs"][0](config["commands"]) or not all(
             line.strip() for line in config["commands"]):
@@ -6477,15 +6370,10 @@ def create_action(request, workflow_id):
     """Store an action of a workflow; nothing is triggered by that."""
     action = request.body
     check_action(action)
-    check_references(request, SCHEDULE_FIELDS, [action["action_config"]])
+    check_references(request, PARTS["allocations"].values(), [action["action_config"]])
     action_id = add_action(request.store, workflow_id, action)
     request.store.news(workflow_id)
     return {**action, "workflow_id": workflow_id, "id": action_id}
-
-
-def get_actions(request, workflow_id):
-    """All actions of a workflow."""
-    return actions(request.store, workflow_id)
 
 
 def get_pending_actions(request, workflow_id):
@@ -6508,9 +6396,17 @@ def unclaim_action_request(request, workflow_id, action_id):
 
 # ---- access: groups, members, what is shared
 
-GROUP = fields("id int server, name str required, description str, created_at str server")
-MEMBER = fields("id int server, user_name str required, group_id int server, role enum:member|admin"
-                " required, created_at str server")
+GROUP = Kind("access group", "access_group", "", fields("""
+    id              int     server
+    name            str     required
+    description     str
+    created_at      str     server"""))
+MEMBER = Kind("membership", "user_group_membership", "", fields("""
+    id              int     server
+    user_name       str     required
+    group_id        int     server
+    role            enum:member|admin required
+    created_at      str     server"""))
 
 
 def require_admin(request, group_id=ADMIN_GROUP):
@@ -6526,44 +6422,28 @@ def require_self(request, user):
         require_admin(request)
 
 
-def short_listing(request, wanted, source, params):
+def short_listing(request, kind, where="1", params=()):
     """A list of groups or members; upstream gives it an envelope of its own."""
-    page = request.page
-    total = request.store.one(f"SELECT count(*) FROM {source}", params)[0]
-    names = ", ".join(f"t.{field.name}" for field in wanted)
-    rows = request.store.query(f"SELECT {names} FROM {source} ORDER BY t.id LIMIT ? OFFSET ?",
-                               [*params, page.limit, max(page.offset, 0)])
-    return {"items": [to_record(wanted, row) for row in rows], "offset": page.offset,
-            "limit": page.limit, "total_count": total,
-            "has_more": max(page.offset, 0) + len(rows) < total}
-
-
-def group_row(store, group_id):
-    """A group as clients see it. Raises NotFound."""
-    row = store.one("SELECT id, name, description, created_at FROM access_group WHERE id = ?",
-                    (group_id,))
-    if not row:
-        raise NotFound(f"Access group not found with ID: {group_id}")
-    return to_record(GROUP, row)
+    answer = listing(request.store, kind, request.page, where, params)
+    return {"limit": request.page.limit, **{name: answer[name] for name in (
+        "items", "offset", "total_count", "has_more")}}
 
 
 def create_access_group(request):
     """A group of users, with whom workflows can be shared."""
     require_admin(request)
-    return group_row(request.store, request.store.insert(
-        "INSERT INTO access_group (name, description) VALUES (?, ?)",
-        (request.body["name"], request.body.get("description"))))
+    return fetch(request.store, GROUP, add_many(request.store, GROUP, [request.body])[0])
 
 
 def list_access_groups(request):
     """All groups."""
     require_admin(request)
-    return short_listing(request, GROUP, "access_group t", ())
+    return short_listing(request, GROUP)
 
 
 def get_access_group(request, group_id):
     """One group."""
-    group = group_row(request.store, group_id)
+    group = fetch(request.store, GROUP, group_id)
     require_admin(request)
     return group
 
@@ -6579,65 +6459,56 @@ def delete_access_group(request, group_id):
 
 def members_of(request, group_id):
     """Check that the caller may change the members of a group. Raises NotFound, Forbidden."""
-    group = group_row(request.store, group_id)
+    group = fetch(request.store, GROUP, group_id)
     if group_id == ADMIN_GROUP:
         raise Forbidden(f"the members of the system group {group['name']} are those named by the "
                         "server's --admin-user")
     require_admin(request, group_id)
 
 
-def member_row(store, group_id, user):
-    """A membership as clients see it. Raises NotFound."""
-    row = store.one("SELECT id, user_name, group_id, role, created_at FROM user_group_membership"
-                    " WHERE group_id = ? AND user_name = ?", (group_id, user))
-    if not row:
-        raise NotFound(f"user {user} is not in group {group_id}")
-    return to_record(MEMBER, row)
-
-
 def add_member(request, group_id):
     """Put a user into a group. Upstream: add_user_to_group."""
     members_of(request, group_id)
-    request.store.insert(
-        "INSERT INTO user_group_membership (user_name, group_id, role) VALUES (?, ?, ?)",
-        (request.body["user_name"], group_id, request.body["role"]))
-    return member_row(request.store, group_id, request.body["user_name"])
+    return fetch(request.store, MEMBER, add_many(request.store, MEMBER, [
+        {**request.body, "group_id": group_id}])[0])
 
 
 def list_members(request, group_id):
     """The members of a group."""
-    group_row(request.store, group_id)
+    fetch(request.store, GROUP, group_id)
     require_admin(request, group_id)
-    return short_listing(request, MEMBER, "user_group_membership t WHERE t.group_id = ?",
-                         (group_id,))
+    return short_listing(request, MEMBER, "t.group_id = ?", (group_id,))
 
 
 def remove_member(request, group_id, user):
     """Take a user out of a group. Upstream: remove_user_from_group."""
     members_of(request, group_id)
-    member = member_row(request.store, group_id, user)
-    request.store.execute("DELETE FROM user_group_membership WHERE id = ?", (member["id"],))
-    return member
+    found = listing(request.store, MEMBER, Page(), "t.group_id = ? AND t.user_name = ?",
+                    (group_id, user))["items"]
+    if not found:
+        raise NotFound(f"user {user} is not in group {group_id}")
+    request.store.execute("DELETE FROM user_group_membership WHERE id = ?", (found[0]["id"],))
+    return found[0]
 
 
 def list_user_groups(request, user):
     """The groups a user is in."""
     require_self(request, user)
-    return short_listing(request, GROUP, "access_group t JOIN user_group_membership m"
-                         " ON m.group_id = t.id WHERE m.user_name = ?", (user,))
+    return short_listing(request, GROUP, "t.id IN (SELECT group_id FROM user_group_membership WHERE"
+                         " user_name = ?)", (user,))
 
 
 def list_workflow_groups(request, workflow_id):
     """The groups a workflow is shared with."""
-    return short_listing(request, GROUP, "access_group t JOIN workflow_access_group w"
-                         " ON w.group_id = t.id WHERE w.workflow_id = ?", (workflow_id,))
+    return short_listing(request, GROUP, "t.id IN (SELECT group_id FROM workflow_access_group WHERE"
+                         " workflow_id = ?)", (workflow_id,))
 
 
 def shared(request, workflow_id, group_id):
     """A link of workflow and group that the caller may change, as clients see it. Raises NotFound,
     Forbidden."""
     owner = workflow_row(request.store, workflow_id, "user")[0]
-    group_row(request.store, group_id)
+    fetch(request.store, GROUP, group_id)
     if request.user != owner:
         require_admin(request, group_id)
     row = request.store.one("SELECT created_at FROM workflow_access_group WHERE workflow_id = ?"
@@ -6739,8 +6610,8 @@ ROUTES = (
     ("GET",    "/version",                      version,                      "", None, ANYONE),
     ("GET",    "/server_info",                  server_info,                  "", None, ANYONE),
     ("POST",   "/workflow_specs",               create_from_spec,             "",
-     fields("workflow map required, actions maps, " + ", ".join(
-         f"{name} maps" for name in SPEC_LISTS)), SOMEBODY),
+     fields("workflow part:new_workflow required, actions parts:new_action, " + ", ".join(
+         f"{name} parts:new_{table}" for name, table in SPEC_LISTS.items())), SOMEBODY),
     ("POST",   "/workflows",                    create_workflow,              "", "workflow",
      SOMEBODY),
     ("GET",    "/workflows",                    list_workflows,               listed(
@@ -6749,28 +6620,32 @@ ROUTES = (
     ("GET",    WF,                              get_workflow, "include_counts bool = false", None),
     ("PUT",    WF,                              update_workflow,              "", "workflow"),
     ("DELETE", WF,                              delete_workflow,              "", None),
-    ("GET",    WF + "/status",                  get_workflow_status,          "", None),
-    ("PUT",    WF + "/status",                  update_workflow_status,       "", WORKFLOW_STATUS),
-    ("GET",    WF + "/counts",                  view(counts, False),          "", None),
+    ("GET",    WF + "/status",                  calls(workflow_status),       "", None),
+    ("PUT",    WF + "/status",                  update_workflow_status,       "",
+     WORKFLOW_STATUS.fields),
+    ("GET",    WF + "/counts",                  calls(counts),                "", None),
     ("GET",    WF + "/changes",         changes, "since int = 0, wait_s int = 0", None),
     ("GET",    WF + "/events/stream",           stream_events, 'level str = "info"', None),
-    ("GET",    WF + "/unfinished",              view(unfinished, False),      "", None),
-    ("GET",    WF + "/summary",                 view(summary),                "", None),
-    ("GET",    WF + "/graph",           view(graph), "around int, data bool = false", None),
-    ("GET",    WF + "/failures",                view(failures, False),        "group str", None),
-    ("GET",    WF + "/timeline",                over_time(timeline),
+    ("GET",    WF + "/unfinished",              calls(unfinished),            "", None),
+    ("GET",    WF + "/summary",                 calls(summary, "now"),        "", None),
+    ("GET",    WF + "/graph",           calls(graph, "now"), "around int, data bool = false", None),
+    ("GET",    WF + "/failures",                calls(failures),              "group str", None),
+    ("GET",    WF + "/timeline",                calls(timeline, "now"),
      "from float as begin, to float as end, bins int = 300, jobs bool = true", None),
-    ("GET",    WF + "/usage",                   over_time(usage),
+    ("GET",    WF + "/usage",                   calls(usage, "now"),
      "from float as begin, to float as end, bins int = 240", None),
-    ("POST",   WF + "/runner_step",             runner_step_request,          "", fields(
-        "compute_node_id int required, step int required, starts maps, completions maps, returns"
-        " maps, held pairs, claim map, counts bool, closing bool, replay bool")),
-    ("PUT",    WF + "/cancel",                  cancel,                       "", None),
-    ("POST",   WF + "/reset_status",            reset_status,         "force bool = false", None),
+    ("POST",   WF + "/runner_step",             calls(runner_step, "body", "now"), "", fields(
+        "compute_node_id int required, step int required, starts parts:attempt, returns"
+        " parts:attempt, completions parts:completion, held pairs, claim part:claim, counts bool,"
+        " closing bool, replay bool")),
+    ("PUT",    WF + "/cancel",
+     calls(cancel_workflow, "subject", "now", show=workflow_status), "", None),
+    ("POST",   WF + "/reset_status",
+     calls(reset_workflow, "subject", "now", show=workflow_status), "force bool = false", None),
     ("POST",   WF + "/reset_job_status",        reset_job_status,
      "failed_only bool = false", None),
     ("POST",   WF + "/rerun_jobs",              rerun_jobs_request,
-     "only bool = false, dry_run bool = false", fields("jobs maps required")),
+     "only bool = false, dry_run bool = false", fields("jobs parts:rerun required")),
     ("POST",   WF + "/initialize_jobs",         initialize,
      "only_uninitialized bool = false, clear_ephemeral_user_data bool = false", None),
     ("POST",   WF + "/process_changed_job_inputs", process_changed_job_inputs,
@@ -6792,15 +6667,16 @@ ROUTES = (
     ("GET",    WF + "/ready_job_requirements",  ready_job_requirements,       "", None),
     ("GET",    WF + "/failure_handlers",        list_failure_handlers,        (
         *PAGE, AFTER_ID.field), None),
-    ("POST",   WF + "/actions",                 create_action,                "", KINDS_OF_ACTION),
-    ("GET",    WF + "/actions",                 get_actions,                  "", None),
+    ("POST",   WF + "/actions",                 create_action,                "",
+     tuple(PARTS["new_action"].values())),
+    ("GET",    WF + "/actions",                 calls(actions),               "", None),
     ("GET",    WF + "/actions/pending",         get_pending_actions,  "trigger_type strs", None),
     ("POST",   WF + "/actions/<action:int>/claim", claim_action_request,      "",
      fields("compute_node_id int > compute_node")),
     ("DELETE", WF + "/actions/<action:int>/claim", unclaim_action_request,    "", None),
     ("POST",   "/jobs",                         create_job,                   "", "job"),
     ("POST",   "/bulk_jobs",                    create_bulk_jobs,             "",
-     fields("jobs maps required"), ITSELF),
+     fields("jobs parts:job required"), ITSELF),
     ("GET",    "/jobs",                         list_jobs,                    listed(
         "job", "include_relationships bool = false, include_results bool = false, search str,"
         " family str"), None),
@@ -6808,13 +6684,16 @@ ROUTES = (
     ("GET",    JOB,                             get_job, "include_results bool = false", None),
     ("PUT",    JOB,                             update_job,                   "", "job"),
     ("DELETE", JOB,            of_kind(delete_record, KINDS["job"]),  "", None),
-    ("POST",   JOB + "/complete_job/<status:status>/<run:int>", complete_job_request, "", "result"),
-    ("PUT",    JOB + "/start_job/<run:int>/<node:int>", start_job_request,    "", None),
-    ("PUT",    JOB + "/manage_status_change/<status:managed>/<run:int>", manage_status_change, "",
-     None),
-    ("POST",   JOB + "/retry/<run:int>",        retry_job_request, "max_retries int required",
-     None),
-    ("POST",   JOB + "/stop",                   stop_job_request, "status status required", None),
+    ("POST",   JOB + "/complete_job/<status:status>/<run:int>",
+     calls(complete_job, "body", show=show_job), "", "result"),
+    ("PUT",    JOB + "/start_job/<run:int>/<node:int>",
+     calls(start_job, "now", show=show_job), "", None),
+    ("PUT",    JOB + "/manage_status_change/<status:managed>/<run:int>",
+     calls(manage_status, show=show_job), "", None),
+    ("POST",   JOB + "/retry/<run:int>",
+     calls(retry_job, "now", show=show_job), "max_retries int required", None),
+    ("POST",   JOB + "/stop",
+     calls(stop_job, show=show_job), "status status required", None),
     ("POST",   JOB + "/rerun",                  rerun_job_request, "only bool = false", None),
     ("GET",    JOB + "/why",                    why_request,                  "", None),
     ("POST",   "/resource_requirements",        create_resource_requirements, "",
@@ -6839,11 +6718,13 @@ ROUTES = (
         "slurm_stats", page=CUT_PAGE), None),
     ("POST",   "/slurm_stats",                  create_slurm_stats,           "", "slurm_stats"),
     ("POST",   "/admin/reload-auth",            reload_auth,                  "", None, ITSELF),
-    ("POST",   "/access_groups",                create_access_group,          "", GROUP, ITSELF),
+    ("POST",   "/access_groups",                create_access_group,          "", GROUP.fields,
+     ITSELF),
     ("GET",    "/access_groups",                list_access_groups,           PAGE, None, ITSELF),
     ("GET",    "/access_groups/<id:int>",       get_access_group,             "", None, ITSELF),
     ("DELETE", "/access_groups/<id:int>",       delete_access_group,          "", None, ITSELF),
-    ("POST",   "/access_groups/<id:int>/members", add_member,                 "", MEMBER, ITSELF),
+    ("POST",   "/access_groups/<id:int>/members", add_member,                 "",
+     MEMBER.fields, ITSELF),
     ("GET",    "/access_groups/<id:int>/members", list_members,               PAGE, None, ITSELF),
     ("DELETE", "/access_groups/<id:int>/members/<user:str>", remove_member,   "", None, ITSELF),
     ("GET",    "/users/<user:str>/groups",      list_user_groups,             PAGE, None, ITSELF),
@@ -6974,11 +6855,11 @@ def admitted(request, workflow_id):
     return request._replace(workflow_id=workflow_id)
 
 
-def check_references(request, wanted, records, unknown=False):
+def check_references(request, wanted, records):
     """Raise Invalid where records refer to what does not exist or belongs to another workflow.
 
     A compute node may be of another workflow that the caller may use, as clients of Torc do. A
-    scheduler need not exist; unknown: nothing need exist.
+    scheduler need not exist.
     """
     for field in wanted:
         if not field.refers or field.refers == "workflow":
@@ -6991,7 +6872,7 @@ def check_references(request, wanted, records, unknown=False):
         for record_id, owner in found or ():
             what = f"{field.name}: {KINDS[field.refers].name} {record_id}"
             if owner is None:
-                if field.refers == "slurm_scheduler" or unknown or field.refers == (
+                if field.refers == "slurm_scheduler" or field.refers == (
                         "failure_handler") and not record_id:
                     continue
                 raise Invalid(f"{what} does not exist")
@@ -13233,7 +13114,7 @@ def job_rows(state, page, width):
     rows += text_rows(data["why"][:1].upper() + data["why"][1:], "", width - 2)
     rows += [Row([]), Row([("Attempts", "title")], None)]
     for result in reversed(data["results"]):
-        code = code_meaning(result["return_code"]).replace("return code", "exit")
+        code = exit_text(result["return_code"])
         peak, cpu = result.get("peak_memory_bytes"), result.get("avg_cpu_percent")
         rows.append(Row([
             (f"  run {result['run_id']} attempt {result.get('attempt_id', 1)}  ", ""),
