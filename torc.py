@@ -397,9 +397,10 @@ STDIO_MODES = ("separate", "combined", "no_stdout", "no_stderr", "none")
 
 def is_string(value):
     """Whether a value is a string that can be written as UTF-8: "\\ud800" cannot."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return isinstance(value, str) and (value.isascii() or value.encode() is not None)
-    return False
+    try:
+        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
+    except UnicodeEncodeError:
+        return False
 
 
 def is_json(value):
@@ -463,6 +464,8 @@ TYPES = {                                 # name: check, and what is expected in
         value), 'a size such as "200g" (MB without a letter)'),
     "signal": (is_signal, 'the name of a signal such as "SIGTERM"'),
     "ints": (list_of("int"), "a list of integers"),
+    "ids": (list_of("int"), "a list of integers"),           # kept in a table of RELATIONS
+    "echo": (is_json, "a JSON value"),    # answered, and not kept
     "strs": (list_of("str"), "a list of strings"),
     "maps": (list_of("map"), "a list of objects"),
     "pairs": (lambda value: list_of("ints")(value) and all(len(one) == 2 for one in value),
@@ -478,8 +481,7 @@ class Field(NamedTuple):
     """One field of a record or request."""
 
     name: str
-    type: str                             # of TYPES; or json (see read_value), ids (of TYPES: ints,
-                                          # kept in a table of RELATIONS), echo (str, not kept)
+    type: str                             # of TYPES; or enum, json, part, parts, see read_value
     required: bool = False
     server: bool = False                  # set by the server, ignored in what a client sends
     default: Any = None                   # of a record that is stored without it
@@ -797,7 +799,7 @@ HINTS = {"slurm_config": "it was removed: use slurm_defaults and execution_confi
 def read_part(value, part, strict=True):
     """The values of an object by PARTS. Raises ValueError with all that is wrong; strict: unknown
     fields are."""
-    if not isinstance(value, dict) or not is_json(value):
+    if not isinstance(value, dict):
         raise ValueError(f"{value!r:.80} is not an object")
     faults = []
     good = check_record(value, PARTS[part], lambda name, sentence: faults.append(sentence),
@@ -824,13 +826,14 @@ def read_value(value, kind, strict=False):
         try:
             inner = json.loads(value) if is_string(value) else value
         except (ValueError, RecursionError):
-            raise ValueError(f"{value!r:.80} is not JSON") from None
+            inner = None
+        if not is_json(inner) or inner is None:
+            raise ValueError(f"{value!r:.80} is not JSON")
         if more or not isinstance(value, str):
             read_part(inner, more or "slurm_defaults", strict and bool(more))
         return compact(value) if isinstance(value, dict) else value
     else:
-        check, expected = TYPES[{"ids": "ints", "echo": "any", "parts": "list"}.get(
-            kind, kind.replace("-", " "))]
+        check, expected = TYPES["list" if kind == "parts" else kind.replace("-", " ")]
         if not check(value):
             raise ValueError(f"{value!r:.80} is not {expected}")
     return value
@@ -851,7 +854,8 @@ def check_record(record, wanted, note, partial=False, strict=True, inner=False):
             continue
         if field:
             try:
-                good[name] = read_value(value, field.type, inner)
+                good[name] = value if field.type in TYPES and TYPES[field.type][0](value) else \
+                    read_value(value, field.type, inner)
             except ValueError as fault:
                 note(name, f"{name}: {fault}")
         elif strict:
@@ -1525,6 +1529,8 @@ class Reader:
         """A job as the API takes it."""
         what, made = f'job "{job["name"]}"', {}
         for field in KINDS["job"].fields:
+            if field.spec not in job and REGEXES.get(field.name) not in job:
+                continue
             value = job.get(field.spec)
             if field.type == "ids":
                 ids = [self._find(path, what, field.spec, name, field.refers)
@@ -2116,15 +2122,18 @@ UPDATE result SET (asked_id, asked_cpus, asked_memory) =
     (SELECT id, cpus, memory FROM asked WHERE job_id = result.job_id);
 DROP INDEX result_workflow;
 CREATE INDEX result_end ON result (workflow_id, end_ms);
-CREATE INDEX result_start ON result (workflow_id, run_id, start_ms);
+CREATE INDEX result_start ON result (workflow_id, start_ms, run_id, end_ms, compute_node_id,
+    asked_cpus, status);                   -- all that a timeline reads
 CREATE INDEX job_name ON job (name, workflow_id);
 CREATE INDEX job_unsettled ON job (workflow_id) WHERE status = 1 AND unfinished = 0;
 UPDATE job SET unfinished = (SELECT count(*) FROM job_dependency d JOIN job p
     ON p.id = d.depends_on_job_id WHERE d.job_id = job.id AND p.status NOT IN (5, 6, 7, 8));
 
+-- 5 to 8 is the complete set; BETWEEN, since IN would make a table of four at each row.
 CREATE TRIGGER job_ends_or_begins_anew AFTER UPDATE OF status ON job
-WHEN (OLD.status IN (5, 6, 7, 8)) <> (NEW.status IN (5, 6, 7, 8)) BEGIN
-    UPDATE job SET unfinished = unfinished + CASE WHEN NEW.status IN (5, 6, 7, 8) THEN -1 ELSE 1 END
+WHEN (OLD.status BETWEEN 5 AND 8) <> (NEW.status BETWEEN 5 AND 8) BEGIN
+    UPDATE job SET unfinished =
+        unfinished + CASE WHEN NEW.status BETWEEN 5 AND 8 THEN -1 ELSE 1 END
     WHERE id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id = NEW.id);
 END;
 CREATE TRIGGER ready_job_waits_again AFTER UPDATE OF unfinished ON job
@@ -2132,11 +2141,11 @@ WHEN NEW.status = 2 AND NEW.unfinished > 0 BEGIN
     UPDATE job SET status = 1 WHERE id = NEW.id;
 END;
 CREATE TRIGGER dependency_comes AFTER INSERT ON job_dependency
-WHEN (SELECT status FROM job WHERE id = NEW.depends_on_job_id) NOT IN (5, 6, 7, 8) BEGIN
+WHEN (SELECT status FROM job WHERE id = NEW.depends_on_job_id) NOT BETWEEN 5 AND 8 BEGIN
     UPDATE job SET unfinished = unfinished + 1 WHERE id = NEW.job_id;
 END;
 CREATE TRIGGER dependency_goes AFTER DELETE ON job_dependency
-WHEN (SELECT status FROM job WHERE id = OLD.depends_on_job_id) NOT IN (5, 6, 7, 8) BEGIN
+WHEN (SELECT status FROM job WHERE id = OLD.depends_on_job_id) NOT BETWEEN 5 AND 8 BEGIN
     UPDATE job SET unfinished = unfinished - 1 WHERE id = OLD.job_id;
 END;
 CREATE TRIGGER job_goes BEFORE DELETE ON job BEGIN     -- while its status can still be looked up
@@ -3399,8 +3408,10 @@ def compare_held(store, workflow_id, owned, held):
     list of the answer, ids to hand out again). Jobs it no longer has and that have left pending and
     running are free of it.
     """
-    statuses = dict(store.query(f"SELECT id, status FROM job WHERE id IN {IDS} AND workflow_id = ?",
-                                (compact([job_id for job_id, _ in held]), workflow_id)))
+    # The + keeps SQLite from walking the whole workflow.
+    statuses = dict(store.query(
+        f"SELECT id, status FROM job WHERE id IN {IDS} AND +workflow_id = ?",
+        (compact([job_id for job_id, _ in held]), workflow_id)))
     current = {(job.id, job.attempt_id) for job in owned.values()
                if job.status in (PENDING, RUNNING)}
     stop = [{"job_id": job_id, "attempt_id": attempt_id,
@@ -4715,7 +4726,7 @@ def failure_remedy(jobs, codes):
 # ---- over time
 
 MAX_BARS = 2000                           # jobs that a timeline shows one by one
-LEAST_BINS = 120                          # of a timeline: it tells gaps of a hundredth of it
+LEAST_BINS = 120                          # of a timeline: shorter gaps inside of one are not seen
 MAX_BINS = 2000
 
 
@@ -4806,62 +4817,21 @@ def stretch(store, workflow_id, begin, end, nodes, now, bins):
     return Window(begin, max(end, begin + 1000), bins)
 
 
-class Lane:
-    """What ended on one runner, summed over the bins of a Window, and what runs there."""
-
-    def __init__(self, window, node):
-        self.window, self.node = window, node
-        self.groups = []
-        self.starts, self.ends = [0] * (window.bins + 2), [0] * (window.bins + 2)
-        self.first, self.last = [None] * (window.bins + 2), [None] * (window.bins + 2)
-        self.failed = set()
-
-    def add(self, group, failed, first, last):
-        """Jobs of which the first started and the last ended at these times (ms)."""
-        start, end, number = group[0] + 1, group[1] + 1, group[4]
-        self.groups.append(group)
-        self.starts[start] += number
-        self.ends[end] += number
-        self.first[start] = min(first, self.first[start] or first)
-        self.last[end] = max(last, self.last[end] or last)
-        if failed:
-            self.failed.add(group[1])
-
-    def number(self):
-        """How many of its jobs fall into the window."""
-        return sum(self.starts[:-1]) - self.ends[0]
-
-    def gaps(self):
-        """[(from, to), ...] in ms when nothing ran, of those in which a bin ends."""
-        _, _, _, _, up, down, active = self.node
-        known = [moment for moment in (*self.first, *self.last) if moment]
-        up, down = min([up, *known]), max([down, *known])
-        after, following = [], down       # the first start behind each border
-        for moment in reversed(self.first):
-            after.append(following)
-            following = moment or following
-        found, at_work, since = {}, 0, up
-        for started, ended, last, to in zip(self.starts, self.ends, self.last, reversed(after)):
-            at_work += started - ended
-            since = max(since, last or since)
-            if not at_work and to > since:
-                found[since] = to
-        return sorted(found.items())
-
-
 def lanes_of(store, workflow_id, window, nodes, now):
-    """{node id: Lane} of a workflow's runners, with the jobs that run there now."""
-    lanes = {node[0]: Lane(window, node) for node in nodes}
-    for node_id, group, (cpus, failed, first, last) in grouped(
-            store, workflow_id, window, "compute_node_id", "sum(asked_cpus), sum(status NOT IN"
-            f" ({COMPLETED}, {CANCELED})), min(start_ms), max(end_ms)"):
-        if node_id in lanes:
-            lanes[node_id].add((*group, (cpus,)), failed, first, last)
-    now_ms = int(now * 1000)
+    """{node id: [(first start, last end, number that failed, group of Window.means), ...]} of what
+    ended on each runner, and of what runs there now; times in ms, by the first start.
+
+    Jobs of a group run without a gap between them, but for gaps inside of a bin.
+    """
+    lanes, now_ms = {node[0]: [] for node in nodes}, int(now * 1000)
+    for node_id, group, (cpus, *more) in grouped(
+            store, workflow_id, window, "compute_node_id", "sum(asked_cpus), min(start_ms),"
+            f" max(end_ms), sum(status NOT IN ({COMPLETED}, {CANCELED}))"):
+        lanes.setdefault(node_id, []).append((*more, (*group, (cpus,))))
     for _, node_id, _, start, cpus, _ in running_jobs(store, workflow_id, now):
-        if node_id in lanes:
-            lanes[node_id].add(window.group(start, now_ms, (cpus,)), 0, start, now_ms)
-    return lanes
+        lanes.setdefault(node_id, []).append(
+            (start, now_ms, 0, window.group(start, now_ms, (cpus,))))
+    return {node_id: sorted(lane) for node_id, lane in lanes.items()}
 
 
 def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True):
@@ -4870,45 +4840,49 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
     bins: [part of its CPUs in use, whether a job failed]. gaps: when it did nothing, with the
     cause, the longest first. jobs: show each if they are not too many.
     """
-    nodes = nodes_over_time(store, workflow_id, now)
-    bins = max(2, min(MAX_BINS, bins))
+    nodes, bins = nodes_over_time(store, workflow_id, now), max(2, min(MAX_BINS, bins))
     finer = -(-LEAST_BINS // bins)
     window = stretch(store, workflow_id, begin, end, nodes, now, bins * finer)
     lanes = lanes_of(store, workflow_id, window, nodes, now)
-    single = jobs and sum(lane.number() for lane in lanes.values()) <= MAX_BARS
-    bars = bars_of(store, workflow_id, window, now) if single else {}
-    runners = []
+    numbers = {node_id: sum(group[4] for *_, group in lane if group[1] >= 0
+                            and group[0] < window.bins) for node_id, lane in lanes.items()}
+    single = jobs and sum(numbers.values()) <= MAX_BARS
+    bars, runners = bars_of(store, workflow_id, window, now) if single else {}, []
     for node in nodes:
-        lane = lanes[node[0]]
-        if lane.number() or node[4] < window.end and node[5] > window.begin:
-            means = window.means(lane.groups, 0)
+        lane, number = lanes[node[0]], numbers[node[0]]
+        if number or node[4] < window.end and node[5] > window.begin:
+            means = window.means([group for *_, group in lane], 0)
+            failed = {group[1] for _, _, number_failed, group in lane if number_failed}
             shown = {"jobs": in_rows(bars.get(node[0], ()))} if single else {"bins": [
                 [round(min(1.0, sum(means[place:place + finer]) / finer / max(1, node[2])), 3),
-                 not lane.failed.isdisjoint(range(place, place + finer))]
+                 not failed.isdisjoint(range(place, place + finer))]
                 for place in range(0, window.bins, finer)]}
-            runners.append({**runner_lane(store, workflow_id, lane, means), **shown})
+            runners.append({**runner_lane(store, workflow_id, window, node, lane, means),
+                            "ran": number, **shown})
     return {"from": window.begin, "to": window.end, "runners": runners}
 
 
-def runner_lane(store, workflow_id, lane, means):
-    """One runner of a timeline. means: the CPUs at work in each bin."""
-    window = lane.window
-    node_id, host, cpus, _, up, down, active = lane.node
-    known = [moment for moment in (*lane.first, *lane.last) if moment]
-    start = max(min([up, *known]), window.begin)
-    stop = max(min(max([down, *known]), window.end), start)
+def runner_lane(store, workflow_id, window, node, lane, means):
+    """One runner of a timeline. lane: of lanes_of; means: the CPUs at work in each bin."""
+    node_id, host, cpus, _, up, down, active = node
+    up = until = min([up, *(row[0] for row in lane)])
+    down = max([down, *(row[1] for row in lane)])
+    start, stop = max(up, window.begin), min(down, window.end)
+    gaps = []
+    for first, last in [*(row[:2] for row in lane), (down, down)]:
+        if min(first, stop) > max(until, start):
+            gaps.append((max(until, start), min(first, stop), first))
+        until = max(until, last)
     least = max(1000, (window.end - window.begin) / 100)
-    clipped = [(max(since, start), min(to, stop), to) for since, to in lane.gaps()]
-    gaps = sorted((gap for gap in clipped if gap[1] - gap[0] >= least),
-                  key=lambda gap: gap[0] - gap[1])[:5]
-    shown = [{"from": int(since), "to": int(until), "text": f"idle {span((until - since) / 1000)}, "
-              + gap_cause(store, workflow_id, node_id, since, to, active)}
-             for since, until, to in gaps]
+    shown = [{"from": int(since), "to": int(to), "text": f"idle {span((to - since) / 1000)}, "
+              + gap_cause(store, workflow_id, node_id, since, after, active)}
+             for since, to, after in sorted(gaps, key=lambda gap: gap[0] - gap[1])[:5]
+             if to - since >= least]
     if not active and down < window.end - least:
         shown.append({"from": int(down), "to": int(window.end), "text": gone_text(store, node_id)})
     return {"id": node_id, "name": host, "cpus": cpus, "active": active, "start": int(start),
-            "end": int(stop), "ran": lane.number(), "gaps": shown,
-            "idle_s": round(sum(max(0, until - since) for since, until, _ in clipped) / 1000, 1),
+            "end": int(max(start, stop)), "gaps": shown,
+            "idle_s": round(sum(to - since for since, to, _ in gaps) / 1000, 1),
             "busy": max(0, min(100, round(100 * sum(means) * window.width
                                           / max(1, cpus * (stop - start)))))}
 
@@ -4941,8 +4915,9 @@ def in_rows(bars):
 def gap_cause(store, workflow_id, node_id, first, last, active):
     """Why a runner idled from first to last (ms), when one of its jobs began, if one did."""
     after = store.one(
-        "SELECT job_id FROM result WHERE compute_node_id = ? AND start_ms = ? UNION ALL SELECT id"
-        " FROM job WHERE compute_node_id = ? AND started_ms = ?", (node_id, last, node_id, last))
+        "SELECT job_id FROM result WHERE workflow_id = ? AND start_ms = ? AND compute_node_id = ?"
+        " UNION ALL SELECT id FROM job WHERE compute_node_id = ? AND started_ms = ?",
+        (workflow_id, last, node_id, node_id, last))
     if after:                             # what did that job wait for?
         row = store.one(
             "SELECT p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id JOIN"
@@ -5857,12 +5832,12 @@ def create_from_spec(request):
         ids[table] = range(first, first + len(records))
         for record in records:
             record["workflow_id"] = workflow_id
-            give_ids(record, PARTS[f"new_{table}"], ids)
+            give_ids(record, KINDS[table].fields, ids)
         insert_jobs(store, records) if table == "job" else add_many(store, KINDS[table], records)
     for action in body.get("actions", ()):
         check_action(action)
-        give_ids(action, PARTS["new_action"], ids)
-        give_ids(action["action_config"], PARTS["allocations"], ids)
+        give_ids(action, PARTS["new_action"].values(), ids)
+        give_ids(action["action_config"], PARTS["allocations"].values(), ids)
         add_action(store, workflow_id, action)
     return {"id": workflow_id, "name": workflow["name"], "jobs": len(ids["job"])}
 
@@ -5870,16 +5845,15 @@ def create_from_spec(request):
 def give_ids(record, wanted, ids):
     """Put the ids that records of a specification get in place of their own ones. ids: {table: new
     ids}. Raises Invalid."""
-    for name in record.keys() & wanted.keys():
-        known = ids.get(wanted[name].refers)
-        if known is not None:
-            many = isinstance(record[name], list)
-            for one in record[name] if many else [record[name]]:
-                if not 1 <= one <= len(known):
-                    raise Invalid(f"{name}: there is no {KINDS[wanted[name].refers].name} {one} "
-                                  f"among the {len(known)} of this body")
-            record[name] = [known[one - 1] for one in record[name]] if many else \
-                known[record[name] - 1]
+    for field in wanted:
+        if field.refers in ids and field.name in record:
+            given, known = record[field.name], ids[field.refers]
+            many = given if isinstance(given, list) else [given]
+            if many and not 1 <= min(many) <= max(many) <= len(known):
+                raise Invalid(f"{field.name}: {given!r:.60} is not among the {len(known)} "
+                              f"{KINDS[field.refers].name} records of this body")
+            new = [known[one - 1] for one in many]
+            record[field.name] = new if many is given else new[0]
 
 
 # ---- jobs
