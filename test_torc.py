@@ -10055,7 +10055,7 @@ def test_bench_chain_of_200_over_http(server, tmp_path):
     single = bench_workflow(client, [{"name": "j", "command": "true"}])
     startup = min(run_seconds(tmp_path, server.url, single) for _ in range(1))
     workflow_id = bench_workflow(client, [
-        {"name": f"j{number}", "command": "true", "depends_on": [number - 1] if number else []}
+        {"name": f"j{number}", "command": "true", "depends_on_job_ids": [number] if number else []}
         for number in range(201)])
     step = (run_seconds(tmp_path, server.url, workflow_id) - startup) / 200
     floor = 1 / xargs_rate(300, 1)
