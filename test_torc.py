@@ -2646,7 +2646,7 @@ def test_why_names_the_cause(api):
                                 f"torc run {workflow_id}")
     node = make_node(api, workflow_id)
     complete(api, ids["bad"], workflow_id, node, code=139)
-    assert sentence("bad").startswith("it failed with return code 139, SIGSEGV on here (pid 1)")
+    assert sentence("bad").startswith("it failed with return code 139 (SIGSEGV) on here (pid 1)")
     assert sentence("c") == (f'it was canceled because "bad" (job {ids["bad"]}), on which it '
                              "depends, failed")
     assert sentence("d") == f'it waits for "slow" (job {ids["slow"]}, ready)'
@@ -8378,6 +8378,23 @@ jobs:
 """
 DASH_PLACES = ("/", "/network", "/w/1", "/w/1/jobs", "/w/1/graph", "/w/1/timeline", "/w/1/resources",
                "/w/1/failures", "/w/1/nodes", "/w/1/events", "/w/1/data", "/w/1/jobs/3")
+
+
+@pytest.mark.browser
+def test_a_late_template_does_not_replace_what_was_uploaded(chromium, dash, server, tmp_path):
+    visit = Visit(chromium, dash)
+    page, held = visit.page, []
+    page.route("**/dash/wizard*", lambda route: held.append(route))
+    visit.click("New workflow")
+    page.get_by_role("button", name="Upload").click()
+    (tmp_path / "seen.yaml").write_text(BROWSER_SPEC.replace("[a_1, a_2]", "[a_9]"))
+    page.get_by_label("Specification file").set_input_files(str(tmp_path / "seen.yaml"))
+    visit.see("1 problem")
+    with page.expect_response("**/dash/wizard*"):
+        held[0].continue_()
+    page.evaluate("() => fetch('/').then(answer => answer.text())")   # what waited has been handled
+    assert "a_9" in page.get_by_label("Specification", exact=True).input_value()
+    assert page.get_by_role("button", name="Create", exact=True).is_disabled()
 
 
 @pytest.mark.browser

@@ -3837,8 +3837,9 @@ CODES = {ORPHAN_RETURN_CODE: "its runner died", 126: "cannot be executed",
          127: "command not found"}
 
 
-def exit_text(code, codes=None, status=FAILED):
-    """How an attempt ended, in two words: "exit 137, out of memory". codes: see exit_codes."""
+def exit_meaning(code, codes=None, status=FAILED):
+    """What a return code stands for: "out of memory"; None if nothing is known. codes: see
+    exit_codes."""
     import signal
     codes = codes or {"memory": None, "time": 152}
     meaning = {**CODES, codes["memory"]: "out of memory", codes["time"]: "time limit"}.get(code)
@@ -3847,6 +3848,12 @@ def exit_text(code, codes=None, status=FAILED):
             meaning = signal.Signals(code - 128).name
     if status == TERMINATED and code != codes["time"]:
         meaning = "ended by Torc"
+    return meaning
+
+
+def exit_text(code, codes=None, status=FAILED):
+    """How an attempt ended, in two words: "exit 137, out of memory"."""
+    meaning = exit_meaning(code, codes, status)
     return f"exit {code}" + (f", {meaning}" if meaning else "")
 
 
@@ -3987,9 +3994,10 @@ def why(store, job_id):
         code, when, node_id, attempt, run, tail = result
         last = (tail or "").strip().splitlines()[-1:]
         changed = changes_since(store, "j.id = ?", (job_id,)).get(job_id)
-        return (f"it {STATUS_NAMES[job.status].replace('_', ' ')} with return code "
-                f"{exit_text(code)[5:]} on {node_name(store, node_id)} at {when} (run {run}, "
-                f"attempt {attempt})"
+        meaning = exit_meaning(code)
+        return (f"it {STATUS_NAMES[job.status].replace('_', ' ')} with return code {code}"
+                + (f" ({meaning})" if meaning else "")
+                + f" on {node_name(store, node_id)} at {when} (run {run}, attempt {attempt})"
                 + (f": {last[0]}" if last else "") + (
                     f". Since then {plain_names(changed)}: torc workflows reinit "
                     f"{job.workflow_id} runs it again" if changed else ""))
@@ -22211,7 +22219,8 @@ function createDialog() {            // every source ends in the same editor: wh
     text.scrollTop = (line - 6) * text.scrollHeight / rows().length;
   }
   async function check() {
-    const {problems, summary} = await post("/dash/validate", {}, {spec: text.value});
+    const spec = text.value, {problems, summary} = await post("/dash/validate", {}, {spec});
+    if (spec !== text.value) return;               // another text is there by now
     const bad = new Set(problems.map(p => p.line));
     gutter.replaceChildren(...rows().flatMap((_, i) => [bad.has(i + 1) ? h("b", `✗ ${i + 1}`) : `${i + 1}`, "\n"]));
     const verdict = problems.length ? chip("failed", many(problems.length, "problem")) : chip("completed", summary);
@@ -22260,7 +22269,7 @@ function createDialog() {            // every source ends in the same editor: wh
   text.addEventListener("scroll", () => { gutter.scrollTop = text.scrollTop; });
   const foot = h("div.foot", hint, h("button", {value: "no"}, "Close"), create, run);
   const box = dialog("New workflow", true, tabs, place, foot);
-  post("/dash/wizard", {}, {}).then(edit, sorry);
+  post("/dash/wizard", {}, {}).then(made => text.value || edit(made), sorry);
 }
 
 // 10 Start -----------------------------------------------------------------------------------------------------
