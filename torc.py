@@ -2095,12 +2095,13 @@ ALTER TABLE scheduled_compute_node ADD COLUMN cluster TEXT      -- whose Slurm j
 """
 COUNTER_SCHEMA = """
 -- The database keeps its own counters: whoever changes a status need not think of them.
-DROP TABLE job_input_hash;
 ALTER TABLE job ADD COLUMN result_id INTEGER;                   -- the result that a list shows
 ALTER TABLE job ADD COLUMN dooms INTEGER NOT NULL DEFAULT 0;    -- it ended so that dependents which
                                            -- want that are canceled
-ALTER TABLE job ADD COLUMN seen TEXT;      -- digests of what its last attempt began with
-ALTER TABLE job ADD COLUMN seen_result INTEGER;                 -- the newest result at that time
+ALTER TABLE job ADD COLUMN outdated INTEGER;                    -- what has changed since its last
+                                           -- attempt was claimed, as bits: see OUTDATED
+UPDATE job SET outdated = 0 WHERE id IN (SELECT job_id FROM job_input_hash);
+DROP TABLE job_input_hash;
 ALTER TABLE compute_node ADD COLUMN step INTEGER NOT NULL DEFAULT 0;    -- its last runner_step
 ALTER TABLE result ADD COLUMN start_ms INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE result ADD COLUMN end_ms INTEGER NOT NULL DEFAULT 0;
@@ -2125,28 +2126,48 @@ CREATE INDEX result_end ON result (workflow_id, end_ms);
 CREATE INDEX result_start ON result (workflow_id, start_ms, run_id, end_ms, compute_node_id,
     asked_cpus, status);                   -- all that a timeline reads
 CREATE INDEX job_name ON job (name, workflow_id);
-CREATE INDEX job_unsettled ON job (workflow_id) WHERE status = 1 AND unfinished = 0;
+CREATE INDEX job_unsettled ON job (workflow_id)
+    WHERE status = 1 AND unfinished = 0 OR status = 2 AND unfinished > 0;
 UPDATE job SET unfinished = (SELECT count(*) FROM job_dependency d JOIN job p
     ON p.id = d.depends_on_job_id WHERE d.job_id = job.id AND p.status NOT IN (5, 6, 7, 8));
 
 -- 5 to 8 is the complete set; BETWEEN, since IN would make a table of four at each row.
 CREATE TRIGGER job_ends_or_begins_anew AFTER UPDATE OF status ON job
 WHEN (OLD.status BETWEEN 5 AND 8) <> (NEW.status BETWEEN 5 AND 8) BEGIN
-    UPDATE job SET unfinished =
-        unfinished + CASE WHEN NEW.status BETWEEN 5 AND 8 THEN -1 ELSE 1 END
+    UPDATE job SET
+        unfinished = unfinished + CASE WHEN NEW.status BETWEEN 5 AND 8 THEN -1 ELSE 1 END,
+        outdated = outdated | CASE WHEN NEW.status IN (5, 6, 8) THEN 16 ELSE 0 END
     WHERE id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id = NEW.id);
 END;
-CREATE TRIGGER ready_job_waits_again AFTER UPDATE OF unfinished ON job
-WHEN NEW.status = 2 AND NEW.unfinished > 0 BEGIN
-    UPDATE job SET status = 1 WHERE id = NEW.id;
+CREATE TRIGGER dependency_comes AFTER INSERT ON job_dependency BEGIN
+    UPDATE job SET outdated = outdated | 2, unfinished = unfinished + coalesce((
+        SELECT status NOT BETWEEN 5 AND 8 FROM job WHERE id = NEW.depends_on_job_id), 0)
+    WHERE id = NEW.job_id;
 END;
-CREATE TRIGGER dependency_comes AFTER INSERT ON job_dependency
-WHEN (SELECT status FROM job WHERE id = NEW.depends_on_job_id) NOT BETWEEN 5 AND 8 BEGIN
-    UPDATE job SET unfinished = unfinished + 1 WHERE id = NEW.job_id;
+CREATE TRIGGER dependency_goes AFTER DELETE ON job_dependency BEGIN
+    UPDATE job SET outdated = outdated | 2, unfinished = unfinished - coalesce((
+        SELECT status NOT BETWEEN 5 AND 8 FROM job WHERE id = OLD.depends_on_job_id), 0)
+    WHERE id = OLD.job_id;
 END;
-CREATE TRIGGER dependency_goes AFTER DELETE ON job_dependency
-WHEN (SELECT status FROM job WHERE id = OLD.depends_on_job_id) NOT BETWEEN 5 AND 8 BEGIN
-    UPDATE job SET unfinished = unfinished - 1 WHERE id = OLD.job_id;
+CREATE TRIGGER command_changes AFTER UPDATE OF command, invocation_script ON job
+WHEN (OLD.command, OLD.invocation_script) IS NOT (NEW.command, NEW.invocation_script) BEGIN
+    UPDATE job SET outdated = outdated | 1 WHERE id = NEW.id;
+END;
+CREATE TRIGGER file_changes AFTER UPDATE OF st_mtime ON file
+WHEN OLD.st_mtime IS NOT NEW.st_mtime BEGIN
+    UPDATE job SET outdated = outdated | 4
+    WHERE id IN (SELECT job_id FROM job_input_file WHERE file_id = NEW.id);
+END;
+CREATE TRIGGER user_data_changes AFTER UPDATE OF data ON user_data
+WHEN OLD.data IS NOT NEW.data BEGIN
+    UPDATE job SET outdated = outdated | 8
+    WHERE id IN (SELECT job_id FROM job_input_user_data WHERE user_data_id = NEW.id);
+END;
+CREATE TRIGGER input_file_goes AFTER DELETE ON job_input_file BEGIN
+    UPDATE job SET outdated = outdated | 4 WHERE id = OLD.job_id;
+END;
+CREATE TRIGGER input_user_data_goes AFTER DELETE ON job_input_user_data BEGIN
+    UPDATE job SET outdated = outdated | 8 WHERE id = OLD.job_id;
 END;
 CREATE TRIGGER job_goes BEFORE DELETE ON job BEGIN     -- while its status can still be looked up
     DELETE FROM job_dependency WHERE depends_on_job_id = OLD.id;
@@ -2893,24 +2914,31 @@ def tell_node(store, node_id, started):
 # ---- the status of a job
 
 def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=None, started_ms=None,
-               forget=False):
+               result=KEEP):
     """In a transaction: the one place that changes the status of jobs.
 
     owner: the compute node that has them, None when no process of them is left. KEEP leaves them to
     their node if that is at work and one of ours, which will say when it has ended them. cascaded:
     canceled only for what they depend on. again: 1 for the next attempt. code: the return code of
-    those that failed. forget: their result is no longer the one that counts.
+    those that failed. result: the id of the one by which they are judged, None when that of the
+    last attempt no longer counts.
     """
-    dooms = status in (CANCELED, TERMINATED) or status == FAILED and code != 0
-    at_work = status in (PENDING, RUNNING)
-    store.execute(
-        "UPDATE job SET status = ?, cascaded = ?, dooms = ?, attempt_id = attempt_id + ?,"
-        " started_ms = ?, result_id = CASE WHEN ? THEN NULL ELSE result_id END, compute_node_id ="
-        " CASE WHEN ? <> -1 OR ? IS NULL THEN ? WHEN ? THEN compute_node_id ELSE (SELECT n.id FROM"
-        " compute_node n WHERE n.id = job.compute_node_id AND n.beats AND n.is_active) END"
-        f" WHERE id IN {IDS}",
-        (status, cascaded, dooms, again, started_ms, forget, owner, owner, owner, at_work,
-         compact(ids)))
+    values = {"status": status, "cascaded": cascaded, "started_ms": started_ms,
+              "dooms": status in (CANCELED, TERMINATED) or status == FAILED and code != 0}
+    keep = ""
+    if status in (BLOCKED, PENDING):      # an attempt sees all as it is when it is claimed
+        values["outdated"] = 0
+    if result != KEEP:
+        values["result_id"] = result
+    if owner != KEEP:
+        values["compute_node_id"] = owner
+    elif status not in (PENDING, RUNNING):
+        keep = (", compute_node_id = (SELECT n.id FROM compute_node n WHERE n.id ="
+                " job.compute_node_id AND n.beats AND n.is_active)")
+    is_one = len(ids) == 1                # as mostly, and faster so
+    store.execute(f"UPDATE job SET {' = ?, '.join(values)} = ?, attempt_id = attempt_id + ?{keep}"
+                  f" WHERE id {'= ?' if is_one else f'IN {IDS}'}",
+                  (*values.values(), again, ids[0] if is_one else compact(ids)))
 
 
 def settle(store, workflow_id):
@@ -2918,24 +2946,29 @@ def settle(store, workflow_id):
 
     A blocked job without unfinished dependencies is canceled if it wants that and one of them was
     canceled, terminated, or failed with a return code other than 0; so on downstream. Else it is
-    ready. In a canceled workflow nothing moves. Returns the ids made ready.
+    ready. A ready one with such is blocked. In a canceled workflow nothing becomes ready. Returns
+    the ids made ready.
     """
     freed, ended = [], []
     while True:
         rows = store.query(
-            "SELECT j.id, j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM job_dependency"
-            " d JOIN job p ON p.id = d.depends_on_job_id WHERE d.job_id = j.id AND p.dooms) FROM"
-            " workflow w CROSS JOIN job j INDEXED BY job_unsettled ON j.workflow_id = w.id AND"
-            f" j.status = {BLOCKED} AND j.unfinished = 0 WHERE w.id = ? AND NOT w.is_canceled",
+            "SELECT j.id, j.status, j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM"
+            " job_dependency d JOIN job p ON p.id = d.depends_on_job_id WHERE d.job_id = j.id AND"
+            " p.dooms) FROM workflow w CROSS JOIN job j INDEXED BY job_unsettled ON j.workflow_id ="
+            f" w.id AND (j.status = {BLOCKED} AND j.unfinished = 0 OR j.status = {READY} AND"
+            f" j.unfinished > 0) WHERE w.id = ? AND (j.status = {READY} OR NOT w.is_canceled)",
             (workflow_id,))
-        free = [job_id for job_id, is_doomed in rows if not is_doomed]
-        doomed = [job_id for job_id, is_doomed in rows if is_doomed]
+        waiting = [job_id for job_id, status, _ in rows if status == READY]
+        free = [job_id for job_id, status, doomed in rows if status == BLOCKED and not doomed]
+        doomed = [job_id for job_id, status, doomed in rows if status == BLOCKED and doomed]
+        if waiting:
+            set_status(store, waiting, BLOCKED)
         if free:
             set_status(store, free, READY)
             freed += free
         if not doomed:                    # else there may be more below them
             break
-        set_status(store, doomed, CANCELED, cascaded=True, forget=True)
+        set_status(store, doomed, CANCELED, cascaded=True, result=None)
         ended += doomed
     tell_ended(store, workflow_id, CANCELED, ended)
     return freed
@@ -2957,9 +2990,9 @@ def begin_anew(store, ids, status=BLOCKED, **more):
         set_status(store, below, BLOCKED)
 
 
-def finish(store, job, status, owner, code):
+def finish(store, job, status, owner, code, result):
     """In a transaction: an attempt of a job has ended as `status`; see set_status."""
-    set_status(store, [job.id], status, owner, code=code)
+    set_status(store, [job.id], status, owner, code=code, result=result)
     tell_ended(store, job.workflow_id, status, [job.id], code)
 
 
@@ -2985,52 +3018,27 @@ def refuse_hindered(store, ids):
 
 # ---- what an attempt began with
 
-def digests(store, ids):
-    """{job id: {part: digest}} of what decides the outcome of jobs, as it is now.
-
-    Parts: command (with its invocation script), dependencies, input files (with their times), user
-    data (with their contents). Not: resources, priority. Upstream: the job input hash.
-    """
-    text = compact(list(ids))
-    parts = {job_id: {"command": [command, script]} for job_id, command, script in store.query(
-        f"SELECT id, command, invocation_script FROM job WHERE id IN {IDS}", (text,))}
-    for job_id, part, value in store.query(
-            "SELECT job_id, 'dependencies', depends_on_job_id FROM job_dependency WHERE job_id IN"
-            f" {IDS} UNION ALL SELECT i.job_id, 'input files', json_array(f.id, f.st_mtime) FROM"
-            f" job_input_file i JOIN file f ON f.id = i.file_id WHERE i.job_id IN {IDS} UNION ALL"
-            " SELECT i.job_id, 'user data', json_array(u.id, u.data) FROM job_input_user_data i"
-            f" JOIN user_data u ON u.id = i.user_data_id WHERE i.job_id IN {IDS} ORDER BY 1, 2, 3",
-            (text, text, text)):
-        parts[job_id].setdefault(part, []).append(value)
-    return {job_id: {part: hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-                     for part, values in of_job.items()} for job_id, of_job in parts.items()}
-
-
-def note_seen(store, ids):
-    """In a transaction: remember what the attempts of jobs begin with."""
-    newest = store.one("SELECT seq FROM sqlite_sequence WHERE name = 'result'") or (0,)
-    store.execute_many("UPDATE job SET seen = ?, seen_result = ? WHERE id = ?",
-                       [(compact(found), newest[0], job_id)
-                        for job_id, found in digests(store, ids).items()])
+# The bits of job.outdated, in words. Triggers set them, a claim clears them. What does not decide
+# the outcome is not among them: resources, priority. Upstream: the job input hash.
+OUTDATED = {1: "command", 2: "dependencies", 4: "input files", 8: "user data"}
+RAN_AGAIN = 16
 
 
 def changes_since(store, where, params):
-    """{job id: [what has changed since its last attempt began, ...]} of jobs for which an SQL
+    """{job id: [what has changed since its last attempt was claimed, ...]} of jobs for which an SQL
     condition on j holds, in words; those that are up to date are left out."""
-    seen = dict(store.query(f"SELECT j.id, j.seen FROM job j WHERE {where} AND j.seen IS NOT NULL"
-                            " ORDER BY j.id", params))
     changed = {}
-    for job_id, now in digests(store, seen).items():
-        before = json.loads(seen[job_id])
-        parts = [part for part in ("command", "dependencies", "input files", "user data")
-                 if before.get(part) != now.get(part)]
-        if parts:
-            changed[job_id] = [f"its {plain_names(parts)} changed"]
-    for job_id, name in store.query(
-            "SELECT j.id, min(p.name) FROM job j JOIN job_dependency d ON d.job_id = j.id JOIN job"
-            f" p ON p.id = d.depends_on_job_id WHERE {where} AND p.result_id > j.seen_result AND"
-            f" j.status IN {RAN} GROUP BY j.id ORDER BY j.id", params):
-        changed.setdefault(job_id, []).append(f'"{name}", on which it depends, ran again')
+    for job_id, bits, name in store.query(
+            f"SELECT j.id, j.outdated & CASE WHEN j.status IN {RAN} THEN -1 ELSE {RAN_AGAIN - 1}"
+            " END AS bits, (SELECT min(p.name) FROM job_dependency d JOIN job p ON p.id ="
+            " d.depends_on_job_id WHERE d.job_id = j.id AND p.result_id > j.result_id) FROM job j"
+            f" WHERE {where} AND bits AND j.status NOT IN ({BLOCKED}, {READY}) ORDER BY j.id",
+            params):
+        parts = [part for bit, part in OUTDATED.items() if bits & bit]
+        changed[job_id] = [f"its {plain_names(parts)} changed"] if parts else []
+        if bits & RAN_AGAIN:
+            changed[job_id].append((f'"{name}"' if name else "a job")
+                                   + ", on which it depends, ran again")
     return changed
 
 
@@ -3073,8 +3081,7 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
     if not only_uninitialized:            # also what has ended but depends on what has not
         open_jobs = f"({open_jobs} OR unfinished > 0 AND status <> {BLOCKED})"
     begin_anew(store, job_ids(store, f"workflow_id = ? AND {open_jobs}", (workflow_id,)),
-               forget=True)
-    note_seen(store, job_ids(store, f"workflow_id = ? AND status = {BLOCKED}", (workflow_id,)))
+               result=None)
     settle(store, workflow_id)
     store.execute("DELETE FROM workflow_action WHERE workflow_id = ? AND is_recovery = 1",
                   (workflow_id,))
@@ -3226,7 +3233,6 @@ def take(store, ids, node_id=None):
     """In a transaction: jobs are claimed, by a node if that is known; returns their ids."""
     if ids:
         set_status(store, ids, PENDING, node_id)
-        note_seen(store, ids)
     return ids
 
 
@@ -3301,25 +3307,24 @@ def claim_for_runner(store, workflow_id, node_id, claim):
 
 # ---- one conversation per runner
 
-RESULT_FIELDS = {field.name for field in KINDS["result"].fields}
+RESULT_FIELDS = {field.name: field for field in KINDS["result"].fields}
 
 
-def store_result(store, values, replace=False, counts=True):
+def store_result(store, body, replace=False):
     """In a transaction: insert a result from a checked body; returns its id.
 
-    replace: instead of one of the same attempt. counts: it is the one by which its job is judged.
+    replace: instead of one of the same attempt.
     """
+    values = {name: to_column(RESULT_FIELDS[name], value) for name, value in body.items()
+              if name in RESULT_FIELDS}
+    values.update(result_times(values))
     if replace:
         store.execute("DELETE FROM result WHERE job_id = ? AND run_id = ? AND attempt_id = ?",
                       [values[name] for name in ("job_id", "run_id", "attempt_id")])
-    asked = store.one("SELECT id, cpus, memory FROM asked WHERE job_id = ?",
-                      (values["job_id"],))
-    values = {name: value for name, value in values.items() if name in RESULT_FIELDS}
-    result_id, = add_many(store, KINDS["result"], [{**values, **dict(zip(
-        ("asked_id", "asked_cpus", "asked_memory"), asked or ()))}])
-    if counts:
-        store.execute("UPDATE job SET result_id = ? WHERE id = ?", (result_id, values["job_id"]))
-    return result_id
+    return store.insert(
+        f"INSERT INTO result ({', '.join(values)}, asked_id, asked_cpus, asked_memory) SELECT"
+        f" {', '.join('?' * len(values))}, id, cpus, memory FROM asked WHERE job_id = ?",
+        (*values.values(), values["job_id"]))
 
 
 def take_completion(store, workflow_id, run_id, node_id, done, job):
@@ -3346,28 +3351,33 @@ def take_completion(store, workflow_id, run_id, node_id, done, job):
     if mine and same and at_work or revives:
         if revives:
             begin_anew(store, [job.id], RUNNING)
-        store_result(store, values, replace=bool(earlier))
-        apply_completion(store, job, values)
+        apply_completion(store, job, values, store_result(store, values, replace=bool(earlier)))
         return True
     if lost or not earlier:
         counting = store.one("SELECT r.run_id, r.attempt_id FROM job j JOIN result r ON r.id ="
                              " j.result_id WHERE j.id = ?", (job.id,))
-        store_result(store, values, replace=lost, counts=counting == (
-            done["run_id"], done["attempt_id"]) or not counting and same)
+        result_id = store_result(store, values, replace=lost)
+        if same if not counting else counting == (done["run_id"], done["attempt_id"]):
+            judge_by(store, job.id, result_id)
     if mine and not at_work:              # else the node has its next attempt
         disown(store, [job])
     return mine and not at_work
 
 
-def apply_completion(store, job, values):
+def judge_by(store, job_id, result_id):
+    """In a transaction: another result is the one that counts for a job, whose status stays."""
+    store.execute("UPDATE job SET result_id = ? WHERE id = ?", (result_id, job_id))
+
+
+def apply_completion(store, job, values, result):
     """In a transaction: the job's status follows its completion."""
     for file in values.get("output_files") or ():
         store.execute("UPDATE file SET st_mtime = ? WHERE id = ? AND workflow_id = ?",
                       (file["st_mtime"], file["id"], job.workflow_id))
     if values.get("requeue"):
-        set_status(store, [job.id], BLOCKED, None, again=1)
+        set_status(store, [job.id], BLOCKED, None, again=1, result=result)
     else:
-        finish(store, job, STATUS_OF_NAME[values["status"]], None, values["return_code"])
+        finish(store, job, STATUS_OF_NAME[values["status"]], None, values["return_code"], result)
 
 
 def disown(store, jobs):
@@ -3551,18 +3561,19 @@ def release_node(store, node_id, now, ended=None, reason=""):
     requeued, others = [], 0
     status, code = ended or (FAILED, ORPHAN_RETURN_CODE)
     for job in find_jobs(store, "compute_node_id = ?", (node_id,)):
+        result = KEEP
         if job.status == RUNNING:
-            store_result(store, {
+            result = store_result(store, {
                 "workflow_id": workflow_id, "job_id": job.id, "run_id": run_id,
                 "attempt_id": job.attempt_id, "compute_node_id": node_id, "return_code": code,
                 "exec_time_minutes": 0.0, "completion_time": iso_time(now),
                 "status": STATUS_NAMES[status], "stderr_tail":
                 f"torc: {reason or f'the runner on compute node {node_id} died'}"}, replace=True)
         if job.status == RUNNING and ended:
-            finish(store, job, status, None, code)
+            finish(store, job, status, None, code, result)
             others += 1
         elif job.status in (PENDING, RUNNING):
-            set_status(store, [job.id], BLOCKED, None, again=1)
+            set_status(store, [job.id], BLOCKED, None, again=1, result=result)
             requeued.append(job.id)
         else:
             others += 1
@@ -3618,9 +3629,8 @@ def complete_job(store, job_id, status, run_id, body):
     if job.cascaded:                      # only the cascade had canceled it
         begin_anew(store, [job_id])
     if job.status not in (PENDING, RUNNING):         # nobody has claimed it
-        note_seen(store, [job_id])
-    store_result(store, body)
-    finish(store, job, status, KEEP, body["return_code"])
+        set_status(store, [job_id], PENDING)
+    finish(store, job, status, KEEP, body["return_code"], store_result(store, body))
     settle(store, job.workflow_id)
     store.news(job.workflow_id)
 
@@ -3703,7 +3713,7 @@ def stop_job(store, job_id, status):
         raise Invalid(f"a job is stopped as canceled or terminated, not as {STATUS_NAMES[status]}")
     if job.status in COMPLETE_SET:
         raise Invalid(f"job {job_id} has already ended ({STATUS_NAMES[job.status]})")
-    set_status(store, [job_id], status, forget=True)
+    set_status(store, [job_id], status, result=None)
     tell_ended(store, job.workflow_id, status, [job_id])
     settle(store, job.workflow_id)
     store.news(job.workflow_id)
@@ -3727,7 +3737,7 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
     refuse_hindered(store, again)
     jobs = find_jobs(store, f"id IN {IDS}", (compact(again),))
     if not dry_run:
-        begin_anew(store, again, again=1, forget=True)
+        begin_anew(store, again, again=1, result=None)
         settle(store, workflow_id)
         store.news(workflow_id)
     return jobs
@@ -6002,8 +6012,9 @@ def update_job(request, job_id):
         values["scheduler_id"] = None
     if "depends_on_job_ids" in values:
         check_references(request, KINDS["job"].fields, [values])
-        store.execute("DELETE FROM job_dependency WHERE job_id = ?", (job_id,))
-        store.insert_many("INSERT INTO job_dependency (job_id, depends_on_job_id)", 2,
+        store.execute("DELETE FROM job_dependency WHERE job_id = ? AND depends_on_job_id NOT IN"
+                      f" {IDS}", (job_id, compact(values["depends_on_job_ids"])))
+        store.insert_many("INSERT OR IGNORE INTO job_dependency (job_id, depends_on_job_id)", 2,
                           [(job_id, other) for other in set(values["depends_on_job_ids"])])
     if "name" in values and store.one("SELECT 1 FROM job WHERE workflow_id = ? AND name = ?",
                                       (job["workflow_id"], values["name"])):
@@ -6235,7 +6246,9 @@ def create_user_data(request):
 def create_result(request):
     """Store a result as the job's latest; no status changes."""
     values = {"attempt_id": 1, **request.body}
-    return {**values, "id": store_result(request.store, values)}
+    result_id = store_result(request.store, values)
+    judge_by(request.store, values["job_id"], result_id)
+    return {**values, "id": result_id}
 
 
 def list_results(request):
