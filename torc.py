@@ -2923,6 +2923,8 @@ def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=Non
     those that failed. result: the id of the one by which they are judged, None when that of the
     last attempt no longer counts.
     """
+    if not ids:
+        return
     values = {"status": status, "cascaded": cascaded, "started_ms": started_ms,
               "dooms": status in (CANCELED, TERMINATED) or status == FAILED and code != 0}
     keep = ""
@@ -2961,11 +2963,9 @@ def settle(store, workflow_id):
         waiting = [job_id for job_id, status, _ in rows if status == READY]
         free = [job_id for job_id, status, doomed in rows if status == BLOCKED and not doomed]
         doomed = [job_id for job_id, status, doomed in rows if status == BLOCKED and doomed]
-        if waiting:
-            set_status(store, waiting, BLOCKED)
-        if free:
-            set_status(store, free, READY)
-            freed += free
+        set_status(store, waiting, BLOCKED)
+        set_status(store, free, READY)
+        freed += free
         if not doomed:                    # else there may be more below them
             break
         set_status(store, doomed, CANCELED, cascaded=True, result=None)
@@ -2986,8 +2986,7 @@ def begin_anew(store, ids, status=BLOCKED, **more):
             ON d.depends_on_job_id = below.id CROSS JOIN job j ON j.id = d.job_id AND j.cascaded)
         SELECT id FROM below WHERE id NOT IN {IDS}""", (compact(ids), compact(ids)))]
     set_status(store, ids, status, **more)
-    if below:
-        set_status(store, below, BLOCKED)
+    set_status(store, below, BLOCKED)
 
 
 def finish(store, job, status, owner, code, result):
@@ -3231,8 +3230,7 @@ def candidates(store, workflow_id, limit, fit="1", params=()):
 
 def take(store, ids, node_id=None):
     """In a transaction: jobs are claimed, by a node if that is known; returns their ids."""
-    if ids:
-        set_status(store, ids, PENDING, node_id)
+    set_status(store, ids, PENDING, node_id)
     return ids
 
 
@@ -3307,7 +3305,7 @@ def claim_for_runner(store, workflow_id, node_id, claim):
 
 # ---- one conversation per runner
 
-RESULT_FIELDS = {field.name: field for field in KINDS["result"].fields}
+RESULT_FIELDS = {field.name for field in KINDS["result"].fields}
 
 
 def store_result(store, body, replace=False):
@@ -3315,9 +3313,8 @@ def store_result(store, body, replace=False):
 
     replace: instead of one of the same attempt.
     """
-    values = {name: to_column(RESULT_FIELDS[name], value) for name, value in body.items()
-              if name in RESULT_FIELDS}
-    values.update(result_times(values))
+    values = {name: value for name, value in body.items() if name in RESULT_FIELDS}
+    values.update(result_times(values), status=STATUS_OF_NAME[values["status"]])
     if replace:
         store.execute("DELETE FROM result WHERE job_id = ? AND run_id = ? AND attempt_id = ?",
                       [values[name] for name in ("job_id", "run_id", "attempt_id")])
@@ -3491,8 +3488,7 @@ def runner_step(store, workflow_id, step, now):
                                owned.get(done["job_id"])):
                 owned.pop(done["job_id"], None)
         back = [job["job_id"] for job in step.get("returns", ()) if is_new and is_claim(owned, job)]
-        if back:
-            set_status(store, back, BLOCKED, None)
+        set_status(store, back, BLOCKED, None)
         freed = settle(store, workflow_id) if completions or back else []
         if not replay:
             held = {job_id: job for job_id, job in owned.items() if job_id not in back}
@@ -3507,11 +3503,8 @@ def runner_step(store, workflow_id, step, now):
         if step.get("closing"):
             close_node(store, node_id, now)
     state = situation(store, workflow_id)
-    ended = [done["job_id"] for done in completions]
     if (step.get("closing") or freed and state["has_ready"]    # others may want what this one left
-            or completions and (state["is_complete"] or store.one(
-                f"SELECT 1 FROM action_job WHERE job_id IN {IDS} LIMIT 1",
-                (compact(ended + freed),)))):
+            or completions and (state["is_complete"] or state["pending_actions"])):
         store.news(workflow_id)
         state = situation(store, workflow_id)
     answer.update(state, lease_s=lease_s(minutes))
