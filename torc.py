@@ -4754,46 +4754,27 @@ class Window(NamedTuple):
         return (self.end - self.begin) / self.bins
 
     def bin_of(self, column):
-        """SQL for the bin of a time in ms: -1 before the first, the number of bins after the last.
+        """SQL for the bin of a time in ms, from 1; 0 is before the first."""
+        return (f"(CASE WHEN {column} < {self.begin} THEN 0 WHEN {column} >= {self.end} THEN"
+                f" {self.bins + 1} ELSE ({column} - {self.begin}) * {self.bins}"
+                f" / {self.end - self.begin} + 1 END)")
 
-        Division cuts towards zero, so the bins are counted from 1 first.
-        """
-        length = self.end - self.begin
-        return (f"max(-1, min({self.bins}, (({column} - {self.begin}) * {self.bins} + {length})"
-                f" / {length} - 1))")
+    def step(self, moment, size):
+        """A step as means() takes it."""
+        place = int((moment - self.begin) // self.width) + 1
+        return max(0, min(self.bins + 1, place)), size, size * moment
 
-    def group(self, start, end, weights, number=1):
-        """One or more stretches of time as means() takes them: their bins, the sums of their
-        starts and ends in ms, their number, and the sums of their weights."""
-        return (*(max(-1, min(self.bins, int((moment / number - self.begin) // self.width)))
-                  for moment in (start, end)), start, end, number, weights)
-
-    def means(self, groups, place):
-        """The mean of one of the weights in each bin, of groups of which each starts in one bin and
-        ends in one."""
-        weights, moments = [0.0] * (self.bins + 2), [0.0] * (self.bins + 2)
-        for first, last, start, end, number, of_group in groups:
-            weight = of_group[place]
-            weights[first + 1] += weight          # counts at the border behind its bin
-            weights[last + 1] -= weight
-            moments[first + 1] += weight * (start / number - self.begin)
-            moments[last + 1] -= weight * (end / number - self.begin)
-        until = [number * self.width * weight - moment for number, (weight, moment) in enumerate(
-            zip(itertools.accumulate(weights), itertools.accumulate(moments)))]
+    def means(self, steps):
+        """The mean in each bin of what changes in steps: [(bin, by how much, that times its moment
+        in ms), ...]."""
+        sizes, moments = [0.0] * (self.bins + 2), [0.0] * (self.bins + 2)
+        for place, size, moment in steps:
+            sizes[place] += size
+            moments[place] += moment - size * self.begin
+        until = [number * self.width * size - moment for number, (size, moment) in enumerate(
+            zip(itertools.accumulate(sizes), itertools.accumulate(moments)))]
         return [max(0.0, after - before) / self.width
                 for before, after in zip(until, until[1:self.bins + 1])]
-
-
-def grouped(store, workflow_id, window, key, sums, params=()):
-    """Results of a workflow in groups of one key (an id), bin of start and bin of end: [(key,
-    (bin, bin, sum of starts, sum of ends, number), sums), ...]."""
-    size = window.bins + 2                # as one number they are grouped faster
-    for packed, start, end, number, *row in store.query(
-            f"SELECT ({key} * {size} + {window.bin_of('start_ms')} + 1) * {size} +"
-            f" {window.bin_of('end_ms')} + 1, sum(start_ms), sum(end_ms), count(*), {sums} FROM"
-            " result WHERE workflow_id = ? GROUP BY 1", (*params, workflow_id)):
-        rest, last = divmod(packed, size)
-        yield rest // size, (rest % size - 1, last - 1, start, end, number), row
 
 
 def nodes_over_time(store, workflow_id, now):
@@ -4828,21 +4809,34 @@ def stretch(store, workflow_id, begin, end, nodes, now, bins):
     return Window(begin, max(end, begin + 1000), bins)
 
 
-def lanes_of(store, workflow_id, window, nodes, now):
-    """{node id: [(first start, last end, number that failed, group of Window.means), ...]} of what
-    ended on each runner, and of what runs there now; times in ms, by the first start.
+class Moments(NamedTuple):
+    """Jobs of a runner that started in one bin, or, with negative numbers, that ended in it."""
 
-    Jobs of a group run without a gap between them, but for gaps inside of a bin.
-    """
-    lanes, now_ms = {node[0]: [] for node in nodes}, int(now * 1000)
-    for node_id, group, (cpus, *more) in grouped(
-            store, workflow_id, window, "compute_node_id", "sum(asked_cpus), min(start_ms),"
-            f" max(end_ms), sum(status NOT IN ({COMPLETED}, {CANCELED}))"):
-        lanes.setdefault(node_id, []).append((*more, (*group, (cpus,))))
+    bin: int
+    cpus: int
+    cpus_ms: int                          # with which Window.means takes it
+    number: int
+    first: int | None                     # start and last end of those that started, in ms
+    last: int | None
+    failed: int                           # of those that ended
+
+
+def lanes_of(store, workflow_id, window, nodes, now):
+    """{node id: [Moments, ...]} of what ended on each runner, and of what runs there now."""
+    lanes, now_ms, size = {node[0]: [] for node in nodes}, int(now * 1000), window.bins + 2
+    for moment, sign, more in (
+            ("start_ms", 1, "min(start_ms), max(end_ms), 0"),
+            ("end_ms", -1, f"NULL, NULL, sum(status NOT IN ({COMPLETED}, {CANCELED}))")):
+        for key, *row in store.query(
+                f"SELECT compute_node_id * {size} + {window.bin_of(moment)}, {sign} *"
+                f" sum(asked_cpus), {sign} * sum(asked_cpus * {moment}), {sign} * count(*), {more}"
+                " FROM result WHERE workflow_id = ? GROUP BY 1", (workflow_id,)):
+            lanes.setdefault(key // size, []).append(Moments(key % size, *row))
     for _, node_id, _, start, cpus, _ in running_jobs(store, workflow_id, now):
-        lanes.setdefault(node_id, []).append(
-            (start, now_ms, 0, window.group(start, now_ms, (cpus,))))
-    return {node_id: sorted(lane) for node_id, lane in lanes.items()}
+        lanes.setdefault(node_id, []).extend((
+            Moments(*window.step(start, cpus), 1, start, now_ms, 0),
+            Moments(*window.step(now_ms, -cpus), -1, None, None, 0)))
+    return lanes
 
 
 def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True):
@@ -4855,32 +4849,35 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
     finer = -(-LEAST_BINS // bins)
     window = stretch(store, workflow_id, begin, end, nodes, now, bins * finer)
     lanes = lanes_of(store, workflow_id, window, nodes, now)
-    numbers = {node_id: sum(group[4] for *_, group in lane if group[1] >= 0
-                            and group[0] < window.bins) for node_id, lane in lanes.items()}
+    numbers = {node_id: sum(one.number for one in lane
+                            if (one.bin <= window.bins if one.number > 0 else one.bin == 0))
+               for node_id, lane in lanes.items()}
     single = jobs and sum(numbers.values()) <= MAX_BARS
     bars, runners = bars_of(store, workflow_id, window, now) if single else {}, []
     for node in nodes:
         lane, number = lanes[node[0]], numbers[node[0]]
         if number or node[4] < window.end and node[5] > window.begin:
-            means = window.means([group for *_, group in lane], 0)
-            failed = {group[1] for _, _, number_failed, group in lane if number_failed}
+            means = window.means([one[:3] for one in lane])
+            failed = {one.bin - 1 for one in lane if one.failed}
             shown = {"jobs": in_rows(bars.get(node[0], ()))} if single else {"bins": [
                 [round(min(1.0, sum(means[place:place + finer]) / finer / max(1, node[2])), 3),
                  not failed.isdisjoint(range(place, place + finer))]
                 for place in range(0, window.bins, finer)]}
-            runners.append({**runner_lane(store, workflow_id, window, node, lane, means),
+            spans = sorted((one.first, one.last) for one in lane if one.number > 0)
+            runners.append({**runner_lane(store, workflow_id, window, node, spans, means),
                             "ran": number, **shown})
     return {"from": window.begin, "to": window.end, "runners": runners}
 
 
-def runner_lane(store, workflow_id, window, node, lane, means):
-    """One runner of a timeline. lane: of lanes_of; means: the CPUs at work in each bin."""
+def runner_lane(store, workflow_id, window, node, spans, means):
+    """One runner of a timeline. spans: [(start, end), ...] in ms of times without a gap, but for
+    those inside of a bin, in order; means: the CPUs at work in each bin."""
     node_id, host, cpus, _, up, down, active = node
-    up = until = min([up, *(row[0] for row in lane)])
-    down = max([down, *(row[1] for row in lane)])
+    up = until = min([up, *(first for first, _ in spans[:1])])
+    down = max([down, *(last for _, last in spans)])
     start, stop = max(up, window.begin), min(down, window.end)
     gaps = []
-    for first, last in [*(row[:2] for row in lane), (down, down)]:
+    for first, last in [*spans, (down, down)]:
         if min(first, stop) > max(until, start):
             gaps.append((max(until, start), min(first, stop), first))
         until = max(until, last)
@@ -4957,26 +4954,33 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
     nodes, bins = nodes_over_time(store, workflow_id, now), max(2, min(MAX_BINS, bins))
     window = stretch(store, workflow_id, begin, end, nodes, now, bins)
     codes = exit_codes(store, workflow_id)
-    groups, of_need = [], {}
-    for need, group, sums in grouped(
-            store, workflow_id, window, "coalesce(asked_id, 0)", "sum(asked_cpus),"
+    size = bins + 2                       # one number is grouped faster than three
+    steps, of_need = [[] for _ in range(4)], {}
+    for key, start, end, number, *sums in store.query(
+            f"SELECT (coalesce(asked_id, 0) * {size} + {window.bin_of('start_ms')}) * {size} +"
+            f" {window.bin_of('end_ms')}, sum(start_ms), sum(end_ms), count(*), sum(asked_cpus),"
             " sum(asked_memory), total(max(avg_cpu_percent, 0)) / 100, total(coalesce("
             "avg_memory_bytes, peak_memory_bytes)), max(peak_memory_bytes), max(end_ms - start_ms),"
-            f" sum(return_code = ? AND status <> {COMPLETED}), sum(return_code = ?)",
-            (codes["memory"], codes["time"])):
-        groups.append((*group, sums[:4]))
-        of_need.setdefault(need, []).append((*group[2:], *sums[2:]))
+            f" sum(return_code = ? AND status <> {COMPLETED}), sum(return_code = ?) FROM result"
+            " WHERE workflow_id = ? GROUP BY 1", (codes["memory"], codes["time"], workflow_id)):
+        of_need.setdefault(key // size // size, []).append((start, end, number, *sums[2:]))
+        for series, weight in zip(steps, sums):
+            series += ((key // size % size, weight, weight * start / number),
+                       (key % size, -weight, -weight * end / number))
     rows = requirement_rows(store, workflow_id, of_need)
     for _, _, need, start, *asked in running_jobs(store, workflow_id, now):
         used = rows[need]["cpu_used"], rows[need]["memory_used"]
-        groups.append(window.group(start, now * 1000, (*asked, *used)))
-    there = [window.group(node[4], node[5], node[2:4]) for node in nodes]
+        for series, weight in zip(steps, (*asked, *used)):
+            series += window.step(start, weight), window.step(now * 1000, -weight)
+    there = [[step for node in nodes for step in (window.step(node[4], node[place]),
+                                                  window.step(node[5], -node[place]))]
+             for place in (2, 3)]
     series = {what: [{"name": name, "kind": kind, "points": [
-        round(value, digits) for value in window.means(weights, place + offset)]}
-        for name, kind, weights, place in (
-            ("used", "used", groups, 2), ("asked", "asked", groups, 0),
-            ("available", "limit", there, 0))]
-        for what, digits, offset in (("cpu", 3, 0), ("memory", None, 1))}
+        round(value, digits) for value in window.means(changes)]}
+        for name, kind, changes in (("used", "used", steps[2 + place]),
+                                    ("asked", "asked", steps[place]),
+                                    ("available", "limit", there[place]))]
+        for what, digits, place in (("cpu", 3, 0), ("memory", None, 1))}
     return {"times": [int(window.begin + window.width * (number + 0.5)) for number in range(bins)],
             **series, "requirements": [row for row in rows.values() if row["jobs"]]}
 
