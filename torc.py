@@ -895,6 +895,8 @@ PARAMETERS = fields("parameters map, parameter_mode enum:product|zip, use_parame
 LIST_OF = {table: name for name, table in SPEC_LISTS.items()}
 REGEXES = {field.name: re.sub("(_job)?_ids$", "_regexes", field.name)
            for field in KINDS["job"].fields if field.type == "ids"}
+JOB_FIELDS = {name: field for field in KINDS["job"].fields
+              for name in (field.spec, REGEXES.get(field.name)) if name}
 SPEC_ONLY = {                             # what a specification has beside the fields of KINDS
     "workflow": fields("user str, parameters map, jobs list required, actions list, " + ", ".join(
         f"{name} list" for name in SPEC_LISTS if name != "jobs")),
@@ -1528,9 +1530,7 @@ class Reader:
     def _job(self, job, path):
         """A job as the API takes it."""
         what, made = f'job "{job["name"]}"', {}
-        for field in KINDS["job"].fields:
-            if field.spec not in job and REGEXES.get(field.name) not in job:
-                continue
+        for field in dict.fromkeys(JOB_FIELDS[name] for name in job):
             value = job.get(field.spec)
             if field.type == "ids":
                 ids = [self._find(path, what, field.spec, name, field.refers)
@@ -2710,28 +2710,25 @@ def add_many(store, kind, records):
     """In a transaction: insert records from checked bodies, with what they leave out, what follows
     from that, and their relations; returns their consecutive ids."""
     first = next_id(store, kind.table)
-    defaults = {field.name: field.default for field in kind.fields if field.default is not None}
-    full = [{**defaults, **record} for record in records]
+    ids, given = range(first, first + len(records)), set().union(*records)
+    values = {field.name: [record.get(field.name, field.default) for record in records]
+              for field in columns(kind) if field.name in given or field.default is not None}
     if kind.derive:
-        full = [{**record, **kind.derive(record)} for record in full]
-    known = {field.name: field for field in columns(kind)}
-    apart = {field.name for field in kind.fields} - set(known)
-    names = [name for name in dict.fromkeys(itertools.chain.from_iterable(full))
-             if name not in apart]
-    converted = [known[name] if name in known and known[name].type in ("status", "any") else None
-                 for name in names]
-    store.insert_many(
-        f"INSERT INTO {kind.table} (id, {', '.join(names)})", len(names) + 1,
-        [(record_id, *(to_column(field, record.get(name)) if field else record.get(name)
-                       for name, field in zip(names, converted)))
-         for record_id, record in enumerate(full, first)])
+        derived = [kind.derive(dict(zip(values, row))) for row in zip(*values.values())]
+        values.update({name: [row[name] for row in derived] for name in derived[0]} if records
+                      else {})
+    for field in columns(kind):
+        if field.name in given and field.type in ("status", "any"):
+            values[field.name] = [to_column(field, value) for value in values[field.name]]
+    store.insert_many(f"INSERT INTO {kind.table} (id, {', '.join(values)})", len(values) + 1,
+                      list(zip(ids, *values.values())))
     for field in kind.fields:
-        if field.type == "ids":
+        if field.type == "ids" and field.name in given:
             table, mine, theirs = RELATIONS[field.name]
-            store.insert_many(f"INSERT INTO {table} ({mine}, {theirs})", 2, sorted(
-                {(record_id, other) for record_id, record in enumerate(full, first)
-                 for other in record.get(field.name, ())}))
-    return range(first, first + len(full))
+            store.insert_many(f"INSERT INTO {table} ({mine}, {theirs})", 2, [
+                (record_id, other) for record_id, record in zip(ids, records)
+                for other in set(record.get(field.name, ()))])
+    return ids
 
 
 def change(store, kind, record_id, values):
@@ -5845,9 +5842,10 @@ def create_from_spec(request):
     for name, table in SPEC_LISTS.items():
         records, first = body.get(name, []), next_id(store, table)
         ids[table] = range(first, first + len(records))
+        refer = [field for field in KINDS[table].fields if field.refers in ids]
         for record in records:
             record["workflow_id"] = workflow_id
-            give_ids(record, KINDS[table].fields, ids)
+            give_ids(record, refer, ids)
         insert_jobs(store, records) if table == "job" else add_many(store, KINDS[table], records)
     for action in body.get("actions", ()):
         check_action(action)
@@ -5886,9 +5884,10 @@ def insert_jobs(store, jobs):
     if twice:
         raise Conflict(f'job name "{twice[0]:.80}" is used twice in workflow {workflow_id}')
     default = default_requirements(store, workflow_id)
-    ids = add_many(store, KINDS["job"], [
-        {"resource_requirements_id": default, **job, "status": "uninitialized",
-         "scheduler_id": job.get("scheduler_id") or None} for job in jobs])
+    for job in jobs:
+        job.setdefault("resource_requirements_id", default)
+        job.update(status="uninitialized", scheduler_id=job.get("scheduler_id") or None)
+    ids = add_many(store, KINDS["job"], jobs)
     reshaped(store, workflow_id)
     store.news(workflow_id)
     return ids
