@@ -110,6 +110,7 @@ def clean_environment(monkeypatch, tmp_path_factory):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setenv("USER", "tester")
+    os.umask(0o022)                       # a server run inside of a test has set its own
 
 
 @pytest.fixture
@@ -8290,8 +8291,10 @@ def socket_request(path, text):
         return data.decode()
 
 
-def test_a_socket_is_for_its_user_alone_from_the_first_instant(tmp_path, server):
-    path = tmp_path / "dash.sock"
+def test_a_socket_is_for_its_user_alone_from_the_first_instant(tmp_path, server, request):
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))       # unix(7) takes 107 bytes
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    path = folder / "dash.sock"
     dash = Dash(tmp_path, "--socket", path, "--url", server.url)
     assert path.stat().st_mode & 0o777 == 0o600
     assert re.search(rf"ssh -L 8090:{path} tester@\S+, then open http://localhost:8090/",
