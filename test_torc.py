@@ -4077,7 +4077,7 @@ def test_the_journal_loses_nothing_between_threads(tmp_path):
         thread.join()
     sys.setswitchinterval(interval)
     journal.close(remove=False)
-    ends = [record["end"] for record in torc.read_journal(journal.path) if "end" in record]
+    ends = [record["end"] for record in torc.read_journal(journal.path)[0] if "end" in record]
     assert sorted(ends) == [[thread, number] for thread in range(4) for number in range(3000)]
 
 
@@ -4101,7 +4101,8 @@ def test_a_full_disk_is_the_fault_of_the_machine_and_fails_no_job(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=12", "small",
                     tmp_path / "torc_output"], check=True)
     try:
-        spec = write_spec(tmp_path, {f"j{number}": "true" for number in range(20)})
+        spec = write_spec(tmp_path, {f"j{number}": "true" for number in range(20)},
+                          compute_node_wait_for_new_jobs_seconds=1)
         runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
         assert runner.wait(60) == 1
         log = (tmp_path / "run.log").read_text()
@@ -4192,24 +4193,28 @@ def is_running(server):
 
 
 @pytest.mark.slow
-def test_a_lost_server_does_not_end_the_runner_before_the_workflows_own_limit(tmp_path):
+def test_a_server_that_stays_away_costs_no_job(tmp_path):
+    """What runs goes on beyond the lease; its result waits in the journal."""
     server = Server(tmp_path / "x.db")
-    spec = write_spec(tmp_path, {"a": "sleep 300"},
+    spec = write_spec(tmp_path, {"a": "echo once >> runs; while test ! -e go; do sleep 0.05; done", "b": "true"},
                       compute_node_wait_for_healthy_database_minutes=0)
-    runner = start_run(tmp_path, spec, "--url", server.url)
+    runner = start_run(tmp_path, spec, "--url", server.url, "--max-parallel-jobs", 1)
+    until((tmp_path / "runs").exists)
     until(lambda: is_running(server))
     server.kill()
+    until(lambda: "the jobs go on" in (tmp_path / "run.log").read_text())
+    time.sleep(1)                         # the lease is shorter: nothing happens
+    assert runner.poll() is None
+    (tmp_path / "go").touch()
     assert runner.wait(60) == 1
     log = (tmp_path / "run.log").read_text()
-    assert "the jobs go on" in log and "as long as the workflow allows" in log
+    assert "as long as the workflow allows: the results wait in the journal" in log
     assert "`torc run 1` goes on from here" in log
-    until(lambda: not processes_in(tmp_path), what="the end of all processes")
     server = Server(tmp_path / "x.db")
-    runner = start_run(tmp_path, 1, "--url", server.url)
-    until(lambda: {"status": "running", "attempt_id": 2}.items()
-          <= server.client().get("/jobs/1").items())
-    runner.terminate()
-    assert runner.wait(60) == 143
+    assert start_run(tmp_path, 1, "--url", server.url).wait(60) == 0
+    assert (tmp_path / "runs").read_text() == "once\n"
+    assert [(row["job_id"], row["return_code"]) for row in server.client().page(
+        "/results", workflow_id=1, all_runs=True)["items"]] == [(1, 0), (2, 0)]
     server.stop()
 
 
@@ -4343,7 +4348,7 @@ def test_two_successors_of_a_dead_runner_do_not_disturb_each_other(tmp_path, api
     journal.add({"end": runner.done(job)})
     journal.close(remove=False)
     monkeypatch.setattr(torc, "kill_leftovers", lambda *_: os.unlink(journal.path))
-    [sentence] = torc.clean_up(api, journal.path, {})
+    [sentence] = torc.clean_up(api, journal.path)
     assert sentence.startswith("1 result of the runner")
     assert statuses(api, workflow_id) == {"a": "completed"}
 
@@ -4378,17 +4383,360 @@ def test_a_group_that_was_not_noted_is_found_by_its_marked_member(tmp_path):
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
 
 
-def test_a_process_that_took_over_a_number_is_not_taken_for_ours():
+# ---- actions
+
+def acting_spec(directory, trigger):
+    """A job, and an action that notes its beginning and its end and waits for a file in between."""
+    return write_spec(directory, {"a": "cat ready; touch ran"}, actions=[{
+        "trigger_type": trigger, "action_type": "run_commands", "commands": [
+            "echo begun >> ../acts; while test ! -e ../go; do sleep 0.05; done",
+            "echo done >> ../acts; touch ../ready"]}])
+
+
+@pytest.mark.parametrize("trigger", ["on_workflow_start", "on_workflow_complete"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_an_action_that_was_cut_short_is_carried_out_by_the_next_runner(tmp_path, trigger, how):
+    spec = acting_spec(tmp_path, trigger)
+    if trigger == "on_workflow_complete":
+        (tmp_path / "ready").touch()
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
+    until((tmp_path / "acts").exists)
+    runner.send_signal(how)
+    assert runner.wait(60) == (143 if how == signal.SIGTERM else -9)
+    until(lambda: not processes_in(tmp_path / "torc_output"), what="the end of the action's script")
+    (tmp_path / "go").touch()
+    assert start_run(tmp_path, 1, "--database", tmp_path / "x.db").wait(60) == 0
+    assert (tmp_path / "acts").read_text().split() == ["begun", "begun", "done"]
+    assert (tmp_path / "ran").exists()
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        [action] = client.get("/workflows/1/actions")
+        assert action["executed"] and client.get("/workflows/1/actions/pending", waiting=True) == []
+
+
+def test_an_action_of_a_dead_runner_is_pending_again_one_of_torcs_is_not(client):
+    workflow_id, _ = make(client, {"a": []})
+    path = f"/workflows/{workflow_id}/actions"
+    ids = [client.post(path, {"workflow_id": workflow_id, "trigger_type": "on_worker_start", "trigger_count": 1,
+                              "action_type": "run_commands", "action_config": {"commands": ["true"]}})["id"]
+           for _ in range(3)]
+    runner, torcs = Conversation(client, workflow_id, boot_id="b"), make_node(client, workflow_id)
+    for action_id, node in zip(ids, (runner.node, runner.node, torcs)):
+        client.post(f"{path}/{action_id}/claim", {"compute_node_id": node})
+    client.put(f"{path}/{ids[1]}/claim")                     # that one has been carried out
+    for node in (runner.node, torcs):
+        client.post(f"/compute_nodes/{node}/release")
+    assert [action["id"] for action in client.get(f"{path}/pending")] == [ids[0]]
+
+
+def test_allocations_of_an_action_that_failed_half_way_are_not_asked_for_twice(server, programs, tmp_path):
+    client = server.client()
+    workflow_id, _ = make(client, {"a": []}, start=False)
+    scheduler = client.post("/slurm_schedulers", {"workflow_id": workflow_id, "name": "s", "account": "x",
+                                                  "nodes": 1, "walltime": "01:00:00"})
+    path = f"/workflows/{workflow_id}/actions"
+    client.post(path, {"workflow_id": workflow_id, "trigger_type": "on_workflow_start", "trigger_count": 1,
+                       "action_type": "schedule_nodes", "action_config": {
+                           "scheduler_type": "slurm", "scheduler_id": scheduler["id"], "num_allocations": 3}})
+    calls = tmp_path / "calls"
+    programs(sbatch=f"echo x >> {calls}; n=$(/usr/bin/wc -l < {calls}); [ $n -lt 3 ] || [ -e {tmp_path}/room ] || "
+                    "{ echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1; }; echo $((100 + n))",
+             scontrol="echo 'ClusterName = here'")
+    request = torc.WorkerRequest(str(tmp_path / "out"), str(tmp_path), ("http://127.0.0.1:1/torc-service/v1",))
+    with pytest.raises(torc.TorcError, match="QOSMaxSubmitJobPerUserLimit") as caught:
+        torc.schedule_pending(client, workflow_id, request)
+    assert caught.value.submitted == [101, 102]
+    for _ in range(4):                    # other runners look: it rests
+        assert torc.schedule_pending(client, workflow_id, request) == []
+    assert len(calls.read_text().split()) == 3
+    (tmp_path / "room").touch()
+    [(action, ids)] = torc.schedule_pending(client, workflow_id, request, waiting=True)
+    assert (action["submitted"], ids) == (2, [104])
+    assert client.page("/scheduled_compute_nodes", workflow_id=workflow_id)["total_count"] == 3
+    assert client.get(f"{path}/pending", waiting=True) == []
+
+
+# ---- who may be called dead
+
+@pytest.fixture
+def sleeper():
+    """(a process, its identity as a runner would give it)."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process, {**torc.identity(), "pid": process.pid, "pid_started": torc.process_start(process.pid)}
+    process.kill(), process.wait()
+
+
+def test_a_runner_is_dead_when_its_process_is_seen_to_be_gone(sleeper, monkeypatch):
+    process, record = sleeper
+    assert torc.death_here(record) is None
+    assert torc.death_here({**record, "pid_started": record["pid_started"] - 1}).kind == "process"
+    process.kill()                        # a zombie
+    until(lambda: torc.process_stat(process.pid)[0] == b"Z")
+    assert torc.death_here(record).kind == "process"
+    process.wait()
+    evidence = torc.death_here(record)
+    assert evidence.kind == "process" and evidence.text.startswith(f"the runner with pid {process.pid} on ")
+    for other in ({"hostname": "another"}, {"pid_namespace": 1}, {"pid_started": None}):
+        assert torc.death_here({**record, **other}) is None
+
+
+def test_what_cannot_be_seen_in_proc_is_alive(sleeper, monkeypatch):
+    _, record = sleeper
+    monkeypatch.setattr(torc, "read_bytes", lambda path: b"")           # as with hidepid=2
+    assert torc.process_start(record["pid"]) is None and torc.death_here(record) is None
+    def denied(pid, number):
+        raise PermissionError
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", denied)
+        assert torc.death_here({**record, "pid_started": 1}) is None
+
+
+def test_a_machine_that_booted_again_has_no_runner_of_before(sleeper):
+    _, record = sleeper
+    before = {**record, "boot_id": "of before"}
+    if not record["machine_id"]:
+        pytest.skip("this machine has no /etc/machine-id")
+    assert torc.death_here(before).kind == "reboot"
+    for other in ({"machine_id": "another"}, {"machine_id": None}, {"hostname": "another"}):
+        assert torc.death_here({**before, **other}) is None
+
+
+def test_a_process_that_took_over_a_number_is_not_taken_for_ours(sleeper):
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    sleeper = subprocess.Popen(["sleep", "60"])
-    assert torc.started_about(sleeper.pid, now) and not torc.started_about(sleeper.pid, now - 60)
-    record = {"hostname": socket.gethostname(), "boot_id": torc.boot_id(), "pid": sleeper.pid,
-              "pid_started": torc.process_start(sleeper.pid)}
-    assert not torc.is_dead_here(record)
-    assert torc.is_dead_here({**record, "pid_started": record["pid_started"] - 1})
-    assert not torc.is_dead_here({**record, "boot_id": "another"})
-    sleeper.kill(), sleeper.wait()
-    assert torc.is_dead_here(record)
+    pid = sleeper[0].pid
+    assert torc.started_about(pid, now) and not torc.started_about(pid, now - 60)
+
+
+def test_evidence_older_than_the_last_word_of_a_runner_is_refused(client):
+    workflow_id, ids = make(client, {"a": []})
+    runner = Conversation(client, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    node = client.get(f"/compute_nodes/{runner.node}")
+    runner.step(held=[[job["id"], job["attempt_id"]]])    # it speaks once more
+    with pytest.raises(torc.Conflict, match="has spoken since it was taken for dead"):
+        torc.release(client, node, torc.Evidence("process", "it is gone"))
+    assert statuses(client, workflow_id) == {"a": "running"} or statuses(client, workflow_id) == {"a": "pending"}
+    node = client.get(f"/compute_nodes/{runner.node}")
+    torc.release(client, node, torc.Evidence("process", "it is gone"))
+    assert statuses(client, workflow_id) == {"a": "ready"}
+    death = client.get(f"/compute_nodes/{runner.node}")["death"]
+    assert (death["kind"], death["text"]) == ("process", "it is gone") and torc.parse_time(death["time"])
+
+
+def rewrite_journal(path, change):
+    """Change the header of a journal."""
+    records, _ = torc.read_journal(path)
+    change(records[0]["header"])
+    os.unlink(path)
+    journal = torc.Journal(str(path), records[0]["header"])
+    for record in records[1:]:
+        journal.add(record)
+    journal.close(remove=False)
+
+
+def test_after_a_reboot_a_workflow_goes_on_at_once(tmp_path):
+    if not torc.identity()["machine_id"]:
+        pytest.skip("this machine has no /etc/machine-id")
+    spec = write_spec(tmp_path, {"quick": "echo q >> runs", "a": "echo a >> runs; test -e go || sleep 300"})
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 2)
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        until(lambda: client.page("/workflows")["items"] and statuses(client, 1) == {
+            "quick": "completed", "a": "running"})
+    [journal] = (tmp_path / "torc_output" / "journal").glob("*.jsonl")
+    runner.kill(), runner.wait()
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+    rewrite_journal(journal, lambda header: header.update(boot_id="of before"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.db")) as connection, connection:
+        connection.execute("UPDATE compute_node SET boot_id = 'of before'")
+    (tmp_path / "go").touch()
+    started = time.monotonic()
+    assert start_run(tmp_path, 1, "--database", tmp_path / "x.db").wait(60) == 0
+    assert time.monotonic() - started < 60 and "has booted again" in (tmp_path / "run.log").read_text()
+    assert sorted((tmp_path / "runs").read_text().split()) == ["a", "a", "q"]
+    assert not journal.exists()
+
+
+def test_the_end_of_an_attempt_signals_no_other_attempt(tmp_path):
+    """A process of attempt 2 with the runner's mark lives on when attempt 1 is ended."""
+    jobs = {attempt: subprocess.Popen(["sleep", "60"], start_new_session=True, env={
+        **os.environ, "TORC_RUNNER": "mark", "TORC_JOB_ID": "7", "TORC_RUN_ID": "1",
+        "TORC_ATTEMPT_ID": str(attempt)}) for attempt in (1, 2)}
+    until(lambda: len(torc.marked_processes("mark")) == 2)
+    assert sorted(torc.marked_processes("mark")) == sorted(
+        (process.pid, (7, 1, attempt)) for attempt, process in jobs.items())
+    for process in jobs.values():
+        process.kill(), process.wait()
+
+
+# ---- the journal
+
+def test_a_damaged_journal_is_read_as_far_as_it_can_be(tmp_path):
+    journal = torc.Journal(str(tmp_path / "journal" / "x.jsonl"), {"pid": 1})
+    for number in range(3):
+        journal.add({"end": {"text": "für", "number": number}})
+    journal.close(remove=False)
+    data = Path(journal.path).read_bytes()
+    assert data.isascii()
+    lines = data.splitlines(keepends=True)
+    broken = [lines[0], lines[1].replace(b"number", b"n\xffmber"), lines[2], lines[3][:-5]]
+    Path(journal.path).write_bytes(b"".join(broken))
+    records, bad = torc.read_journal(journal.path)
+    assert (records, bad) == ([{"header": {"pid": 1}}, {"end": {"text": "für", "number": 1}}], 2)
+    Path(journal.path).write_bytes("{\"header\": {\"pid\": 2}}\n{\"end\": \"f\u00fc".encode()[:-1])     # as they were
+    assert torc.read_journal(journal.path) == ([{"header": {"pid": 2}}], 1)
+    assert torc.journal_leaders(journal.path) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_journal_on_a_full_disk_keeps_what_it_cannot_write(tmp_path):
+    (tmp_path / "small").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "small", tmp_path / "small"], check=True)
+    try:
+        journal = torc.Journal(str(tmp_path / "small" / "journal" / "x.jsonl"), {"pid": 1})
+        kept = 0
+        while True:
+            journal.add({"end": "x" * 1000})
+            kept += 1
+            if not journal.flush():
+                break
+        assert "No space left on device" in journal.trouble and str(journal.path) in journal.trouble
+        records, bad = torc.read_journal(journal.path)
+        assert (len(records), bad) == (kept, 0)               # no half line is there
+        subprocess.run(["mount", "-o", "remount,size=1m", tmp_path / "small"], check=True)
+        assert journal.flush() and journal.trouble is None
+        records, bad = torc.read_journal(journal.path)
+        assert (len(records), bad) == (kept + 1, 0)
+        journal.close(remove=True)
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "small"], check=True)
+
+
+def test_the_ok_of_a_start_confirms_no_other_start_of_the_attempt(tmp_path, api):
+    workflow_id, _ = make(api, {"a": []})
+    runner = Conversation(api, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    key = [job["id"], job["run_id"], job["attempt_id"]]
+    records = [{"header": {"workflow_id": workflow_id, "compute_node_id": runner.node}},
+               {"start": key, "n": 1}, {"ok": [1]},           # it could not be made a process
+               {"start": key, "n": 2}, {"end": runner.done(job), "n": 2}]
+    assert torc.replay_journal(api, records) == 1
+    assert statuses(api, workflow_id) == {"a": "completed"}
+    assert torc.replay_journal(api, [*records, {"ok": [2]}]) == 0
+
+
+# ---- the machine's faults, and the job's
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_disk_that_fills_while_jobs_end_costs_none(tmp_path):
+    (tmp_path / "torc_output").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "small", tmp_path / "torc_output"], check=True)
+    try:
+        (tmp_path / "trace").mkdir()
+        spec = write_spec(tmp_path, {f"j{number:02d}": f"echo x >> trace/j{number:02d}; sleep 0.05"
+                                     for number in range(40)})
+        with open(tmp_path / "torc_output" / "run.log", "ab") as log:      # as in an allocation
+            runner = subprocess.Popen([*COMMAND, "run", str(spec), "--database", str(tmp_path / "x.db"),
+                                       "--max-parallel-jobs", "2"], cwd=tmp_path, stdout=log, stderr=log,
+                                      stdin=subprocess.DEVNULL)
+        until(lambda: len(list((tmp_path / "trace").iterdir())) >= 5)
+        with contextlib.suppress(OSError), open(tmp_path / "torc_output" / "ballast", "wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+            until(lambda: sorted(set(statuses(client, 1).values())) == ["completed", "ready"], 60)
+            assert runner.poll() is None
+            (tmp_path / "torc_output" / "ballast").unlink()
+            assert runner.wait(60) == 0
+            assert set(statuses(client, 1).values()) == {"completed"}
+            assert {path.read_text() for path in (tmp_path / "trace").iterdir()} == {"x\n"}
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "torc_output"], check=True)
+
+
+def test_an_output_directory_that_is_gone_fails_no_job(tmp_path):
+    spec = write_spec(tmp_path, {f"j{number}": f"echo x >> runs{number}; while test ! -e go; do sleep 0.05; done"
+                                 for number in range(6)}, compute_node_wait_for_new_jobs_seconds=60)
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 1)
+    until((tmp_path / "runs0").exists)
+    (tmp_path / "torc_output" / "job_stdio").rename(tmp_path / "elsewhere")
+    (tmp_path / "go").touch()
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        until(lambda: "jobs cannot be started here now: No such file or directory" in (
+            tmp_path / "run.log").read_text())
+        until(lambda: sorted(statuses(client, 1).values()) == ["completed"] + ["ready"] * 5)
+        (tmp_path / "elsewhere").rename(tmp_path / "torc_output" / "job_stdio")
+        assert runner.wait(60) == 0
+        assert client.page("/results", workflow_id=1, all_runs=True)["total_count"] == 6
+
+
+def test_a_log_that_cannot_be_written_swallows_nothing(tmp_path, capsys):
+    progress = torc.Progress(False, str(tmp_path / "log"))
+    good, progress.log = progress.log, os.open("/dev/full", os.O_WRONLY)
+    progress.say("one")
+    assert capsys.readouterr().err == "torc: one\n"
+    os.close(progress.log)
+    progress.log = good
+    progress.say("two")
+    progress.close()
+    assert re.findall(r"\] (\w+)", (tmp_path / "log").read_text()) == ["one", "two"]
+
+
+# ---- signals
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_for_a_checkpoint_is_handed_on(tmp_path, number):
+    name = signal.Signals(number).name
+    spec = write_spec(tmp_path, {"a": f"trap 'touch saved' {name}; touch begun; while test ! -e saved; do "
+                                      "sleep 0.05; done; true"})
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
+    until((tmp_path / "begun").exists)
+    runner.send_signal(number)
+    assert runner.wait(60) == 0 and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("gap", [-0.05, -0.002, 0, 0.002, 0.05])
+def test_a_signal_to_jobs_and_runner_together_fails_no_job(tmp_path, gap):
+    """gap: by how many seconds the jobs get it before the runner."""
+    spec = write_spec(tmp_path, {
+        "traps": "test -e again && exit 0; trap 'exit 3' TERM; touch b1; sleep 60 & wait",
+        "python": f"test -e again && exit 0; touch b2; exec {PYTHON} -c "
+                  "'import signal,sys,time;signal.signal(15,lambda *_:sys.exit(1));time.sleep(60)'",
+        "sleeps": "test -e again && exit 0; touch b3; exec sleep 60",
+        "saves": "trap 'exit 0' TERM; touch b4; sleep 60 & wait",
+        "after": {"command": "true", "depends_on": ["traps", "sleeps"]}})
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 4)
+    until(lambda: all((tmp_path / f"b{number}").exists() for number in (1, 2, 3, 4)))
+    time.sleep(0.2)                       # Python has set its handler
+    jobs = [pid for pid in processes_in(tmp_path) if pid != runner.pid and torc.process_stat(pid)[1:2] == [
+        str(runner.pid).encode()] and os.getpgid(pid) == pid]
+    for pids, wait in ((jobs, max(0, gap)), ([runner.pid], max(0, -gap)), (jobs, 0))[gap < 0:]:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(wait)
+    assert runner.wait(60) == 143
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        assert statuses(client, 1) == {"traps": "ready", "python": "ready", "sleeps": "ready",
+                                       "saves": "completed", "after": "blocked"}, (tmp_path / "run.log").read_text()
+        (tmp_path / "again").touch()
+        assert start_run(tmp_path, 1, "--database", tmp_path / "x.db").wait(60) == 0
+
+
+def test_a_runner_that_ends_its_script_sends_no_steps_meanwhile(tmp_path, server):
+    steps = []
+    spec = write_spec(tmp_path, {"a": "true"}, actions=[{
+        "trigger_type": "on_jobs_complete", "jobs": ["a"], "action_type": "run_commands",
+        "commands": ["trap '' TERM; touch ../acting; while test ! -e ../go; do sleep 0.05; done"]}])
+    with gateway(server, lambda path, _: steps.append(path)) as url:
+        runner = start_run(tmp_path, spec, "--url", url)
+        until((tmp_path / "acting").exists)
+        runner.terminate()
+        until(lambda: "signal 15" in (tmp_path / "run.log").read_text())
+        time.sleep(1)
+        before = sum(path.endswith("runner_step") for path in steps)
+        time.sleep(1)
+        assert sum(path.endswith("runner_step") for path in steps) - before <= 3
+        (tmp_path / "go").touch()
+        assert runner.wait(60) == 143
 
 
 def test_on_a_terminal_a_bar_counts_the_jobs(tmp_path):
@@ -4580,7 +4928,8 @@ def test_an_action_that_failed_is_pending_again(client):
     client.post(f"{path}/{action['id']}/claim", {})
     assert client.get(f"{path}/pending") == []
     client.delete(f"{path}/{action['id']}/claim")
-    assert [pending["id"] for pending in client.get(f"{path}/pending")] == [action["id"]]
+    assert client.get(f"{path}/pending") == []               # for a minute
+    assert [pending["id"] for pending in client.get(f"{path}/pending", waiting=True)] == [action["id"]]
     with pytest.raises(torc.NotFound):
         client.delete(f"{path}/99/claim")
 

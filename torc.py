@@ -364,13 +364,18 @@ def compact(value):
     return ENCODER.encode(value)          # json.dumps would make an encoder each time
 
 
+def read_bytes(path):
+    """A file's bytes, or none if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def read_text(path):
     """A small file's text without the last newline, or "" if it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+    return read_bytes(path).decode("utf-8", "replace").strip()
 
 
 # ==================================================================================================
@@ -646,8 +651,12 @@ KINDS = {kind.table: kind for kind in (
         scheduler           any
         boot_id             str
         pid_started         int
-        output_dir          str"""),
-        filters="hostname is_active", unsorted="scheduler", ops="list clear get delete"),
+        output_dir          str
+        machine_id          str
+        pid_namespace       int
+        step                int     server
+        death               any     server"""),
+        filters="hostname is_active", unsorted="scheduler death", ops="list clear get delete"),
     Kind("local scheduler", "local_scheduler", "/local_schedulers", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -2102,7 +2111,7 @@ ALTER TABLE job ADD COLUMN outdated INTEGER;                    -- what has chan
                                            -- attempt was claimed, as bits: see OUTDATED
 UPDATE job SET outdated = 0 WHERE id IN (SELECT job_id FROM job_input_hash);
 DROP TABLE job_input_hash;
-ALTER TABLE compute_node ADD COLUMN step INTEGER NOT NULL DEFAULT 0;    -- its last runner_step
+ALTER TABLE compute_node ADD COLUMN step INTEGER;               -- its last runner_step
 ALTER TABLE result ADD COLUMN start_ms INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE result ADD COLUMN end_ms INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE result ADD COLUMN asked_id INTEGER;                 -- its requirements then,
@@ -2212,9 +2221,20 @@ CREATE TRIGGER action_loses_a_job BEFORE DELETE ON action_job BEGIN
     WHERE id = OLD.action_id AND trigger_type IN ('on_jobs_ready', 'on_jobs_complete');
 END
 """
+EVIDENCE_SCHEMA = """
+ALTER TABLE compute_node ADD COLUMN machine_id TEXT;
+ALTER TABLE compute_node ADD COLUMN pid_namespace INTEGER;
+ALTER TABLE compute_node ADD COLUMN death TEXT;         -- {kind, time, text}: see Evidence
+-- An action is claimed (executed), and then carried out (done), or given back.
+ALTER TABLE workflow_action ADD COLUMN done INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE workflow_action ADD COLUMN submitted INTEGER NOT NULL DEFAULT 0;    -- allocations of it
+ALTER TABLE workflow_action ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;        -- that failed
+ALTER TABLE workflow_action ADD COLUMN wait_until INTEGER NOT NULL DEFAULT 0;   -- s since the epoch
+UPDATE workflow_action SET done = executed
+"""
 # Step n brings a database from user_version n to n + 1.
 MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
-              COUNTER_SCHEMA)
+              COUNTER_SCHEMA, EVIDENCE_SCHEMA)
 
 # File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
@@ -2800,8 +2820,8 @@ KEEP = -1                                 # as owner: whoever may have a process
 HINDERS = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_job_failure)"
 # An action that is due. One on jobs that all were canceled before they were ready is for nobody.
 PENDING_ACTION = (
-    "executed = 0 AND CASE trigger_type WHEN 'on_workflow_complete' THEN"
-    " EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)"
+    "executed = 0 AND wait_until <= CAST(strftime('%s', 'now') AS INTEGER) AND CASE trigger_type"
+    " WHEN 'on_workflow_complete' THEN EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)"
     f" AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id AND status IN"
     f" {NOT_COMPLETE}) ELSE trigger_count >= required_triggers AND (trigger_type <> 'on_jobs_ready'"
     " OR job_ids = '[]' OR EXISTS (SELECT 1 FROM action_job x JOIN job j ON j.id = x.job_id WHERE"
@@ -3082,7 +3102,8 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
     store.execute("DELETE FROM workflow_action WHERE workflow_id = ? AND is_recovery = 1",
                   (workflow_id,))
     store.execute(
-        "UPDATE workflow_action SET executed = 0, executed_by = NULL, trigger_count = CASE WHEN"
+        "UPDATE workflow_action SET executed = 0, executed_by = NULL, done = 0, submitted = 0,"
+        " tries = 0, wait_until = 0, trigger_count = CASE WHEN"
         " trigger_type IN ('on_workflow_start', 'on_worker_start', 'on_worker_complete') THEN"
         " required_triggers ELSE trigger_count END WHERE workflow_id = ?", (workflow_id,))
     store.news(workflow_id)
@@ -3466,7 +3487,7 @@ def runner_step(store, workflow_id, step, now):
     run_id, canceled, minutes = workflow_row(
         store, workflow_id, "run_id, is_canceled, compute_node_wait_for_healthy_database_minutes")
     node_id, number, replay = step["compute_node_id"], step["step"], step.get("replay")
-    last = store.one("SELECT step FROM compute_node WHERE id = ? AND workflow_id = ?",
+    last = store.one("SELECT coalesce(step, 0) FROM compute_node WHERE id = ? AND workflow_id = ?",
                      (node_id, workflow_id))
     if not last:
         raise not_found(KINDS["compute_node"], node_id)
@@ -3536,17 +3557,39 @@ def close_node(store, node_id, now):
         tell_node(store, node_id, started=False)
     store.execute(f"UPDATE job SET compute_node_id = NULL WHERE compute_node_id = ? AND status"
                   f" NOT IN ({PENDING}, {RUNNING})", (node_id,))
+    for workflow_id, in store.query(      # a runner of Torc's never says when it has done one
+            "SELECT DISTINCT a.workflow_id FROM workflow_action a JOIN compute_node n ON n.id ="
+            " a.executed_by WHERE n.id = ? AND n.boot_id <> '' AND a.executed AND NOT"
+            " a.done", (node_id,)):
+        store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by ="
+                      " NULL WHERE executed_by = ? AND NOT done", (node_id,))
+        store.news(workflow_id)
     store.heard.pop(node_id, None)
 
 
-def release_node(store, node_id, now, ended=None, reason=""):
+class Evidence(NamedTuple):
+    """How it is known that a runner is dead; its compute node keeps it."""
+
+    kind: str                             # process, reboot, allocation, lease, or released by hand
+    text: str                             # in words
+    step: int | None = None               # the last step of the node when it was gathered
+
+
+def release_node(store, node_id, now, evidence, ended=None):
     """In a transaction: a node's runner is dead, so its jobs are ready again.
 
     Running ones keep a result (-128) of the attempt that was lost; the next attempt has the next
     number. ended: (status, return code) that running jobs get instead, where it is known what
-    ended them. reason: for the tail of their stderr. Returns (requeued ids, number of others).
+    ended them. Returns (requeued ids, number of others). Raises Conflict when the runner has spoken
+    since the evidence was gathered.
     """
-    workflow_id, = store.one("SELECT workflow_id FROM compute_node WHERE id = ?", (node_id,))
+    workflow_id, step = store.one(
+        "SELECT workflow_id, coalesce(step, 0) FROM compute_node WHERE id = ?", (node_id,))
+    if evidence.step is not None and step > evidence.step:
+        raise Conflict(f"the runner of compute node {node_id} is alive: it has spoken since it was "
+                       f"taken for dead ({evidence.text})")
+    store.execute("UPDATE compute_node SET death = ? WHERE id = ?", (compact({
+        "kind": evidence.kind, "time": iso_time(now), "text": evidence.text}), node_id))
     run_id = workflow_row(store, workflow_id, "run_id")[0]
     requeued, others = [], 0
     status, code = ended or (FAILED, ORPHAN_RETURN_CODE)
@@ -3558,7 +3601,7 @@ def release_node(store, node_id, now, ended=None, reason=""):
                 "attempt_id": job.attempt_id, "compute_node_id": node_id, "return_code": code,
                 "exec_time_minutes": 0.0, "completion_time": iso_time(now),
                 "status": STATUS_NAMES[status], "stderr_tail":
-                f"torc: {reason or f'the runner on compute node {node_id} died'}"}, replace=True)
+                f"torc: {evidence.text}"}, replace=True)
         if job.status == RUNNING and ended:
             finish(store, job, status, None, code, result)
             others += 1
@@ -3576,8 +3619,13 @@ def release_node(store, node_id, now, ended=None, reason=""):
 def expire_node(store, node_id, now):
     """In a transaction: a node's lease ran out. Its running jobs fail with -128, its pending ones
     are ready again with the next attempt."""
-    if store.one("SELECT 1 FROM compute_node WHERE id = ? AND is_active = 1", (node_id,)):
-        release_node(store, node_id, now, (FAILED, ORPHAN_RETURN_CODE))
+    for minutes, in store.query(
+            "SELECT w.compute_node_wait_for_healthy_database_minutes FROM compute_node n JOIN"
+            " workflow w ON w.id = n.workflow_id WHERE n.id = ? AND n.is_active = 1", (node_id,)):
+        silent = format_duration(lease_s(minutes))
+        release_node(store, node_id, now, Evidence(
+            "lease", f"its runner has been silent for {silent}, longer than the workflow allows"),
+            (FAILED, ORPHAN_RETURN_CODE))
 
 
 def expired_nodes(store, now, started):
@@ -3765,19 +3813,24 @@ def add_action(store, workflow_id, action):
     return action_id
 
 
-def actions(store, workflow_id, pending=False, triggers=()):
-    """Actions of a workflow by id; pending: triggered and not executed yet."""
+def actions(store, workflow_id, pending=False, triggers=(), waiting=False):
+    """Actions of a workflow by id; pending: triggered and not executed yet; waiting: also those
+    that could not be carried out a short while ago."""
     names = ("id", "workflow_id", "trigger_type", "action_type", "action_config", "job_ids",
              "trigger_count", "required_triggers", "executed", "executed_at", "executed_by",
-             "persistent", "is_recovery")
+             "persistent", "is_recovery", "submitted")
     shown = {"job_ids": "CASE WHEN job_ids IS NOT NULL THEN (SELECT json_group_array(job_id) FROM"
                         " action_job WHERE action_id = a.id) END",
+             "submitted": "nullif(submitted, 0)",
              "trigger_count": "max(trigger_count, trigger_type = 'on_workflow_complete' AND"
                               f" {PENDING_ACTION})"}
+    condition = PENDING_ACTION if pending else "1"
+    if waiting:
+        condition = condition.replace("wait_until <=", "0 <=")
     records = []
     for row in store.query(
             f"SELECT {', '.join(shown.get(name, name) for name in names)} FROM workflow_action a"
-            f" WHERE workflow_id = ? AND {PENDING_ACTION if pending else '1'} ORDER BY id",
+            f" WHERE workflow_id = ? AND {condition} ORDER BY id",
             (workflow_id,)):
         record = {name: value for name, value in zip(names, row) if value is not None}
         for name in ("executed", "persistent", "is_recovery"):
@@ -3798,15 +3851,18 @@ def claim_action(store, workflow_id, action_id, node_id, now):
         raise NotFound(f"Workflow action not found with ID: {action_id}")
     if row[0] and not row[1]:
         raise Conflict(f"action {action_id} has been claimed by another compute node")
-    store.execute("UPDATE workflow_action SET executed = ?, executed_at = ?, executed_by = ?"
-                  " WHERE id = ?", (not row[1], iso_time(now), node_id, action_id))
+    store.execute("UPDATE workflow_action SET executed = ?, executed_at = ?, executed_by = ?,"
+                  " done = 0 WHERE id = ?", (not row[1], iso_time(now), node_id, action_id))
 
 
-def unclaim_action(store, workflow_id, action_id):
-    """In a transaction: whoever took an action could not carry it out. Raises NotFound."""
-    if not store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL,"
-                         " executed_by = NULL WHERE id = ? AND workflow_id = ?",
-                         (action_id, workflow_id)):
+def leave_action(store, workflow_id, action_id, now, done):
+    """In a transaction: whoever claimed an action has carried it out, or cannot: then it is pending
+    again after a minute, and twice as long each further time. Raises NotFound."""
+    if not store.execute(
+            "UPDATE workflow_action SET done = 1 WHERE id = ? AND workflow_id = ?" if done else
+            "UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by = NULL, tries"
+            f" = tries + 1, wait_until = {int(now)} + min(3600, 60 << min(tries, 6)) WHERE id = ?"
+            " AND workflow_id = ?", (action_id, workflow_id)):
         raise NotFound(f"Workflow action not found with ID: {action_id}")
     store.news(workflow_id)
 
@@ -6291,14 +6347,17 @@ def update_compute_node(request, node_id):
 def release_compute_node(request, node_id):
     """A node's runner is proven dead: its jobs are ready again (ours).
 
-    status and return_code: what the running ones become instead. reason: why, for people.
+    status and return_code: what the running ones become instead. kind, reason and step: the
+    Evidence.
     """
     status = request.query.get("status")
     if status is not None and status not in UNSUCCESSFUL:
         raise Invalid(f"status {STATUS_NAMES[status]} is not one of a job that was ended")
+    evidence = Evidence(request.query["kind"], request.query["reason"]
+                        or f"the runner on compute node {node_id} died", request.query.get("step"))
     requeued, others = release_node(
-        request.store, node_id, request.now,
-        None if status is None else (status, request.query["return_code"]), request.query["reason"])
+        request.store, node_id, request.now, evidence,
+        None if status is None else (status, request.query["return_code"]))
     return {"requeued": requeued, "canceled": others}
 
 
@@ -6314,6 +6373,9 @@ def create_scheduled_node(request):
         store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE id ="
                       " ?", (values.get("cluster"), row[0]))
         return fetch(store, kind, row[0])
+    if "action_id" in request.query:      # which asks for one less when it goes on
+        store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
+                      " workflow_id = ?", (request.query["action_id"], values["workflow_id"]))
     made = create_record(request, kind)
     store.tell(values["workflow_id"], "scheduler_node_created", "info", {
         "category": "scheduler", "scheduled_compute_node_id": made["id"],
@@ -6369,7 +6431,8 @@ def create_action(request, workflow_id):
 
 def get_pending_actions(request, workflow_id):
     """Actions that are triggered and not executed; trigger_type may be repeated."""
-    return actions(request.store, workflow_id, True, request.query.get("trigger_type", ()))
+    return actions(request.store, workflow_id, True, request.query.get("trigger_type", ()),
+                   request.query["waiting"])
 
 
 def claim_action_request(request, workflow_id, action_id):
@@ -6380,8 +6443,14 @@ def claim_action_request(request, workflow_id, action_id):
 
 
 def unclaim_action_request(request, workflow_id, action_id):
-    """An action that was claimed could not be carried out: it is pending again (ours)."""
-    unclaim_action(request.store, workflow_id, action_id)
+    """An action that was claimed could not be carried out: it will be pending again (ours)."""
+    leave_action(request.store, workflow_id, action_id, request.now, done=False)
+    return {"success": True, "action_id": action_id}
+
+
+def finish_action_request(request, workflow_id, action_id):
+    """An action that was claimed has been carried out (ours)."""
+    leave_action(request.store, workflow_id, action_id, request.now, done=True)
     return {"success": True, "action_id": action_id}
 
 
@@ -6661,10 +6730,12 @@ ROUTES = (
     ("POST",   WF + "/actions",                 create_action,                "",
      tuple(PARTS["new_action"].values())),
     ("GET",    WF + "/actions",                 calls(actions),               "", None),
-    ("GET",    WF + "/actions/pending",         get_pending_actions,  "trigger_type strs", None),
+    ("GET",    WF + "/actions/pending",         get_pending_actions,
+     "trigger_type strs, waiting bool = false", None),
     ("POST",   WF + "/actions/<action:int>/claim", claim_action_request,      "",
      fields("compute_node_id int > compute_node")),
     ("DELETE", WF + "/actions/<action:int>/claim", unclaim_action_request,    "", None),
+    ("PUT",    WF + "/actions/<action:int>/claim", finish_action_request,     "", None),
     ("POST",   "/jobs",                         create_job,                   "", "job"),
     ("POST",   "/bulk_jobs",                    create_bulk_jobs,             "",
      fields("jobs parts:job required"), ITSELF),
@@ -6702,9 +6773,10 @@ ROUTES = (
     ("POST",   "/compute_nodes",                create_compute_node,          "", "compute_node"),
     ("PUT",    "/compute_nodes/<compute_node>", update_compute_node,          "", "compute_node"),
     ("POST",   "/compute_nodes/<compute_node>/release", release_compute_node,
-     'status status, return_code int = 1, reason str = ""', None),
-    ("POST",   "/scheduled_compute_nodes",      create_scheduled_node,        "once bool = false",
-     "scheduled_compute_node"),
+     'status status, return_code int = 1, kind str = "released", reason str = "", step int',
+     None),
+    ("POST",   "/scheduled_compute_nodes",      create_scheduled_node,
+     "once bool = false, action_id int", "scheduled_compute_node"),
     ("GET",    "/slurm_stats",                  list_slurm_stats,     listed(
         "slurm_stats", page=CUT_PAGE), None),
     ("POST",   "/slurm_stats",                  create_slurm_stats,           "", "slurm_stats"),
@@ -7558,8 +7630,10 @@ GIVE_BACK_S = 0.5                         # a prefetched job not started by then
 RUNTIME_GRACE_S = 120                     # by which a requirement's runtime may exceed what is left
 STOP_LEAD_S = 10.0                        # at most, from SIGTERM to SIGKILL when a job is stopped
 SUBREAPER = 36                            # PR_SET_CHILD_SUBREAPER, linux/prctl.h
-MACHINE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EAGAIN, errno.ENOMEM,
-                  errno.EMFILE, errno.ENFILE, errno.ESTALE}     # no job can be blamed for these
+REST_S = 5.0                              # after a start that failed by the machine's fault
+LEAVE_S = 1.5                             # how long a server that is away is waited for at the end
+DOUBT_S = 0.2                             # a failure waits so long: was it meant for all?
+INTERRUPTED_S = 1.0                       # what fails so soon after a signal was interrupted
 JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete")
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
@@ -7637,31 +7711,73 @@ def boot_id():
     return read_text("/proc/sys/kernel/random/boot_id")
 
 
+def process_stat(pid):
+    """Fields of proc(5) stat from the state on (field 3) of a process; [] if it cannot be seen."""
+    return read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+
+
 def process_start(pid):
     """When a process started, in clock ticks since boot (field 22 of proc(5) stat), or None."""
+    words = process_stat(pid)
+    return int(words[19]) if words and words[0] not in (b"Z", b"X") else None
+
+
+# ---- who may be called dead
+
+def identity():
+    """What tells this process from all others on this and on other machines."""
+    import socket
+    pid = os.getpid()
+    return {"hostname": socket.gethostname(), "machine_id": read_text("/etc/machine-id"),
+            "boot_id": boot_id(), "pid_namespace": os.stat("/proc/self/ns/pid").st_ino, "pid": pid,
+            "pid_started": process_start(pid)}
+
+
+def is_gone(pid, started):
+    """Whether a process of this PID namespace has ended: kill(2) says that there is none, or it is
+    a zombie or another one. Not to be seen in /proc says nothing: that may be mounted with
+    hidepid."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            words = file.read().rpartition(b")")[2].split()
-        return None if words[0] in (b"Z", b"X") else int(words[19])
-    except (OSError, ValueError, IndexError):
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    words = process_stat(pid)
+    return bool(words) and (words[0] in (b"Z", b"X") or int(words[19]) != started)
+
+
+def death_here(record):
+    """The Evidence that this machine has of the death of a runner, None without any.
+
+    record: a compute node or the header of a journal, which have the runner's identity().
+    """
+    mine = identity()
+    if record.get("hostname") != mine["hostname"] or record.get("pid_started") is None:
         return None
+    pid, step = record["pid"], record.get("step")
+    if record.get("boot_id") != mine["boot_id"]:
+        same = mine["machine_id"] and record.get("machine_id") == mine["machine_id"]
+        return Evidence("reboot", f"{mine['hostname']} has booted again since the runner with pid "
+                        f"{pid} was at work", step) if same else None
+    if record.get("pid_namespace") in (None, mine["pid_namespace"]) and is_gone(
+            pid, record["pid_started"]):
+        return Evidence("process", f"the runner with pid {pid} on {mine['hostname']} is gone", step)
+    return None
 
 
 # ---- ending processes
 
-def marked_processes(token, job_id=None):
-    """pids of this user's processes whose environment names the runner (and the job)."""
-    wanted = [f"TORC_RUNNER={token}".encode()]
-    if job_id is not None:
-        wanted.append(f"TORC_JOB_ID={job_id}".encode())
-    found = []
+def marked_processes(token):
+    """[(pid, (job, run, attempt)), ...] of this user's processes whose environment names the
+    runner; an action's have (0, 0, 0)."""
+    mark, found = f"TORC_RUNNER={token}".encode(), []
+    names = (b"TORC_JOB_ID", b"TORC_RUN_ID", b"TORC_ATTEMPT_ID")
     for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    words = file.read().split(b"\0")
-                if all(word in words for word in wanted):
-                    found.append(int(name))
+        words = read_bytes(f"/proc/{name}/environ").split(b"\0") if name.isdigit() else ()
+        if mark in words:
+            values = dict(word.partition(b"=")[::2] for word in words)
+            found.append((int(name), tuple(int(values.get(one) or 0) for one in names)))
     return found
 
 
@@ -7700,7 +7816,7 @@ def kill_leftovers(token, leaders, seconds=10.0):
     deadline = time.monotonic() + seconds
     groups = {pid for pid, started in leaders if started_about(pid, started)}
     while time.monotonic() < deadline:
-        marked = [pid for pid in marked_processes(token) if pid != os.getpid()]
+        marked = [pid for pid, _ in marked_processes(token) if pid != os.getpid()]
         for pid in marked:                # its group too: the runner may have died before noting it
             with contextlib.suppress(OSError):
                 groups |= {os.getpgid(pid)} - {os.getpgid(0)}
@@ -7713,13 +7829,9 @@ def kill_leftovers(token, leaders, seconds=10.0):
 
 def group_lives(pgid):
     """Whether a process group has a member that is not a zombie."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    words = file.read().rpartition(b")")[2].split()
-                if int(words[2]) == pgid and words[0] not in (b"Z", b"X"):
-                    return True
+    for words in (process_stat(name) for name in os.listdir("/proc") if name.isdigit()):
+        if words and int(words[2]) == pgid and words[0] not in (b"Z", b"X"):
+            return True
     return False
 
 
@@ -7759,39 +7871,48 @@ def start_guardian(journal_path, token):
 class Journal:
     """What this runner has started and what has ended, for whoever comes after it if it dies.
 
-    A line of JSON for each: the header, {"start": [job, run, attempt]} before a process is
-    made, {"pid": [pid, seconds since boot]} after, {"end": completion}, {"ok": [[job, run,
-    attempt], ...]} once the server has confirmed. 0600. Records are gathered until flush().
+    A line of ASCII for each record: the CRC-32 of the rest, a blank, JSON. Records: the header;
+    {"start": [job, run, attempt], "n": n} before a process is made, each with another n; {"pid":
+    [pid, seconds since boot]} after; {"end": completion, "n": n}; {"ok": [n, ...]} once the server
+    has confirmed these, or no process could be made. 0600. They are gathered until flush().
     """
 
     def __init__(self, path, header):
         self.path = path
-        self._told = False
+        self.trouble = None               # why it cannot be written
+        self._lines, self._size, self._cut = [], 0, False
+        self._lock = threading.Lock()
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._lines = []
-        self._lock = threading.Lock()
         self.add({"header": header})
         self.flush()
 
     def add(self, record):
         """Append a record at the next flush."""
+        import zlib
+        line = json.dumps(record, separators=(",", ":"))
         with self._lock:
-            self._lines.append(compact(record) + "\n")
+            self._lines.append(f"{zlib.crc32(line.encode()):08x} {line}\n")
 
     def flush(self):
-        """Write what was added; a full disk is told once and does not stop the jobs."""
-        if not self._lines:
-            return
+        """Write what was added, whole or not at all; says whether all of it is in the file. What is
+        not is kept for the next time."""
         with self._lock:
-            lines, self._lines = self._lines, []
-            try:
-                os.write(self.fd, "".join(lines).encode())
-            except OSError as error:
-                if not self._told:
-                    print(f"torc: journal {self.path}: {error.strerror}: if this runner is killed "
-                          "now, results may be lost", file=sys.stderr)
-                self._told = True
+            if self._lines:
+                data = ("\n" * self._cut + "".join(self._lines)).encode()
+                try:
+                    written = os.write(self.fd, data)
+                    while written < len(data):       # a signal, or the disk is nearly full
+                        written += os.write(self.fd, data[written:])
+                except OSError as error:
+                    self.trouble, self._cut = f"{error.strerror}: {self.path}", True
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self.fd, self._size)
+                        self._cut = False
+                    return False
+                self._size += len(data)
+                self._lines, self.trouble, self._cut = [], None, False
+            return True
 
     def close(self, remove):
         """Close it, and remove it when the server knows everything."""
@@ -7803,64 +7924,78 @@ class Journal:
 
 
 def read_journal(path):
-    """Records of a journal; a last line cut short by a crash is passed over."""
-    records = []
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-    return records
+    """(records of a journal, number of lines that cannot be read): a crash or a full disk may have
+    cut or damaged some."""
+    import zlib
+    records, bad = [], 0
+    for line in read_bytes(path).split(b"\n"):
+        crc, _, text = line.partition(b" ")
+        try:
+            if line[:1] == b"{":          # of a version whose lines had no checksum
+                text = line
+            elif line and int(crc, 16) != zlib.crc32(text):
+                raise ValueError
+            records += [json.loads(text)] if line else []
+        except ValueError:
+            bad += 1
+    return records, bad
 
 
 def journal_leaders(path):
     """(pid, start) of every process group that a journal names."""
-    return [tuple(record["pid"]) for record in read_journal(path) if "pid" in record]
+    return [tuple(record["pid"]) for record in read_journal(path)[0] if "pid" in record]
 
 
 def replay_journal(client, records):
     """Tell the server what a dead runner did not get to say; returns the number of completions."""
     header = records[0]["header"]
-    confirmed = {tuple(key) for record in records for key in record.get("ok", ())}
-    ends = {(end["job_id"], end["run_id"], end["attempt_id"]): end
-            for end in (record["end"] for record in records if "end" in record)}
-    starts = [record["start"] for record in records if "start" in record]
-    unsaid = [end for key, end in ends.items() if key not in confirmed]
+
+    def named(what):                      # by the number of the start; older ones have none
+        return {record.get("n") or (tuple(record[what]) if what == "start" else tuple(
+            record[what][name] for name in ("job_id", "run_id", "attempt_id"))): record[what]
+            for record in records if what in record}
+
+    confirmed = {tuple(one) if isinstance(one, list) else one for record in records
+                 for one in record.get("ok", ())}
+    ends = [end for one, end in named("end").items() if one not in confirmed]
     client.post(f"/workflows/{header['workflow_id']}/runner_step", {
         "compute_node_id": header["compute_node_id"], "step": 0, "replay": True, "held": [],
-        "starts": [{"job_id": job, "attempt_id": attempt} for job, run, attempt in starts
-                   if (job, run, attempt) not in confirmed],
-        "completions": unsaid})
-    return len(unsaid)
-
-
-def is_dead_here(record):
-    """Proof that the runner of a compute node (or journal header) is gone: this host, this boot,
-    and its pid is free or belongs to a younger process."""
-    import socket
-    return (record.get("hostname") == socket.gethostname() and record.get("boot_id") == boot_id()
-            and record.get("pid_started") is not None
-            and process_start(record["pid"]) != record["pid_started"])
+        "starts": [{"job_id": job, "attempt_id": attempt} for one, (job, _, attempt)
+                   in named("start").items() if one not in confirmed],
+        "completions": ends})
+    return len(ends)
 
 
 def release_dead_nodes(client, workflow_id, output_dir):
-    """Clean up behind runners of this host that were killed; returns what was done, in sentences.
+    """Clean up behind runners of this machine that are dead; returns what was done, in sentences.
 
     Ends what lives of their jobs, replays their journals, makes their jobs ready again.
     """
     said = []
-    nodes = {node["id"]: node for node in client.items(
-        "/compute_nodes", workflow_id=workflow_id, is_active=True) if is_dead_here(node)}
+    dead = {node["id"]: (node, evidence) for node in client.items(
+        "/compute_nodes", workflow_id=workflow_id, is_active=True)
+        for evidence in (death_here(node),) if evidence}
     directories = {os.path.abspath(output_dir)} | {
-        node["output_dir"] for node in nodes.values() if node.get("output_dir")}
+        node["output_dir"] for node, _ in dead.values() if node.get("output_dir")}
     server_id = client.server_id()
     for directory in sorted(directories):
         for path in journals_in(directory, server_id, workflow_id):
-            said += clean_up(client, path, nodes)
-    for node in nodes.values():
-        requeued = client.post(f"/compute_nodes/{node['id']}/release")["requeued"]
-        said.append(f"the runner with pid {node['pid']} had died" + (
+            said += clean_up(client, path)
+    for node, evidence in dead.values():
+        try:
+            requeued = release(client, node, evidence)["requeued"]
+        except Conflict:                  # it was alive a moment ago
+            continue
+        said.append(evidence.text + (
             f": {plural(len(requeued), 'job')} of its are ready again" if requeued else ""))
     return said
+
+
+def release(client, node, evidence, **ended):
+    """Tell the server that a compute node's runner is dead. ended: status and return code of the
+    jobs that ran. Raises Conflict when it is not."""
+    return client.post(f"/compute_nodes/{node['id']}/release", kind=evidence.kind,
+                       reason=evidence.text, step=node.get("step", 0), **ended)
 
 
 def journals_in(directory, server_id, workflow_id):
@@ -7871,23 +8006,24 @@ def journals_in(directory, server_id, workflow_id):
             if name.startswith(f"{server_id}_wf{workflow_id}_n")]
 
 
-def clean_up(client, path, nodes):
+def clean_up(client, path):
     """One journal: if its runner is dead, end its processes, replay it and remove it."""
-    records = read_journal(path)
-    if not records or "header" not in records[0]:
+    records, bad = read_journal(path)
+    header = records[0].get("header") if records else None
+    evidence = header and death_here(header)
+    if not evidence:
         return []
-    header = records[0]["header"]
-    if not is_dead_here(header):
-        return []
-    kill_leftovers(header["token"], journal_leaders(path))
+    said = [f"{plural(bad, 'line')} of the journal {path} cannot be read"] if bad else []
+    if evidence.kind != "reboot":         # else its numbers are other processes' now
+        kill_leftovers(header["token"], journal_leaders(path))
     try:
         number = replay_journal(client, records)
     except NotFound:
         number = 0                        # workflow or node was deleted: nobody wants it
     with contextlib.suppress(FileNotFoundError):        # another successor was as quick
         os.unlink(path)
-    return [f"{plural(number, 'result')} of the runner with pid {header['pid']}, which had died, "
-            f"{'was' if number == 1 else 'were'} handed in"] if number else []
+    return said + ([f"{plural(number, 'result')} of the runner with pid {header['pid']}, which had "
+                    f"died, {'was' if number == 1 else 'were'} handed in"] if number else [])
 
 
 # ---- room for jobs
@@ -7965,6 +8101,14 @@ class Room:
 
 # ---- one job's process
 
+class CannotBeRun(Exception):
+    """The command itself can be no process, on no machine."""
+
+
+JOB_FAULTS = {errno.E2BIG}                # what execve(2) says of a command; all else that fails at
+                                          # a start is the machine's: folders, descriptors, memory
+
+
 class Child:
     """A job that has been started here: its process and what is known of it."""
 
@@ -7977,6 +8121,7 @@ class Child:
         self.step = None                  # name of its step of srun, if it is one
         self.environment = None           # for a recovery script
         self.pid = 0
+        self.start = 0                    # its number in the journal
         self.started = 0.0
         self.verdict = None               # why we end it: stop, timeout, oom, interrupt
         self.status = None                # for stop: the status the server wants
@@ -8113,15 +8258,9 @@ class Sampler:
 
     def processes(self):
         """{pid: (parent, session, CPU ticks)} of all processes."""
-        stats = {}
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with contextlib.suppress(OSError, IndexError, ValueError):
-                    with open(f"/proc/{name}/stat", "rb") as file:
-                        words = file.read().rpartition(b")")[2].split()
-                    stats[int(name)] = (int(words[1]), int(words[3]),
-                                        int(words[11]) + int(words[12]))
-        return stats
+        stats = {int(name): process_stat(name) for name in os.listdir("/proc") if name.isdigit()}
+        return {pid: (int(words[1]), int(words[3]), int(words[11]) + int(words[12]))
+                for pid, words in stats.items() if words}
 
     def ancestor(self, pid, stats, owner):
         """The job among a process's ancestors, or None."""
@@ -8191,6 +8330,7 @@ class Progress:
     """What the user sees while a runner works: a redrawn line on a terminal, else lines."""
 
     def __init__(self, quiet, log_path):
+        import collections
         self.terminal = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
         self.color = self.terminal and "NO_COLOR" not in os.environ
         self.quiet = quiet
@@ -8200,15 +8340,26 @@ class Progress:
         self.told = (self.began, None)
         self.finished_at_start = None
         self.lock = threading.Lock()
-        self.log = open(log_path, "a", encoding="utf-8", errors="replace", buffering=1)
+        self.unsaid = collections.deque(maxlen=1000)  # lines that the log could not take yet
+        self.log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def say(self, text):
-        """A line for the user and the log."""
-        with self.lock, contextlib.suppress(OSError, ValueError):
-            self.log.write(f"[{iso_time(time.time())}] {text}\n")
-            if not self.quiet:
+        """A line for the user and the log; that neither can be written ends nothing."""
+        self.note(f"[{iso_time(time.time())}] {text}\n")
+        if not self.quiet:
+            with self.lock, contextlib.suppress(OSError, ValueError):
                 clear = "\r\x1b[K" if self.terminal and self.drawn else ""
                 print(f"{clear}torc: {text}", file=sys.stderr, flush=True)
+
+    def note(self, text):
+        """Text for the log, now or, if the disk is full, with what comes next."""
+        with self.lock, contextlib.suppress(OSError):
+            self.unsaid.append(text.encode("utf-8", "replace"))
+            while self.unsaid:
+                written = os.write(self.log, self.unsaid[0])
+                rest = self.unsaid.popleft()[written:]
+                if rest:
+                    self.unsaid.appendleft(rest)
 
     def update(self, counts):
         """New counts by status."""
@@ -8266,7 +8417,7 @@ class Progress:
     def close(self):
         """The end."""
         self.finish()
-        self.log.close()
+        os.close(self.log)
 
 
 # ---- the runner
@@ -8298,17 +8449,23 @@ class Runner:
         self.looked_at = None                        # generation at which actions were looked at
         self.gave_up = False                         # it is this runner that failed
         self.starts, self.returns = [], []
-        self.done = []                               # completions the server has not confirmed
+        self.number = 0                              # of starts in the journal
+        self.done = []                               # (number of the start, completion that the
+                                                     # server has not confirmed)
+        self.doubts = []                             # (when to tell, child, how it failed)
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
         self.needs = {}                              # requirement id: record
         self.code = None                             # exit code once decided
         self.ended = threading.Event()
-        self.interrupted = 0                         # signal number
+        self.interrupted = 0                         # signal number,
+        self.interrupted_at = math.inf               # and when it came
         self.leave_at = None                         # then the server is waited for no more:
         self.tired = False
         self.bury_at = 0.0                           # when to look for dead orphans
         self.fault = None                            # why this machine cannot start jobs,
-        self.retry_at = 0.0                          # and when it tries again
+        self.fault_since = 0.0                       # since when, and when it tries again
+        self.retry_at = 0.0
+        self.tries = 0                               # starts that failed since one succeeded
         self.draining = False                        # no more starts
         self.gone = False                            # the workflow was deleted
         self.news = True                             # worth asking for jobs
@@ -8382,10 +8539,9 @@ class Runner:
 
     def _register(self):
         """The compute node's record, the journal and the guardian; no thread exists yet."""
-        identity = {"hostname": self.host, "pid": os.getpid(), "boot_id": boot_id(),
-                    "pid_started": process_start(os.getpid())}
+        me = identity()
         self.node_id = self.client.post("/compute_nodes", {
-            **identity, "workflow_id": self.workflow_id, "start_time": iso_time(time.time()),
+            **me, "workflow_id": self.workflow_id, "start_time": iso_time(time.time()),
             "num_cpus": self.cpus, "memory_gb": round(self.memory / 2**30, 3),
             "num_gpus": len(self.gpus), "num_nodes": len(self.room.free),
             "compute_node_type": "local", "is_active": True, "output_dir": self.directory,
@@ -8394,7 +8550,7 @@ class Runner:
         self.journal = Journal(
             os.path.join(self.directory, "journal",
                          f"{server_id}_wf{self.workflow_id}_n{self.node_id}.jsonl"),
-            {**identity, "server_id": server_id, "workflow_id": self.workflow_id,
+            {**me, "server_id": server_id, "workflow_id": self.workflow_id,
              "compute_node_id": self.node_id, "run_id": self.run_id, "token": self.token})
         self.guardian, self.guardian_pipe = start_guardian(self.journal.path, self.token)
         self._environment()
@@ -8451,7 +8607,8 @@ class Runner:
         for end in self.wake_pipe:
             os.set_blocking(end, False)
         self.received = []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
+                       signal.SIGUSR2):
             if signal.getsignal(number) is not signal.SIG_IGN:      # nohup, a script's background
                 signal.signal(number, lambda number, frame: self.received.append(number))
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
@@ -8487,6 +8644,7 @@ class Runner:
             self._reap()
             self._handle_signals()
             self._enforce(time.monotonic())
+            self._tell_doubts(time.monotonic())
             self._launch()
             self.journal.flush()
             self.progress.draw()
@@ -8500,6 +8658,7 @@ class Runner:
         now = time.monotonic()
         due = [child.kill_at for child in list(self.children.values()) if child.kill_at]
         with self.lock:
+            due += [when for when, *_ in self.doubts]
             due += filter(None, [*self.scripts.values(), self.leave_at])
         if self.end_time and not self.draining:
             due.append(self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s)
@@ -8514,18 +8673,22 @@ class Runner:
         import signal
         while self.received:
             number = self.received.pop(0)
+            if number in (signal.SIGUSR1, signal.SIGUSR2):           # "save your state", mostly
+                self.say(f"signal {number} is handed on to {len(self.children)} running jobs")
+                for child in list(self.children.values()):
+                    signal_group(child.pid, number)
+                continue
             if self.interrupted:          # the second one: at once
                 for child in list(self.children.values()):
                     child.kill_at = time.monotonic()
                 self._end_scripts(signal.SIGKILL)
                 continue
-            self.interrupted = number
+            self.interrupted, self.interrupted_at = number, time.monotonic()
             self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
                      "ready again")
             self._drain()
             self._end_scripts(signal.SIGTERM)
-            for child in list(self.children.values()):
-                self._end(child, "interrupt")
+            self._end(list(self.children.values()), "interrupt")
         if self.interrupted:
             with self.talk:
                 self.talk.notify()
@@ -8567,37 +8730,44 @@ class Runner:
             del self.scripts[process]
         return code
 
-    def _end(self, child, verdict, status=None, lead=None):
-        """Ask a job to end; SIGKILL follows after the lead."""
-        if child.verdict or has_exited(child.pid):
-            return
-        child.verdict, child.status = verdict, status
+    def _end(self, children, verdict, status=None, lead=None):
+        """Ask jobs to end; SIGKILL follows after the lead."""
         lead = min(self.limits.sigterm_lead_s, STOP_LEAD_S) if lead is None else lead
-        child.kill_at = time.monotonic() + lead
-        self._signal(child, self.limits.termination_signal)
+        asked = [child for child in children if not child.verdict and not has_exited(child.pid)]
+        for child in asked:
+            child.verdict, child.status = verdict, status
+            child.kill_at = time.monotonic() + lead
+        self._signal(asked, self.limits.termination_signal)
 
-    def _signal(self, child, number):
-        """Signal a job's process group, and what has left that but bears its mark."""
-        signal_group(child.pid, number)
-        for pid in marked_processes(self.token, child.job["id"]):
+    def _signal(self, children, number):
+        """Signal the process groups of jobs, and what has left those but bears their mark: one look
+        at all processes for all of them."""
+        for child in children:
+            signal_group(child.pid, number)
+        groups = {child.key: child.pid for child in children}
+        for pid, key in marked_processes(self.token) if children else ():
             with contextlib.suppress(OSError):
-                if os.getpgid(pid) != child.pid:
+                if key in groups and os.getpgid(pid) != groups[key]:
                     os.kill(pid, number)
 
     def _enforce(self, now):
         """SIGKILL where the lead is over; the time limit; what the server wants ended."""
         import signal
-        for child in list(self.children.values()):
-            if child.kill_at and now >= child.kill_at:
-                self._signal(child, signal.SIGKILL)
-                child.kill_at = now + 5   # until it is gone
+        due = [child for child in list(self.children.values())
+               if child.kill_at and now >= child.kill_at]
+        for child in due:
+            child.kill_at = now + 5       # until it is gone
+        self._signal(due, signal.SIGKILL)
+        if self.retry_at and now >= self.retry_at:
+            self.retry_at = 0.0
+            self._ask()
         with self.lock:
             for process, kill_at in self.scripts.items():
                 if kill_at and now >= kill_at:
                     signal_group(process.pid, signal.SIGKILL)
                     self.scripts[process] = now + 5
             leaving = self.interrupted and not self.children and not self.scripts
-            self.leave_at = (self.leave_at or now + STOP_LEAD_S) if leaving else None
+            self.leave_at = (self.leave_at or now + LEAVE_S) if leaving else None
         if self.leave_at and now >= self.leave_at:
             self.leave_at, self.tired = now + 1, True
             self.client.interrupt()       # a frozen server must not hold us
@@ -8608,8 +8778,7 @@ class Runner:
                 self.say(f"the time limit is near: ending {len(self.children)} running jobs")
             self._drain()
             self._end_scripts(signal.SIGTERM)
-            for child in list(self.children.values()):
-                self._end(child, "timeout", lead=limits.sigterm_lead_s)
+            self._end(list(self.children.values()), "timeout", lead=limits.sigterm_lead_s)
 
     def out_of_memory(self, child, used):
         """Called by the sampler: a job is over its memory limit."""
@@ -8619,7 +8788,7 @@ class Runner:
                       f"{format_bytes(child.limit)} (resource requirements \"{name}\")\n")
         child.verdict = "oom"
         child.kill_at = time.monotonic() + 5
-        self._signal(child, signal.SIGKILL)
+        self._signal([child], signal.SIGKILL)
 
     def _launch(self):
         """Start the queued jobs that fit."""
@@ -8640,8 +8809,6 @@ class Runner:
             self.queue.extendleft(reversed(kept))
         for job, places in ready:
             self._spawn(job, places)
-        if self.fault and not self.children:
-            self._drain()
 
     @staticmethod
     def _key(job):
@@ -8662,15 +8829,24 @@ class Runner:
         record = self.needs[job["resource_requirements_id"]]
         if self.limits.limit_resources and self.limits.monitor and record["name"] != "default":
             child.limit = need.memory
-        self.journal.add({"start": list(child.key)})
-        self.journal.flush()
+        self.number += 1
+        child.start = self.number
+        self.journal.add({"start": list(child.key), "n": child.start})
         child.started = time.monotonic()
         try:
+            if not self.journal.flush():
+                raise OSError(None, self.journal.trouble)
             child.pid = self._exec(child)
-        except (OSError, ValueError) as error:
-            self._failed_to_start(child, error)
+        except CannotBeRun as error:
+            self._give_back(child)
+            self._completed(child, 126, 0.0, None,
+                            f"torc: the job could not be started: {error}\n")
             return
-        self.fault = None
+        except OSError as error:
+            self._rest(child, f"{error.strerror}: {error.filename}" if error.filename
+                       else error.strerror)
+            return
+        self.fault, self.tries = None, 0
         self.journal.add({"pid": [child.pid, round(time.clock_gettime(time.CLOCK_BOOTTIME), 2)]})
         with self.lock:
             self.children[child.pid] = child
@@ -8679,26 +8855,27 @@ class Runner:
             if len(self.starts) == 1:
                 self.talk.notify()        # so that it is told soon, if the job lasts
 
-    def _failed_to_start(self, child, error):
-        """The process could not be made: return code 126, and the reason in the tail.
-
-        If this machine is at fault, the job waits for better times; nothing runs: give up.
-        """
-        reason = getattr(error, "strerror", None) or str(error)
-        reason += f": {error.filename}" if getattr(error, "filename", None) else ""
+    def _give_back(self, child):
+        """The room of a job that has ended, or could not be started, is free."""
         self.free_gpus += child.gpus
-        self.room.leave(child.need, child.places)
-        if getattr(error, "errno", None) not in MACHINE_FAULTS:
-            self._completed(child, 126, 0.0, None,
-                            f"torc: the job could not be started: {reason}\n")
-            return
-        self.journal.add({"ok": [list(child.key)]})     # it has not been started
         with self.lock:
+            self.room.leave(child.need, child.places)
+
+    def _rest(self, child, reason):
+        """A job could not be started, and not by its own fault: it and all that is claimed go back
+        untouched, and this runner rests a while."""
+        now = time.monotonic()
+        self._give_back(child)
+        self.journal.add({"ok": [child.start]})         # it has not been started
+        with self.talk:
             self.ending.pop(child.key, None)
-            self.queue.appendleft((child.job, time.monotonic()))
+            self.returns += [child.job, *(job for job, _ in self.queue)]
+            self.queue.clear()
+            self.talk.notify()
         if not self.fault:
-            self.say(f"job {child.job['id']} cannot be started here now: {reason}")
-        self.fault, self.retry_at = reason, time.monotonic() + 5
+            self.fault_since = now
+            self.say(f"jobs cannot be started here now: {reason}; trying again")
+        self.fault, self.retry_at, self.tries = reason, now + REST_S, self.tries + 1
 
     def _exec(self, child):
         """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
@@ -8729,6 +8906,12 @@ class Runner:
                 return os.posix_spawn(program, words, environment, setsid=True, **keywords)
             except NotImplementedError:   # a Python built for an old glibc
                 return os.posix_spawn(program, words, environment, setpgroup=0, **keywords)
+        except ValueError as error:
+            raise CannotBeRun(error) from None
+        except OSError as error:
+            if error.errno in JOB_FAULTS:
+                raise CannotBeRun(error.strerror) from None
+            raise
         finally:
             for fd in {out, err} - {self.null}:
                 os.close(fd)
@@ -8751,11 +8934,16 @@ class Runner:
 
     def _reap(self):
         """Take the exits of our own processes, never anybody else's."""
-        for pid in list(self.children):
+        import signal
+        ended = []
+        for pid, child in list(self.children.items()):
             with contextlib.suppress(ChildProcessError):
                 done, status, usage = os.wait4(pid, os.WNOHANG)
-                if done:
-                    self._exited(self.children[pid], status, usage)
+                ended += [(child, status, usage)] if done else []
+        # Nothing of jobs that we end may stay behind.
+        self._signal([child for child, *_ in ended if child.verdict], signal.SIGKILL)
+        for one in ended:
+            self._exited(*one)
         if time.monotonic() >= self.bury_at:
             self.bury_at = time.monotonic() + 1
             self._bury()
@@ -8771,19 +8959,34 @@ class Runner:
 
     def _exited(self, child, status, usage):
         """A job's process has ended."""
-        import signal
-        elapsed = time.monotonic() - child.started
+        now = time.monotonic()
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-        if child.verdict:                 # nothing of a job that we end may stay behind
-            self._signal(child, signal.SIGKILL)
-        self.free_gpus += child.gpus
-        self.ends.append(time.monotonic())
-        self.retry_at = 0.0
+        self.ends.append(now)
+        self.retry_at = min(self.retry_at, now)      # there may be room again for another start
+        self._give_back(child)
         with self.lock:
-            self.room.leave(child.need, child.places)
             del self.children[child.pid]
             self.ending[child.key] = child.job
-        self._completed(child, code, elapsed, usage, "")
+        if code != 0 and not child.verdict and self.interrupted_at <= now <= (
+                self.interrupted_at + INTERRUPTED_S):
+            child.verdict = "interrupt"
+        self._completed(child, code, now - child.started, usage, "")
+
+    def _tell_doubts(self, now):
+        """Failures that have waited long enough are told; a signal to this runner in the meantime
+        was meant for their jobs as well."""
+        with self.lock:
+            told = [one for one in self.doubts
+                    if now >= one[0] or self.interrupted or self.draining]
+            self.doubts = [one for one in self.doubts if one not in told]
+        for _, child, report in told:
+            if self.interrupted:
+                child.verdict = "interrupt"
+            self._report(child, *report)
+
+    def _doubt_s(self, code):
+        """How long a failure waits for a signal that was meant for all."""
+        return DOUBT_S
 
     # -- the end of a job
 
@@ -8796,13 +8999,19 @@ class Runner:
             status, code = "failed", limits.oom_exit_code
         elif child.verdict == "timeout" and code != 0:
             status, code = "terminated", limits.timeout_exit_code
-        elif child.verdict in ("stop", "interrupt"):
+        elif child.verdict == "stop" or child.verdict == "interrupt" and code != 0:
             status = child.status or "terminated"
         elif code == 0 and job.get("output_files"):
             files, missing = self._outputs(job)
             if missing:
                 return self._look_again(child, missing, elapsed, usage)
-        return self._report(child, status, code, elapsed, usage, text + child.note, files)
+        report = status, code, elapsed, usage, text + child.note, files
+        if status == "failed" and not child.verdict and child.pid:
+            with self.lock:               # this may be a thread
+                self.doubts.append((time.monotonic() + self._doubt_s(code), child, report))
+            self.wake()
+        else:
+            self._report(child, *report)
 
     def _outputs(self, job):
         """([{id, st_mtime}], [missing paths]) of a job's output files."""
@@ -8863,9 +9072,10 @@ class Runner:
                 done["stderr_tail"] = tail
         if status == "completed" and child.stdio["delete_on_success"]:
             child.files.delete()
-        if child.verdict == "interrupt":
-            done["requeue"] = True
-        rule = self._rule(job, code) if status == "failed" and not self.interrupted else None
+        if child.verdict == "interrupt" and code != 0:
+            done["requeue"], done["status"] = True, "terminated"
+        failed = done["status"] == "failed" and not self.interrupted
+        rule = self._rule(job, code) if failed else None
         if rule and rule.get("recovery_script"):
             self._ask()
             threading.Thread(target=self._recover, args=(child, done, rule), daemon=True).start()
@@ -8905,10 +9115,11 @@ class Runner:
                 and self.workflow.get("use_pending_failed")
                 and not self.handlers.get(job.get("failure_handler_id"))):
             done["status"] = "pending_failed"
-        self.journal.add({"end": done})
+        self.journal.add({"end": done, "n": child.start})
+        self.journal.flush()              # this may be a thread, and not the loop
         with self.talk:
             self.ending.pop(child.key, None)
-            self.done.append(done)
+            self.done.append((child.start, done))
             if len(self.done) == 1:
                 self.done_since = time.monotonic()
             if len(self.done) == 1 or len(self.queue) < ENOUGH_AHEAD:
@@ -8961,7 +9172,7 @@ class Runner:
             self._give_up(str(error))
         except Exception as error:        # a defect of ours must not leave the loop waiting
             import traceback
-            self.progress.log.write(traceback.format_exc())
+            self.progress.note(traceback.format_exc())
             self._give_up(f"unexpected error, see the runner's log: {error!r}")
         self.wake()
 
@@ -8972,8 +9183,7 @@ class Runner:
         self.say(f"{reason}: ending {len(self.children)} running jobs")
         self._drain()
         self._end_scripts(signal.SIGTERM)
-        for child in list(self.children.values()):
-            self._end(child, "interrupt")
+        self._end(list(self.children.values()), "interrupt")
         self.wake()
         while self.children or self.ending or self.acting:
             with self.talk:
@@ -9004,7 +9214,7 @@ class Runner:
                 continue
             verdict = self._idle(answer, idle_since)
             if verdict is not None:
-                return self._close(verdict)
+                return self._close(128 + self.interrupted if self.interrupted else verdict)
             idle_since = idle_since or now
 
     def _busy(self):
@@ -9030,7 +9240,8 @@ class Runner:
                     if len(self.queue) < ENOUGH_AHEAD or self.interrupted:
                         break
                     due = min(due, self.done_since + GATHER_S)
-                if self.interrupted and not (self.children or self.ending or self.queue):
+                if self.interrupted and not (self.children or self.ending or self.queue
+                                             or self.acting):
                     return
                 if self.starts:           # tell about long jobs soon, about short ones never
                     due = min(due, now + 0.2)
@@ -9057,12 +9268,13 @@ class Runner:
     def _exchange(self, count):
         """One step of the conversation, repeated until it is answered."""
         with self.lock:
-            done, starts = list(self.done), list(self.starts)
+            told, starts = list(self.done), list(self.starts)
+            done = [completion for _, completion in told]
             returns = [{"job_id": job["id"], "attempt_id": job["attempt_id"]}
                        for job in self.returns]
             ended = {(item["job_id"], item["attempt_id"]) for item in done}
             held = [[job["id"], job["attempt_id"]] for job in self._held()]
-            claim = None if self.draining else self._claim()
+            claim = None if self.draining or self.retry_at else self._claim()
             self.news = False
         self.step += 1
         body = {"compute_node_id": self.node_id, "step": self.step, "completions": done,
@@ -9070,7 +9282,7 @@ class Runner:
                            if (start["job_id"], start["attempt_id"]) not in ended],
                 "returns": returns, "held": held, "claim": claim, "counts": count}
         answer = self._send(body)
-        self._take(answer, done, starts, returns, claim)
+        self._take(answer, told, starts, returns, claim)
         return answer
 
     def _held(self):
@@ -9142,7 +9354,7 @@ class Runner:
                 if not away:
                     away = time.monotonic()
                     self.say(f"{error}; the jobs go on, their results are kept until it is back")
-                self._check_lease(time.monotonic())
+                self._check_lease(time.monotonic(), error)
                 leaving = self._is_leaving()
                 with self.talk:           # a completion is no reason to ask sooner, a signal is
                     self.talk.wait_for(lambda: not leaving and self._is_leaving(),
@@ -9153,21 +9365,27 @@ class Runner:
         """Whether a signal came and all jobs have ended."""
         return self.interrupted and not self.children
 
-    def _check_lease(self, now):
-        """Raise Unreachable when the server would take us for dead soon, or a signal came."""
-        lease = self.situation.get("lease_s", 20 * 60 + LEASE_MARGIN_S)
-        if now - self.lease_at > lease - LEASE_MARGIN_S:
-            away = format_duration(now - self.lease_at)
-            raise Unreachable(f"the server has been away for {away}, as long as the workflow "
-                              "allows")
+    def _check_lease(self, now, error):
+        """While the server is away, what runs goes on, however long that takes. Once others may
+        have been given the jobs that have not begun, these are forgotten; when nothing is left to
+        do, raise Unreachable: the results wait in the journal."""
+        lease = self.situation.get("lease_s", 20 * 60 + LEASE_MARGIN_S) - LEASE_MARGIN_S
+        away = now - self.lease_at
+        if away > lease:
+            with self.lock:
+                self.queue.clear()
+                idle = not (self.children or self.ending or self.acting)
+            if idle:
+                raise Unreachable(f"{error}; it has been away for {format_duration(away)}, as long "
+                                  "as the workflow allows: the results wait in the journal")
         if self.tired:
             raise Unreachable("the server is away, the results wait in the journal")
 
-    def _take(self, answer, done, starts, returns, claim):
+    def _take(self, answer, told, starts, returns, claim):
         """Take over what an answer brings."""
         now = time.monotonic()
         with self.lock:
-            self.done = self.done[len(done):]
+            self.done = self.done[len(told):]
             self.done_since = now         # of those that came meanwhile
             self.starts = self.starts[len(starts):]
             self.returns = self.returns[len(returns):]
@@ -9185,9 +9403,8 @@ class Runner:
             self.run_id = answer["run_id"]
             held = {(child.job["id"], child.job["attempt_id"]): child
                     for child in self.children.values()}
-        if done:
-            self.journal.add({"ok": [[item["job_id"], item["run_id"], item["attempt_id"]]
-                                       for item in done]})
+        if told:
+            self.journal.add({"ok": [number for number, _ in told]})
         for stop in answer["stop"]:
             self._stop(stop, held)
         if answer.get("counts"):
@@ -9202,7 +9419,7 @@ class Runner:
         status = stop["status"] if stop["status"] in ("canceled", "terminated") else "canceled"
         child = held.get(key)
         if child:
-            self._end(child, "stop", status)
+            self._end([child], "stop", status)
             return
         with self.lock:                   # claimed, not started: simply forgotten
             for entry in list(self.queue):
@@ -9245,6 +9462,8 @@ class Runner:
             self.run_actions(self.client, ("on_workflow_complete",))
             return self._verdict()
         if self.fault:
+            if not self._is_hopeless():
+                return None
             self.say(f"jobs cannot be started on this machine: {self.fault}; `torc run "
                      f"{self.workflow_id}` goes on from here once that is mended")
             return 1
@@ -9252,7 +9471,7 @@ class Runner:
             return self._time_is_up()
         report = self._ask_for("unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
-        if others and any(is_dead_here(node) for node in others):
+        if others and any(map(death_here, others)):
             for sentence in self._patiently(lambda: release_dead_nodes(
                     self.client, self.workflow_id, self.directory)):
                 self.say(sentence)
@@ -9272,6 +9491,10 @@ class Runner:
             return self._verdict()
         self.say(self._why_stuck(report, others))
         return 3
+
+    def _is_hopeless(self):
+        """Whether a machine that cannot start jobs has been tried for long enough."""
+        return time.monotonic() - self.fault_since >= self._patience_s()
 
     def _coming(self, report):
         """How many allocations may bring other runners."""
@@ -9380,8 +9603,7 @@ class Runner:
         for action in pending:
             if action["action_type"] == "run_commands" or (
                     self.options.schedule and action["trigger_type"] != "on_workflow_start"):
-                if action["id"] not in self.tried_actions or (
-                        action["action_type"] == "run_commands" and not action["persistent"]):
+                if action["id"] not in self.tried_actions or not action["persistent"]:
                     runnable.append(action)
             elif not self.said_action:
                 self.said_action = True
@@ -9397,19 +9619,23 @@ class Runner:
             self.tried_actions.add(action["id"])
             if not self._claim_action(client, action["id"]):
                 continue
-            if action["action_type"] == "run_commands":
-                self._run_commands(action)
-            else:
-                self._schedule_nodes(client, action)
+            carry_out = self._run_commands if action["action_type"] == "run_commands" else \
+                self._schedule_nodes
+            if carry_out(client, action):     # else it is given back when this runner leaves
+                path = f"/workflows/{self.workflow_id}/actions/{action['id']}/claim"
+                self._patiently(lambda: client.put(path))
 
     def _schedule_nodes(self, client, action):
-        """Submit the allocations of an action; if that fails it is left for somebody else."""
+        """Submit the allocations of an action; says whether all of them are there. The rest is for
+        whoever tries next, after a while."""
         try:
             self.say(self.options.schedule(client, action))
+            return True
         except TorcError as error:
             self.say(f"action {action['id']}: {error}")
             with contextlib.suppress(TorcError):
                 client.delete(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim")
+            return False
 
     def _claim_action(self, client, action_id):
         """Make an action ours; False if another runner has it."""
@@ -9422,21 +9648,24 @@ class Runner:
             return any(action["id"] == action_id and action["executed_by"] == self.node_id
                        for action in self._patiently(lambda: client.get(actions)))
 
-    def _run_commands(self, action):
-        """The commands of an action one after another; the first failure ends it."""
+    def _run_commands(self, client, action):
+        """The commands of an action one after another; the first failure ends it. Says whether it
+        has been carried out, so far as it can be, and not cut short by our own end."""
         log = os.path.join(self.directory, f"action_{action['id']}.log")
         last = action["trigger_type"] in ("on_worker_complete", "on_workflow_complete")
         for command in action["action_config"]["commands"]:
             try:
                 environment = {**self.base_environment, **self.client.job_environment()}
                 code = self._run_script(command, log, environment, last, self.directory)
-                how = f"return code {code}" if code else "the runner was about to end"
+                how = f"return code {code}"
             except (OSError, ValueError) as error:
                 code, how = None, str(error)
             if code != 0:
-                self.say(f"action {action['id']} ({action['trigger_type']}): `{command}` failed: "
-                         f"{how}, see {log}")
-                return
+                what = f"action {action['id']} ({action['trigger_type']})"
+                self.say(f"{what} was cut short: the next runner carries it out" if self.draining
+                         else f"{what}: `{command}` failed: {how}, see {log}")
+                return not self.draining
+        return True
 
 
 # ==================================================================================================
@@ -9713,7 +9942,8 @@ def allocation_script(workflow, scheduler, name, request, words, environment=())
     if request.one_worker_per_node:
         number = scheduler["nodes"]       # the allocation may have more tasks
         words = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1",
-                 "--overlap", "--cpu-bind=none", "--mem=0", "--kill-on-bad-exit=0", *words]
+                 "--overlap", "--cpu-bind=none", "--mem=0", "--kill-on-bad-exit=0", "--wait=0",
+                 *words]
     note = os.path.join(request.output_dir, f"worker_wf{workflow['id']}_sl")
     body = SCRIPT_BODY.format(
         workflow_id=workflow["id"], version=VERSION, words=" ".join(map(shlex.quote, words)),
@@ -9774,11 +10004,11 @@ def submission_environment(client):
                if name in known}}
 
 
-def submit_allocations(client, workflow, scheduler, number, request):
+def submit_allocations(client, workflow, scheduler, number, request, action_id=None):
     """Ask Slurm for allocations of a scheduler's record; returns the ids of the Slurm jobs.
 
-    Each is stored as a scheduled compute node. Raises TorcError; one that says how many were
-    submitted before has them in .submitted.
+    Each is stored as a scheduled compute node, and counted for the action that asks for them.
+    Raises TorcError; one that says how many were submitted before has them in .submitted.
     """
     import shlex
     if request.one_worker_per_node is None:
@@ -9813,7 +10043,8 @@ def submit_allocations(client, workflow, scheduler, number, request):
                 "workflow_id": workflow["id"], "scheduler_id": int(match[1]),
                 "scheduler_type": "slurm", "scheduler_config_id": scheduler["id"],
                 "status": "pending", "output_dir": request.output_dir,
-                "work_dir": request.work_dir, "cluster": cluster_name()}, once=True)
+                "work_dir": request.work_dir, "cluster": cluster_name()}, once=True,
+                        action_id=action_id)
         except BaseException as error:    # also Ctrl-C: nobody would know of it
             with contextlib.suppress(TorcError):
                 slurm("scancel", match[1])
@@ -9845,39 +10076,42 @@ def write_credentials(client, workflow_id, output_dir):
 
 
 def schedule_action(client, workflow, action, request):
-    """Carry out a schedule_nodes action that has been claimed; returns the Slurm jobs' ids."""
+    """Carry out what is left of a schedule_nodes action that has been claimed; returns the Slurm
+    jobs' ids."""
     config = action["action_config"]
     if config.get("scheduler_type", "slurm") != "slurm":
         raise UsageError(f"action {action['id']}: there are no allocations of "
                          f"{config['scheduler_type']!r} here")
     scheduler = client.get(f"/slurm_schedulers/{config['scheduler_id']}")
-    return submit_allocations(client, workflow, scheduler, config.get("num_allocations", 1),
-                              request._replace(
+    number = config.get("num_allocations", 1) - action.get("submitted", 0)
+    return submit_allocations(client, workflow, scheduler, number, request._replace(
         max_parallel_jobs=config.get("max_parallel_jobs", request.max_parallel_jobs),
-        one_worker_per_node=config.get("start_one_worker_per_node", request.one_worker_per_node)))
+        one_worker_per_node=config.get("start_one_worker_per_node", request.one_worker_per_node)),
+        action["id"])
 
 
-def schedule_pending(client, workflow_id, request, triggers=None):
+def schedule_pending(client, workflow_id, request, triggers=None, waiting=False):
     """Carry out the schedule_nodes actions that are pending; returns [(action, ids), ...].
 
-    One whose allocations could not be had at all is pending again; the error is raised, with all
-    Slurm jobs that there are in .submitted.
+    waiting: also those that failed a short while ago.
+    One whose allocations could not all be had is pending again for the rest of them; the error is
+    raised, with all Slurm jobs that there are in .submitted.
     """
     workflow = client.get(f"/workflows/{workflow_id}")
     path, done = f"/workflows/{workflow_id}/actions", []
-    for action in client.get(f"{path}/pending", trigger_type=triggers):
+    for action in client.get(f"{path}/pending", trigger_type=triggers, waiting=waiting):
         if action["action_type"] != "schedule_nodes":
             continue
         try:
             client.post(f"{path}/{action['id']}/claim", {})
             done.append((action, schedule_action(client, workflow, action, request)))
+            client.put(f"{path}/{action['id']}/claim")
         except Conflict:
             continue
         except TorcError as error:
             some = getattr(error, "submitted", [])
-            if not some:
-                with contextlib.suppress(TorcError):
-                    client.delete(f"{path}/{action['id']}/claim")
+            with contextlib.suppress(TorcError):
+                client.delete(f"{path}/{action['id']}/claim")
             error.submitted = [number for _, ids in done for number in ids] + some
             raise
     return done
@@ -9929,7 +10163,7 @@ def hand_in_journal(client, node, server_id):
     number = 0
     for path in journals_in(node.get("output_dir") or DEFAULT_OUTPUT_DIR, server_id,
                             node["workflow_id"]):
-        records = read_journal(path)
+        records, _ = read_journal(path)
         header = records[0].get("header", {}) if records else {}
         if header.get("compute_node_id") == node["id"]:
             number += replay_journal(client, records)
@@ -9974,10 +10208,9 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
 def bury_node(client, node, state, ended):
     """Hand in and settle what a compute node's dead runner left; returns that in words."""
     number = hand_in_journal(client, node, client.server_id())
-    query = {"reason": f"its allocation ended: {state}"}
-    if ended:
-        query.update(status=ended[0], return_code=ended[1])
-    freed = client.post(f"/compute_nodes/{node['id']}/release", **query)
+    ending = {"status": ended[0], "return_code": ended[1]} if ended else {}
+    freed = release(client, node, Evidence("allocation", f"its allocation ended: {state}"),
+                    **ending)
     parts = [f"{plural(number, 'result')} read from its journal"] if number else []
     if freed["requeued"]:
         parts.append(f"{plural(len(freed['requeued']), 'job')} ready again")
@@ -10156,29 +10389,20 @@ class SlurmRunner(Runner):
         super()._handle_signals()
 
     def _completed(self, child, code, elapsed, usage, text):
-        """Slurm signals the jobs of an allocation that ends as well as us: such a job was
-        interrupted, it has not failed."""
-        import signal
-        ours = child.verdict or self.interrupted or self.draining
-        if self.steps and not ours and child.step:
+        """See Runner; of a step, Slurm's accounting is asked first."""
+        if self.steps and child.step and not (child.verdict or self.interrupted or self.draining):
             self.accounts.add(child, code, elapsed, usage, text)
-        elif code - 128 in (signal.SIGTERM, signal.SIGKILL) and not ours:
-            threading.Thread(target=self._was_it_the_end, daemon=True,
-                             args=(child, code, elapsed, usage, text)).start()
         else:
-            if self.interrupted and not child.verdict and code != 0:
-                child.verdict = "interrupt"
             super()._completed(child, code, elapsed, usage, text)
 
-    def _was_it_the_end(self, child, code, elapsed, usage, text):
-        """Report a job that a signal ended, once it is known if it was meant for all (a thread)."""
-        deadline = time.monotonic() + DEATH_NOTICE_S
-        with self.talk:
-            while not self.interrupted and time.monotonic() < deadline:
-                self.talk.wait(deadline - time.monotonic())
-        if self.interrupted:
-            child.verdict = "interrupt"
-        super()._completed(child, code, elapsed, usage, text)
+    def _doubt_s(self, code):
+        """Slurm signals the jobs of an allocation that ends as well as us, and not at once."""
+        import signal
+        return DEATH_NOTICE_S if code - 128 in (signal.SIGTERM, signal.SIGKILL) else INTERRUPTED_S
+
+    def _is_hopeless(self):
+        """A node on which not one of three jobs could be started takes no more of them."""
+        return self.tries >= 3 or super()._is_hopeless()
 
     # -- steps
 
@@ -10219,13 +10443,12 @@ class SlurmRunner(Runner):
             options.append(f"--signal={config['srun_termination_signal']}")
         return self.srun, ["srun", *options, *words]
 
-    def _signal(self, child, number):
+    def _signal(self, children, number):
         """srun ends its step at once when it is signalled itself, so Slurm is asked to signal."""
-        if not child.step or has_exited(child.pid):
-            super()._signal(child, number)
-            return
-        self.to_signal.append((child, number))       # this thread is the only one that adds
-        if not self.signalling.is_set():
+        steps = [child for child in children if child.step and not has_exited(child.pid)]
+        super()._signal([child for child in children if child not in steps], number)
+        self.to_signal += [(child, number) for child in steps]   # only this thread adds
+        if steps and not self.signalling.is_set():
             self.signalling.set()
             threading.Thread(target=self._signal_steps, daemon=True).start()
 
@@ -10247,9 +10470,8 @@ class SlurmRunner(Runner):
             except TorcError as error:
                 self.say(f"{plural(len(children), 'step')} to be signalled: {error}")
                 ids = {}
-            for name, child in children.items():
-                if name not in ids and not has_exited(child.pid):
-                    super()._signal(child, number)   # not begun yet, or Slurm is away
+            super()._signal([child for name, child in children.items()    # not begun yet, or Slurm
+                             if name not in ids and not has_exited(child.pid)], number)   # is away
 
 
 # ---- what Slurm's accounting says of steps
@@ -11903,15 +12125,6 @@ def open_served(database):
                       if os.path.realpath(note["database"]) == path), "")
         raise Conflict(f"{error}{other}: use that server, or end it, or name another --database"
                        ) from None
-
-
-def read_bytes(path):
-    """A file's bytes, or none if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
 
 
 def wait_for_end(pid, seconds):
@@ -16181,7 +16394,7 @@ def workflow_report(client, workflow_id):
             "total_exec_time_minutes": (total or 0.0) / 60,
             "total_exec_time_formatted": format_duration(total or 0.0),
             "walltime_seconds": wall or 0.0, "walltime_formatted": format_duration(wall or 0.0),
-            "dead_runners": [node["pid"] for node in active if is_dead_here(node)],
+            "dead_runners": [node["pid"] for node in active if death_here(node)],
             "active_compute_nodes": len(active),
             "active_scheduled_nodes": nodes["active"], "pending_scheduled_nodes": nodes["pending"],
             "is_complete": counted["is_complete"], "is_canceled": counted["is_canceled"]}
@@ -16261,7 +16474,7 @@ def prospects(client, workflow_id):
                             for job in left["waiting"][:5])
         return (f"workflow {workflow_id} is stuck: it waits for "
                 f"{waiting or 'nothing that will happen'}"), None
-    if left["scheduled"] or not all(is_dead_here(node) for node in left["active_nodes"]):
+    if left["scheduled"] or not all(map(death_here, left["active_nodes"])):
         return None, None
     return None, (f"no runner is at work on workflow {workflow_id}: `torc run {workflow_id}` "
                   "starts one; waiting")
@@ -16558,9 +16771,10 @@ def do_why(args, client):
     tail = ""
     if answer["status"] in ("pending", "running") and "compute_node_id" in answer:
         node = client.get(f"/compute_nodes/{answer['compute_node_id']}")
-        if node["is_active"] and is_dead_here(node):
-            answer["sentence"] = (f"its runner (pid {node['pid']}) has died: torc run "
-                                  f"{node['workflow_id']} runs it again")
+        evidence = node["is_active"] and death_here(node)
+        if evidence:
+            answer["sentence"] = (f"{evidence.text}: torc run {node['workflow_id']} runs the job "
+                                  "again")
     if answer["status"] in ("failed", "terminated", "pending_failed"):
         workflow_id = client.get(f"/jobs/{args.job_id}")["workflow_id"]
         for result in client.items("/results", workflow_id=workflow_id, job_id=args.job_id,
@@ -17753,7 +17967,7 @@ def dry_submit(args, client, spec, request):
 def submit_start(args, client, workflow_id, request):
     """Carry out what `submit` is for; returns the exit code."""
     try:
-        done = schedule_pending(client, workflow_id, request, START_ACTIONS)
+        done = schedule_pending(client, workflow_id, request, START_ACTIONS, True)
     except TorcError as error:
         some = getattr(error, "submitted", None)
         if some:
@@ -18141,9 +18355,9 @@ def do_workflows_sync_status(args, client):
     """Settle what dead runners and ended allocations left: their jobs, results, records."""
     if args.dry_run:
         said = settle_allocations(client, args.workflow_id, dry_run=True) + [
-            f"the runner with pid {node['pid']} has died" for node in client.items(
+            evidence.text for node in client.items(
                 "/compute_nodes", workflow_id=args.workflow_id, is_active=True)
-            if is_dead_here(node)]
+            for evidence in (death_here(node),) if evidence]
     else:
         said = release_dead_nodes(client, args.workflow_id, args.output_dir)
         said += settle_allocations(client, args.workflow_id)
@@ -19616,7 +19830,7 @@ class DashActions:
             client.get(f"/workflows/{workflow_id}")["user"]]
         if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
             initialize_workflow(client, workflow_id)
-        done = schedule_pending(client, workflow_id, request, START_ACTIONS)
+        done = schedule_pending(client, workflow_id, request, START_ACTIONS, True)
         ids = [number for _, numbers in done for number in numbers]
         if not ids:
             raise Invalid(f"the allocations of workflow {workflow_id} have been submitted before: "
