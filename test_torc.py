@@ -4455,6 +4455,106 @@ def test_allocations_of_an_action_that_failed_half_way_are_not_asked_for_twice(s
     assert client.get(f"{path}/pending", waiting=True) == []
 
 
+# ---- Slurm that answers badly
+
+def allocated(client):
+    """A workflow with a running job in allocation 7: (its id, the runner's Conversation)."""
+    workflow_id, _ = make(client, {"a": [], "b": []})
+    client.post("/scheduled_compute_nodes", {"workflow_id": workflow_id, "scheduler_id": 7, "scheduler_type": "slurm",
+                                             "scheduler_config_id": 1, "status": "active", "cluster": "here"})
+    runner = Conversation(client, workflow_id, compute_node_type="slurm", boot_id="b", scheduler={
+        "type": "slurm", "scheduler_id": 7, "cluster": "here"})
+    [job] = runner.step(limit=1)["jobs"]
+    runner.step(starts=[{"job_id": job["id"], "attempt_id": job["attempt_id"]}])
+    return workflow_id, runner
+
+
+FORGETS = {"squeue": "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
+           "sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1",
+           "scontrol": "echo 'ClusterName = here'"}
+
+
+def test_an_allocation_that_slurm_has_forgotten_is_left_alone(client, programs):
+    programs(**FORGETS)
+    workflow_id, runner = allocated(client)
+    watch = torc.Watch()
+    for _ in range(3):
+        assert torc.settle_allocations(client, workflow_id, watch) == []
+    assert statuses(client, workflow_id) == {"a": "running", "b": "ready"}
+    [record] = client.page("/scheduled_compute_nodes", workflow_id=workflow_id)["items"]
+    assert record["status"] == "active"
+    assert torc.Queued("UNKNOWN").phase == torc.Queued("LAUNCH_FAILED").phase == "unknown"
+
+
+def test_an_allocation_that_never_had_a_runner_is_forgotten_after_ten_minutes(client, programs, monkeypatch):
+    programs(**FORGETS)
+    workflow_id, _ = make(client, {"a": []})
+    client.post("/scheduled_compute_nodes", {"workflow_id": workflow_id, "scheduler_id": 7, "scheduler_type": "slurm",
+                                             "scheduler_config_id": 1, "status": "pending", "cluster": "here"})
+    watch, now = torc.Watch(), time.monotonic()
+    for passed, said in ((0, 0), (599, 0), (601, 1)):
+        monkeypatch.setattr(time, "monotonic", lambda passed=passed: now + passed)
+        assert len(torc.settle_allocations(client, workflow_id, watch)) == said
+    [record] = client.page("/scheduled_compute_nodes", workflow_id=workflow_id)["items"]
+    assert (record["status"], record["note"]) == ("complete", "UNKNOWN")
+
+
+def test_slurms_word_on_a_runner_that_still_speaks_is_not_believed(client, programs, monkeypatch):
+    programs(squeue="echo '7|COMPLETED|0:00|c1'", scontrol="echo 'ClusterName = here'")
+    workflow_id, runner = allocated(client)
+    look = torc.Watch.look
+    def late(self, ids, now):             # it speaks while Slurm is asked
+        runner.step()
+        return look(self, ids, now)
+    monkeypatch.setattr(torc.Watch, "look", late)
+    [sentence] = torc.settle_allocations(client, workflow_id)
+    assert "has spoken since it was taken for dead" in sentence
+    assert statuses(client, workflow_id)["a"] == "running"
+    monkeypatch.setattr(torc.Watch, "look", look)
+    client.post("/scheduled_compute_nodes", {"workflow_id": workflow_id, "scheduler_id": 7, "scheduler_type": "slurm",
+                                             "scheduler_config_id": 1, "status": "active", "cluster": "here"})
+    assert "1 job ready again" in torc.settle_allocations(client, workflow_id)[0]
+
+
+def test_a_job_that_sbatch_says_nothing_of_is_looked_for_and_adopted(programs, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    calls = tmp_path / "calls"
+    away = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
+    programs(sbatch=f"echo x >> {calls}; {away}", squeue='[ "$5" = mine ] && echo 41; exit 0')
+    assert torc.submit_script("script", "mine", dict(os.environ)) == 41
+    assert calls.read_text() == "x\n"
+    programs(squeue="exit 0", sacct="exit 0")                # Slurm answers: there is none
+    with pytest.raises(torc.TorcError, match="may be queued all the same: `squeue --me -n mine`") as caught:
+        torc.submit_script("script", "mine", dict(os.environ))
+    assert calls.read_text() == "x\n" * 4 and caught.value.unsure
+    programs(squeue="echo 'Unable to contact slurm controller' >&2; exit 1", sacct="exit 1")
+    with pytest.raises(torc.TorcError) as caught:            # nobody knows: it is not asked for again
+        torc.submit_script("script", "mine", dict(os.environ))
+    assert calls.read_text() == "x\n" * 5 and caught.value.unsure
+    programs(sbatch=f"echo x >> {calls}; echo 'sbatch: error: Invalid account' >&2; exit 1")
+    with pytest.raises(torc.TorcError, match="Invalid account") as caught:
+        torc.submit_script("script", "mine", dict(os.environ))
+    assert calls.read_text() == "x\n" * 6 and not getattr(caught.value, "unsure", False)
+
+
+def test_allocations_that_start_no_job_are_asked_for_later_and_later(server, monkeypatch, tmp_path):
+    client, said, now = server.client(), [], [1000.0]
+    workflow_id, _ = make(client, {"a": []})
+    args = torc.parse_command(torc.COMMANDS["watch"], [], [str(workflow_id), "--auto-schedule", "-o", str(tmp_path)])
+    watcher = torc.Watcher(args, client)
+    monkeypatch.setattr(torc, "regenerate", lambda *_, **__: {"slurm_jobs": [len(said)]})
+    monkeypatch.setattr(torc.Watcher, "say", lambda self, text, level="info": said.append((now[0], text)))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    for _ in range(1000):
+        watcher.schedule(counted)
+        now[0] += 1
+    *asked, (_, last) = said
+    first, second, third = (when for when, _ in asked)
+    assert 60 <= second - first <= 92 and 120 <= third - second <= 182
+    assert "3 allocations in a row have ended without starting a job" in last
+
+
 # ---- who may be called dead
 
 @pytest.fixture

@@ -4013,6 +4013,9 @@ def unfinished(store, workflow_id):
         f" workflow_id = ? AND status = {READY} GROUP BY 1 ORDER BY 3", (workflow_id,))]
     nodes = listing(store, KINDS["compute_node"], Page(), "workflow_id = ? AND is_active = 1",
                     (workflow_id,))["items"]
+    for node in nodes:                    # how long a runner of ours has said nothing
+        if node["id"] in store.heard:
+            node["silent_s"] = round(time.monotonic() - store.heard[node["id"]], 1)
     scheduled = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ?"
                           " AND status IN ('pending', 'active')", (workflow_id,))[0]
     return {"by_status": by_status, "ready": ready, "waiting": waiting_for(store, workflow_id),
@@ -6364,6 +6367,9 @@ def release_compute_node(request, node_id):
 def create_scheduled_node(request):
     """Store a scheduled compute node; once=true (ours): the one there is for this Slurm job."""
     kind, store, values = KINDS["scheduled_compute_node"], request.store, request.body
+    if "action_id" in request.query:      # which asks for one less when it goes on
+        store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
+                      " workflow_id = ?", (request.query["action_id"], values["workflow_id"]))
     row = request.query["once"] and store.one(
         "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
         " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL) ORDER BY cluster IS NULL",
@@ -6373,9 +6379,6 @@ def create_scheduled_node(request):
         store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE id ="
                       " ?", (values.get("cluster"), row[0]))
         return fetch(store, kind, row[0])
-    if "action_id" in request.query:      # which asks for one less when it goes on
-        store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
-                      " workflow_id = ?", (request.query["action_id"], values["workflow_id"]))
     made = create_record(request, kind)
     store.tell(values["workflow_id"], "scheduler_node_created", "info", {
         "category": "scheduler", "scheduled_compute_node_id": made["id"],
@@ -9471,9 +9474,9 @@ class Runner:
             return self._time_is_up()
         report = self._ask_for("unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
-        if others and any(map(death_here, others)):
-            for sentence in self._patiently(lambda: release_dead_nodes(
-                    self.client, self.workflow_id, self.directory)):
+        settled = self._patiently(lambda: self._settle(others))
+        if settled:
+            for sentence in settled:
                 self.say(sentence)
             self.news = True
             return None
@@ -9491,6 +9494,11 @@ class Runner:
             return self._verdict()
         self.say(self._why_stuck(report, others))
         return 3
+
+    def _settle(self, others):
+        """Settle what dead runners among these nodes left; returns what was done, in sentences."""
+        return release_dead_nodes(self.client, self.workflow_id, self.directory) if any(
+            map(death_here, others)) else []
 
     def _is_hopeless(self):
         """Whether a machine that cannot start jobs has been tried for long enough."""
@@ -9744,6 +9752,11 @@ _cluster = {"name": None, "again": -math.inf}
 QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD",
           "SPECIAL_EXIT"}
 LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+        "PREEMPTED", "REVOKED", "TIMEOUT"}
+FORGOTTEN_S = 600.0                       # an allocation without a runner that Slurm does not know
+                                          # for so long is over
+SILENT_S = 30.0                           # a runner in an allocation steps more often
 
 
 class Queued(NamedTuple):
@@ -9755,8 +9768,11 @@ class Queued(NamedTuple):
 
     @property
     def phase(self):
-        """pending, active or over."""
-        return "pending" if self.state in QUEUED else "active" if self.state in LIVE else "over"
+        """pending, active, over, or unknown: Slurm forgets what has ended, and some sites keep no
+        accounts, so that it knows nothing of an allocation is no word on it."""
+        return next((phase for phase, states in (("pending", QUEUED), ("active", LIVE),
+                                                 ("over", OVER)) if self.state in states),
+                    "unknown")
 
 
 def time_left(text):
@@ -9808,18 +9824,23 @@ class Watch:
 
     def __init__(self):
         self._asked, self._ids, self._found = -math.inf, set(), {}
+        self._unknown = {}                # id: since when
 
     def look(self, ids, now):
-        """{id: Queued}; an allocation of which nothing is known any more is over. Raises TorcError.
-
-        now: time.monotonic().
-        """
+        """{id: Queued}. Raises TorcError if Slurm does not answer. now: time.monotonic()."""
         ids = set(ids)
         if now - self._asked >= QUEUE_EVERY_S or not ids <= self._ids:
             found = ask_queue(ids)
             found.update(ask_accounting(ids - set(found)))
             self._asked, self._ids, self._found = now, ids, found
-        return {number: self._found.get(number, Queued("UNKNOWN")) for number in ids}
+        answer = {number: self._found.get(number, Queued("UNKNOWN")) for number in ids}
+        self._unknown = {number: self._unknown.get(number, now) for number, entry in answer.items()
+                         if entry.phase == "unknown"}
+        return answer
+
+    def is_forgotten(self, number, now):
+        """Whether Slurm has not known an allocation for ten minutes."""
+        return now - self._unknown.get(number, now) >= FORGOTTEN_S
 
 
 # ---- getting allocations
@@ -10023,37 +10044,34 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
         words += ["--credentials", write_credentials(client, workflow["id"], request.output_dir)]
     made = []
     for index in range(1, number + 1):
-        name = f"{request.prefix}wf{workflow['id']}_{os.getpid()}_{next(SCRIPT_NUMBERS)}"
+        name = f"{request.prefix}wf{workflow['id']}_{SCRIPT_MARK}_{next(SCRIPT_NUMBERS)}"
         path = os.path.join(request.output_dir, f"{name}.sh")
         write_private(path, allocation_script(workflow, scheduler, name, request, words,
                                               [("TORC_USERNAME", client.user)]))
         try:
-            out = slurm("sbatch", "--parsable", path, env=submission_environment(client))
-            match = re.search(r"^(\d+)", out, re.M)
-            if not match:
-                raise TorcError(f"sbatch has printed no job id: {out.strip()!r:.200}")
+            job_id = submit_script(path, name, submission_environment(client))
         except TorcError as error:
-            first = shlex.quote(path)
-            error = TorcError(f"{error} (allocation {index} of {number}, scheduler "
-                              f"\"{scheduler['name']}\"; sbatch --test-only {first} tries it)")
+            error.args = (f"{error} (allocation {index} of {number}, scheduler "
+                          f"\"{scheduler['name']}\"; sbatch --test-only {shlex.quote(path)} tries "
+                          "it)",)
             error.submitted = made
-            raise error from None
+            raise
         try:
             client.post("/scheduled_compute_nodes", {
-                "workflow_id": workflow["id"], "scheduler_id": int(match[1]),
+                "workflow_id": workflow["id"], "scheduler_id": job_id,
                 "scheduler_type": "slurm", "scheduler_config_id": scheduler["id"],
                 "status": "pending", "output_dir": request.output_dir,
                 "work_dir": request.work_dir, "cluster": cluster_name()}, once=True,
                         action_id=action_id)
         except BaseException as error:    # also Ctrl-C: nobody would know of it
             with contextlib.suppress(TorcError):
-                slurm("scancel", match[1])
+                slurm("scancel", job_id)
             if isinstance(error, TorcError):
-                error.args = (f"{error} (so Slurm job {match[1]}, which it does not know of, was "
+                error.args = (f"{error} (so Slurm job {job_id}, which it does not know of, was "
                               "canceled again)",)
             error.submitted = made
             raise
-        made.append(int(match[1]))
+        made.append(job_id)
         if not request.keep_script:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -10061,6 +10079,51 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
 
 
 SCRIPT_NUMBERS = itertools.count(1)
+SCRIPT_MARK = f"{os.getpid()}{int(time.time() * 1000) % 10**7:07d}"     # no other one's names
+
+
+def submit_script(path, name, env):
+    """Hand a batch script to sbatch; returns the id of the Slurm job.
+
+    When sbatch did not get the controller's answer, the job may be queued all the same: it is
+    looked for by its name, and adopted. Raises TorcError; .unsure: nobody knows yet.
+    """
+    for again in (True, True, False):
+        try:
+            out = slurm("sbatch", "--parsable", path, env=env, again=0)
+            match = re.search(r"^(\d+)", out, re.M)
+            if match:
+                return int(match[1])
+            raise TorcError(f"sbatch has printed no job id: {out.strip()!r:.200}")
+        except TorcError as error:
+            text = str(error)
+            if not CONTROLLER_AWAY.search(text) and "has not answered" not in text:
+                raise                     # a refusal
+            found = job_named(name)
+            if found:
+                return found
+            if not again or found is None:
+                error.unsure = True
+                error.args = (f"{error}. It may be queued all the same: `squeue --me -n {name}` "
+                              "says so once Slurm answers",)
+                raise
+    return None
+
+
+def job_named(name):
+    """The id of the Slurm job of this unique name, looked for during a quarter of a minute: a
+    request that timed out may be carried out later. 0: there is none; None: Slurm does not say."""
+    found = None
+    for pause in (0, 1, 2, 4, 8):
+        time.sleep(pause)
+        for words in (("squeue", "-h", "-t", "all", "-n", name, "-o", "%i"),
+                      ("sacct", "-X", "-n", "-P", f"--name={name}", "-o", "JobIDRaw")):
+            with contextlib.suppress(TorcError):
+                match = re.search(r"^\s*(\d+)", slurm(*words, again=0), re.M)
+                if match:
+                    return int(match[1])
+                found = 0 if words[0] == "squeue" else found
+    return found
 
 
 def credentials_path(workflow_id, server_id, output_dir):
@@ -10183,13 +10246,14 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
     ids = {record["scheduler_id"] for record in scheduled} | set(inside)
     if not ids:
         return []
-    queue = (watch or Watch()).look(ids, time.monotonic())
+    watch, now = watch or Watch(), time.monotonic()
+    queue = watch.look(ids, now)
     limits = read_limits(client.get(f"/workflows/{workflow_id}"))
     said = []
     for number in sorted(ids):
         entry = queue[number]
-        if entry.phase != "over":
-            continue
+        if entry.phase != "over" and (number in inside or not watch.is_forgotten(number, now)):
+            continue                      # of one that Slurm does not know, the lease decides
         for node in inside.get(number, ()):
             said.append(f"allocation {number} ended ({entry.state}) with the runner on "
                         f"{node['hostname']} at work")
@@ -10209,8 +10273,11 @@ def bury_node(client, node, state, ended):
     """Hand in and settle what a compute node's dead runner left; returns that in words."""
     number = hand_in_journal(client, node, client.server_id())
     ending = {"status": ended[0], "return_code": ended[1]} if ended else {}
-    freed = release(client, node, Evidence("allocation", f"its allocation ended: {state}"),
-                    **ending)
+    try:
+        freed = release(client, node, Evidence("allocation", f"its allocation ended: {state}"),
+                        **ending)
+    except Conflict as error:
+        return f": {error}"
     parts = [f"{plural(number, 'result')} read from its journal"] if number else []
     if freed["requeued"]:
         parts.append(f"{plural(len(freed['requeued']), 'job')} ready again")
@@ -10307,6 +10374,7 @@ class SlurmRunner(Runner):
         self.alone = alone                # one of several runners in the allocation, each on a node
         self.steps, self.to_signal, self.signalling = False, [], threading.Event()
         self.hosts = [self.host]
+        self.watch = Watch()
 
     def labels(self):
         """See Runner.labels."""
@@ -10399,6 +10467,18 @@ class SlurmRunner(Runner):
         """Slurm signals the jobs of an allocation that ends as well as us, and not at once."""
         import signal
         return DEATH_NOTICE_S if code - 128 in (signal.SIGTERM, signal.SIGKILL) else INTERRUPTED_S
+
+    def _settle(self, others):
+        """See Runner; of a runner that has been silent, Slurm is asked as well."""
+        said = super()._settle(others)
+        if any(node.get("silent_s", 0) > SILENT_S for node in others):
+            try:
+                said += settle_allocations(self.client, self.workflow_id, self.watch)
+            except (Unreachable, Internal):
+                raise
+            except TorcError as error:    # Slurm does not answer
+                self.progress.note(f"allocations were not looked at: {error}\n")
+        return said
 
     def _is_hopeless(self):
         """A node on which not one of three jobs could be started takes no more of them."""
@@ -16557,7 +16637,8 @@ def cancel_allocations(client, workflow_id):
     canceled = []
     try:
         queue = ask_queue({record["scheduler_id"] for record in scheduled})
-        canceled = sorted(number for number, entry in queue.items() if entry.phase != "over")
+        canceled = sorted(number for number, entry in queue.items()
+                          if entry.phase in ("pending", "active"))
         if canceled:
             slurm("scancel", *canceled)
     except TorcError as error:
@@ -17924,7 +18005,7 @@ def do_submit(args, client):
                 initialize_workflow(client, workflow_id, args.ignore_missing_data)
             return submit_start(args, client, workflow_id, request)
         except TorcError as error:
-            if spec and not getattr(error, "submitted", None):
+            if spec and not (getattr(error, "submitted", None) or getattr(error, "unsure", False)):
                 with contextlib.suppress(TorcError):
                     client.delete(f"/workflows/{workflow_id}")
                     error.args = (f"{error}. No allocation was submitted, so workflow {workflow_id}"
@@ -18144,16 +18225,23 @@ def work_in_allocation(args, client, where):
 
 
 def close_allocation(client, workflow_id, where, record):
-    """The last worker of an allocation notes its end, and removes the password's file if no other
-    allocation may need it."""
+    """The last worker of an allocation notes its end. The last one of a complete workflow cancels
+    allocations that are still queued, and removes the password's file."""
     scheduled, inside = live_allocations(client, workflow_id)
-    if not inside.get(where.job_id):
-        client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "complete"})
-        if all(other["id"] == record["id"] for other in scheduled) and client.get(
-                f"/workflows/{workflow_id}/is_complete")["is_complete"]:
-            with contextlib.suppress(OSError):
-                os.unlink(credentials_path(workflow_id, client.server_id(),
-                                           record.get("output_dir") or ""))
+    if inside.get(where.job_id):
+        return
+    client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "complete"})
+    others = [other for other in scheduled if other["id"] != record["id"]]
+    if client.get(f"/workflows/{workflow_id}/is_complete")["is_complete"] and not any(
+            other["status"] == "active" for other in others):
+        if others:
+            slurm("scancel", "--state=PENDING", *(other["scheduler_id"] for other in others))
+        for other in others:
+            client.put(f"/scheduled_compute_nodes/{other['id']}", {
+                "status": "canceled", "note": "the workflow was complete before it began"})
+        with contextlib.suppress(OSError):
+            os.unlink(credentials_path(workflow_id, client.server_id(),
+                                       record.get("output_dir") or ""))
 
 
 def scheduling(client, workflow_id, make_request):
@@ -18230,7 +18318,9 @@ def allocation_lines(client, workflow_id):
         if queue is None or away:
             text = f"is {record['status']}" + (f" on the cluster {record['cluster']}" if away else
                                                "")
-        elif not entry or entry.phase == "over":
+        elif not entry or entry.phase == "unknown":
+            text = f"was {record['status']}; Slurm does not know it any more, or does not say"
+        elif entry.phase == "over":
             text = f"has ended: torc workflows sync-status {workflow_id} settles what it left"
         else:
             left = "" if entry.phase == "pending" or entry.time_left_s is None else \
@@ -18606,6 +18696,9 @@ def do_recover(args, client):
 
 # ---- watching
 
+MAX_FRUITLESS = 3                         # allocations in a row that started no job
+
+
 class Watcher:
     """Looks after a workflow until it ends: `torc watch`."""
 
@@ -18616,6 +18709,9 @@ class Watcher:
         self.retries = 0
         self.scheduled_at = -math.inf     # when allocations were asked for last,
         self.refused = False              # and whether none were to be had then
+        self.fruitless = 0                # those in a row that ended without an end of a job
+        self.attempts = None              # that had ended when they were asked for
+        self.pause = 0.0                  # seconds until others are asked for
         self.ready_since = None           # since when jobs are ready and none is there
         self.told = None
         os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
@@ -18675,7 +18771,9 @@ class Watcher:
                 self.told = hint
 
     def schedule(self, counted):
-        """--auto-schedule: allocations for ready jobs that nobody runs."""
+        """--auto-schedule: allocations for ready jobs that nobody runs; after some that started no
+        job later and later, and then no more."""
+        import random
         args, now = self.args, time.monotonic()
         left = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
         ready = counted["ready"]
@@ -18684,6 +18782,18 @@ class Watcher:
             return
         self.ready_since = self.ready_since or now
         nobody = not left["active_nodes"] and not left["scheduled"]
+        if nobody and self.attempts is not None:
+            attempts = count_records(self.client, "/results", workflow_id=self.workflow_id,
+                                     all_runs=True)
+            self.fruitless = self.fruitless + 1 if attempts == self.attempts else 0
+            self.attempts = None
+            self.pause = self.fruitless and 30 * 2 ** self.fruitless * random.uniform(1, 1.5)
+            if self.fruitless >= MAX_FRUITLESS:
+                self.say(f"{self.fruitless} allocations in a row have ended without starting a job:"
+                         f" no more are asked for; their logs are in {args.output_dir} "
+                         "(slurm_output_*). Mend the cause and watch again", "error")
+        if self.fruitless >= MAX_FRUITLESS:
+            return
         retried = sum(job["attempt_id"] > 1 for job in self.client.items(
             "/jobs", workflow_id=self.workflow_id, status="ready")) if not nobody else 0
         stranded = args.auto_schedule_stranded_timeout
@@ -18691,11 +18801,14 @@ class Watcher:
             args.auto_schedule_cooldown) and (
             nobody or retried >= args.auto_schedule_threshold
             or retried and stranded and now - self.ready_since >= stranded)
-        if due and not counted["is_canceled"]:
+        rested = now - self.scheduled_at >= self.pause
+        if due and rested and not counted["is_canceled"]:
             self.scheduled_at = now
             try:
                 made = regenerate(args, self.client, self.workflow_id, submit=True)
                 self.refused = False
+                self.attempts = count_records(self.client, "/results", all_runs=True,
+                                              workflow_id=self.workflow_id)
             except Unreachable:           # of the server: run() tries again soon
                 raise
             except TorcError as error:
