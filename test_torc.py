@@ -3985,7 +3985,8 @@ def test_a_runner_that_was_killed_is_not_taken_for_alive(tmp_path):
 
     until(lambda: "is running: it is running on" in ask("why", "1"))
     runner.kill(), runner.wait()
-    assert f"its runner (pid {runner.pid}) has died: torc run 1 runs it again" in ask("why", "1")
+    assert f"the runner with pid {runner.pid} on {socket.gethostname()} is gone: torc run 1 runs the job again" in ask(
+        "why", "1")
     assert f"Active runners: 0 (and 1 that died: pid {runner.pid})" in ask("status", "1")
     assert "no runner is at work: torc run 1" in ask("status", "1")
 
@@ -4768,6 +4769,49 @@ def test_an_output_directory_that_is_gone_fails_no_job(tmp_path):
         assert client.page("/results", workflow_id=1, all_runs=True)["total_count"] == 6
 
 
+def test_limits_of_a_container_are_seen_at_the_parents_of_a_leaf_that_is_not_there(tmp_path, monkeypatch):
+    read, here = torc.read_text, {"/proc/self/cgroup": "4:memory,cpu:/docker/abc\n0::/docker/abc"}
+    monkeypatch.setattr(torc, "CGROUPS", str(tmp_path))
+    monkeypatch.setattr(torc, "read_text", lambda path: here.get(path) or read(path))
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(str(2**26))
+    assert torc.usable_memory() == 2**26
+    (tmp_path / "docker" / "abc").mkdir(parents=True)
+    (tmp_path / "docker" / "abc" / "memory.max").write_text(str(2**25))
+    assert torc.usable_memory() == 2**25
+
+
+def test_a_recovery_script_that_this_machine_cannot_start_is_tried_again(tmp_path):
+    """The job's stderr, to which it appends, is a directory for a while."""
+    runner, calls = torc.Runner.__new__(torc.Runner), []
+    runner.draining, runner.ended = False, threading.Event()
+    runner.ended.wait = lambda seconds: calls.append("rests")
+    runner._hand_in = lambda child, done: calls.append(done.get("requeue"))
+    def script(*_):
+        calls.append("tries")
+        if len(calls) < 3:
+            raise BlockingIOError
+        return 0
+    runner._run_script = script
+    child = torc.Child({}, None, [], {}, [])
+    child.files, child.environment = torc.Stdio(str(tmp_path), 1, (1, 1, 1), "none"), {}
+    runner._recover(child, {"return_code": 1}, {"recovery_script": "x"})
+    assert calls == ["tries", "rests", "tries", True]
+
+
+def test_a_command_too_long_for_an_argument_leaves_no_script(run):
+    ran = run({"a": "echo " + "x" * 200_000 + " > /dev/null"})
+    assert ran.code == 0 and not list((ran.directory / "torc_output" / "journal").iterdir())
+
+
+def test_a_thread_that_cannot_be_started_ends_no_loop(monkeypatch):
+    def full(self):
+        raise RuntimeError("can't start new thread")
+    assert torc.start_thread(lambda: None)
+    monkeypatch.setattr(threading.Thread, "start", full)
+    assert not torc.start_thread(lambda: None)
+
+
 def test_a_log_that_cannot_be_written_swallows_nothing(tmp_path, capsys):
     progress = torc.Progress(False, str(tmp_path / "log"))
     good, progress.log = progress.log, os.open("/dev/full", os.O_WRONLY)
@@ -4950,7 +4994,7 @@ def test_several_nodes_get_a_worker_each(tmp_path):
     request = torc.WorkerRequest("/out", "/work", ("http://a:1",), one_worker_per_node=True)
     text = script_of(("py", "torc.py", "slurm-job-runner"), request, nodes=3)
     assert "exec srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --overlap --cpu-bind=none --mem=0 " \
-        "--kill-on-bad-exit=0 py torc.py slurm-job-runner\n" in text
+        "--kill-on-bad-exit=0 --wait=0 py torc.py slurm-job-runner\n" in text
     assert "--signal" not in text         # srun would end the workers at once
 
 
@@ -10826,6 +10870,20 @@ def answer_seconds(server, user, password, number=1):
         times.append(time.perf_counter() - started)
     client.close()
     return sorted(times)
+
+
+@pytest.mark.bench
+def test_bench_the_end_of_1000_jobs_of_three_processes(tmp_path):
+    spec = write_spec(tmp_path, {f"j{number}": "sleep 300 & sleep 301 & wait" for number in range(1000)})
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 1000)
+    until(lambda: len(processes_in(tmp_path)) >= 3001, 120)
+    started = time.perf_counter()
+    runner.terminate()
+    assert runner.wait(60) == 143
+    elapsed = time.perf_counter() - started
+    until(lambda: not processes_in(tmp_path), what="the end of all processes")
+    show("the end of 1,000 jobs of three processes", f"{elapsed:.2f} s", "goal 3 s")
+    assert elapsed < 3
 
 
 @pytest.mark.bench

@@ -7656,20 +7656,33 @@ class RunOptions(NamedTuple):
     schedule: Any = None                  # function(client, action) that submits its allocations
 
 
+def start_thread(target, *args):
+    """Start a daemon thread; says whether there was room for one (RLIMIT_NPROC, pids.max)."""
+    try:
+        threading.Thread(target=target, args=args, daemon=True).start()
+        return True
+    except RuntimeError:
+        return False
+
+
 # ---- what this machine has
 
+CGROUPS = "/sys/fs/cgroup"
+
+
 def cgroup_values(controller, name_v1, name_v2):
-    """Values of a limit file from our cgroup up to the root (cgroups(7)); v1 has one, v2 many."""
+    """Values of a limit file from our cgroup up to the root (cgroups(7)). Inside of a container the
+    leaf may not be there, but its parents are."""
     for line in read_text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            while True:
-                yield read_text(f"/sys/fs/cgroup{path}/{name_v2}")
-                if path in ("", "/"):
-                    break
-                path = os.path.dirname(path)
-        elif controller in controllers.split(","):
-            yield read_text(f"/sys/fs/cgroup/{controller}{path}/{name_v1}")
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder, name = (f"{CGROUPS}/{controller}", name_v1) if controllers else (CGROUPS, name_v2)
+        while True:
+            yield read_text(f"{folder}{path.rstrip('/')}/{name}")
+            if path in ("", "/"):
+                break
+            path = os.path.dirname(path)
 
 
 def usable_cpus():
@@ -8123,6 +8136,7 @@ class Child:
         self.gpus = gpus
         self.step = None                  # name of its step of srun, if it is one
         self.environment = None           # for a recovery script
+        self.script = None                # path of a command too long for an argument
         self.pid = 0
         self.start = 0                    # its number in the journal
         self.started = 0.0
@@ -8775,13 +8789,22 @@ class Runner:
             self.leave_at, self.tired = now + 1, True
             self.client.interrupt()       # a frozen server must not hold us
         limits = self.limits
-        if self.end_time and not self.draining and (
-                now >= self.end_time - limits.sigkill_headroom_s - limits.sigterm_lead_s):
+        if self.end_time and not self.draining and self._is_near(now) and self._is_near(
+                now, self._true_end()):
             if self.children:
                 self.say(f"the time limit is near: ending {len(self.children)} running jobs")
             self._drain()
             self._end_scripts(signal.SIGTERM)
             self._end(list(self.children.values()), "timeout", lead=limits.sigterm_lead_s)
+
+    def _is_near(self, now, end_time=None):
+        """Whether jobs must be ended now to be gone at the end."""
+        end_time = self.end_time if end_time is None else end_time
+        return now >= end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s
+
+    def _true_end(self):
+        """The end, asked for once more."""
+        return self.end_time
 
     def out_of_memory(self, child, used):
         """Called by the sampler: a job is over its memory limit."""
@@ -8897,7 +8920,8 @@ class Runner:
             command = f"{job['invocation_script']} {command}"
         words = ["bash", "-c", command]
         if len(command.encode()) >= TOO_LONG:
-            words = ["bash", self._script(child, command)]
+            child.script = self._script(child, command)
+            words = ["bash", child.script]
         program, words = self._program(child, words)
         out, err = child.files.open(self.null)
         try:
@@ -8964,6 +8988,9 @@ class Runner:
         """A job's process has ended."""
         now = time.monotonic()
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        if child.script:
+            with contextlib.suppress(OSError):
+                os.unlink(child.script)
         self.ends.append(now)
         self.retry_at = min(self.retry_at, now)      # there may be room again for another start
         self._give_back(child)
@@ -8983,7 +9010,7 @@ class Runner:
                     if now >= one[0] or self.interrupted or self.draining]
             self.doubts = [one for one in self.doubts if one not in told]
         for _, child, report in told:
-            if self.interrupted:
+            if self.interrupted and not child.verdict:
                 child.verdict = "interrupt"
             self._report(child, *report)
 
@@ -9050,8 +9077,7 @@ class Runner:
 
         if slow:
             self._ask()                   # there is room for another job meanwhile
-            threading.Thread(target=look, daemon=True).start()
-        else:
+        if not slow or not start_thread(look):
             look()
 
     def _report(self, child, status, code, elapsed, usage, text, files):
@@ -9081,7 +9107,9 @@ class Runner:
         rule = self._rule(job, code) if failed else None
         if rule and rule.get("recovery_script"):
             self._ask()
-            threading.Thread(target=self._recover, args=(child, done, rule), daemon=True).start()
+            if not start_thread(self._recover, child, done, rule):
+                self.doubts.append((time.monotonic() + REST_S, child, (
+                    status, code, elapsed, usage, "", files)))       # once more, later
             return
         if rule:
             done["requeue"] = True
@@ -9096,12 +9124,17 @@ class Runner:
 
     def _recover(self, child, done, rule):
         """Run a recovery script; only if it succeeds is the job ready again (a thread)."""
-        path = child.files.error_path() or os.devnull
-        try:
-            code = self._run_script(rule["recovery_script"], path, {
-                **child.environment, "TORC_RETURN_CODE": str(done["return_code"])})
-        except (OSError, ValueError) as error:
-            code = str(error)
+        path, code = child.files.error_path() or os.devnull, None
+        while not self.draining:
+            try:
+                code = self._run_script(rule["recovery_script"], path, {
+                    **child.environment, "TORC_RETURN_CODE": str(done["return_code"])})
+                break
+            except ValueError as error:   # a script that can be no process
+                code = str(error)
+                break
+            except OSError:               # this machine's fault, and not the script's
+                self.ended.wait(REST_S)
         if code == 0 or self.draining:    # cut short by our end: the next runner tries again
             done["requeue"] = True
         else:
@@ -9589,7 +9622,8 @@ class Runner:
         if not self._runnable(self.client, JOB_TRIGGERS):
             return
         self.acting = True
-        threading.Thread(target=self._run_in_thread, daemon=True).start()
+        if not start_thread(self._run_in_thread):
+            self.acting, self.looked_at = False, None
 
     def _run_in_thread(self):
         client = self.client.clone()
@@ -10406,7 +10440,8 @@ class SlurmRunner(Runner):
         self.room = Room(number, (self.cpus, self.memory, len(self.gpus)),
                          self.options.max_parallel_jobs)
         left = self._ask_time_left()
-        if left is not None and self.end_time is None:
+        self.from_slurm = left is not None and self.end_time is None
+        if self.from_slurm:
             self._end_in(left)
 
     def _ask_time_left(self):
@@ -10420,6 +10455,14 @@ class SlurmRunner(Runner):
             return entry.time_left_s
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         return float(end) - time.time() if end.isdigit() else None
+
+    def _true_end(self):
+        """Slurm may have suspended the allocation meanwhile, or an admin may have given it more
+        time."""
+        left = self._ask_time_left() if self.from_slurm and not self.interrupted else None
+        if left is not None:
+            self.end_time = max(self.end_time, time.monotonic() + left)
+        return self.end_time
 
     def _node_values(self):
         where = self.allocation
@@ -10453,6 +10496,7 @@ class SlurmRunner(Runner):
         if signal.SIGTERM in self.received and not self.interrupted and self.end_time and (
                 self.end_time - now < lead + TIME_LIMIT_SLACK_S):
             self.received.remove(signal.SIGTERM)
+            self.from_slurm = False
             self.end_time = min(self.end_time, now + lead)           # the time limit is now
         super()._handle_signals()
 
@@ -10530,7 +10574,8 @@ class SlurmRunner(Runner):
         self.to_signal += [(child, number) for child in steps]   # only this thread adds
         if steps and not self.signalling.is_set():
             self.signalling.set()
-            threading.Thread(target=self._signal_steps, daemon=True).start()
+            if not start_thread(self._signal_steps):
+                self._signal_steps()
 
     def _signal_steps(self):
         """Have Slurm signal the steps of to_signal, all of them at once (a thread)."""
