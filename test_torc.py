@@ -6320,25 +6320,84 @@ def test_a_password_that_is_wrong_is_called_so(tmp_path):
             torc.Client(server.url, "alice").get("/workflows")
 
 
+def one_of_everything(client):
+    """A workflow of a fresh server with a record of every kind, each with the id 1; (its id, {job name: id})."""
+    workflow_id, ids = make(client, {"a": [], "b": ["a"]})
+    node = make_node(client, workflow_id)
+    samples = {"resource_requirements": {"name": "r"}, "failure_handler": {"name": "h", "rules": "[]"}}
+    for kind in torc.KINDS.values():
+        if "create" in kind.ops or kind.table == "scheduled_compute_node":
+            client.post(kind.path, {**sample(kind), "workflow_id": workflow_id, **samples.get(kind.table, {})})
+    client.post("/user_data", {"workflow_id": workflow_id, "name": "u"})
+    client.post("/events", {"workflow_id": workflow_id, "data": {}})
+    client.post("/results", {**sample(torc.KINDS["result"]), "workflow_id": workflow_id,
+                             "job_id": ids["a"], "compute_node_id": node, "run_id": 1})
+    client.post(f"/workflows/{workflow_id}/actions", {
+        "workflow_id": workflow_id, "trigger_type": "on_workflow_start",
+        "action_type": "run_commands", "action_config": {"commands": ["true"]}})
+    return workflow_id, ids
+
+
+def test_what_a_job_finds_as_password_opens_its_workflow_while_it_runs_and_nothing_else(walls, tmp_path):
+    server, clients = walls
+    alice = clients["alice"]
+    other, _ = one_of_everything(alice)
+    alice.post(f"/workflows/{other}/actions/1/claim", {})    # else it is for any runner
+    spec = write_spec(tmp_path, {"a": f"env -0 > env; {PYTHON} {TORC} user-data update 2 -d '7' > said 2>&1; touch begun; "
+                                      "while test ! -e go; do sleep 0.05; done"},
+                      user_data=[{"name": "found"}], actions=[{
+                          "trigger_type": "on_workflow_start", "action_type": "run_commands",
+                          "commands": ["env -0 > ../env_of_action"]}])
+    runner = start_run(tmp_path, spec, "--url", server.url, env={"TORC_USERNAME": "alice", "TORC_PASSWORD": ALICE})
+    until((tmp_path / "begun").exists)
+    found = {}
+    for name in ("env", "env_of_action"):
+        text = (tmp_path / name).read_bytes()
+        assert ALICE.encode() not in text
+        found[name] = dict(word.split("=", 1) for word in text.decode().split("\0") if "=" in word)
+    token, mine = found["env"]["TORC_PASSWORD"], int(found["env"]["TORC_WORKFLOW_ID"])
+    assert token.startswith("torc-job-") and found["env"]["TORC_USERNAME"] == "alice"
+    assert alice.get("/user_data/2")["data"] == 7, (tmp_path / "said").read_text()      # it works inside
+    with contextlib.closing(sqlite3.connect(server.database)) as connection:
+        assert token not in "\n".join(connection.iterdump())
+    job = torc.Client(server.url, "alice", token)
+    assert [one["id"] for one in job.page("/workflows")["items"]] == [mine]
+    assert statuses(job, mine) == {"a": "running"}
+    for method, path, *_ in torc.ROUTES:
+        if path in ("/ping", "/version", "/server_info") or path == "/workflows" and method == "GET":
+            continue
+        query, body = valid_request(method, path)
+        with pytest.raises(torc.Forbidden):
+            job.request(method, place_of(path), query, body)
+            pytest.fail(f"a job may {method} {path} of another workflow")
+    for method, path, body in (("DELETE", f"/workflows/{mine}", None), ("PUT", f"/workflows/{mine}/cancel", None),
+                               ("PUT", f"/workflows/{mine}", {"user": "bob"}),
+                               ("POST", f"/workflows/{mine}/access_groups/1", None),
+                               ("POST", f"/workflows/{mine}/claim_next_jobs", None)):
+        with pytest.raises(torc.Forbidden, match="this is not for jobs"):
+            job.request(method, path, {}, body)
+    with pytest.raises(torc.Forbidden):
+        torc.Client(server.url, "bob", token).get(f"/workflows/{mine}")
+    (tmp_path / "go").touch()
+    assert runner.wait(60) == 0, (tmp_path / "run.log").read_text()
+    for one in (token, found["env_of_action"].get("TORC_PASSWORD")):
+        with pytest.raises(torc.Forbidden):
+            torc.Client(server.url, "alice", one).get(f"/workflows/{mine}")
+
+
+def test_who_wants_it_shares_the_password_with_jobs(walls, tmp_path):
+    server, _ = walls
+    spec = write_spec(tmp_path, {"a": "printf %s \"$TORC_PASSWORD\" > found"})
+    runner = start_run(tmp_path, spec, "--url", server.url, "--share-password",
+                       env={"TORC_USERNAME": "alice", "TORC_PASSWORD": ALICE})
+    assert runner.wait(60) == 0 and (tmp_path / "found").read_text() == ALICE
+
+
 def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
     """Everything in alice's workflow, by bob and by nobody, on every route."""
     server, clients = walls
     alice, bob, nobody = clients["alice"], clients["bob"], clients[None]
-    workflow_id, ids = make(alice, {"a": [], "b": ["a"]})
-    node = make_node(alice, workflow_id)
-    records = {kind.table: 1 for kind in torc.KINDS.values()}
-    samples = {"resource_requirements": {"name": "r"}, "failure_handler": {"name": "h", "rules": "[]"}}
-    for kind in torc.KINDS.values():
-        if "create" in kind.ops or kind.table == "scheduled_compute_node":
-            alice.post(kind.path, {**sample(kind), "workflow_id": workflow_id,
-                                   **samples.get(kind.table, {})})
-    alice.post("/user_data", {"workflow_id": workflow_id, "name": "u"})
-    alice.post("/events", {"workflow_id": workflow_id, "data": {}})
-    alice.post("/results", {**sample(torc.KINDS["result"]), "workflow_id": workflow_id,
-                            "job_id": ids["a"], "compute_node_id": node, "run_id": 1})
-    alice.post(f"/workflows/{workflow_id}/actions", {
-        "workflow_id": workflow_id, "trigger_type": "on_workflow_start",
-        "action_type": "run_commands", "action_config": {"commands": ["true"]}})
+    workflow_id, _ = one_of_everything(alice)
     before = sqlite3.connect(server.database).execute("SELECT count(*) FROM sqlite_master").fetchall()
     open_to_all = {"/ping", "/version", "/server_info"}
     for method, path, *_ in torc.ROUTES:

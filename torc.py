@@ -2230,7 +2230,12 @@ ALTER TABLE workflow_action ADD COLUMN done INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE workflow_action ADD COLUMN submitted INTEGER NOT NULL DEFAULT 0;    -- allocations of it
 ALTER TABLE workflow_action ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;        -- that failed
 ALTER TABLE workflow_action ADD COLUMN wait_until INTEGER NOT NULL DEFAULT 0;   -- s since the epoch
-UPDATE workflow_action SET done = executed
+UPDATE workflow_action SET done = executed;
+-- Digests of what jobs and actions at work may use as a password: see Access.
+ALTER TABLE job ADD COLUMN token TEXT;
+ALTER TABLE workflow_action ADD COLUMN token TEXT;
+CREATE INDEX job_token ON job (token) WHERE token IS NOT NULL;
+CREATE INDEX workflow_action_token ON workflow_action (token) WHERE token IS NOT NULL
 """
 # Step n brings a database from user_version n to n + 1.
 MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
@@ -2947,6 +2952,8 @@ def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=Non
     keep = ""
     if status in (BLOCKED, PENDING):      # an attempt sees all as it is when it is claimed
         values["outdated"] = 0
+    if status != RUNNING:
+        values["token"] = None
     if result != KEEP:
         values["result_id"] = result
     if owner != KEEP:
@@ -3562,7 +3569,7 @@ def close_node(store, node_id, now):
             " a.executed_by WHERE n.id = ? AND n.boot_id <> '' AND a.executed AND NOT"
             " a.done", (node_id,)):
         store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by ="
-                      " NULL WHERE executed_by = ? AND NOT done", (node_id,))
+                      " NULL, token = NULL WHERE executed_by = ? AND NOT done", (node_id,))
         store.news(workflow_id)
     store.heard.pop(node_id, None)
 
@@ -3859,8 +3866,9 @@ def leave_action(store, workflow_id, action_id, now, done):
     """In a transaction: whoever claimed an action has carried it out, or cannot: then it is pending
     again after a minute, and twice as long each further time. Raises NotFound."""
     if not store.execute(
-            "UPDATE workflow_action SET done = 1 WHERE id = ? AND workflow_id = ?" if done else
-            "UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by = NULL, tries"
+            "UPDATE workflow_action SET done = 1, token = NULL WHERE id = ? AND workflow_id = ?"
+            if done else "UPDATE workflow_action SET executed = 0, token = NULL, executed_at ="
+            " NULL, executed_by = NULL, tries"
             f" = tries + 1, wait_until = {int(now)} + min(3600, 60 << min(tries, 6)) WHERE id = ?"
             " AND workflow_id = ?", (action_id, workflow_id)):
         raise NotFound(f"Workflow action not found with ID: {action_id}")
@@ -5285,6 +5293,7 @@ class Verdict(NamedTuple):
     user: str | None = None
     digest: bytes = b""
     delay_s: float = 0.0                  # for a wrong one, before it is told
+    only: int | None = None               # the workflow that a job's token is good for
 
 
 NOBODY = Verdict("nobody")
@@ -5312,6 +5321,7 @@ class Gate:
     def __init__(self, path, required=False, ttl_s=60.0, warn=lambda text: None):
         import collections
         self.required, self.ttl_s, self.warn = required, ttl_s, warn
+        self.workflow_of_token = lambda user, token: None       # once there is a store: ours
         self.file = PasswordFile(path)
         if not self.file.users:
             raise Unreachable(f"password file {path} has no users: torc-htpasswd add --file {path} "
@@ -5377,6 +5387,9 @@ class Gate:
         hashed = self.file.users.get(user)
         if hashed is None:                # names are no secret where people share a machine
             return self.wrong(user, address, now)
+        if password.startswith(TOKEN_MARK):
+            only = self.workflow_of_token(user, password)
+            return Verdict("known", user, only=only) if only else self.wrong(user, address, now)
         digest = self._digest(user, hashed, password)
         with self.condition:
             proven = self.proven.get(user)
@@ -5463,6 +5476,34 @@ class Gate:
 ADMIN_GROUP = 1                           # made by the schema, its members by the server's options
 
 
+# ---- tokens: what jobs and actions use as a password
+
+TOKEN_MARK = "torc-job-"                  # how they begin
+
+
+def token_digest(user, token):
+    """What is kept of a token. It has 192 random bits, so one plain hash is enough."""
+    return hashlib.sha256(f"{user}\0{token}".encode()).hexdigest()
+
+
+def give_token(store, table, record_id, user):
+    """In a transaction: a new token for a job or action, good as this user's password for its
+    workflow while it is at work; what it had before is void."""
+    import secrets
+    token = TOKEN_MARK + secrets.token_urlsafe(24)
+    store.execute(f"UPDATE {table} SET token = ? WHERE id = ?",
+                  (token_digest(user, token), record_id))
+    return token
+
+
+def workflow_of_token(store, user, token):
+    """The id of the workflow that a token is good for, or None."""
+    digest = token_digest(user, token)
+    row = store.one("SELECT workflow_id FROM job WHERE token = ? UNION ALL SELECT workflow_id FROM"
+                    " workflow_action WHERE token = ?", (digest, digest))
+    return row and row[0]
+
+
 class Access(NamedTuple):
     """How a server decides what its users may do; enforced is False without access control."""
 
@@ -5529,6 +5570,7 @@ class Request(NamedTuple):
     nobody: str = "anonymous"             # or "unknown" if there were wrong credentials
     streams: bool = False                 # whether the caller can take a Subscription
     workflow_id: int | None = None        # of what the path, query or body names
+    only: int | None = None               # the workflow that a job's token is good for
 
     @property
     def subject(self):
@@ -5780,6 +5822,9 @@ def list_workflows(request):
     if not request.query["all_users"] and request.user:
         where.append("t.user = ?")
         params.append(request.user)
+    if request.only is not None:
+        where.append("t.id = ?")
+        params.append(request.only)
     if request.access.enforced and not is_admin(request.store, request.user):
         where.append(USABLE)
         params += [request.user] * 2      # nobody's name is NULL, which equals nothing
@@ -6128,6 +6173,18 @@ def claimed(store, ids):
     return {"jobs": jobs}
 
 
+def runner_step_request(request, workflow_id):
+    """In one conversation a runner tells what has happened and takes work; never waits (ours).
+
+    tokens: each claimed job comes with what it may use as the caller's password.
+    """
+    answer = runner_step(request.store, workflow_id, request.body, request.now)
+    if request.body.get("tokens") and request.access.gate and request.user:
+        for job in answer["jobs"]:
+            job["token"] = give_token(request.store, "job", job["id"], request.user)
+    return answer
+
+
 def claim_next_jobs(request, workflow_id):
     """Claim ready jobs by priority, whatever they need."""
     return claimed(request.store, claim_next(request.store, workflow_id, request.query["limit"]))
@@ -6442,7 +6499,10 @@ def claim_action_request(request, workflow_id, action_id):
     """Take an action; the loser of a race gets Conflict."""
     claim_action(request.store, workflow_id, action_id, request.body.get("compute_node_id"),
                  request.now)
-    return {"success": True, "action_id": action_id}
+    answer = {"success": True, "action_id": action_id}
+    if request.body.get("tokens") and request.access.gate and request.user:
+        answer["token"] = give_token(request.store, "workflow_action", action_id, request.user)
+    return answer
 
 
 def unclaim_action_request(request, workflow_id, action_id):
@@ -6625,6 +6685,7 @@ def reload_auth(request):
 # ---- the whole surface
 
 ANYONE, SOMEBODY, ITSELF = "anyone", "anyone with a name", "whom the operation lets"
+PERSON = "who may use the workflow, but not its jobs"
 ANY = fields("value any")                 # a body of any JSON
 OF_WORKFLOW = fields("workflow_id int required")
 
@@ -6681,14 +6742,14 @@ ROUTES = (
         "workflow", "search str, all_users bool = true, include_counts bool = false"), None,
      ANYONE),
     ("GET",    WF,                              get_workflow, "include_counts bool = false", None),
-    ("PUT",    WF,                              update_workflow,              "", "workflow"),
-    ("DELETE", WF,                              delete_workflow,              "", None),
+    ("PUT",    WF,                              update_workflow, "", "workflow", PERSON),
+    ("DELETE", WF,                              delete_workflow, "", None, PERSON),
     ("GET",    WF + "/status",                  calls(workflow_status),       "", None),
     ("PUT",    WF + "/status",                  update_workflow_status,       "",
-     WORKFLOW_STATUS.fields),
+     WORKFLOW_STATUS.fields, PERSON),
     ("GET",    WF + "/counts",                  calls(counts),                "", None),
     ("GET",    WF + "/changes",         changes, "since int = 0, wait_s int = 0", None),
-    ("GET",    WF + "/events/stream",           stream_events, 'level str = "info"', None),
+    ("GET",    WF + "/events/stream", stream_events, 'level str = "info"', None, PERSON),
     ("GET",    WF + "/unfinished",              calls(unfinished),            "", None),
     ("GET",    WF + "/summary",                 calls(summary, "now"),        "", None),
     ("GET",    WF + "/graph",           calls(graph, "now"), "around int, data bool = false", None),
@@ -6697,16 +6758,17 @@ ROUTES = (
      "from float as begin, to float as end, bins int = 300, jobs bool = true", None),
     ("GET",    WF + "/usage",                   calls(usage, "now"),
      "from float as begin, to float as end, bins int = 240", None),
-    ("POST",   WF + "/runner_step",             calls(runner_step, "body", "now"), "", fields(
+    ("POST",   WF + "/runner_step",             runner_step_request,          "", fields(
         "compute_node_id int required, step int required, starts parts:attempt, returns"
         " parts:attempt, completions parts:completion, held pairs, claim part:claim, counts bool,"
-        " closing bool, replay bool")),
+        " closing bool, replay bool, tokens bool"), PERSON),
     ("PUT",    WF + "/cancel",
-     calls(cancel_workflow, "subject", "now", show=workflow_status), "", None),
+     calls(cancel_workflow, "subject", "now", show=workflow_status), "", None, PERSON),
     ("POST",   WF + "/reset_status",
-     calls(reset_workflow, "subject", "now", show=workflow_status), "force bool = false", None),
+     calls(reset_workflow, "subject", "now", show=workflow_status), "force bool = false", None,
+     PERSON),
     ("POST",   WF + "/reset_job_status",        reset_job_status,
-     "failed_only bool = false", None),
+     "failed_only bool = false", None, PERSON),
     ("POST",   WF + "/rerun_jobs",              rerun_jobs_request,
      "only bool = false, dry_run bool = false", fields("jobs parts:rerun required")),
     ("POST",   WF + "/initialize_jobs",         initialize,
@@ -6715,11 +6777,12 @@ ROUTES = (
      "dry_run bool = false", None),
     ("GET",    WF + "/is_complete",             is_workflow_complete,         "", None),
     ("GET",    WF + "/is_uninitialized",        is_workflow_uninitialized,    "", None),
-    ("POST",   WF + "/claim_next_jobs",         claim_next_jobs,      "limit int = 10", None),
+    ("POST",   WF + "/claim_next_jobs",         claim_next_jobs,      "limit int = 10", None,
+     PERSON),
     ("POST",   WF + "/claim_jobs_based_on_resources/<limit:int>", claim_jobs_based_on_resources,
      "strict_scheduler_match bool = false", fields(
          "id int, num_cpus int required, memory_gb float required, num_gpus int required, num_nodes"
-         " int required, time_limit duration, scheduler_config_id int")),
+         " int required, time_limit duration, scheduler_config_id int"), PERSON),
     ("GET",    WF + "/job_ids",                 list_job_ids,                 "", None),
     ("GET",    WF + "/job_dependencies",        list_job_dependencies,        CUT_PAGE, None),
     ("GET",    WF + "/job_file_relationships",  relations_of("file"),     CUT_PAGE, None),
@@ -6736,9 +6799,9 @@ ROUTES = (
     ("GET",    WF + "/actions/pending",         get_pending_actions,
      "trigger_type strs, waiting bool = false", None),
     ("POST",   WF + "/actions/<action:int>/claim", claim_action_request,      "",
-     fields("compute_node_id int > compute_node")),
-    ("DELETE", WF + "/actions/<action:int>/claim", unclaim_action_request,    "", None),
-    ("PUT",    WF + "/actions/<action:int>/claim", finish_action_request,     "", None),
+     fields("compute_node_id int > compute_node, tokens bool"), PERSON),
+    ("DELETE", WF + "/actions/<action:int>/claim", unclaim_action_request,    "", None, PERSON),
+    ("PUT",    WF + "/actions/<action:int>/claim", finish_action_request,     "", None, PERSON),
     ("POST",   "/jobs",                         create_job,                   "", "job"),
     ("POST",   "/bulk_jobs",                    create_bulk_jobs,             "",
      fields("jobs parts:job required"), ITSELF),
@@ -6777,7 +6840,7 @@ ROUTES = (
     ("PUT",    "/compute_nodes/<compute_node>", update_compute_node,          "", "compute_node"),
     ("POST",   "/compute_nodes/<compute_node>/release", release_compute_node,
      'status status, return_code int = 1, kind str = "released", reason str = "", step int',
-     None),
+     None, PERSON),
     ("POST",   "/scheduled_compute_nodes",      create_scheduled_node,
      "once bool = false, action_id int", "scheduled_compute_node"),
     ("GET",    "/slurm_stats",                  list_slurm_stats,     listed(
@@ -6796,8 +6859,8 @@ ROUTES = (
     ("GET",    "/users/<user:str>/groups",      list_user_groups,             PAGE, None, ITSELF),
     ("GET",    "/access_check/<id:int>/<user:str>", access_check,             "", None, ITSELF),
     ("GET",    WF + "/access_groups",           list_workflow_groups,         PAGE, None),
-    ("POST",   WF + "/access_groups/<group:int>", share_workflow,             "", None),
-    ("DELETE", WF + "/access_groups/<group:int>", unshare_workflow,           "", None),
+    ("POST",   WF + "/access_groups/<group:int>", share_workflow,      "", None, PERSON),
+    ("DELETE", WF + "/access_groups/<group:int>", unshare_workflow,    "", None, PERSON),
     *crud_routes(),
 )
 
@@ -6888,10 +6951,14 @@ def call_endpoint(endpoint, texts, request):
 
 def run(endpoint, values, request):
     """Check existence, access and references, and call the operation."""
+    if request.only is not None and endpoint.who not in ("", ANYONE) and (
+            endpoint.function is not create_bulk_jobs):      # which asks for itself
+        raise Forbidden("this is not for jobs: they have a token of their own as password, good for"
+                        f" workflow {request.only} and neither to share, cancel, claim nor delete")
     if endpoint.who == SOMEBODY and request.access.enforced and not request.user:
         raise Forbidden(f"{request.subject} may not create workflows here: give a user name and "
                         "password (TORC_USERNAME, TORC_PASSWORD)")
-    if not endpoint.who:
+    if endpoint.who in ("", PERSON):
         table = endpoint.types[0] if endpoint.types else ""
         if table in KINDS and table != "workflow":
             row = request.store.one(f"SELECT workflow_id FROM {table} WHERE id = ?", values[:1])
@@ -6914,6 +6981,8 @@ def run(endpoint, values, request):
 def admitted(request, workflow_id):
     """The request, of a workflow that exists and that the caller may use. Raises NotFound,
     Forbidden."""
+    if request.only not in (None, workflow_id):
+        raise Forbidden(f"the token of a job is good for workflow {request.only} alone")
     if not request.store.one("SELECT 1 FROM workflow WHERE id = ?", (workflow_id,)):
         raise not_found(KINDS["workflow"], workflow_id)
     if request.access.enforced:
@@ -6942,7 +7011,7 @@ def check_references(request, wanted, records):
                         "failure_handler") and not record_id:
                     continue
                 raise Invalid(f"{what} does not exist")
-            if field.refers == "compute_node" and (
+            if field.refers == "compute_node" and request.only is None and (
                     not request.access.enforced or is_admin(request.store, request.user)
                     or has_access(request.store, owner, request.user)):
                 continue
@@ -7654,6 +7723,7 @@ class RunOptions(NamedTuple):
     end_time: float | None = None
     quiet: bool = False
     schedule: Any = None                  # function(client, action) that submits its allocations
+    share_password: bool = False          # jobs get the user's own password, and no token
 
 
 def start_thread(target, *args):
@@ -8590,6 +8660,9 @@ class Runner:
             "TORC_OUTPUT_DIR": self.directory, "TORC_RUNNER": self.token}
         if not self.client.is_local:
             self.base_environment.pop("TORC_DATABASE", None)
+        # Torc's own servers have no tokens.
+        self.tokens = bool(not self.client.is_local and self.client.password and self.client.id
+                           and not self.options.share_password)
 
     def _work(self):
         """The threads, then the loop."""
@@ -8907,7 +8980,7 @@ class Runner:
         """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
         import signal
         job = child.job
-        environment = {**self.base_environment, **self.client.job_environment(),
+        environment = {**self.base_environment, **self._credentials(job),
                        "TORC_JOB_ID": str(job["id"]), "TORC_JOB_NAME": job["name"],
                        "TORC_ATTEMPT_ID": str(job["attempt_id"]),
                        "TORC_RUN_ID": str(job["run_id"])}
@@ -8942,6 +9015,14 @@ class Runner:
         finally:
             for fd in {out, err} - {self.null}:
                 os.close(fd)
+
+    def _credentials(self, record):
+        """How a job, or an action that was claimed, reaches its workflow: with a token of its own
+        as password where the server gives one."""
+        known = self.client.job_environment()
+        if self.tokens:
+            known.update(TORC_USERNAME=self.client.user, TORC_PASSWORD=record.get("token", ""))
+        return known
 
     def _job_values(self, child):
         """What else a job gets in its environment."""
@@ -9316,7 +9397,8 @@ class Runner:
         body = {"compute_node_id": self.node_id, "step": self.step, "completions": done,
                 "starts": [start for start in starts
                            if (start["job_id"], start["attempt_id"]) not in ended],
-                "returns": returns, "held": held, "claim": claim, "counts": count}
+                "returns": returns, "held": held, "claim": claim, "counts": count,
+                **({"tokens": True} if self.tokens else {})}
         answer = self._send(body)
         self._take(answer, told, starts, returns, claim)
         return answer
@@ -9659,7 +9741,7 @@ class Runner:
             if self.draining and triggers == JOB_TRIGGERS:
                 return                    # left for the next runner
             self.tried_actions.add(action["id"])
-            if not self._claim_action(client, action["id"]):
+            if not self._claim_action(client, action):
                 continue
             carry_out = self._run_commands if action["action_type"] == "run_commands" else \
                 self._schedule_nodes
@@ -9679,16 +9761,17 @@ class Runner:
                 client.delete(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim")
             return False
 
-    def _claim_action(self, client, action_id):
+    def _claim_action(self, client, action):
         """Make an action ours; False if another runner has it."""
         actions = f"/workflows/{self.workflow_id}/actions"
+        body = {"compute_node_id": self.node_id, **({"tokens": True} if self.tokens else {})}
         try:
-            self._patiently(lambda: client.post(f"{actions}/{action_id}/claim",
-                                                {"compute_node_id": self.node_id}))
+            answer = self._patiently(lambda: client.post(f"{actions}/{action['id']}/claim", body))
+            action["token"] = answer.get("token", "")
             return True
         except Conflict:                  # or it is ours, and the answer that said so was lost
-            return any(action["id"] == action_id and action["executed_by"] == self.node_id
-                       for action in self._patiently(lambda: client.get(actions)))
+            return any(one["id"] == action["id"] and one["executed_by"] == self.node_id
+                       for one in self._patiently(lambda: client.get(actions)))
 
     def _run_commands(self, client, action):
         """The commands of an action one after another; the first failure ends it. Says whether it
@@ -9697,7 +9780,7 @@ class Runner:
         last = action["trigger_type"] in ("on_worker_complete", "on_workflow_complete")
         for command in action["action_config"]["commands"]:
             try:
-                environment = {**self.base_environment, **self.client.job_environment()}
+                environment = {**self.base_environment, **self._credentials(action)}
                 code = self._run_script(command, log, environment, last, self.directory)
                 how = f"return code {code}"
             except (OSError, ValueError) as error:
@@ -9889,6 +9972,7 @@ class WorkerRequest(NamedTuple):
     one_worker_per_node: bool | None = None
     keep_script: bool = False
     prefix: str = ""                      # of the Slurm job's name
+    share_password: bool = False
 
 
 def own_command():
@@ -10027,6 +10111,8 @@ def worker_words(client, workflow, scheduler, request, number):
         words.append("--tls-insecure")
     if request.one_worker_per_node:
         words.append("--is-subtask")
+    if request.share_password:
+        words.append("--share-password")
     config = json.loads(workflow.get("execution_config") or "{}")
     runners = number * (scheduler["nodes"] if request.one_worker_per_node else 1)
     if config.get("staggered_start", True) and runners > 50:
@@ -11702,7 +11788,8 @@ class Application:
         query = parse_qs(http.query_string, keep_blank_values=True)
         body = read_json(http) if endpoint.body is not None else None
         request = Request(self.store, verdict.user, query, body, time.time(), self.urls,
-                          self.access, "unknown" if verdict.state == "wrong" else "anonymous")
+                          self.access, "unknown" if verdict.state == "wrong" else "anonymous",
+                          only=verdict.only)
         if endpoint.function is stream_events:
             return self.begin_stream(endpoint, texts, request)
         if endpoint.function is changes and query.get("wait_s", ["0"]) != ["0"]:
@@ -12456,6 +12543,8 @@ def serve(args):
     store = open_served(database)
     sockets = bind_sockets(args.host, args.port)
     set_admins(store, args.admin_user)
+    if access.gate:
+        access.gate.workflow_of_token = lambda user, token: workflow_of_token(store, user, token)
     application = Application(store, args.threads, log, access)
     limit = raise_file_limit()
     loop = {}                             # waitress registers its listeners here
@@ -15597,7 +15686,9 @@ MAX_PARALLEL = opt("-m", "--max-parallel-jobs", type=POSITIVE, metavar="N",
 KEEP_SCRIPTS = opt("--keep-submission-scripts", action="store_true",
                    help="leave the batch scripts in the output directory")
 POLL = opt("-p", "--poll-interval", type=float, help=HIDDEN)
-WORKERS = (OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, POLL)
+SHARE_PASSWORD = opt("--share-password", action="store_true", help="jobs find your password in "
+                     "TORC_PASSWORD, not a token that is good for their workflow while they run")
+WORKERS = (OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, SHARE_PASSWORD, POLL)
 
 
 def paging(offset=(), sort_by=(), reverse=()):
@@ -16446,7 +16537,8 @@ def names_workflow(args):
              help="as in 2026-01-02T03:04:05Z; counts before --time-limit"),
          opt("--allow-owner", action="append", metavar="NAME", help="run workflows of this user "
              "too, whose commands then run as you; may be repeated"),
-         WORKER_URL, POLL, client=False, example="torc run workflow.yaml --num-cpus 4")
+         WORKER_URL, SHARE_PASSWORD, POLL, client=False,
+         example="torc run workflow.yaml --num-cpus 4")
 def do_run(args, client):
     """Run a specification, or a workflow that exists, on this machine."""
     spec = None if names_workflow(args) else load_spec(args, args.spec)
@@ -16464,7 +16556,7 @@ def do_run(args, client):
         code = Runner(client, workflow_id, RunOptions(
             output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
             num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
-            end_time=end_time, schedule=scheduling(
+            end_time=end_time, share_password=args.share_password, schedule=scheduling(
                 client, workflow_id, lambda: worker_request(args, client)))).run()
         if args.format == "json":
             print_json({**workflow_report(client, workflow_id), "exit_code": code})
@@ -17973,7 +18065,8 @@ def worker_request(args, client, **more):
     named = args.worker_url or list(filter(None, os.environ.get("TORC_WORKER_URL", "").split(",")))
     return WorkerRequest(os.path.abspath(args.output_dir), os.getcwd(), worker_urls(client, named),
                          getattr(args, "max_parallel_jobs", None),
-                         keep_script=getattr(args, "keep_submission_scripts", False), **more)
+                         keep_script=getattr(args, "keep_submission_scripts", False),
+                         share_password=getattr(args, "share_password", False), **more)
 
 
 def later_request(args, client, workflow_id):
@@ -18208,7 +18301,7 @@ def do_slurm_sacct(args, client):
          opt("--scheduler-config-id", type=COUNT, metavar="ID"),
          opt("--strict-scheduler-match", action="store_true", help="only jobs of that scheduler"),
          opt("--credentials", metavar="FILE", help="a file that `torc submit` has written, where "
-             "allocations get no environment"),
+             "allocations get no environment"), SHARE_PASSWORD,
          opt("--program-hash", help=HIDDEN), client=False,
          example="torc slurm-job-runner http://login1:8080 3 torc_output")
 def do_slurm_job_runner(args, client):
@@ -18257,7 +18350,7 @@ def work_in_allocation(args, client, where):
             bury_node(client, node, "requeued by Slurm", None)
     options = RunOptions(
         output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
-        schedule=scheduling(client, workflow_id, lambda: WorkerRequest(
+        share_password=args.share_password, schedule=scheduling(client, workflow_id, lambda: WorkerRequest(
             os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others))))
     runner = SlurmRunner(client, workflow_id, options, where, args.scheduler_config_id,
                          args.strict_scheduler_match, args.is_subtask)
