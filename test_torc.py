@@ -10311,6 +10311,138 @@ def test_ten_kills_of_the_runner_lose_and_repeat_nothing(tmp_path, mode):
             server.stop()
 
 
+class FaultGame:
+    """A workflow under random faults: its server, two runners and their guardians are killed, stopped and ended,
+    the disk of their output fills, its mount is lost, the server moves."""
+
+    KINDS = {                             # what a job does between its two lines of trace, how it ends
+        "quick": ("sleep 0.02", 0), "slow": ("sleep 0.4", 0), "fails": ("sleep 0.05", 3),
+        "traps": ("trap 'exit 4' TERM; sleep 0.3 & wait $!", 0), "group": ("sleep 0.2 & sleep 0.1; wait", 0)}
+
+    def __init__(self, directory, seed, jobs):
+        self.directory, self.chance = directory, random.Random(seed)
+        self.output = directory / "torc_output"
+        (directory / "trace").mkdir(), self.output.mkdir()
+        self.mounted = os.geteuid() == 0
+        if self.mounted:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "game", self.output], check=True)
+        kinds = list(self.KINDS)
+        spec = write_spec(directory, {f"{kind}{number}": (
+            f'echo "$TORC_ATTEMPT_ID start $(date +%s%N)" >> trace/$TORC_JOB_NAME; {self.KINDS[kind][0]}; '
+            f'echo "$TORC_ATTEMPT_ID end $(date +%s%N)" >> trace/$TORC_JOB_NAME; exit {self.KINDS[kind][1]}')
+            for number in range(jobs) for kind in (kinds[number % len(kinds)],)},
+            compute_node_wait_for_new_jobs_seconds=30)
+        self.server = Server(directory / "x.db")
+        self.runners = [start_run(directory, spec, "--url", self.server.url, "--max-parallel-jobs", 3)]
+        until(lambda: self.client().page("/workflows")["total_count"], what="the workflow")
+        self.tend()
+
+    def client(self):
+        return self.server.client()
+
+    def tend(self):
+        """Two runners are at work."""
+        self.runners = [one for one in self.runners if one.poll() is None]
+        while len(self.runners) < 2:
+            self.runners.append(start_run(self.directory, 1, "--url", self.server.url, "--max-parallel-jobs", 3))
+
+    def pause(self, least=0.0, most=0.3):
+        time.sleep(self.chance.uniform(least, most))         # the moment is to be random
+
+    def move(self):
+        """The server dies and comes back, perhaps elsewhere."""
+        self.server.kill()
+        self.pause()
+        self.server = Server(self.directory / "x.db", port=self.chance.choice([0, self.server.port]))
+
+    def freeze(self, process):
+        process.send_signal(signal.SIGSTOP)
+        self.pause()
+        process.send_signal(signal.SIGCONT)
+
+    def end(self, number):
+        self.chance.choice(self.runners).send_signal(number)
+
+    def kill_guardian(self):
+        runner = self.chance.choice(self.runners)
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                words = torc.process_stat(pid)
+                if words and int(words[1]) == runner.pid and b"torc.py\0run" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def fill(self):
+        with contextlib.suppress(OSError), open(self.output / "ballast", "wb", buffering=0) as file:
+            while self.mounted and file.write(b"x" * 65536):
+                pass
+        self.pause(0.2, 0.6)
+        (self.output / "ballast").unlink(missing_ok=True)
+
+    def lose(self):
+        with contextlib.suppress(OSError):
+            (self.output / "job_stdio").rename(self.output / "lost")
+            self.pause(0.2, 0.6)
+            (self.output / "lost").rename(self.output / "job_stdio")
+
+    def play(self):
+        """One round."""
+        self.chance.choice([
+            self.move, self.fill, self.lose, self.kill_guardian,
+            lambda: self.freeze(self.server.process), lambda: self.freeze(self.chance.choice(self.runners)),
+            lambda: self.end(signal.SIGKILL), lambda: self.end(signal.SIGKILL),
+            lambda: self.end(signal.SIGTERM), lambda: self.end(signal.SIGINT)])()
+        self.pause(0, 0.1)
+        self.tend()
+
+    def close(self):
+        for runner in self.runners:
+            runner.kill(), runner.wait()
+        self.server.stop()
+        if self.mounted:
+            subprocess.run(["umount", "-l", self.output], check=True)
+
+
+@pytest.mark.slow
+def test_a_game_of_faults_loses_and_repeats_nothing(tmp_path):
+    """200 rounds; the traces of all jobs must agree with what is said of them."""
+    seed = int(os.environ.get("TORC_TEST_SEED", time.time_ns() % 10**6))
+    print(f"TORC_TEST_SEED={seed}")
+    game = FaultGame(tmp_path, seed, 1500)
+    try:
+        for _ in range(200):
+            game.play()
+        until(lambda: [game.tend(), game.client().get("/workflows/1/is_complete")["is_complete"]][1], 240,
+              "the end of the workflow")
+        client, log = game.client(), (tmp_path / "run.log").read_text()
+        results = {}
+        for row in client.items("/results", workflow_id=1, all_runs=True):
+            results.setdefault(row["job_id"], {})[row["attempt_id"]] = row
+        for job in client.items("/jobs", workflow_id=1):
+            name, kind = job["name"], job["name"].rstrip("0123456789")
+            code = game.KINDS[kind][1]
+            last = results[job["id"]][job["attempt_id"]]
+            assert (job["status"], last["return_code"]) == ("failed" if code else "completed", code), (name, last, log)
+            lines = [line.split() for line in (tmp_path / "trace" / name).read_text().splitlines()]
+            started = [int(attempt) for attempt, what, _ in lines if what == "start"]
+            assert started == sorted(set(started)), f"{name}: an attempt happened twice: {lines}"
+            current = None
+            for attempt, what, _ in lines:
+                assert what == "start" or attempt == current, f"{name}: attempts overlap: {lines}"
+                current = attempt
+            ended = {int(attempt) for attempt, what, _ in lines if what == "end"}
+            assert job["attempt_id"] in ended, f"{name}: its last attempt has no end: {lines}"
+            for attempt in ended - {job["attempt_id"]}:      # it was ended between its end and its exit
+                assert results[job["id"]][attempt]["return_code"] in (-128, 143, 137, 130, 4, code), (name, lines)
+        # SIGINT may come while Python still reads the program.
+        assert log.count("Traceback") == log.count("\nKeyboardInterrupt") and "unexpected error" not in log
+    finally:
+        game.close()
+    until(lambda: not processes_in(tmp_path), 30, "the end of all processes")
+    store = torc.Store(game.server.database)
+    check_store(store)
+    store.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_runner_does_not_orphan_its_jobs(tmp_path, number, code):
