@@ -4938,7 +4938,7 @@ def test_the_queue_tells_what_waits_runs_and_has_ended(tmp_path, monkeypatch):
     watch = torc.Watch()
     found = watch.look({7, 8, 9, 10}, 100.0)
     assert {number: entry.phase for number, entry in found.items()} == {
-        7: "pending", 8: "active", 9: "over", 10: "over"}
+        7: "pending", 8: "active", 9: "over", 10: "unknown"}
     assert found[8].time_left_s == 570 and found[7].where == "(Resources)"
     watch.look({7, 9}, 159.0)             # within the minute: not asked again
     assert len((tmp_path / "asked").read_text().splitlines()) == 1
@@ -9629,6 +9629,105 @@ def test_a_worker_that_was_killed_is_found_out_and_its_jobs_run_again(cluster):
     assert site.statuses() == {"a": "completed", "b": "completed"}
     assert [result["return_code"] for result in site.json("results", "list", 1, "--all-runs")[
         "results"] if result["job_id"] == 1] == [-128, 0]
+
+
+def processes_of_allocation(number):
+    """pids of all that Slurm has started for an allocation."""
+    return [int(pid) for pid in filter(str.isdigit, os.listdir("/proc"))
+            if f"SLURM_JOB_ID={number}".encode() in torc.read_bytes(f"/proc/{pid}/environ").split(b"\0")]
+
+
+MOST = {"name": "most", "num_cpus": 3, "num_gpus": 0, "num_nodes": 1, "memory": "200m", "runtime": "PT5M"}
+
+
+@pytest.mark.slurm
+def test_a_worker_that_has_nothing_to_do_settles_what_a_dead_one_left(cluster):
+    """Nobody watches: worker, guardian and job of one of two allocations are killed at once."""
+    site = Site(cluster, "idle")
+    job = {"command": 'test "$TORC_ATTEMPT_ID" = 2 || sleep 15', "resource_requirements": "most"}
+    numbers = site.submit(allocation_spec(cluster, "idle", {"a": job, "b": job}, needs=[MOST], number=2,
+                                          scheduler={"ntasks_per_node": 4}))
+    site.until({"a": "running", "b": "running"})
+    assert len(site.json("compute-nodes", "list", 1)["compute_nodes"]) == 2
+    for pid in processes_of_allocation(numbers[0]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    site.until({"a": "completed", "b": "completed"}, seconds=120)
+    died = [node["death"] for node in site.json("compute-nodes", "list", 1)["compute_nodes"] if node.get("death")]
+    assert [death["kind"] for death in died] == ["allocation"], site.logs()
+    assert sorted(job["attempt_id"] for job in site.json("jobs", "list", 1)["jobs"]) == [1, 2]
+
+
+ENDINGS = {"traps": "trap 'exit 3' TERM; sleep 300 & wait $!", "sleeps": "exec sleep 300",
+           "python": "exec python3 -c 'import signal,sys,time;signal.signal(15,lambda *_:sys.exit(1));time.sleep(300)'",
+           "shell": "sleep 300 || exit 7"}
+
+
+@pytest.mark.slurm
+def test_jobs_that_fail_as_their_allocation_is_canceled_have_not_failed(cluster):
+    site = Site(cluster, "together")
+    jobs = {f"{name}{number}": command for name, command in ENDINGS.items() for number in (1, 2)}
+    numbers = site.submit(allocation_spec(cluster, "together", jobs, number=2, scheduler={"ntasks_per_node": 4}))
+    site.until(dict.fromkeys(jobs, "running"))
+    cluster.run("scancel", *numbers)
+    site.until(dict.fromkeys(jobs, "ready"), seconds=30)
+
+
+@pytest.fixture
+def badly(cluster):
+    """badly(name=script, ...): an environment in which Slurm's programs are these first; $real is the real one."""
+    folder = cluster.directory / "hpcuser" / "badly"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+    def make(**scripts):
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/bash\nreal={shutil.which(name)}\n{script}\n")
+            (folder / name).chmod(0o755)
+        return [f"PATH={folder}:/usr/local/bin:/usr/bin:/bin"]
+    return make
+
+
+@pytest.mark.slurm
+def test_where_slurm_forgets_nothing_is_asked_for_twice(cluster, badly):
+    site = Site(cluster, "forgets")
+    site.submit(allocation_spec(cluster, "forgets", {"a": "sleep 20", "b": {"command": "true", "depends_on": ["a"]}}))
+    site.until({"a": "running", "b": "blocked"})
+    env = badly(squeue="case \"$*\" in *-j*) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1;; esac",
+                sacct="echo 'Slurm accounting storage is disabled' >&2; exit 1",
+                sbatch="echo x >> submitted; exec $real \"$@\"",
+                scontrol="case \"$*\" in *config*) exec $real \"$@\";; esac; exit 1")
+    done = site.torc("watch", 1, "--auto-schedule", "--poll-interval", 1, "-o", site.output, env=env, timeout=120)
+    assert site.statuses() == {"a": "completed", "b": "completed"}, done.stderr
+    assert not (cluster.directory / "hpcuser" / "submitted").exists(), done.stderr
+    assert {job["attempt_id"] for job in site.json("jobs", "list", 1)["jobs"]} == {1}
+
+
+@pytest.mark.slurm
+def test_an_allocation_that_sbatch_says_nothing_of_is_found_and_used(cluster, badly):
+    site = Site(cluster, "timeout")
+    env = badly(sbatch="$real \"$@\" > /dev/null; echo 'sbatch: error: Batch job submission failed: "
+                       "Socket timed out on send/recv operation' >&2; exit 1")
+    [number] = site.submit(allocation_spec(cluster, "timeout", {"a": "true"}), env=env)
+    assert "1 completed" in site.torc("wait", 1).stdout, site.logs()
+    records = site.json("scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"]
+    assert [record["scheduler_id"] for record in records] == [number]
+
+
+@pytest.mark.slurm
+def test_the_last_worker_cancels_what_is_still_queued(cluster):
+    site = Site(cluster, "queued")
+    numbers = site.submit(allocation_spec(cluster, "queued", {"a": "sleep 4"}, number=6,
+                                          scheduler={"ntasks_per_node": 4}))
+    site.until({"a": "completed"})
+
+    def states():
+        return sorted(record["status"] for record in site.json(
+            "scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"])
+
+    until(lambda: set(states()) <= {"canceled", "complete"}, 60)
+    assert states().count("canceled") >= 3
+    until(lambda: not cluster.run("squeue", "-h", "-j", ",".join(map(str, numbers))).stdout, 60)
 
 
 @pytest.mark.slurm

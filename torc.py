@@ -18350,8 +18350,10 @@ def work_in_allocation(args, client, where):
             bury_node(client, node, "requeued by Slurm", None)
     options = RunOptions(
         output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
-        share_password=args.share_password, schedule=scheduling(client, workflow_id, lambda: WorkerRequest(
-            os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others))))
+        share_password=args.share_password, schedule=scheduling(
+            client, workflow_id, lambda: WorkerRequest(
+                os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others),
+                share_password=args.share_password)))
     runner = SlurmRunner(client, workflow_id, options, where, args.scheduler_config_id,
                          args.strict_scheduler_match, args.is_subtask)
     try:
@@ -18363,20 +18365,22 @@ def work_in_allocation(args, client, where):
 
 
 def close_allocation(client, workflow_id, where, record):
-    """The last worker of an allocation notes its end. The last one of a complete workflow cancels
-    allocations that are still queued, and removes the password's file."""
+    """The last worker of an allocation notes its end. If the workflow is complete, allocations that
+    are still queued are canceled, and the last of all removes the password's file."""
     scheduled, inside = live_allocations(client, workflow_id)
     if inside.get(where.job_id):
         return
     client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "complete"})
+    if not client.get(f"/workflows/{workflow_id}/is_complete")["is_complete"]:
+        return
     others = [other for other in scheduled if other["id"] != record["id"]]
-    if client.get(f"/workflows/{workflow_id}/is_complete")["is_complete"] and not any(
-            other["status"] == "active" for other in others):
-        if others:
-            slurm("scancel", "--state=PENDING", *(other["scheduler_id"] for other in others))
-        for other in others:
-            client.put(f"/scheduled_compute_nodes/{other['id']}", {
-                "status": "canceled", "note": "the workflow was complete before it began"})
+    queued = [other for other in others if other["status"] == "pending"]
+    if queued:
+        slurm("scancel", "--state=PENDING", *(other["scheduler_id"] for other in queued))
+    for other in queued:
+        client.put(f"/scheduled_compute_nodes/{other['id']}", {
+            "status": "canceled", "note": "the workflow was complete before it began"})
+    if len(queued) == len(others):
         with contextlib.suppress(OSError):
             os.unlink(credentials_path(workflow_id, client.server_id(),
                                        record.get("output_dir") or ""))
