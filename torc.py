@@ -8507,387 +8507,22 @@ class Progress:
         os.close(self.log)
 
 
-# ---- the runner
+# ---- the runner, in six parts that each keep their own state, and what holds them together
 
-class Runner:
-    """Runs jobs of one initialized workflow on this machine until nothing is left to do.
+class Starting:
+    """The part of a Runner that starts jobs. It runs in the loop's thread.
 
-    run() must be called in the main thread, since it receives signals.
+    A start that fails is the job's fault only where execve(2) says so of the command; all else is
+    this machine's, and the job goes back untouched.
     """
 
-    def __init__(self, client, workflow_id, options=RunOptions()):
-        import collections
-        import secrets
-        import socket
-        self.client = client
-        self.workflow_id = workflow_id
-        self.options = options
-        self.directory = os.path.abspath(options.output_dir)
-        self.host = socket.gethostname()
-        self.token = secrets.token_hex(8)
-        self.lock = threading.Lock()
-        self.talk = threading.Condition(self.lock)   # wakes the talker
-        self.queue = collections.deque()             # (claimed job, when): not started
-        self.children = {}                           # pid: Child
-        self.ending = {}                             # key: job whose end is being worked out
-        self.scripts = {}                            # Popen of actions and recoveries: when to kill
-        self.acting = False                          # a thread runs actions
-        self.tried_actions, self.said_action = set(), False
-        self.looked_at = None                        # generation at which actions were looked at
-        self.gave_up = False                         # it is this runner that failed
-        self.starts, self.returns = [], []
-        self.number = 0                              # of starts in the journal
-        self.done = []                               # (number of the start, completion that the
-                                                     # server has not confirmed)
-        self.doubts = []                             # (when to tell, child, how it failed)
-        self.ends = collections.deque(maxlen=32)     # when the last jobs ended
-        self.needs = {}                              # requirement id: record
-        self.code = None                             # exit code once decided
-        self.ended = threading.Event()
-        self.interrupted = 0                         # signal number,
-        self.interrupted_at = math.inf               # and when it came
-        self.leave_at = None                         # then the server is waited for no more:
-        self.tired = False
-        self.bury_at = 0.0                           # when to look for dead orphans
-        self.fault = None                            # why this machine cannot start jobs,
-        self.fault_since = 0.0                       # since when, and when it tries again
+    def __init__(self):
+        super().__init__()
+        self.number = 0                   # of starts in the journal
+        self.fault = None                 # why this machine cannot start jobs,
+        self.fault_since = 0.0            # since when, and when it tries again
         self.retry_at = 0.0
-        self.tries = 0                               # starts that failed since one succeeded
-        self.draining = False                        # no more starts
-        self.gone = False                            # the workflow was deleted
-        self.news = True                             # worth asking for jobs
-        self.situation = {}                          # the server's last answer
-        self.step = 0
-        self.wake_pipe = os.pipe()
-
-    # -- life
-
-    def run(self):
-        """Run; returns the exit code: 0, 1, 3, or 128 + signal."""
-        import shutil
-        sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)     # others may share the disk
-        os.makedirs(os.path.join(self.directory, "job_stdio"), exist_ok=True)
-        os.makedirs(os.path.join(self.directory, "journal"), mode=0o700, exist_ok=True)
-        for name in ("", "job_stdio", "journal"):
-            folder = os.path.join(self.directory, name)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise TorcError(f"{folder} cannot be written by you: make it writable, or name "
-                                "another --output-dir")
-        self.bash = shutil.which("bash")
-        if not self.bash:
-            raise TorcError("there is no bash on the PATH, which runs the commands of jobs")
-        workflow = self.client.get(f"/workflows/{self.workflow_id}")
-        self.run_id = self.client.get(f"/workflows/{self.workflow_id}/status")["run_id"]
-        self.workflow = workflow
-        self.limits = read_limits(workflow)
-        self.progress = Progress(self.options.quiet, os.path.join(
-            self.directory, f"job_runner_{self.labels()[0]}.log"))
-        self.say = self.progress.say
-        for sentence in release_dead_nodes(self.client, self.workflow_id, self.directory):
-            self.say(sentence)
-        self._detect()
-        self._signals()
-        self._register()
-        try:
-            self._work()
-        finally:
-            self._leave()
-        return self.code
-
-    def labels(self):
-        """What tells this runner's log and its time series from those of others."""
-        return (f"{self.host}_wf{self.workflow_id}_r{self.run_id}",
-                f"wf{self.workflow_id}_h{self.host}_r{self.run_id}")
-
-    def _detect(self):
-        """What may be used here, and until when."""
-        options = self.options
-        self.cpus = options.num_cpus or usable_cpus()
-        self.memory = int((options.memory_gb * 2**30) if options.memory_gb else usable_memory())
-        gpus = usable_gpus()
-        if options.num_gpus is not None:
-            gpus = (gpus + [str(number) for number in range(len(gpus), options.num_gpus)])[
-                :options.num_gpus]
-        self.gpus = gpus
-        self.free_gpus = list(gpus)
-        self.room = Room(1, (self.cpus, self.memory, len(gpus)), options.max_parallel_jobs)
-        self.end_time = None
-        if options.end_time:
-            self._end_in(options.end_time - time.time())
-
-    def _end_in(self, left):
-        """There are so many seconds left."""
-        self.end_time = time.monotonic() + left
-        share = max(left, 0) / 4          # a short limit must leave time to work
-        self.limits = self.limits._replace(
-            sigkill_headroom_s=min(self.limits.sigkill_headroom_s, share),
-            sigterm_lead_s=min(self.limits.sigterm_lead_s, share))
-
-    def _register(self):
-        """The compute node's record, the journal and the guardian; no thread exists yet."""
-        me = identity()
-        self.node_id = self.client.post("/compute_nodes", {
-            **me, "workflow_id": self.workflow_id, "start_time": iso_time(time.time()),
-            "num_cpus": self.cpus, "memory_gb": round(self.memory / 2**30, 3),
-            "num_gpus": len(self.gpus), "num_nodes": len(self.room.free),
-            "compute_node_type": "local", "is_active": True, "output_dir": self.directory,
-            **self._node_values()})["id"]
-        server_id = self.client.server_id()
-        self.journal = Journal(
-            os.path.join(self.directory, "journal",
-                         f"{server_id}_wf{self.workflow_id}_n{self.node_id}.jsonl"),
-            {**me, "server_id": server_id, "workflow_id": self.workflow_id,
-             "compute_node_id": self.node_id, "run_id": self.run_id, "token": self.token})
-        self.guardian, self.guardian_pipe = start_guardian(self.journal.path, self.token)
-        self._environment()
-        slots = (f"{self.options.max_parallel_jobs} jobs at a time" if
-                 self.options.max_parallel_jobs else
-                 f"{self.cpus} CPUs, {format_bytes(self.memory)}, {len(self.gpus)} GPUs")
-        if len(self.room.free) > 1:
-            slots = f"{len(self.room.free)} nodes of {slots}"
-        self.say(f"running workflow {self.workflow_id} \"{self.workflow['name']}\" with {slots}; "
-                 f"output in {self.options.output_dir}")
-
-    def _node_values(self):
-        """What else the record of this compute node says."""
-        return {}
-
-    def _environment(self):
-        """What all jobs get in their environment."""
-        self.base_environment = {
-            **os.environ, "TORC_WORKFLOW_ID": str(self.workflow_id),
-            "TORC_OUTPUT_DIR": self.directory, "TORC_RUNNER": self.token}
-        if not self.client.is_local:
-            self.base_environment.pop("TORC_DATABASE", None)
-        # Torc's own servers have no tokens.
-        self.tokens = bool(not self.client.is_local and self.client.password and self.client.id
-                           and not self.options.share_password)
-
-    def _work(self):
-        """The threads, then the loop."""
-        self._become_subreaper()
-        handlers = [rule for rule in self.client.items(
-            f"/workflows/{self.workflow_id}/failure_handlers")]
-        self.handlers = {handler["id"]: json.loads(handler["rules"]) for handler in handlers}
-        self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self.lease_at = time.monotonic()
-        self.waiting = self.client.clone()
-        threads = [threading.Thread(target=target, daemon=True) for target in (
-            self._talker, self._listener, Sampler(self).loop)]
-        if not self.limits.monitor:
-            threads.pop()
-        for thread in threads:
-            thread.start()
-        self._loop()
-        self.ended.set()
-        self.waiting.interrupt()
-        for thread in threads:            # none may be at work when the interpreter ends
-            thread.join(10)
-
-    def _become_subreaper(self):
-        """Orphans of jobs become our children, so that none escapes unseen (prctl(2))."""
-        with contextlib.suppress(OSError, AttributeError, ImportError):
-            import ctypes
-            ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
-
-    def _signals(self):
-        """Signals only write a byte to the wake-up pipe; the loop looks what it was."""
-        import signal
-        for end in self.wake_pipe:
-            os.set_blocking(end, False)
-        self.received = []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
-                       signal.SIGUSR2):
-            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup, a script's background
-                signal.signal(number, lambda number, frame: self.received.append(number))
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(self.wake_pipe[1], warn_on_full_buffer=False)
-
-    def wake(self):
-        """Wake the loop from another thread."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.wake_pipe[1], b"\0")
-
-    def _leave(self):
-        """Good-bye to guardian and journal."""
-        import signal
-        signal.set_wakeup_fd(-1)
-        self.ended.set()
-        complete = self.gone or self.code is not None and not self.done and not self.ending
-        with contextlib.suppress(OSError):
-            os.write(self.guardian_pipe, b"q" if not self.children else b"")
-        os.close(self.guardian_pipe)
-        with contextlib.suppress(OSError):
-            os.waitpid(self.guardian, 0)
-        self.journal.close(remove=complete)
-        self.progress.close()
-
-    # -- the spawning thread
-
-    def _loop(self):
-        """Until the talker has decided and no process is left."""
-        import select
-        poller = select.poll()
-        poller.register(self.wake_pipe[0], select.POLLIN)
-        while self.code is None or self.children:
-            self._reap()
-            self._handle_signals()
-            self._enforce(time.monotonic())
-            self._tell_doubts(time.monotonic())
-            self._launch()
-            self.journal.flush()
-            self.progress.draw()
-            poller.poll(self._patience())
-            with contextlib.suppress(BlockingIOError):
-                while len(os.read(self.wake_pipe[0], 4096)) == 4096:
-                    pass
-
-    def _patience(self):
-        """Milliseconds until something is due by the clock, None for never."""
-        now = time.monotonic()
-        due = [child.kill_at for child in list(self.children.values()) if child.kill_at]
-        with self.lock:
-            due += [when for when, *_ in self.doubts]
-            due += filter(None, [*self.scripts.values(), self.leave_at])
-        if self.end_time and not self.draining:
-            due.append(self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s)
-        if self.retry_at > now:
-            due.append(self.retry_at)
-        if self.progress.terminal:
-            due.append(now + 0.2)
-        # poll(2) takes an int: a limit of months is looked at once a day.
-        return max(0, min(86_400_000, int(1000 * (min(due) - now)) + 1)) if due else None
-
-    def _handle_signals(self):
-        import signal
-        while self.received:
-            number = self.received.pop(0)
-            if number in (signal.SIGUSR1, signal.SIGUSR2):           # "save your state", mostly
-                self.say(f"signal {number} is handed on to {len(self.children)} running jobs")
-                for child in list(self.children.values()):
-                    signal_group(child.pid, number)
-                continue
-            if self.interrupted:          # the second one: at once
-                for child in list(self.children.values()):
-                    child.kill_at = time.monotonic()
-                self._end_scripts(signal.SIGKILL)
-                continue
-            self.interrupted, self.interrupted_at = number, time.monotonic()
-            self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
-                     "ready again")
-            self._drain()
-            self._end_scripts(signal.SIGTERM)
-            self._end(list(self.children.values()), "interrupt")
-        if self.interrupted:
-            with self.talk:
-                self.talk.notify()
-
-    def _drain(self):
-        """No more starts; what is queued goes back."""
-        with self.talk:
-            self.draining = True
-            self.returns += [job for job, _ in self.queue]
-            self.queue.clear()
-            self.talk.notify()
-
-    def _end_scripts(self, number):
-        """Signal the commands of actions and the recovery scripts that are at work; SIGKILL is to
-        follow."""
-        with self.lock:
-            for process in self.scripts:
-                self.scripts[process] = time.monotonic() + STOP_LEAD_S
-                if process.poll() is None:
-                    signal_group(process.pid, number)
-        self.wake()
-
-    def _run_script(self, script, path, environment, last=False, cwd=None):
-        """Run a script of the workflow's with its output appended to a file; its return code.
-
-        None: not begun, since the runner is about to leave and it is not one of the last words.
-        """
-        import subprocess
-        with open(path, "ab") as file:
-            with self.lock:               # _drain comes before, or else finds it in the set
-                if self.draining and not last:
-                    return None
-                process = subprocess.Popen(
-                    [self.bash, "-c", script], cwd=cwd, stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=file, start_new_session=True, env=environment)
-                self.scripts[process] = None
-            code = process.wait()
-        with self.lock:
-            del self.scripts[process]
-        return code
-
-    def _end(self, children, verdict, status=None, lead=None):
-        """Ask jobs to end; SIGKILL follows after the lead."""
-        lead = min(self.limits.sigterm_lead_s, STOP_LEAD_S) if lead is None else lead
-        asked = [child for child in children if not child.verdict and not has_exited(child.pid)]
-        for child in asked:
-            child.verdict, child.status = verdict, status
-            child.kill_at = time.monotonic() + lead
-        self._signal(asked, self.limits.termination_signal)
-
-    def _signal(self, children, number):
-        """Signal the process groups of jobs, and what has left those but bears their mark: one look
-        at all processes for all of them."""
-        for child in children:
-            signal_group(child.pid, number)
-        groups = {child.key: child.pid for child in children}
-        for pid, key in marked_processes(self.token) if children else ():
-            with contextlib.suppress(OSError):
-                if key in groups and os.getpgid(pid) != groups[key]:
-                    os.kill(pid, number)
-
-    def _enforce(self, now):
-        """SIGKILL where the lead is over; the time limit; what the server wants ended."""
-        import signal
-        due = [child for child in list(self.children.values())
-               if child.kill_at and now >= child.kill_at]
-        for child in due:
-            child.kill_at = now + 5       # until it is gone
-        self._signal(due, signal.SIGKILL)
-        if self.retry_at and now >= self.retry_at:
-            self.retry_at = 0.0
-            self._ask()
-        with self.lock:
-            for process, kill_at in self.scripts.items():
-                if kill_at and now >= kill_at:
-                    signal_group(process.pid, signal.SIGKILL)
-                    self.scripts[process] = now + 5
-            leaving = self.interrupted and not self.children and not self.scripts
-            self.leave_at = (self.leave_at or now + LEAVE_S) if leaving else None
-        if self.leave_at and now >= self.leave_at:
-            self.leave_at, self.tired = now + 1, True
-            self.client.interrupt()       # a frozen server must not hold us
-        limits = self.limits
-        if self.end_time and not self.draining and self._is_near(now) and self._is_near(
-                now, self._true_end()):
-            if self.children:
-                self.say(f"the time limit is near: ending {len(self.children)} running jobs")
-            self._drain()
-            self._end_scripts(signal.SIGTERM)
-            self._end(list(self.children.values()), "timeout", lead=limits.sigterm_lead_s)
-
-    def _is_near(self, now, end_time=None):
-        """Whether jobs must be ended now to be gone at the end."""
-        end_time = self.end_time if end_time is None else end_time
-        return now >= end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s
-
-    def _true_end(self):
-        """The end, asked for once more."""
-        return self.end_time
-
-    def out_of_memory(self, child, used):
-        """Called by the sampler: a job is over its memory limit."""
-        import signal
-        name = self.needs[child.job["resource_requirements_id"]]["name"]
-        child.note = (f"torc: killed: used {format_bytes(used)}, the limit is "
-                      f"{format_bytes(child.limit)} (resource requirements \"{name}\")\n")
-        child.verdict = "oom"
-        child.kill_at = time.monotonic() + 5
-        self._signal([child], signal.SIGKILL)
+        self.tries = 0                    # starts that failed since one succeeded
 
     def _launch(self):
         """Start the queued jobs that fit."""
@@ -9040,6 +8675,167 @@ class Runner:
             file.write(command)
         return path
 
+
+class Ending:
+    """The part of a Runner that ends jobs: by a signal to it, at the time limit, over their memory,
+    at the server's word. SIGKILL follows what asks them to end."""
+
+    def __init__(self):
+        super().__init__()
+        self.interrupted = 0              # signal number,
+        self.interrupted_at = math.inf    # and when it came
+        self.draining = False             # no more starts
+        self.leave_at = None              # then the server is waited for no more:
+        self.tired = False
+        self.gave_up = False              # it is this runner that failed
+
+    def _handle_signals(self):
+        import signal
+        while self.received:
+            number = self.received.pop(0)
+            if number in (signal.SIGUSR1, signal.SIGUSR2):           # "save your state", mostly
+                self.say(f"signal {number} is handed on to {len(self.children)} running jobs")
+                for child in list(self.children.values()):
+                    signal_group(child.pid, number)
+                continue
+            if self.interrupted:          # the second one: at once
+                for child in list(self.children.values()):
+                    child.kill_at = time.monotonic()
+                self._end_scripts(signal.SIGKILL)
+                continue
+            self.interrupted, self.interrupted_at = number, time.monotonic()
+            self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
+                     "ready again")
+            self._drain()
+            self._end_scripts(signal.SIGTERM)
+            self._end(list(self.children.values()), "interrupt")
+        if self.interrupted:
+            with self.talk:
+                self.talk.notify()
+
+    def _drain(self):
+        """No more starts; what is queued goes back."""
+        with self.talk:
+            self.draining = True
+            self.returns += [job for job, _ in self.queue]
+            self.queue.clear()
+            self.talk.notify()
+
+    def _end_scripts(self, number):
+        """Signal the commands of actions and the recovery scripts that are at work; SIGKILL is to
+        follow."""
+        with self.lock:
+            for process in self.scripts:
+                self.scripts[process] = time.monotonic() + STOP_LEAD_S
+                if process.poll() is None:
+                    signal_group(process.pid, number)
+        self.wake()
+
+    def _end(self, children, verdict, status=None, lead=None):
+        """Ask jobs to end; SIGKILL follows after the lead."""
+        lead = min(self.limits.sigterm_lead_s, STOP_LEAD_S) if lead is None else lead
+        asked = [child for child in children if not child.verdict and not has_exited(child.pid)]
+        for child in asked:
+            child.verdict, child.status = verdict, status
+            child.kill_at = time.monotonic() + lead
+        self._signal(asked, self.limits.termination_signal)
+
+    def _signal(self, children, number):
+        """Signal the process groups of jobs, and what has left those but bears their mark: one look
+        at all processes for all of them."""
+        for child in children:
+            signal_group(child.pid, number)
+        groups = {child.key: child.pid for child in children}
+        for pid, key in marked_processes(self.token) if children else ():
+            with contextlib.suppress(OSError):
+                if key in groups and os.getpgid(pid) != groups[key]:
+                    os.kill(pid, number)
+
+    def _enforce(self, now):
+        """SIGKILL where the lead is over; the time limit; what the server wants ended."""
+        import signal
+        due = [child for child in list(self.children.values())
+               if child.kill_at and now >= child.kill_at]
+        for child in due:
+            child.kill_at = now + 5       # until it is gone
+        self._signal(due, signal.SIGKILL)
+        if self.retry_at and now >= self.retry_at:
+            self.retry_at = 0.0
+            self._ask()
+        with self.lock:
+            for process, kill_at in self.scripts.items():
+                if kill_at and now >= kill_at:
+                    signal_group(process.pid, signal.SIGKILL)
+                    self.scripts[process] = now + 5
+            leaving = self.interrupted and not self.children and not self.scripts
+            self.leave_at = (self.leave_at or now + LEAVE_S) if leaving else None
+        if self.leave_at and now >= self.leave_at:
+            self.leave_at, self.tired = now + 1, True
+            self.client.interrupt()       # a frozen server must not hold us
+        limits = self.limits
+        if self.end_time and not self.draining and self._is_near(now) and self._is_near(
+                now, self._true_end()):
+            if self.children:
+                self.say(f"the time limit is near: ending {len(self.children)} running jobs")
+            self._drain()
+            self._end_scripts(signal.SIGTERM)
+            self._end(list(self.children.values()), "timeout", lead=limits.sigterm_lead_s)
+
+    def _is_near(self, now, end_time=None):
+        """Whether jobs must be ended now to be gone at the end."""
+        end_time = self.end_time if end_time is None else end_time
+        return now >= end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s
+
+    def _true_end(self):
+        """The end, asked for once more."""
+        return self.end_time
+
+    def _end_in(self, left):
+        """There are so many seconds left."""
+        self.end_time = time.monotonic() + left
+        share = max(left, 0) / 4          # a short limit must leave time to work
+        self.limits = self.limits._replace(
+            sigkill_headroom_s=min(self.limits.sigkill_headroom_s, share),
+            sigterm_lead_s=min(self.limits.sigterm_lead_s, share))
+
+    def out_of_memory(self, child, used):
+        """Called by the sampler: a job is over its memory limit."""
+        import signal
+        name = self.needs[child.job["resource_requirements_id"]]["name"]
+        child.note = (f"torc: killed: used {format_bytes(used)}, the limit is "
+                      f"{format_bytes(child.limit)} (resource requirements \"{name}\")\n")
+        child.verdict = "oom"
+        child.kill_at = time.monotonic() + 5
+        self._signal([child], signal.SIGKILL)
+
+    def _give_up(self, reason):
+        """End the jobs and leave with 1; the journal keeps what the server does not know."""
+        import signal
+        self.gave_up = not self.interrupted
+        self.say(f"{reason}: ending {len(self.children)} running jobs")
+        self._drain()
+        self._end_scripts(signal.SIGTERM)
+        self._end(list(self.children.values()), "interrupt")
+        self.wake()
+        while self.children or self.ending or self.acting:
+            with self.talk:
+                self.talk.wait(0.2)
+        if not self.gone:
+            self.say(f"`torc run {self.workflow_id}` goes on from here once the cause is mended")
+        self.code = 128 + self.interrupted if self.interrupted else 1
+
+
+class Reaping:
+    """The part of a Runner that takes the exits of its processes and makes completions of them:
+    status, what was used, outputs, failure handlers."""
+
+    def __init__(self):
+        import collections
+        super().__init__()
+        self.doubts = []                  # (when to tell, child, how it failed)
+        self.ends = collections.deque(maxlen=32)     # when the last jobs ended
+        self.bury_at = 0.0                # when to look for dead orphans
+
     def _reap(self):
         """Take the exits of our own processes, never anybody else's."""
         import signal
@@ -9098,8 +8894,6 @@ class Runner:
     def _doubt_s(self, code):
         """How long a failure waits for a signal that was meant for all."""
         return DOUBT_S
-
-    # -- the end of a job
 
     def _completed(self, child, code, elapsed, usage, text):
         """Work out status and result of an ended attempt and hand it to the talker."""
@@ -9276,7 +9070,27 @@ class Runner:
             self._peak_since = now
         return self._peak_kb
 
-    # -- the talking thread
+
+class Talking:
+    """The part of a Runner that talks to the server, in a thread of its own: it tells what has
+    happened, takes new jobs, and goes on while the server is away. Another thread listens for
+    news."""
+
+    def __init__(self):
+        import collections
+        super().__init__()
+        self.talk = threading.Condition(self.lock)   # wakes the talker
+        self.queue = collections.deque()  # (claimed job, when): not started
+        self.ending = {}                  # key: job whose end is being worked out
+        self.starts, self.returns = [], []
+        self.done = []                    # (number of the start, completion that the server has not
+                                          # confirmed)
+        self.needs = {}                   # requirement id: record
+        self.news = True                  # worth asking for jobs
+        self.situation = {}               # the server's last answer
+        self.step = 0
+        self.gone = False                 # the workflow was deleted
+        self.code = None                  # exit code once decided
 
     def _talker(self):
         """Send what has happened, take new jobs, decide when to leave."""
@@ -9292,22 +9106,6 @@ class Runner:
             self.progress.note(traceback.format_exc())
             self._give_up(f"unexpected error, see the runner's log: {error!r}")
         self.wake()
-
-    def _give_up(self, reason):
-        """End the jobs and leave with 1; the journal keeps what the server does not know."""
-        import signal
-        self.gave_up = not self.interrupted
-        self.say(f"{reason}: ending {len(self.children)} running jobs")
-        self._drain()
-        self._end_scripts(signal.SIGTERM)
-        self._end(list(self.children.values()), "interrupt")
-        self.wake()
-        while self.children or self.ending or self.acting:
-            with self.talk:
-                self.talk.wait(0.2)
-        if not self.gone:
-            self.say(f"`torc run {self.workflow_id}` goes on from here once the cause is mended")
-        self.code = 128 + self.interrupted if self.interrupted else 1
 
     def _converse(self):
         self.run_actions(self.client, ("on_workflow_start", "on_worker_start"))
@@ -9571,7 +9369,137 @@ class Runner:
             self.news = True
             self.talk.notify()
 
-    # -- what to do when there is nothing to do
+
+class Acting:
+    """The part of a Runner that carries out actions: claimed, they are done when they have been
+    carried out, and given back otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.scripts = {}                 # Popen of actions and recoveries: when to kill
+        self.acting = False               # a thread runs actions
+        self.tried_actions, self.said_action = set(), False
+        self.looked_at = None             # generation at which actions were looked at
+
+    def _start_actions(self):
+        """Run triggered actions beside the jobs, one thread at a time."""
+        generation = self.situation["generation"]
+        if self.acting or self.draining or self.looked_at == generation:
+            return
+        self.looked_at = generation       # those that are left are not for this runner
+        if not self._runnable(self.client, JOB_TRIGGERS):
+            return
+        self.acting = True
+        if not start_thread(self._run_in_thread):
+            self.acting, self.looked_at = False, None
+
+    def _run_in_thread(self):
+        client = self.client.clone()
+        try:
+            self.run_actions(client, JOB_TRIGGERS)
+        except TorcError as error:
+            self.say(f"actions: {error}")
+        finally:
+            client.close()
+            self.acting = False
+            self._ask()                   # the workflow may be complete, or have made more
+
+    def _runnable(self, client, triggers):
+        """Pending actions of these triggers that this runner can carry out; others are mentioned
+        once. Allocations at the start of a workflow are for `torc submit`."""
+        pending = self._patiently(lambda: client.get(
+            f"/workflows/{self.workflow_id}/actions/pending", trigger_type=list(triggers)))
+        runnable = []
+        for action in pending:
+            if action["action_type"] == "run_commands" or (
+                    self.options.schedule and action["trigger_type"] != "on_workflow_start"):
+                if action["id"] not in self.tried_actions or not action["persistent"]:
+                    runnable.append(action)
+            elif not self.said_action:
+                self.said_action = True
+                self.say(f"action {action['id']} asks for allocations: `torc submit "
+                         f"{self.workflow_id}` on a host of the cluster gets them")
+        return runnable
+
+    def run_actions(self, client, triggers):
+        """Claim and carry out the actions that these triggers have made pending."""
+        for action in self._runnable(client, triggers):
+            if self.draining and triggers == JOB_TRIGGERS:
+                return                    # left for the next runner
+            self.tried_actions.add(action["id"])
+            if not self._claim_action(client, action):
+                continue
+            carry_out = self._run_commands if action["action_type"] == "run_commands" else \
+                self._schedule_nodes
+            if carry_out(client, action):     # else it is given back when this runner leaves
+                path = f"/workflows/{self.workflow_id}/actions/{action['id']}/claim"
+                self._patiently(lambda: client.put(path))
+
+    def _schedule_nodes(self, client, action):
+        """Submit the allocations of an action; says whether all of them are there. The rest is for
+        whoever tries next, after a while."""
+        try:
+            self.say(self.options.schedule(client, action))
+            return True
+        except TorcError as error:
+            self.say(f"action {action['id']}: {error}")
+            with contextlib.suppress(TorcError):
+                client.delete(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim")
+            return False
+
+    def _claim_action(self, client, action):
+        """Make an action ours; False if another runner has it."""
+        actions = f"/workflows/{self.workflow_id}/actions"
+        body = {"compute_node_id": self.node_id, **({"tokens": True} if self.tokens else {})}
+        try:
+            answer = self._patiently(lambda: client.post(f"{actions}/{action['id']}/claim", body))
+            action["token"] = answer.get("token", "")
+            return True
+        except Conflict:                  # or it is ours, and the answer that said so was lost
+            return any(one["id"] == action["id"] and one["executed_by"] == self.node_id
+                       for one in self._patiently(lambda: client.get(actions)))
+
+    def _run_commands(self, client, action):
+        """The commands of an action one after another; the first failure ends it. Says whether it
+        has been carried out, so far as it can be, and not cut short by our own end."""
+        log = os.path.join(self.directory, f"action_{action['id']}.log")
+        last = action["trigger_type"] in ("on_worker_complete", "on_workflow_complete")
+        for command in action["action_config"]["commands"]:
+            try:
+                environment = {**self.base_environment, **self._credentials(action)}
+                code = self._run_script(command, log, environment, last, self.directory)
+                how = f"return code {code}"
+            except (OSError, ValueError) as error:
+                code, how = None, str(error)
+            if code != 0:
+                what = f"action {action['id']} ({action['trigger_type']})"
+                self.say(f"{what} was cut short: the next runner carries it out" if self.draining
+                         else f"{what}: `{command}` failed: {how}, see {log}")
+                return not self.draining
+        return True
+
+    def _run_script(self, script, path, environment, last=False, cwd=None):
+        """Run a script of the workflow's with its output appended to a file; its return code.
+
+        None: not begun, since the runner is about to leave and it is not one of the last words.
+        """
+        import subprocess
+        with open(path, "ab") as file:
+            with self.lock:               # _drain comes before, or else finds it in the set
+                if self.draining and not last:
+                    return None
+                process = subprocess.Popen(
+                    [self.bash, "-c", script], cwd=cwd, stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=file, start_new_session=True, env=environment)
+                self.scripts[process] = None
+            code = process.wait()
+        with self.lock:
+            del self.scripts[process]
+        return code
+
+
+class Leaving:
+    """The part of a Runner that decides when there is nothing left to do here, and says why."""
 
     def _idle(self, answer, idle_since):
         """Exit code when it is time to leave, None to wait for news."""
@@ -9693,104 +9621,216 @@ class Runner:
             self.say(f"`torc run {self.workflow_id}` goes on from here")
         self.code = code
 
-    # -- actions
 
-    def _start_actions(self):
-        """Run triggered actions beside the jobs, one thread at a time."""
-        generation = self.situation["generation"]
-        if self.acting or self.draining or self.looked_at == generation:
-            return
-        self.looked_at = generation       # those that are left are not for this runner
-        if not self._runnable(self.client, JOB_TRIGGERS):
-            return
-        self.acting = True
-        if not start_thread(self._run_in_thread):
-            self.acting, self.looked_at = False, None
+class Runner(Starting, Ending, Reaping, Talking, Acting, Leaving):
+    """Runs jobs of one initialized workflow on this machine until nothing is left to do.
 
-    def _run_in_thread(self):
-        client = self.client.clone()
+    Its parts share the jobs: claimed ones in `queue`, processes in `children`, ended ones in
+    `ending` until they are handed in, under one lock. run() must be called in the main thread,
+    since it receives signals.
+    """
+
+    def __init__(self, client, workflow_id, options=RunOptions()):
+        import secrets
+        import socket
+        self.lock = threading.Lock()
+        super().__init__()
+        self.client = client
+        self.workflow_id = workflow_id
+        self.options = options
+        self.directory = os.path.abspath(options.output_dir)
+        self.host = socket.gethostname()
+        self.token = secrets.token_hex(8)
+        self.children = {}                # pid: Child
+        self.ended = threading.Event()
+        self.wake_pipe = os.pipe()
+
+    def run(self):
+        """Run; returns the exit code: 0, 1, 3, or 128 + signal."""
+        import shutil
+        sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)     # others may share the disk
+        os.makedirs(os.path.join(self.directory, "job_stdio"), exist_ok=True)
+        os.makedirs(os.path.join(self.directory, "journal"), mode=0o700, exist_ok=True)
+        for name in ("", "job_stdio", "journal"):
+            folder = os.path.join(self.directory, name)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise TorcError(f"{folder} cannot be written by you: make it writable, or name "
+                                "another --output-dir")
+        self.bash = shutil.which("bash")
+        if not self.bash:
+            raise TorcError("there is no bash on the PATH, which runs the commands of jobs")
+        workflow = self.client.get(f"/workflows/{self.workflow_id}")
+        self.run_id = self.client.get(f"/workflows/{self.workflow_id}/status")["run_id"]
+        self.workflow = workflow
+        self.limits = read_limits(workflow)
+        self.progress = Progress(self.options.quiet, os.path.join(
+            self.directory, f"job_runner_{self.labels()[0]}.log"))
+        self.say = self.progress.say
+        for sentence in release_dead_nodes(self.client, self.workflow_id, self.directory):
+            self.say(sentence)
+        self._detect()
+        self._signals()
+        self._register()
         try:
-            self.run_actions(client, JOB_TRIGGERS)
-        except TorcError as error:
-            self.say(f"actions: {error}")
+            self._work()
         finally:
-            client.close()
-            self.acting = False
-            self._ask()                   # the workflow may be complete, or have made more
+            self._leave()
+        return self.code
 
-    def _runnable(self, client, triggers):
-        """Pending actions of these triggers that this runner can carry out; others are mentioned
-        once. Allocations at the start of a workflow are for `torc submit`."""
-        pending = self._patiently(lambda: client.get(
-            f"/workflows/{self.workflow_id}/actions/pending", trigger_type=list(triggers)))
-        runnable = []
-        for action in pending:
-            if action["action_type"] == "run_commands" or (
-                    self.options.schedule and action["trigger_type"] != "on_workflow_start"):
-                if action["id"] not in self.tried_actions or not action["persistent"]:
-                    runnable.append(action)
-            elif not self.said_action:
-                self.said_action = True
-                self.say(f"action {action['id']} asks for allocations: `torc submit "
-                         f"{self.workflow_id}` on a host of the cluster gets them")
-        return runnable
+    def labels(self):
+        """What tells this runner's log and its time series from those of others."""
+        return (f"{self.host}_wf{self.workflow_id}_r{self.run_id}",
+                f"wf{self.workflow_id}_h{self.host}_r{self.run_id}")
 
-    def run_actions(self, client, triggers):
-        """Claim and carry out the actions that these triggers have made pending."""
-        for action in self._runnable(client, triggers):
-            if self.draining and triggers == JOB_TRIGGERS:
-                return                    # left for the next runner
-            self.tried_actions.add(action["id"])
-            if not self._claim_action(client, action):
-                continue
-            carry_out = self._run_commands if action["action_type"] == "run_commands" else \
-                self._schedule_nodes
-            if carry_out(client, action):     # else it is given back when this runner leaves
-                path = f"/workflows/{self.workflow_id}/actions/{action['id']}/claim"
-                self._patiently(lambda: client.put(path))
+    def _detect(self):
+        """What may be used here, and until when."""
+        options = self.options
+        self.cpus = options.num_cpus or usable_cpus()
+        self.memory = int((options.memory_gb * 2**30) if options.memory_gb else usable_memory())
+        gpus = usable_gpus()
+        if options.num_gpus is not None:
+            gpus = (gpus + [str(number) for number in range(len(gpus), options.num_gpus)])[
+                :options.num_gpus]
+        self.gpus = gpus
+        self.free_gpus = list(gpus)
+        self.room = Room(1, (self.cpus, self.memory, len(gpus)), options.max_parallel_jobs)
+        self.end_time = None
+        if options.end_time:
+            self._end_in(options.end_time - time.time())
 
-    def _schedule_nodes(self, client, action):
-        """Submit the allocations of an action; says whether all of them are there. The rest is for
-        whoever tries next, after a while."""
-        try:
-            self.say(self.options.schedule(client, action))
-            return True
-        except TorcError as error:
-            self.say(f"action {action['id']}: {error}")
-            with contextlib.suppress(TorcError):
-                client.delete(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim")
-            return False
+    def _register(self):
+        """The compute node's record, the journal and the guardian; no thread exists yet."""
+        me = identity()
+        self.node_id = self.client.post("/compute_nodes", {
+            **me, "workflow_id": self.workflow_id, "start_time": iso_time(time.time()),
+            "num_cpus": self.cpus, "memory_gb": round(self.memory / 2**30, 3),
+            "num_gpus": len(self.gpus), "num_nodes": len(self.room.free),
+            "compute_node_type": "local", "is_active": True, "output_dir": self.directory,
+            **self._node_values()})["id"]
+        server_id = self.client.server_id()
+        self.journal = Journal(
+            os.path.join(self.directory, "journal",
+                         f"{server_id}_wf{self.workflow_id}_n{self.node_id}.jsonl"),
+            {**me, "server_id": server_id, "workflow_id": self.workflow_id,
+             "compute_node_id": self.node_id, "run_id": self.run_id, "token": self.token})
+        self.guardian, self.guardian_pipe = start_guardian(self.journal.path, self.token)
+        self._environment()
+        slots = (f"{self.options.max_parallel_jobs} jobs at a time" if
+                 self.options.max_parallel_jobs else
+                 f"{self.cpus} CPUs, {format_bytes(self.memory)}, {len(self.gpus)} GPUs")
+        if len(self.room.free) > 1:
+            slots = f"{len(self.room.free)} nodes of {slots}"
+        self.say(f"running workflow {self.workflow_id} \"{self.workflow['name']}\" with {slots}; "
+                 f"output in {self.options.output_dir}")
 
-    def _claim_action(self, client, action):
-        """Make an action ours; False if another runner has it."""
-        actions = f"/workflows/{self.workflow_id}/actions"
-        body = {"compute_node_id": self.node_id, **({"tokens": True} if self.tokens else {})}
-        try:
-            answer = self._patiently(lambda: client.post(f"{actions}/{action['id']}/claim", body))
-            action["token"] = answer.get("token", "")
-            return True
-        except Conflict:                  # or it is ours, and the answer that said so was lost
-            return any(one["id"] == action["id"] and one["executed_by"] == self.node_id
-                       for one in self._patiently(lambda: client.get(actions)))
+    def _node_values(self):
+        """What else the record of this compute node says."""
+        return {}
 
-    def _run_commands(self, client, action):
-        """The commands of an action one after another; the first failure ends it. Says whether it
-        has been carried out, so far as it can be, and not cut short by our own end."""
-        log = os.path.join(self.directory, f"action_{action['id']}.log")
-        last = action["trigger_type"] in ("on_worker_complete", "on_workflow_complete")
-        for command in action["action_config"]["commands"]:
-            try:
-                environment = {**self.base_environment, **self._credentials(action)}
-                code = self._run_script(command, log, environment, last, self.directory)
-                how = f"return code {code}"
-            except (OSError, ValueError) as error:
-                code, how = None, str(error)
-            if code != 0:
-                what = f"action {action['id']} ({action['trigger_type']})"
-                self.say(f"{what} was cut short: the next runner carries it out" if self.draining
-                         else f"{what}: `{command}` failed: {how}, see {log}")
-                return not self.draining
-        return True
+    def _environment(self):
+        """What all jobs get in their environment."""
+        self.base_environment = {
+            **os.environ, "TORC_WORKFLOW_ID": str(self.workflow_id),
+            "TORC_OUTPUT_DIR": self.directory, "TORC_RUNNER": self.token}
+        if not self.client.is_local:
+            self.base_environment.pop("TORC_DATABASE", None)
+        # Torc's own servers have no tokens.
+        self.tokens = bool(not self.client.is_local and self.client.password and self.client.id
+                           and not self.options.share_password)
+
+    def _work(self):
+        """The threads, then the loop."""
+        self._become_subreaper()
+        handlers = [rule for rule in self.client.items(
+            f"/workflows/{self.workflow_id}/failure_handlers")]
+        self.handlers = {handler["id"]: json.loads(handler["rules"]) for handler in handlers}
+        self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self.lease_at = time.monotonic()
+        self.waiting = self.client.clone()
+        threads = [threading.Thread(target=target, daemon=True) for target in (
+            self._talker, self._listener, Sampler(self).loop)]
+        if not self.limits.monitor:
+            threads.pop()
+        for thread in threads:
+            thread.start()
+        self._loop()
+        self.ended.set()
+        self.waiting.interrupt()
+        for thread in threads:            # none may be at work when the interpreter ends
+            thread.join(10)
+
+    def _become_subreaper(self):
+        """Orphans of jobs become our children, so that none escapes unseen (prctl(2))."""
+        with contextlib.suppress(OSError, AttributeError, ImportError):
+            import ctypes
+            ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+
+    def _signals(self):
+        """Signals only write a byte to the wake-up pipe; the loop looks what it was."""
+        import signal
+        for end in self.wake_pipe:
+            os.set_blocking(end, False)
+        self.received = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
+                       signal.SIGUSR2):
+            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup, a script's background
+                signal.signal(number, lambda number, frame: self.received.append(number))
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(self.wake_pipe[1], warn_on_full_buffer=False)
+
+    def wake(self):
+        """Wake the loop from another thread."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.wake_pipe[1], b"\0")
+
+    def _leave(self):
+        """Good-bye to guardian and journal."""
+        import signal
+        signal.set_wakeup_fd(-1)
+        self.ended.set()
+        complete = self.gone or self.code is not None and not self.done and not self.ending
+        with contextlib.suppress(OSError):
+            os.write(self.guardian_pipe, b"q" if not self.children else b"")
+        os.close(self.guardian_pipe)
+        with contextlib.suppress(OSError):
+            os.waitpid(self.guardian, 0)
+        self.journal.close(remove=complete)
+        self.progress.close()
+
+    def _loop(self):
+        """Until the talker has decided and no process is left."""
+        import select
+        poller = select.poll()
+        poller.register(self.wake_pipe[0], select.POLLIN)
+        while self.code is None or self.children:
+            self._reap()
+            self._handle_signals()
+            self._enforce(time.monotonic())
+            self._tell_doubts(time.monotonic())
+            self._launch()
+            self.journal.flush()
+            self.progress.draw()
+            poller.poll(self._patience())
+            with contextlib.suppress(BlockingIOError):
+                while len(os.read(self.wake_pipe[0], 4096)) == 4096:
+                    pass
+
+    def _patience(self):
+        """Milliseconds until something is due by the clock, None for never."""
+        now = time.monotonic()
+        due = [child.kill_at for child in list(self.children.values()) if child.kill_at]
+        with self.lock:
+            due += [when for when, *_ in self.doubts]
+            due += filter(None, [*self.scripts.values(), self.leave_at])
+        if self.end_time and not self.draining:
+            due.append(self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s)
+        if self.retry_at > now:
+            due.append(self.retry_at)
+        if self.progress.terminal:
+            due.append(now + 0.2)
+        # poll(2) takes an int: a limit of months is looked at once a day.
+        return max(0, min(86_400_000, int(1000 * (min(due) - now)) + 1)) if due else None
 
 
 # ==================================================================================================
@@ -12470,6 +12510,7 @@ def systemctl(user, *words):
 
 
 # ---- serving
+
 
 class Ending:
     """The end by SIGINT, SIGTERM or SIGHUP (which stays ignored under nohup(1)): the first of them
