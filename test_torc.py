@@ -4456,6 +4456,17 @@ def test_allocations_of_an_action_that_failed_half_way_are_not_asked_for_twice(s
     assert client.get(f"{path}/pending", waiting=True) == []
 
 
+def test_status_does_not_call_a_silent_runner_active(server, cli):
+    client = server.client()
+    workflow_id, _ = make(client, {"a": []})
+    Conversation(client, workflow_id, hostname="c9").step()
+    assert "Active runners: 1\n" in cli("--url", server.url, "status", workflow_id, ok=0)[1]
+    with contextlib.closing(torc.Store(server.database)) as store:
+        store.heard[1] = time.monotonic() - 100          # the server has not heard of it for so long
+        report = torc.workflow_report(torc.LocalClient(store.path, "tester", store), workflow_id)
+    assert (report["active_compute_nodes"], report["silent_runners"]) == (0, ["c9"])
+
+
 # ---- Slurm that answers badly
 
 def allocated(client):

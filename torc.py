@@ -16638,12 +16638,17 @@ def count_records(client, path, **query):
     return client.page(path, limit=1, **query)["total_count"]
 
 
+MUTE_S = 75.0                             # a runner that has been silent for longer is not active
+
+
 def workflow_report(client, workflow_id):
     """What `torc status` tells, as its JSON."""
     workflow = client.get(f"/workflows/{workflow_id}")
     counted = client.get(f"/workflows/{workflow_id}/counts")
     total, wall = run_times(client.items("/results", workflow_id=workflow_id))
-    active = list(client.items("/compute_nodes", workflow_id=workflow_id, is_active=True))
+    active = client.get(f"/workflows/{workflow_id}/unfinished")["active_nodes"]
+    dead = [node for node in active if death_here(node)]
+    silent = [node for node in active if node not in dead and node.get("silent_s", 0) > MUTE_S]
     nodes = {name: count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id,
                                  status=name) for name in ("active", "pending")}
     return {"workflow_id": workflow_id, "workflow_name": workflow["name"],
@@ -16652,8 +16657,9 @@ def workflow_report(client, workflow_id):
             "total_exec_time_minutes": (total or 0.0) / 60,
             "total_exec_time_formatted": format_duration(total or 0.0),
             "walltime_seconds": wall or 0.0, "walltime_formatted": format_duration(wall or 0.0),
-            "dead_runners": [node["pid"] for node in active if death_here(node)],
-            "active_compute_nodes": len(active),
+            "dead_runners": [node["pid"] for node in dead],
+            "silent_runners": [node["hostname"] for node in silent],
+            "active_compute_nodes": len(active) - len(dead) - len(silent),
             "active_scheduled_nodes": nodes["active"], "pending_scheduled_nodes": nodes["pending"],
             "is_complete": counted["is_complete"], "is_canceled": counted["is_canceled"]}
 
@@ -16675,7 +16681,7 @@ def verdict(report, on_slurm):
     if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
         return f"The workflow has not been started: torc run {workflow_id}"
     ending = f" ({bad})" if bad else ""
-    if report["active_compute_nodes"] > len(report["dead_runners"]):
+    if report["active_compute_nodes"]:
         return f"The workflow is in progress{ending}."
     queued = report["active_scheduled_nodes"] + report["pending_scheduled_nodes"]
     if queued:
@@ -16705,9 +16711,10 @@ def do_status(args, client):
     if report["walltime_seconds"] or report["total_exec_time_minutes"]:
         print(f"Run time of all jobs: {report['total_exec_time_formatted']}, from first start to "
               f"last end: {report['walltime_formatted']}")
-    dead = report["dead_runners"]
-    print(f"Active runners: {report['active_compute_nodes'] - len(dead)}" + (
-        f" (and {len(dead)} that died: pid {', '.join(map(str, dead))})" if dead else ""))
+    dead, silent = report["dead_runners"], report["silent_runners"]
+    print(f"Active runners: {report['active_compute_nodes']}" + (
+        f" (and {len(dead)} that died: pid {', '.join(map(str, dead))})" if dead else "") + (
+        f" (and {len(silent)} that say nothing, on {plain_names(silent)})" if silent else ""))
     if report["active_scheduled_nodes"] or report["pending_scheduled_nodes"]:
         print(f"Allocations: {report['active_scheduled_nodes']} active, "
               f"{report['pending_scheduled_nodes']} pending")
