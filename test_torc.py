@@ -4602,6 +4602,38 @@ def test_what_cannot_be_seen_in_proc_is_alive(sleeper, monkeypatch):
         assert torc.death_here({**record, "pid_started": 1}) is None
 
 
+WALLS = {"hidepid": ["unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec setpriv '
+                     '--reuid=65534 --clear-groups "$@"', "sh"],
+         "another PID namespace": ["unshare", "-p", "-f", "--mount-proc"]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make namespaces")
+@pytest.mark.parametrize("wall", WALLS)
+def test_a_colleague_who_cannot_see_a_runner_does_not_take_it_for_dead(tmp_path, server, wall):
+    spec = write_spec(tmp_path, {"a": "echo x >> runs; while test ! -e go; do sleep 0.05; done"})
+    runner = start_run(tmp_path, spec, "--url", server.url)
+    until((tmp_path / "runs").exists)
+    place = tmp_path / "colleague"
+    place.mkdir()
+    shutil.copy(TORC, place / "torc.py")
+    for directory in (place, *place.parents):
+        if directory.stat().st_mode & 0o005 != 0o005:
+            directory.chmod(0o755)
+    place.chmod(0o777)
+    with open(place / "log", "w") as log:
+        other = subprocess.Popen([*WALLS[wall], "/usr/bin/python3", "torc.py", "run", "1", "--url", server.url,
+                                  "--allow-owner", "tester"], cwd=place, stdout=log, stderr=log,
+                                 env={**os.environ, "HOME": str(place), "USER": "colleague"})
+    until(lambda: "running workflow 1" in (place / "log").read_text() or other.poll() is not None, 30)
+    time.sleep(7)                         # it looks for the dead every five seconds
+    assert other.poll() is None and (tmp_path / "runs").read_text() == "x\n", (place / "log").read_text()
+    assert server.client().get("/jobs/1")["attempt_id"] == 1
+    (tmp_path / "go").touch()
+    assert (runner.wait(60), other.wait(60)) == (0, 0), (place / "log").read_text()
+    assert (tmp_path / "runs").read_text() == "x\n" and "is gone" not in (place / "log").read_text()
+
+
 def test_a_machine_that_booted_again_has_no_runner_of_before(sleeper):
     _, record = sleeper
     before = {**record, "boot_id": "of before"}
