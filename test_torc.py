@@ -4855,6 +4855,18 @@ def test_a_thread_that_cannot_be_started_ends_no_loop(monkeypatch):
     assert not torc.start_thread(lambda: None)
 
 
+def test_a_node_of_an_allocation_that_starts_none_of_three_jobs_gives_up(monkeypatch):
+    for kind, hopeless in ((torc.Runner, False), (torc.SlurmRunner, True)):
+        runner = kind.__new__(kind)
+        runner.workflow, runner.fault_since = {"compute_node_wait_for_new_jobs_seconds": 90}, time.monotonic()
+        for runner.tries in (1, 2):
+            assert not runner._is_hopeless()
+        runner.tries = 3
+        assert runner._is_hopeless() is hopeless
+        runner.fault_since -= 90
+        assert runner._is_hopeless()
+
+
 def test_a_log_that_cannot_be_written_swallows_nothing(tmp_path, capsys):
     progress = torc.Progress(False, str(tmp_path / "log"))
     good, progress.log = progress.log, os.open("/dev/full", os.O_WRONLY)
