@@ -7954,6 +7954,9 @@ def start_guardian(journal_path, token):
 
 # ---- the journal
 
+ASCII = json.JSONEncoder(separators=(",", ":"))
+
+
 class Journal:
     """What this runner has started and what has ended, for whoever comes after it if it dies.
 
@@ -7976,7 +7979,7 @@ class Journal:
     def add(self, record):
         """Append a record at the next flush."""
         import zlib
-        line = json.dumps(record, separators=(",", ":"))
+        line = ASCII.encode(record)
         with self._lock:
             self._lines.append(f"{zlib.crc32(line.encode()):08x} {line}\n")
 
@@ -8676,7 +8679,7 @@ class Starting:
         return path
 
 
-class Ending:
+class Stopping:
     """The part of a Runner that ends jobs: by a signal to it, at the time limit, over their memory,
     at the server's word. SIGKILL follows what asks them to end."""
 
@@ -9027,7 +9030,8 @@ class Reaping:
                 and not self.handlers.get(job.get("failure_handler_id"))):
             done["status"] = "pending_failed"
         self.journal.add({"end": done, "n": child.start})
-        self.journal.flush()              # this may be a thread, and not the loop
+        if threading.current_thread() is not threading.main_thread():
+            self.journal.flush()          # the loop does so itself, for all of a round
         with self.talk:
             self.ending.pop(child.key, None)
             self.done.append((child.start, done))
@@ -9622,7 +9626,7 @@ class Leaving:
         self.code = code
 
 
-class Runner(Starting, Ending, Reaping, Talking, Acting, Leaving):
+class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     """Runs jobs of one initialized workflow on this machine until nothing is left to do.
 
     Its parts share the jobs: claimed ones in `queue`, processes in `children`, ended ones in
