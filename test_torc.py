@@ -4855,6 +4855,19 @@ def test_a_thread_that_cannot_be_started_ends_no_loop(monkeypatch):
     assert not torc.start_thread(lambda: None)
 
 
+@pytest.mark.parametrize("left, near", [(500, False), (3, True), (None, True)])
+def test_time_that_slurm_has_added_or_suspended_is_asked_for_before_jobs_are_ended(left, near):
+    runner = torc.SlurmRunner.__new__(torc.SlurmRunner)
+    now = time.monotonic()
+    runner.limits, runner.end_time = torc.read_limits({}), now + 10
+    runner.from_slurm, runner.interrupted = True, 0
+    runner._ask_time_left = lambda: left
+    assert runner._is_near(now)
+    assert runner._is_near(now, runner._true_end()) is near
+    runner.from_slurm, runner.end_time = False, now + 10     # the user's own limit, or Slurm's last warning
+    assert runner._is_near(now, runner._true_end())
+
+
 def test_a_node_of_an_allocation_that_starts_none_of_three_jobs_gives_up(monkeypatch):
     for kind, hopeless in ((torc.Runner, False), (torc.SlurmRunner, True)):
         runner = kind.__new__(kind)

@@ -7702,6 +7702,7 @@ GIVE_BACK_S = 0.5                         # a prefetched job not started by then
 RUNTIME_GRACE_S = 120                     # by which a requirement's runtime may exceed what is left
 STOP_LEAD_S = 10.0                        # at most, from SIGTERM to SIGKILL when a job is stopped
 SUBREAPER = 36                            # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+HEARTBEAT_S = 20.0                        # a runner that has nothing to say says so as often
 REST_S = 5.0                              # after a start that failed by the machine's fault
 LEAVE_S = 1.5                             # how long a server that is away is waited for at the end
 DOUBT_S = 0.2                             # a failure waits so long: was it meant for all?
@@ -9150,7 +9151,7 @@ class Talking:
     def _wait_for_cause(self, idle_since):
         """Sleep until there is something to tell or to ask, or the heartbeat is due."""
         lease = self.situation.get("lease_s", 120.0)
-        deadline = time.monotonic() + min(30.0, lease / 4)
+        deadline = time.monotonic() + min(HEARTBEAT_S, lease / 4)
         with self.talk:
             while not (self.returns or self.news):
                 now = time.monotonic()
