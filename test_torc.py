@@ -4894,6 +4894,13 @@ def test_a_log_that_cannot_be_written_swallows_nothing(tmp_path, capsys):
 
 # ---- signals
 
+def test_a_failure_that_waited_to_be_told_ended_when_it_ended(run):
+    ran = run({"a": "date +%s%N > ended; exit 3"})
+    [result] = ran.results()["a"]
+    ended = int((ran.directory / "ended").read_text()) / 1e6
+    assert -2 < torc.parse_time(result["completion_time"]) - ended < 1000 * torc.DOUBT_S
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_for_a_checkpoint_is_handed_on(tmp_path, number):
     name = signal.Signals(number).name

@@ -8213,7 +8213,8 @@ class Child:
         self.script = None                # path of a command too long for an argument
         self.pid = 0
         self.start = 0                    # its number in the journal
-        self.started = 0.0
+        self.started = 0.0                # time.monotonic(),
+        self.ended = None                 # and seconds since the epoch
         self.verdict = None               # why we end it: stop, timeout, oom, interrupt
         self.status = None                # for stop: the status the server wants
         self.kill_at = None               # monotonic time of SIGKILL
@@ -8867,7 +8868,7 @@ class Reaping:
 
     def _exited(self, child, status, usage):
         """A job's process has ended."""
-        now = time.monotonic()
+        now, child.ended = time.monotonic(), time.time()
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
         if child.script:
             with contextlib.suppress(OSError):
@@ -8964,7 +8965,7 @@ class Reaping:
         job = child.job
         done = {"job_id": job["id"], "run_id": job["run_id"], "attempt_id": job["attempt_id"],
                 "status": status, "return_code": code, "exec_time_minutes": elapsed / 60,
-                "completion_time": iso_time(time.time())}
+                "completion_time": iso_time(child.ended or time.time())}
         if self.limits.monitor:
             done.update(self._usage(child, elapsed, usage))
         done.update(child.figures)
