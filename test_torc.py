@@ -9740,9 +9740,9 @@ ENDINGS = {"traps": "trap 'exit 3' TERM; sleep 300 & wait $!", "sleeps": "exec s
 
 @pytest.mark.slurm
 def test_jobs_that_fail_as_their_allocation_is_canceled_have_not_failed(cluster):
-    site = Site(cluster, "together")
+    site = Site(cluster, "struck")
     jobs = {f"{name}{number}": command for name, command in ENDINGS.items() for number in (1, 2)}
-    numbers = site.submit(allocation_spec(cluster, "together", jobs, number=2, scheduler={"ntasks_per_node": 4}))
+    numbers = site.submit(allocation_spec(cluster, "struck", jobs, number=2, scheduler={"ntasks_per_node": 4}))
     site.until(dict.fromkeys(jobs, "running"))
     cluster.run("scancel", *numbers)
     site.until(dict.fromkeys(jobs, "ready"), seconds=30)
