@@ -10520,7 +10520,7 @@ class FaultGame:
         while len(self.runners) < 2:
             self.runners.append(start_run(self.directory, 1, "--url", self.server.url, "--max-parallel-jobs", 3))
 
-    def pause(self, least=0.0, most=0.3):
+    def pause(self, least=0.0, most=0.2):
         time.sleep(self.chance.uniform(least, most))         # the moment is to be random
 
     def move(self):
@@ -10549,13 +10549,13 @@ class FaultGame:
         with contextlib.suppress(OSError), open(self.output / "ballast", "wb", buffering=0) as file:
             while self.mounted and file.write(b"x" * 65536):
                 pass
-        self.pause(0.2, 0.6)
+        self.pause(0.1, 0.4)
         (self.output / "ballast").unlink(missing_ok=True)
 
     def lose(self):
         with contextlib.suppress(OSError):
             (self.output / "job_stdio").rename(self.output / "lost")
-            self.pause(0.2, 0.6)
+            self.pause(0.1, 0.4)
             (self.output / "lost").rename(self.output / "job_stdio")
 
     def play(self):
@@ -10581,7 +10581,7 @@ def test_a_game_of_faults_loses_and_repeats_nothing(tmp_path):
     """200 rounds; the traces of all jobs must agree with what is said of them."""
     seed = int(os.environ.get("TORC_TEST_SEED", time.time_ns() % 10**6))
     print(f"TORC_TEST_SEED={seed}")
-    game = FaultGame(tmp_path, seed, 1500)
+    game = FaultGame(tmp_path, seed, 1000)
     try:
         for _ in range(200):
             game.play()
