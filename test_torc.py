@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import math
 import os
 import py_compile
 import random
@@ -218,7 +219,7 @@ VALUES = {                                # a valid value of each type of field
     "bool": True, "any": {"k": [1, None]}, "status": "completed", "final": "completed", "count": 3, "map": {},
     "time": "2026-01-02T03:04:05Z", "positive": 3, "memory": "2g", "duration": "PT5M", "json": "{}", "ids": [1],
     "statuses": "failed,ready", "strs": ["x"], "maps": [], "list": [], "pairs": [[1, 1]], "sizes": [[1, 1, 0]],
-    "size": [1, 1, 0]}
+    "size": [1, 1, 0], "name": "text"}
 NAMED_VALUES = {"role": "admin", "trigger_type": "on_workflow_start", "action_type": "run_commands",
                 "action_config": {"commands": ["true"]}, "workflow": {"name": "w", "user": "tester"}}
 
@@ -1673,8 +1674,13 @@ def test_a_killed_runner_does_not_leave_jobs_running_for_ever(store, api):
     heard = store.heard[runner.node]
     assert torc.expired_nodes(store, heard + 20 * 60, 0)[0] == []
     assert torc.expired_nodes(store, heard + 20 * 60 + 61, 0)[0] == [runner.node]
+    with store.transaction():             # it has spoken since somebody looked
+        torc.expire_node(store, runner.node, time.time(), -math.inf)
+    assert statuses(api, workflow_id)["a"] == "running"
+    store.heard[runner.node] = -math.inf
+    assert torc.expired_nodes(store, heard + 1, heard)[0] == []          # the server itself was frozen
     with store.transaction():
-        torc.expire_node(store, runner.node, time.time())
+        torc.expire_node(store, runner.node, time.time(), -math.inf)
     assert statuses(api, workflow_id) == dict(a="failed", b="canceled", x="ready")
     # Its journal turns up later: the real end replaces the -128 and frees what that canceled.
     runner.number = 0
@@ -4423,7 +4429,9 @@ def test_an_action_of_a_dead_runner_is_pending_again_one_of_torcs_is_not(client)
     runner, torcs = Conversation(client, workflow_id, boot_id="b"), make_node(client, workflow_id)
     for action_id, node in zip(ids, (runner.node, runner.node, torcs)):
         client.post(f"{path}/{action_id}/claim", {"compute_node_id": node})
-    client.put(f"{path}/{ids[1]}/claim")                     # that one has been carried out
+    with pytest.raises(torc.Conflict, match="no longer claimed by this compute node"):
+        client.put(f"{path}/{ids[1]}/claim", compute_node_id=torcs)
+    client.put(f"{path}/{ids[1]}/claim", compute_node_id=runner.node)    # that one has been carried out
     for node in (runner.node, torcs):
         client.post(f"/compute_nodes/{node}/release")
     assert [action["id"] for action in client.get(f"{path}/pending")] == [ids[0]]
@@ -4465,6 +4473,93 @@ def test_status_does_not_call_a_silent_runner_active(server, cli):
         store.heard[1] = time.monotonic() - 100          # the server has not heard of it for so long
         report = torc.workflow_report(torc.LocalClient(store.path, "tester", store), workflow_id)
     assert (report["active_compute_nodes"], report["silent_runners"]) == (0, ["c9"])
+
+
+def test_an_action_that_somebody_else_has_ends_no_runner(client):
+    """torc submit and watch claim actions without a compute node."""
+    workflow_id, _ = make(client, {"a": []})
+    path = f"/workflows/{workflow_id}/actions"
+    action = client.post(path, {"workflow_id": workflow_id, "trigger_type": "on_worker_start", "trigger_count": 1,
+                                "action_type": "run_commands", "action_config": {"commands": ["true"]}})
+    client.post(f"{path}/{action['id']}/claim", {})
+    runner = torc.Runner(client, workflow_id)
+    runner.node_id, runner.tokens = make_node(client, workflow_id), False
+    assert runner._claim_action(client, action) is False
+
+
+def test_each_runner_of_a_persistent_action_has_a_token_of_its_own(walls):
+    alice = walls[1]["alice"]
+    workflow_id, _ = make(alice, {"a": []})
+    path = f"/workflows/{workflow_id}/actions"
+    action = alice.post(path, {"workflow_id": workflow_id, "trigger_type": "on_worker_start", "trigger_count": 1,
+                               "action_type": "run_commands", "persistent": True,
+                               "action_config": {"commands": ["true"]}})["id"]
+    nodes = [make_node(alice, workflow_id, boot_id="b") for _ in range(3)]
+    def enters(token):
+        try:
+            return bool(torc.Client(walls[0].url, "alice", token).get(f"/workflows/{workflow_id}"))
+        except torc.Forbidden:
+            return False
+    tokens = [alice.post(f"{path}/{action}/claim", {"compute_node_id": node, "tokens": True})["token"] for node in nodes]
+    assert list(map(enters, tokens)) == [True] * 3
+    alice.put(f"{path}/{action}/claim", compute_node_id=nodes[1])
+    assert list(map(enters, tokens)) == [True, False, True]
+    alice.post(f"/compute_nodes/{nodes[2]}/release")
+    assert list(map(enters, tokens)) == [True, False, False]
+    alice.post(f"/workflows/{workflow_id}/initialize_jobs")
+    assert list(map(enters, tokens)) == [False] * 3
+
+
+def test_a_path_that_can_be_none_is_refused_and_ends_no_runner(client):
+    workflow_id, _ = make(client, {"a": []})
+    with pytest.raises(torc.Invalid, match="path: 'a.x00b' is not a string"):
+        client.post("/files", {"workflow_id": workflow_id, "name": "f", "path": "a\0b"})
+    runner = torc.Runner(client, workflow_id)
+    assert runner._outputs({"output_files": [{"id": 1, "path": "a\0b"}]}) == ([], ["a\0b"])
+
+
+@pytest.mark.slow
+def test_a_server_that_is_lost_while_an_action_is_at_work_does_not_hold_the_runner(tmp_path):
+    server = Server(tmp_path / "x.db")
+    spec = write_spec(tmp_path, {"a": "true"}, compute_node_wait_for_healthy_database_minutes=0, actions=[{
+        "trigger_type": "on_jobs_complete", "jobs": ["a"], "action_type": "run_commands",
+        "commands": ["touch ../acting; while test ! -e ../go; do sleep 0.05; done"]}])
+    runner = start_run(tmp_path, spec, "--url", server.url)
+    until((tmp_path / "acting").exists)
+    server.kill()
+    until(lambda: "the jobs go on" in (tmp_path / "run.log").read_text())
+    time.sleep(1)
+    assert runner.poll() is None          # its script is at work
+    (tmp_path / "go").touch()
+    assert runner.wait(60) == 1
+
+
+@pytest.mark.slow
+def test_a_ready_job_that_is_for_another_scheduler_makes_nobody_run_hot(tmp_path, server):
+    client, steps = server.client(), []
+    workflow_id, ids = make(client, {"a": []}, start=False)
+    client.put(f"/workflows/{workflow_id}", {"compute_node_wait_for_new_jobs_seconds": 3})
+    schedulers = [client.post("/slurm_schedulers", {"workflow_id": workflow_id, "name": name, "account": "x",
+                                                    "nodes": 1, "walltime": "01:00:00"})["id"] for name in "st"]
+    client.put(f"/jobs/{ids['a']}", {"scheduler_id": schedulers[0]})
+    client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    script = textwrap.dedent(f"""
+        import torc, os
+        class Strict(torc.Runner):
+            def _claim_values(self):
+                return {{"scheduler_config_id": {schedulers[1]}, "strict_scheduler_match": True}}
+        raise SystemExit(Strict(torc.Client(os.environ["URL"]), {workflow_id}).run())""")
+    with gateway(server, lambda path, _: steps.append(path)) as url:
+        done = subprocess.run([PYTHON, "-c", script], cwd=tmp_path, timeout=60, capture_output=True, text=True,
+                              env={**os.environ, "URL": url, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 3, done.stderr
+    assert sum(path.endswith("runner_step") for path in steps) < 20
+
+
+def test_a_recovery_script_that_can_be_no_process_is_not_tried_for_ever(run):
+    ran = run({"a": {"command": "exit 3", "failure_handler": "h"}}, failure_handlers=[
+        {"name": "h", "rules": [{"exit_codes": [3], "max_retries": 1, "recovery_script": "echo " + "x" * 200_000}]}])
+    assert ran.code == 1 and [row["status"] for row in ran.results()["a"]] == ["failed"]
 
 
 # ---- Slurm that answers badly
@@ -4861,7 +4956,7 @@ def test_time_that_slurm_has_added_or_suspended_is_asked_for_before_jobs_are_end
     now = time.monotonic()
     runner.limits, runner.end_time = torc.read_limits({}), now + 10
     runner.from_slurm, runner.interrupted = True, 0
-    runner._ask_time_left = lambda: left
+    runner._ask_time_left = lambda **how: left
     assert runner._is_near(now)
     assert runner._is_near(now, runner._true_end()) is near
     runner.from_slurm, runner.end_time = False, now + 10     # the user's own limit, or Slurm's last warning

@@ -592,7 +592,7 @@ KINDS = {kind.table: kind for kind in (
         id                  int     server
         workflow_id         int     required > workflow
         name                str     required    spec name!
-        path                str     required    spec name!
+        path                name    required    spec name!
         st_mtime            float               spec float"""),
         filters="name path", ops="create list clear get delete"),
     Kind("user data", "user_data", "/user_data", fields("""
@@ -2233,9 +2233,15 @@ ALTER TABLE workflow_action ADD COLUMN wait_until INTEGER NOT NULL DEFAULT 0;   
 UPDATE workflow_action SET done = executed;
 -- Digests of what jobs and actions at work may use as a password: see Access.
 ALTER TABLE job ADD COLUMN token TEXT;
-ALTER TABLE workflow_action ADD COLUMN token TEXT;
 CREATE INDEX job_token ON job (token) WHERE token IS NOT NULL;
-CREATE INDEX workflow_action_token ON workflow_action (token) WHERE token IS NOT NULL
+CREATE TABLE action_token (               -- several runners may carry out a persistent action
+    token TEXT PRIMARY KEY,
+    action_id INTEGER NOT NULL REFERENCES workflow_action ON DELETE CASCADE,
+    compute_node_id INTEGER NOT NULL REFERENCES compute_node ON DELETE CASCADE
+) WITHOUT ROWID;
+CREATE INDEX action_token_action ON action_token (action_id);
+CREATE INDEX action_token_node ON action_token (compute_node_id);
+ALTER TABLE scheduled_compute_node ADD COLUMN action_id INTEGER      -- that asked for it
 """
 # Step n brings a database from user_version n to n + 1.
 MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
@@ -3108,6 +3114,8 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
     settle(store, workflow_id)
     store.execute("DELETE FROM workflow_action WHERE workflow_id = ? AND is_recovery = 1",
                   (workflow_id,))
+    store.execute("DELETE FROM action_token WHERE action_id IN (SELECT id FROM workflow_action"
+                  " WHERE workflow_id = ?)", (workflow_id,))
     store.execute(
         "UPDATE workflow_action SET executed = 0, executed_by = NULL, done = 0, submitted = 0,"
         " tries = 0, wait_until = 0, trigger_count = CASE WHEN"
@@ -3564,12 +3572,13 @@ def close_node(store, node_id, now):
         tell_node(store, node_id, started=False)
     store.execute(f"UPDATE job SET compute_node_id = NULL WHERE compute_node_id = ? AND status"
                   f" NOT IN ({PENDING}, {RUNNING})", (node_id,))
+    store.execute("DELETE FROM action_token WHERE compute_node_id = ?", (node_id,))
     for workflow_id, in store.query(      # a runner of Torc's never says when it has done one
             "SELECT DISTINCT a.workflow_id FROM workflow_action a JOIN compute_node n ON n.id ="
             " a.executed_by WHERE n.id = ? AND n.boot_id <> '' AND a.executed AND NOT"
             " a.done", (node_id,)):
         store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by ="
-                      " NULL, token = NULL WHERE executed_by = ? AND NOT done", (node_id,))
+                      " NULL WHERE executed_by = ? AND NOT done", (node_id,))
         store.news(workflow_id)
     store.heard.pop(node_id, None)
 
@@ -3623,9 +3632,11 @@ def release_node(store, node_id, now, evidence, ended=None):
     return requeued, others
 
 
-def expire_node(store, node_id, now):
-    """In a transaction: a node's lease ran out. Its running jobs fail with -128, its pending ones
-    are ready again with the next attempt."""
+def expire_node(store, node_id, now, started):
+    """In a transaction: a node's lease ran out, if that is still so. Its running jobs fail with
+    -128, its pending ones are ready again with the next attempt."""
+    if node_id not in expired_nodes(store, time.monotonic(), started)[0]:
+        return
     for minutes, in store.query(
             "SELECT w.compute_node_wait_for_healthy_database_minutes FROM compute_node n JOIN"
             " workflow w ON w.id = n.workflow_id WHERE n.id = ? AND n.is_active = 1", (node_id,)):
@@ -3644,7 +3655,7 @@ def expired_nodes(store, now, started):
     for node_id, minutes in store.query(
             "SELECT n.id, w.compute_node_wait_for_healthy_database_minutes FROM compute_node n"
             " JOIN workflow w ON w.id = n.workflow_id WHERE n.is_active = 1 AND n.beats = 1"):
-        left = store.heard.get(node_id, started) + lease_s(minutes) - now
+        left = max(store.heard.get(node_id, started), started) + lease_s(minutes) - now
         if left <= 0:
             expired.append(node_id)
         else:
@@ -3862,16 +3873,24 @@ def claim_action(store, workflow_id, action_id, node_id, now):
                   " done = 0 WHERE id = ?", (not row[1], iso_time(now), node_id, action_id))
 
 
-def leave_action(store, workflow_id, action_id, now, done):
+def leave_action(store, workflow_id, action_id, node_id, now, done):
     """In a transaction: whoever claimed an action has carried it out, or cannot: then it is pending
-    again after a minute, and twice as long each further time. Raises NotFound."""
-    if not store.execute(
-            "UPDATE workflow_action SET done = 1, token = NULL WHERE id = ? AND workflow_id = ?"
-            if done else "UPDATE workflow_action SET executed = 0, token = NULL, executed_at ="
-            " NULL, executed_by = NULL, tries"
-            f" = tries + 1, wait_until = {int(now)} + min(3600, 60 << min(tries, 6)) WHERE id = ?"
-            " AND workflow_id = ?", (action_id, workflow_id)):
+    again after a minute, and twice as long each further time. Raises NotFound; Conflict when it is
+    another's by now."""
+    row = store.one("SELECT persistent, executed_by FROM workflow_action WHERE id = ? AND"
+                    " workflow_id = ?", (action_id, workflow_id))
+    if not row:
         raise NotFound(f"Workflow action not found with ID: {action_id}")
+    if not row[0] and row[1] != node_id:
+        raise Conflict(f"action {action_id} is no longer claimed by this compute node")
+    store.execute("DELETE FROM action_token WHERE action_id = ? AND compute_node_id = ?",
+                  (action_id, node_id))
+    store.execute(
+        "UPDATE workflow_action SET done = 1, executed = NOT persistent, submitted = CASE WHEN"
+        " persistent THEN 0 ELSE submitted END WHERE id = ?" if done else
+        "UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by = NULL, tries ="
+        f" tries + 1, wait_until = {int(now)} + min(3600, 60 << min(tries, 6)) WHERE id = ?",
+        (action_id,))
     store.news(workflow_id)
 
 
@@ -5486,21 +5505,21 @@ def token_digest(user, token):
     return hashlib.sha256(f"{user}\0{token}".encode()).hexdigest()
 
 
-def give_token(store, table, record_id, user):
-    """In a transaction: a new token for a job or action, good as this user's password for its
-    workflow while it is at work; what it had before is void."""
+def give_token(store, user, sql, params):
+    """In a transaction: a new token, good as this user's password for a workflow while a job or
+    action of it is at work. sql: keeps its digest, the first parameter, with that."""
     import secrets
     token = TOKEN_MARK + secrets.token_urlsafe(24)
-    store.execute(f"UPDATE {table} SET token = ? WHERE id = ?",
-                  (token_digest(user, token), record_id))
+    store.execute(sql, (token_digest(user, token), *params))
     return token
 
 
 def workflow_of_token(store, user, token):
     """The id of the workflow that a token is good for, or None."""
     digest = token_digest(user, token)
-    row = store.one("SELECT workflow_id FROM job WHERE token = ? UNION ALL SELECT workflow_id FROM"
-                    " workflow_action WHERE token = ?", (digest, digest))
+    row = store.one("SELECT workflow_id FROM job WHERE token = ? UNION ALL SELECT a.workflow_id FROM"
+                    " action_token x JOIN workflow_action a ON a.id = x.action_id WHERE x.token = ?",
+                    (digest, digest))
     return row and row[0]
 
 
@@ -6181,7 +6200,8 @@ def runner_step_request(request, workflow_id):
     answer = runner_step(request.store, workflow_id, request.body, request.now)
     if request.body.get("tokens") and request.access.gate and request.user:
         for job in answer["jobs"]:
-            job["token"] = give_token(request.store, "job", job["id"], request.user)
+            job["token"] = give_token(request.store, request.user,
+                                      "UPDATE job SET token = ? WHERE id = ?", (job["id"],))
     return answer
 
 
@@ -6424,9 +6444,6 @@ def release_compute_node(request, node_id):
 def create_scheduled_node(request):
     """Store a scheduled compute node; once=true (ours): the one there is for this Slurm job."""
     kind, store, values = KINDS["scheduled_compute_node"], request.store, request.body
-    if "action_id" in request.query:      # which asks for one less when it goes on
-        store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
-                      " workflow_id = ?", (request.query["action_id"], values["workflow_id"]))
     row = request.query["once"] and store.one(
         "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
         " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL) ORDER BY cluster IS NULL",
@@ -6435,8 +6452,14 @@ def create_scheduled_node(request):
     if row:
         store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE id ="
                       " ?", (values.get("cluster"), row[0]))
-        return fetch(store, kind, row[0])
-    made = create_record(request, kind)
+    made = fetch(store, kind, row[0]) if row else create_record(request, kind)
+    action_id = request.query.get("action_id")
+    if store.execute("UPDATE scheduled_compute_node SET action_id = ? WHERE id = ? AND action_id IS"
+                     " NULL AND ? IS NOT NULL", (action_id, made["id"], action_id)):
+        store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
+                      " workflow_id = ?", (action_id, values["workflow_id"]))
+    if row:
+        return made
     store.tell(values["workflow_id"], "scheduler_node_created", "info", {
         "category": "scheduler", "scheduled_compute_node_id": made["id"],
         **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
@@ -6497,23 +6520,27 @@ def get_pending_actions(request, workflow_id):
 
 def claim_action_request(request, workflow_id, action_id):
     """Take an action; the loser of a race gets Conflict."""
-    claim_action(request.store, workflow_id, action_id, request.body.get("compute_node_id"),
-                 request.now)
+    node_id = request.body.get("compute_node_id")
+    claim_action(request.store, workflow_id, action_id, node_id, request.now)
     answer = {"success": True, "action_id": action_id}
-    if request.body.get("tokens") and request.access.gate and request.user:
-        answer["token"] = give_token(request.store, "workflow_action", action_id, request.user)
+    if node_id and request.body.get("tokens") and request.access.gate and request.user:
+        answer["token"] = give_token(request.store, request.user,
+                                     "INSERT INTO action_token VALUES (?, ?, ?)",
+                                     (action_id, node_id))
     return answer
 
 
 def unclaim_action_request(request, workflow_id, action_id):
     """An action that was claimed could not be carried out: it will be pending again (ours)."""
-    leave_action(request.store, workflow_id, action_id, request.now, done=False)
+    leave_action(request.store, workflow_id, action_id, request.query.get("compute_node_id"),
+                 request.now, done=False)
     return {"success": True, "action_id": action_id}
 
 
 def finish_action_request(request, workflow_id, action_id):
     """An action that was claimed has been carried out (ours)."""
-    leave_action(request.store, workflow_id, action_id, request.now, done=True)
+    leave_action(request.store, workflow_id, action_id, request.query.get("compute_node_id"),
+                 request.now, done=True)
     return {"success": True, "action_id": action_id}
 
 
@@ -6800,8 +6827,10 @@ ROUTES = (
      "trigger_type strs, waiting bool = false", None),
     ("POST",   WF + "/actions/<action:int>/claim", claim_action_request,      "",
      fields("compute_node_id int > compute_node, tokens bool"), PERSON),
-    ("DELETE", WF + "/actions/<action:int>/claim", unclaim_action_request,    "", None, PERSON),
-    ("PUT",    WF + "/actions/<action:int>/claim", finish_action_request,     "", None, PERSON),
+    ("DELETE", WF + "/actions/<action:int>/claim", unclaim_action_request,
+     "compute_node_id int", None, PERSON),
+    ("PUT",    WF + "/actions/<action:int>/claim", finish_action_request,
+     "compute_node_id int", None, PERSON),
     ("POST",   "/jobs",                         create_job,                   "", "job"),
     ("POST",   "/bulk_jobs",                    create_bulk_jobs,             "",
      fields("jobs parts:job required"), ITSELF),
@@ -7855,13 +7884,21 @@ def death_here(record):
 
 # ---- ending processes
 
+def pids():
+    """Numbers of all processes that can be seen, as strings."""
+    try:
+        return [name for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:                       # no descriptor is left: there will be
+        return []
+
+
 def marked_processes(token):
     """[(pid, (job, run, attempt)), ...] of this user's processes whose environment names the
     runner; an action's have (0, 0, 0)."""
     mark, found = f"TORC_RUNNER={token}".encode(), []
     names = (b"TORC_JOB_ID", b"TORC_RUN_ID", b"TORC_ATTEMPT_ID")
-    for name in os.listdir("/proc"):
-        words = read_bytes(f"/proc/{name}/environ").split(b"\0") if name.isdigit() else ()
+    for name in pids():
+        words = read_bytes(f"/proc/{name}/environ").split(b"\0")
         if mark in words:
             values = dict(word.partition(b"=")[::2] for word in words)
             found.append((int(name), tuple(int(values.get(one) or 0) for one in names)))
@@ -7916,7 +7953,7 @@ def kill_leftovers(token, leaders, seconds=10.0):
 
 def group_lives(pgid):
     """Whether a process group has a member that is not a zombie."""
-    for words in (process_stat(name) for name in os.listdir("/proc") if name.isdigit()):
+    for words in map(process_stat, pids()):
         if words and int(words[2]) == pgid and words[0] not in (b"Z", b"X"):
             return True
     return False
@@ -8091,7 +8128,10 @@ def release(client, node, evidence, **ended):
 def journals_in(directory, server_id, workflow_id):
     """Paths of the journals of a workflow of this very database."""
     folder = os.path.join(directory, "journal")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:                       # there is none, or it is another user's
+        return []
     return [os.path.join(folder, name) for name in names
             if name.startswith(f"{server_id}_wf{workflow_id}_n")]
 
@@ -8110,7 +8150,7 @@ def clean_up(client, path):
         number = replay_journal(client, records)
     except NotFound:
         number = 0                        # workflow or node was deleted: nobody wants it
-    with contextlib.suppress(FileNotFoundError):        # another successor was as quick
+    with contextlib.suppress(OSError):    # another successor was as quick, or it is not ours
         os.unlink(path)
     return said + ([f"{plural(number, 'result')} of the runner with pid {header['pid']}, which had "
                     f"died, {'was' if number == 1 else 'were'} handed in"] if number else [])
@@ -8350,7 +8390,7 @@ class Sampler:
 
     def processes(self):
         """{pid: (parent, session, CPU ticks)} of all processes."""
-        stats = {int(name): process_stat(name) for name in os.listdir("/proc") if name.isdigit()}
+        stats = {int(name): process_stat(name) for name in pids()}
         return {pid: (int(words[1]), int(words[3]), int(words[11]) + int(words[12]))
                 for pid, words in stats.items() if words}
 
@@ -8547,7 +8587,13 @@ class Starting:
                         break             # those behind it need as much
             self.queue.extendleft(reversed(kept))
         for job, places in ready:
-            self._spawn(job, places)
+            if not self.draining:
+                self._spawn(job, places)
+                continue
+            with self.lock:               # meanwhile it was decided to end
+                self.room.leave(self.need(job), places)
+                self.ending.pop(self._key(job), None)
+                self.returns.append(job)
 
     @staticmethod
     def _key(job):
@@ -8592,7 +8638,7 @@ class Starting:
             self.ending.pop(child.key, None)
             self.starts.append({"job_id": job["id"], "attempt_id": job["attempt_id"]})
             if len(self.starts) == 1:
-                self.talk.notify()        # so that it is told soon, if the job lasts
+                self.talk.notify_all()        # so that it is told soon, if the job lasts
 
     def _give_back(self, child):
         """The room of a job that has ended, or could not be started, is free."""
@@ -8610,7 +8656,7 @@ class Starting:
             self.ending.pop(child.key, None)
             self.returns += [child.job, *(job for job, _ in self.queue)]
             self.queue.clear()
-            self.talk.notify()
+            self.talk.notify_all()
         if not self.fault:
             self.fault_since = now
             self.say(f"jobs cannot be started here now: {reason}; trying again")
@@ -8716,7 +8762,7 @@ class Stopping:
             self._end(list(self.children.values()), "interrupt")
         if self.interrupted:
             with self.talk:
-                self.talk.notify()
+                self.talk.notify_all()
 
     def _drain(self):
         """No more starts; what is queued goes back."""
@@ -8724,7 +8770,7 @@ class Stopping:
             self.draining = True
             self.returns += [job for job, _ in self.queue]
             self.queue.clear()
-            self.talk.notify()
+            self.talk.notify_all()
 
     def _end_scripts(self, number):
         """Signal the commands of actions and the recovery scripts that are at work; SIGKILL is to
@@ -8823,6 +8869,7 @@ class Stopping:
         self._end(list(self.children.values()), "interrupt")
         self.wake()
         while self.children or self.ending or self.acting:
+            self._end(list(self.children.values()), "interrupt")     # one may just have begun
             with self.talk:
                 self.talk.wait(0.2)
         if not self.gone:
@@ -8929,7 +8976,7 @@ class Reaping:
         for file in job["output_files"]:
             try:
                 present.append({"id": file["id"], "st_mtime": os.stat(file["path"]).st_mtime})
-            except OSError:
+            except (OSError, ValueError):            # or a path that can be none
                 missing.append(file["path"])
         return present, missing
 
@@ -8988,8 +9035,9 @@ class Reaping:
         if rule and rule.get("recovery_script"):
             self._ask()
             if not start_thread(self._recover, child, done, rule):
-                self.doubts.append((time.monotonic() + REST_S, child, (
-                    status, code, elapsed, usage, "", files)))       # once more, later
+                with self.lock:           # once more, later
+                    self.doubts.append((time.monotonic() + REST_S, child, (
+                        status, code, elapsed, usage, "", files)))
             return
         if rule:
             done["requeue"] = True
@@ -9005,6 +9053,7 @@ class Reaping:
     def _recover(self, child, done, rule):
         """Run a recovery script; only if it succeeds is the job ready again (a thread)."""
         path, code = child.files.error_path() or os.devnull, None
+        until = time.monotonic() + self._patience_s()
         while not self.draining:
             try:
                 code = self._run_script(rule["recovery_script"], path, {
@@ -9013,8 +9062,11 @@ class Reaping:
             except ValueError as error:   # a script that can be no process
                 code = str(error)
                 break
-            except OSError:               # this machine's fault, and not the script's
-                self.ended.wait(REST_S)
+            except OSError as error:
+                if error.errno in JOB_FAULTS or time.monotonic() > until:
+                    code = error.strerror
+                    break
+                self.ended.wait(REST_S)   # this machine's fault, and not the script's
         if code == 0 or self.draining:    # cut short by our end: the next runner tries again
             done["requeue"] = True
         else:
@@ -9040,7 +9092,7 @@ class Reaping:
             if len(self.done) == 1:
                 self.done_since = time.monotonic()
             if len(self.done) == 1 or len(self.queue) < ENOUGH_AHEAD:
-                self.talk.notify()
+                self.talk.notify_all()
         if done["status"] in ("failed", "pending_failed", "terminated") and not self.interrupted:
             then = f" (torc logs {job['id']})"
             if done.get("requeue"):
@@ -9097,9 +9149,12 @@ class Talking:
         self.step = 0
         self.gone = False                 # the workflow was deleted
         self.code = None                  # exit code once decided
+        self.talker = None                # the thread
+        self.fitted_at = None             # generation at which something ready was to fit here
 
     def _talker(self):
         """Send what has happened, take new jobs, decide when to leave."""
+        self.talker = threading.current_thread()
         try:
             self._converse()
         except NotFound as error:
@@ -9207,6 +9262,16 @@ class Talking:
         self._take(answer, told, starts, returns, claim)
         return answer
 
+    def _beat(self):
+        """Tell the server that we are alive, and nothing else."""
+        with self.lock:
+            held = [[job["id"], job["attempt_id"]] for job in self._held()]
+        self.step += 1
+        with contextlib.suppress(TorcError):
+            self.client.post(f"/workflows/{self.workflow_id}/runner_step", {
+                "compute_node_id": self.node_id, "step": self.step, "held": held})
+            self.lease_at = time.monotonic()
+
     def _held(self):
         """Jobs that are here and not reported yet."""
         yield from (job for job, _ in self.queue)
@@ -9296,7 +9361,7 @@ class Talking:
         if away > lease:
             with self.lock:
                 self.queue.clear()
-                idle = not (self.children or self.ending or self.acting)
+                idle = not (self.children or self.ending or self.scripts)
             if idle:
                 raise Unreachable(f"{error}; it has been away for {format_duration(away)}, as long "
                                   "as the workflow allows: the results wait in the journal")
@@ -9327,25 +9392,22 @@ class Talking:
                     for child in self.children.values()}
         if told:
             self.journal.add({"ok": [number for number, _ in told]})
-        for stop in answer["stop"]:
-            self._stop(stop, held)
+        self._stop(answer["stop"], held)
         if answer.get("counts"):
             self.progress.update(answer["counts"])
         if answer["pending_actions"]:
             self._start_actions()
         self.wake()
 
-    def _stop(self, stop, held):
-        """The server wants a job ended (or has given it to somebody else)."""
-        key = stop["job_id"], stop["attempt_id"]
-        status = stop["status"] if stop["status"] in ("canceled", "terminated") else "canceled"
-        child = held.get(key)
-        if child:
-            self._end([child], "stop", status)
-            return
+    def _stop(self, stops, held):
+        """The server wants jobs ended (or has given them to somebody else)."""
+        wanted = {(stop["job_id"], stop["attempt_id"]): stop["status"] for stop in stops}
+        for status in ("canceled", "terminated"):
+            self._end([held[key] for key, name in wanted.items() if key in held and (
+                name == "terminated") == (status == "terminated")], "stop", status)
         with self.lock:                   # claimed, not started: simply forgotten
             for entry in list(self.queue):
-                if (entry[0]["id"], entry[0]["attempt_id"]) == key:
+                if (entry[0]["id"], entry[0]["attempt_id"]) in wanted:
                     self.queue.remove(entry)
 
     def _listener(self):
@@ -9373,7 +9435,7 @@ class Talking:
         """Make the talker send a step now."""
         with self.talk:
             self.news = True
-            self.talk.notify()
+            self.talk.notify_all()
 
 
 class Acting:
@@ -9403,7 +9465,7 @@ class Acting:
         client = self.client.clone()
         try:
             self.run_actions(client, JOB_TRIGGERS)
-        except TorcError as error:
+        except Exception as error:        # whatever it is, the jobs go on
             self.say(f"actions: {error}")
         finally:
             client.close()
@@ -9439,7 +9501,8 @@ class Acting:
                 self._schedule_nodes
             if carry_out(client, action):     # else it is given back when this runner leaves
                 path = f"/workflows/{self.workflow_id}/actions/{action['id']}/claim"
-                self._patiently(lambda: client.put(path))
+                with contextlib.suppress(Conflict):          # it was another's by then
+                    self._patiently(lambda: client.put(path, compute_node_id=self.node_id))
 
     def _schedule_nodes(self, client, action):
         """Submit the allocations of an action; says whether all of them are there. The rest is for
@@ -9450,7 +9513,8 @@ class Acting:
         except TorcError as error:
             self.say(f"action {action['id']}: {error}")
             with contextlib.suppress(TorcError):
-                client.delete(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim")
+                client.delete(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim",
+                              compute_node_id=self.node_id)
             return False
 
     def _claim_action(self, client, action):
@@ -9462,7 +9526,7 @@ class Acting:
             action["token"] = answer.get("token", "")
             return True
         except Conflict:                  # or it is ours, and the answer that said so was lost
-            return any(one["id"] == action["id"] and one["executed_by"] == self.node_id
+            return any(one["id"] == action["id"] and one.get("executed_by") == self.node_id
                        for one in self._patiently(lambda: client.get(actions)))
 
     def _run_commands(self, client, action):
@@ -9498,7 +9562,13 @@ class Acting:
                     [self.bash, "-c", script], cwd=cwd, stdin=subprocess.DEVNULL, stdout=file,
                     stderr=file, start_new_session=True, env=environment)
                 self.scripts[process] = None
-            code = process.wait()
+            while True:
+                try:
+                    code = process.wait(HEARTBEAT_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    if threading.current_thread() is self.talker:    # which is what tells else
+                        self._beat()
         with self.lock:
             del self.scripts[process]
         return code
@@ -9513,7 +9583,7 @@ class Leaving:
                 "compute_node_ignore_workflow_completion"):
             self.run_actions(self.client, ("on_workflow_complete",))
             return self._verdict()
-        if self.fault:
+        if self.fault and not self.draining:
             if not self._is_hopeless():
                 return None
             self.say(f"jobs cannot be started on this machine: {self.fault}; `torc run "
@@ -9531,13 +9601,14 @@ class Leaving:
             return None
         fitting = [entry for entry in report["ready"]
                    if entry["count"] > entry["stopping"] and self._could_run(entry)]
-        if fitting:
+        if fitting and self.fitted_at != answer["generation"]:
+            self.fitted_at = answer["generation"]
             self.news = True              # it became ready just now
             return None
         stopping = any(entry["stopping"] for entry in report["ready"])
         waited = idle_since is not None and time.monotonic() - idle_since >= self._patience_s()
         ignoring = answer["is_complete"] and not answer["is_canceled"]
-        if (others or self._coming(report) or stopping or ignoring) and not waited:
+        if (others or self._coming(report) or stopping or ignoring or fitting) and not waited:
             return None
         if ignoring:
             return self._verdict()
@@ -9750,7 +9821,8 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self._become_subreaper()
         handlers = [rule for rule in self.client.items(
             f"/workflows/{self.workflow_id}/failure_handlers")]
-        self.handlers = {handler["id"]: json.loads(handler["rules"]) for handler in handlers}
+        self.handlers = {handler["id"]: [rule for rule in json.loads(handler["rules"])
+                                         if isinstance(rule, dict)] for handler in handlers}
         self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self.lease_at = time.monotonic()
         self.waiting = self.client.clone()
@@ -9760,11 +9832,13 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             threads.pop()
         for thread in threads:
             thread.start()
-        self._loop()
-        self.ended.set()
-        self.waiting.interrupt()
-        for thread in threads:            # none may be at work when the interpreter ends
-            thread.join(10)
+        try:
+            self._loop()
+        finally:
+            self.ended.set()
+            self.waiting.interrupt()
+            for thread in threads:        # none may be at work when the interpreter ends
+                thread.join(10)
 
     def _become_subreaper(self):
         """Orphans of jobs become our children, so that none escapes unseen (prctl(2))."""
@@ -9873,14 +9947,14 @@ def run_program(words, timeout=SLURM_TIMEOUT_S, env=None):
     return done.returncode, done.stdout, done.stderr
 
 
-def slurm(*words, env=None, again=3):
+def slurm(*words, env=None, again=3, timeout=SLURM_TIMEOUT_S):
     """Output of a Slurm program. Raises TorcError with its own words, or for what run_program does.
 
     again: how often it is tried again while the controller cannot be reached at all.
     """
     words = [str(word) for word in words]
     for pause in (*range(2, 2 + 4 * again, 4), None):
-        code, out, err = run_program(words, env=env)
+        code, out, err = run_program(words, timeout, env)
         away = CONTROLLER_AWAY.search(err)
         # A request that timed out may have been carried out, so sbatch is not repeated then.
         if code == 0 or not away or pause is None or (
@@ -9946,16 +10020,17 @@ def time_left(text):
         return None
 
 
-def ask_queue(ids):
+def ask_queue(ids, **how):
     """{id: Queued} of the allocations that squeue knows; those that ended long ago are absent.
 
-    Raises TorcError if Slurm cannot be asked, which says nothing about the allocations.
+    how: see slurm(). Raises TorcError if Slurm cannot be asked, which says nothing about the
+    allocations.
     """
     if not ids:
         return {}
     try:
         out = slurm("squeue", "-h", "-t", "all", "-j", ",".join(map(str, sorted(ids))),
-                    "-o", "%i|%T|%L|%R")
+                    "-o", "%i|%T|%L|%R", **how)
     except TorcError as error:
         if "Invalid job id" in str(error):           # it knows none of them
             return {}
@@ -10256,7 +10331,7 @@ def submit_script(path, name, env):
     """
     for again in (True, True, False):
         try:
-            out = slurm("sbatch", "--parsable", path, env=env, again=0)
+            out = slurm("sbatch", "--parsable", f"--job-name={name}", path, env=env, again=0)
             match = re.search(r"^(\d+)", out, re.M)
             if match:
                 return int(match[1])
@@ -10337,7 +10412,7 @@ def schedule_pending(client, workflow_id, request, triggers=None, waiting=False)
             client.put(f"{path}/{action['id']}/claim")
         except Conflict:
             continue
-        except TorcError as error:
+        except BaseException as error:    # also Ctrl-C: else nobody could go on
             some = getattr(error, "submitted", [])
             with contextlib.suppress(TorcError):
                 client.delete(f"{path}/{action['id']}/claim")
@@ -10396,7 +10471,7 @@ def hand_in_journal(client, node, server_id):
         header = records[0].get("header", {}) if records else {}
         if header.get("compute_node_id") == node["id"]:
             number += replay_journal(client, records)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(path)
     return number
 
@@ -10576,10 +10651,10 @@ class SlurmRunner(Runner):
         if self.from_slurm:
             self._end_in(left)
 
-    def _ask_time_left(self):
+    def _ask_time_left(self, **how):
         """Seconds until Slurm ends the allocation, None if it never does or does not say."""
         try:
-            entry = ask_queue([self.allocation.job_id]).get(self.allocation.job_id)
+            entry = ask_queue([self.allocation.job_id], **how).get(self.allocation.job_id)
         except TorcError as error:
             self.say(f"the end of this allocation is unknown: {error}")
             entry = None
@@ -10591,8 +10666,12 @@ class SlurmRunner(Runner):
     def _true_end(self):
         """Slurm may have suspended the allocation meanwhile, or an admin may have given it more
         time."""
-        left = self._ask_time_left() if self.from_slurm and not self.interrupted else None
-        if left is not None:
+        left = None
+        if self.from_slurm and not self.interrupted:
+            self.from_slurm = False       # asked once, and not for long: every second counts
+            left = self._ask_time_left(again=0, timeout=5)
+        if left is not None and left > self.limits.sigterm_lead_s:
+            self.from_slurm = True
             self.end_time = max(self.end_time, time.monotonic() + left)
         return self.end_time
 
@@ -10782,7 +10861,13 @@ class Accounts:
             Runner._completed(self.runner, child, code, elapsed, usage, text)
         if not self.thread:
             self.thread = threading.Thread(target=self._loop, daemon=True)
-            self.thread.start()
+            try:
+                self.thread.start()
+            except RuntimeError:          # no room for a thread: this one is told without figures
+                self.thread = None
+                if code != 0:
+                    Runner._completed(self.runner, child, code, elapsed, usage, text)
+                return
         self.ended.put((child, code, elapsed, usage, text))
 
     def finish(self):
@@ -12234,12 +12319,17 @@ def watch_leases(store, log, stop):
     """Fail the jobs of runners that have been silent for longer than their lease (a thread)."""
     started = time.monotonic()
     wait = 1.0
-    while not stop.wait(wait):
+    while True:
+        looked = time.monotonic()
+        if stop.wait(wait):
+            return
         try:
+            if time.monotonic() - looked > wait + 5:         # it was us who were frozen
+                started = time.monotonic()
             expired, wait = expired_nodes(store, time.monotonic(), started)
             for node_id in expired:
                 with store.transaction():
-                    expire_node(store, node_id, time.time())
+                    expire_node(store, node_id, time.time(), started)
                 log.warning("compute node %d was silent for too long: its jobs have failed",
                             node_id)
             wait = min(max(wait, 0.1), 60.0)
@@ -12591,7 +12681,10 @@ def serve(args):
     sockets = bind_sockets(args.host, args.port)
     set_admins(store, args.admin_user)
     if access.gate:
-        access.gate.workflow_of_token = lambda user, token: workflow_of_token(store, user, token)
+        def known(user, token):           # called in waitress's own thread, which must not fail
+            with contextlib.suppress(TorcError):
+                return workflow_of_token(store, user, token)
+        access.gate.workflow_of_token = known
     application = Application(store, args.threads, log, access)
     limit = raise_file_limit()
     loop = {}                             # waitress registers its listeners here
