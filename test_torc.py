@@ -4923,6 +4923,7 @@ def test_a_recovery_script_that_this_machine_cannot_start_is_tried_again(tmp_pat
     """The job's stderr, to which it appends, is a directory for a while."""
     runner, calls = torc.Runner.__new__(torc.Runner), []
     runner.draining, runner.ended = False, threading.Event()
+    runner.workflow = {"compute_node_wait_for_new_jobs_seconds": 90}
     runner.ended.wait = lambda seconds: calls.append("rests")
     runner._hand_in = lambda child, done: calls.append(done.get("requeue"))
     def script(*_):
