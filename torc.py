@@ -5517,9 +5517,10 @@ def give_token(store, user, sql, params):
 def workflow_of_token(store, user, token):
     """The id of the workflow that a token is good for, or None."""
     digest = token_digest(user, token)
-    row = store.one("SELECT workflow_id FROM job WHERE token = ? UNION ALL SELECT a.workflow_id"
-                    " FROM action_token x JOIN workflow_action a ON a.id = x.action_id WHERE x.token"
-                    " = ?", (digest, digest))
+    row = store.one(
+        "SELECT workflow_id FROM job WHERE token = ? UNION ALL SELECT a.workflow_id FROM"
+        " action_token x JOIN workflow_action a ON a.id = x.action_id WHERE x.token = ?",
+        (digest, digest))
     return row and row[0]
 
 
