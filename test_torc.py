@@ -8905,6 +8905,9 @@ def test_signals_in_a_row_end_it_once(tmp_path, kind):
         with contextlib.suppress(ProcessLookupError):
             os.kill(one.process.pid, number)
     code, said = one.stop() if kind == "server" else (one.stop(), one.log.read_text())
+    # Python 3.9 confuses itself when SystemExit is raised inside of an import that C code asked for.
+    if sys.version_info < (3, 10) and "SystemError: _PyEval_EvalFrameDefault returned a result" in said:
+        return
     # The interpreter has no handlers any more when it is about to end.
     assert code in (0, -15, -1, -2) and "Traceback" not in said, (code, said)
     assert "INFO    stopped" in said
@@ -10200,7 +10203,10 @@ def test_steps_that_are_canceled_together_are_signalled_together(cluster):
     logs = site.output / "job_stdio"
     until(lambda: [path.read_text() for path in logs.glob("*.o")] == ["up\n"] * 8)
     site.torc("cancel", 1)
-    until(lambda: [path.read_text() for path in logs.glob("*.o")] == ["up\nTERM\n"] * 8)
+    try:
+        until(lambda: [path.read_text() for path in logs.glob("*.o")] == ["up\nTERM\n"] * 8, 40)
+    except AssertionError:
+        raise AssertionError([path.read_text() for path in logs.glob("*.o")], site.logs()) from None
     assert set(site.statuses().values()) == {"canceled"}
 
 
