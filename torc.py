@@ -10805,6 +10805,8 @@ class SlurmRunner(Runner):
                 if ids:
                     slurm("scancel", f"--signal={int(number)}", *ids.values())
             except TorcError as error:
+                if "Invalid job id" in str(error):           # Slurm ends them with the allocation
+                    continue
                 self.say(f"{plural(len(children), 'step')} to be signalled: {error}")
                 ids = {}
             super()._signal([child for name, child in children.items()    # not begun yet, or Slurm
