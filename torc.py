@@ -2744,10 +2744,9 @@ def add_many(store, kind, records):
     ids, given = range(first, first + len(records)), set().union(*records)
     values = {field.name: [record.get(field.name, field.default) for record in records]
               for field in columns(kind) if field.name in given or field.default is not None}
-    if kind.derive:
+    if kind.derive and records:
         derived = [kind.derive(dict(zip(values, row))) for row in zip(*values.values())]
-        values.update({name: [row[name] for row in derived] for name in derived[0]} if records
-                      else {})
+        values.update({name: [row[name] for row in derived] for name in derived[0]})
     for field in columns(kind):
         if field.name in given and field.type in ("status", "any"):
             values[field.name] = [to_column(field, value) for value in values[field.name]]
@@ -2826,17 +2825,20 @@ def listing(store, kind, page, where, params, without=()):
 NOT_COMPLETE = f"({UNINITIALIZED}, {BLOCKED}, {READY}, {PENDING}, {RUNNING}, {PENDING_FAILED})"
 COMPLETE = f"({', '.join(str(status) for status in COMPLETE_SET)})"
 IDS = "(SELECT value FROM json_each(?))"  # a list of ids as one parameter, of any length
-KEEP = -1                                 # as owner: whoever may have a process of the job
+KEEP = -1                                 # as owner: whoever may have a process of the job; as
+                                          # result: the one it has
 # Why a blocked job d.job_id (as j) waits for p, or is canceled with it.
 HINDERS = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_job_failure)"
 # An action that is due. One on jobs that all were canceled before they were ready is for nobody.
-PENDING_ACTION = (
-    "executed = 0 AND wait_until <= CAST(strftime('%s', 'now') AS INTEGER) AND CASE trigger_type"
-    " WHEN 'on_workflow_complete' THEN EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)"
+DUE_ACTION = (
+    "executed = 0 AND CASE trigger_type WHEN 'on_workflow_complete' THEN"
+    " EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)"
     f" AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id AND status IN"
     f" {NOT_COMPLETE}) ELSE trigger_count >= required_triggers AND (trigger_type <> 'on_jobs_ready'"
     " OR job_ids = '[]' OR EXISTS (SELECT 1 FROM action_job x JOIN job j ON j.id = x.job_id WHERE"
     f" x.action_id = a.id AND j.status <> {CANCELED})) END")
+# And one that may be tried now: after a failure it rests.
+PENDING_ACTION = f"wait_until <= CAST(strftime('%s', 'now') AS INTEGER) AND {DUE_ACTION}"
 
 
 class JobRow(NamedTuple):
@@ -3573,13 +3575,10 @@ def close_node(store, node_id, now):
     store.execute(f"UPDATE job SET compute_node_id = NULL WHERE compute_node_id = ? AND status"
                   f" NOT IN ({PENDING}, {RUNNING})", (node_id,))
     store.execute("DELETE FROM action_token WHERE compute_node_id = ?", (node_id,))
-    for workflow_id, in store.query(      # a runner of Torc's never says when it has done one
-            "SELECT DISTINCT a.workflow_id FROM workflow_action a JOIN compute_node n ON n.id ="
-            " a.executed_by WHERE n.id = ? AND n.boot_id <> '' AND a.executed AND NOT"
-            " a.done", (node_id,)):
-        store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by ="
-                      " NULL WHERE executed_by = ? AND NOT done", (node_id,))
-        store.news(workflow_id)
+    # Not of Torc's own runners, which never say that they have carried out an action.
+    store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by = NULL"
+                  " WHERE executed_by = ? AND executed AND NOT done AND EXISTS (SELECT 1 FROM"
+                  " compute_node WHERE id = executed_by AND boot_id <> '')", (node_id,))
     store.heard.pop(node_id, None)
 
 
@@ -3637,13 +3636,13 @@ def expire_node(store, node_id, now, started):
     -128, its pending ones are ready again with the next attempt."""
     if node_id not in expired_nodes(store, time.monotonic(), started)[0]:
         return
-    for minutes, in store.query(
-            "SELECT w.compute_node_wait_for_healthy_database_minutes FROM compute_node n JOIN"
-            " workflow w ON w.id = n.workflow_id WHERE n.id = ? AND n.is_active = 1", (node_id,)):
-        silent = format_duration(lease_s(minutes))
-        release_node(store, node_id, now, Evidence(
-            "lease", f"its runner has been silent for {silent}, longer than the workflow allows"),
-            (FAILED, ORPHAN_RETURN_CODE))
+    minutes, = store.one(
+        "SELECT w.compute_node_wait_for_healthy_database_minutes FROM compute_node n JOIN"
+        " workflow w ON w.id = n.workflow_id WHERE n.id = ?", (node_id,))
+    silent = format_duration(lease_s(minutes))
+    release_node(store, node_id, now, Evidence(
+        "lease", f"its runner has been silent for {silent}, longer than the workflow allows"),
+        (FAILED, ORPHAN_RETURN_CODE))
 
 
 def expired_nodes(store, now, started):
@@ -3842,9 +3841,7 @@ def actions(store, workflow_id, pending=False, triggers=(), waiting=False):
              "submitted": "nullif(submitted, 0)",
              "trigger_count": "max(trigger_count, trigger_type = 'on_workflow_complete' AND"
                               f" {PENDING_ACTION})"}
-    condition = PENDING_ACTION if pending else "1"
-    if waiting:
-        condition = condition.replace("wait_until <=", "0 <=")
+    condition = (DUE_ACTION if waiting else PENDING_ACTION) if pending else "1"
     records = []
     for row in store.query(
             f"SELECT {', '.join(shown.get(name, name) for name in names)} FROM workflow_action a"
@@ -5996,8 +5993,8 @@ def give_ids(record, wanted, ids):
 # ---- jobs
 
 def insert_jobs(store, jobs):
-    """In a transaction: insert checked jobs of one workflow; returns their ids. Raises Conflict
-    when a name is taken."""
+    """In a transaction: insert checked jobs of one workflow, whose bodies it completes; returns
+    their ids. Raises Conflict when a name is taken."""
     workflow_id = jobs[0]["workflow_id"] if jobs else 0
     from collections import Counter
     names = Counter(job["name"] for job in jobs)
@@ -6027,7 +6024,7 @@ def create_jobs(request, bodies):
     """Insert jobs of one workflow; returns their echoes."""
     if not bodies:
         return []
-    ids = insert_jobs(request.store, bodies)
+    ids = insert_jobs(request.store, [dict(job) for job in bodies])
     default = default_requirements(request.store, bodies[0]["workflow_id"])
     return [{"resource_requirements_id": default, **job, "id": job_id, "status": "uninitialized"}
             for job, job_id in zip(bodies, ids)]
@@ -6713,7 +6710,7 @@ def reload_auth(request):
 # ---- the whole surface
 
 ANYONE, SOMEBODY, ITSELF = "anyone", "anyone with a name", "whom the operation lets"
-PERSON = "who may use the workflow, but not its jobs"
+PERSON = "whoever may use the workflow, but none of its jobs"
 ANY = fields("value any")                 # a body of any JSON
 OF_WORKFLOW = fields("workflow_id int required")
 
@@ -7758,12 +7755,13 @@ class RunOptions(NamedTuple):
 
 
 def start_thread(target, *args):
-    """Start a daemon thread; says whether there was room for one (RLIMIT_NPROC, pids.max)."""
+    """Start a daemon thread; returns it, or None if there is no room (RLIMIT_NPROC, pids.max)."""
+    thread = threading.Thread(target=target, args=args, daemon=True)
     try:
-        threading.Thread(target=target, args=args, daemon=True).start()
-        return True
+        thread.start()
+        return thread
     except RuntimeError:
-        return False
+        return None
 
 
 # ---- what this machine has
@@ -7869,9 +7867,10 @@ def death_here(record):
 
     record: a compute node or the header of a journal, which have the runner's identity().
     """
-    mine = identity()
-    if record.get("hostname") != mine["hostname"] or record.get("pid_started") is None:
+    import socket
+    if record.get("hostname") != socket.gethostname() or record.get("pid_started") is None:
         return None
+    mine = identity()
     pid, step = record["pid"], record.get("step")
     if record.get("boot_id") != mine["boot_id"]:
         same = mine["machine_id"] and record.get("machine_id") == mine["machine_id"]
@@ -8078,20 +8077,22 @@ def replay_journal(client, records):
     """Tell the server what a dead runner did not get to say; returns the number of completions."""
     header = records[0]["header"]
 
-    def named(what):                      # by the number of the start; older ones have none
-        return {record.get("n") or (tuple(record[what]) if what == "start" else tuple(
-            record[what][name] for name in ("job_id", "run_id", "attempt_id"))): record[what]
-            for record in records if what in record}
+    def number(record, *key):             # of the start; older journals have none
+        return record.get("n") or key
 
     confirmed = {tuple(one) if isinstance(one, list) else one for record in records
                  for one in record.get("ok", ())}
-    ends = [end for one, end in named("end").items() if one not in confirmed]
+    starts = {number(record, *record["start"]): record["start"] for record in records
+              if "start" in record}
+    ends = {number(record, *(record["end"][name] for name in ("job_id", "run_id", "attempt_id"))):
+            record["end"] for record in records if "end" in record}
+    unsaid = [end for one, end in ends.items() if one not in confirmed]
     client.post(f"/workflows/{header['workflow_id']}/runner_step", {
         "compute_node_id": header["compute_node_id"], "step": 0, "replay": True, "held": [],
-        "starts": [{"job_id": job, "attempt_id": attempt} for one, (job, _, attempt)
-                   in named("start").items() if one not in confirmed],
-        "completions": ends})
-    return len(ends)
+        "starts": [{"job_id": job, "attempt_id": attempt}
+                   for one, (job, _, attempt) in starts.items() if one not in confirmed],
+        "completions": unsaid})
+    return len(unsaid)
 
 
 def release_dead_nodes(client, workflow_id, output_dir):
@@ -8115,7 +8116,7 @@ def release_dead_nodes(client, workflow_id, output_dir):
         except Conflict:                  # it was alive a moment ago
             continue
         said.append(evidence.text + (
-            f": {plural(len(requeued), 'job')} of its are ready again" if requeued else ""))
+            f": {plural(len(requeued), 'job')} ready again" if requeued else ""))
     return said
 
 
@@ -8639,7 +8640,7 @@ class Starting:
             self.ending.pop(child.key, None)
             self.starts.append({"job_id": job["id"], "attempt_id": job["attempt_id"]})
             if len(self.starts) == 1:
-                self.talk.notify_all()        # so that it is told soon, if the job lasts
+                self.talk.notify_all()    # so that it is told soon, if the job lasts
 
     def _give_back(self, child):
         """The room of a job that has ended, or could not be started, is free."""
@@ -8867,10 +8868,9 @@ class Stopping:
         self.say(f"{reason}: ending {len(self.children)} running jobs")
         self._drain()
         self._end_scripts(signal.SIGTERM)
-        self._end(list(self.children.values()), "interrupt")
-        self.wake()
         while self.children or self.ending or self.acting:
             self._end(list(self.children.values()), "interrupt")     # one may just have begun
+            self.wake()
             with self.talk:
                 self.talk.wait(0.2)
         if not self.gone:
@@ -9402,13 +9402,15 @@ class Talking:
 
     def _stop(self, stops, held):
         """The server wants jobs ended (or has given them to somebody else)."""
-        wanted = {(stop["job_id"], stop["attempt_id"]): stop["status"] for stop in stops}
-        for status in ("canceled", "terminated"):
-            self._end([held[key] for key, name in wanted.items() if key in held and (
-                name == "terminated") == (status == "terminated")], "stop", status)
+        wanted = {"canceled": set(), "terminated": set()}
+        for stop in stops:
+            wanted["terminated" if stop["status"] == "terminated" else "canceled"].add(
+                (stop["job_id"], stop["attempt_id"]))
+        for status, keys in wanted.items():
+            self._end([held[key] for key in keys & held.keys()], "stop", status)
         with self.lock:                   # claimed, not started: simply forgotten
             for entry in list(self.queue):
-                if (entry[0]["id"], entry[0]["attempt_id"]) in wanted:
+                if (entry[0]["id"], entry[0]["attempt_id"]) in set().union(*wanted.values()):
                     self.queue.remove(entry)
 
     def _listener(self):
@@ -9957,9 +9959,7 @@ def slurm(*words, env=None, again=3, timeout=SLURM_TIMEOUT_S):
     for pause in (*range(2, 2 + 4 * again, 4), None):
         code, out, err = run_program(words, timeout, env)
         away = CONTROLLER_AWAY.search(err)
-        # A request that timed out may have been carried out, so sbatch is not repeated then.
-        if code == 0 or not away or pause is None or (
-                words[0] == "sbatch" and "timed out" in err):
+        if code == 0 or not away or pause is None:
             break
         time.sleep(pause)
     if code != 0:
@@ -10783,7 +10783,7 @@ class SlurmRunner(Runner):
         """srun ends its step at once when it is signalled itself, so Slurm is asked to signal."""
         steps = [child for child in children if child.step and not has_exited(child.pid)]
         super()._signal([child for child in children if child not in steps], number)
-        self.to_signal += [(child, number) for child in steps]   # only this thread adds
+        self.to_signal.extend((child, number) for child in steps)
         if steps and not self.signalling.is_set():
             self.signalling.set()
             if not start_thread(self._signal_steps):
@@ -10863,14 +10863,11 @@ class Accounts:
         if code == 0:
             Runner._completed(self.runner, child, code, elapsed, usage, text)
         if not self.thread:
-            self.thread = threading.Thread(target=self._loop, daemon=True)
-            try:
-                self.thread.start()
-            except RuntimeError:          # no room for a thread: this one is told without figures
-                self.thread = None
-                if code != 0:
-                    Runner._completed(self.runner, child, code, elapsed, usage, text)
-                return
+            self.thread = start_thread(self._loop)
+        if not self.thread:               # a failure is told without figures
+            if code != 0:
+                Runner._completed(self.runner, child, code, elapsed, usage, text)
+            return
         self.ended.put((child, code, elapsed, usage, text))
 
     def finish(self):
@@ -13032,11 +13029,8 @@ def private_socket(path):
 
 def serve_dashboard(dashboard, sockets, ending):
     """Serve a Dashboard on listening sockets until the Ending."""
+    from waitress.server import create_server
     loop = {}
-    try:
-        from waitress.server import create_server
-    except ImportError:
-        raise MissingPackage("waitress", "the dashboard") from None
     server = create_server(
         dashboard, loop, sockets=sockets, threads=8 + DASH_STREAMS, connection_limit=500,
         asyncore_use_poll=True, ident=None, channel_timeout=130, send_bytes=1,
@@ -20370,6 +20364,10 @@ def do_dash(args, client):
     if args.no_auth and args.standalone:
         tell(args, "whoever reaches the server's port can read and change all workflows, and run "
              "commands as you: leave --no-auth out", "warn")
+    try:
+        import waitress.server            # noqa: F401  (no import may be at work when signals come)
+    except ImportError:
+        raise MissingPackage("waitress", "the dashboard") from None
     ending = Ending()                     # what was made until then is taken away again
     client, own = dash_client(args, speak)
     try:
