@@ -5759,7 +5759,7 @@ def test_texts_survive_in_yaml_by_either_version(text):
      "Slurm (no sinfo on the PATH): name a profile (kestrel, dane)"),
     (["slurm", "generate", "spec.yaml", "--profile", "slurm"], "there is no sinfo on the PATH"),
     (["slurm", "generate", "spec.yaml", "--walltime-multiplier", "0.5"],
-     "'0.5' is not a factor from 1 on"),
+     "'0.5' is not a factor from 1 to 1000"),
     (["slurm", "plan-allocations", "spec.yaml", "--offline"], "--offline needs a profile"),
     (["hpc", "match", "kestrel", "--walltime", "soon"], "'soon' is not a time such as 04:00:00"),
     (["hpc", "match", "kestrel", "--gpus", "9"], "kestrel takes 1 CPU and 9 GPUs (debug: only 2 "),

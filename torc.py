@@ -36,6 +36,7 @@ from __future__ import annotations
 # one part alone needs (http.client, sqlite3, subprocess) are imported by the functions there.
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -15697,7 +15698,7 @@ class Command(NamedTuple):
 
     name: str
     function: Any
-    options: tuple
+    texts: tuple                          # its options, as read_options takes them
     text: str                             # what it does; the first line is the summary
     example: str
     client: Any                           # True, False: needs none, "make": makes the local file
@@ -15707,22 +15708,22 @@ class Command(NamedTuple):
         """One line about it."""
         return self.text.partition("\n")[0]
 
+    @property
+    def options(self):
+        """Its Options, in the order of its help."""
+        return read_options(self.texts)
+
 
 COMMANDS = {}                             # by the words that are typed: "jobs list"
-HIDDEN = "hidden"                         # as help: the option is accepted and not shown
 LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
 
 
-def opt(*flags, **settings):
-    """An option or positional argument, as argparse's add_argument takes it."""
-    return flags, settings
-
-
-def command(name, *options, example, client=True, summary=None):
-    """Register a function as a command; its docstring is its help, unless there is a summary."""
+def command(name, *texts, example, client=True, summary=None):
+    """Register a function as a command. texts: its options, see read_options; its docstring is its
+    help, unless there is a summary."""
     def register(function):
-        COMMANDS[name] = Command(name, function, options,
-                                 summary or function.__doc__, example, client)
+        COMMANDS[name] = Command(name, function, texts, summary or function.__doc__, example,
+                                 client)
         return function
     return register
 
@@ -15740,17 +15741,17 @@ def readable(convert):
     return converted
 
 
-def bounded(kind, least, what):
-    """A converter for numbers that are not below `least`."""
+def bounded(kind, least, what, most=2**63 - 1):
+    """A converter for numbers from `least` to `most`."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not least <= value < 2**63:
+        if value is None or not least <= value <= most:
             raise ValueError(f"{text!r} is not {what}")
         return value
-    return readable(convert)
+    return convert
 
 
 def parse_moment(text):
@@ -15795,71 +15796,193 @@ def checked_text(parse):
     def convert(text):
         parse(text)
         return text
-    return readable(convert)
+    return convert
 
 
-COUNT = bounded(int, 0, "a number from 0 on")
-POSITIVE = bounded(int, 1, "a number from 1 on")
-IDS_TYPE = readable(parse_ids)
-TRUTH = readable(parse_truth)
-JSON_VALUE = readable(json_value)
-MEMORY = checked_text(parse_memory)
-RUNTIME = checked_text(parse_duration)
-WORKFLOW = opt("workflow_id", nargs="?", type=COUNT, metavar="WORKFLOW_ID",
-               help="default: the only workflow you have, else you are asked")
-ID = opt("id", type=COUNT, metavar="ID")
-LIST_IDS = opt("ids", nargs="+", type=IDS_TYPE, metavar="ID")
-DRY_RUN = opt("--dry-run", action="store_true", help="say what would happen, change nothing")
-FORCE = opt("--force", action="store_true", help="do not ask")
-NO_PROMPTS = opt("--no-prompts", action="store_true", help="do not ask")
-OUTPUT_DIR = opt("-o", "--output-dir", default=DEFAULT_OUTPUT_DIR, metavar="DIR",
-                 help=f"where logs and the local database are (default: {DEFAULT_OUTPUT_DIR})")
+def parse_port(text):
+    """A port; 0 lets the kernel choose a free one."""
+    if not text.isdigit() or int(text) > 65_535:
+        raise ValueError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
 
 
-WORKER_URL = opt("--worker-url", action="append", metavar="URL", help="where compute nodes are to "
-                 "look for the server, if torc cannot know (TORC_WORKER_URL); may be repeated")
-MAX_PARALLEL = opt("-m", "--max-parallel-jobs", type=POSITIVE, metavar="N",
-                   help="each worker runs so many at a time, whatever they need")
-KEEP_SCRIPTS = opt("--keep-submission-scripts", action="store_true",
-                   help="leave the batch scripts in the output directory")
-POLL = opt("-p", "--poll-interval", type=float, help=HIDDEN)
-SHARE_PASSWORD = opt("--share-password", action="store_true", help="jobs find your password in "
-                     "TORC_PASSWORD, not a token that is good for their workflow while they run")
+def bcrypt_cost(text):
+    """A cost of bcrypt."""
+    if not text.isdigit() or not 4 <= int(text) <= 31:
+        raise ValueError(f"{text!r} is not a cost from 4 to 31")
+    return int(text)
+
+
+def slurm_walltime(text):
+    """A walltime as Slurm or ISO 8601 writes it, in Slurm's words."""
+    try:
+        return slurm_time(parse_duration(text) if text.startswith("P") else parse_walltime(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a time such as 04:00:00, 1-12:00:00 or PT4H") from None
+
+
+NUMBER, AMOUNT = (bounded(kind, 0, "a number from 0 on") for kind in (int, float))
+# What is taken as the value of an option, by the word that stands for it in the help; other words
+# take any string, or say what they take: yes|no.
+VALUES = {
+    "N": bounded(int, 1, "a number from 1 on"), "NUMBER": NUMBER, "CODE": int, "ID": NUMBER,
+    "WORKFLOW_ID": NUMBER, "JOB_ID": NUMBER, "GROUP": NUMBER, "ID...": parse_ids, "GB": AMOUNT,
+    "S": AMOUNT, "X": bounded(float, 1, "a factor from 1 to 1000", 1000), "PORT": parse_port,
+    "JSON": json_value,
+    "SIZE": checked_text(parse_memory), "MEM": checked_text(slurm_memory),
+    "DURATION": checked_text(parse_duration), "TIME": slurm_walltime, "MOMENT": parse_moment,
+    "4-31": bcrypt_cost, "true|false": parse_truth}
+
+
+class Option(NamedTuple):
+    """An option of a command, or a positional argument: then it has no flags."""
+
+    flags: tuple
+    dest: str                             # the name under which argparse keeps its value
+    metavar: str                          # as in VALUES; "" for an option that takes no value
+    needed: bool
+    default: str | None
+    help: str
+
+    @property
+    def hidden(self):
+        """Whether it is accepted and not shown."""
+        return self.help == "hidden"
+
+    @property
+    def choices(self):
+        """The values there are to choose from."""
+        if self.metavar == "STATUS":
+            return STATUS_NAMES
+        return tuple(self.metavar.split("|")) if self.metavar.islower() else ()
+
+    def add_to(self, parser, **more):
+        """Give it to one of argparse's parsers. more: settings that take the place of its own."""
+        import argparse
+        settings = {"help": argparse.SUPPRESS if self.hidden else self.help.replace("%", "%%")}
+        if not self.metavar:
+            parser.add_argument(*self.flags, dest=self.dest, action="store_true", **{
+                **settings, **more})
+            return
+        many, metavar = self.metavar.endswith("..."), self.metavar.replace("...", "")
+        convert = VALUES.get(self.metavar, VALUES.get(metavar, str))
+        settings.update(metavar=metavar, default=self.default, type=readable(convert))
+        if self.choices and convert is str:
+            settings["choices"] = self.choices
+        if self.flags:
+            settings.update(dest=self.dest, required=self.needed)
+            if many:
+                settings.update({"action": "append"} if convert is str else
+                                {"action": "extend", "nargs": "+"})
+        elif many or not self.needed:
+            settings["nargs"] = "?" if not many else "+" if self.needed else "*"
+        parser.add_argument(*(self.flags or [self.dest]), **{**settings, **more})
+
+
+def read_option(line):
+    """The Option of a line such as "-m, --memory SIZE=1g -> mem  of each node (required)"."""
+    head, _, text = line.partition("  ")
+    head, _, dest = head.partition(" -> ")
+    words = head.replace(",", "").split()
+    flags = tuple(word for word in words if word[:1] == "-")
+    word = words[-1] if len(flags) < len(words) else ""
+    metavar, _, default = word.strip("[]").partition("=")
+    text = text.strip()
+    if default[:1] == "$":                # a variable of the environment, and what counts without
+        name, _, default = default[1:].partition(":")
+        default = os.environ.get(name) or default
+        text = f"{text} ({name})"
+    elif default:
+        text = f"{text} (default: {default})".strip()
+    if not dest:
+        long = next((flag for flag in flags if flag[:2] == "--"), metavar.replace("...", ""))
+        dest = long.lstrip("-").lower()
+    needed = "(required)" in text if flags else word[:1] != "["
+    return Option(flags, dest.replace("-", "_"), metavar, needed, default or None, text)
+
+
+@functools.lru_cache(maxsize=None)
+def read_options(texts):
+    """Options as the help shows them, one a line: flags, the word for a value, two blanks, what it
+    is for, which may go on in lines that are indented. [FILE] may be left out, ID... takes several,
+    N=1 has a default and FILE=$NAME:x one from the environment, "-> name" says where argparse
+    keeps it. texts: strings, or tuples of such."""
+    found = []
+    for text in texts:
+        if isinstance(text, tuple):
+            found += read_options(text)
+            continue
+        lines = text.strip("\n").rstrip().splitlines()
+        margin = min((len(line) - len(line.lstrip()) for line in lines), default=0)
+        whole = []
+        for line in lines:
+            if line[margin:margin + 1] == " ":
+                whole[-1] += " " + line.strip()
+            else:
+                whole.append(line.strip())
+        found += map(read_option, whole)
+    return found
+
+
+WORKFLOW = "[WORKFLOW_ID]  default: the only workflow you have, else you are asked"
+ID = "ID"
+LIST_IDS = "ID... -> ids"
+DRY_RUN = "--dry-run  say what would happen, change nothing"
+FORCE = "--force  do not ask"
+FORCE_INPUTS = "--force  though inputs are missing or jobs run"
+NO_PROMPTS = "--no-prompts  do not ask"
+OUTPUT_DIR = f"""
+    -o, --output-dir DIR={DEFAULT_OUTPUT_DIR}  where logs and the local database are
+    """
+
+
+WORKER_URL = """
+    --worker-url URL...  where compute nodes are to look for the server, if torc cannot know
+                         (TORC_WORKER_URL); may be repeated
+    """
+MAX_PARALLEL = """
+    -m, --max-parallel-jobs N  each worker runs so many at a time, whatever they need
+    """
+KEEP_SCRIPTS = "--keep-submission-scripts  leave the batch scripts in the output directory"
+POLL = "-p, --poll-interval S  hidden"
+SHARE_PASSWORD = """
+    --share-password  jobs find your password in TORC_PASSWORD, not a token that is good for their
+                      workflow while they run
+    """
 WORKERS = (OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, SHARE_PASSWORD, POLL)
 
 
-def paging(offset=(), sort_by=(), reverse=()):
-    """The options of every list; some lists have short forms for them."""
-    return (opt("-l", "--limit", type=COUNT, metavar="N", help="at most so many"),
-            opt(*offset, "--offset", type=COUNT, default=0, metavar="N", help="leave out so many"),
-            opt(*sort_by, "--sort-by", metavar="FIELD", help="a field of the JSON output"),
-            opt(*reverse, "--reverse-sort", action="store_true", help="largest first"))
-
-
-PAGING = paging()
-SHORT_PAGING = paging(["-o"], ["-s"], ["-r"])
-GLOBAL = (
-    opt("-f", "--format", choices=("table", "json"), default="table",
-        help="how to print (default: table)"),
-    opt("--database", metavar="FILE", help="work on this database file, without a server "
-        "(TORC_DATABASE)"),
-    opt("--url", metavar="URL", help=f"work with this server, such as {DEFAULT_URL} "
-        "(TORC_API_URL)"),
-    opt("--prompt-password", action="store_true", help="ask for the server's password; the "
-        "environment's is TORC_PASSWORD, the user TORC_USERNAME or USER"),
-    opt("--password", metavar="TEXT", help="visible to everybody in the list of processes: better "
-        "TORC_PASSWORD or --prompt-password"),
-    opt("--tls-ca-cert", metavar="FILE", help="PEM of the CA that signed the server's certificate "
-        "(TORC_TLS_CA_CERT)"),
-    opt("--tls-insecure", action="store_true", help="take any certificate: anybody between here "
-        "and the server can then read along (TORC_TLS_INSECURE)"),
-    opt("--cookie-header", metavar="TEXT", help="a Cookie header for sites behind a login page "
-        "(TORC_COOKIE_HEADER)"),
-    opt("--log-level", choices=LOG_LEVELS, help="what is said on stderr (RUST_LOG; default: info)"),
-    opt("--skip-version-check", action="store_true", help="accepted, nothing is checked"),
-    opt("-V", "--version", action="store_true", help="print version and hash of this program"),
-    opt("-h", "--help", action="store_true", help="print help, also behind a command"),
-)
+PAGING = """
+    -l, --limit NUMBER   at most so many
+    --offset NUMBER=0    leave out so many
+    --sort-by FIELD      a field of the JSON output
+    --reverse-sort       largest first
+    """
+SHORT_PAGING = """
+    -l, --limit NUMBER       at most so many
+    -o, --offset NUMBER=0    leave out so many
+    -s, --sort-by FIELD      a field of the JSON output
+    -r, --reverse-sort       largest first
+    """
+GLOBAL = read_options((f"""
+    -f, --format table|json=table   how to print
+    --database FILE                 work on this database file, without a server (TORC_DATABASE)
+    --url URL                       work with this server, such as {DEFAULT_URL} (TORC_API_URL)
+    --prompt-password               ask for the server's password; the environment's is
+                                    TORC_PASSWORD, the user TORC_USERNAME or USER
+    --password TEXT                 visible to everybody in the list of processes: better
+                                    TORC_PASSWORD or --prompt-password
+    --tls-ca-cert FILE              PEM of the CA that signed the server's certificate
+                                    (TORC_TLS_CA_CERT)
+    --tls-insecure                  take any certificate: anybody between here and the server can
+                                    then read along (TORC_TLS_INSECURE)
+    --cookie-header TEXT            a Cookie header for sites behind a login page
+                                    (TORC_COOKIE_HEADER)
+    --log-level error|warn|info|debug|trace  what is said on stderr (RUST_LOG; default: info)
+    --skip-version-check            accepted, nothing is checked
+    -V, --version                   print version and hash of this program
+    -h, --help                      print help, also behind a command
+    """,))
 
 
 # ---- parsing
@@ -15883,13 +16006,8 @@ def branches():
 
 
 def flags_of(options):
-    """{flag: settings} of options, positional arguments left out."""
-    return {flag: settings for flags, settings in options for flag in flags if flag[0] == "-"}
-
-
-def has_value(settings):
-    """Whether an option is followed by a value."""
-    return settings.get("action") not in ("store_true", "store_false")
+    """{flag: Option} of options, positional arguments left out."""
+    return {flag: option for option in options for flag in option.flags}
 
 
 def find_command(argv):
@@ -15904,7 +16022,7 @@ def find_command(argv):
             flag = word.partition("=")[0] if word[:2] == "--" else word[:2]
             if flag not in known:
                 raise UsageError(f"unknown option {flag}{nearest(flag, known)}: see torc --help")
-            long = 1 + (has_value(known[flag]) and flag == word)
+            long = 1 + bool(known[flag].metavar and flag == word)
             if len(argv) < index + long:
                 raise UsageError(f"option {flag} needs a value: see torc --help")
             head += argv[index:index + long]
@@ -15931,14 +16049,12 @@ def build_parser(name, options, description="", example=""):
 
     parser.error = complain
     taken = flags_of(options)
-    for flags, settings in options:
-        hidden = {"help": argparse.SUPPRESS} if settings.get("help") == HIDDEN else {}
-        parser.add_argument(*flags, **{**settings, **hidden})
-    for flags, settings in GLOBAL:
-        free = [flag for flag in flags if flag not in taken]
+    for option in options:
+        option.add_to(parser)
+    for option in GLOBAL:
+        free = [flag for flag in option.flags if flag not in taken]
         if free:                          # without a default, which would undo what stood before
-            parser.add_argument(*free, **{**settings, "default": argparse.SUPPRESS,
-                                          "help": argparse.SUPPRESS})
+            option._replace(flags=free, help="hidden").add_to(parser, default=argparse.SUPPRESS)
     return parser
 
 
@@ -16023,10 +16139,9 @@ def overview():
     for title, words in GROUPS:
         lines += [f"{title}:", *(f"  {word:<24}{summary_of(word)}" for word in words.split()), ""]
     lines.append("Options, before or behind the command:")
-    for flags, settings in GLOBAL:
-        text = ", ".join(flags) + (f" {settings.get('metavar', 'NAME')}"
-                                   if has_value(settings) else "")
-        lines.append(f"  {text:<24}{settings['help']}")
+    for option in GLOBAL:
+        text = f"{', '.join(option.flags)} {option.metavar}"
+        lines.append(f"  {text:<24}{option.help}")
     return "\n".join([*lines, "", "Example:", "  torc run --example hello"])
 
 
@@ -16512,11 +16627,12 @@ def show_rerun(args, plan, done):
 # ---- life of a workflow
 
 SPEC_ENDINGS = (".yaml", ".yml", ".json", ".json5", ".kdl")
-SPEC_OPTIONS = (
-    opt("--example", metavar="NAME", help="a built-in specification: torc examples lists them"),
-    opt("--no-resource-monitoring", action="store_true", help="do not measure memory and CPU use"),
-    opt("--skip-checks", action="store_true", help="leave out checks that are not needed to run"),
-)
+SPEC_OR_ID = "[SPEC|ID] -> spec  specification, or id of a workflow that exists"
+SPEC_OPTIONS = """
+    --example NAME            a built-in specification: torc examples lists them
+    --no-resource-monitoring  do not measure memory and CPU use
+    --skip-checks             leave out checks that are not needed to run
+    """
 
 
 def load_spec(args, path):
@@ -16586,9 +16702,8 @@ def check_spec(args):
     return 1 if errors else 0
 
 
-@command("create", opt("file", nargs="?", metavar="FILE", help="specification, - for stdin"),
-         *SPEC_OPTIONS, opt("--dry-run", action="store_true",
-                            help="only check; needs neither server nor database"),
+@command("create", "[FILE]  specification, - for stdin", SPEC_OPTIONS,
+         "--dry-run  only check; needs neither server nor database",
          client=False, example="torc create workflow.yaml --dry-run")
 def do_create(args, client):
     """Create a workflow from a specification; torc run starts it."""
@@ -16661,20 +16776,17 @@ def names_workflow(args):
     return text.isdigit()
 
 
-@command("run", opt("spec", nargs="?", metavar="SPEC|ID", help="specification, or id of a "
-                    "workflow that exists"), *SPEC_OPTIONS,
-         opt("--max-parallel-jobs", type=POSITIVE, metavar="N", help="run so many at a time, "
-             "whatever they need"),
-         opt("--num-cpus", type=POSITIVE, metavar="N", help="default: those of this machine"),
-         opt("--memory-gb", type=bounded(float, 0, "a number from 0 on"), metavar="GB"),
-         opt("--num-gpus", type=COUNT, metavar="N"), OUTPUT_DIR,
-         opt("--time-limit", type=readable(parse_duration), metavar="DURATION",
-             help="as in PT2H: jobs that still run then are terminated"),
-         opt("--end-time", type=readable(parse_moment), metavar="TIME",
-             help="as in 2026-01-02T03:04:05Z; counts before --time-limit"),
-         opt("--allow-owner", action="append", metavar="NAME", help="run workflows of this user "
-             "too, whose commands then run as you; may be repeated"),
-         WORKER_URL, SHARE_PASSWORD, POLL, client=False,
+@command("run", SPEC_OR_ID, SPEC_OPTIONS, """
+         --max-parallel-jobs N  run so many at a time, whatever they need
+         --num-cpus N           default: those of this machine
+         --memory-gb GB
+         --num-gpus NUMBER
+         """, OUTPUT_DIR, """
+         --time-limit DURATION  as in PT2H: jobs that still run then are terminated
+         --end-time MOMENT      as in 2026-01-02T03:04:05Z; counts before --time-limit
+         --allow-owner NAME...  run workflows of this user too, whose commands then run as you; may
+                                be repeated
+         """, WORKER_URL, SHARE_PASSWORD, POLL, client=False,
          example="torc run workflow.yaml --num-cpus 4")
 def do_run(args, client):
     """Run a specification, or a workflow that exists, on this machine."""
@@ -16689,7 +16801,7 @@ def do_run(args, client):
                  f"failed, `torc workflows init {workflow_id}` all")
         end_time = args.end_time
         if end_time is None and args.time_limit is not None:
-            end_time = time.time() + args.time_limit
+            end_time = time.time() + parse_duration(args.time_limit)
         code = Runner(client, workflow_id, RunOptions(
             output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
             num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
@@ -16702,7 +16814,7 @@ def do_run(args, client):
         client.close()
 
 
-@command("examples", opt("name", nargs="?", metavar="NAME"), client=False,
+@command("examples", "[NAME]", client=False,
          example="torc examples hello > hello.json")
 def do_examples(args, client):
     """List the built-in specifications, or print one."""
@@ -16841,8 +16953,7 @@ def prospects(client, workflow_id):
                   "starts one; waiting")
 
 
-@command("wait", WORKFLOW, OUTPUT_DIR, WORKER_URL,
-         opt("--timeout", type=bounded(float, 0, "a number of seconds"), metavar="SECONDS"),
+@command("wait", WORKFLOW, OUTPUT_DIR, WORKER_URL, "--timeout S",
          example="torc wait 3 && echo done")
 def do_wait(args, client):
     """Wait until a workflow ends.
@@ -17090,11 +17201,13 @@ def follow_output(client, job_id, attempt, paths):
             time.sleep(0.2)               # files tell nobody that they have grown
 
 
-@command("logs", opt("job_id", type=COUNT, metavar="JOB_ID"),
-         opt("--follow", action="store_true", help="go on while the job runs"),
-         opt("--stdout", action="store_true", help="only stdout"),
-         opt("--stderr", action="store_true", help="only stderr"),
-         opt("--attempt", type=POSITIVE, metavar="N", help="default: the latest"),
+@command("logs", """
+         JOB_ID
+         --follow     go on while the job runs
+         --stdout     only stdout
+         --stderr     only stderr
+         --attempt N  default: the latest
+         """,
          example="torc logs 17 --stderr")
 def do_logs(args, client):
     """Print what a job wrote."""
@@ -17126,7 +17239,7 @@ def do_logs(args, client):
     return 0
 
 
-@command("why", opt("job_id", type=COUNT, metavar="JOB_ID"), example="torc why 17")
+@command("why", "JOB_ID", example="torc why 17")
 def do_why(args, client):
     """Say why a job is not running, or how it ended."""
     answer = client.get(f"/jobs/{args.job_id}/why")
@@ -17184,15 +17297,9 @@ class Noun(NamedTuple):
         return KINDS[self.table]
 
 
-def dests(options):
-    """Names under which argparse keeps the values of options."""
-    return [settings.get("dest") or next((flag for flag in flags if flag[:2] == "--"), flags[0])
-            .lstrip("-").replace("-", "_") for flags, settings in options]
-
-
-def given(args, options):
+def given(args, *texts):
     """{name: value} of the options that have one."""
-    values = {name: getattr(args, name) for name in dests(options)}
+    values = {option.dest: getattr(args, option.dest) for option in read_options(texts)}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -17216,10 +17323,10 @@ def article(noun):
 
 def create_verb(noun):
     """Add `NOUN create`."""
-    @command(f"{noun.word} create", WORKFLOW, *noun.create,
+    @command(f"{noun.word} create", WORKFLOW, noun.create,
              summary=f"Create {article(noun.kind.name)}.", example=NOUN_EXAMPLES[noun.word])
     def create(args, client):
-        values = given(args, noun.create)
+        values = given(args, *noun.create)
         known = {field.name for field in noun.kind.fields}
         record = client.post(noun.kind.path, {
             "workflow_id": args.workflow_id,
@@ -17230,11 +17337,11 @@ def create_verb(noun):
 
 def list_verb(noun):
     """Add `NOUN list`."""
-    @command(f"{noun.word} list", WORKFLOW, *noun.filters, *noun.paging,
+    @command(f"{noun.word} list", WORKFLOW, noun.filters, noun.paging,
              summary=f"List the {plural(2, noun.kind.name)[2:]} of a workflow.",
              example=f"torc {noun.word} list 3")
     def list_all(args, client):
-        query = {**given(args, noun.filters), **page_query(args, noun.kind)}
+        query = {**given(args, *noun.filters), **page_query(args, noun.kind)}
         path = noun.kind.path
         if noun.table == "failure_handler":      # upstream lists them below their workflow
             path = f"/workflows/{args.workflow_id}{path}"
@@ -17254,14 +17361,14 @@ def get_verb(noun):
 
 def update_verb(noun):
     """Add `NOUN update`."""
-    more = [opt("--any-workflow", action="store_true", help="in a job: of another workflow, too")] \
-        if noun.table == "user_data" else []
+    more = ("--any-workflow  in a job: of another workflow, too",) \
+        if noun.table == "user_data" else ()
 
-    @command(f"{noun.word} update", ID, *noun.update, *more,
+    @command(f"{noun.word} update", ID, noun.update, more,
              summary=f"Change {article(noun.kind.name)}; what is not named stays.",
-             example=f"torc {noun.word} update 17 {noun.update[0][0][-1]} new")
+             example=f"torc {noun.word} update 17 {read_options(noun.update)[0].flags[-1]} new")
     def update(args, client):
-        values = given(args, noun.update)
+        values = given(args, *noun.update)
         if not values:
             raise UsageError(f"name what to change: see torc {noun.word} update --help")
         path = f"{noun.kind.path}/{args.id}"
@@ -17325,74 +17432,91 @@ def delete_all_verb(noun):
             workflow_id=args.workflow_id, dry_run=args.dry_run)
 
 
-NAME = opt("-n", "--name", metavar="NAME", required=True)
-NEW_NAME = opt("-n", "--name", metavar="NAME")
-REQUIREMENTS = (
-    opt("--num-cpus", type=COUNT, metavar="N"), opt("--num-gpus", type=COUNT, metavar="N"),
-    opt("--num-nodes", type=POSITIVE, metavar="N"),
-    opt("-m", "--memory", type=MEMORY, metavar="SIZE", help="as in 500m or 2g"),
-    opt("-r", "--runtime", type=RUNTIME, metavar="DURATION", help="as in PT30M"))
-SCHEDULER = (
-    opt("-p", "--partition", metavar="NAME"), opt("-q", "--qos", metavar="NAME"),
-    opt("-m", "--mem", type=checked_text(slurm_memory), metavar="SIZE", help="of each node, as in "
-        "180g"),
-    opt("-g", "--gres", metavar="TEXT", help="as in gpu:2"),
-    opt("-t", "--tmp", metavar="SIZE", help="local disk"),
-    opt("--ntasks-per-node", type=POSITIVE, metavar="N", help="CPUs of each node, on partitions "
-        "whose nodes are shared"),
-    opt("-e", "--extra", metavar="TEXT", help="further options of sbatch, as in --exclusive"))
+NAME = "-n, --name NAME  (required)"
+NEW_NAME = "-n, --name NAME"
+REQUIREMENTS = """
+    --num-cpus NUMBER
+    --num-gpus NUMBER
+    --num-nodes N
+    -m, --memory SIZE       as in 500m or 2g
+    -r, --runtime DURATION  as in PT30M
+    """
+SCHEDULER = """
+    -p, --partition NAME
+    -q, --qos NAME
+    -m, --mem MEM        of each node, as in 180g
+    -g, --gres TEXT      as in gpu:2
+    -t, --tmp MEM        local disk
+    --ntasks-per-node N  CPUs of each node, on partitions whose nodes are shared
+    -e, --extra TEXT     further options of sbatch, as in --exclusive
+    """
 NOUNS = (
     Noun("jobs", "job", "ID=id, Name=name, Status=status, Priority=priority, Command=command",
          "get delete delete-all"),
     Noun("files", "file", "ID=id, Name=name, Path=path, Modified Time=st_mtime",
          "create list get update delete",
-         create=(NAME, opt("-p", "--path", metavar="PATH", required=True)),
-         update=(NEW_NAME, opt("-p", "--path", metavar="PATH")),
-         filters=(opt("--produced-by-job-id", type=COUNT, metavar="ID"),)),
+         create=(NAME, "-p, --path PATH  (required)"),
+         update=(NEW_NAME, "-p, --path PATH"),
+         filters=("--produced-by-job-id ID",)),
     Noun("user-data", "user_data", "ID=id, Name=name, Data=data, Ephemeral=is_ephemeral",
          "create list get update delete delete-all",
-         create=(NAME, opt("-d", "--data", type=JSON_VALUE, metavar="JSON"),
-                 opt("--ephemeral", dest="is_ephemeral", action="store_true"),
-                 opt("--consumer-job-id", type=COUNT, metavar="ID"),
-                 opt("--producer-job-id", type=COUNT, metavar="ID")),
-         update=(NEW_NAME, opt("-d", "--data", type=JSON_VALUE, metavar="JSON"),
-                 opt("--ephemeral", dest="is_ephemeral", type=TRUTH, metavar="true|false")),
-         filters=(opt("--name", metavar="TEXT", help="part of the name"),
-                  opt("--is-ephemeral", type=TRUTH, metavar="true|false"),
-                  opt("--consumer-job-id", type=COUNT, metavar="ID"),
-                  opt("--producer-job-id", type=COUNT, metavar="ID")),
-         paging=paging(["-o"])),
+         create=(NAME, """
+            -d, --data JSON
+            --ephemeral -> is_ephemeral
+            --consumer-job-id ID
+            --producer-job-id ID
+            """),
+         update=(NEW_NAME, """
+            -d, --data JSON
+            --ephemeral true|false -> is_ephemeral
+            """),
+         filters=("""
+            --name TEXT  part of the name
+            --is-ephemeral true|false
+            --consumer-job-id ID
+            --producer-job-id ID
+            """,),
+         paging="""
+             -l, --limit NUMBER     at most so many
+             -o, --offset NUMBER=0  leave out so many
+             --sort-by FIELD        a field of the JSON output
+             --reverse-sort         largest first
+             """),
     Noun("results", "result", "", "get delete"),
     Noun("events", "event", "ID=id, Time=timestamp, Data=data", "create get delete",
-         create=(opt("-d", "--data", type=JSON_VALUE, metavar="JSON", required=True),)),
+         create=("-d, --data JSON  (required)",)),
     Noun("resource-requirements", "resource_requirements",
          "ID=id, Name=name, CPUs=num_cpus, GPUs=num_gpus, Nodes=num_nodes, Memory=memory,"
          " Runtime=runtime", "create list get update delete",
-         create=(NAME, *REQUIREMENTS), update=(NEW_NAME, *REQUIREMENTS)),
+         create=(NAME, REQUIREMENTS), update=(NEW_NAME, REQUIREMENTS)),
     Noun("failure-handlers", "failure_handler", "ID=id, Name=name, Rules=rules", "list get"),
     Noun("compute-nodes", "compute_node",
          "ID=id, Hostname=hostname, PID=pid, CPUs=num_cpus, Memory (GB)=memory_gb, GPUs=num_gpus,"
          " Active=is_active, Start Time=start_time, Duration=duration_seconds", "list get",
-         filters=(opt("--scheduled-compute-node", dest="scheduled_compute_node_id", type=COUNT,
-                      metavar="ID"),), paging=SHORT_PAGING),
+         filters=("--scheduled-compute-node ID -> scheduled_compute_node_id",),
+         paging=SHORT_PAGING),
     Noun("scheduled-compute-nodes", "scheduled_compute_node",
          "ID=id, Scheduler ID=scheduler_id, Config ID=scheduler_config_id, Type=scheduler_type,"
          " Status=status", "list get",
-         filters=(opt("--scheduler-id", type=COUNT, metavar="ID"),
-                  opt("--scheduler-config-id", type=COUNT, metavar="ID"),
-                  opt("--status", metavar="STATUS"))),
+         filters=("""
+            --scheduler-id ID
+            --scheduler-config-id ID
+            --status TEXT
+            """,)),
     Noun("slurm", "slurm_scheduler",
          "ID=id, Name=name, Account=account, Nodes=nodes, Walltime=walltime, Partition=partition,"
          " QOS=qos, Mem=mem", "create list get update delete", list_key="slurm_schedulers",
-         create=(NAME, opt("-a", "--account", metavar="NAME", required=True),
-                 opt("-N", "--nodes", type=POSITIVE, default=1, metavar="N"),
-                 opt("-W", "--walltime", type=checked_text(parse_walltime), default="04:00:00",
-                     metavar="TIME", help="as in 04:00:00 or 1-12:00:00 (default: 04:00:00)"),
-                 *SCHEDULER),
-         update=(opt("-N", "--name", metavar="NAME"), opt("-a", "--account", metavar="NAME"),
-                 opt("-n", "--nodes", type=POSITIVE, metavar="N"),
-                 opt("--walltime", type=checked_text(parse_walltime), metavar="TIME"),
-                 *SCHEDULER)),
+         create=(NAME, """
+            -a, --account NAME            (required)
+            -N, --nodes N=1
+            -W, --walltime TIME=04:00:00  as in 04:00:00 or 1-12:00:00
+            """, SCHEDULER),
+         update=("""
+            -N, --name NAME
+            -a, --account NAME
+            -n, --nodes N
+            --walltime TIME
+            """, SCHEDULER)),
 )
 NOUN_EXAMPLES = {
     "slurm": "torc slurm create 3 -n small -a myaccount -p short -W 00:30:00",
@@ -17411,8 +17535,10 @@ for _noun in NOUNS:
 
 # ---- workflows
 
-@command("workflows new", opt("-n", "--name", metavar="NAME", required=True),
-         opt("-d", "--description", metavar="TEXT"), client="make",
+@command("workflows new", """
+         -n, --name NAME  (required)
+         -d, --description TEXT
+         """, client="make",
          example="torc workflows new -n study")
 def do_workflows_new(args, client):
     """Create an empty workflow."""
@@ -17424,10 +17550,11 @@ def do_workflows_new(args, client):
         print(f"Created workflow {record['id']} \"{clean(record['name'])}\" of {record['user']}")
 
 
-@command("workflows list", *PAGING,
-         opt("--archived-only", action="store_true"),
-         opt("--include-archived", action="store_true"),
-         opt("--all-users", action="store_true"), example="torc workflows list --include-archived")
+@command("workflows list", PAGING, """
+         --archived-only
+         --include-archived
+         --all-users
+         """, example="torc workflows list --include-archived")
 def do_workflows_list(args, client):
     """List your workflows."""
     archived = True if args.archived_only else None if args.include_archived else False
@@ -17445,12 +17572,16 @@ def do_workflows_get(args, client):
     show_record(args, client.get(f"/workflows/{args.workflow_id}"))
 
 
-WORKFLOW_FIELDS = (opt("-n", "--name", metavar="NAME"), opt("-d", "--description", metavar="TEXT"),
-                   opt("--owner-user", dest="user", metavar="USER"),
-                   opt("--project", metavar="TEXT"), opt("--metadata", metavar="JSON"))
+WORKFLOW_FIELDS = """
+    -n, --name NAME
+    -d, --description TEXT
+    --owner-user USER -> user
+    --project TEXT
+    --metadata JSON
+    """
 
 
-@command("workflows update", WORKFLOW, *WORKFLOW_FIELDS,
+@command("workflows update", WORKFLOW, WORKFLOW_FIELDS,
          example="torc workflows update 3 -d 'second try'")
 def do_workflows_update(args, client):
     """Change a workflow's name, description, owner, project or metadata."""
@@ -17461,8 +17592,10 @@ def do_workflows_update(args, client):
     say(args, f"Updated workflow {args.workflow_id}", **record)
 
 
-@command("workflows archive", opt("archived", type=TRUTH, metavar="true|false"),
-         opt("ids", nargs="*", type=IDS_TYPE, metavar="ID"),
+@command("workflows archive", """
+         true|false -> archived
+         [ID...] -> ids
+         """,
          example="torc workflows archive true 3")
 def do_workflows_archive(args, client):
     """Hide workflows from lists, or bring them back."""
@@ -17480,12 +17613,12 @@ def do_workflows_archive(args, client):
     return code
 
 
-@command("workflows reset-status", WORKFLOW,
-         opt("--failed-only", action="store_true", help="failed, canceled, terminated and "
-             "pending_failed jobs, and what depends on them"),
-         opt("-r", "--reinitialize", action="store_true", help="and make them ready"),
-         opt("--force", action="store_true", help="though jobs run or inputs are missing"),
-         NO_PROMPTS, DRY_RUN, example="torc workflows reset-status 3 --failed-only --reinitialize")
+@command("workflows reset-status", WORKFLOW, """
+         --failed-only       failed, canceled, terminated and pending_failed jobs, and what depends
+                             on them
+         -r, --reinitialize  and make them ready
+         """, FORCE_INPUTS, NO_PROMPTS, DRY_RUN,
+         example="torc workflows reset-status 3 --failed-only --reinitialize")
 def do_workflows_reset_status(args, client):
     """Set jobs back to uninitialized: all, or those that failed."""
     reset, workflow_id = "failed" if args.failed_only else "all", args.workflow_id
@@ -17508,9 +17641,8 @@ def do_workflows_reset_status(args, client):
                                   f"{workflow_id}; go on with {next_step}")
 
 
-@command("workflows init", WORKFLOW,
-         opt("--force", action="store_true", help="though inputs are missing or jobs run"),
-         NO_PROMPTS, DRY_RUN, example="torc workflows init 3 --dry-run")
+@command("workflows init", WORKFLOW, FORCE_INPUTS, NO_PROMPTS, DRY_RUN,
+         example="torc workflows init 3 --dry-run")
 def do_workflows_init(args, client):
     """Start a workflow from the beginning: all jobs blocked or ready."""
     workflow_id = args.workflow_id
@@ -17533,8 +17665,7 @@ def do_workflows_init(args, client):
     return 1 if args.dry_run and not report["safe"] else 0
 
 
-@command("workflows reinit", WORKFLOW,
-         opt("--force", action="store_true", help="though inputs are missing or jobs run"), DRY_RUN,
+@command("workflows reinit", WORKFLOW, FORCE_INPUTS, DRY_RUN,
          example="torc workflows reinit 3 --dry-run")
 def do_workflows_reinit(args, client):
     """Run again what changed since: files, commands, user data, and all that depends on them."""
@@ -17655,10 +17786,11 @@ def import_action(action, ids):
     return made
 
 
-@command("workflows export", WORKFLOW, opt("-o", "--output", metavar="FILE",
-                                           help="default: standard output"),
-         opt("--include-results", action="store_true"),
-         opt("--include-events", action="store_true"),
+@command("workflows export", WORKFLOW, """
+         -o, --output FILE  default: standard output
+         --include-results
+         --include-events
+         """,
          example="torc workflows export 3 -o study.json --include-results")
 def do_workflows_export(args, client):
     """Write a workflow as one JSON document."""
@@ -17672,10 +17804,12 @@ def do_workflows_export(args, client):
         workflow_id=args.workflow_id, job_count=len(document["jobs"]))
 
 
-@command("workflows import", opt("file", metavar="FILE", help="- for standard input"),
-         opt("--name", metavar="NAME", help="of the new workflow (default: as it was)"),
-         opt("--skip-results", action="store_true", help="accepted: results are not imported"),
-         opt("--skip-events", action="store_true", help="accepted: events are not imported"),
+@command("workflows import", """
+         FILE            - for standard input
+         --name NAME     of the new workflow (default: as it was)
+         --skip-results  accepted: results are not imported
+         --skip-events   accepted: events are not imported
+         """,
          client="make", example="torc workflows import study.json --name again")
 def do_workflows_import(args, client):
     """Make an exported workflow anew, with new ids and jobs that are not initialized."""
@@ -17698,15 +17832,15 @@ def do_workflows_import(args, client):
 
 # ---- jobs
 
-JOB_IDS = {"nargs": "+", "action": "append", "type": IDS_TYPE, "metavar": "ID"}
-
-
-@command("jobs create", WORKFLOW, opt("-n", "--name", metavar="NAME", required=True),
-         opt("-c", "--command", metavar="COMMAND", required=True),
-         opt("-r", "--resource-requirements-id", type=COUNT, metavar="ID"),
-         opt("--priority", type=COUNT, metavar="N"),
-         opt("-b", "--blocking-job-ids", dest="depends_on_job_ids", **JOB_IDS),
-         opt("-i", "--input-file-ids", **JOB_IDS), opt("-o", "--output-file-ids", **JOB_IDS),
+@command("jobs create", WORKFLOW, """
+         -n, --name NAME        (required)
+         -c, --command COMMAND  (required)
+         -r, --resource-requirements-id ID
+         --priority NUMBER
+         -b, --blocking-job-ids ID... -> depends_on_job_ids
+         -i, --input-file-ids ID...
+         -o, --output-file-ids ID...
+         """,
          example="torc jobs create 3 -n post -c 'python post.py' -b 17,18")
 def do_jobs_create(args, client):
     """Create a job in a workflow that is not initialized."""
@@ -17716,7 +17850,7 @@ def do_jobs_create(args, client):
             body[name] = getattr(args, name)
     for name in ("depends_on_job_ids", "input_file_ids", "output_file_ids"):
         if getattr(args, name):
-            body[name] = flat(part for parts in getattr(args, name) for part in parts)
+            body[name] = flat(getattr(args, name))
     record = client.post("/jobs", body)
     say(args, f"Created job {record['id']}", **record)
 
@@ -17734,11 +17868,13 @@ def read_commands(path):
     return commands
 
 
-@command("jobs create-from-file", opt("workflow_id", type=COUNT, metavar="WORKFLOW_ID"),
-         opt("file", metavar="FILE"),
-         opt("--cpus-per-job", type=POSITIVE, default=1, metavar="N"),
-         opt("--memory-per-job", type=MEMORY, default="1m", metavar="SIZE"),
-         opt("--runtime-per-job", type=RUNTIME, default="PT1M", metavar="DURATION"),
+@command("jobs create-from-file", """
+         WORKFLOW_ID
+         FILE
+         --cpus-per-job N=1
+         --memory-per-job SIZE=1m
+         --runtime-per-job DURATION=PT1M
+         """,
          example="torc jobs create-from-file 3 commands.txt --memory-per-job 2g")
 def do_jobs_create_from_file(args, client):
     """Create a job for each line of a file."""
@@ -17759,17 +17895,17 @@ def do_jobs_create_from_file(args, client):
         workflow_id=workflow_id, jobs_created=len(made), job_ids=[job["id"] for job in made])
 
 
-@command("jobs list", WORKFLOW,
-         opt("-s", "--status", choices=STATUS_NAMES, metavar="STATUS"),
-         opt("--upstream-job-id", type=COUNT, metavar="ID", help="jobs that depend on this one"),
-         *PAGING, opt("--include-relationships", action="store_true",
-                      help="with the ids of dependencies, files and user data"),
-         opt("-x", "--exclude", action="append", default=[], metavar="COLUMN",
-             help="leave a column out of the table"), example="torc jobs list 3 --status failed")
+@command("jobs list", WORKFLOW, """
+         -s, --status STATUS
+         --upstream-job-id ID  jobs that depend on this one
+         """, PAGING, """
+         --include-relationships  with the ids of dependencies, files and user data
+         -x, --exclude COLUMN...  leave a column out of the table
+         """, example="torc jobs list 3 --status failed")
 def do_jobs_list(args, client):
     """List the jobs of a workflow."""
     titles = [title.lower() for title, _ in split_columns(NOUN_OF["jobs"].columns)]
-    for column in args.exclude:
+    for column in args.exclude or ():
         if column.lower() not in titles:
             raise UsageError(f"the table has no column {column!r}{nearest(column, titles)}")
     relations = ", Depends On=depends_on_job_ids, Input Files=input_file_ids," \
@@ -17779,7 +17915,7 @@ def do_jobs_list(args, client):
                            include_relationships=args.include_relationships or None,
                            **page_query(args, KINDS["job"]))
     show_list(args, "jobs", "job", NOUN_OF["jobs"].columns + relations, records,
-              f"workflow {args.workflow_id}", [column.lower() for column in args.exclude])
+              f"workflow {args.workflow_id}", [column.lower() for column in args.exclude or ()])
 
 
 def own_runtime(client, job, runtime):
@@ -17793,10 +17929,13 @@ def own_runtime(client, job, runtime):
     return client.post("/resource_requirements", body)["id"]
 
 
-@command("jobs update", ID, opt("-n", "--name", metavar="NAME"),
-         opt("-c", "--command", metavar="COMMAND"), opt("--priority", type=COUNT, metavar="N"),
-         opt("--resource-requirements-id", type=COUNT, metavar="ID"),
-         opt("--runtime", type=RUNTIME, metavar="DURATION", help="of this job alone, as in PT30M"),
+@command("jobs update", ID, """
+         -n, --name NAME
+         -c, --command COMMAND
+         --priority NUMBER
+         --resource-requirements-id ID
+         --runtime DURATION  of this job alone, as in PT30M
+         """,
          example="torc jobs update 17 --priority 5")
 def do_jobs_update(args, client):
     """Change a job; name and command only while it is uninitialized."""
@@ -17822,7 +17961,7 @@ def jobs_with(args, client, key, records, columns_text):
     show_list(args, "jobs", "job", columns_text, rows, f"workflow {args.workflow_id}")
 
 
-JOB_ID = opt("-j", "--job-id", type=COUNT, metavar="ID", help="only this job")
+JOB_ID = "-j, --job-id ID  only this job"
 
 
 @command("jobs list-resource-requirements", WORKFLOW, JOB_ID,
@@ -17858,8 +17997,8 @@ job_verb("cancel", "Cancel jobs: they never start, or are ended; what depends on
 job_verb("terminate", "End jobs as a time limit would.", "stop", status="terminated")
 
 
-@command("jobs retry", LIST_IDS, opt("--only", action="store_true", help="without what depends on "
-                                     "them and has run"), FORCE, NO_PROMPTS, DRY_RUN,
+@command("jobs retry", LIST_IDS, "--only  without what depends on them and has run", FORCE,
+         NO_PROMPTS, DRY_RUN,
          example="torc jobs retry 17 18 --dry-run")
 def do_jobs_retry(args, client):
     """Run jobs again that have ended, and what has run downstream of them."""
@@ -17906,8 +18045,8 @@ def do_user_data_list_missing(args, client):
                if record["id"] in wanted], f"workflow {args.workflow_id}")
 
 
-@command("events list", WORKFLOW, opt("-t", "--type", metavar="TYPE", help="category or event_type "
-                                      "in the event's data"), *SHORT_PAGING,
+@command("events list", WORKFLOW,
+         "-t, --type TYPE  category or event_type in the event's data", SHORT_PAGING,
          example="torc events list 3 -t user_action")
 def do_events_list(args, client):
     """List what happened in a workflow."""
@@ -17947,7 +18086,7 @@ DEPENDENCY_LISTS = (
 
 def dependency_list(word, key, noun, summary, columns_text):
     """Add `job-dependencies WORD`."""
-    @command(f"job-dependencies {word}", WORKFLOW, *PAGING, summary=summary,
+    @command(f"job-dependencies {word}", WORKFLOW, PAGING, summary=summary,
              example=f"torc job-dependencies {word} 3")
     def list_all(args, client):
         show_list(args, key, noun, columns_text, client.items(
@@ -17981,16 +18120,18 @@ def find_results(args, client):
     return list(found)
 
 
-@command("results list", WORKFLOW, JOB_ID, opt("-r", "--run-id", type=COUNT, metavar="N"),
-         opt("--return-code", type=int, metavar="N"),
-         opt("--failed", action="store_true", help="return code other than 0"),
-         opt("-s", "--status", choices=STATUS_NAMES, metavar="STATUS"), *PAGING,
-         opt("--all-runs", action="store_true", help="not only each job's latest"),
-         opt("--compute-node", type=COUNT, metavar="ID"),
-         opt("--include-logs", action="store_true", help="a JSON report with the paths of what the "
-             "jobs wrote"),
-         opt("-o", "--output-dir", metavar="DIR", help="with --include-logs: where those files are "
-             "(default: where each runner put them)"),
+@command("results list", WORKFLOW, JOB_ID, """
+         -r, --run-id NUMBER
+         --return-code CODE
+         --failed  return code other than 0
+         -s, --status STATUS
+         """, PAGING, """
+         --all-runs            not only each job's latest
+         --compute-node ID
+         --include-logs        a JSON report with the paths of what the jobs wrote
+         -o, --output-dir DIR  with --include-logs: where those files are (default: where each
+                               runner put them)
+         """,
          example="torc results list 3 --failed")
 def do_results_list(args, client):
     """List the results of jobs: return codes, times, memory."""
@@ -18178,10 +18319,13 @@ def urls_for_workers(urls, how):
         client.close()
 
 
-@command("doctor", opt("--from-compute", action="store_true",
-                       help="look from a compute node, too (a Slurm job of a few seconds)"),
-         opt("--srun-options", metavar="TEXT", help="as in '--partition=debug --account=a'"),
-         OUTPUT_DIR, opt("--token", help=HIDDEN), opt("--at", action="append", help=HIDDEN),
+@command("doctor", """
+         --from-compute       look from a compute node, too (a Slurm job of a few seconds)
+         --srun-options TEXT  as in '--partition=debug --account=a'
+         """, OUTPUT_DIR, """
+         --token TOKEN  hidden
+         --at URL...    hidden
+         """,
          client=False, example="torc doctor --url http://login1:8080 --from-compute")
 def do_doctor(args, client):
     """Look for what keeps clients and workers from their server; exit code 1 if something does."""
@@ -18267,11 +18411,11 @@ def workflow_to_submit(args, client, spec):
     return workflow_id
 
 
-@command("submit", opt("spec", nargs="?", metavar="SPEC|ID", help="specification, or id of a "
-                       "workflow that exists"), *SPEC_OPTIONS, *WORKERS,
-         opt("-i", "--ignore-missing-data", action="store_true", help="though inputs are missing"),
-         opt("--allow-owner", action="append", metavar="NAME", help="submit workflows of this user "
-             "too, whose commands then run as you; may be repeated"), DRY_RUN,
+@command("submit", SPEC_OR_ID, SPEC_OPTIONS, WORKERS, """
+         -i, --ignore-missing-data  though inputs are missing
+         --allow-owner NAME...      submit workflows of this user too, whose commands then run as
+                                    you; may be repeated
+         """, DRY_RUN,
          client=False, example="torc submit workflow.yaml")
 def do_submit(args, client):
     """Start a workflow in allocations of Slurm, as its on_workflow_start actions ask for them."""
@@ -18367,12 +18511,12 @@ def choose_scheduler(args, client):
         client.get(f"/slurm_schedulers/{answer if answer.isdigit() else 0}")
 
 
-@command("slurm schedule-nodes", WORKFLOW, *WORKERS,
-         opt("-n", "--num-hpc-jobs", type=POSITIVE, default=1, metavar="N",
-             help="allocations (default: 1)"),
-         opt("--scheduler-config-id", type=COUNT, metavar="ID", help="one of torc slurm list"),
-         opt("--start-one-worker-per-node", action="store_true", default=None),
-         opt("-j", "--job-prefix", default="", metavar="TEXT", help="of the Slurm jobs' names"),
+@command("slurm schedule-nodes", WORKFLOW, WORKERS, """
+         -n, --num-hpc-jobs N=1    allocations
+         --scheduler-config-id ID  one of torc slurm list
+         --start-one-worker-per-node
+         -j, --job-prefix TEXT=    of the Slurm jobs' names
+         """,
          example="torc slurm schedule-nodes 3 -n 2")
 def do_slurm_schedule(args, client):
     """Get allocations for a workflow that exists, by one of its Slurm schedulers."""
@@ -18380,8 +18524,8 @@ def do_slurm_schedule(args, client):
     if scheduler["workflow_id"] != args.workflow_id:
         raise UsageError(f"scheduler {scheduler['id']} belongs to workflow "
                          f"{scheduler['workflow_id']}, not to {args.workflow_id}")
-    request = worker_request(args, client, prefix=args.job_prefix,
-                             one_worker_per_node=args.start_one_worker_per_node)
+    request = worker_request(args, client, prefix=args.job_prefix or "",
+                             one_worker_per_node=args.start_one_worker_per_node or None)
     if client.get(f"/workflows/{args.workflow_id}/is_uninitialized")["is_uninitialized"]:
         initialize_workflow(client, args.workflow_id)
     ids = submit_allocations(client, client.get(f"/workflows/{args.workflow_id}"), scheduler,
@@ -18395,8 +18539,10 @@ def stats_query(args):
             "attempt_id": args.attempt_id}
 
 
-@command("slurm stats", WORKFLOW, JOB_ID, opt("--run-id", type=COUNT, metavar="N"),
-         opt("--attempt-id", type=COUNT, metavar="N"), example="torc slurm stats 3")
+@command("slurm stats", WORKFLOW, JOB_ID, """
+         --run-id NUMBER
+         --attempt-id NUMBER
+         """, example="torc slurm stats 3")
 def do_slurm_stats(args, client):
     """List what Slurm's accounting said of the jobs that ran as steps of srun."""
     show_list(args, "slurm_stats", "record", "Job ID=job_id, Run=run_id, Attempt=attempt_id,"
@@ -18411,9 +18557,10 @@ ACCOUNT_COLUMNS = (("slurm_job", "JobIDRaw"), ("job_step", "JobName"), ("state",
                    ("cpu_time", "CPUTime"), ("nodes", "NodeList"))
 
 
-@command("slurm sacct", WORKFLOW, opt("-o", "--output-dir", default=DEFAULT_OUTPUT_DIR,
-                                      metavar="DIR", help="for --save-json"),
-         opt("--save-json", action="store_true", help="keep sacct's own JSON of each allocation"),
+@command("slurm sacct", WORKFLOW, f"""
+         -o, --output-dir DIR={DEFAULT_OUTPUT_DIR}  for --save-json
+         --save-json                     keep sacct's own JSON of each allocation
+         """,
          example="torc slurm sacct 3")
 def do_slurm_sacct(args, client):
     """Show what Slurm's accounting says of a workflow's allocations and their steps."""
@@ -18435,18 +18582,21 @@ def do_slurm_sacct(args, client):
               " Nodes=nodes", rows, f"workflow {args.workflow_id}")
 
 
-@command("slurm-job-runner", opt("url", metavar="URL[,URL...]"),
-         opt("workflow_id", type=COUNT, metavar="WORKFLOW_ID"), opt("output_dir", metavar="DIR"),
-         MAX_PARALLEL, POLL, opt("--is-subtask", action="store_true", help="one of several workers "
-                                 "of the allocation, each on a node of its own"),
-         opt("--startup-delay-seconds", type=COUNT, default=0, metavar="S",
-             help="wait for a part of that time, so that many workers do not begin at once"),
-         opt("--server-id", metavar="ID", help="work for no other server"),
-         opt("--scheduler-config-id", type=COUNT, metavar="ID"),
-         opt("--strict-scheduler-match", action="store_true", help="only jobs of that scheduler"),
-         opt("--credentials", metavar="FILE", help="a file that `torc submit` has written, where "
-             "allocations get no environment"), SHARE_PASSWORD,
-         opt("--program-hash", help=HIDDEN), client=False,
+@command("slurm-job-runner", """
+         URLS -> url
+         WORKFLOW_ID
+         DIR -> output_dir
+         """, MAX_PARALLEL, POLL, """
+         --is-subtask                 one of several workers of the allocation, each on a node of
+                                      its own
+         --startup-delay-seconds S=0  wait for a part of that time, so that many workers do not
+                                      begin at once
+         --server-id ID               work for no other server
+         --scheduler-config-id ID
+         --strict-scheduler-match     only jobs of that scheduler
+         --credentials FILE           a file that `torc submit` has written, where allocations get
+                                      no environment
+         """, SHARE_PASSWORD, "--program-hash HASH  hidden", client=False,
          example="torc slurm-job-runner http://login1:8080 3 torc_output")
 def do_slurm_job_runner(args, client):
     """Work on a workflow inside an allocation of Slurm; `torc submit` starts it."""
@@ -18698,12 +18848,13 @@ def regenerate(args, client, workflow_id, submit=False, dry_run=False):
     return report
 
 
-@command("slurm regenerate", WORKFLOW, *WORKERS,
-         opt("-a", "--account", metavar="NAME", help="default: that of its schedulers"),
-         opt("--profile", metavar="NAME", help="of torc hpc list (default: detected)"),
-         opt("--partition", metavar="NAME"),
-         opt("--walltime", type=checked_text(parse_walltime), metavar="TIME"),
-         opt("--submit", action="store_true", help="and get the allocations"), DRY_RUN,
+@command("slurm regenerate", WORKFLOW, WORKERS, """
+         -a, --account NAME  default: that of its schedulers
+         --profile NAME      of torc hpc list (default: detected)
+         --partition NAME
+         --walltime TIME
+         --submit            and get the allocations
+         """, DRY_RUN,
          example="torc slurm regenerate 3 --submit")
 def do_slurm_regenerate(args, client):
     """Make Slurm schedulers anew for the jobs that are left to run."""
@@ -18879,17 +19030,16 @@ def size_of(name):
     return parse_memory if name == "memory" else parse_duration
 
 
-MULTIPLIER = bounded(float, 1, "a factor from 1 on")
-RECOVERY = (
-    opt("--memory-multiplier", type=MULTIPLIER, default=1.5, metavar="X",
-        help="for jobs that ran out of memory (default: 1.5)"),
-    opt("--retry-unknown", action="store_true", help="also jobs that failed for another reason"),
-    opt("--recovery-hook", metavar="COMMAND", help="run before, with the workflow's id as argument "
-        "and in TORC_WORKFLOW_ID; jobs that failed for another reason run again then"),
-    opt("--partition", metavar="NAME", help="of the new allocations"),
-    opt("--walltime", type=checked_text(parse_walltime), metavar="TIME", help="of those"),
-    opt("--account", "-a", metavar="NAME", help="for those (default: as before)"),
-    opt("--profile", metavar="NAME", help="of torc hpc list (default: detected)"))
+RECOVERY = """
+    --memory-multiplier X=1.5  for jobs that ran out of memory
+    --retry-unknown            also jobs that failed for another reason
+    --recovery-hook COMMAND    run before, with the workflow's id as argument and in
+                               TORC_WORKFLOW_ID; jobs that failed for another reason run again then
+    --partition NAME           of the new allocations
+    --walltime TIME            of those
+    -a, --account NAME         for those (default: as before)
+    --profile NAME             of torc hpc list (default: detected)
+    """
 
 
 def run_hook(command, workflow_id, client):
@@ -18953,10 +19103,9 @@ def show_recovery(args, report):
         print(f"torc run {report['workflow_id']} goes on from here")
 
 
-@command("recover", WORKFLOW, *WORKERS, *RECOVERY,
-         opt("--runtime-multiplier", type=MULTIPLIER, default=1.4, metavar="X",
-             help="for jobs that ran out of time (default: 1.4)"),
-         NO_PROMPTS, DRY_RUN, example="torc recover 3 --dry-run")
+@command("recover", WORKFLOW, WORKERS, RECOVERY,
+         "--runtime-multiplier X=1.4  for jobs that ran out of time", NO_PROMPTS, DRY_RUN,
+         example="torc recover 3 --dry-run")
 def do_recover(args, client):
     """Run again what failed, with more memory or time where that was the cause."""
     if not args.dry_run and not args.no_prompts and can_ask():
@@ -19018,7 +19167,7 @@ class Watcher:
         while True:
             try:
                 news = self.client.get(f"{path}/changes", since=generation, wait_s=math.ceil(
-                    min(60, self.args.poll_interval)) if generation >= 0 else None)
+                    min(60, max(1, self.args.poll_interval))) if generation >= 0 else None)
                 generation = news["generation"]
                 self.look()
                 if news["is_complete"]:
@@ -19140,24 +19289,20 @@ class Watcher:
         return None
 
 
-@command("watch", WORKFLOW, OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, *RECOVERY,
-         opt("-p", "--poll-interval", type=bounded(float, 1, "a number of seconds"), default=60.0,
-             metavar="S", help="Slurm is asked as often (default: 60); the end is seen at once"),
-         opt("-r", "--recover", action="store_true", help="when it ends with failures, run again "
-             "what failed, with more memory or time where that was the cause"),
-         opt("--max-retries", type=COUNT, metavar="N", help="recover so many times (default: no "
-             "limit)"),
-         opt("--runtime-multiplier", type=MULTIPLIER, default=1.5, metavar="X",
-             help="for jobs that ran out of time (default: 1.5)"),
-         opt("-s", "--show-job-counts", action="store_true"),
-         opt("--auto-schedule", action="store_true", help="get allocations for ready jobs that "
-             "nobody runs"),
-         opt("--auto-schedule-threshold", type=COUNT, default=5, metavar="N", help="also, while "
-             "others run, for so many jobs that are tried again (default: 5)"),
-         opt("--auto-schedule-cooldown", type=COUNT, default=1800, metavar="S",
-             help="that not more often than this (default: 1800)"),
-         opt("--auto-schedule-stranded-timeout", type=COUNT, default=7200, metavar="S",
-             help="for fewer of them after this time; 0: never (default: 7200)"),
+@command("watch", WORKFLOW, OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, RECOVERY, """
+         -p, --poll-interval S=60.0      Slurm is asked as often (default: 60); the end is seen at
+                                         once
+         -r, --recover                   when it ends with failures, run again what failed, with
+                                         more memory or time where that was the cause
+         --max-retries NUMBER            recover so many times (default: no limit)
+         --runtime-multiplier X=1.5      for jobs that ran out of time
+         -s, --show-job-counts
+         --auto-schedule                 get allocations for ready jobs that nobody runs
+         --auto-schedule-threshold NUMBER=5  also, while others run, for so many jobs that are
+                                         tried again
+         --auto-schedule-cooldown S=1800  that not more often than this
+         --auto-schedule-stranded-timeout S=7200  for fewer of them after this time; 0: never
+         """,
          example="torc watch 3 --recover")
 def do_watch(args, client):
     """Look after a workflow until it ends: dead runners, ended allocations, recovery.
@@ -19169,30 +19314,10 @@ def do_watch(args, client):
 
 # ---- HPC profiles
 
-PROFILE_NAME = opt("name", nargs="?", metavar="NAME", help="a profile: torc hpc list; default: the "
-                   "one of this machine")
+PROFILE_NAME = "[NAME]  a profile: torc hpc list; default: the one of this machine"
 PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory, Walltime=walltime,"
                      " GPUs=gpus, Nodes=nodes, Shared=shared,"
                      " On Request=requires_explicit_request")
-
-
-def walltime_text(text):
-    """Seconds of a time as Slurm or ISO 8601 writes it, for argparse."""
-    try:
-        return parse_duration(text) if text.startswith("P") else parse_walltime(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a time such as 04:00:00, 1-12:00:00 or PT4H") from None
-
-
-def at_least_one(text):
-    """A factor of 1 or more, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 <= value < 1000:
-        raise ValueError(f"{text!r} is not a factor from 1 on")
-    return value
 
 
 def partition_row(one):
@@ -19264,9 +19389,10 @@ def hpc_show(args, client):
     show_record(args, {name: value for name, value in fields.items() if value not in (None, "")})
 
 
-@command("hpc partitions", PROFILE_NAME,
-         opt("--gpu", action="store_true", help="only those with GPUs"),
-         opt("--shared", action="store_true", help="only those whose nodes are shared"),
+@command("hpc partitions", PROFILE_NAME, """
+         --gpu     only those with GPUs
+         --shared  only those whose nodes are shared
+         """,
          client=False, example="torc hpc partitions kestrel --gpu")
 def hpc_partitions(args, client):
     """List the partitions of a system: what their nodes have, how long and how wide jobs may be."""
@@ -19276,19 +19402,19 @@ def hpc_partitions(args, client):
         if (one.gpus_per_node or not args.gpu) and (one.shared or not args.shared)])
 
 
-@command("hpc match", PROFILE_NAME,
-         opt("--cpus", type=POSITIVE, default=1, metavar="N", help="on a node (default: 1)"),
-         opt("--memory", type=checked_text(slurm_memory), default="0", metavar="SIZE",
-             help="on a node: 100g, or a number of MB"),
-         opt("--walltime", type=readable(walltime_text), default="0", metavar="TIME",
-             help="04:00:00, 1-12:00:00 or PT4H"),
-         opt("--gpus", type=COUNT, default=0, metavar="N", help="on a node (default: 0)"),
-         opt("--nodes", type=POSITIVE, default=1, metavar="N", help="default: 1"),
+@command("hpc match", PROFILE_NAME, """
+         --cpus N=1         on a node
+         --memory MEM=0     on a node: 100g, or a number of MB
+         --walltime TIME=0  04:00:00, 1-12:00:00 or PT4H
+         --gpus NUMBER=0    on a node
+         --nodes N=1
+         """,
          client=False, example="torc hpc match kestrel --cpus 52 --memory 100g --walltime 06:00:00")
 def hpc_match(args, client):
     """List the partitions that take a job, the best first."""
     profile = find_profile(args.name)
-    need = (args.cpus, slurm_memory(args.memory), args.walltime, args.gpus, args.nodes)
+    need = (args.cpus, slurm_memory(args.memory), parse_walltime(args.walltime), args.gpus,
+            args.nodes)
     found, best = matching_partitions(profile, *need), best_partition(profile, *need)
     if not found:
         raise TorcError(why_no_partition(profile, *need))
@@ -19302,12 +19428,12 @@ def host_pattern(hostname):
     return re.sub(r"\d+$", lambda match: r"\d+", re.escape(hostname.partition(".")[0]))
 
 
-@command("hpc generate",
-         opt("-n", "--name", metavar="NAME", help="default: the cluster's own"),
-         opt("-d", "--display-name", metavar="TEXT", help="for people"),
-         opt("-o", "--output", metavar="FILE", help="default: standard output; one in ~/.torc/hpc "
-             "is used from then on"),
-         opt("--skip-stdby", action="store_true", help="leave out standby partitions"),
+@command("hpc generate", """
+         -n, --name NAME          default: the cluster's own
+         -d, --display-name TEXT  for people
+         -o, --output FILE        default: standard output; one in ~/.torc/hpc is used from then on
+         --skip-stdby             leave out standby partitions
+         """,
          client=False, example="torc hpc generate -n mycluster -o ~/.torc/hpc/mycluster.json")
 def hpc_generate(args, client):
     """Write a profile of this cluster as JSON, from what its Slurm says; edit it as you like."""
@@ -19351,25 +19477,21 @@ def write_text(path, text):
         raise TorcError(f"{path} cannot be written: {error.strerror}") from None
 
 
-PLANNING = (
-    opt("file", metavar="FILE", help="specification, YAML or JSON; - for standard input"),
-    opt("-a", "--account", metavar="NAME", help="default: slurm_defaults.account of the "
-        "specification, else the profile's"),
-    opt("-p", "--partition", metavar="NAME", help="default: the best for each requirement"),
-    opt("--profile", "--hpc-profile", metavar="NAME", help="torc hpc list; default: the one of "
-        "this machine"),
-    opt("--group-by", choices=("resource-requirements", "partition"),
-        default="resource-requirements", help="what gets a scheduler of its own (default: "
-        "resource-requirements)"),
-    opt("--walltime-strategy", choices=STRATEGIES, default=STRATEGIES[0],
-        help="as long as the longest job times the multiplier, or as the partition allows"),
-    opt("--walltime-multiplier", type=readable(at_least_one), default=1.5, metavar="X",
-        help="default: 1.5"),
-    opt("--single-allocation", action="store_true", help="one allocation of several nodes in place "
-        "of several of one"),
-    opt("--overwrite", action="store_true", help="replace schedulers and schedule_nodes actions "
-        "that the specification has"),
-)
+PLANNING = """
+    FILE                            specification, YAML or JSON; - for standard input
+    -a, --account NAME              default: slurm_defaults.account of the specification, else the
+                                    profile's
+    -p, --partition NAME            default: the best for each requirement
+    --profile, --hpc-profile NAME   torc hpc list; default: the one of this machine
+    --group-by resource-requirements|partition=resource-requirements  what gets a scheduler of its
+                                    own
+    --walltime-strategy max-job-runtime|max-partition-time=max-job-runtime  as long as the longest
+                                    job times the multiplier, or as the partition allows
+    --walltime-multiplier X=1.5
+    --single-allocation             one allocation of several nodes in place of several of one
+    --overwrite                     replace schedulers and schedule_nodes actions that the
+                                    specification has
+    """
 
 
 def read_for_planning(args):
@@ -19418,11 +19540,11 @@ def show_plan(args, profile, plan, more=(), columns=""):
               f" Gres=gres, When=trigger{columns}", rows, f"{args.file} on {profile.name}")
 
 
-@command("slurm generate", *PLANNING,
-         opt("-o", "--output", metavar="FILE", help="default: standard output"),
-         opt("--no-actions", action="store_true", help="only schedulers: nothing asks for "
-             "allocations by itself"),
-         opt("--dry-run", action="store_true", help="show the schedulers, write nothing"),
+@command("slurm generate", PLANNING, """
+         -o, --output FILE  default: standard output
+         --no-actions       only schedulers: nothing asks for allocations by itself
+         --dry-run          show the schedulers, write nothing
+         """,
          client=False, example="torc slurm generate workflow.yaml --account proj -o for_slurm.yaml")
 def slurm_generate(args, client):
     """Add to a specification the Slurm schedulers and allocations that its jobs need."""
@@ -19485,9 +19607,10 @@ def predicted_start(scheduler):
     return re.sub(r"^(sbatch: |error: |allocation failure: )+", "", last)
 
 
-@command("slurm plan-allocations", *PLANNING,
-         opt("--offline", action="store_true", help="do not ask the cluster anything"),
-         opt("--skip-test-only", action="store_true", help="do not ask when they would start"),
+@command("slurm plan-allocations", PLANNING, """
+         --offline         do not ask the cluster anything
+         --skip-test-only  do not ask when they would start
+         """,
          client=False, example="torc slurm plan-allocations workflow.yaml --profile kestrel "
          "--offline")
 def slurm_plan_allocations(args, client):
@@ -19516,25 +19639,18 @@ def slurm_plan_allocations(args, client):
 
 # ---- passwords, groups
 
-def bcrypt_cost(text):
-    """A cost of bcrypt, for argparse."""
-    import argparse
-    if not text.isdigit() or not 4 <= int(text) <= 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a cost from 4 to 31")
-    return int(text)
-
-
-PASSWORD_FILE = opt("-f", "--file", metavar="FILE", default=os.environ.get("TORC_AUTH_FILE"),
-                    help="the password file (TORC_AUTH_FILE)")
-PASSWORD = (opt("--password-stdin", action="store_true", help="read the password from standard "
-                "input instead of asking for it"),
-            opt("-p", "--password", metavar="TEXT", help="visible to everybody in the list of "
-                "processes: better --password-stdin, or wait until it is asked for"))
-COST = opt("-c", "--cost", type=bcrypt_cost, default=BCRYPT_COST, metavar="4-31",
-           help=f"each step doubles the time of a check (default: {BCRYPT_COST}, 50 ms)")
-RELOAD = (opt("--reload-auth", action="store_true", help="let the server of --url read the file "
-              "again at once; by itself it does so within a second or two"),
-          opt("--server-password", metavar="TEXT", help="for that, if TORC_PASSWORD is not set"))
+PASSWORD_FILE = "-f, --file FILE=$TORC_AUTH_FILE  the password file"
+PASSWORD = """
+    --password-stdin     read the password from standard input instead of asking for it
+    -p, --password TEXT  visible to everybody in the list of processes: better --password-stdin, or
+                         wait until it is asked for
+    """
+COST = f"-c, --cost 4-31={BCRYPT_COST}  each step doubles the time of a check"
+RELOAD = """
+    --reload-auth           let the server of --url read the file again at once; by itself it does
+                            so within a second or two
+    --server-password TEXT  for that, if TORC_PASSWORD is not set
+    """
 LEAST_PASSWORD = 8
 
 
@@ -19582,7 +19698,7 @@ def after_change(args, sentence):
     say(args, sentence, message=sentence)
 
 
-@command("htpasswd add", opt("user", metavar="USER"), PASSWORD_FILE, *PASSWORD, COST, *RELOAD,
+@command("htpasswd add", "USER", PASSWORD_FILE, PASSWORD, COST, RELOAD,
          client=False, example="torc htpasswd add --file users.htpasswd alice")
 def do_htpasswd_add(args, client):
     """Give a user a password, or another one; makes the file (0600) if there is none."""
@@ -19595,7 +19711,7 @@ def do_htpasswd_add(args, client):
                        f"{args.file}")
 
 
-@command("htpasswd remove", opt("user", metavar="USER"), PASSWORD_FILE, *RELOAD,
+@command("htpasswd remove", "USER", PASSWORD_FILE, RELOAD,
          client=False, example="torc htpasswd remove --file users.htpasswd alice")
 def do_htpasswd_remove(args, client):
     """Take a user out of the file."""
@@ -19618,7 +19734,7 @@ def do_htpasswd_list(args, client):
     show_list(args, "users", "user", "User=user, Hash=hash", records, args.file)
 
 
-@command("htpasswd verify", opt("user", metavar="USER"), PASSWORD_FILE, *PASSWORD, client=False,
+@command("htpasswd verify", "USER", PASSWORD_FILE, PASSWORD, client=False,
          example="torc htpasswd verify --file users.htpasswd alice")
 def do_htpasswd_verify(args, client):
     """Check a user's password; exit code 1 if it is wrong."""
@@ -19628,7 +19744,7 @@ def do_htpasswd_verify(args, client):
     return 0 if good else 1
 
 
-@command("htpasswd hash", opt("user", nargs="?", metavar="USER"), *PASSWORD, COST, client=False,
+@command("htpasswd hash", "[USER]", PASSWORD, COST, client=False,
          example="torc htpasswd hash alice")
 def do_htpasswd_hash(args, client):
     """Print the line of a password file for a password, without touching a file."""
@@ -19636,13 +19752,16 @@ def do_htpasswd_hash(args, client):
     say(args, f"{args.user}:{hashed}" if args.user else hashed, user=args.user, hash=hashed)
 
 
-GROUP_ID = opt("group_id", type=COUNT, metavar="GROUP")
-USER_NAME = opt("user_name", metavar="USER")
+GROUP_ID = "GROUP -> group_id"
+USER_NAME = "USER -> user_name"
 GROUP_COLUMNS = "ID=id, Name=name, Description=description, Created=created_at"
 MEMBER_COLUMNS = "ID=id, User=user_name, Role=role, Created=created_at"
 
 
-@command("access-groups create", opt("name", metavar="NAME"), opt("-d", "--description"),
+@command("access-groups create", """
+         NAME
+         -d, --description TEXT
+         """,
          example="torc access-groups create climate -d 'the climate team'")
 def do_group_create(args, client):
     """Create a group of users with whom workflows can be shared."""
@@ -19656,7 +19775,7 @@ def do_group_get(args, client):
     show_record(args, client.get(f"/access_groups/{args.group_id}"))
 
 
-@command("access-groups list", *SHORT_PAGING, example="torc access-groups list")
+@command("access-groups list", SHORT_PAGING, example="torc access-groups list")
 def do_group_list(args, client):
     """List all groups."""
     show_list(args, "groups", "group", GROUP_COLUMNS, client.items("/access_groups"))
@@ -19671,8 +19790,7 @@ def do_group_delete(args, client):
     say(args, f"Deleted access group {args.group_id}", **group)
 
 
-@command("access-groups add-user", GROUP_ID, USER_NAME,
-         opt("-r", "--role", choices=("member", "admin"), default="member"),
+@command("access-groups add-user", GROUP_ID, USER_NAME, "-r, --role member|admin=member",
          example="torc access-groups add-user 2 bob")
 def do_group_add_user(args, client):
     """Put a user into a group; an admin of a group changes its members."""
@@ -19713,16 +19831,16 @@ def do_workflow_groups(args, client):
               client.items(f"/workflows/{args.workflow_id}/access_groups"))
 
 
-@command("access-groups add-workflow", opt("workflow_id", type=COUNT, metavar="WORKFLOW_ID"),
-         GROUP_ID, example="torc access-groups add-workflow 3 2")
+@command("access-groups add-workflow", "WORKFLOW_ID", GROUP_ID,
+         example="torc access-groups add-workflow 3 2")
 def do_group_add_workflow(args, client):
     """Let a group use a workflow: see it, run it, change it."""
     link = client.post(f"/workflows/{args.workflow_id}/access_groups/{args.group_id}")
     say(args, f"Shared workflow {args.workflow_id} with access group {args.group_id}", **link)
 
 
-@command("access-groups remove-workflow", opt("workflow_id", type=COUNT, metavar="WORKFLOW_ID"),
-         GROUP_ID, example="torc access-groups remove-workflow 3 2")
+@command("access-groups remove-workflow", "WORKFLOW_ID", GROUP_ID,
+         example="torc access-groups remove-workflow 3 2")
 def do_group_remove_workflow(args, client):
     """Share a workflow with a group no more."""
     link = client.delete(f"/workflows/{args.workflow_id}/access_groups/{args.group_id}")
@@ -20335,22 +20453,18 @@ def dash_client(args, say):
     return Client(own.url, **how), own
 
 
-@command("dash", opt("--host", default="127.0.0.1", metavar="NAME", help="address to listen on "
-                     "(default: 127.0.0.1)"),
-         opt("-p", "--port", type=bounded(int, 0, "a port"), default=DASH_PORT, metavar="N",
-             help=f"the next free one if it is in use; 0: any (default: {DASH_PORT})"),
-         opt("--socket", metavar="PATH", help="listen on a UNIX socket that only you can open"),
-         opt("-a", "--api-url", metavar="URL", help="as --url"),
-         opt("--standalone", action="store_true", help="start a server, and end it at the end"),
-         opt("--server-host", default="0.0.0.0", metavar="NAME", help="of that server (default: "
-             "0.0.0.0, so that workers on other machines reach it)"),
-         opt("--server-port", type=bounded(int, 0, "a port"), default=0, metavar="N",
-             help="of that server (default: any free one)"),
-         opt("--auth-file", default=os.environ.get("TORC_AUTH_FILE"), metavar="FILE",
-             help="passwords for that server (default: one of its own)"),
-         opt("--require-auth", action="store_true", help="it always does, unless --no-auth"),
-         opt("--no-auth", action="store_true", help="that server asks nobody for a password"),
-         OUTPUT_DIR, client=False, example="torc dash --standalone")
+@command("dash", f"""
+         --host NAME=127.0.0.1           address to listen on
+         -p, --port PORT={DASH_PORT}     the next free one if it is in use; 0: any
+         --socket PATH                   listen on a UNIX socket that only you can open
+         -a, --api-url URL               as --url
+         --standalone                    start a server, and end it at the end
+         --server-host NAME=0.0.0.0      of that server
+         --server-port PORT=0            of that server
+         --auth-file FILE=$TORC_AUTH_FILE  passwords for that server
+         --require-auth                  it always does, unless --no-auth
+         --no-auth                       that server asks nobody for a password
+         """, OUTPUT_DIR, client=False, example="torc dash --standalone")
 def do_dash(args, client):
     """Show workflows in a browser: a dashboard for you, on this machine.
 
@@ -20737,11 +20851,10 @@ def doctor_urls_of(client, how):
     return urls
 
 
-@command("tui", opt("--standalone", action="store_true", help="start a server of one's own, which "
-                    "ends with the program"),
-         opt("--port", type=COUNT, default=DEFAULT_PORT, metavar="N",
-             help=f"of that server, 0 for any free one (default: {DEFAULT_PORT})"),
-         OUTPUT_DIR, client=False, example="torc tui --standalone --port 0")
+@command("tui", f"""
+         --standalone                  start a server of one's own, which ends with the program
+         --port NUMBER={DEFAULT_PORT}  of that server, 0 for any free one
+         """, OUTPUT_DIR, client=False, example="torc tui --standalone --port 0")
 def do_tui(args, client):
     """Look after workflows in the terminal, with a server or a local database.
 
@@ -20766,30 +20879,29 @@ def do_tui(args, client):
 
 def completion_words():
     """{command words so far: [words that may follow]}, options included."""
-    common = [flags[-1] for flags, _ in GLOBAL]
+    common = [option.flags[-1] for option in GLOBAL]
     words = {"": sorted({name.partition(" ")[0] for name in COMMANDS}) + common}
     words.update({name: list(rest) for name, rest in branches().items()})
     for found in COMMANDS.values():
-        shown = [flag for flag, settings in flags_of(found.options).items()
-                 if flag[:2] == "--" and settings.get("help") != HIDDEN]
+        shown = [flag for flag, option in flags_of(found.options).items()
+                 if flag[:2] == "--" and not option.hidden]
         words[found.name] = words.get(found.name, []) + list(dict.fromkeys([*shown, *common]))
     return words
 
 
 def valued_flags():
-    """(command, flag, settings) of every option that is followed by a value."""
+    """(command, flag, Option) of every option that is followed by a value."""
     options = {"": (), **{found.name: found.options for found in COMMANDS.values()}}
-    return [(name, flag, settings) for name, own in options.items()
-            for flag, settings in {**flags_of(GLOBAL), **flags_of(own)}.items()
-            if has_value(settings)]
+    return [(name, flag, option) for name, own in options.items()
+            for flag, option in {**flags_of(GLOBAL), **flags_of(own)}.items() if option.metavar]
 
 
 def shell_cases():
     """What bash and zsh share: the pattern of command words, the lines of a case statement."""
     words = completion_words()
     values = {}                           # values that may follow: the places where they do
-    for name, flag, settings in valued_flags():
-        values.setdefault(" ".join(settings.get("choices", ())), []).append(f'"{name}|{flag}"')
+    for name, flag, option in valued_flags():
+        values.setdefault(" ".join(option.choices), []).append(f'"{name}|{flag}"')
     pattern = "|".join(f'"{name}"' if " " in name else f'" {name}"' for name in words if name)
     return (f'            {pattern}) at="${{at:+$at }}$word" ;;',
             [f'        {"|".join(places)}) list="{text}" ;;' for text, places in values.items()]
@@ -20855,28 +20967,26 @@ def fish_completion():
                 lines.append(f"complete -c torc -f -n {fish_text(f'__torc_at {fish_text(name)}')}"
                              f" -a {word} -d {fish_text(summary)}")
     for found in COMMANDS.values():
-        for flags, settings in found.options:
-            lines += fish_option(found.name, flags, settings)
-    for flags, settings in GLOBAL:
-        lines += fish_option(None, flags, settings)
+        lines += [fish_option(found.name, option) for option in found.options
+                  if option.flags and not option.hidden]
+    lines += [fish_option(None, option) for option in GLOBAL]
     return "\n".join(lines)
 
 
-def fish_option(name, flags, settings):
-    """The line of an option; none for positional arguments and hidden options."""
-    if flags[0][0] != "-" or settings.get("help") == HIDDEN:
-        return []
+def fish_option(name, option):
+    """The line of an option."""
     where = f" -n {fish_text(f'__torc_at {fish_text(name)}')}" if name is not None else ""
-    names = "".join(f" -{'l' if flag[:2] == '--' else 's'} {flag.lstrip('-')}" for flag in flags)
-    values = f" -x -a {fish_text(' '.join(settings['choices']))}" if settings.get("choices") else \
-        " -r" if has_value(settings) else ""
-    return [f"complete -c torc{where}{names}{values} -d {fish_text(settings.get('help', ''))}"]
+    names = "".join(f" -{'l' if flag[:2] == '--' else 's'} {flag.lstrip('-')}"
+                    for flag in option.flags)
+    values = f" -x -a {fish_text(' '.join(option.choices))}" if option.choices else \
+        " -r" if option.metavar else ""
+    return f"complete -c torc{where}{names}{values} -d {fish_text(option.help)}"
 
 
 SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
 
 
-@command("completions", opt("shell", choices=tuple(SHELLS)), client=False,
+@command("completions", "bash|zsh|fish -> shell", client=False,
          example="source <(torc completions bash)")
 def do_completions(args, client):
     """Print a script that completes commands and options with the tab key."""
@@ -20885,52 +20995,42 @@ def do_completions(args, client):
 
 # ---- server and bundle
 
-SERVER_OPTIONS = (
-    opt("-H", "--host", default="127.0.0.1", metavar="NAME",
-        help="address to listen on; 0.0.0.0 is open to everybody who reaches this machine "
-        "(default: 127.0.0.1)"),
-    opt("-p", "--port", type=bounded(int, 0, "a port"), default=DEFAULT_PORT, metavar="N",
-        help=f"0 takes a free one (default: {DEFAULT_PORT})"),
-    opt("-d", "--database", metavar="FILE", help="default: DATABASE_URL=sqlite:FILE, else torc.db"),
-    opt("-t", "--threads", type=POSITIVE, default=8, metavar="N",
-        help="requests served at a time (default: 8)"),
-    opt("-l", "--log-level", choices=LOG_LEVELS, help="RUST_LOG; default: info"),
-    opt("--log-dir", metavar="DIR", help="log to files there too (TORC_LOG_DIR)"),
-    opt("--json-logs", action="store_true", help="a JSON object a line"),
-    opt("--auth-file", default=os.environ.get("TORC_AUTH_FILE"), metavar="FILE",
-        help="user names and password hashes as of torc-htpasswd (TORC_AUTH_FILE)"),
-    opt("--require-auth", action="store_true", help="answer nobody without a good password"),
-    opt("--enforce-access-control", action="store_true",
-        help="workflows are for their owners, and for the groups they are shared with"),
-    opt("--credential-cache-ttl-secs", type=bounded(float, 0, "a number of seconds"), metavar="S",
-        default=os.environ.get("TORC_CREDENTIAL_CACHE_TTL_SECS", "60"),
-        help="how long a checked password is believed (default: 60)"),
-    opt("--admin-user", action="append", metavar="NAME",
-        help="may do everything; may be repeated (TORC_ADMIN_USERS, with commas)"),
-    opt("--https", action="store_true", help="speak TLS"),
-    opt("--tls-cert", default=os.environ.get("TORC_TLS_CERT"), metavar="FILE",
-        help="certificate chain, PEM (TORC_TLS_CERT)"),
-    opt("--tls-key", default=os.environ.get("TORC_TLS_KEY"), metavar="FILE",
-        help="its private key, PEM (TORC_TLS_KEY)"),
-    opt("-c", "--completion-check-interval-secs", type=float, metavar="S",
-        help="accepted and not used: jobs are freed at once"),
-    opt("--end-with-parent", action="store_true", help=HIDDEN),
-    opt("--password-note", metavar="FILE", help=HIDDEN),
-)
+SERVER_OPTIONS = f"""
+    -H, --host NAME=127.0.0.1       address to listen on; 0.0.0.0 is open to everybody who reaches
+                                    this machine
+    -p, --port PORT={DEFAULT_PORT}  0 takes a free one
+    -d, --database FILE             default: DATABASE_URL=sqlite:FILE, else torc.db
+    -t, --threads N=8               requests served at a time
+    -l, --log-level error|warn|info|debug|trace  RUST_LOG; default: info
+    --log-dir DIR                   log to files there too (TORC_LOG_DIR)
+    --json-logs                     a JSON object a line
+    --auth-file FILE=$TORC_AUTH_FILE  user names and password hashes as of torc-htpasswd
+    --require-auth                  answer nobody without a good password
+    --enforce-access-control        workflows are for their owners, and for the groups they are
+                                    shared with
+    --credential-cache-ttl-secs S=$TORC_CREDENTIAL_CACHE_TTL_SECS:60  how long a checked password is
+                                    believed
+    --admin-user NAME...            may do everything; may be repeated (TORC_ADMIN_USERS, with
+                                    commas)
+    --https                         speak TLS
+    --tls-cert FILE=$TORC_TLS_CERT  certificate chain, PEM
+    --tls-key FILE=$TORC_TLS_KEY    its private key, PEM
+    -c, --completion-check-interval-secs S  accepted and not used: jobs are freed at once
+    --end-with-parent               hidden
+    --password-note FILE            hidden
+    """
 
 
-PID_FILE = opt("--pid-file", metavar="FILE", help="of a server in the background (default: "
-               "~/.torc/torc-server.pid)")
-DAEMON = (opt("--daemon", action="store_true", help="go on in the background, when it serves"),
-          PID_FILE)
+PID_FILE = """
+    --pid-file FILE  of a server in the background (default: ~/.torc/torc-server.pid)
+    """
+DAEMON = ("--daemon  go on in the background, when it serves", PID_FILE)
 
 
-@command("server run", *SERVER_OPTIONS, *DAEMON, client=False,
+@command("server run", SERVER_OPTIONS, DAEMON, client=False,
          example="torc server run --host 0.0.0.0 --port 8080 --database torc.db")
 def do_server(args, client):
     """Serve workflows over HTTP until interrupted."""
-    if args.port > 65535:
-        raise UsageError(f"port {args.port} is larger than 65535")
     args.log_dir = args.log_dir or os.environ.get("TORC_LOG_DIR")
     args.admin_user = args.admin_user or [
         name.strip() for name in os.environ.get("TORC_ADMIN_USERS", "").split(",") if name.strip()]
@@ -20972,7 +21072,7 @@ def do_server_status(args, client):
 
 # ---- the server as a service
 
-USER_UNIT = opt("--user", action="store_true", help="of yours, not of the system")
+USER_UNIT = "--user  of yours, not of the system"
 
 
 def service_step(args, *words):
@@ -20992,10 +21092,9 @@ def server_words(args):
     words = [*own_command(), "server", "run"]
     usual = {"host": "127.0.0.1", "port": DEFAULT_PORT, "threads": 8, "log_level": "info",
              "credential_cache_ttl_secs": 60.0}
-    for flags, settings in SERVER_OPTIONS:
-        name = dests([(flags, settings)])[0]
+    for option in read_options((SERVER_OPTIONS,)):
+        name, flag = option.dest, option.flags[-1]
         value = getattr(args, name)
-        flag = next(flag for flag in flags if flag[:2] == "--")
         if value is None or value is False or value == usual.get(name):
             continue
         if name in ("auth_file", "tls_cert", "tls_key", "database", "log_dir"):
@@ -21005,7 +21104,7 @@ def server_words(args):
     return words
 
 
-@command("server service install", *SERVER_OPTIONS, USER_UNIT, DRY_RUN, client=False,
+@command("server service install", SERVER_OPTIONS, USER_UNIT, DRY_RUN, client=False,
          example="torc server service install --user --host 0.0.0.0 --auth-file users "
                  "--require-auth")
 def do_service_install(args, client):
@@ -21152,7 +21251,7 @@ def bundle(path):
         raise
 
 
-@command("bundle", opt("path", metavar="FILE", nargs="?", default="torc.pyz"), client=False,
+@command("bundle", "[FILE=torc.pyz] -> path", client=False,
          example="torc bundle torc.pyz && ./torc.pyz run --example hello")
 def do_bundle(args, client):
     """Write one executable file with torc and all it needs, for machines with bare Python."""
