@@ -358,7 +358,7 @@ def test_the_file_parses_as_python_3_9():
 
 
 def test_lines_are_not_longer_than_100_characters():
-    code = SOURCE.partition("\n# 16 Pages\n")[0]
+    code = SOURCE.partition("\nDASH_HTML = ")[0]
     long = [number for number, line in enumerate(code.splitlines(), 1) if len(line) > 100]
     assert long == []
 
@@ -2690,7 +2690,7 @@ def test_unfinished_names_what_holds_a_workflow_up(api):
 
 
 # ==================================================================================================
-# 7 Access
+# 8 Access
 # ==================================================================================================
 
 ALICE, BOB = "correct horse", "battery staple"
@@ -2900,7 +2900,7 @@ def test_admins_are_those_the_server_was_told(store):
 
 
 # ==================================================================================================
-# 8 API
+# 9 API
 # ==================================================================================================
 
 
@@ -3356,7 +3356,7 @@ def test_the_table_of_routes_has_no_double_and_every_route_a_docstring():
 
 
 # ==================================================================================================
-# 9 Client
+# 10 Client
 # ==================================================================================================
 
 
@@ -3522,7 +3522,7 @@ def test_the_uid_column_tells_who_listens():
 
 
 # ==================================================================================================
-# 10 Runner
+# 11 Runner
 # ==================================================================================================
 
 
@@ -4657,7 +4657,7 @@ def test_allocations_that_start_no_job_are_asked_for_later_and_later(server, mon
     client, said, now = server.client(), [], [1000.0]
     workflow_id, _ = make(client, {"a": []})
     args = torc.parse_command(torc.COMMANDS["watch"], [], [str(workflow_id), "--auto-schedule", "-o", str(tmp_path)])
-    watcher = torc.Watcher(args, client)
+    watcher = torc.Watcher(args, client, torc.wishes_of(args), None)
     monkeypatch.setattr(torc, "regenerate", lambda *_, **__: {"slurm_jobs": [len(said)]})
     monkeypatch.setattr(torc.Watcher, "say", lambda self, text, level="info": said.append((now[0], text)))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -5096,7 +5096,7 @@ def test_on_a_terminal_a_bar_counts_the_jobs(tmp_path):
 
 
 # ==================================================================================================
-# 11 Slurm
+# 12 Slurm
 # ==================================================================================================
 
 @pytest.mark.parametrize("function, text, value", [
@@ -5956,7 +5956,55 @@ def test_a_profile_survives_its_file(cli, tmp_path, name):
 
 
 # ==================================================================================================
-# 12 Server
+# 13 Operations
+# ==================================================================================================
+
+@pytest.mark.parametrize("name", torc.OPERATIONS)
+def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path, monkeypatch, capsys):
+    """Reachable in each, with the sentences of one Plan; nothing is changed by looking."""
+    client, operation = server.client(), torc.OPERATIONS[name]
+    workflow_id, ids = make(client, {"a": [], "b": ["a"], "c": []})
+    node = make_node(client, workflow_id)
+    complete(client, ids["c"], workflow_id, node, -128)
+    client.put(f"/compute_nodes/{node}", {"is_active": False})
+    (tmp_path / "spec.json").write_text(json.dumps({"name": "s", "jobs": [{"name": "j", "command": "true"}]}))
+    monkeypatch.chdir(tmp_path)
+    before = statuses(client, workflow_id)
+    args = torc.parse_command(torc.COMMANDS["dash"], [], ["-o", str(tmp_path)])
+    target = {"jobs": ids["a" if "_job" in name else "c"], "spec": "spec.json"}.get(operation.target, workflow_id)
+
+    try:
+        plan = torc.TerminalTools(args).plan(name, client, target)
+        terminal = [plan.title, *plan.lines]
+    except torc.TorcError as error:
+        terminal = [str(error)]
+    assert name in {row[1] for _, rows in torc.KEYS.values() for row in rows}
+    assert re.search(rf"\b{name}: [\"\[]|/dash/{name}\b", torc.DASH_JS), name
+    body = {"workflow_id": workflow_id, **({"ids": str(target)} if operation.target == "jobs" else {})}
+    if operation.target != "spec":
+        try:
+            shown = torc.DashActions(args, None).do(
+                client, {"rest": name, "method": "POST", "dry_run": "true"}, body)
+            page = [shown["title"][:-1], *shown["lines"]] if "title" in shown else [shown.get("message")]
+        except torc.TorcError as error:
+            page = [str(error)]
+        # A reset offers one of its choices there, each with its jobs; what is sure is not asked.
+        assert page in (terminal, [None]) or name == "reset", (page, terminal)
+    assert operation.command in torc.COMMANDS
+    if name not in ("run", "watch", "create", "submit", "reset"):      # they have no dry run, or their own
+        torc.main([*operation.command.split(), *(["true"] if name == "archive" else []), str(target), "--dry-run",
+                   "--url", server.url])
+        out, err = capsys.readouterr()
+        lines = [re.sub("^(torc|Dry run): ", "", line.strip()) for line in (out or err).splitlines()
+                 if "using the server" not in line]
+        assert lines == [terminal[0] if not out or "Dry run" not in out else torc.lower_first(terminal[0]),
+                         *terminal[1:]]
+    assert statuses(client, workflow_id) == before
+    client.close()
+
+
+# ==================================================================================================
+# 14 Server
 # ==================================================================================================
 
 
@@ -6974,7 +7022,7 @@ def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
 
 
 # ==================================================================================================
-# 13 Terminal UI
+# 15 Terminal UI
 # ==================================================================================================
 
 
@@ -7112,7 +7160,7 @@ def test_a_terminal_without_utf_8_gets_ascii_glyphs(client, ui):
 
 def test_every_action_has_a_key_and_every_key_an_action():
     actions = {row[1] for _, rows in torc.KEYS.values() for row in rows}
-    methods = {name[3:] for name in dir(torc.Terminal) if name.startswith("do_")}
+    methods = {name[3:] for name in dir(torc.Terminal) if name.startswith("do_")} | set(torc.OPERATIONS)
     assert actions == methods
     for title, rows in torc.KEYS.values():
         names = [name for row in rows for name in row[0].split()]
@@ -7219,7 +7267,7 @@ def test_what_changes_something_is_asked_first_and_no_is_the_default(client, ui)
     before = statuses(client, workflow_id)
     for page, key, words in (("w", "C", "Cancel workflow"), ("w", "d", "Delete workflow"),
                              ("w", "v", "Recover"), ("j", "c", "has ended"),
-                             ("j", "y", "Run fetch")):
+                             ("j", "y", 'Run job 1 "fetch" again')):
         if key == "v":
             for node in client.items("/compute_nodes", workflow_id=workflow_id):
                 client.put(f"/compute_nodes/{node['id']}", {"is_active": False})
@@ -7235,8 +7283,8 @@ def test_a_job_is_run_again_canceled_and_the_workflow_deleted(client, ui):
     workflow_id, ids = small(client)
     hands = ui()
     screen = hands.press("g", "j", "j", "j", "y", "y")
-    assert "align_2 is ready again, attempt 2" in screen
-    assert "align_2 is canceled" in hands.press("c", "y")
+    assert '"align_2" will run again' in screen
+    assert '"align_2" is canceled' in hands.press("c", "y")
     assert "Canceled workflow" in hands.press("C", "y")
     assert client.get(f"/workflows/{workflow_id}/status")["is_canceled"]
     assert "is canceled already" in hands.press("C")
@@ -7744,7 +7792,7 @@ def test_a_server_that_is_killed_and_comes_back_is_noticed(tty, tmp_path):
 
 
 # ==================================================================================================
-# 14 Command line
+# 16 Command line
 # ==================================================================================================
 
 
@@ -8154,7 +8202,8 @@ def test_delete_asks_and_without_a_terminal_wants_force(cli, local, monkeypatch)
     monkeypatch.setattr(torc, "can_ask", lambda: True)
     monkeypatch.setattr(torc, "ask", lambda question: "n")
     assert cli("delete", 1)[0] == 1
-    assert cli("delete", 1, "--dry-run", ok=0)[1] == 'Would delete workflow 1 "test"\n'
+    assert cli("delete", 1, "--dry-run", ok=0)[1] == (
+        'Dry run: delete workflow 1 "test"\n  1 job and 0 results go; files on disk stay.\n')
     monkeypatch.setattr(torc, "ask", lambda question: "y")
     assert cli("delete", 1, ok=0)[1] == 'Deleted workflow 1 "test"\n'
     assert cli_json(cli, "workflows", "list") == {"workflows": []}
@@ -8180,7 +8229,7 @@ def test_recover_with_json_is_one_document(cli, local, tmp_path):
     (tmp_path / "w.yaml").write_text("name: w\njobs:\n  - {name: a, command: exit 1}\n")
     cli("run", "w.yaml", ok=1)
     code, out, _ = cli("recover", 1, "--dry-run", "-f", "json")
-    assert code == 1 and "1 job failed for other reasons" in json.loads(out)["message"]
+    assert code == 1 and "1 job failed for other reasons" in json.loads(out)["error"]["message"]
 
 
 def test_a_job_ended_by_its_runners_time_limit_is_not_told_of_another(cli, local, tmp_path):
@@ -8324,7 +8373,9 @@ def test_a_runtime_of_one_job_leaves_the_others_alone(cli, local):
 
 def test_jobs_are_canceled_terminated_and_run_again(cli, local):
     make(local, {"a": [], "b": ["a"], "c": []})
-    assert cli("jobs", "cancel", 1, "--dry-run", ok=0)[1] == 'Would cancel job 1 "a"\n'
+    assert cli("jobs", "cancel", 1, "--dry-run", ok=0)[1] == (
+        'Dry run: cancel job 1 "a"\n  1 waiting job will not start.\n'
+        '  Canceled with that, unless they say otherwise, are the jobs that wait for it: "b"\n')
     assert cli_json(cli, "jobs", "cancel", 1)["status"] == "canceled"
     assert statuses(local, 1) == {"a": "canceled", "b": "canceled", "c": "ready"}
     assert cli("jobs", "cancel", 1)[0] == 1
@@ -8338,10 +8389,10 @@ def test_retry_names_what_runs_again_with_it(cli, local):
     node = make_node(local, workflow_id)
     for name in "abc":
         complete(local, ids[name], workflow_id, node)
-    dry = 'Would retry job 1 "a"\n' + "".join(
-        f'Would retry job {ids[name]} "{name}", which depends on what runs again\n' for name in "bc")
-    assert cli("jobs", "retry", 1, "--dry-run", ok=0)[1] == dry
-    assert cli("jobs", "retry", 1, "--dry-run", "--only", ok=0)[1] == 'Would retry job 1 "a"\n'
+    dry = 'Dry run: run job 1 "a" again\n  1 completed; earlier results stay.\n'
+    assert cli("jobs", "retry", 1, "--dry-run", ok=0)[1] == (
+        dry + '  What depends on that and has run runs again, too: "b", "c"\n')
+    assert cli("jobs", "retry", 1, "--dry-run", "--only", ok=0)[1] == dry
     assert set(statuses(local, 1).values()) == {"completed"}
     cli("jobs", "retry", 1, "--only", ok=0)
     assert statuses(local, 1) == {"a": "ready", "b": "completed", "c": "completed"}
@@ -8838,11 +8889,11 @@ def test_the_dashboard_runs_a_workflow_from_its_text_to_its_output(dash, server,
     assert dash.json(f"/dash/log?job={job['id']}&stream=stderr&offset=0") == {
         "text": "no\n", "from": 0, "size": 3}
     plan = do("rerun")
-    assert plan["verb"] == "Rerun 1 job" and "mine_1" in plan["lines"][0]
+    assert plan["choices"][0]["verb"] == "Reset 1 job" and "mine_1" in plan["lines"][0]
     assert statuses(client, made)["mine_1"] == "failed"
     do("rerun", False)
     assert statuses(client, made)["mine_1"] == "ready"
-    assert "get SIGTERM" in do("cancel")["lines"][0] and "Canceled" in do("cancel", False)["message"]
+    assert "No job runs" in do("cancel")["lines"][0] and "Canceled" in do("cancel", False)["message"]
     assert do("delete")["typed"] == "mine" and do("delete", False)["gone"] == [made]
     assert dash.ask("/dash/do/nothing", "POST", "{}")[0] == 404
     client.close()
@@ -9198,12 +9249,12 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     page.wait_for_function("() => location.hash.includes('/jobs/3')")
     visit.see("no such mesh")
     visit.click("Rerun job…")
-    visit.see("These run again: a_2")
+    visit.see('Run job 3 "a_2" again?')
     visit.click("Keep as it is")
     visit.go("/w/1")
     visit.click("Rerun failed…")
-    visit.see("The others keep their results.")
-    visit.click("Rerun 2 jobs")
+    visit.see("a_2 (failed): it failed")
+    visit.click("Reset 2 jobs")
     client = server.client()
     until(lambda: statuses(client, 1)["a_2"] == "ready")
     visit.click("Run here…")
@@ -9212,7 +9263,7 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     until(lambda: [row["run_id"] for row in client.items("/results", workflow_id=1, all_runs=True)
                    if row["return_code"] == 3] == [1, 2])
     visit.menu("Reset…")
-    visit.see("All 4 jobs go back to not initialized; 2 completed ones would run again.")
+    visit.see("prep (completed): all jobs are reset")
     visit.click("Reset 4 jobs")
     until(lambda: set(statuses(client, 1).values()) == {"uninitialized"})
     visit.click("Initialize")             # live: the button of the state that it is in now
@@ -9242,18 +9293,18 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
     document = json.loads(Path(download.value.path()).read_text())
     assert [job["name"] for job in document["jobs"]] == ["a", "b"]
     visit.menu("Reinitialize…")
-    visit.see("Nothing has changed: no job would run again")
+    visit.see("Nothing has changed in workflow 1: no job runs again")
     (tmp_path / "raw.csv").write_text("other")
     visit.menu("Reinitialize…")
-    visit.see('a: its input file "raw.csv" changed.')
+    visit.see('a (completed): its input file "raw.csv" changed')
     visit.click("Keep as it is")
     visit.menu("Reset…")
     visit.click("Reset 2 jobs")
     visit.click("Initialize")
     visit.see("1 job ready")
     visit.menu("Cancel…")
-    visit.see("0 running jobs get SIGTERM, and SIGKILL later.")
-    visit.click("Cancel 0 jobs")
+    visit.see("No job runs.")
+    visit.click("Cancel the workflow")
     until(lambda: client.get(f"/workflows/{workflow_id}/counts")["is_canceled"])
     visit.go(f"/w/{workflow_id}/graph")
     visit.click("Files and user data")
@@ -10296,7 +10347,7 @@ def test_a_browser_submits_to_slurm(cluster, chromium):
         page.get_by_text("2 jobs ready").first.wait_for()
         page.get_by_role("button", name="Submit to Slurm…").first.click()
         page.get_by_text("Workers reach the server at http://kl1.hsn.test:").wait_for()
-        page.get_by_role("button", name="Submit", exact=True).click()
+        page.get_by_role("button", name=re.compile(r"^Submit \d+ allocation")).click()
         page.get_by_text("2 of 2 jobs done").wait_for(timeout=60_000)
         context.close()
     finally:

@@ -22,10 +22,11 @@ Map of this file. Code uses only what stands above it.
   10 Client                  over HTTP or on a database file: the same methods and errors
   11 Runner                  child processes, resources, time limits, journal, guardian
   12 Slurm                   allocations and their workers, HPC profiles
-  13 Server                  bottle and waitress; sockets, logging, shutdown
-  14 Terminal UI             state to lines, keys, curses
-  15 Command line            commands with their options, tables and JSON, main
-  16 Pages                   HTML, CSS and JavaScript of the dashboard
+  13 Operations              what a person does to a workflow or job, as Plans
+  14 Server                  bottle and waitress; sockets, logging, shutdown
+  15 Terminal UI             state to lines, keys, curses
+  16 Command line            commands with their options, tables and JSON, main
+  17 Pages                   HTML, CSS and JavaScript of the dashboard
 """
 from __future__ import annotations
 
@@ -11755,7 +11756,1561 @@ def specification_text(document, as_json):
 
 
 # ==================================================================================================
-# 13 Server
+# 13 Operations
+# ==================================================================================================
+# What a person does to a workflow or a job, said once. An operation looks first and gives a Plan: a
+# title, what would happen in sentences and as data, and the choices that do it. Command line,
+# dashboard and terminal UI show Plans and ask; who may, and what else is concerned, is decided here
+# alone.
+
+class Wishes(NamedTuple):
+    """What may be asked for along with an operation; options of commands have the same names."""
+
+    output_dir: str = DEFAULT_OUTPUT_DIR
+    worker_url: list | None = None
+    max_parallel_jobs: int | None = None
+    keep_submission_scripts: bool = False
+    share_password: bool = False
+    force: bool = False                   # though inputs are missing or jobs run
+    failed_only: bool | None = None       # of a reset: of failed jobs, of all; None: lets choose
+    reinitialize: bool = True             # of a reset: the jobs are ready then
+    only: bool = False                    # of a retry: without what depends on the jobs
+    archived: bool = True
+    account: str | None = None            # of new allocations, as the profile, and so on
+    profile: str | None = None
+    partition: str | None = None
+    walltime: str | None = None
+    memory_multiplier: float = 1.5        # of a recovery
+    runtime_multiplier: float = 1.4
+    retry_unknown: bool | None = None     # also where neither would help; None: lets choose
+    recovery_hook: str | None = None
+
+
+class Choice(NamedTuple):
+    """One way to carry out a Plan."""
+
+    key: str                              # that chooses it in a terminal
+    verb: str                             # "cancel 3 jobs"
+    do: Any                               # function of a client: gives an Outcome or a Start
+
+
+class Plan(NamedTuple):
+    """What an operation would do, and how to do it."""
+
+    title: str                            # "Cancel workflow 3"; a sentence if there is no choice
+    lines: tuple = ()                     # what would happen, in sentences
+    choices: tuple = ()                   # none: there is nothing to do
+    data: Any = {}                        # the same as JSON
+    sure: bool = False                    # nothing is lost by it, so nobody has to be asked
+    strict: bool = False                  # never done unasked, unless it is forced
+    obstacle: str = ""                    # why it is done only by force
+    typed: str = ""                       # what a browser lets type before something is destroyed
+
+
+class Outcome(NamedTuple):
+    """What was done."""
+
+    sentence: str
+    data: Any = {}                        # as JSON
+    errors: tuple = ()                    # what could not be done, in sentences
+
+
+class Start(NamedTuple):
+    """Instead of an Outcome: a process of our own command line that is to be started."""
+
+    title: str
+    words: tuple
+
+
+class Started:
+    """A process of our own command line, started from a face; its output goes to a file."""
+
+    def __init__(self, wanted, client, output_dir, name):
+        import subprocess
+        os.makedirs(output_dir, mode=0o700, exist_ok=True)
+        self.title, self.started = wanted.title, time.time()
+        self.log = os.path.abspath(os.path.join(output_dir, f"{name}.log"))
+        environment = {name: value for name, value in os.environ.items()
+                       if name not in ("TORC_DATABASE", "TORC_API_URL")}
+        environment["NO_COLOR"] = "1"
+        if client:
+            environment.update(client.job_environment(), TORC_USERNAME=client.user)
+        with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
+            self.process = subprocess.Popen(
+                [*own_command(), *wanted.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, env=environment)
+
+    @property
+    def running(self):
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def end(self, wait_s=20.0):
+        """SIGTERM, and wait."""
+        import subprocess
+        if self.running:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(wait_s)
+
+
+def each(ids, action):
+    """(results of action(id), errors) of those that can be acted upon."""
+    results, errors = [], []
+    for record_id in ids:
+        try:
+            results.append(action(record_id))
+        except (NotFound, Forbidden, Invalid, Conflict, Internal) as error:
+            errors.append(error)
+    if errors and not results:
+        errors[0].args = ("; ".join(map(str, errors)),)
+        raise errors[0]
+    return results, tuple(map(str, errors))
+
+
+def one_or_all(key, records):
+    """Records as JSON: a single one as it is."""
+    return records[0] if len(records) == 1 else {key: records}
+
+
+# ---- initialize and reinitialize
+
+HAS_RUN = ("completed", "failed", "canceled", "terminated", "pending_failed")
+BAD_ENDS = ("failed", "canceled", "terminated", "pending_failed")
+MTIME_TOLERANCE_S = 0.01
+NAMED_AT_MOST = 10
+
+
+def said(status):
+    """A status as it is spoken of."""
+    return status.replace("_", " ")
+
+
+def present_time(path):
+    """st_mtime of a file, None if there is no such file."""
+    try:
+        return os.stat(path).st_mtime
+    except (OSError, ValueError):
+        return None
+
+
+def same_time(stored, present):
+    """Whether two file times, either of which may be None, mean the same state."""
+    if stored is None or present is None:
+        return stored is present
+    return abs(stored - present) <= MTIME_TOLERANCE_S
+
+
+def check_idle(client, workflow_id, force):
+    """Raise unless the workflow may be reset; returns its counts. Nothing is changed."""
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    if counted["is_archived"]:
+        raise Invalid(f"workflow {workflow_id} is archived: torc workflows archive false "
+                      f"{workflow_id} brings it back")
+    busy = counted["pending"] + counted["running"]
+    scheduled = client.get(f"/workflows/{workflow_id}/unfinished")["scheduled"]
+    if (busy or scheduled) and not force:
+        raise Invalid(f"workflow {workflow_id} is at work ({plural(busy, 'job')} pending or "
+                      f"running, {plural(scheduled, 'allocation')} scheduled), so nothing was "
+                      f"changed: torc cancel {workflow_id} first, torc run {workflow_id} if its "
+                      "runner has died, or take --force")
+    return counted
+
+
+def raise_run(client, workflow_id):
+    """Begin another run of a workflow; returns its run_id."""
+    status = client.get(f"/workflows/{workflow_id}/status")
+    status["run_id"] += 1
+    client.put(f"/workflows/{workflow_id}/status", status)
+    return status["run_id"]
+
+
+def store_file_times(client, changed):
+    """Remember the present st_mtime of files: [(file record, st_mtime or None), ...]."""
+    for file, present in changed:
+        client.put(f"/files/{file['id']}", {} if present is None else {"st_mtime": present})
+
+
+def named(texts):
+    """Some texts in quotes, and how many more there are."""
+    quoted = ", ".join(f'"{text}"' for text in texts[:NAMED_AT_MOST])
+    more = len(texts) - NAMED_AT_MOST
+    return quoted + (f" and {more} more" if more > 0 else "")
+
+
+def missing_text(workflow_id, files, user_data=()):
+    """Why a workflow lacks inputs that no job makes, and what to do; "" if it lacks none."""
+    missing = [f"input {what} missing: {named(texts)}" for what, texts in
+               (("files", files), ("user data", user_data)) if texts]
+    return missing and (f"workflow {workflow_id}: {'; '.join(missing)}. No job makes them: create "
+                        f"them, or torc workflows init {workflow_id} --force goes on without") or ""
+
+
+def refuse_canceled(workflow_id, counted):
+    """Raise Invalid for a canceled workflow. counted: its counts or status."""
+    if counted["is_canceled"]:
+        raise Invalid(f"workflow {workflow_id} is canceled: torc workflows reset-status "
+                      f"{workflow_id} --failed-only --reinitialize starts it again")
+
+
+def required_files(client, workflow_id, counted):
+    """Records of the files that jobs read and none writes."""
+    wanted = set(client.get(f"/workflows/{workflow_id}/required_existing_files")["files"])
+    if wanted and counted["completed"]:   # then outputs of completed jobs are among them
+        wanted -= {file["id"] for file in client.items("/files", workflow_id=workflow_id,
+                                                       is_output=True)}
+    return [file for file in client.items("/files", workflow_id=workflow_id)
+            if file["id"] in wanted] if wanted else []
+
+
+def required_user_data(client, workflow_id, counted):
+    """Names of user data without a value that jobs read and none writes."""
+    missing = set(client.get(f"/workflows/{workflow_id}/missing_user_data")["user_data"])
+    if missing and counted["completed"]:
+        missing -= {row["user_data_id"] for row in client.items(
+            f"/workflows/{workflow_id}/job_user_data_relationships") if "producer_job_id" in row}
+    return [record["name"] for record in client.items("/user_data", workflow_id=workflow_id)
+            if record["id"] in missing] if missing else []
+
+
+def initialize_workflow(client, workflow_id, force=False, dry_run=False):
+    """Start a workflow from the beginning: all jobs blocked or ready, the next run_id.
+
+    Returns {"workflow_id", "safe", "missing_input_files", ...}; a dry run does no more. Raises
+    TorcError when inputs are missing, Invalid when it is at work; both only without force.
+    """
+    counted = check_idle(client, workflow_id, force)
+    times = [(file, present_time(file["path"]))
+             for file in required_files(client, workflow_id, counted)]
+    missing = [file["path"] for file, present in times if present is None]
+    missing_data = required_user_data(client, workflow_id, counted)
+    report = {"workflow_id": workflow_id, "safe": not missing and not missing_data,
+              "missing_input_files": missing, "missing_input_file_count": len(missing),
+              "missing_user_data": missing_data}
+    if dry_run:
+        existing = [file["path"] for file in client.items(
+            "/files", workflow_id=workflow_id, is_output=True)
+            if present_time(file["path"]) is not None]
+        return {**report, "existing_output_files": existing,
+                "existing_output_file_count": len(existing)}
+    if not (report["safe"] or force):
+        raise TorcError(missing_text(workflow_id, missing, missing_data))
+    client.post(f"/workflows/{workflow_id}/reset_status", force=force)
+    if counted["total"] > counted["uninitialized"] + counted["disabled"]:
+        client.post(f"/workflows/{workflow_id}/reset_job_status")
+    raise_run(client, workflow_id)
+    store_file_times(client, [(file, present) for file, present in times
+                              if not same_time(file.get("st_mtime"), present)])
+    client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    return report
+
+
+class Rerun(NamedTuple):
+    """What a reinitialization will do, found out without changing anything."""
+
+    jobs: list                            # those that have run and run again, with the reason
+    roots: list                           # ids to reset one by one; the server resets the rest
+    everything: bool                      # whether all that has run runs again
+    changed_inputs: bool                  # whether the server knows of changed inputs
+    times: list                           # (file record, st_mtime now) of changed files
+    missing: list                         # paths of files that must exist first
+    waiting: int                          # jobs that are uninitialized anyway
+
+
+class Graph:
+    """A workflow's jobs with their dependents and files, read by a few requests."""
+
+    def __init__(self, client, workflow_id):
+        self.jobs = {job["id"]: job for job in client.items("/jobs", workflow_id=workflow_id)}
+        self.dependents, self.producers, self.consumers = {}, {}, {}
+        for row in client.items(f"/workflows/{workflow_id}/job_dependencies"):
+            self.dependents.setdefault(row["depends_on_job_id"], []).append(row["job_id"])
+        self.files = list(client.items("/files", workflow_id=workflow_id))
+        if self.files:
+            path = f"/workflows/{workflow_id}/job_file_relationships"
+            for row in client.items(path):
+                for role, jobs in (("producer_job_id", self.producers),
+                                   ("consumer_job_id", self.consumers)):
+                    if role in row:
+                        jobs.setdefault(row["file_id"], set()).add(row[role])
+        self.reasons = {}                 # job id: why it runs again
+
+    def ran(self, job_id):
+        """Whether a job has run, so that running it is running it again."""
+        return self.jobs[job_id]["status"] in HAS_RUN
+
+    def mark(self, job_ids, reason):
+        """These jobs run again, if they have run."""
+        for job_id in sorted(job_ids):
+            if self.ran(job_id):
+                self.reasons.setdefault(job_id, reason)
+
+    def mark_files(self):
+        """Mark readers of changed files and writers of missing ones; the changed files' times."""
+        changed = []
+        for file in self.files:
+            stored, present = file.get("st_mtime"), present_time(file["path"])
+            writers = self.producers.get(file["id"], ())
+            done = [job_id for job_id in writers if self.jobs[job_id]["status"] == "completed"]
+            if writers and present is None:
+                self.mark(done, f'its output file "{file["path"]}" is missing')
+            elif same_time(stored, present) or (writers and (stored is None or not done)):
+                continue
+            else:
+                word = "appeared" if stored is None else \
+                    "vanished" if present is None else "changed"
+                self.mark(self.consumers.get(file["id"], ()),
+                          f'its input file "{file["path"]}" {word}')
+                changed.append((file, present))
+        return changed
+
+    def spread(self):
+        """Mark everything downstream; returns the ids reached from some other job."""
+        reached = set()
+        queue = [*self.reasons, *(job_id for job_id, job in self.jobs.items()
+                                  if job["status"] == "uninitialized")]
+        for job_id in queue:              # it grows while it is read
+            for below in self.dependents.get(job_id, ()):
+                if below not in reached:
+                    reached.add(below)
+                    queue.append(below)
+                    again = "runs again" if self.ran(job_id) else "has yet to run"
+                    self.mark([below], f'it depends on "{self.jobs[job_id]["name"]}", which '
+                                       f"{again}")
+        return reached
+
+    def missing(self):
+        """Paths of files that nobody makes, do not exist, and are read by a job that will run."""
+        return [file["path"] for file in self.files if file["id"] not in self.producers
+                and any(self.jobs[job_id]["status"] != "completed" or job_id in self.reasons
+                        for job_id in self.consumers.get(file["id"], ()))
+                and present_time(file["path"]) is None]
+
+
+def plan_rerun(client, workflow_id, reset="", with_changes=True):
+    """Which jobs run again and why, as a Rerun; nothing is changed.
+
+    reset: "", "failed" (jobs that ended badly are reset) or "all". with_changes: look at files and
+    inputs too.
+    """
+    graph = Graph(client, workflow_id)
+    if reset == "all":
+        graph.mark(graph.jobs, "all jobs are reset")
+    for status in BAD_ENDS if reset == "failed" else ("terminated", "pending_failed"):
+        word = "was " + status if status in ("canceled", "terminated") else "failed"
+        if reset or with_changes:
+            graph.mark([job_id for job_id, job in graph.jobs.items()
+                        if job["status"] == status], f"it {word}")
+    by_request = set(graph.reasons) if reset else set()
+    times, names = [], set()
+    if with_changes:
+        times = graph.mark_files()
+        answer = client.post(f"/workflows/{workflow_id}/process_changed_job_inputs", dry_run=True)
+        names, reasons = set(answer["reinitialized_jobs"]), answer.get("reasons", {})
+        for job_id, job in graph.jobs.items():
+            if job["name"] in names:
+                graph.mark([job_id], reasons.get(str(job_id), "its inputs changed"))
+    direct = set(graph.reasons)
+    reached = graph.spread()
+    jobs = [{"job_id": job_id, "job_name": graph.jobs[job_id]["name"],
+             "status": graph.jobs[job_id]["status"], "reason": reason}
+            for job_id, reason in sorted(graph.reasons.items())]
+    waiting = sum(job["status"] == "uninitialized" for job in graph.jobs.values())
+    everything = all(job_id in graph.reasons or job["status"] in ("uninitialized", "blocked",
+                                                                  "ready")
+                     for job_id, job in graph.jobs.items())
+    return Rerun(jobs, sorted(direct - reached - by_request), everything, bool(names), times,
+                 graph.missing() if with_changes else [], waiting)
+
+
+def reinitialize_workflow(client, workflow_id, force=False, dry_run=False, reset=""):
+    """Run again what changed: readers of changed files, writers of missing ones, jobs whose inputs
+    differ, and everything downstream of them.
+
+    reset: "failed" or "all" resets those jobs first. Returns a Rerun; a dry run does no more.
+    Raises TorcError when inputs are missing, Invalid when it is at work; both only without force.
+    """
+    check_idle(client, workflow_id, force)
+    plan = plan_rerun(client, workflow_id, reset)
+    if dry_run:
+        return plan
+    if plan.missing and not force:
+        raise TorcError(missing_text(workflow_id, plan.missing))
+    client.post(f"/workflows/{workflow_id}/reset_status", force=force)
+    if not plan.jobs and not plan.waiting:
+        return plan
+    run_id = raise_run(client, workflow_id)
+    if reset or (plan.roots and plan.everything):
+        client.post(f"/workflows/{workflow_id}/reset_job_status",
+                    failed_only=reset == "failed" and not plan.everything)
+    if not plan.everything:
+        for job_id in plan.roots:
+            client.put(f"/jobs/{job_id}/manage_status_change/uninitialized/{run_id}")
+    if plan.changed_inputs:
+        client.post(f"/workflows/{workflow_id}/process_changed_job_inputs")
+    store_file_times(client, plan.times)
+    client.post(f"/workflows/{workflow_id}/initialize_jobs", only_uninitialized=True)
+    return plan
+
+
+def missing_inputs(payload):
+    """Paths of files that jobs of a payload read, none writes, and that do not exist."""
+    read, written = set(), set()
+    for job in payload["jobs"]:
+        read.update(job.get("input_file_ids", ()))
+        written.update(job.get("output_file_ids", ()))
+    paths = [payload["files"][file_id - 1]["path"] for file_id in sorted(read - written)]
+    return [path for path in paths if present_time(path) is None]
+
+
+# ---- how far a workflow is
+
+def count_records(client, path, **query):
+    """How many records a list has."""
+    return client.page(path, limit=1, **query)["total_count"]
+
+
+def had_allocations(client, workflow_id):
+    """Whether the workflow has run in allocations of Slurm."""
+    return bool(client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1)["items"])
+
+
+def end_code(counted):
+    """Exit code for a workflow's end: 0 all completed, 1 some ended badly, 3 some did not end."""
+    if counted["is_canceled"] or any(counted[name] for name in BAD_ENDS):
+        return 1
+    ended = counted["completed"] + counted["disabled"]
+    return 0 if ended == counted["total"] else 3
+
+
+def prospects(client, workflow_id):
+    """(why nothing will happen in a workflow by itself, why nothing happens now), else None."""
+    left = client.get(f"/workflows/{workflow_id}/unfinished")
+    if not any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
+        waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
+                            for job in left["waiting"][:5])
+        return (f"workflow {workflow_id} is stuck: it waits for "
+                f"{waiting or 'nothing that will happen'}"), None
+    if left["scheduled"] or not all(map(death_here, left["active_nodes"])):
+        return None, None
+    return None, (f"no runner is at work on workflow {workflow_id}: `torc run {workflow_id}` "
+                  "starts one; waiting")
+
+
+# ---- allocations
+
+def worker_request(client, wishes, **more):
+    """The WorkerRequest for new allocations. Raises UsageError, Unreachable."""
+    urls = wishes.worker_url or list(filter(None, os.environ.get("TORC_WORKER_URL", "").split(",")))
+    return WorkerRequest(os.path.abspath(wishes.output_dir), os.getcwd(), worker_urls(client, urls),
+                         wishes.max_parallel_jobs, keep_script=wishes.keep_submission_scripts,
+                         share_password=wishes.share_password, **more)
+
+
+def later_request(client, workflow_id, wishes):
+    """The WorkerRequest for allocations that a workflow asks for later: as the last ones were."""
+    earlier = client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1,
+                          reverse_sort=True)["items"]
+    places = {name: earlier[0][name] for name in ("output_dir", "work_dir")
+              if earlier and earlier[0].get(name)}
+    return worker_request(client, wishes)._replace(**places)
+
+
+def submitted(number, ids):
+    """What was submitted, as a sentence."""
+    names = ", ".join(map(str, ids[:NAMED_AT_MOST]))
+    return (f"{plural(number, 'allocation')} submitted: Slurm job{'' if number == 1 else 's'} "
+            f"{names}" + (" ..." if number > NAMED_AT_MOST else ""))
+
+
+START_ACTIONS = ("on_workflow_start",)
+NO_ALLOCATIONS = (
+    "workflow {name} asks for no allocations: it needs slurm_schedulers and an action with "
+    "trigger_type on_workflow_start and action_type schedule_nodes. `torc slurm generate SPEC` "
+    "writes them, `torc slurm schedule-nodes ID` gets allocations for a workflow that exists, "
+    "`torc run` needs none")
+
+
+def asks_for_allocations(actions):
+    """Whether an action gets allocations when the workflow starts."""
+    return any(action["trigger_type"] in START_ACTIONS
+               and action["action_type"] == "schedule_nodes" for action in actions)
+
+
+def submission(client, workflow, actions, schedulers, request):
+    """What is handed to Slurm when a workflow starts: [{"scheduler", "num_allocations", "script"}].
+
+    schedulers: records by id. Raises UsageError if nothing is.
+    """
+    if not asks_for_allocations(actions):
+        raise UsageError(NO_ALLOCATIONS.format(name=f'"{workflow["name"]}"'))
+    scripts = []
+    for action in actions:
+        config = action["action_config"]
+        if action["action_type"] == "schedule_nodes" and action["trigger_type"] in START_ACTIONS:
+            scheduler = {"id": 0, **schedulers[config["scheduler_id"]]}
+            wanted = request._replace(one_worker_per_node=config.get("start_one_worker_per_node"))
+            words = worker_words(client, workflow, scheduler, wanted, config["num_allocations"])
+            scripts.append({"scheduler": scheduler["name"], "num_allocations":
+                            config["num_allocations"], "script": allocation_script(
+                                workflow, scheduler, f"wf{workflow['id']}", wanted, words)})
+    return scripts
+
+
+def submission_lines(scripts):
+    """What is handed to Slurm, in sentences and options of sbatch."""
+    return [line for one in scripts for line in (
+        f"{plural(one['num_allocations'], 'allocation')} of scheduler \"{one['scheduler']}\"",
+        *(line for line in one["script"].splitlines() if line.startswith("#SBATCH")))]
+
+
+def submit_start(client, workflow_id, request):
+    """Submit what a workflow asks for at its start; the Outcome."""
+    try:
+        done = schedule_pending(client, workflow_id, request, START_ACTIONS, True)
+    except TorcError as error:
+        some = getattr(error, "submitted", None)
+        if some:
+            error.args = (f"{error}. {submitted(len(some), some)}; `torc slurm schedule-nodes "
+                          f"{workflow_id}` gets more",)
+        raise
+    ids = [number for _, numbers in done for number in numbers]
+    if not ids:
+        raise TorcError(f"the allocations of workflow {workflow_id} have been submitted before: "
+                        f"`torc slurm schedule-nodes {workflow_id}` gets more, `torc status "
+                        f"{workflow_id}` says how it stands")
+    return Outcome(f"Successfully submitted workflow {workflow_id}: {submitted(len(ids), ids)}; "
+                   f"logs in {request.output_dir}; `torc status {workflow_id}` says how it stands, "
+                   f"`torc watch {workflow_id}` waits",
+                   {"workflow_id": workflow_id, "slurm_jobs": ids,
+                    "message": f"Successfully submitted workflow {workflow_id}"})
+
+
+def look_after(client, workflow_id, wishes):
+    """What an owner's command does on the way: where no runner lives that could, carry out pending
+    schedule_nodes actions. Returns what was done, in sentences."""
+    import shutil
+    if client.is_local or not shutil.which("sbatch"):
+        return []
+    pending = [action for action in client.get(f"/workflows/{workflow_id}/actions/pending")
+               if action["action_type"] == "schedule_nodes"
+               and action["trigger_type"] not in START_ACTIONS]
+    if not pending or client.get(f"/workflows/{workflow_id}")["user"] != client.user or \
+            count_records(client, "/compute_nodes", workflow_id=workflow_id, is_active=True):
+        return []
+    try:
+        request = later_request(client, workflow_id, wishes)
+        return [f"action {action['id']} ({action['trigger_type']}): {submitted(len(ids), ids)}"
+                for action, ids in schedule_pending(client, workflow_id, request, sorted(
+                    {action["trigger_type"] for action in pending}))]
+    except TorcError as error:
+        return [str(error)]
+
+
+def settle_dead(client, workflow_id, output_dir):
+    """Clean up behind runners of this host and allocations of this cluster that have ended; what
+    was done, in sentences."""
+    import shutil
+    said = release_dead_nodes(client, workflow_id, output_dir)
+    if shutil.which("squeue"):
+        try:
+            said += settle_allocations(client, workflow_id)
+        except TorcError as error:
+            said.append(f"allocations were not looked at: {error}")
+    return said
+
+
+def cancel_allocations(client, workflow_id):
+    """(Slurm jobs that were canceled, errors): scancel for allocations that have not ended."""
+    scheduled, _ = live_allocations(client, workflow_id)
+    away = [f"Slurm job {record['scheduler_id']} is on the cluster {record['cluster']}: scancel it "
+            "there" for record in unended_allocations(client, workflow_id)
+            if is_elsewhere(record.get("cluster"))]
+    if not scheduled:
+        return [], away
+    canceled = []
+    try:
+        queue = ask_queue({record["scheduler_id"] for record in scheduled})
+        canceled = sorted(number for number, entry in queue.items()
+                          if entry.phase in ("pending", "active"))
+        if canceled:
+            slurm("scancel", *canceled)
+    except TorcError as error:
+        return [], [f"the allocations of workflow {workflow_id} were not canceled: {error}", *away]
+    for record in scheduled:              # a worker that is at work closes its own
+        if record["status"] == "pending" or record["scheduler_id"] not in canceled:
+            client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "canceled"})
+    return canceled, away
+
+
+# Why an allocation does not begin by waiting (squeue(1), JOB REASON CODES), and what to do.
+STUCK_ALLOCATIONS = (
+    (r"TimeLimit|WallDuration|NodeLimit|PartitionConfig|PerJobLimit|BadConstraints",
+     "it asks for more time, more nodes or others than its partition or account may give, so it "
+     "will not start: `scancel {0}`, and ask for less"),
+    (r"NotAllowed|InvalidAccount|InvalidQOS", "its account, QOS and partition do not go together: "
+     "`scancel {0}`, and submit with others"),
+    (r"JobHeld", "it is held: `scontrol release {0}`"),
+    (r"NeverSatisfied", "what it depends on has failed, so it will not start: `scancel {0}`"))
+
+
+def stuck_advice(number, entry):
+    """What to do with an allocation (Queued) that will not begin by waiting, or ""."""
+    for pattern, advice in STUCK_ALLOCATIONS if entry.phase == "pending" else ():
+        if re.search(pattern, entry.where):
+            return ": " + advice.format(number)
+    return ""
+
+
+def allocation_lines(client, workflow_id):
+    """A sentence on each allocation that has not ended, and what its worker says if it cannot
+    begin."""
+    import shutil
+    scheduled = unended_allocations(client, workflow_id)
+    queue, lines = None, []
+    if scheduled and shutil.which("squeue"):
+        with contextlib.suppress(TorcError):
+            queue = ask_queue({record["scheduler_id"] for record in scheduled
+                               if not is_elsewhere(record.get("cluster"))})
+    for record in scheduled:
+        number = record["scheduler_id"]
+        away = is_elsewhere(record.get("cluster"))
+        entry = queue and queue.get(number)
+        if queue is None or away:
+            text = f"is {record['status']}" + (f" on the cluster {record['cluster']}" if away else
+                                               "")
+        elif not entry or entry.phase == "unknown":
+            text = f"was {record['status']}; Slurm does not know it any more, or does not say"
+        elif entry.phase == "over":
+            text = f"has ended: torc workflows sync-status {workflow_id} settles what it left"
+        else:
+            left = "" if entry.phase == "pending" or entry.time_left_s is None else \
+                f", {format_duration(entry.time_left_s)} left"
+            where = "" if entry.where in ("(None)", "") else f" {entry.where}" if \
+                entry.where.startswith("(") else f" on {entry.where}"
+            text = f"is {entry.state.lower()}{where}{left}{stuck_advice(number, entry)}"
+        lines.append(f"Slurm job {number} {text}")
+        lines += read_text(worker_note(record.get("output_dir") or DEFAULT_OUTPUT_DIR, workflow_id,
+                                       number)).splitlines()
+    return lines
+
+
+def open_jobs(client, workflow_id):
+    """What is left to run, {job id: record}, and the same as group_jobs takes it: jobs named by
+    their ids, and the requirements."""
+    needs = list(client.items("/resource_requirements", workflow_id=workflow_id))
+    number = {need["id"]: place for place, need in enumerate(needs, 1)}
+    left = {job["id"]: job for status in ("ready", "blocked", "uninitialized")
+            for job in client.items("/jobs", workflow_id=workflow_id, status=status,
+                                    include_relationships=True)}
+    place = {job_id: number for number, job_id in enumerate(left, 1)}
+    jobs = [{"name": str(job_id), "depends_on_job_ids": [
+        place[other] for other in job.get("depends_on_job_ids", ()) if other in place],
+        "resource_requirements_id": number[job["resource_requirements_id"]]}
+        for job_id, job in left.items()]
+    return left, jobs, needs
+
+
+def former_account(client, workflow_id):
+    """The account that the workflow's schedulers or slurm_defaults name. Raises UsageError."""
+    defaults = json.loads(client.get(f"/workflows/{workflow_id}").get("slurm_defaults") or "{}")
+    accounts = [record["account"] for record in client.items("/slurm_schedulers",
+                                                             workflow_id=workflow_id)]
+    account = defaults.get("account") or (accounts or [None])[-1]
+    if not account:
+        raise UsageError(f"workflow {workflow_id} has no Slurm scheduler that names an account: "
+                         "take --account NAME")
+    return account
+
+
+def regenerate(client, workflow_id, wishes, submit=False, dry_run=False):
+    """Make Slurm schedulers for what is left to run of a workflow, and get allocations for what
+    can begin now; the rest is asked for when its jobs are ready.
+
+    Returns {"workflow_id", "dry_run", "schedulers": [...], "slurm_jobs": [...]}. Raises TorcError.
+    """
+    left, jobs, needs = open_jobs(client, workflow_id)
+    if not left:
+        raise TorcError(f"workflow {workflow_id} has no job that waits to run")
+    account = wishes.account or former_account(client, workflow_id)
+    stamp = time.strftime("regen_%Y%m%d_%H%M%S_")
+    plan = plan_allocations(group_jobs(jobs, needs), find_profile(wishes.profile), account,
+                            partition=wishes.partition, walltime=wishes.walltime, prefix=stamp)
+    report = {"workflow_id": workflow_id, "dry_run": dry_run, "slurm_jobs": [], "schedulers": [
+        {**one["scheduler"], "num_allocations": one["num_allocations"], "jobs": len(one["jobs"]),
+         "trigger": one["trigger"]} for one in plan]}
+    if dry_run:
+        return report
+    request = worker_request(client, wishes) if submit else None
+    workflow = client.get(f"/workflows/{workflow_id}")
+    for one, shown in zip(plan, report["schedulers"]):
+        record = client.post("/slurm_schedulers", {**one["scheduler"], "workflow_id": workflow_id})
+        shown["id"] = record["id"]
+        for name in one["jobs"]:          # one without a scheduler runs in any allocation
+            if left[int(name)].get("scheduler_id"):
+                client.put(f"/jobs/{name}", {"scheduler_id": record["id"]})
+        if one["trigger"] == "on_jobs_ready":
+            client.post(f"/workflows/{workflow_id}/actions", {
+                "workflow_id": workflow_id, "trigger_type": "on_jobs_ready",
+                "action_type": "schedule_nodes", "is_recovery": True,
+                "job_ids": [int(name) for name in one["trigger_jobs"]],
+                "action_config": {
+                    "scheduler_type": "slurm", "scheduler_id": record["id"],
+                    "num_allocations": one["num_allocations"],
+                    "start_one_worker_per_node": bool(one["start_one_worker_per_node"])}})
+        elif submit:
+            try:
+                report["slurm_jobs"] += submit_allocations(
+                    client, workflow, record, one["num_allocations"], request._replace(
+                        one_worker_per_node=one["start_one_worker_per_node"] or None))
+            except TorcError as error:
+                ids = error.submitted = report["slurm_jobs"] + getattr(error, "submitted", [])
+                if ids:
+                    error.args = (f"{error}. {submitted(len(ids), ids)}",)
+                raise
+    return report
+
+
+# ---- after failures
+
+class Diagnosis(NamedTuple):
+    """Why a job failed, and what it would need to succeed."""
+
+    job: dict
+    cause: str                            # memory, runtime, lost or unknown
+    text: str
+    need: dict                            # changed fields of its resource requirements
+
+
+def larger_memory(size, factor):
+    """A memory size for requirements, `factor` times as large, in whole MB or GB."""
+    megabytes = math.ceil(size * factor / 2**20)
+    return f"{megabytes // 1024}g" if megabytes % 1024 == 0 else f"{megabytes}m"
+
+
+def longer_runtime(seconds, factor):
+    """A runtime for requirements, `factor` times as long, in whole minutes."""
+    return f"PT{max(1, math.ceil(seconds * factor / 60))}M"
+
+
+def diagnose(job, result, need, limits, peak, memory_factor, runtime_factor):
+    """The Diagnosis of a job that failed or was terminated.
+
+    result, need: its records; peak: bytes, 0 if unknown. Memory: it was over its limit, or was
+    killed before 80 % of its runtime. Runtime: the time limit's code, or over 90 % of it.
+    """
+    code, spent = result["return_code"], result["exec_time_minutes"] * 60
+    limit, runtime = parse_memory(need["memory"]), parse_duration(need["runtime"])
+    known = need["name"] != "default"     # those requirements mean nothing
+    if known and peak > limit or code == limits.oom_exit_code and (
+            spent < 0.8 * runtime or not known):
+        if not known and not peak:
+            return Diagnosis(job, "unknown", "it was killed, perhaps for its memory; it has no "
+                             "resource requirements that could be raised", {})
+        more = larger_memory(max(limit if known else 0, peak), memory_factor)
+        used = f"used {format_bytes(peak)}" if peak else "was killed"
+        return Diagnosis(job, "memory", f"it {used}, its limit is {need['memory']}",
+                         {"memory": more})
+    if code == ORPHAN_RETURN_CODE:
+        return Diagnosis(job, "lost", "its runner died", {})
+    if job["status"] == "terminated" or code == limits.timeout_exit_code or (
+            known and spent > 0.9 * runtime):
+        if known and spent > 0.9 * runtime:
+            return Diagnosis(job, "runtime", f"it ran for {format_duration(spent)}, its runtime is "
+                             f"{need['runtime']}",
+                             {"runtime": longer_runtime(max(spent, runtime), runtime_factor)})
+        return Diagnosis(job, "lost", "the time of its runner was up after "
+                         f"{format_duration(spent)}", {})
+    return Diagnosis(job, "unknown", f"return code {code}", {})
+
+
+def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
+    """Diagnoses of all jobs that failed or were terminated."""
+    limits = read_limits(client.get(f"/workflows/{workflow_id}"))
+    needs = {need["id"]: need for need in client.items("/resource_requirements",
+                                                       workflow_id=workflow_id)}
+    results = {result["job_id"]: result for result in client.items("/results",
+                                                                   workflow_id=workflow_id)}
+    peaks = {}
+    for record in client.items("/slurm_stats", workflow_id=workflow_id):
+        key = record["job_id"], record["run_id"], record["attempt_id"]
+        peaks[key] = record.get("max_rss_bytes") or 0
+    found = []
+    for status in ("failed", "terminated", "pending_failed"):
+        for job in client.items("/jobs", workflow_id=workflow_id, status=status):
+            result = results.get(job["id"])
+            if not result:
+                found.append(Diagnosis(job, "unknown", "no result is kept", {}))
+                continue
+            key = job["id"], result["run_id"], result["attempt_id"]
+            peak = max(result.get("peak_memory_bytes") or 0, peaks.get(key, 0))
+            found.append(diagnose(job, result, needs[job["resource_requirements_id"]], limits,
+                                  peak, memory_factor, runtime_factor))
+    return found
+
+
+def check_recoverable(client, workflow_id):
+    """Raise Invalid unless the workflow has ended with failures and nobody works on it."""
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    left = client.get(f"/workflows/{workflow_id}/unfinished")
+    runners = len(left["active_nodes"])
+    moving = counted["ready"] + counted["pending"] + counted["running"]
+    if not counted["is_complete"] and moving and not (
+            counted["failed"] + counted["terminated"] + counted["pending_failed"]):
+        raise Invalid(f"cannot recover workflow {workflow_id}: nothing has failed, and "
+                      f"{plural(moving, 'job')} are ready or running")
+    if runners or left["scheduled"]:
+        raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, {runners} "
+                      f"runners and {left['scheduled']} allocations are at work or wait for it: "
+                      f"torc cancel {workflow_id} ends them, torc wait {workflow_id} waits")
+
+
+def apply_diagnoses(client, workflow_id, chosen):
+    """Give the jobs what they need and make them ready again, with what their failure canceled."""
+    groups = {}
+    for one in chosen:
+        key = one.job["resource_requirements_id"], compact(one.need)
+        groups.setdefault(key, []).append(one)
+    rows = []
+    for (need_id, _), members in groups.items():
+        new_id = raise_need(client, workflow_id, need_id, members) if members[0].need else need_id
+        more = {"resource_requirements_id": new_id} if new_id != need_id else {}
+        rows += [{"job_id": one.job["id"], **more} for one in members]
+    if rows:
+        client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": rows})
+
+
+def raise_need(client, workflow_id, need_id, members):
+    """Raise resource requirements; a copy of them if other jobs, which did not fail, use them.
+
+    Returns the id of the requirements that the members are to have.
+    """
+    ids = {one.job["id"] for one in members}
+    need = client.get(f"/resource_requirements/{need_id}")
+    changed = {**need, **{name: max((one.need[name] for one in members), key=size_of(name))
+                          for name in members[0].need}}
+    others = any(job["resource_requirements_id"] == need_id and job["id"] not in ids
+                 for job in client.items("/jobs", workflow_id=workflow_id))
+    if not others and need["name"] != "default":
+        client.put(f"/resource_requirements/{need_id}", changed)
+        return need_id
+    taken = {record["name"] for record in client.items("/resource_requirements",
+                                                       workflow_id=workflow_id)}
+    base = re.sub(r"_recovered\d*$", "", need["name"])
+    name = next(name for number in itertools.count(1)
+                for name in [f"{base}_recovered{number}"] if name not in taken)
+    changed.pop("id")
+    return client.post("/resource_requirements", {**changed, "name": name})["id"]
+
+
+def size_of(name):
+    """What compares values of a field of resource requirements."""
+    return parse_memory if name == "memory" else parse_duration
+
+
+def run_hook(command, workflow_id, client):
+    """Run a recovery hook. Raises TorcError if it fails."""
+    import subprocess
+    environment = {**os.environ, **client.job_environment(), "TORC_WORKFLOW_ID": str(workflow_id)}
+    done = subprocess.run(["bash", "-c", f'{command} "$@"', "hook", str(workflow_id)],
+                          env=environment, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise TorcError(f"the recovery hook {command!r} ended with {done.returncode}, so nothing "
+                        "was changed")
+
+
+# ---- export and import
+
+EXPORTED = {                              # key in the document: path
+    **{name: KINDS[table].path for name, table in SPEC_LISTS.items() if name != "jobs"},
+    "local_schedulers": "/local_schedulers", "failure_handlers": "/workflows/{}/failure_handlers"}
+EXPORT_VERSION = "1.0"
+
+
+def export_workflow(client, workflow_id, results=False, events=False):
+    """A workflow with its records as one document; upstream's form, export_version 1.0."""
+    def records(path, **query):
+        query = query if path.startswith("/workflows/") else {"workflow_id": workflow_id, **query}
+        return list(client.items(path, **query))
+
+    document = {"export_version": EXPORT_VERSION, "exported_at": iso_time(time.time()),
+                "workflow": client.get(f"/workflows/{workflow_id}"),
+                **{key: records(path.format(workflow_id)) for key, path in EXPORTED.items()},
+                "ro_crate_entities": [], "jobs": records("/jobs", include_relationships=True),
+                "workflow_actions": client.get(f"/workflows/{workflow_id}/actions")}
+    if results:
+        document.update(compute_nodes=records("/compute_nodes"),
+                        results=records("/results", all_runs=True))
+    if events:
+        document["events"] = records("/events")
+    return document
+
+
+def picked(record, table, ids=None):
+    """What a new record of a kind takes of an exported one. ids: {table: {old id: new one}}."""
+    made = {field.name: record[field.name] for field in KINDS[table].fields if not field.server
+            and field.name not in ("workflow_id", "status") and record.get(field.name) is not None}
+    for field in KINDS[table].fields if ids else ():
+        if field.refers and field.name in made:
+            new = ids[field.refers]
+            made[field.name] = [new[one] for one in made[field.name]] if field.type == "ids" \
+                else new.get(made[field.name])
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def import_payload(document, name=None):
+    """The body of POST /workflow_specs that recreates an exported workflow. Raises Invalid."""
+    if not isinstance(document, dict) or not isinstance(document.get("workflow"), dict):
+        raise Invalid("this is not an exported workflow: it has no `workflow` (torc workflows "
+                      "export writes one)")
+    if str(document.get("export_version", "1")).partition(".")[0] != EXPORT_VERSION[0]:
+        raise Invalid(f"export_version {document['export_version']!r} is not known here "
+                      f"({EXPORT_VERSION})")
+    ids, payload = {}, {"workflow": picked(document["workflow"], "workflow")}
+    for key, table in SPEC_LISTS.items():
+        kept = [record for record in document.get(key) or () if not (
+            table == "resource_requirements" and record["name"] == "default")]
+        ids[table] = {record["id"]: number for number, record in enumerate(kept, 1)}
+        payload[key] = [picked(record, table, ids) for record in kept]
+    payload["workflow"]["name"] = name or document["workflow"]["name"]
+    payload["actions"] = [import_action(action, ids) for action in
+                          document.get("workflow_actions") or () if not action.get("is_recovery")]
+    return payload
+
+
+def import_action(action, ids):
+    """An exported action with the ids of the new records. ids: see picked."""
+    made = {name: action[name] for name in ("trigger_type", "action_type", "persistent")
+            if action.get(name) is not None}
+    config = made["action_config"] = dict(action["action_config"])
+    if "scheduler_id" in config:
+        config["scheduler_id"] = ids["slurm_scheduler"][config["scheduler_id"]]
+    if action.get("job_ids"):
+        made["job_ids"] = [ids["job"][number] for number in action["job_ids"]]
+    return made
+
+
+# ---- operations on workflows
+
+SUMMARY_LINES = (("Jobs", "job_count"), ("Files", "file_count"),
+                 ("User data records", "user_data_count"),
+                 ("Resource requirements", "resource_requirements_count"),
+                 ("Slurm schedulers", "slurm_scheduler_count"),
+                 ("Workflow actions", "action_count"))
+MISSING_TITLES = (("Missing input files", "missing_input_files"),
+                  ("Missing user data", "missing_user_data"))
+
+
+def plan_initialize(client, workflow_id, wishes):
+    """Start a workflow from the beginning: all jobs blocked or ready."""
+    report = initialize_workflow(client, workflow_id, wishes.force, dry_run=True)
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    ran = counted["total"] - counted["uninitialized"] - counted["disabled"]
+    lines = [f"{plural(ran, 'job')} lose their status and run again; results of earlier runs stay."
+             ] if ran else []
+    for title, name in (*MISSING_TITLES, ("Output files that exist", "existing_output_files")):
+        if report[name]:
+            lines.append(f"{title}: {named(report[name])}")
+
+    def do(client):
+        initialize_workflow(client, workflow_id, wishes.force or not report["safe"])
+        ready = client.get(f"/workflows/{workflow_id}/counts")["ready"]
+        return Outcome(f"Initialized workflow {workflow_id}: {plural(ready, 'job')} ready",
+                       {**report, "status": "success"})
+
+    verb = "start from the beginning" if report["safe"] else "start without what is missing"
+    obstacle = missing_text(workflow_id, report["missing_input_files"],
+                            report["missing_user_data"])
+    return Plan(f"Initialize workflow {workflow_id}", tuple(lines), (Choice("y", verb, do),),
+                report, sure=not lines, strict=bool(ran), obstacle=obstacle)
+
+
+def rerun_report(workflow_id, again):
+    """A Rerun as JSON."""
+    return {"workflow_id": workflow_id, "jobs": again.jobs, "job_count": len(again.jobs),
+            "missing_input_files": again.missing}
+
+
+def rerun_lines(again):
+    """What runs again, and why, in sentences."""
+    lines = [f"{row['job_name']} ({said(row['status'])}): {row['reason']}"
+             for row in again.jobs[:NAMED_AT_MOST]]
+    if len(again.jobs) > NAMED_AT_MOST:
+        lines.append(f"and {plural(len(again.jobs) - NAMED_AT_MOST, 'job')} more")
+    if again.waiting:
+        lines.append(f"{plural(again.waiting, 'job')} would run for the first time.")
+    if again.missing:
+        lines.append(f"Missing input files: {named(again.missing)}")
+    return lines
+
+
+def plan_reinitialize(client, workflow_id, wishes):
+    """Run again what changed: files, commands, user data, and all that depends on them."""
+    again = reinitialize_workflow(client, workflow_id, wishes.force, dry_run=True)
+    number, data = len(again.jobs) + again.waiting, rerun_report(workflow_id, again)
+    if not number:
+        return Plan(f"Nothing has changed in workflow {workflow_id}: no job runs again", data=data)
+
+    def do(client):
+        reinitialize_workflow(client, workflow_id, wishes.force or bool(again.missing))
+        return Outcome(f"Reinitialized workflow {workflow_id}: {plural(number, 'job')} to run",
+                       data)
+
+    return Plan(f"Reinitialize workflow {workflow_id}", tuple(rerun_lines(again)), (Choice(
+        "y", f"run {plural(number, 'job')}" + (" without what is missing" if again.missing else ""),
+        do),), data, obstacle=missing_text(workflow_id, again.missing))
+
+
+def plan_reset(client, workflow_id, wishes):
+    """Set jobs back: those that failed with what depends on them, or all that have run."""
+    check_idle(client, workflow_id, wishes.force)
+    lines, choices, data, obstacle = [], [], {}, ""
+    for key, reset in (("f", "failed"), ("a", "all")):
+        if wishes.failed_only not in (None, reset == "failed"):
+            continue
+        again = plan_rerun(client, workflow_id, reset, wishes.reinitialize)
+        data = rerun_report(workflow_id, again)
+        obstacle = obstacle or missing_text(workflow_id, again.missing)
+        number = plural(len(again.jobs), "job")
+        if not again.jobs:
+            continue
+        if wishes.failed_only is None:
+            names = [row["job_name"] for row in again.jobs]
+            lines.append(f"{key}: {number} that {'failed' if reset == 'failed' else 'have run'}, "
+                         f"and what depends on them: {named(names)}")
+        else:
+            lines += rerun_lines(again)
+
+        def do(client, reset=reset, again=again, number=number, data=data):
+            if wishes.reinitialize:
+                reinitialize_workflow(client, workflow_id, wishes.force or bool(again.missing),
+                                      reset=reset)
+            else:
+                client.post(f"/workflows/{workflow_id}/reset_status", force=wishes.force)
+                client.post(f"/workflows/{workflow_id}/reset_job_status",
+                            failed_only=reset == "failed")
+            step = "run" if wishes.reinitialize else "workflows reinit"
+            return Outcome(f"Reset {number} of workflow {workflow_id}; go on with torc {step} "
+                           f"{workflow_id}", data)
+
+        choices.append(Choice(key, f"reset {number}", do))
+    if not choices:
+        which = "failed" if wishes.failed_only else "run"
+        return Plan(f"No job of workflow {workflow_id} has {which}, so none is reset", data=data)
+    lines.append("Results of earlier runs stay readable.")
+    return Plan(f"Reset jobs of workflow {workflow_id}", tuple(lines), tuple(choices), data,
+                strict=True, obstacle=obstacle)
+
+
+def owned(client, workflow_id, verb):
+    """A workflow's record, and the Plan's lines if it is another user's."""
+    workflow = client.get(f"/workflows/{workflow_id}")
+    return workflow, () if workflow["user"] == client.user else (
+        f"It belongs to {workflow['user']}; its commands would {verb} as you, {client.user}.",)
+
+
+def plan_run(client, workflow_id, wishes):
+    """Run a workflow on this machine."""
+    workflow, lines = owned(client, workflow_id, "run")
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    refuse_canceled(workflow_id, counted)
+    if counted["is_complete"] and counted["total"]:
+        raise Invalid(f"all jobs of workflow {workflow_id} have ended: reset or initialize it to "
+                      "run them again")
+    start = Start(f"run of workflow {workflow_id}", (
+        "run", str(workflow_id), "--output-dir", wishes.output_dir, "--allow-owner",
+        workflow["user"]))
+    return Plan(f"Run workflow {workflow_id} here", lines,
+                (Choice("y", "run it", lambda client: start),), sure=not lines)
+
+
+def plan_watch(client, workflow_id, wishes):
+    """Look after a workflow until it ends."""
+    start = Start(f"watch of workflow {workflow_id}", (
+        "watch", str(workflow_id), "--output-dir", wishes.output_dir))
+    return Plan(f"Watch workflow {workflow_id}", (),
+                (Choice("y", "watch it", lambda client: start),), sure=True)
+
+
+def plan_submit(client, workflow_id, wishes):
+    """Start a workflow in allocations of Slurm, as its on_workflow_start actions ask for them."""
+    workflow, lines = owned(client, workflow_id, "run")
+    request = worker_request(client, wishes)
+    refuse_canceled(workflow_id, client.get(f"/workflows/{workflow_id}/counts"))
+    scripts = submission(client, workflow, client.get(f"/workflows/{workflow_id}/actions"), {
+        record["id"]: record for record in client.items(
+            "/slurm_schedulers", workflow_id=workflow_id)}, request)
+    number = plural(sum(script["num_allocations"] for script in scripts), "allocation")
+
+    def do(client):
+        if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
+            initialize_workflow(client, workflow_id, wishes.force)
+        return submit_start(client, workflow_id, request)
+
+    return Plan(f"Submit workflow {workflow_id} to Slurm", (*lines, *submission_lines(scripts),
+                f"Workers reach the server at {request.urls[0]}."),
+                (Choice("y", f"submit {number}", do),), {"scripts": scripts},
+                strict=bool(lines))
+
+
+def plan_recover(client, workflow_id, wishes):
+    """Run again what failed, with more memory or time where that was the cause, in allocations
+    where the workflow has had some."""
+    said = settle_dead(client, workflow_id, wishes.output_dir)
+    check_recoverable(client, workflow_id)
+    found = diagnose_all(client, workflow_id, wishes.memory_multiplier, wishes.runtime_multiplier)
+    known = [one for one in found if one.cause != "unknown"]
+    on_slurm = had_allocations(client, workflow_id)
+
+    def report(chosen):
+        return {"workflow_id": workflow_id, "slurm_jobs": [], **{
+            key: [{"job_id": one.job["id"], "job_name": one.job["name"], "cause": one.cause,
+                   "text": one.text, **one.need} for one in some]
+            for key, some in (("jobs", chosen),
+                              ("skipped", [one for one in found if one not in chosen]))}}
+
+    def choice(key, chosen, words=""):
+        def do(client):
+            if on_slurm:                  # what cannot be done later must fail now
+                worker_request(client, wishes)
+            if wishes.recovery_hook:
+                run_hook(wishes.recovery_hook, workflow_id, client)
+            client.post(f"/workflows/{workflow_id}/reset_status", force=True)
+            apply_diagnoses(client, workflow_id, chosen)
+            done = report(chosen)
+            if on_slurm:
+                done["slurm_jobs"] = regenerate(client, workflow_id, wishes, submit=True)[
+                    "slurm_jobs"]
+            ids = done["slurm_jobs"]
+            step = submitted(len(ids), ids) if ids else \
+                f"torc run {workflow_id} goes on from here"
+            return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again; "
+                           f"{step}", done)
+        return Choice(key, f"run {plural(len(chosen), 'job')} again{words}", do)
+
+    every, choices = wishes.retry_unknown or wishes.recovery_hook, []
+    if known and not every:
+        choices.append(choice("y", known))
+    if every and found or wishes.retry_unknown is None and len(found) > len(known):
+        choices.append(choice("a", found, "" if every else ", mended or not"))
+    if not choices:
+        raise Invalid(f"workflow {workflow_id}: nothing to recover" + (
+            f", {plural(len(found), 'job')} failed for other reasons: --retry-unknown runs them "
+            "again" if found else ""))
+    lines = [f"{one.job['name']}: {one.text}" + "".join(
+        f", then {name} {value}" for name, value in one.need.items())
+        for one in [*known, *(one for one in found if one not in known)][:14]]
+    if len(found) > 14:
+        lines.append(f"and {plural(len(found) - 14, 'job')} more")
+    if len(found) > len(known) and not every:
+        lines.append(f"{plural(len(found) - len(known), 'job')} failed for a reason that a new try "
+                     "does not mend.")
+    if on_slurm:
+        lines.append("New allocations of Slurm are submitted for them.")
+    return Plan(f"Recover workflow {workflow_id}", (*said, *lines), tuple(choices),
+                report(found if every else known))
+
+
+def plan_cancel(client, workflow_id, wishes):
+    """Cancel a workflow: nothing more starts, what runs is ended."""
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    scheduled, _ = live_allocations(client, workflow_id)
+    busy = counted["pending"] + counted["running"]
+    data = {"workflow_id": workflow_id, "job_count": busy, "canceled_slurm_jobs": []}
+    if not unended_allocations(client, workflow_id):
+        if counted["is_canceled"] and not busy:
+            return Plan(f"Workflow {workflow_id} is canceled already", data=data)
+        if counted["is_complete"] and not counted["is_canceled"]:
+            return Plan(f"Workflow {workflow_id} has ended already: there is nothing to cancel",
+                        data={**data, "status": "success"})
+    lines = [f"{plural(busy, 'job')} pending or running: what runs gets SIGTERM, and SIGKILL if it "
+             "stays." if busy else "No job runs.",
+             f"{plural(counted['ready'] + counted['blocked'], 'waiting job')} will not start."]
+    if scheduled:
+        lines.append(f"{plural(len(scheduled), 'allocation')} of Slurm: scancel.")
+    lines.append(f"{plural(counted['completed'], 'completed job')} and their results stay.")
+
+    def do(client):
+        client.put(f"/workflows/{workflow_id}/cancel")
+        canceled, errors = cancel_allocations(client, workflow_id)
+        more = f", and {plural(len(canceled), 'allocation')} of Slurm" if canceled else ""
+        return Outcome(
+            f"Canceled workflow {workflow_id} ({plural(busy, 'job')} pending or running){more}",
+            {**data, "status": "partial_success" if errors else "success",
+             "canceled_slurm_jobs": canceled, "errors": errors or None}, tuple(errors))
+
+    return Plan(f"Cancel workflow {workflow_id}", tuple(lines), (Choice(
+        "y", f"cancel {plural(busy, 'job')}" if busy else "cancel the workflow", do),), data)
+
+
+def plan_delete(client, ids, wishes):
+    """Delete workflows with everything that belongs to them; what runs is canceled first."""
+    def own(workflow_id):
+        workflow = client.get(f"/workflows/{workflow_id}")
+        if workflow["user"] != client.user:
+            raise Forbidden(f"workflow {workflow_id} belongs to {workflow['user']}, not to you "
+                            f"({client.user})")
+        return workflow
+
+    found, errors = each(ids, own)
+    counts = [client.get(f"/workflows/{one['id']}/counts") for one in found]
+    jobs, busy = (sum(one[name] for one in counts for name in names)
+                  for names in (("total",), ("pending", "running")))
+    results = sum(count_records(client, "/results", workflow_id=one["id"], all_runs=True)
+                  for one in found)
+    names = ", ".join(f'{one["id"]} "{one["name"]}"' for one in found)
+    lines = [*errors, f"{plural(jobs, 'job')} and {plural(results, 'result')} go; files on disk "
+                      "stay."]
+    if busy:
+        lines.append(f"{plural(busy, 'job')} pending or running: what runs is ended.")
+
+    def delete(workflow_id):
+        if busy:
+            client.put(f"/workflows/{workflow_id}/cancel")
+        with contextlib.suppress(TorcError):         # as far as Slurm answers
+            cancel_allocations(client, workflow_id)
+        return client.delete(f"/workflows/{workflow_id}")
+
+    def do(_):
+        gone, trouble = each([one["id"] for one in found], delete)
+        return Outcome(f"Deleted workflow {names}", gone, errors + trouble)
+
+    return Plan(f"Delete workflow {names}", tuple(lines), (Choice(
+        "y", f"delete {plural(len(found), 'workflow')}", do),), found, strict=True,
+        typed=found[0]["name"] if len(found) == 1 else f"delete {len(found)}")
+
+
+def plan_archive(client, ids, wishes):
+    """Hide workflows from lists, or bring them back."""
+    def archive(workflow_id):
+        status = client.get(f"/workflows/{workflow_id}/status")
+        return client.put(f"/workflows/{workflow_id}/status",
+                          {**status, "is_archived": wishes.archived})
+
+    def do(_):
+        done, errors = each(ids, archive)
+        names = ", ".join(str(one["id"]) for one in done)
+        return Outcome(f"Workflow {names} is {'' if wishes.archived else 'no longer '}archived",
+                       done, errors)
+
+    verb = "archive" if wishes.archived else "bring back"
+    return Plan(f"{verb.capitalize()} {plural(len(ids), 'workflow')}", (), (Choice("y", verb, do),),
+                {"workflows": ids}, sure=True)
+
+
+def plan_release(client, workflow_id, wishes):
+    """Settle what dead runners and ended allocations left: their jobs, results, records."""
+    lines = settle_allocations(client, workflow_id, dry_run=True) + [
+        evidence.text for node in client.items("/compute_nodes", workflow_id=workflow_id,
+                                               is_active=True)
+        for evidence in (death_here(node),) if evidence]
+
+    def do(client):
+        done = release_dead_nodes(client, workflow_id, wishes.output_dir)
+        done += settle_allocations(client, workflow_id)
+        done += look_after(client, workflow_id, wishes)
+        return Outcome("\n".join(done) or f"Workflow {workflow_id}: nothing to settle",
+                       {"workflow_id": workflow_id, "changes": done})
+
+    return Plan(f"Settle what has died of workflow {workflow_id}", tuple(lines), (
+        Choice("y", "settle it", do),), {"workflow_id": workflow_id, "changes": lines}, sure=True)
+
+
+def plan_create(client, spec, wishes):
+    """Create the workflow of a Spec, or of the payload of an exported one."""
+    payload, warnings, summary = (spec.payload, spec.warnings, spec.summary) if isinstance(
+        spec, Spec) else (spec, [], {"job_count": len(spec["jobs"])})
+    lines = [f"{title}: {summary[name]}" for title, name in SUMMARY_LINES if summary.get(name)]
+    lines += [f"warning: {warning}" for warning in warnings]
+
+    def do(client):
+        made = client.post("/workflow_specs", {
+            **payload, "workflow": {**payload["workflow"], "user": client.user}})
+        return Outcome(f"Created workflow {made['id']} \"{made['name']}\" "
+                       f"({plural(made['jobs'], 'job')})",
+                       {"workflow_id": made["id"], "jobs": made["jobs"], "status": "success"})
+
+    return Plan(f"Create workflow \"{payload['workflow']['name']}\"", tuple(lines),
+                (Choice("y", "create it", do),), {"summary": summary, "warnings": warnings},
+                sure=not warnings)
+
+
+# ---- jobs
+
+def plan_stop(client, ids, wishes, status):
+    """End jobs as canceled or terminated: they never start, or are ended."""
+    def look(job_id):
+        job = client.get(f"/jobs/{job_id}")
+        if STATUS_OF_NAME[job["status"]] in COMPLETE_SET:
+            raise Invalid(f"{job['name']} has ended already ({said(job['status'])})")
+        return job
+
+    jobs, errors = each(ids, look)
+    lines, at_work = list(errors), sum(job["status"] in ("pending", "running") for job in jobs)
+    if at_work:
+        lines.append(f"{plural(at_work, 'job')} at work: SIGTERM, and SIGKILL for what stays.")
+    if at_work < len(jobs):
+        lines.append(f"{plural(len(jobs) - at_work, 'waiting job')} will not start.")
+    below = {row["id"]: row["name"] for job in jobs[:20] for row in client.page(
+        "/jobs", workflow_id=job["workflow_id"], upstream_job_id=job["id"], status="blocked",
+        limit=NAMED_AT_MOST + 1)["items"]}
+    if below:
+        lines.append("Canceled with that, unless they say otherwise, are the jobs that wait for "
+                     f"it: {named(list(below.values()))}")
+
+    def do(client):
+        done, trouble = each([job["id"] for job in jobs],
+                             lambda number: client.post(f"/jobs/{number}/stop", status=status))
+        are = "is" if len(done) == 1 else "are"
+        return Outcome(f"{jobs_named(jobs)} {are} {status}", one_or_all("jobs", done),
+                       errors + trouble)
+
+    verb = "cancel" if status == "canceled" else "terminate"
+    return Plan(f"{verb.capitalize()} {jobs_named(jobs)}", tuple(lines), (
+        Choice("y", f"{verb} {plural(len(jobs), 'job')}", do),), one_or_all("jobs", jobs))
+
+
+def jobs_named(jobs):
+    """A job's name and id, or how many there are."""
+    return f'job {jobs[0]["id"]} "{jobs[0]["name"]}"' if len(jobs) == 1 else f"{len(jobs)} jobs"
+
+
+def plan_retry(client, ids, wishes):
+    """Run jobs again that have ended, and what has run downstream of them."""
+    jobs = [client.get(f"/jobs/{number}") for number in ids]
+    groups = {}
+    for job in jobs:
+        groups.setdefault(job["workflow_id"], []).append(job["id"])
+
+    def rerun(client, dry_run):
+        return [job for workflow_id, members in groups.items() for job in client.post(
+            f"/workflows/{workflow_id}/rerun_jobs", {"jobs": [{"job_id": one} for one in members]},
+            only=wishes.only, dry_run=dry_run)["jobs"]]
+
+    again = rerun(client, True)
+    below = [job["name"] for job in again if job["id"] not in ids]
+    ended = {}
+    for job in jobs:
+        ended[job["status"]] = ended.get(job["status"], 0) + 1
+    lines = [", ".join(f"{number} {said(status)}" for status, number in ended.items())
+             + "; earlier results stay."]
+    if set(ended) != {"completed"}:
+        lines.append("What was canceled because of that waits for it again.")
+    if below:
+        lines.append(f"What depends on that and has run runs again, too: {named(below)}")
+
+    def do(client):
+        done = [client.get(f"/jobs/{job['id']}") for job in rerun(client, False)]
+        more = f", and {plural(len(below), 'job')} that depend on that" if below else ""
+        return Outcome(f"{jobs_named(jobs)} will run again{more}", one_or_all("jobs", done))
+
+    return Plan(f"Run {jobs_named(jobs)} again", tuple(lines), (Choice(
+        "y", f"run {plural(len(again), 'job')} again", do),), one_or_all("jobs", again))
+
+
+class Operation(NamedTuple):
+    """An operation as the faces find it."""
+
+    plan: Any                             # function(client, target, wishes): gives a Plan
+    target: str                           # workflow, workflows, jobs or spec
+    command: str                          # its name in the command line
+    help: str                             # what it does, in a line
+
+
+OPERATIONS = {
+    "initialize": Operation(plan_initialize, "workflow", "workflows init",
+                            "Start a workflow from the beginning: all jobs blocked or ready."),
+    "reinitialize": Operation(
+        plan_reinitialize, "workflow", "workflows reinit",
+        "Run again what changed: files, commands, user data, and all that depends on them."),
+    "reset": Operation(plan_reset, "workflow", "workflows reset-status",
+                       "Set jobs back to uninitialized: all, or those that failed."),
+    "run": Operation(plan_run, "workflow", "run", "Run a workflow on this machine."),
+    "submit": Operation(plan_submit, "workflow", "submit",
+                        "Run a workflow in allocations of Slurm, as its actions ask for them."),
+    "watch": Operation(plan_watch, "workflow", "watch",
+                       "Look after a workflow until it ends: runners, allocations, recovery."),
+    "recover": Operation(
+        plan_recover, "workflow", "recover",
+        "Run again what failed, with more memory or time where that was the cause."),
+    "cancel": Operation(plan_cancel, "workflow", "cancel",
+                        "Cancel a workflow: nothing more starts, what runs is ended."),
+    "release": Operation(
+        plan_release, "workflow", "workflows sync-status",
+        "Settle what dead runners and ended allocations left: their jobs, results, records."),
+    "archive": Operation(plan_archive, "workflows", "workflows archive",
+                         "Hide workflows from lists, or bring them back."),
+    "delete": Operation(plan_delete, "workflows", "delete",
+                        "Delete workflows with everything that belongs to them."),
+    "create": Operation(plan_create, "spec", "create", "Create a workflow from a specification."),
+    "cancel_job": Operation(
+        functools.partial(plan_stop, status="canceled"), "jobs", "jobs cancel",
+        "Cancel jobs: they never start, or are ended; what depends on them is canceled."),
+    "terminate_job": Operation(functools.partial(plan_stop, status="terminated"), "jobs",
+                               "jobs terminate", "End jobs as a time limit would."),
+    "retry": Operation(plan_retry, "jobs", "jobs retry",
+                       "Run jobs again that have ended, and what has run downstream of them.")}
+
+
+# ---- watching
+
+MAX_FRUITLESS = 3                         # allocations in a row that started no job
+
+
+class Watcher:
+    """Looks after a workflow until it ends: `torc watch`."""
+
+    def __init__(self, args, client, wishes, tell):
+        self.args, self.client, self.wishes, self.tell = args, client, wishes, tell
+        self.workflow_id = args.workflow_id
+        self.watch = Watch()
+        self.retries = 0
+        self.scheduled_at = -math.inf     # when allocations were asked for last,
+        self.refused = False              # and whether none were to be had then
+        self.fruitless = 0                # those in a row that ended without an end of a job
+        self.attempts = None              # that had ended when they were asked for
+        self.pause = 0.0                  # seconds until others are asked for
+        self.ready_since = None           # since when jobs are ready and none is there
+        self.told = None
+        os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
+        import socket
+        self.log = os.path.join(args.output_dir,
+                                f"watch_{socket.gethostname()}_wf{self.workflow_id}.log")
+
+    def say(self, sentence, level="info"):
+        """A line for the user and the log."""
+        self.tell(sentence, level)
+        with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
+            file.write(f"[{iso_time(time.time())}] {clean(sentence)}\n")
+
+    def run(self):
+        """Watch; returns the exit code."""
+        path = f"/workflows/{self.workflow_id}"
+        generation = -1
+        while True:
+            try:
+                news = self.client.get(f"{path}/changes", since=generation, wait_s=math.ceil(
+                    min(60, max(1, self.args.poll_interval))) if generation >= 0 else None)
+                generation = news["generation"]
+                self.look()
+                if news["is_complete"]:
+                    code = self.at_end()
+                    if code is not None:
+                        return code
+                    generation = -1
+            except Unreachable as error:
+                self.say(f"{error}; trying again", "warn")
+                time.sleep(10)            # a server that comes back tells nobody
+
+    def look(self):
+        """One look at runners and allocations."""
+        client, workflow_id = self.client, self.workflow_id
+        try:
+            said = release_dead_nodes(client, workflow_id, self.args.output_dir)
+            for sentence in said + settle_allocations(client, workflow_id, self.watch):
+                self.say(sentence)
+        except Unreachable:
+            raise
+        except TorcError as error:        # Slurm's controller is away
+            self.say(f"allocations were not looked at: {error}", "warn")
+        for sentence in look_after(client, workflow_id, self.wishes):
+            self.say(sentence)
+        counted = client.get(f"/workflows/{workflow_id}/counts")
+        if self.args.show_job_counts:
+            text = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
+            if text != self.told:
+                self.say(text)
+            self.told = text
+        if self.args.auto_schedule:
+            self.schedule(counted)
+        elif not counted["is_complete"]:
+            _, hint = prospects(client, workflow_id)
+            if hint and hint != self.told:
+                self.say(hint)
+                self.told = hint
+
+    def schedule(self, counted):
+        """--auto-schedule: allocations for ready jobs that nobody runs; after some that started no
+        job later and later, and then no more."""
+        import random
+        args, now = self.args, time.monotonic()
+        left = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
+        ready = counted["ready"]
+        if not ready:
+            self.ready_since = None
+            return
+        self.ready_since = self.ready_since or now
+        nobody = not left["active_nodes"] and not left["scheduled"]
+        if nobody and self.attempts is not None:
+            attempts = count_records(self.client, "/results", workflow_id=self.workflow_id,
+                                     all_runs=True)
+            self.fruitless = self.fruitless + 1 if attempts == self.attempts else 0
+            self.attempts = None
+            self.pause = self.fruitless and 30 * 2 ** self.fruitless * random.uniform(1, 1.5)
+            if self.fruitless >= MAX_FRUITLESS:
+                self.say(f"{self.fruitless} allocations in a row have ended without starting a job:"
+                         f" no more are asked for; their logs are in {args.output_dir} "
+                         "(slurm_output_*). Mend the cause and watch again", "error")
+        if self.fruitless >= MAX_FRUITLESS:
+            return
+        retried = sum(job["attempt_id"] > 1 for job in self.client.items(
+            "/jobs", workflow_id=self.workflow_id, status="ready")) if not nobody else 0
+        stranded = args.auto_schedule_stranded_timeout
+        due = (nobody and not self.refused) or now - self.scheduled_at >= (
+            args.auto_schedule_cooldown) and (
+            nobody or retried >= args.auto_schedule_threshold
+            or retried and stranded and now - self.ready_since >= stranded)
+        rested = now - self.scheduled_at >= self.pause
+        if due and rested and not counted["is_canceled"]:
+            self.scheduled_at = now
+            try:
+                made = regenerate(self.client, self.workflow_id, self.wishes, submit=True)
+                self.refused = False
+                self.attempts = count_records(self.client, "/results", all_runs=True,
+                                              workflow_id=self.workflow_id)
+            except Unreachable:           # of the server: run() tries again soon
+                raise
+            except TorcError as error:
+                self.refused = True
+                self.say(f"{error}; trying again in "
+                         f"{span(args.auto_schedule_cooldown)}", "warn")
+                return
+            self.say(f"{plural(ready, 'job')} are ready and nobody runs them: "
+                     + submitted(len(made["slurm_jobs"]), made["slurm_jobs"]))
+
+    def at_end(self):
+        """The workflow is complete: the exit code, or None if it goes on after a recovery."""
+        client, workflow_id = self.client, self.workflow_id
+        counted = client.get(f"/workflows/{workflow_id}/counts")
+        text = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
+        code = end_code(counted)
+        most = self.args.max_retries
+        if code == 0 or counted["is_canceled"] or not self.args.recover:
+            self.say(f"workflow {workflow_id} has ended: {text}")
+            return code
+        if most is not None and self.retries >= most:
+            self.say(f"workflow {workflow_id} has ended after {plural(most, 'recovery')}: {text}",
+                     "error")
+            return 1
+        left = client.get(f"/workflows/{workflow_id}/unfinished")
+        if left["active_nodes"] or left["scheduled"]:
+            time.sleep(1)                 # workers are on their way out
+            return None
+        try:
+            plan = plan_recover(client, workflow_id, self.wishes)
+        except Invalid as error:
+            self.say(f"workflow {workflow_id} has ended and cannot be recovered: {text}; {error}",
+                     "error")
+            return 1
+        for line in plan.lines:
+            self.say(line)
+        self.say(plan.choices[0].do(client).sentence)
+        self.retries += 1
+        return None
+
+
+# ==================================================================================================
+# 14 Server
 # ==================================================================================================
 # bottle and waitress are imported here and nowhere else, inside the functions. One loop over the
 # table of operations: build the request, call, serialize, map errors, log.
@@ -13042,7 +14597,7 @@ def serve_dashboard(dashboard, sockets, ending):
 
 
 # ==================================================================================================
-# 14 Terminal UI
+# 15 Terminal UI
 # ==================================================================================================
 # draw() turns a State into styled lines of any size: a pure function that knows nothing of curses.
 # Terminal takes keys and events and changes the State; a Worker thread asks the server (or the
@@ -13127,11 +14682,6 @@ def percent(done, total):
     return f"{100 * done // total if total else 0} %"
 
 
-def said(status):
-    """A status as it is spoken of."""
-    return status.replace("_", " ")
-
-
 class Search(NamedTuple):
     """What the filter of a list of jobs asks for."""
 
@@ -13150,23 +14700,6 @@ def read_filter(text):
 
 
 # ---- state
-
-class Plan(NamedTuple):
-    """What an action would do, and how to do it."""
-
-    title: str
-    lines: tuple                          # the dry run in sentences
-    choices: tuple                        # (key, words, function of a client -> sentence); the
-                                          # safe one, n, is added
-    sure: bool = False                    # nothing is lost by it: the first choice without asking
-
-
-class Start(NamedTuple):
-    """What a choice may answer instead of a sentence: a child process that is to be started."""
-
-    title: str
-    words: tuple                          # behind our own command line
-
 
 class Ask(NamedTuple):
     """What a page wants to be loaded with."""
@@ -14098,7 +15631,7 @@ def question_lines(state, width, most):
     choices = [span for key, words, _ in plan.choices
                for span in ((f" {key} ", "key"), (f"{words}   ", ""))]
     rule = "-" if state.plain else "─"
-    return [[(rule * width, "dim")], [(" " + plan.title, "title")],
+    return [[(rule * width, "dim")], [(f" {plan.title}{'?' if choices else ''}", "title")],
             *[[("   " + line, "")] for line in body],
             [*choices, (" n ", "hit"), ("keep as it is" if choices else "close", "")]]
 
@@ -14352,7 +15885,7 @@ PAGES = {
 KEYS = {                                  # group: (title, ((keys, action, help, word below), ...))
     "workflows": ("Workflows", (
         ("Enter", "enter", "open the workflow", "open"),
-        ("n", "new", "create a workflow from a specification file", "new"),
+        ("n", "create", "create a workflow from a specification file", "new"),
         ("d", "delete", "delete the workflow with all that belongs to it", ""),
         ("a", "everybody", "workflows of all users, or only yours", ""),
         ("f /", "filter", "only workflows with these words", "filter"),
@@ -14401,11 +15934,13 @@ KEYS = {                                  # group: (title, ((keys, action, help,
         ("i", "initialize", "initialize: start from the beginning", ""),
         ("I", "reinitialize", "reinitialize: run again what changed", ""),
         ("R", "reset", "reset jobs: those that failed, or all", ""),
-        ("x", "run_here", "run on this machine", "run"),
+        ("x", "run", "run on this machine", "run"),
         ("s", "submit", "submit to Slurm", "submit"),
         ("W", "watch", "watch: look after it until it ends", ""),
         ("v", "recover", "recover: run again what failed, with more memory or time", ""),
-        ("C", "cancel", "cancel: nothing more starts, what runs is ended", "cancel"))),
+        ("C", "cancel", "cancel: nothing more starts, what runs is ended", "cancel"),
+        ("S", "release", "settle what dead runners and ended allocations left", ""),
+        ("H", "archive", "archive: hide the workflow from lists", ""))),
     "everywhere": ("Everywhere", (
         ("?", "help", "this help", "help"),
         ("g", "go", "go to a page: its letter follows", ""),
@@ -14571,43 +16106,16 @@ class Listener:
         self.thread.join(2)
 
 
-class Started:
-    """A process of our own command line, started from here; its output goes to a file."""
-
-    def __init__(self, title, words, client, output_dir, number):
-        import subprocess
-        os.makedirs(output_dir, mode=0o700, exist_ok=True)
-        self.title, self.started = title, time.time()
-        name = f"tui_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}_{number}.log"
-        self.log = os.path.abspath(os.path.join(output_dir, name))
-        environment = {name: value for name, value in os.environ.items()
-                       if name not in ("TORC_DATABASE", "TORC_API_URL")}
-        if client:
-            environment.update(client.job_environment(), TORC_USERNAME=client.user)
-        with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
-            self.process = subprocess.Popen(
-                [*own_command(), *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, env=environment)
-
-    @property
-    def running(self):
-        """Whether it has not ended."""
-        return self.process.poll() is None
-
-    def end(self, wait_s=20.0):
-        """SIGTERM, and wait."""
-        import subprocess
-        if self.running:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(wait_s)
+def tui_name(number):
+    """Name of the output of a process that was started from here."""
+    return f"tui_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}_{number}"
 
 
 def start_server(port, database, output_dir):
     """(Started, URL) of a server for this program alone. Raises TorcError with what it said."""
     words = ["server", "run", "--host", "127.0.0.1", "--port", str(port), "--end-with-parent"]
-    child = Started("server", words + (["--database", database] if database else []), None,
-                  output_dir, 0)
+    child = Started(Start("server", words + (["--database", database] if database else [])), None,
+                    output_dir, tui_name(0))
     deadline = time.monotonic() + 30
     while True:
         running = child.running           # looked at before its output is
@@ -14894,7 +16402,10 @@ class Terminal:
                 self.turn(name)
         else:
             action = action_of(state.page, key)
-            if action:
+            if action in OPERATIONS and action != "create":
+                self.act(action, self.job_id() if OPERATIONS[action].target == "jobs" else
+                         self.workflow_id())
+            elif action:
                 getattr(self, "do_" + action)()
 
     def take_keys(self):
@@ -14911,11 +16422,11 @@ class Terminal:
     def answer(self, key):
         """A key while a question is asked."""
         question = self.state.question
-        chosen = next((choice for choice in question.plan.choices if choice[0] == key), None)
+        chosen = next((choice for choice in question.plan.choices if choice.key == key), None)
         if chosen or key in ("n", "Enter", "Esc", "q"):
             self.state.question = None
             if chosen:
-                question.take(chosen[2])
+                question.take(chosen.do)
             elif question.plan.choices:
                 self.say("Nothing was changed.")
 
@@ -15022,13 +16533,14 @@ class Terminal:
             self.ended = True
             return
         lines = [f"{child.title} (pid {child.process.pid})" for child in running]
-        choices = [("k", "leave and keep them running", True), ("e", "leave and end them", False)]
+        choices = [Choice("k", "leave and keep them running", True),
+                   Choice("e", "leave and end them", False)]
         if self.server:
             choices = choices[1:]
             lines.append("The server that they use was started for this program and ends with it.")
         self.state.question = Question(Plan(
-            f"Leave torc? {len(running)} of what was started here is still at work.", lines,
-            tuple(choices)), self.leave)
+            f"Leave torc while {plural(len(running), 'process')} started here still "
+            f"{'runs' if len(running) == 1 else 'run'}", lines, tuple(choices)), self.leave)
 
     def leave(self, keep):
         """End the program; keep: what was started here goes on."""
@@ -15236,8 +16748,8 @@ class Terminal:
 
     # What changes something
 
-    def act(self, verb, target, words):
-        """Find out what an action would do, then ask."""
+    def act(self, verb, target):
+        """Find out what an operation would do, then ask."""
         if target is None:
             self.say("Nothing is in focus.", "alarm")
         elif self.state.busy:
@@ -15245,7 +16757,7 @@ class Terminal:
         elif self.state.away:
             self.say("The server does not answer.", "alarm")
         else:
-            self.state.busy = f"Looking what {words} would do"
+            self.state.busy = f"Looking what this would do: {said(verb)}"
             self.worker.ask("act", lambda client: self.tools.plan(verb, client, target),
                             self.planned)
 
@@ -15254,8 +16766,10 @@ class Terminal:
         self.state.busy = ""
         if error:
             self.failed(error)
+        elif not plan.choices:
+            self.say(plan.title)
         elif plan.sure:
-            self.carry_out(plan.choices[0][2])
+            self.carry_out(plan.choices[0].do)
         else:
             self.state.question = Question(plan, self.carry_out)
 
@@ -15274,8 +16788,10 @@ class Terminal:
             self.failed(error)
         elif isinstance(result, Start):
             self.start(result)
+        elif result.errors:
+            self.failed(TorcError("\n".join([result.sentence, *result.errors])))
         else:
-            self.say(result)
+            self.say(result.sentence)
 
     def failed(self, error):
         """Show an error; in full if it does not fit into a line."""
@@ -15291,8 +16807,8 @@ class Terminal:
     def start(self, wanted):
         """Start a child process of our own command line."""
         try:
-            child = Started(wanted.title, wanted.words, self.client, self.state.output_dir,
-                          len(self.state.children) + 1)
+            child = Started(wanted, self.client, self.state.output_dir,
+                            tui_name(len(self.state.children) + 1))
         except OSError as error:
             self.say(f"{error.filename or 'torc'}: {error.strerror}", "alarm")
             return
@@ -15323,49 +16839,13 @@ class Terminal:
             self.say(f"Told {child.title} to end.")
 
         self.state.question = Question(Plan(
-            f"End {child.title} (pid {child.process.pid})?",
+            f"End {child.title} (pid {child.process.pid})",
             ("It gets SIGTERM. A runner ends its jobs, which are ready again then.",),
-            (("y", "end it", None),)), take)
+            (Choice("y", "end it", None),)), take)
 
-    def do_new(self):
+    def do_create(self):
         self.prompt("Specification file", "", lambda text: text and self.act(
-            "create", os.path.expanduser(text), "creating it"), "path of a .yaml, .json, ... file")
-
-    def do_initialize(self):
-        self.act("initialize", self.workflow_id(), "initializing")
-
-    def do_reinitialize(self):
-        self.act("reinitialize", self.workflow_id(), "reinitializing")
-
-    def do_reset(self):
-        self.act("reset", self.workflow_id(), "a reset")
-
-    def do_run_here(self):
-        self.act("run", self.workflow_id(), "a run here")
-
-    def do_submit(self):
-        self.act("submit", self.workflow_id(), "submitting")
-
-    def do_watch(self):
-        self.act("watch", self.workflow_id(), "watching")
-
-    def do_recover(self):
-        self.act("recover", self.workflow_id(), "recovering")
-
-    def do_cancel(self):
-        self.act("cancel", self.workflow_id(), "canceling")
-
-    def do_delete(self):
-        self.act("delete", self.workflow_id(), "deleting")
-
-    def do_retry(self):
-        self.act("retry", self.job_id(), "running it again")
-
-    def do_cancel_job(self):
-        self.act("cancel_job", self.job_id(), "canceling it")
-
-    def do_terminate_job(self):
-        self.act("terminate_job", self.job_id(), "ending it")
+            "create", os.path.expanduser(text)), "path of a .yaml, .json, ... file")
 
     # The mouse
 
@@ -15686,7 +17166,7 @@ def loop(terminal, canvas, signals):
 
 
 # ==================================================================================================
-# 15 Command line
+# 16 Command line
 # ==================================================================================================
 # A command is a function of (args, client) with its options beside it; COMMANDS holds them all and
 # feeds parser, help and completion. argparse builds only the parser of the command that is called.
@@ -16311,6 +17791,53 @@ def confirm(question, sure, option="--force", strict=True):
         raise UsageError(f"{question} Nobody can be asked here: take {option}")
 
 
+def wishes_of(args):
+    """The Wishes that the options of a command say."""
+    return Wishes(**{name: getattr(args, name) for name in Wishes._fields
+                     if getattr(args, name, None) is not None})
+
+
+def lower_first(text):
+    """A sentence as it goes on behind others."""
+    return text[:1].lower() + text[1:]
+
+
+def carry_out(args, client, plan, ask=True):
+    """Show a Plan, or carry out its first choice, after a question if `ask`; the exit code."""
+    def show(lines, data):
+        if args.format == "json":
+            print_json(data)
+        else:
+            print("\n  ".join(clean(line) for text in lines for line in text.splitlines()))
+
+    dry_run = getattr(args, "dry_run", False)
+    if dry_run or not plan.choices:
+        title = f"Dry run: {lower_first(plan.title)}" if plan.choices else plan.title
+        show([title, *plan.lines], {**plan.data, "dry_run": dry_run} if isinstance(
+            plan.data, dict) else plan.data)
+        return 1 if dry_run and plan.obstacle else 0
+    forced = getattr(args, "force", False)
+    if plan.obstacle and not forced:
+        raise TorcError(plan.obstacle)
+    confirm("\n".join([*plan.lines, plan.title + "?"]), not ask or plan.sure or forced or getattr(
+        args, "no_prompts", False), "--force" if "force" in args else "--no-prompts", plan.strict)
+    done = plan.choices[0].do(client)
+    for error in done.errors:
+        tell(args, error, "error")
+    show([done.sentence], done.data)
+    return 1 if done.errors else 0
+
+
+def operation_command(name, *texts, example, ask=True, dry_run=DRY_RUN):
+    """Add the command of an operation."""
+    operation = OPERATIONS[name]
+
+    @command(operation.command, *texts, dry_run, example=example, summary=operation.help)
+    def act(args, client):
+        target = args.workflow_id if operation.target == "workflow" else flat(args.ids)
+        return carry_out(args, client, operation.plan(client, target, wishes_of(args)), ask)
+
+
 WORKFLOW_COLUMNS = ("ID=id, Name=name, Description=description, Project=project,"
                     " Metadata=metadata, Timestamp=timestamp")
 
@@ -16336,292 +17863,6 @@ def choose_workflow(args, client):
     if answer not in {str(workflow["id"]) for workflow in found}:
         raise TorcError(f"{answer!r} is none of these workflows")
     return int(answer)
-
-
-# ---- initialize and reinitialize
-
-HAS_RUN = ("completed", "failed", "canceled", "terminated", "pending_failed")
-BAD_ENDS = ("failed", "canceled", "terminated", "pending_failed")
-MTIME_TOLERANCE_S = 0.01
-NAMED_AT_MOST = 10
-
-
-def present_time(path):
-    """st_mtime of a file, None if there is no such file."""
-    try:
-        return os.stat(path).st_mtime
-    except (OSError, ValueError):
-        return None
-
-
-def same_time(stored, present):
-    """Whether two file times, either of which may be None, mean the same state."""
-    if stored is None or present is None:
-        return stored is present
-    return abs(stored - present) <= MTIME_TOLERANCE_S
-
-
-def check_idle(client, workflow_id, force):
-    """Raise unless the workflow may be reset; returns its counts. Nothing is changed."""
-    counted = client.get(f"/workflows/{workflow_id}/counts")
-    if counted["is_archived"]:
-        raise Invalid(f"workflow {workflow_id} is archived: torc workflows archive false "
-                      f"{workflow_id} brings it back")
-    busy = counted["pending"] + counted["running"]
-    scheduled = client.get(f"/workflows/{workflow_id}/unfinished")["scheduled"]
-    if (busy or scheduled) and not force:
-        raise Invalid(f"workflow {workflow_id} is at work ({plural(busy, 'job')} pending or "
-                      f"running, {plural(scheduled, 'allocation')} scheduled), so nothing was "
-                      f"changed: torc cancel {workflow_id} first, torc run {workflow_id} if its "
-                      "runner has died, or take --force")
-    return counted
-
-
-def raise_run(client, workflow_id):
-    """Begin another run of a workflow; returns its run_id."""
-    status = client.get(f"/workflows/{workflow_id}/status")
-    status["run_id"] += 1
-    client.put(f"/workflows/{workflow_id}/status", status)
-    return status["run_id"]
-
-
-def store_file_times(client, changed):
-    """Remember the present st_mtime of files: [(file record, st_mtime or None), ...]."""
-    for file, present in changed:
-        client.put(f"/files/{file['id']}", {} if present is None else {"st_mtime": present})
-
-
-def named(texts):
-    """Some texts in quotes, and how many more there are."""
-    quoted = ", ".join(f'"{text}"' for text in texts[:NAMED_AT_MOST])
-    more = len(texts) - NAMED_AT_MOST
-    return quoted + (f" and {more} more" if more > 0 else "")
-
-
-def refuse_missing(workflow_id, files, user_data=()):
-    """Raise TorcError for inputs that do not exist and that no job makes."""
-    missing = [f"input {what} missing: {named(texts)}" for what, texts in
-               (("files", files), ("user data", user_data)) if texts]
-    if missing:
-        raise TorcError(f"workflow {workflow_id}: {'; '.join(missing)}. No job makes them: create "
-                        f"them, or torc workflows init {workflow_id} --force goes on without")
-
-
-def required_files(client, workflow_id, counted):
-    """Records of the files that jobs read and none writes."""
-    wanted = set(client.get(f"/workflows/{workflow_id}/required_existing_files")["files"])
-    if wanted and counted["completed"]:   # then outputs of completed jobs are among them
-        wanted -= {file["id"] for file in client.items("/files", workflow_id=workflow_id,
-                                                       is_output=True)}
-    return [file for file in client.items("/files", workflow_id=workflow_id)
-            if file["id"] in wanted] if wanted else []
-
-
-def required_user_data(client, workflow_id, counted):
-    """Names of user data without a value that jobs read and none writes."""
-    missing = set(client.get(f"/workflows/{workflow_id}/missing_user_data")["user_data"])
-    if missing and counted["completed"]:
-        missing -= {row["user_data_id"] for row in client.items(
-            f"/workflows/{workflow_id}/job_user_data_relationships") if "producer_job_id" in row}
-    return [record["name"] for record in client.items("/user_data", workflow_id=workflow_id)
-            if record["id"] in missing] if missing else []
-
-
-def initialize_workflow(client, workflow_id, force=False, dry_run=False):
-    """Start a workflow from the beginning: all jobs blocked or ready, the next run_id.
-
-    Returns {"workflow_id", "safe", "missing_input_files", ...}; a dry run does no more. Raises
-    TorcError when inputs are missing, Invalid when it is at work; both only without force.
-    """
-    counted = check_idle(client, workflow_id, force)
-    times = [(file, present_time(file["path"]))
-             for file in required_files(client, workflow_id, counted)]
-    missing = [file["path"] for file, present in times if present is None]
-    missing_data = required_user_data(client, workflow_id, counted)
-    report = {"workflow_id": workflow_id, "safe": not missing and not missing_data,
-              "missing_input_files": missing, "missing_input_file_count": len(missing),
-              "missing_user_data": missing_data}
-    if dry_run:
-        existing = [file["path"] for file in client.items(
-            "/files", workflow_id=workflow_id, is_output=True)
-            if present_time(file["path"]) is not None]
-        return {**report, "existing_output_files": existing,
-                "existing_output_file_count": len(existing)}
-    if not force:
-        refuse_missing(workflow_id, missing, missing_data)
-    client.post(f"/workflows/{workflow_id}/reset_status", force=force)
-    if counted["total"] > counted["uninitialized"] + counted["disabled"]:
-        client.post(f"/workflows/{workflow_id}/reset_job_status")
-    raise_run(client, workflow_id)
-    store_file_times(client, [(file, present) for file, present in times
-                              if not same_time(file.get("st_mtime"), present)])
-    client.post(f"/workflows/{workflow_id}/initialize_jobs")
-    return report
-
-
-class Rerun(NamedTuple):
-    """What a reinitialization will do, found out without changing anything."""
-
-    jobs: list                            # those that have run and run again, with the reason
-    roots: list                           # ids to reset one by one; the server resets the rest
-    everything: bool                      # whether all that has run runs again
-    changed_inputs: bool                  # whether the server knows of changed inputs
-    times: list                           # (file record, st_mtime now) of changed files
-    missing: list                         # paths of files that must exist first
-    waiting: int                          # jobs that are uninitialized anyway
-
-
-class Graph:
-    """A workflow's jobs with their dependents and files, read by a few requests."""
-
-    def __init__(self, client, workflow_id):
-        self.jobs = {job["id"]: job for job in client.items("/jobs", workflow_id=workflow_id)}
-        self.dependents, self.producers, self.consumers = {}, {}, {}
-        for row in client.items(f"/workflows/{workflow_id}/job_dependencies"):
-            self.dependents.setdefault(row["depends_on_job_id"], []).append(row["job_id"])
-        self.files = list(client.items("/files", workflow_id=workflow_id))
-        if self.files:
-            path = f"/workflows/{workflow_id}/job_file_relationships"
-            for row in client.items(path):
-                for role, jobs in (("producer_job_id", self.producers),
-                                   ("consumer_job_id", self.consumers)):
-                    if role in row:
-                        jobs.setdefault(row["file_id"], set()).add(row[role])
-        self.reasons = {}                 # job id: why it runs again
-
-    def ran(self, job_id):
-        """Whether a job has run, so that running it is running it again."""
-        return self.jobs[job_id]["status"] in HAS_RUN
-
-    def mark(self, job_ids, reason):
-        """These jobs run again, if they have run."""
-        for job_id in sorted(job_ids):
-            if self.ran(job_id):
-                self.reasons.setdefault(job_id, reason)
-
-    def mark_files(self):
-        """Mark readers of changed files and writers of missing ones; the changed files' times."""
-        changed = []
-        for file in self.files:
-            stored, present = file.get("st_mtime"), present_time(file["path"])
-            writers = self.producers.get(file["id"], ())
-            done = [job_id for job_id in writers if self.jobs[job_id]["status"] == "completed"]
-            if writers and present is None:
-                self.mark(done, f'its output file "{file["path"]}" is missing')
-            elif same_time(stored, present) or (writers and (stored is None or not done)):
-                continue
-            else:
-                word = "appeared" if stored is None else \
-                    "vanished" if present is None else "changed"
-                self.mark(self.consumers.get(file["id"], ()),
-                          f'its input file "{file["path"]}" {word}')
-                changed.append((file, present))
-        return changed
-
-    def spread(self):
-        """Mark everything downstream; returns the ids reached from some other job."""
-        reached = set()
-        queue = [*self.reasons, *(job_id for job_id, job in self.jobs.items()
-                                  if job["status"] == "uninitialized")]
-        for job_id in queue:              # it grows while it is read
-            for below in self.dependents.get(job_id, ()):
-                if below not in reached:
-                    reached.add(below)
-                    queue.append(below)
-                    again = "runs again" if self.ran(job_id) else "has yet to run"
-                    self.mark([below], f'it depends on "{self.jobs[job_id]["name"]}", which '
-                                       f"{again}")
-        return reached
-
-    def missing(self):
-        """Paths of files that nobody makes, do not exist, and are read by a job that will run."""
-        return [file["path"] for file in self.files if file["id"] not in self.producers
-                and any(self.jobs[job_id]["status"] != "completed" or job_id in self.reasons
-                        for job_id in self.consumers.get(file["id"], ()))
-                and present_time(file["path"]) is None]
-
-
-def plan_rerun(client, workflow_id, reset="", with_changes=True):
-    """Which jobs run again and why, as a Rerun; nothing is changed.
-
-    reset: "", "failed" (jobs that ended badly are reset) or "all". with_changes: look at files and
-    inputs too.
-    """
-    graph = Graph(client, workflow_id)
-    if reset == "all":
-        graph.mark(graph.jobs, "all jobs are reset")
-    for status in BAD_ENDS if reset == "failed" else ("terminated", "pending_failed"):
-        word = "was " + status if status in ("canceled", "terminated") else "failed"
-        if reset or with_changes:
-            graph.mark([job_id for job_id, job in graph.jobs.items()
-                        if job["status"] == status], f"it {word}")
-    by_request = set(graph.reasons) if reset else set()
-    times, names = [], set()
-    if with_changes:
-        times = graph.mark_files()
-        answer = client.post(f"/workflows/{workflow_id}/process_changed_job_inputs", dry_run=True)
-        names, reasons = set(answer["reinitialized_jobs"]), answer.get("reasons", {})
-        for job_id, job in graph.jobs.items():
-            if job["name"] in names:
-                graph.mark([job_id], reasons.get(str(job_id), "its inputs changed"))
-    direct = set(graph.reasons)
-    reached = graph.spread()
-    jobs = [{"job_id": job_id, "job_name": graph.jobs[job_id]["name"],
-             "status": graph.jobs[job_id]["status"], "reason": reason}
-            for job_id, reason in sorted(graph.reasons.items())]
-    waiting = sum(job["status"] == "uninitialized" for job in graph.jobs.values())
-    everything = all(job_id in graph.reasons or job["status"] in ("uninitialized", "blocked",
-                                                                  "ready")
-                     for job_id, job in graph.jobs.items())
-    return Rerun(jobs, sorted(direct - reached - by_request), everything, bool(names), times,
-                 graph.missing() if with_changes else [], waiting)
-
-
-def reinitialize_workflow(client, workflow_id, force=False, dry_run=False, reset=""):
-    """Run again what changed: readers of changed files, writers of missing ones, jobs whose inputs
-    differ, and everything downstream of them.
-
-    reset: "failed" or "all" resets those jobs first. Returns a Rerun; a dry run does no more.
-    Raises TorcError when inputs are missing, Invalid when it is at work; both only without force.
-    """
-    check_idle(client, workflow_id, force)
-    plan = plan_rerun(client, workflow_id, reset)
-    if dry_run:
-        return plan
-    if not force:
-        refuse_missing(workflow_id, plan.missing)
-    client.post(f"/workflows/{workflow_id}/reset_status", force=force)
-    if not plan.jobs and not plan.waiting:
-        return plan
-    run_id = raise_run(client, workflow_id)
-    if reset or (plan.roots and plan.everything):
-        client.post(f"/workflows/{workflow_id}/reset_job_status",
-                    failed_only=reset == "failed" and not plan.everything)
-    if not plan.everything:
-        for job_id in plan.roots:
-            client.put(f"/jobs/{job_id}/manage_status_change/uninitialized/{run_id}")
-    if plan.changed_inputs:
-        client.post(f"/workflows/{workflow_id}/process_changed_job_inputs")
-    store_file_times(client, plan.times)
-    client.post(f"/workflows/{workflow_id}/initialize_jobs", only_uninitialized=True)
-    return plan
-
-
-def show_rerun(args, plan, done):
-    """Print what runs again, and why."""
-    if args.format == "json":
-        print_json({"workflow_id": args.workflow_id, "dry_run": args.dry_run, "jobs": plan.jobs,
-                    "job_count": len(plan.jobs), "missing_input_files": plan.missing})
-    elif args.dry_run:
-        show_list(args, "jobs", "job", "Job ID=job_id, Name=job_name, Status=status, Why=reason",
-                  plan.jobs, f"workflow {args.workflow_id} that would run again")
-        if plan.waiting:
-            print(f"{plural(plan.waiting, 'job')} would run for the first time.")
-        if plan.missing:
-            print(f"Missing input files: {named(plan.missing)}")
-    else:
-        print(done)
-    return 1 if args.dry_run and plan.missing else 0
 
 
 # ---- life of a workflow
@@ -16659,19 +17900,12 @@ def load_spec(args, path):
 
 def create_workflow_from(args, client, spec):
     """Create the workflow of a Spec and say so; returns its id."""
-    payload = {**spec.payload, "workflow": {**spec.payload["workflow"], "user": client.user}}
+    plan = plan_create(client, spec, None)
     for warning in spec.warnings:
         tell(args, f"warning: {warning}", "warn")
-    made = client.post("/workflow_specs", payload)
-    tell(args, f'created workflow {made["id"]} "{made["name"]}" ({plural(made["jobs"], "job")})')
-    return made["id"]
-
-
-SUMMARY_LINES = (("Jobs", "job_count"), ("Files", "file_count"),
-                 ("User data records", "user_data_count"),
-                 ("Resource requirements", "resource_requirements_count"),
-                 ("Slurm schedulers", "slurm_scheduler_count"),
-                 ("Workflow actions", "action_count"))
+    done = plan.choices[0].do(client)
+    tell(args, lower_first(done.sentence))
+    return done.data["workflow_id"]
 
 
 def check_spec(args):
@@ -16712,35 +17946,18 @@ def do_create(args, client):
     spec = load_spec(args, args.file)
     client = open_client(args, make=True)
     try:
-        workflow_id = create_workflow_from(args, client, spec)
+        for warning in spec.warnings:
+            tell(args, f"warning: {warning}", "warn")
+        return carry_out(args, client, plan_create(client, spec, None), ask=False)
     finally:
         client.close()
-    say(args, f"Created workflow {workflow_id}", workflow_id=workflow_id, status="success",
-        message=f"Created workflow {workflow_id}")
 
 
-def settle_dead(args, client, workflow_id):
-    """Clean up behind runners of this host and allocations of this cluster that have ended."""
-    import shutil
-    said = release_dead_nodes(client, workflow_id, args.output_dir)
-    if shutil.which("squeue"):
-        try:
-            said += settle_allocations(client, workflow_id)
-        except TorcError as error:
-            said.append(f"allocations were not looked at: {error}")
-    for sentence in said:
-        tell(args, sentence)
-    return said
-
-
-def missing_inputs(payload):
-    """Paths of files that jobs of a payload read, none writes, and that do not exist."""
-    read, written = set(), set()
-    for job in payload["jobs"]:
-        read.update(job.get("input_file_ids", ()))
-        written.update(job.get("output_file_ids", ()))
-    paths = [payload["files"][file_id - 1]["path"] for file_id in sorted(read - written)]
-    return [path for path in paths if present_time(path) is None]
+def allow_owner(args, client, owner):
+    """Ask before another user's commands run as this one. Raises TorcError, UsageError."""
+    confirm(f"Workflow {args.spec} belongs to {owner}; its commands would run as you, "
+            f"{client.user}. Run them?", owner in (client.user, *(args.allow_owner or ())),
+            f"--allow-owner {owner}")
 
 
 def workflow_to_run(args, client, spec):
@@ -16753,14 +17970,10 @@ def workflow_to_run(args, client, spec):
         workflow_id = create_workflow_from(args, client, spec)
     else:
         workflow_id = int(args.spec)
-        owner = client.get(f"/workflows/{workflow_id}")["user"]
-        confirm(f"Workflow {workflow_id} belongs to {owner}; its commands would run as you, "
-                f"{client.user}. Run them?", owner in (client.user, *(args.allow_owner or ())),
-                f"--allow-owner {owner}")
-        settle_dead(args, client, workflow_id)
-    if client.get(f"/workflows/{workflow_id}/status")["is_canceled"]:
-        raise TorcError(f"workflow {workflow_id} is canceled: torc workflows reset-status "
-                        f"{workflow_id} --failed-only --reinitialize starts it again")
+        allow_owner(args, client, client.get(f"/workflows/{workflow_id}")["user"])
+        for sentence in settle_dead(client, workflow_id, args.output_dir):
+            tell(args, sentence)
+    refuse_canceled(workflow_id, client.get(f"/workflows/{workflow_id}/status"))
     if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
         initialize_workflow(client, workflow_id)
     return workflow_id
@@ -16806,7 +18019,7 @@ def do_run(args, client):
             output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
             num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
             end_time=end_time, share_password=args.share_password, schedule=scheduling(
-                client, workflow_id, lambda: worker_request(args, client)))).run()
+                client, workflow_id, lambda: worker_request(client, wishes_of(args))))).run()
         if args.format == "json":
             print_json({**workflow_report(client, workflow_id), "exit_code": code})
         return code
@@ -16841,11 +18054,6 @@ def run_times(results):
     return (None, None) if first is None else (total, last - first)
 
 
-def count_records(client, path, **query):
-    """How many records a list has."""
-    return client.page(path, limit=1, **query)["total_count"]
-
-
 MUTE_S = 75.0                             # a runner that has been silent for longer is not active
 
 
@@ -16870,11 +18078,6 @@ def workflow_report(client, workflow_id):
             "active_compute_nodes": len(active) - len(dead) - len(silent),
             "active_scheduled_nodes": nodes["active"], "pending_scheduled_nodes": nodes["pending"],
             "is_complete": counted["is_complete"], "is_canceled": counted["is_canceled"]}
-
-
-def had_allocations(client, workflow_id):
-    """Whether the workflow has run in allocations of Slurm."""
-    return bool(client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1)["items"])
 
 
 def verdict(report, on_slurm):
@@ -16905,7 +18108,8 @@ def verdict(report, on_slurm):
 @command("status", WORKFLOW, OUTPUT_DIR, WORKER_URL, example="torc status 3")
 def do_status(args, client):
     """Say how a workflow stands: jobs by status, times, runners."""
-    look_after(args, client, args.workflow_id)
+    for sentence in look_after(client, args.workflow_id, wishes_of(args)):
+        tell(args, sentence)
     report = workflow_report(client, args.workflow_id)
     report["allocations"] = allocation_lines(client, args.workflow_id)
     if args.format == "json":
@@ -16931,28 +18135,6 @@ def do_status(args, client):
     print(verdict(report, had_allocations(client, args.workflow_id)))
 
 
-def end_code(counted):
-    """Exit code for a workflow's end: 0 all completed, 1 some ended badly, 3 some did not end."""
-    if counted["is_canceled"] or any(counted[name] for name in BAD_ENDS):
-        return 1
-    ended = counted["completed"] + counted["disabled"]
-    return 0 if ended == counted["total"] else 3
-
-
-def prospects(client, workflow_id):
-    """(why nothing will happen in a workflow by itself, why nothing happens now), else None."""
-    left = client.get(f"/workflows/{workflow_id}/unfinished")
-    if not any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
-        waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
-                            for job in left["waiting"][:5])
-        return (f"workflow {workflow_id} is stuck: it waits for "
-                f"{waiting or 'nothing that will happen'}"), None
-    if left["scheduled"] or not all(map(death_here, left["active_nodes"])):
-        return None, None
-    return None, (f"no runner is at work on workflow {workflow_id}: `torc run {workflow_id}` "
-                  "starts one; waiting")
-
-
 @command("wait", WORKFLOW, OUTPUT_DIR, WORKER_URL, "--timeout S",
          example="torc wait 3 && echo done")
 def do_wait(args, client):
@@ -16966,7 +18148,8 @@ def do_wait(args, client):
     trouble, code, told = None, None, None
     while not news["is_complete"]:
         left = 60.0 if deadline is None else deadline - time.monotonic()
-        look_after(args, client, args.workflow_id)
+        for sentence in look_after(client, args.workflow_id, wishes_of(args)):
+            tell(args, sentence)
         trouble, hint = prospects(client, args.workflow_id)
         if hint and hint != told:
             tell(args, hint)
@@ -16992,65 +18175,7 @@ def do_wait(args, client):
     return code
 
 
-@command("cancel", WORKFLOW, DRY_RUN, example="torc cancel 3")
-def do_cancel(args, client):
-    """Cancel a workflow: nothing more starts, what runs is ended."""
-    path = f"/workflows/{args.workflow_id}"
-    counted = client.get(f"{path}/counts")
-    busy = counted["pending"] + counted["running"]
-    if counted["is_complete"] and not counted["is_canceled"] and not unended_allocations(
-            client, args.workflow_id):    # a success is no cancellation afterwards
-        say(args, f"Workflow {args.workflow_id} has ended already: there is nothing to cancel",
-            workflow_id=args.workflow_id, canceled_slurm_jobs=[], status="success")
-        return 0
-    if args.dry_run:
-        say(args, f"{plural(busy, 'job')} would be ended", workflow_id=args.workflow_id,
-            dry_run=True, job_count=busy)
-        return 0
-    client.put(f"{path}/cancel")
-    canceled, errors = cancel_allocations(client, args.workflow_id)
-    for error in errors:
-        tell(args, error, "error")
-    more = f", and {plural(len(canceled), 'allocation')} of Slurm" if canceled else ""
-    say(args, f"Canceled workflow {args.workflow_id} ({plural(busy, 'job')} pending or running)"
-        + more, status="partial_success" if errors else "success", workflow_id=args.workflow_id,
-        canceled_slurm_jobs=canceled, errors=errors or None)
-    return 1 if errors else 0
-
-
-def cancel_allocations(client, workflow_id):
-    """(Slurm jobs that were canceled, errors): scancel for allocations that have not ended."""
-    scheduled, _ = live_allocations(client, workflow_id)
-    away = [f"Slurm job {record['scheduler_id']} is on the cluster {record['cluster']}: scancel it "
-            "there" for record in unended_allocations(client, workflow_id)
-            if is_elsewhere(record.get("cluster"))]
-    if not scheduled:
-        return [], away
-    canceled = []
-    try:
-        queue = ask_queue({record["scheduler_id"] for record in scheduled})
-        canceled = sorted(number for number, entry in queue.items()
-                          if entry.phase in ("pending", "active"))
-        if canceled:
-            slurm("scancel", *canceled)
-    except TorcError as error:
-        return [], [f"the allocations of workflow {workflow_id} were not canceled: {error}", *away]
-    for record in scheduled:              # a worker that is at work closes its own
-        if record["status"] == "pending" or record["scheduler_id"] not in canceled:
-            client.put(f"/scheduled_compute_nodes/{record['id']}", {"status": "canceled"})
-    return canceled, away
-
-
-def for_each(args, ids, action):
-    """(results of action(id), exit code); failures are told one by one."""
-    results, code = [], 0
-    for record_id in ids:
-        try:
-            results.append(action(record_id))
-        except (NotFound, Forbidden, Invalid, Internal) as error:
-            tell(args, str(error), "error")
-            code = 1
-    return results, code
+operation_command("cancel", WORKFLOW, example="torc cancel 3", ask=False)
 
 
 def flat(lists):
@@ -17058,33 +18183,7 @@ def flat(lists):
     return list(dict.fromkeys(number for part in lists or () for number in part))
 
 
-def delete_workflows(args, client):
-    """Delete workflows that belong to the user, after a question."""
-    def own(workflow_id):
-        workflow = client.get(f"/workflows/{workflow_id}")
-        if workflow["user"] != client.user:
-            raise Forbidden(f"workflow {workflow_id} belongs to {workflow['user']}, not to you "
-                            f"({client.user})")
-        return workflow
-
-    found, code = for_each(args, flat(args.ids), own)
-    names = ", ".join(f'{workflow["id"]} "{clean(workflow["name"])}"' for workflow in found)
-    if found and not args.dry_run:
-        confirm(f"Delete workflow {names} with all its jobs and results?", args.force)
-        found, failed = for_each(args, [workflow["id"] for workflow in found],
-                                 lambda number: client.delete(f"/workflows/{number}"))
-        code = max(code, failed)
-    if args.format == "json":
-        print_json(found)
-    elif found:
-        print(f"{'Would delete' if args.dry_run else 'Deleted'} workflow {names}")
-    return code
-
-
-@command("delete", LIST_IDS, FORCE, DRY_RUN, example="torc delete 3 4 --force")
-def do_delete(args, client):
-    """Delete workflows with everything that belongs to them."""
-    return delete_workflows(args, client)
+operation_command("delete", LIST_IDS, FORCE, NO_PROMPTS, example="torc delete 3 4 --force")
 
 
 @command("ping", example="torc ping")
@@ -17384,37 +18483,27 @@ def update_verb(noun):
         say(args, f"Updated {noun.kind.name} {args.id}", **record)
 
 
-DONE = {"delete": "Deleted", "cancel": "Canceled", "terminate": "Terminated"}
-
-
-def act_on_ids(args, client, noun, verb, action):
-    """Do something to the records named by id, after a dry run or a question; the exit code."""
-    ids, name = flat(args.ids), noun.kind.name
-
-    def look(record_id):
-        return client.get(f"{noun.kind.path}/{record_id}")
-
-    if not args.dry_run:
-        confirm(f"{verb.capitalize()} {name} {', '.join(map(str, ids))}?",
-                args.force or args.no_prompts, strict=False)
-    found, code = for_each(args, ids, look if args.dry_run else action)
-    if args.format == "json":
-        print_json(found[0] if len(ids) == 1 and found else {noun.key: found})
-        return code
-    for record in found:
-        label = f' "{clean(record["name"])}"' if "name" in record else ""
-        print(f"{'Would ' + verb if args.dry_run else DONE[verb]} {name} {record['id']}{label}")
-    return code
-
-
 def delete_verb(noun):
     """Add `NOUN delete`."""
     @command(f"{noun.word} delete", LIST_IDS, FORCE, NO_PROMPTS, DRY_RUN,
              summary=f"Delete {plural(2, noun.kind.name)[2:]}.",
              example=f"torc {noun.word} delete 17 18")
     def delete(args, client):
-        return act_on_ids(args, client, noun, "delete",
-                          lambda number: client.delete(f"{noun.kind.path}/{number}"))
+        def path(number):
+            return f"{noun.kind.path}/{number}"
+
+        found, errors = each(flat(args.ids), lambda number: client.get(path(number)))
+        names = ", ".join(str(one["id"]) + (f' "{one["name"]}"' if "name" in one else "")
+                          for one in found)
+
+        def do(_):
+            gone, trouble = each([one["id"] for one in found],
+                                 lambda number: client.delete(path(number)))
+            return Outcome(f"Deleted {noun.kind.name} {names}", one_or_all(noun.key, gone),
+                           errors + trouble)
+
+        return carry_out(args, client, Plan(f"Delete {noun.kind.name} {names}", errors, (
+            Choice("y", "delete", do),), one_or_all(noun.key, found)))
 
 
 def delete_all_verb(noun):
@@ -17425,11 +18514,13 @@ def delete_all_verb(noun):
     def delete_all(args, client):
         number = count_records(client, noun.kind.path, workflow_id=args.workflow_id)
         what = f"{plural(number, noun.kind.name)} of workflow {args.workflow_id}"
-        if not args.dry_run:
-            confirm(f"Delete {what}?", args.force or args.no_prompts)
-            number = client.delete(noun.kind.path, workflow_id=args.workflow_id)["count"]
-        say(args, f"{'Would delete' if args.dry_run else 'Deleted'} {what}", count=number,
-            workflow_id=args.workflow_id, dry_run=args.dry_run)
+
+        def do(_):
+            gone = client.delete(noun.kind.path, workflow_id=args.workflow_id)["count"]
+            return Outcome(f"Deleted {what}", {"count": gone, "workflow_id": args.workflow_id})
+
+        return carry_out(args, client, Plan(f"Delete {what}", (), (Choice("y", "delete", do),), {
+            "count": number, "workflow_id": args.workflow_id}, strict=True))
 
 
 NAME = "-n, --name NAME  (required)"
@@ -17595,85 +18686,22 @@ def do_workflows_update(args, client):
 @command("workflows archive", """
          true|false -> archived
          [ID...] -> ids
-         """,
-         example="torc workflows archive true 3")
+         """, DRY_RUN, example="torc workflows archive true 3", summary=OPERATIONS["archive"].help)
 def do_workflows_archive(args, client):
-    """Hide workflows from lists, or bring them back."""
-    def archive(workflow_id):
-        status = client.get(f"/workflows/{workflow_id}/status")
-        return client.put(f"/workflows/{workflow_id}/status",
-                          {**status, "is_archived": args.archived})
-
     ids = flat(args.ids) or [choose_workflow(args, client)]
-    found, code = for_each(args, ids, archive)
-    if args.format == "json":
-        print_json(found)
-    for record in found if args.format == "table" else ():
-        print(f"Workflow {record['id']} is {'' if args.archived else 'no longer '}archived")
-    return code
+    return carry_out(args, client, plan_archive(client, ids, wishes_of(args)))
 
 
-@command("workflows reset-status", WORKFLOW, """
-         --failed-only       failed, canceled, terminated and pending_failed jobs, and what depends
-                             on them
-         -r, --reinitialize  and make them ready
-         """, FORCE_INPUTS, NO_PROMPTS, DRY_RUN,
-         example="torc workflows reset-status 3 --failed-only --reinitialize")
-def do_workflows_reset_status(args, client):
-    """Set jobs back to uninitialized: all, or those that failed."""
-    reset, workflow_id = "failed" if args.failed_only else "all", args.workflow_id
-    check_idle(client, workflow_id, args.force)
-    plan = plan_rerun(client, workflow_id, reset, with_changes=args.reinitialize)
-    if not args.dry_run:
-        if plan.missing and not args.force:
-            refuse_missing(workflow_id, plan.missing)
-        confirm(f"Reset {plural(len(plan.jobs), 'job')} of workflow {workflow_id}?",
-                args.no_prompts or args.force, "--no-prompts")
-        if args.reinitialize:
-            plan = reinitialize_workflow(client, workflow_id, args.force, reset=reset)
-        else:
-            client.post(f"/workflows/{workflow_id}/reset_status", force=args.force)
-            client.post(f"/workflows/{workflow_id}/reset_job_status",
-                        failed_only=args.failed_only)
-    next_step = f"torc run {workflow_id}" if args.reinitialize else \
-        f"torc workflows reinit {workflow_id}"
-    return show_rerun(args, plan, f"Reset {plural(len(plan.jobs), 'job')} of workflow "
-                                  f"{workflow_id}; go on with {next_step}")
-
-
-@command("workflows init", WORKFLOW, FORCE_INPUTS, NO_PROMPTS, DRY_RUN,
-         example="torc workflows init 3 --dry-run")
-def do_workflows_init(args, client):
-    """Start a workflow from the beginning: all jobs blocked or ready."""
-    workflow_id = args.workflow_id
-    if not args.dry_run:
-        fresh = client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]
-        confirm(f"Workflow {workflow_id} has been initialized before. Start it from the beginning?",
-                fresh or args.force or args.no_prompts, "--no-prompts")
-    report = initialize_workflow(client, workflow_id, args.force, args.dry_run)
-    if args.format == "json":
-        print_json(report if args.dry_run else {**report, "status": "success"})
-    elif not args.dry_run:
-        print(f"Initialized workflow {workflow_id}")
-    else:
-        print("Safe to initialize." if report["safe"] else "Not safe to initialize.")
-        for title, name in (("Missing input files", "missing_input_files"),
-                            ("Missing user data", "missing_user_data"),
-                            ("Output files that exist", "existing_output_files")):
-            if report[name]:
-                print("\n  ".join([f"{title}:", *map(clean, report[name])]))
-    return 1 if args.dry_run and not report["safe"] else 0
-
-
-@command("workflows reinit", WORKFLOW, FORCE_INPUTS, DRY_RUN,
-         example="torc workflows reinit 3 --dry-run")
-def do_workflows_reinit(args, client):
-    """Run again what changed since: files, commands, user data, and all that depends on them."""
-    plan = reinitialize_workflow(client, args.workflow_id, args.force, args.dry_run)
-    number = len(plan.jobs) + plan.waiting
-    done = f"Reinitialized workflow {args.workflow_id}: {plural(number, 'job')} to run" if number \
-        else f"Nothing has changed in workflow {args.workflow_id}: no job runs again"
-    return show_rerun(args, plan, done)
+operation_command("reset", WORKFLOW, """
+                  --failed-only       failed, canceled, terminated and pending_failed jobs, and what
+                                      depends on them
+                  -r, --reinitialize  and make them ready
+                  """, FORCE_INPUTS, NO_PROMPTS,
+                  example="torc workflows reset-status 3 --failed-only --reinitialize")
+operation_command("initialize", WORKFLOW, FORCE_INPUTS, NO_PROMPTS,
+                  example="torc workflows init 3 --dry-run")
+operation_command("reinitialize", WORKFLOW, FORCE_INPUTS, ask=False,
+                  example="torc workflows reinit 3 --dry-run")
 
 
 @command("workflows list-actions", WORKFLOW, example="torc workflows list-actions 3")
@@ -17717,75 +18745,6 @@ def json_file(path):
         raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-EXPORTED = {                              # key in the document: path
-    **{name: KINDS[table].path for name, table in SPEC_LISTS.items() if name != "jobs"},
-    "local_schedulers": "/local_schedulers", "failure_handlers": "/workflows/{}/failure_handlers"}
-EXPORT_VERSION = "1.0"
-
-
-def export_workflow(client, workflow_id, results=False, events=False):
-    """A workflow with its records as one document; upstream's form, export_version 1.0."""
-    def records(path, **query):
-        query = query if path.startswith("/workflows/") else {"workflow_id": workflow_id, **query}
-        return list(client.items(path, **query))
-
-    document = {"export_version": EXPORT_VERSION, "exported_at": iso_time(time.time()),
-                "workflow": client.get(f"/workflows/{workflow_id}"),
-                **{key: records(path.format(workflow_id)) for key, path in EXPORTED.items()},
-                "ro_crate_entities": [], "jobs": records("/jobs", include_relationships=True),
-                "workflow_actions": client.get(f"/workflows/{workflow_id}/actions")}
-    if results:
-        document.update(compute_nodes=records("/compute_nodes"),
-                        results=records("/results", all_runs=True))
-    if events:
-        document["events"] = records("/events")
-    return document
-
-
-def picked(record, table, ids=None):
-    """What a new record of a kind takes of an exported one. ids: {table: {old id: new one}}."""
-    made = {field.name: record[field.name] for field in KINDS[table].fields if not field.server
-            and field.name not in ("workflow_id", "status") and record.get(field.name) is not None}
-    for field in KINDS[table].fields if ids else ():
-        if field.refers and field.name in made:
-            new = ids[field.refers]
-            made[field.name] = [new[one] for one in made[field.name]] if field.type == "ids" \
-                else new.get(made[field.name])
-    return {name: value for name, value in made.items() if value is not None}
-
-
-def import_payload(document, name=None):
-    """The body of POST /workflow_specs that recreates an exported workflow. Raises Invalid."""
-    if not isinstance(document, dict) or not isinstance(document.get("workflow"), dict):
-        raise Invalid("this is not an exported workflow: it has no `workflow` (torc workflows "
-                      "export writes one)")
-    if str(document.get("export_version", "1")).partition(".")[0] != EXPORT_VERSION[0]:
-        raise Invalid(f"export_version {document['export_version']!r} is not known here "
-                      f"({EXPORT_VERSION})")
-    ids, payload = {}, {"workflow": picked(document["workflow"], "workflow")}
-    for key, table in SPEC_LISTS.items():
-        kept = [record for record in document.get(key) or () if not (
-            table == "resource_requirements" and record["name"] == "default")]
-        ids[table] = {record["id"]: number for number, record in enumerate(kept, 1)}
-        payload[key] = [picked(record, table, ids) for record in kept]
-    payload["workflow"]["name"] = name or document["workflow"]["name"]
-    payload["actions"] = [import_action(action, ids) for action in
-                          document.get("workflow_actions") or () if not action.get("is_recovery")]
-    return payload
-
-
-def import_action(action, ids):
-    """An exported action with the ids of the new records. ids: see picked."""
-    made = {name: action[name] for name in ("trigger_type", "action_type", "persistent")
-            if action.get(name) is not None}
-    config = made["action_config"] = dict(action["action_config"])
-    if "scheduler_id" in config:
-        config["scheduler_id"] = ids["slurm_scheduler"][config["scheduler_id"]]
-    if action.get("job_ids"):
-        made["job_ids"] = [ids["job"][number] for number in action["job_ids"]]
-    return made
-
-
 @command("workflows export", WORKFLOW, """
          -o, --output FILE  default: standard output
          --include-results
@@ -17824,10 +18783,7 @@ def do_workflows_import(args, client):
         payload = import_payload(document, args.name)
     except (KeyError, TypeError) as error:
         raise Invalid(f"{args.file}: a record lacks or misnames {error}: was it edited?") from None
-    payload["workflow"]["user"] = client.user
-    made = client.post("/workflow_specs", payload)
-    say(args, f"Created workflow {made['id']} \"{clean(made['name'])}\" "
-              f"({plural(made['jobs'], 'job')})", workflow_id=made["id"], **{"jobs": made["jobs"]})
+    return carry_out(args, client, plan_create(client, payload, None), ask=False)
 
 
 # ---- jobs
@@ -17983,46 +18939,11 @@ def do_jobs_list_handlers(args, client):
               "Job ID=job_id, Job Name=job_name, Handler ID=id, Handler=name, Rules=rules")
 
 
-def job_verb(verb, summary, path, **query):
-    """Add `jobs VERB ID...`, a POST for each job."""
-    @command(f"jobs {verb}", LIST_IDS, FORCE, NO_PROMPTS, DRY_RUN, summary=summary,
-             example=f"torc jobs {verb} 17 18")
-    def act(args, client):
-        return act_on_ids(args, client, NOUN_OF["jobs"], verb,
-                          lambda number: client.post(f"/jobs/{number}/{path}", **query))
-
-
-job_verb("cancel", "Cancel jobs: they never start, or are ended; what depends on them is canceled.",
-         "stop", status="canceled")
-job_verb("terminate", "End jobs as a time limit would.", "stop", status="terminated")
-
-
-@command("jobs retry", LIST_IDS, "--only  without what depends on them and has run", FORCE,
-         NO_PROMPTS, DRY_RUN,
-         example="torc jobs retry 17 18 --dry-run")
-def do_jobs_retry(args, client):
-    """Run jobs again that have ended, and what has run downstream of them."""
-    ids, groups = flat(args.ids), {}
-    for number in ids:
-        groups.setdefault(client.get(f"/jobs/{number}")["workflow_id"], []).append(number)
-
-    def rerun(dry_run):
-        return [job for workflow_id, members in groups.items() for job in client.post(
-            f"/workflows/{workflow_id}/rerun_jobs", {"jobs": [{"job_id": one} for one in members]},
-            only=args.only, dry_run=dry_run)["jobs"]]
-
-    again = rerun(True)
-    if not args.dry_run:
-        confirm(f"Retry {plural(len(again), 'job')}?", args.force or args.no_prompts, strict=False)
-        rerun(False)
-    if args.format == "json":
-        print_json({"jobs": [client.get(f"/jobs/{job['id']}") for job in again]}
-                   if len(again) > 1 else client.get(f"/jobs/{again[0]['id']}"))
-        return
-    for job in again:
-        below = "" if job["id"] in ids else ", which depends on what runs again"
-        print(f"{'Would retry' if args.dry_run else 'Will run again:'} job {job['id']} "
-              f"\"{clean(job['name'])}\"{below}")
+for _name in ("cancel_job", "terminate_job"):
+    operation_command(_name, LIST_IDS, FORCE, NO_PROMPTS,
+                      example=f"torc {OPERATIONS[_name].command} 17 18")
+operation_command("retry", LIST_IDS, "--only  without what depends on them and has run", FORCE,
+                  NO_PROMPTS, example="torc jobs retry 17 18 --dry-run")
 
 
 # ---- the lists that differ
@@ -18348,68 +19269,6 @@ def do_doctor(args, client):
 
 # ---- Slurm
 
-def worker_request(args, client, **more):
-    """The WorkerRequest that the options ask for. Raises UsageError, Unreachable."""
-    named = args.worker_url or list(filter(None, os.environ.get("TORC_WORKER_URL", "").split(",")))
-    return WorkerRequest(os.path.abspath(args.output_dir), os.getcwd(), worker_urls(client, named),
-                         getattr(args, "max_parallel_jobs", None),
-                         keep_script=getattr(args, "keep_submission_scripts", False),
-                         share_password=getattr(args, "share_password", False), **more)
-
-
-def later_request(args, client, workflow_id):
-    """The WorkerRequest for allocations that a workflow asks for later: as the last ones were."""
-    earlier = client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1,
-                          reverse_sort=True)["items"]
-    request = worker_request(args, client)
-    places = {name: earlier[0][name] for name in ("output_dir", "work_dir")
-              if earlier and earlier[0].get(name)}
-    return request._replace(**places)
-
-
-def submitted(number, ids):
-    """What was submitted, as a sentence."""
-    names = ", ".join(map(str, ids[:NAMED_AT_MOST]))
-    return (f"{plural(number, 'allocation')} submitted: Slurm job{'' if number == 1 else 's'} "
-            f"{names}" + (" ..." if number > NAMED_AT_MOST else ""))
-
-
-START_ACTIONS = ("on_workflow_start",)
-NO_ALLOCATIONS = (
-    "workflow {name} asks for no allocations: it needs slurm_schedulers and an action with "
-    "trigger_type on_workflow_start and action_type schedule_nodes. `torc slurm generate SPEC` "
-    "writes them, `torc slurm schedule-nodes ID` gets allocations for a workflow that exists, "
-    "`torc run` needs none")
-
-
-def asks_for_allocations(actions):
-    """Whether an action gets allocations when the workflow starts."""
-    return any(action["trigger_type"] in START_ACTIONS
-               and action["action_type"] == "schedule_nodes" for action in actions)
-
-
-def workflow_to_submit(args, client, spec):
-    """Id of the workflow that `submit` starts, initialized if it never was."""
-    if spec:
-        if not asks_for_allocations(spec.payload["actions"]):
-            raise UsageError(NO_ALLOCATIONS.format(name=f'"{spec.summary["workflow_name"]}"'))
-        missing = [] if args.ignore_missing_data else missing_inputs(spec.payload)
-        if missing:
-            raise TorcError(f"input files missing: {named(missing)}. No job makes them, so no "
-                            "workflow was created; --ignore-missing-data goes on without")
-        return create_workflow_from(args, client, spec)
-    workflow_id = int(args.spec)
-    owner = client.get(f"/workflows/{workflow_id}")["user"]
-    confirm(f"Workflow {workflow_id} belongs to {owner}; its commands would run as you, "
-            f"{client.user}. Submit it?", owner in (client.user, *(args.allow_owner or ())),
-            f"--allow-owner {owner}")
-    if not asks_for_allocations(client.get(f"/workflows/{workflow_id}/actions")):
-        raise UsageError(NO_ALLOCATIONS.format(name=workflow_id))
-    if client.get(f"/workflows/{workflow_id}/status")["is_canceled"]:
-        raise TorcError(f"workflow {workflow_id} is canceled: torc workflows reset-status "
-                        f"{workflow_id} --failed-only --reinitialize starts it again")
-    return workflow_id
-
 
 @command("submit", SPEC_OR_ID, SPEC_OPTIONS, WORKERS, """
          -i, --ignore-missing-data  though inputs are missing
@@ -18418,79 +19277,44 @@ def workflow_to_submit(args, client, spec):
          """, DRY_RUN,
          client=False, example="torc submit workflow.yaml")
 def do_submit(args, client):
-    """Start a workflow in allocations of Slurm, as its on_workflow_start actions ask for them."""
+    """Run a workflow in allocations of Slurm, as its on_workflow_start actions ask for them."""
     spec = None if names_workflow(args) else load_spec(args, args.spec)
-    client = open_client(args, make=spec is not None)
+    client, wishes = open_client(args, make=spec is not None), wishes_of(args)
+    wishes = wishes._replace(force=args.ignore_missing_data)
     try:
-        request = worker_request(args, client)       # before there is a workflow
-        if args.dry_run:
-            return dry_submit(args, client, spec, request)
-        workflow_id = workflow_to_submit(args, client, spec)
-        try:
-            if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
-                initialize_workflow(client, workflow_id, args.ignore_missing_data)
-            return submit_start(args, client, workflow_id, request)
-        except TorcError as error:
-            if spec and not (getattr(error, "submitted", None) or getattr(error, "unsure", False)):
-                with contextlib.suppress(TorcError):
-                    client.delete(f"/workflows/{workflow_id}")
-                    error.args = (f"{error}. No allocation was submitted, so workflow {workflow_id}"
-                                  " is gone again: mend this, and submit once more",)
-            raise
+        if spec:
+            return submit_spec(args, client, spec, wishes)
+        owner = client.get(f"/workflows/{int(args.spec)}")["user"]
+        plan = plan_submit(client, int(args.spec), wishes)
+        allow_owner(args, client, owner)
+        return carry_out(args, client, plan, ask=False)
     finally:
         client.close()
 
 
-def dry_submit(args, client, spec, request):
-    """Print the batch scripts that `submit` would hand to Slurm."""
-    if spec:
-        workflow = {"id": 0, **spec.payload["workflow"]}
-        actions, schedulers = spec.payload["actions"], dict(enumerate(
-            spec.payload["slurm_schedulers"], 1))
-    else:
-        workflow = client.get(f"/workflows/{int(args.spec)}")
-        actions = client.get(f"/workflows/{workflow['id']}/actions")
-        schedulers = {record["id"]: record for record in client.items(
-            "/slurm_schedulers", workflow_id=workflow["id"])}
-    if not asks_for_allocations(actions):
-        raise UsageError(NO_ALLOCATIONS.format(name=f'"{workflow["name"]}"'))
-    scripts = []
-    for action in actions:
-        config = action["action_config"]
-        if action["action_type"] == "schedule_nodes" and action["trigger_type"] in START_ACTIONS:
-            scheduler = {"id": 0, **schedulers[config["scheduler_id"]]}
-            wanted = request._replace(one_worker_per_node=config.get("start_one_worker_per_node"))
-            words = worker_words(client, workflow, scheduler, wanted, config["num_allocations"])
-            scripts.append({"scheduler": scheduler["name"], "num_allocations":
-                            config["num_allocations"], "script": allocation_script(
-                                workflow, scheduler, f"wf{workflow['id']}", wanted, words)})
-    if args.format == "json":
-        print_json({"dry_run": True, "scripts": scripts})
-    for script in scripts if args.format == "table" else ():
-        print(f"# {plural(script['num_allocations'], 'allocation')} of scheduler "
-              f"\"{script['scheduler']}\" would be submitted:\n{script['script']}")
-
-
-def submit_start(args, client, workflow_id, request):
-    """Carry out what `submit` is for; returns the exit code."""
+def submit_spec(args, client, spec, wishes):
+    """Create the workflow of a Spec and submit it, or nothing at all."""
+    request = worker_request(client, wishes)         # before there is a workflow
+    scripts = submission(client, {"id": 0, **spec.payload["workflow"]}, spec.payload["actions"],
+                         dict(enumerate(spec.payload["slurm_schedulers"], 1)), request)
+    if args.dry_run:
+        return carry_out(args, client, Plan(
+            "Create and submit the workflow", submission_lines(scripts), (True,),
+            {"scripts": scripts}))
+    missing = [] if args.ignore_missing_data else missing_inputs(spec.payload)
+    if missing:
+        raise TorcError(f"input files missing: {named(missing)}. No job makes them, so no "
+                        "workflow was created; --ignore-missing-data goes on without")
+    workflow_id = create_workflow_from(args, client, spec)
     try:
-        done = schedule_pending(client, workflow_id, request, START_ACTIONS, True)
+        return carry_out(args, client, plan_submit(client, workflow_id, wishes), ask=False)
     except TorcError as error:
-        some = getattr(error, "submitted", None)
-        if some:
-            error.args = (f"{error}. {submitted(len(some), some)}; `torc slurm schedule-nodes "
-                          f"{workflow_id}` gets more",)
+        if not (getattr(error, "submitted", None) or getattr(error, "unsure", False)):
+            with contextlib.suppress(TorcError):
+                client.delete(f"/workflows/{workflow_id}")
+                error.args = (f"{error}. No allocation was submitted, so workflow {workflow_id} "
+                              "is gone again: mend this, and submit once more",)
         raise
-    ids = [number for _, numbers in done for number in numbers]
-    if not ids:
-        raise TorcError(f"the allocations of workflow {workflow_id} have been submitted before: "
-                        f"`torc slurm schedule-nodes {workflow_id}` gets more, `torc status "
-                        f"{workflow_id}` says how it stands")
-    tell(args, f"{submitted(len(ids), ids)}; logs in {request.output_dir}; `torc status "
-         f"{workflow_id}` says how it stands, `torc watch {workflow_id}` waits")
-    say(args, f"Successfully submitted workflow {workflow_id}", workflow_id=workflow_id,
-        slurm_jobs=ids, message=f"Successfully submitted workflow {workflow_id}")
-    return 0
 
 
 def choose_scheduler(args, client):
@@ -18524,7 +19348,7 @@ def do_slurm_schedule(args, client):
     if scheduler["workflow_id"] != args.workflow_id:
         raise UsageError(f"scheduler {scheduler['id']} belongs to workflow "
                          f"{scheduler['workflow_id']}, not to {args.workflow_id}")
-    request = worker_request(args, client, prefix=args.job_prefix or "",
+    request = worker_request(client, wishes_of(args), prefix=args.job_prefix or "",
                              one_worker_per_node=args.start_one_worker_per_node or None)
     if client.get(f"/workflows/{args.workflow_id}/is_uninitialized")["is_uninitialized"]:
         initialize_workflow(client, args.workflow_id)
@@ -18696,156 +19520,7 @@ def scheduling(client, workflow_id, make_request):
     return schedule
 
 
-def look_after(args, client, workflow_id):
-    """What an owner's command does on the way: where no runner lives that could, carry out pending
-    schedule_nodes actions."""
-    import shutil
-    if client.is_local or not shutil.which("sbatch"):
-        return
-    pending = [action for action in client.get(f"/workflows/{workflow_id}/actions/pending")
-               if action["action_type"] == "schedule_nodes"
-               and action["trigger_type"] not in START_ACTIONS]
-    if not pending or client.get(f"/workflows/{workflow_id}")["user"] != client.user or \
-            count_records(client, "/compute_nodes", workflow_id=workflow_id, is_active=True):
-        return
-    try:
-        request = later_request(args, client, workflow_id)
-        for action, ids in schedule_pending(client, workflow_id, request, sorted(
-                {action["trigger_type"] for action in pending})):
-            tell(args, f"action {action['id']} ({action['trigger_type']}): "
-                       f"{submitted(len(ids), ids)}")
-    except TorcError as error:
-        tell(args, str(error), "warn")
-
-
-# Why an allocation does not begin by waiting (squeue(1), JOB REASON CODES), and what to do.
-STUCK_ALLOCATIONS = (
-    (r"TimeLimit|WallDuration|NodeLimit|PartitionConfig|PerJobLimit|BadConstraints",
-     "it asks for more time, more nodes or others than its partition or account may give, so it "
-     "will not start: `scancel {0}`, and ask for less"),
-    (r"NotAllowed|InvalidAccount|InvalidQOS", "its account, QOS and partition do not go together: "
-     "`scancel {0}`, and submit with others"),
-    (r"JobHeld", "it is held: `scontrol release {0}`"),
-    (r"NeverSatisfied", "what it depends on has failed, so it will not start: `scancel {0}`"))
-
-
-def stuck_advice(number, entry):
-    """What to do with an allocation (Queued) that will not begin by waiting, or ""."""
-    for pattern, advice in STUCK_ALLOCATIONS if entry.phase == "pending" else ():
-        if re.search(pattern, entry.where):
-            return ": " + advice.format(number)
-    return ""
-
-
-def allocation_lines(client, workflow_id):
-    """A sentence on each allocation that has not ended, and what its worker says if it cannot
-    begin."""
-    import shutil
-    scheduled = unended_allocations(client, workflow_id)
-    queue, lines = None, []
-    if scheduled and shutil.which("squeue"):
-        with contextlib.suppress(TorcError):
-            queue = ask_queue({record["scheduler_id"] for record in scheduled
-                               if not is_elsewhere(record.get("cluster"))})
-    for record in scheduled:
-        number = record["scheduler_id"]
-        away = is_elsewhere(record.get("cluster"))
-        entry = queue and queue.get(number)
-        if queue is None or away:
-            text = f"is {record['status']}" + (f" on the cluster {record['cluster']}" if away else
-                                               "")
-        elif not entry or entry.phase == "unknown":
-            text = f"was {record['status']}; Slurm does not know it any more, or does not say"
-        elif entry.phase == "over":
-            text = f"has ended: torc workflows sync-status {workflow_id} settles what it left"
-        else:
-            left = "" if entry.phase == "pending" or entry.time_left_s is None else \
-                f", {format_duration(entry.time_left_s)} left"
-            where = "" if entry.where in ("(None)", "") else f" {entry.where}" if \
-                entry.where.startswith("(") else f" on {entry.where}"
-            text = f"is {entry.state.lower()}{where}{left}{stuck_advice(number, entry)}"
-        lines.append(f"Slurm job {number} {text}")
-        lines += read_text(worker_note(record.get("output_dir") or DEFAULT_OUTPUT_DIR, workflow_id,
-                                       number)).splitlines()
-    return lines
-
-
 # ---- allocations for what is left
-
-def open_jobs(client, workflow_id):
-    """What is left to run, {job id: record}, and the same as group_jobs takes it: jobs named by
-    their ids, and the requirements."""
-    needs = list(client.items("/resource_requirements", workflow_id=workflow_id))
-    number = {need["id"]: place for place, need in enumerate(needs, 1)}
-    left = {job["id"]: job for status in ("ready", "blocked", "uninitialized")
-            for job in client.items("/jobs", workflow_id=workflow_id, status=status,
-                                    include_relationships=True)}
-    place = {job_id: number for number, job_id in enumerate(left, 1)}
-    jobs = [{"name": str(job_id), "depends_on_job_ids": [
-        place[other] for other in job.get("depends_on_job_ids", ()) if other in place],
-        "resource_requirements_id": number[job["resource_requirements_id"]]}
-        for job_id, job in left.items()]
-    return left, jobs, needs
-
-
-def former_account(client, workflow_id):
-    """The account that the workflow's schedulers or slurm_defaults name. Raises UsageError."""
-    defaults = json.loads(client.get(f"/workflows/{workflow_id}").get("slurm_defaults") or "{}")
-    accounts = [record["account"] for record in client.items("/slurm_schedulers",
-                                                             workflow_id=workflow_id)]
-    account = defaults.get("account") or (accounts or [None])[-1]
-    if not account:
-        raise UsageError(f"workflow {workflow_id} has no Slurm scheduler that names an account: "
-                         "take --account NAME")
-    return account
-
-
-def regenerate(args, client, workflow_id, submit=False, dry_run=False):
-    """Make Slurm schedulers for what is left to run of a workflow, and get allocations for what
-    can begin now; the rest is asked for when its jobs are ready.
-
-    Returns {"workflow_id", "dry_run", "schedulers": [...], "slurm_jobs": [...]}. Raises TorcError.
-    """
-    left, jobs, needs = open_jobs(client, workflow_id)
-    if not left:
-        raise TorcError(f"workflow {workflow_id} has no job that waits to run")
-    account = args.account or former_account(client, workflow_id)
-    stamp = time.strftime("regen_%Y%m%d_%H%M%S_")
-    plan = plan_allocations(group_jobs(jobs, needs), find_profile(args.profile), account,
-                            partition=args.partition, walltime=args.walltime, prefix=stamp)
-    report = {"workflow_id": workflow_id, "dry_run": dry_run, "slurm_jobs": [], "schedulers": [
-        {**one["scheduler"], "num_allocations": one["num_allocations"], "jobs": len(one["jobs"]),
-         "trigger": one["trigger"]} for one in plan]}
-    if dry_run:
-        return report
-    request = worker_request(args, client) if submit else None
-    workflow = client.get(f"/workflows/{workflow_id}")
-    for one, shown in zip(plan, report["schedulers"]):
-        record = client.post("/slurm_schedulers", {**one["scheduler"], "workflow_id": workflow_id})
-        shown["id"] = record["id"]
-        for name in one["jobs"]:          # one without a scheduler runs in any allocation
-            if left[int(name)].get("scheduler_id"):
-                client.put(f"/jobs/{name}", {"scheduler_id": record["id"]})
-        if one["trigger"] == "on_jobs_ready":
-            client.post(f"/workflows/{workflow_id}/actions", {
-                "workflow_id": workflow_id, "trigger_type": "on_jobs_ready",
-                "action_type": "schedule_nodes", "is_recovery": True,
-                "job_ids": [int(name) for name in one["trigger_jobs"]],
-                "action_config": {
-                    "scheduler_type": "slurm", "scheduler_id": record["id"],
-                    "num_allocations": one["num_allocations"],
-                    "start_one_worker_per_node": bool(one["start_one_worker_per_node"])}})
-        elif submit:
-            try:
-                report["slurm_jobs"] += submit_allocations(
-                    client, workflow, record, one["num_allocations"], request._replace(
-                        one_worker_per_node=one["start_one_worker_per_node"] or None))
-            except TorcError as error:
-                ids = error.submitted = report["slurm_jobs"] + getattr(error, "submitted", [])
-                if ids:
-                    error.args = (f"{error}. {submitted(len(ids), ids)}",)
-                raise
-    return report
 
 
 @command("slurm regenerate", WORKFLOW, WORKERS, """
@@ -18858,7 +19533,7 @@ def regenerate(args, client, workflow_id, submit=False, dry_run=False):
          example="torc slurm regenerate 3 --submit")
 def do_slurm_regenerate(args, client):
     """Make Slurm schedulers anew for the jobs that are left to run."""
-    report = regenerate(args, client, args.workflow_id, args.submit, args.dry_run)
+    report = regenerate(client, args.workflow_id, wishes_of(args), args.submit, args.dry_run)
     if args.format == "json":
         print_json(report)
         return
@@ -18876,160 +19551,8 @@ def do_slurm_regenerate(args, client):
 
 # ---- after failures
 
-@command("workflows sync-status", WORKFLOW, OUTPUT_DIR, WORKER_URL, DRY_RUN,
-         example="torc workflows sync-status 3 --dry-run")
-def do_workflows_sync_status(args, client):
-    """Settle what dead runners and ended allocations left: their jobs, results, records."""
-    if args.dry_run:
-        said = settle_allocations(client, args.workflow_id, dry_run=True) + [
-            evidence.text for node in client.items(
-                "/compute_nodes", workflow_id=args.workflow_id, is_active=True)
-            for evidence in (death_here(node),) if evidence]
-    else:
-        said = release_dead_nodes(client, args.workflow_id, args.output_dir)
-        said += settle_allocations(client, args.workflow_id)
-        look_after(args, client, args.workflow_id)
-    if args.format == "json":
-        print_json({"workflow_id": args.workflow_id, "dry_run": args.dry_run, "changes": said})
-    else:
-        print("\n".join(said) or f"Workflow {args.workflow_id}: nothing to settle")
-
-
-class Diagnosis(NamedTuple):
-    """Why a job failed, and what it would need to succeed."""
-
-    job: dict
-    cause: str                            # memory, runtime, lost or unknown
-    text: str
-    need: dict                            # changed fields of its resource requirements
-
-
-def larger_memory(size, factor):
-    """A memory size for requirements, `factor` times as large, in whole MB or GB."""
-    megabytes = math.ceil(size * factor / 2**20)
-    return f"{megabytes // 1024}g" if megabytes % 1024 == 0 else f"{megabytes}m"
-
-
-def longer_runtime(seconds, factor):
-    """A runtime for requirements, `factor` times as long, in whole minutes."""
-    return f"PT{max(1, math.ceil(seconds * factor / 60))}M"
-
-
-def diagnose(job, result, need, limits, peak, memory_factor, runtime_factor):
-    """The Diagnosis of a job that failed or was terminated.
-
-    result, need: its records; peak: bytes, 0 if unknown. Memory: it was over its limit, or was
-    killed before 80 % of its runtime. Runtime: the time limit's code, or over 90 % of it.
-    """
-    code, spent = result["return_code"], result["exec_time_minutes"] * 60
-    limit, runtime = parse_memory(need["memory"]), parse_duration(need["runtime"])
-    known = need["name"] != "default"     # those requirements mean nothing
-    if known and peak > limit or code == limits.oom_exit_code and (
-            spent < 0.8 * runtime or not known):
-        if not known and not peak:
-            return Diagnosis(job, "unknown", "it was killed, perhaps for its memory; it has no "
-                             "resource requirements that could be raised", {})
-        more = larger_memory(max(limit if known else 0, peak), memory_factor)
-        used = f"used {format_bytes(peak)}" if peak else "was killed"
-        return Diagnosis(job, "memory", f"it {used}, its limit is {need['memory']}",
-                         {"memory": more})
-    if code == ORPHAN_RETURN_CODE:
-        return Diagnosis(job, "lost", "its runner died", {})
-    if job["status"] == "terminated" or code == limits.timeout_exit_code or (
-            known and spent > 0.9 * runtime):
-        if known and spent > 0.9 * runtime:
-            return Diagnosis(job, "runtime", f"it ran for {format_duration(spent)}, its runtime is "
-                             f"{need['runtime']}",
-                             {"runtime": longer_runtime(max(spent, runtime), runtime_factor)})
-        return Diagnosis(job, "lost", "the time of its runner was up after "
-                         f"{format_duration(spent)}", {})
-    return Diagnosis(job, "unknown", f"return code {code}", {})
-
-
-def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
-    """Diagnoses of all jobs that failed or were terminated."""
-    limits = read_limits(client.get(f"/workflows/{workflow_id}"))
-    needs = {need["id"]: need for need in client.items("/resource_requirements",
-                                                       workflow_id=workflow_id)}
-    results = {result["job_id"]: result for result in client.items("/results",
-                                                                   workflow_id=workflow_id)}
-    peaks = {}
-    for record in client.items("/slurm_stats", workflow_id=workflow_id):
-        key = record["job_id"], record["run_id"], record["attempt_id"]
-        peaks[key] = record.get("max_rss_bytes") or 0
-    found = []
-    for status in ("failed", "terminated", "pending_failed"):
-        for job in client.items("/jobs", workflow_id=workflow_id, status=status):
-            result = results.get(job["id"])
-            if not result:
-                found.append(Diagnosis(job, "unknown", "no result is kept", {}))
-                continue
-            key = job["id"], result["run_id"], result["attempt_id"]
-            peak = max(result.get("peak_memory_bytes") or 0, peaks.get(key, 0))
-            found.append(diagnose(job, result, needs[job["resource_requirements_id"]], limits,
-                                  peak, memory_factor, runtime_factor))
-    return found
-
-
-def check_recoverable(client, workflow_id):
-    """Raise Invalid unless the workflow has ended with failures and nobody works on it."""
-    counted = client.get(f"/workflows/{workflow_id}/counts")
-    left = client.get(f"/workflows/{workflow_id}/unfinished")
-    runners = len(left["active_nodes"])
-    moving = counted["ready"] + counted["pending"] + counted["running"]
-    if not counted["is_complete"] and moving and not (
-            counted["failed"] + counted["terminated"] + counted["pending_failed"]):
-        raise Invalid(f"cannot recover workflow {workflow_id}: nothing has failed, and "
-                      f"{plural(moving, 'job')} are ready or running")
-    if runners or left["scheduled"]:
-        raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, {runners} "
-                      f"runners and {left['scheduled']} allocations are at work or wait for it: "
-                      f"torc cancel {workflow_id} ends them, torc wait {workflow_id} waits")
-
-
-def apply_diagnoses(client, workflow_id, chosen):
-    """Give the jobs what they need and make them ready again, with what their failure canceled."""
-    groups = {}
-    for one in chosen:
-        key = one.job["resource_requirements_id"], compact(one.need)
-        groups.setdefault(key, []).append(one)
-    rows = []
-    for (need_id, _), members in groups.items():
-        new_id = raise_need(client, workflow_id, need_id, members) if members[0].need else need_id
-        more = {"resource_requirements_id": new_id} if new_id != need_id else {}
-        rows += [{"job_id": one.job["id"], **more} for one in members]
-    if rows:
-        client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": rows})
-
-
-def raise_need(client, workflow_id, need_id, members):
-    """Raise resource requirements; a copy of them if other jobs, which did not fail, use them.
-
-    Returns the id of the requirements that the members are to have.
-    """
-    ids = {one.job["id"] for one in members}
-    need = client.get(f"/resource_requirements/{need_id}")
-    changed = {**need, **{name: max((one.need[name] for one in members), key=size_of(name))
-                          for name in members[0].need}}
-    others = any(job["resource_requirements_id"] == need_id and job["id"] not in ids
-                 for job in client.items("/jobs", workflow_id=workflow_id))
-    if not others and need["name"] != "default":
-        client.put(f"/resource_requirements/{need_id}", changed)
-        return need_id
-    taken = {record["name"] for record in client.items("/resource_requirements",
-                                                       workflow_id=workflow_id)}
-    base = re.sub(r"_recovered\d*$", "", need["name"])
-    name = next(name for number in itertools.count(1)
-                for name in [f"{base}_recovered{number}"] if name not in taken)
-    changed.pop("id")
-    return client.post("/resource_requirements", {**changed, "name": name})["id"]
-
-
-def size_of(name):
-    """What compares values of a field of resource requirements."""
-    return parse_memory if name == "memory" else parse_duration
-
-
+operation_command("release", WORKFLOW, OUTPUT_DIR, WORKER_URL,
+                  example="torc workflows sync-status 3 --dry-run")
 RECOVERY = """
     --memory-multiplier X=1.5  for jobs that ran out of memory
     --retry-unknown            also jobs that failed for another reason
@@ -19042,252 +19565,12 @@ RECOVERY = """
     """
 
 
-def run_hook(command, workflow_id, client):
-    """Run a recovery hook. Raises TorcError if it fails."""
-    import subprocess
-    environment = {**os.environ, **client.job_environment(), "TORC_WORKFLOW_ID": str(workflow_id)}
-    done = subprocess.run(["bash", "-c", f'{command} "$@"', "hook", str(workflow_id)],
-                          env=environment, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise TorcError(f"the recovery hook {command!r} ended with {done.returncode}, so nothing "
-                        "was changed")
-
-
-def recover_workflow(args, client, workflow_id):
-    """Make ready again what failed, with more memory or time where that was the cause, and get
-    allocations for it where the workflow has had some.
-
-    Returns {"workflow_id", "dry_run", "jobs": [...], "skipped": [...], "slurm_jobs": [...]}.
-    Raises Invalid: not recoverable, TorcError.
-    """
-    settle_dead(args, client, workflow_id)
-    check_recoverable(client, workflow_id)
-    found = diagnose_all(client, workflow_id, args.memory_multiplier, args.runtime_multiplier)
-    again = args.retry_unknown or args.recovery_hook
-    chosen = [one for one in found if one.cause != "unknown" or again]
-    report = {"workflow_id": workflow_id, "dry_run": bool(args.dry_run), "slurm_jobs": [],
-              **{key: [{"job_id": one.job["id"], "job_name": one.job["name"], "cause": one.cause,
-                        "text": one.text, **one.need} for one in some]
-                 for key, some in (("jobs", chosen), ("skipped", [
-                     one for one in found if one not in chosen]))}}
-    if not chosen or args.dry_run:
-        return report
-    on_slurm = had_allocations(client, workflow_id)
-    if on_slurm:                          # what cannot be done later must fail now
-        worker_request(args, client)
-    if args.recovery_hook:
-        run_hook(args.recovery_hook, workflow_id, client)
-    client.post(f"/workflows/{workflow_id}/reset_status", force=True)
-    apply_diagnoses(client, workflow_id, chosen)
-    if on_slurm:
-        report["slurm_jobs"] = regenerate(args, client, workflow_id, submit=True)["slurm_jobs"]
-    return report
-
-
-def show_recovery(args, report):
-    """Print what `recover` did or would do."""
-    if args.format == "json":
-        print_json(report)
-        return
-    for key, title in (("jobs", "run again" if report["dry_run"] is False else "would run again"),
-                       ("skipped", "failed for a reason that a new try does not mend "
-                                   "(--retry-unknown tries all the same)")):
-        if report[key]:
-            rows = [{**row, "change": ", ".join(f"{name} {row[name]}" for name in (
-                "memory", "runtime") if name in row)} for row in report[key]]
-            show_list(args, "jobs", "job", "Job ID=job_id, Name=job_name, Cause=cause, Why=text,"
-                      " New=change", rows, f"workflow {report['workflow_id']} that {title}")
-    if report["slurm_jobs"]:
-        print(submitted(len(report["slurm_jobs"]), report["slurm_jobs"]))
-    elif report["jobs"] and not report["dry_run"]:
-        print(f"torc run {report['workflow_id']} goes on from here")
-
-
-@command("recover", WORKFLOW, WORKERS, RECOVERY,
-         "--runtime-multiplier X=1.4  for jobs that ran out of time", NO_PROMPTS, DRY_RUN,
-         example="torc recover 3 --dry-run")
-def do_recover(args, client):
-    """Run again what failed, with more memory or time where that was the cause."""
-    if not args.dry_run and not args.no_prompts and can_ask():
-        wished, args.dry_run = args.dry_run, True
-        report = recover_workflow(args, client, args.workflow_id)
-        args.dry_run = wished
-        show_recovery(args, report)
-        if report["jobs"]:
-            confirm(f"Run {plural(len(report['jobs']), 'job')} again?", False)
-    report = recover_workflow(args, client, args.workflow_id)
-    if report["jobs"]:
-        show_recovery(args, report)
-        return 0
-    number = len(report["skipped"])
-    report["message"] = f"workflow {args.workflow_id}: nothing to recover" + (
-        f", {plural(number, 'job')} failed for other reasons: --retry-unknown runs them again"
-        if number else "")
-    show_recovery(args, report)
-    if args.format == "json":             # one document
-        return 1
-    raise TorcError(report["message"])
+operation_command("recover", WORKFLOW, WORKERS, RECOVERY,
+                  "--runtime-multiplier X=1.4  for jobs that ran out of time", NO_PROMPTS,
+                  example="torc recover 3 --dry-run")
 
 
 # ---- watching
-
-MAX_FRUITLESS = 3                         # allocations in a row that started no job
-
-
-class Watcher:
-    """Looks after a workflow until it ends: `torc watch`."""
-
-    def __init__(self, args, client):
-        self.args, self.client = args, client
-        self.workflow_id = args.workflow_id
-        self.watch = Watch()
-        self.retries = 0
-        self.scheduled_at = -math.inf     # when allocations were asked for last,
-        self.refused = False              # and whether none were to be had then
-        self.fruitless = 0                # those in a row that ended without an end of a job
-        self.attempts = None              # that had ended when they were asked for
-        self.pause = 0.0                  # seconds until others are asked for
-        self.ready_since = None           # since when jobs are ready and none is there
-        self.told = None
-        os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
-        import socket
-        self.log = os.path.join(args.output_dir,
-                                f"watch_{socket.gethostname()}_wf{self.workflow_id}.log")
-
-    def say(self, sentence, level="info"):
-        """A line for the user and the log."""
-        tell(self.args, sentence, level)
-        with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
-            file.write(f"[{iso_time(time.time())}] {clean(sentence)}\n")
-
-    def run(self):
-        """Watch; returns the exit code."""
-        path = f"/workflows/{self.workflow_id}"
-        generation = -1
-        while True:
-            try:
-                news = self.client.get(f"{path}/changes", since=generation, wait_s=math.ceil(
-                    min(60, max(1, self.args.poll_interval))) if generation >= 0 else None)
-                generation = news["generation"]
-                self.look()
-                if news["is_complete"]:
-                    code = self.at_end()
-                    if code is not None:
-                        return code
-                    generation = -1
-            except Unreachable as error:
-                self.say(f"{error}; trying again", "warn")
-                time.sleep(10)            # a server that comes back tells nobody
-
-    def look(self):
-        """One look at runners and allocations."""
-        client, workflow_id = self.client, self.workflow_id
-        try:
-            said = release_dead_nodes(client, workflow_id, self.args.output_dir)
-            for sentence in said + settle_allocations(client, workflow_id, self.watch):
-                self.say(sentence)
-        except Unreachable:
-            raise
-        except TorcError as error:        # Slurm's controller is away
-            self.say(f"allocations were not looked at: {error}", "warn")
-        look_after(self.args, client, workflow_id)
-        counted = client.get(f"/workflows/{workflow_id}/counts")
-        if self.args.show_job_counts:
-            text = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
-            if text != self.told:
-                self.say(text)
-            self.told = text
-        if self.args.auto_schedule:
-            self.schedule(counted)
-        elif not counted["is_complete"]:
-            _, hint = prospects(client, workflow_id)
-            if hint and hint != self.told:
-                self.say(hint)
-                self.told = hint
-
-    def schedule(self, counted):
-        """--auto-schedule: allocations for ready jobs that nobody runs; after some that started no
-        job later and later, and then no more."""
-        import random
-        args, now = self.args, time.monotonic()
-        left = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
-        ready = counted["ready"]
-        if not ready:
-            self.ready_since = None
-            return
-        self.ready_since = self.ready_since or now
-        nobody = not left["active_nodes"] and not left["scheduled"]
-        if nobody and self.attempts is not None:
-            attempts = count_records(self.client, "/results", workflow_id=self.workflow_id,
-                                     all_runs=True)
-            self.fruitless = self.fruitless + 1 if attempts == self.attempts else 0
-            self.attempts = None
-            self.pause = self.fruitless and 30 * 2 ** self.fruitless * random.uniform(1, 1.5)
-            if self.fruitless >= MAX_FRUITLESS:
-                self.say(f"{self.fruitless} allocations in a row have ended without starting a job:"
-                         f" no more are asked for; their logs are in {args.output_dir} "
-                         "(slurm_output_*). Mend the cause and watch again", "error")
-        if self.fruitless >= MAX_FRUITLESS:
-            return
-        retried = sum(job["attempt_id"] > 1 for job in self.client.items(
-            "/jobs", workflow_id=self.workflow_id, status="ready")) if not nobody else 0
-        stranded = args.auto_schedule_stranded_timeout
-        due = (nobody and not self.refused) or now - self.scheduled_at >= (
-            args.auto_schedule_cooldown) and (
-            nobody or retried >= args.auto_schedule_threshold
-            or retried and stranded and now - self.ready_since >= stranded)
-        rested = now - self.scheduled_at >= self.pause
-        if due and rested and not counted["is_canceled"]:
-            self.scheduled_at = now
-            try:
-                made = regenerate(args, self.client, self.workflow_id, submit=True)
-                self.refused = False
-                self.attempts = count_records(self.client, "/results", all_runs=True,
-                                              workflow_id=self.workflow_id)
-            except Unreachable:           # of the server: run() tries again soon
-                raise
-            except TorcError as error:
-                self.refused = True
-                self.say(f"{error}; trying again in "
-                         f"{span(args.auto_schedule_cooldown)}", "warn")
-                return
-            self.say(f"{plural(ready, 'job')} are ready and nobody runs them: "
-                     + submitted(len(made["slurm_jobs"]), made["slurm_jobs"]))
-
-    def at_end(self):
-        """The workflow is complete: the exit code, or None if it goes on after a recovery."""
-        client, workflow_id = self.client, self.workflow_id
-        counted = client.get(f"/workflows/{workflow_id}/counts")
-        text = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
-        code = end_code(counted)
-        most = self.args.max_retries
-        if code == 0 or counted["is_canceled"] or not self.args.recover:
-            self.say(f"workflow {workflow_id} has ended: {text}")
-            return code
-        if most is not None and self.retries >= most:
-            self.say(f"workflow {workflow_id} has ended after {plural(most, 'recovery')}: {text}",
-                     "error")
-            return 1
-        left = client.get(f"/workflows/{workflow_id}/unfinished")
-        if left["active_nodes"] or left["scheduled"]:
-            time.sleep(1)                 # workers are on their way out
-            return None
-        self.args.dry_run = False
-        report = recover_workflow(self.args, client, workflow_id)
-        self.retries += 1
-        for row in report["jobs"]:
-            change = ", ".join(f"{name} {row[name]}" for name in ("memory", "runtime")
-                               if name in row)
-            self.say(f"job {row['job_id']} \"{row['job_name']}\" runs again ({row['text']}"
-                     + (f"; now {change})" if change else ")"))
-        if not report["jobs"]:
-            self.say(f"workflow {workflow_id} has ended and cannot be recovered: {text}; --retry-"
-                     "unknown runs again what failed for other reasons", "error")
-            return 1
-        self.say(submitted(len(report["slurm_jobs"]), report["slurm_jobs"])
-                 if report["slurm_jobs"] else f"torc run {workflow_id} goes on from here")
-        return None
-
 
 @command("watch", WORKFLOW, OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, RECOVERY, """
          -p, --poll-interval S=60.0      Slurm is asked as often (default: 60); the end is seen at
@@ -19309,7 +19592,7 @@ def do_watch(args, client):
 
     Exit code 0: all completed; 1: some failed or were canceled, or could not be recovered.
     """
-    return Watcher(args, client).run()
+    return Watcher(args, client, wishes_of(args), lambda *said: tell(args, *said)).run()
 
 
 # ---- HPC profiles
@@ -19857,32 +20140,6 @@ def do_reload_auth(args, client):
 
 # ---- dashboard
 
-class Logs:
-    """Output of the commands that the dashboard has started, by number."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.numbers = itertools.count(1)
-        self.paths = {}
-
-    def start(self, client, words, name):
-        """Start a command of ours that outlives the page; returns the number of its output."""
-        import subprocess
-        number = next(self.numbers)
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        path = os.path.join(self.directory, f"dash_{name}_{os.getpid()}_{number}.log")
-        environment = {**os.environ, **client.job_environment(), "TORC_USERNAME": client.user,
-                       "NO_COLOR": "1"}
-        environment.pop("TORC_DATABASE", None)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-            process = subprocess.Popen([*own_command(), *map(str, words)], stdout=file, stderr=file,
-                                       stdin=subprocess.DEVNULL, env=environment,
-                                       start_new_session=True)
-        threading.Thread(target=process.wait, daemon=True).start()    # no zombie stays
-        self.paths[number] = path
-        return number
-
-
 def readable_text(data):
     """Bytes as text without what would move a terminal's cursor or hide something."""
     text = data.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
@@ -19941,27 +20198,16 @@ def inside(path, directory):
     return os.path.commonpath([os.path.realpath(path), place]) == place
 
 
-def plan_of(title, lines, verb, **more):
-    """The question that an action asks first."""
-    return {"title": title, "lines": [line for line in lines if line], "verb": verb, **more}
-
-
-def names_of(rows, key="job_name"):
-    """A few names, and how many more there are."""
-    texts = [row[key] for row in rows]
-    more = len(texts) - 5
-    return ", ".join(texts[:5]) + (f" and {more} more" if more > 0 else "")
-
-
 class DashActions:
-    """What the pages ask of us besides the API: /dash/NAME. do/VERB?dry_run=true answers the words
-    of the question ({} asks none; a message: there is nothing to do), without dry_run it is done.
+    """What the pages ask of us besides the API: /dash/NAME. do/OPERATION?dry_run=true answers its
+    Plan ({}: nobody has to be asked; a message: there is nothing to do), without dry_run it is
+    done.
     """
 
     def __init__(self, args, say):
         self.args, self.say = args, say
         self.output_dir = os.path.abspath(args.output_dir)
-        self.logs = Logs(self.output_dir)
+        self.children = []                # processes that were started from the pages
 
     def table(self):
         """{path: function}, as Dashboard takes it."""
@@ -19982,10 +20228,10 @@ class DashActions:
                 log_part(path, int(query.get("offset") or 0))
 
         if query.get("log"):
-            path = self.logs.paths.get(int(query["log"]))
-            if not path:
-                raise NotFound(f"there is no output {query['log']}")
-            return part(path)
+            number = int(query["log"])
+            if not 0 < number <= len(self.children):
+                raise NotFound(f"there is no output {number}")
+            return part(self.children[number - 1].log)
         job = client.get(f"/jobs/{int(query['job'])}")
         number = query.get("attempt")
         try:
@@ -20052,13 +20298,12 @@ class DashActions:
     def create(self, client, query, body):
         """Create a workflow of a specification, and run it here if that is wished."""
         text = str(body.get("spec", ""))
-        payload = self.exported(text) or read_spec(self.name_of(text), text).payload
-        payload["workflow"]["user"] = client.user
-        made = client.post("/workflow_specs", payload)
-        sentence = f"Created workflow {made['id']}: {plural(made['jobs'], 'job')}"
-        answer = {"id": made["id"], "message": sentence}
+        spec = self.exported(text) or read_spec(self.name_of(text), text)
+        done = plan_create(client, spec, None).choices[0].do(client)
+        answer = {"id": done.data["workflow_id"], "message": done.sentence}
         if body.get("run"):
-            self.do_run(client, made["id"], False, body)
+            plan = plan_run(client, answer["id"], Wishes(self.output_dir))
+            self.start(client, plan.choices[0].do(client))
             answer["message"] += "; a runner starts"
         return answer
 
@@ -20133,59 +20378,42 @@ class DashActions:
     # -- actions
 
     def do(self, client, query, body):
-        """Carry out a verb, or say what it would do."""
-        verb = query["rest"]
-        function = getattr(self, f"do_{verb}", None)
-        if not function or query["method"] != "POST":
-            raise NotFound(f"there is no action {verb!r}")
-        return function(client, int(body.get("workflow_id") or 0), query.get("dry_run") == "true",
-                        body)
+        """Carry out an operation, or say what it would do."""
+        verb, workflow_id = query["rest"], int(body.get("workflow_id") or 0)
+        wishes, ids = Wishes(self.output_dir), self.chosen_jobs(client, workflow_id, body)
+        if verb in ("rerun", "reset"):
+            wishes = wishes._replace(failed_only=verb == "rerun", reinitialize=verb == "rerun")
+            verb = "reset" if ids is None else "retry"
+        operation = OPERATIONS.get(verb)
+        if not operation or query["method"] != "POST":
+            raise NotFound(f"there is no operation {verb!r}")
+        target = workflow_id if operation.target == "workflow" else ids or [workflow_id]
+        plan = operation.plan(client, target, wishes)
+        if not plan.choices:
+            return {"message": plan.title}
+        if query.get("dry_run") == "true":
+            return {} if plan.sure else {
+                "title": plan.title + "?", "lines": plan.lines, "typed": plan.typed,
+                "danger": verb in ("cancel", "cancel_job", "delete", "reset"),
+                "choices": [{"key": choice.key, "verb": choice.verb[:1].upper() + choice.verb[1:]}
+                            for choice in plan.choices]}
+        done = next((choice for choice in plan.choices if choice.key == body.get("choice")),
+                    plan.choices[0]).do(client)
+        if isinstance(done, Start):
+            return {"title": done.title, "log": self.start(client, done)}
+        return {"message": "; ".join([done.sentence, *done.errors]),
+                **({"gone": target} if verb == "delete" else {})}
 
-    def do_initialize(self, client, workflow_id, dry_run, body):
-        """All jobs blocked or ready."""
-        if dry_run:
-            report = initialize_workflow(client, workflow_id, dry_run=True)
-            if report["safe"] and not report["existing_output_files"]:
-                return {}
-            files = report["missing_input_files"] + report["missing_user_data"]
-            old = report["existing_output_files"]
-            return plan_of("Initialize all the same?", [
-                files and f"Missing inputs, which no job makes: {', '.join(files[:5])}.",
-                old and f"{plural(len(old), 'output file')} are there already, such as {old[0]}; "
-                        "they are not removed."], "Initialize")
-        initialize_workflow(client, workflow_id, force=True)
-        counted = client.get(f"/workflows/{workflow_id}/counts")
-        return {"message": f"Initialized: {plural(counted['ready'], 'job')} ready"}
-
-    def do_reinitialize(self, client, workflow_id, dry_run, body):
-        """What changed runs again."""
-        plan = reinitialize_workflow(client, workflow_id, dry_run=dry_run)
-        number = len(plan.jobs) + plan.waiting
-        if dry_run and not number:
-            return {"message": "Nothing has changed: no job would run again"}
-        if dry_run:
-            return plan_of("Reinitialize?", [
-                *(f"{row['job_name']}: {row['reason']}." for row in plan.jobs[:5]),
-                len(plan.jobs) > 5 and f"And {len(plan.jobs) - 5} more.",
-                plan.missing and f"Missing inputs: {', '.join(plan.missing[:3])}."],
-                f"Reinitialize {plural(number, 'job')}")
-        return {"message": f"{plural(number, 'job')} to run"}
-
-    def do_reset(self, client, workflow_id, dry_run, body):
-        """All jobs back to the start."""
-        counted = check_idle(client, workflow_id, False)
-        if dry_run:
-            return plan_of("Reset all jobs?", [
-                f"All {plural(counted['total'], 'job')} go back to not initialized; "
-                f"{counted['completed']} completed ones would run again.",
-                f"Results of run {counted['run_id']} stay readable."],
-                f"Reset {plural(counted['total'], 'job')}", danger=True)
-        client.post(f"/workflows/{workflow_id}/reset_status")
-        client.post(f"/workflows/{workflow_id}/reset_job_status")
-        return {"message": f"{plural(counted['total'], 'job')} reset"}
+    def start(self, client, wanted):
+        """Start a process; the number of its output."""
+        number = len(self.children) + 1
+        child = Started(wanted, client, self.output_dir, f"dash_{os.getpid()}_{number}")
+        threading.Thread(target=child.process.wait, daemon=True).start()      # no zombie stays
+        self.children.append(child)
+        return number
 
     def chosen_jobs(self, client, workflow_id, body):
-        """Ids of the jobs that an action names, or of a group of failures; None for neither."""
+        """Ids of what an operation names, or of a group of failures; None for neither."""
         if body.get("ids"):
             return parse_ids(str(body["ids"]))
         if body.get("group") is None:
@@ -20194,169 +20422,6 @@ class DashActions:
         if not found.get("job_ids"):
             raise NotFound("these failures are no longer there: load the page again")
         return found["job_ids"]
-
-    def do_rerun(self, client, workflow_id, dry_run, body):
-        """Failed jobs, or those that are named, run again."""
-        ids = self.chosen_jobs(client, workflow_id, body)
-        if ids is not None:
-            if dry_run:
-                names = [client.get(f"/jobs/{number}")["name"] for number in ids[:5]]
-                more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-                return plan_of("Rerun?", [f"These run again: {', '.join(names)}{more}.",
-                                          "What their failure canceled comes back too."],
-                               f"Rerun {plural(len(ids), 'job')}")
-            client.post(f"/workflows/{workflow_id}/rerun_jobs",
-                        {"jobs": [{"job_id": number} for number in ids]})
-            return {"message": f"{plural(len(ids), 'job')} will run again"}
-        plan = reinitialize_workflow(client, workflow_id, dry_run=dry_run, reset="failed")
-        failed = [row for row in plan.jobs if row["reason"].startswith("it ")
-                  and not row["reason"].startswith("it depends")]
-        if dry_run:
-            return plan_of("Rerun?", [
-                f"{plural(len(failed), 'job')} failed or was canceled: {names_of(failed)}.",
-                len(plan.jobs) > len(failed)
-                and f"{plural(len(plan.jobs) - len(failed), 'job')} that depend on them run too.",
-                "The others keep their results."], f"Rerun {plural(len(plan.jobs), 'job')}")
-        return {"message": f"{plural(len(plan.jobs), 'job')} reset"}
-
-    def recovery_args(self, workflow_id, dry_run):
-        """The options of `recover`, as its parser gives them."""
-        return parse_command(COMMANDS["recover"], [], [
-            str(workflow_id), "-o", self.output_dir, "--no-prompts",
-            *(["--dry-run"] if dry_run else [])])
-
-    def do_recover(self, client, workflow_id, dry_run, body):
-        """Run again what more memory or time can mend."""
-        report = recover_workflow(self.recovery_args(workflow_id, dry_run), client, workflow_id)
-        number = plural(len(report["jobs"]), "job")
-        if not report["jobs"]:
-            raise Invalid("nothing to recover: no job failed for want of memory or time, or with "
-                          "its runner")
-        if dry_run:
-            return plan_of("Recover?", [
-                *(f"{row['job_name']}: {row['text']}" + "".join(
-                    f"; it gets {name} {row[name]}" for name in ("memory", "runtime")
-                    if name in row) + "." for row in report["jobs"][:5]),
-                report["skipped"] and f"{plural(len(report['skipped']), 'job')} failed for other "
-                "causes: they stay as they are."], f"Rerun {number}")
-        ids = report["slurm_jobs"]
-        return {"message": f"{number} reset" + (f"; {submitted(len(ids), ids)}" if ids else "")}
-
-    def do_cancel(self, client, workflow_id, dry_run, body):
-        """Nothing more starts, what runs is ended."""
-        counted = client.get(f"/workflows/{workflow_id}/counts")
-        busy = counted["pending"] + counted["running"]
-        if dry_run:
-            scheduled, _ = live_allocations(client, workflow_id)
-            return plan_of("Cancel the run?", [
-                f"{plural(busy, 'running job')} get SIGTERM, and SIGKILL later.",
-                scheduled and f"{plural(len(scheduled), 'allocation')} of Slurm are canceled.",
-                f"{plural(counted['completed'], 'completed job')} keep their results."],
-                f"Cancel {plural(busy, 'job')}", danger=True)
-        client.put(f"/workflows/{workflow_id}/cancel")
-        canceled, errors = cancel_allocations(client, workflow_id)
-        return {"message": "; ".join([f"Canceled: {plural(busy, 'job')} ended", *(
-            [f"{plural(len(canceled), 'allocation')} canceled"] if canceled else []), *errors])}
-
-    def stop_jobs(self, client, workflow_id, dry_run, body, status):
-        """cancel_job and terminate_job."""
-        ids = self.chosen_jobs(client, workflow_id, body) or []
-        if dry_run:
-            below = [row["job_name"] for number in ids[:20] for row in client.items(
-                "/jobs", workflow_id=workflow_id, upstream_job_id=number)
-                for row in [{"job_name": row["name"]}]]
-            return plan_of(f"{'Cancel' if status == 'canceled' else 'End'} "
-                           f"{plural(len(ids), 'job')}?", [
-                "Its process group gets SIGTERM, and SIGKILL later.",
-                below and f"What waits for it is canceled: {', '.join(below[:5])}."],
-                f"Cancel {plural(len(ids), 'job')}", danger=True)
-        for number in ids:
-            client.post(f"/jobs/{number}/stop", status=status)
-        return {"message": f"{plural(len(ids), 'job')} {status}"}
-
-    def do_cancel_job(self, client, workflow_id, dry_run, body):
-        """End jobs; what depends on them is canceled."""
-        return self.stop_jobs(client, workflow_id, dry_run, body, "canceled")
-
-    def do_terminate_job(self, client, workflow_id, dry_run, body):
-        """End jobs as a time limit would."""
-        return self.stop_jobs(client, workflow_id, dry_run, body, "terminated")
-
-    def do_delete(self, client, workflow_id, dry_run, body):
-        """Remove workflows from the database."""
-        ids = parse_ids(str(body["ids"])) if body.get("ids") else [workflow_id]
-        found = [client.get(f"/workflows/{number}") for number in ids]
-        if dry_run:
-            return plan_of("Delete?", [
-                f"{plural(len(found), 'workflow')} with all jobs, results and events: "
-                f"{names_of(found, 'name')}.", "Output files stay where they are."],
-                f"Delete {plural(len(found), 'workflow')}", danger=True,
-                typed=found[0]["name"] if len(found) == 1 else f"delete {len(found)}")
-        for number in ids:
-            with contextlib.suppress(TorcError):     # what runs is ended, as far as it can be
-                client.put(f"/workflows/{number}/cancel")
-                cancel_allocations(client, number)
-            client.delete(f"/workflows/{number}")
-        return {"message": f"Deleted {plural(len(ids), 'workflow')}", "gone": ids}
-
-    def do_archive(self, client, workflow_id, dry_run, body):
-        """Hide workflows from lists."""
-        ids = parse_ids(str(body["ids"])) if body.get("ids") else [workflow_id]
-        if dry_run:
-            return {}
-        for number in ids:
-            status = client.get(f"/workflows/{number}/status")
-            client.put(f"/workflows/{number}/status", {**status, "is_archived": True})
-        return {"message": f"Archived {plural(len(ids), 'workflow')}"}
-
-    def do_run(self, client, workflow_id, dry_run, body):
-        """Start a runner on this machine."""
-        import socket
-        workflow = client.get(f"/workflows/{workflow_id}")
-        mine = workflow["user"] == client.user
-        if dry_run:
-            if mine:
-                return {}
-            return plan_of("Run somebody else's workflow?", [
-                f"It belongs to {workflow['user']}; its commands would run as you."], "Run it here",
-                danger=True)
-        number = self.logs.start(client, ["run", workflow_id, "-o", self.output_dir,
-                                          "--allow-owner", workflow["user"]], f"run_{workflow_id}")
-        return {"title": f"Runner on {socket.gethostname()}, workflow {workflow_id}", "log": number}
-
-    def do_submit(self, client, workflow_id, dry_run, body):
-        """Ask Slurm for allocations."""
-        request = worker_request(self.worker_args(), client)
-        actions = [action for action in client.get(f"/workflows/{workflow_id}/actions")
-                   if action["action_type"] == "schedule_nodes"
-                   and action["trigger_type"] in START_ACTIONS]
-        if not actions:
-            raise Invalid(NO_ALLOCATIONS.format(name=workflow_id))
-        if dry_run:
-            lines = []
-            for action in actions:
-                one = client.get(f"/slurm_schedulers/{action['action_config']['scheduler_id']}")
-                number = action["action_config"].get("num_allocations", 1)
-                lines.append(f"{plural(number, 'allocation')} of {plural(one['nodes'], 'node')}, "
-                             f"partition {one.get('partition') or 'of the site'}, walltime "
-                             f"{one['walltime']}, account {one['account']}.")
-            return plan_of("Submit to Slurm?", [
-                *lines, f"Workers reach the server at {request.urls[0]}."], "Submit")
-        args = self.worker_args()
-        args.ignore_missing_data, args.spec, args.allow_owner = False, str(workflow_id), [
-            client.get(f"/workflows/{workflow_id}")["user"]]
-        if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
-            initialize_workflow(client, workflow_id)
-        done = schedule_pending(client, workflow_id, request, START_ACTIONS, True)
-        ids = [number for _, numbers in done for number in numbers]
-        if not ids:
-            raise Invalid(f"the allocations of workflow {workflow_id} have been submitted before: "
-                          f"torc slurm schedule-nodes {workflow_id} gets more")
-        return {"message": submitted(len(ids), ids)}
-
-    def worker_args(self):
-        """The options of `submit`, as its parser gives them."""
-        return parse_command(COMMANDS["submit"], [], ["-o", self.output_dir])
 
 
 DASH_EXAMPLE = """\
@@ -20518,283 +20583,6 @@ def do_dash(args, client):
 
 # ---- terminal UI
 
-def plan_initialize(args, client, workflow_id):
-    """The Plan of starting a workflow from the beginning."""
-    report = initialize_workflow(client, workflow_id, dry_run=True)
-    fresh = client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]
-    counted = client.get(f"/workflows/{workflow_id}/counts")
-    lines = [] if fresh else [
-        f"{plural(counted['total'] - counted['uninitialized'], 'job')} lose their status and run "
-        "again; results of earlier runs stay."]
-    for title, name in (("Missing input files", "missing_input_files"),
-                        ("Missing user data", "missing_user_data"),
-                        ("Output files that exist already", "existing_output_files")):
-        if report[name]:
-            lines.append(f"{title}: {named(report[name])}")
-
-    def do(client):
-        initialize_workflow(client, workflow_id, force=not report["safe"])
-        return f"Initialized workflow {workflow_id}."
-
-    return Plan(f"Initialize workflow {workflow_id} ({plural(counted['total'], 'job')})?",
-                tuple(lines), (("y", "start from the beginning" if report["safe"] else
-                                "start without what is missing", do),), sure=not lines)
-
-
-def rerun_lines(plan):
-    """What runs again, and why, in sentences."""
-    lines = [f"{row['job_name']} ({said(row['status'])}): {row['reason']}"
-             for row in plan.jobs[:12]]
-    if len(plan.jobs) > 12:
-        lines.append(f"and {plural(len(plan.jobs) - 12, 'job')} more")
-    if plan.waiting:
-        lines.append(f"{plural(plan.waiting, 'job')} would run for the first time.")
-    if plan.missing:
-        lines.append(f"Missing input files: {named(plan.missing)}")
-    return lines
-
-
-def plan_reinitialize(args, client, workflow_id):
-    """The Plan of running again what changed."""
-    plan = reinitialize_workflow(client, workflow_id, dry_run=True)
-    number = len(plan.jobs) + plan.waiting
-    if not number:
-        raise Invalid(f"Nothing has changed in workflow {workflow_id}: no job would run again.")
-
-    def do(client):
-        reinitialize_workflow(client, workflow_id, force=bool(plan.missing))
-        return f"Reinitialized workflow {workflow_id}: {plural(number, 'job')} to run."
-
-    return Plan(f"Reinitialize workflow {workflow_id}? {plural(number, 'job')} to run.",
-                tuple(rerun_lines(plan)), (("y", "reinitialize" if not plan.missing else
-                                            "reinitialize without what is missing", do),))
-
-
-def plan_reset(args, client, workflow_id):
-    """The Plan of resetting jobs: those that failed, or all."""
-    check_idle(client, workflow_id, False)
-    lines, choices = [], []
-    for key, reset, words in (("f", "failed", "that ended badly, and what depends on them"),
-                              ("a", "all", "all that have run")):
-        plan = plan_rerun(client, workflow_id, reset)
-        if plan.jobs:
-            lines.append(f"{key}: {plural(len(plan.jobs), 'job')} {words}: "
-                         f"{named([row['job_name'] for row in plan.jobs[:6]])}"
-                         + (" and more" if len(plan.jobs) > 6 else ""))
-
-            def do(client, reset=reset, number=len(plan.jobs)):
-                reinitialize_workflow(client, workflow_id, reset=reset)
-                return f"Reset {plural(number, 'job')} of workflow {workflow_id}; x or s runs them."
-
-            choices.append((key, f"reset {plural(len(plan.jobs), 'job')}", do))
-    if not choices:
-        raise Invalid(f"No job of workflow {workflow_id} has run, so none is to be reset.")
-    return Plan(f"Reset jobs of workflow {workflow_id}?", tuple(lines), tuple(choices))
-
-
-def plan_run(args, client, workflow_id):
-    """The Plan of running a workflow on this machine."""
-    workflow = client.get(f"/workflows/{workflow_id}")
-    words = ["run", str(workflow_id), "--output-dir", args.output_dir]
-    counted = client.get(f"/workflows/{workflow_id}/counts")
-    if counted["is_canceled"]:
-        raise Invalid(f"workflow {workflow_id} is canceled: R resets its jobs")
-    if counted["is_complete"] and counted["total"]:
-        raise Invalid(f"all jobs of workflow {workflow_id} have ended: R or i makes them ready")
-    foreign = workflow["user"] != client.user
-    if foreign:
-        words += ["--allow-owner", workflow["user"]]
-    start = Start(f"run of workflow {workflow_id}", tuple(words))
-    return Plan(f"Workflow {workflow_id} belongs to {workflow['user']}; its commands would run as "
-                f"you, {client.user}. Run them?", (), (("y", "run it", lambda client: start),),
-                sure=not foreign)
-
-
-def plan_submit(args, client, workflow_id):
-    """The Plan of submitting a workflow to Slurm, from the dry run of the command itself."""
-    import subprocess
-    words = ["submit", str(workflow_id), "--output-dir", args.output_dir]
-    environment = {name: value for name, value in os.environ.items()
-                   if name not in ("TORC_DATABASE", "TORC_API_URL")}
-    environment.update(client.job_environment(), TORC_USERNAME=client.user)
-    tried = subprocess.run([*own_command(), *words, "--dry-run", "-f", "json"], text=True,
-                           stdin=subprocess.DEVNULL, capture_output=True, env=environment)
-    try:
-        answer = json.loads(tried.stdout)
-    except ValueError:
-        answer = {"error": {"message": tried.stderr.strip() or "the dry run said nothing"}}
-    if "error" in answer:
-        raise Invalid(answer["error"]["message"])
-    lines = [f"{plural(script['num_allocations'], 'allocation')} of scheduler "
-             f"\"{script['scheduler']}\"" for script in answer["scripts"]]
-    lines += [line for script in answer["scripts"] for line in script["script"].splitlines()
-              if line.startswith("#SBATCH")]
-    number = sum(script["num_allocations"] for script in answer["scripts"])
-    start = Start(f"submission of workflow {workflow_id}", tuple(words))
-    return Plan(f"Submit workflow {workflow_id} to Slurm? {plural(number, 'allocation')}.",
-                tuple(lines), (("y", f"submit {plural(number, 'allocation')}",
-                                lambda client: start),))
-
-
-def plan_watch(args, client, workflow_id):
-    """The Plan of looking after a workflow until it ends."""
-    start = Start(f"watch of workflow {workflow_id}",
-                  ("watch", str(workflow_id), "--output-dir", args.output_dir))
-    return Plan("", (), (("y", "watch", lambda client: start),), sure=True)
-
-
-def plan_recover(args, client, workflow_id):
-    """The Plan of running again what failed, with what it needs."""
-    def options(*words):
-        found = parse_command(COMMANDS["recover"], [], [
-            str(workflow_id), "--output-dir", args.output_dir, *words])
-        found.log_level = "error"         # what is told has no place here
-        return found
-
-    report = recover_workflow(options("--dry-run", "--retry-unknown"), client, workflow_id)
-    known = [row for row in report["jobs"] if row["cause"] != "unknown"]
-    if not report["jobs"]:
-        raise Invalid(f"Nothing has failed in workflow {workflow_id}.")
-    lines = [f"{row['job_name']}: {row['text']}" + "".join(
-        f", then {name} {row[name]}" for name in ("memory", "runtime") if name in row)
-        for row in [*known, *(row for row in report["jobs"] if row not in known)][:14]]
-    if had_allocations(client, workflow_id):
-        lines.append("New allocations of Slurm are submitted for them.")
-
-    def do(words, number):
-        def recover(client):
-            recover_workflow(options(*words), client, workflow_id)
-            return f"{plural(number, 'job')} of workflow {workflow_id} to run again; x runs them."
-        return recover
-
-    choices = [("y", f"run {plural(len(known), 'job')} again", do((), len(known)))] if known else []
-    if len(report["jobs"]) > len(known):
-        number = len(report["jobs"])
-        choices.append(("a", f"run {plural(number, 'job')} again, mended or not",
-                        do(("--retry-unknown",), number)))
-    number = plural(len(report["jobs"]), "job")
-    return Plan(f"Recover workflow {workflow_id}? {number} ended badly.", tuple(lines),
-                tuple(choices))
-
-
-def plan_cancel(args, client, workflow_id):
-    """The Plan of canceling a workflow."""
-    path = f"/workflows/{workflow_id}"
-    counted = client.get(f"{path}/counts")
-    if counted["is_canceled"]:
-        raise Invalid(f"Workflow {workflow_id} is canceled already.")
-    busy = counted["pending"] + counted["running"]
-    scheduled, _ = live_allocations(client, workflow_id)
-    lines = [f"{plural(busy, 'job')} pending or running: what runs gets SIGTERM, and SIGKILL if it "
-             "stays." if busy else "No job runs.",
-             f"{plural(counted['ready'] + counted['blocked'], 'waiting job')} will not start."]
-    if scheduled:
-        lines.append(f"{plural(len(scheduled), 'allocation')} of Slurm: scancel.")
-    lines.append(f"{plural(counted['completed'], 'completed job')} and their results stay.")
-
-    def do(client):
-        client.put(f"{path}/cancel")
-        canceled, errors = cancel_allocations(client, workflow_id)
-        if errors:
-            raise TorcError(f"Workflow {workflow_id} is canceled, but: {'; '.join(errors)}")
-        return f"Canceled workflow {workflow_id}" + (
-            f" and {plural(len(canceled), 'allocation')}." if canceled else ".")
-
-    return Plan(f"Cancel workflow {workflow_id}?", tuple(lines), (
-        ("y", f"cancel {plural(busy, 'job')}" if busy else "cancel the workflow", do),))
-
-
-def plan_delete(args, client, workflow_id):
-    """The Plan of deleting a workflow."""
-    workflow = client.get(f"/workflows/{workflow_id}")
-    if workflow["user"] != client.user:
-        raise Forbidden(f"workflow {workflow_id} belongs to {workflow['user']}, not to you "
-                        f"({client.user})")
-    counted = client.get(f"/workflows/{workflow_id}/counts")
-    results = count_records(client, "/results", workflow_id=workflow_id, all_runs=True)
-    busy = counted["pending"] + counted["running"]
-    lines = [f"{plural(counted['total'], 'job')} and {plural(results, 'result')} go; files on disk "
-             "stay."] + ([f"{plural(busy, 'job')} pending or running: C cancels them first."]
-                         if busy else [])
-
-    def do(client):
-        client.delete(f"/workflows/{workflow_id}")
-        return f"Deleted workflow {workflow_id} \"{workflow['name']}\"."
-
-    return Plan(f"Delete workflow {workflow_id} \"{workflow['name']}\"?", tuple(lines),
-                (("y", "delete it for good", do),))
-
-
-def plan_create(args, client, path):
-    """The Plan of creating a workflow from a specification file."""
-    spec = read_spec(path)
-    summary = spec.summary
-    lines = [f"{title}: {summary[name]}" for title, name in SUMMARY_LINES if summary.get(name)]
-    lines += [f"warning: {warning}" for warning in spec.warnings]
-
-    def do(client):
-        payload = {**spec.payload, "workflow": {**spec.payload["workflow"], "user": client.user}}
-        made = client.post("/workflow_specs", payload)
-        return (f"Created workflow {made['id']} \"{made['name']}\" "
-                f"({plural(made['jobs'], 'job')}); i initializes it, x runs it.")
-
-    return Plan(f"Create workflow \"{spec.payload['workflow']['name']}\"?", tuple(lines),
-                (("y", "create it", do),), sure=not spec.warnings)
-
-
-def plan_stop(status):
-    """A function that makes the Plan of ending a job as canceled or terminated."""
-    def plan(args, client, job_id):
-        job = client.get(f"/jobs/{job_id}")
-        if STATUS_OF_NAME[job["status"]] in COMPLETE_SET:
-            raise Invalid(f"{job['name']} has ended already ({said(job['status'])}).")
-        waiting = count_records(client, "/jobs", workflow_id=job["workflow_id"],
-                                upstream_job_id=job_id)
-        at_work = job["status"] in ("pending", "running")
-        lines = ["Its process gets SIGTERM, and SIGKILL if it stays." if at_work else
-                 f"It is {said(job['status'])} and will not start."]
-        if waiting:
-            lines.append(f"{plural(waiting, 'job')} wait for it, and are canceled too unless they "
-                         "say otherwise.")
-        verb = "cancel" if status == "canceled" else "terminate"
-
-        def do(client):
-            client.post(f"/jobs/{job_id}/stop", status=status)
-            return f"{job['name']} is {status}."
-
-        return Plan(f"{verb.capitalize()} {job['name']} (job {job_id})?", tuple(lines),
-                    (("y", f"{verb} 1 job", do),))
-    return plan
-
-
-def plan_retry(args, client, job_id):
-    """The Plan of running a job again."""
-    job = client.get(f"/jobs/{job_id}")
-    if STATUS_OF_NAME[job["status"]] not in (*COMPLETE_SET, PENDING_FAILED):
-        raise Invalid(f"{job['name']} is {said(job['status'])}: only a job that has ended can run "
-                      "again.")
-
-    def do(client):
-        again = client.post(f"/jobs/{job_id}/rerun")
-        return f"{job['name']} is {said(again['status'])} again, attempt {again['attempt_id']}."
-
-    more = [one["name"] for one in client.post(
-        f"/workflows/{job['workflow_id']}/rerun_jobs", {"jobs": [{"job_id": job_id}]},
-        dry_run=True)["jobs"] if one["id"] != job_id]
-    return Plan(f"Run {job['name']} (job {job_id}) again?", (
-        f"It {'has completed' if job['status'] == 'completed' else 'is ' + said(job['status'])} "
-        f"after attempt {job['attempt_id']}; what its failure canceled waits for it again.",
-        *([f"What depends on it and has run runs again, too: {some(more)}."] if more else [])),
-        (("y", f"run {plural(1 + len(more), 'job')} again", do),))
-
-
-PLANS = {"initialize": plan_initialize, "reinitialize": plan_reinitialize, "reset": plan_reset,
-         "run": plan_run, "submit": plan_submit, "watch": plan_watch, "recover": plan_recover,
-         "cancel": plan_cancel, "delete": plan_delete, "create": plan_create,
-         "cancel_job": plan_stop("canceled"), "terminate_job": plan_stop("terminated"),
-         "retry": plan_retry}
-
-
 class TerminalTools:
     """What the terminal UI borrows from the command line; see Terminal."""
 
@@ -20811,8 +20599,13 @@ class TerminalTools:
         self.args.output_dir = path
 
     def plan(self, verb, client, target):
-        """The Plan of an action; target: id of a workflow or job, or a path."""
-        return PLANS[verb](self.args, client, target)
+        """The Plan of an operation; target: id of a workflow or job, or a path."""
+        operation = OPERATIONS[verb]
+        if operation.target == "spec":
+            target = read_spec(target)
+        elif operation.target != "workflow":
+            target = [target]
+        return operation.plan(client, target, Wishes(self.output_dir))
 
     def find_output(self, client, job):
         """The Attempt whose output is to be shown. Raises NotFound."""
@@ -21376,7 +21169,7 @@ def main_dash():
 
 
 # ==================================================================================================
-# 16 Pages
+# 17 Pages
 # ==================================================================================================
 # What the dashboard shows, served byte for byte. Plain DOM code without a framework or a build; the
 # only texts of this program whose lines may be longer than a hundred characters.
@@ -22566,10 +22359,10 @@ function jobPage({id, job: jobId}) {
     const results = () => items.map(r => ({...r, ended: r.return_code === -128 ? "its runner died" : `exit ${r.return_code}`,
       host: r.compute_node_id === items[0].compute_node_id ? job.host : `node ${r.compute_node_id}`,
       ran_s: r.exec_time_minutes * 60}));
-    const verbOf = () => job.status === "running" ? {"data-verb": "cancel_job", class: "danger"}
-      : TONES[job.status] || job.status === "canceled" ? {"data-verb": "rerun", class: "primary"} : null;
-    const head = (verb = verbOf()) => h("div.headline", h("h1.grow", job.name, chip(job.status)), verb
-      && h("button", {...verb, "data-ids": job.id}, verb.class === "danger" ? "Cancel job…" : "Rerun job…"));
+    const verbs = () => job.status === "running" ? {cancel_job: "Cancel job…", terminate_job: "Terminate job…"}
+      : TONES[job.status] || job.status === "canceled" ? {retry: "Rerun job…"} : {};
+    const head = () => h("div.headline", h("h1.grow", job.name, chip(job.status)), Object.entries(verbs()).map(([verb, label]) =>
+      h("button", {"data-verb": verb, "data-ids": job.id, class: verb === "retry" ? "primary" : "danger"}, label)));
     const reason = () => h("p.why", {class: TONES[job.status]}, why.sentence, why.next && h("small", why.next));
     const tries = () => h("div", items.length ? plainTable("Attempts", ATTEMPTS, results())
       : h("p.muted", "None has ended yet."));
@@ -22857,6 +22650,8 @@ const ACTIONS = {                    // verb: [label, states with a button, stat
   rerun: ["Rerun failed…", "failed", "running canceled", "Reset failed jobs and what waits for them, keep the rest"],
   recover: ["Recover…", "failed", "running", "Rerun what ran out of memory or time, with more of it"],
   cancel: ["Cancel…", "running", "waiting stuck", "End running jobs, start no more"],
+  watch: ["Watch here…", "", "waiting running stuck", "Look after it on this machine until it ends"],
+  release: ["Settle…", "", "running stuck", "Take back what dead runners and ended allocations left"],
   reinitialize: ["Reinitialize…", "", "done failed canceled", "Rerun only what changed inputs touch"],
   reset: ["Reset…", "", "waiting done failed canceled stuck", "All jobs back to the start; earlier results stay"],
   export: ["Export", "", "waiting running done failed canceled stuck", "Save one JSON file with jobs, results and events"],
@@ -22883,8 +22678,9 @@ async function act(verb, target) {
   try {
     const plan = await post(`/dash/do/${verb}`, {dry_run: true}, body);
     if (plan.message) return toast(plan.message);
-    if (plan.title && !await confirmDialog(plan)) return;
-    const done = await post(`/dash/do/${verb}`, {}, body);
+    const choice = plan.title ? await confirmDialog(plan) : "y";
+    if (!choice) return;
+    const done = await post(`/dash/do/${verb}`, {}, {...body, choice});
     if (done.message) toast(done.message);
     if (done.log) outputDialog(done);
     if (!store.workflow) render();   // a list
@@ -22904,15 +22700,16 @@ function dialog(title, broad, ...content) {
 }
 const closing = h("div.foot", h("button", {value: "close"}, "Close"));
 const plain = text => text.replace(/\s+/g, " ").trim();       // as it is shown, and can be typed
-function confirmDialog({title, lines: words, verb, danger, typed}) {
+function confirmDialog({title, lines: words, choices, danger, typed}) {       // the key of what was chosen
   return new Promise(answer => {
-    const yes = h("button", {value: "yes", class: danger ? "danger" : "primary", disabled: Boolean(typed)}, verb);
-    const no = h("button", {value: "no", autofocus: true}, "Keep as it is");
+    const yes = choices.map(({key, verb}) =>
+      h("button", {value: key, class: danger ? "danger" : "primary", disabled: Boolean(typed)}, verb));
+    const no = h("button", {value: "", autofocus: true}, "Keep as it is");
     const field = h("input", {"aria-label": `Type ${typed}`, autocomplete: "off",
-      oninput: () => { yes.disabled = plain(field.value) !== plain(typed); }});
+      oninput: () => { yes[0].disabled = plain(field.value) !== plain(typed); }});
     const el = dialog(title, false, words.map(line => h("p", line)),
-      typed && h("p", "Type ", h("b", typed), " to go on: ", field), h("div.foot", no, yes));
-    el.addEventListener("close", () => answer(el.returnValue === "yes"));
+      typed && h("p", "Type ", h("b", typed), " to go on: ", field), h("div.foot", no, ...yes));
+    el.addEventListener("close", () => answer(el.returnValue));
   });
 }
 function outputDialog({title, log}) {
