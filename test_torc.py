@@ -7111,8 +7111,8 @@ PAGE_TEXTS = (                            # keys that lead there, what is to be 
     ("", ("torc / workflows", "test", "40 %")), ("g o", ("2 of 5 done", "Failures", "exit 3")),
     ("g j", ("fetch", "✓ completed", "align_2", "exit 3", "merge 日本", "1-5 of 5")),
     ("g d", ("├─ ", "✗ align_2", "after", "too")), ("g t", ("here", "One cell is")),
-    ("g f", ("1 ✗ exit 3", "align_2")), ("g r", ("align_2", "fetch", "Exit")),
-    ("g n", ("here", "At work")), ("g s", ("4711", "complete")), ("g m", ("4711", "1.0 GB")),
+    ("g f", ("1 ✗ exit 3", "align_2")), ("g r", ("align_2", "fetch", "Return Code")),
+    ("g n", ("here", "Active")), ("g s", ("4711", "complete")), ("g m", ("4711", "1.0 GB")),
     ("g i", ("raw.txt",)), ("g a", ("seed", '{"x":1}')), ("g e", ("Time", "noted")),
     ("g j Enter", ("It completed with return code 0", "Attempts", "Frees", "Command")),
     ("g j l", ("There is no file",)), ("g i Enter", ("raw.txt", "workflow_id")),
@@ -8053,8 +8053,8 @@ def test_a_list_has_heading_columns_and_total(cli, local):
     make(local, {"a": [], "b": ["a"]})
     lines = cli("jobs", "list", 1, "-x", "command", ok=0)[1].splitlines()
     assert lines[0] == "Jobs for workflow 1:" and lines[-1] == "Total: 2 jobs"
-    assert lines[1].split() == ["ID", "Name", "Status", "Priority"]
-    assert lines[3].split() == ["1", "a", "ready", "0"]
+    assert lines[1].split() == ["ID", "Name", "Status", "Attempt", "Priority"]
+    assert lines[3].split() == ["1", "a", "ready", "1", "0"]
 
 
 def test_long_json_lists_are_one_record_a_line(cli, local):

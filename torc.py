@@ -13309,6 +13309,84 @@ class Watcher:
         return None
 
 
+# ---- records as rows
+
+class Column(NamedTuple):
+    """A column of a list."""
+
+    title: str
+    field: str
+    width: int                            # in the terminal UI; 0: whatever is left
+    right: bool
+    least: int                            # width of the screen from which on it is shown there
+
+
+COLUMNS = {                               # kind: "title=field width least, ..."; 6> is to the right
+    "workflow": "ID=id 6>, Name=name, State=state 17, Done=share 6>, Jobs=total 8>,"
+                " Failed=failed 7>, Timestamp=timestamp 12, User=user 12 100,"
+                " Project=project 16 140, Description=description 60 170, Metadata=metadata 40 230",
+    "job": "ID=id 6>, Name=name, Status=status 16, =note 20, Ran=ran_s 6>,"
+           " Memory=peak_memory_bytes 9> 92, Host=host 14 110, Attempt=attempt_id 7> 120,"
+           " Priority=priority 8> 130, Command=command 50 160",
+    "result": "ID=id 6>, Job ID=job_id 6> 140, Job Name=job_name, WF ID=workflow_id 5> 200,"
+              " Run ID=run_id 6>, Attempt=attempt_id 7>, Return Code=return_code 11>,"
+              " Exec Time (min)=exec_time_minutes 15> 100, Peak Mem=peak_memory_bytes 9>,"
+              " Avg CPU %=avg_cpu_percent 9> 110, Completion Time=completion_time 15 120,"
+              " Status=status 16, Node=compute_node_id 6> 140",
+    "file": "ID=id 6>, Name=name 24, Path=path, Modified=st_mtime 12",
+    "user_data": "ID=id 6>, Name=name 24, Ephemeral=is_ephemeral 9, Data=data",
+    "event": "ID=id 6> 120, Time=timestamp 12, What=what 20, Data=data",
+    "resource_requirements": "ID=id, Name=name, CPUs=num_cpus, GPUs=num_gpus, Nodes=num_nodes,"
+                             " Memory=memory, Runtime=runtime",
+    "failure_handler": "ID=id, Name=name, Rules=rules",
+    "compute_node": "ID=id 6>, Hostname=hostname, Active=is_active 6, PID=pid 8>, CPUs=num_cpus 4>,"
+                    " GB=memory_gb 7>, GPUs=num_gpus 4>, Start Time=start_time 12,"
+                    " Duration=duration_seconds 8> 92, Kind=compute_node_type 8 110,"
+                    " Output=output_dir 50 160",
+    "scheduled_compute_node": "ID=id 6>, Slurm Job=scheduler_id 10>,"
+                              " Scheduler=scheduler_config_id 9>, Type=scheduler_type 8,"
+                              " Status=status 10, Note=note",
+    "slurm_scheduler": "ID=id, Name=name, Account=account, Nodes=nodes, Walltime=walltime,"
+                       " Partition=partition, QOS=qos, Mem=mem",
+    "slurm_stats": "Job ID=job_id 6> 120, Job=job_name, Run=run_id 3>, Attempt=attempt_id 7>,"
+                   " Slurm Job=slurm_job_id 10>, Max RSS=max_rss_bytes 9>,"
+                   " Max VM=max_vm_size_bytes 9> 130, CPU s=ave_cpu_seconds 9>,"
+                   " Read=max_disk_read_bytes 9> 100, Written=max_disk_write_bytes 9> 100,"
+                   " Nodes=node_list 14"}
+
+
+@functools.lru_cache(maxsize=None)
+def read_columns(text):
+    """The Columns of a text such as those in COLUMNS; width and more may be left out."""
+    found = []
+    for part in text.split(","):
+        title, _, rest = part.strip().rpartition("=")
+        field, width, least = (rest.split() + ["0", "0"])[:3]
+        found.append(Column(title, field, int(width.rstrip(">")), width[-1] == ">", int(least)))
+    return found
+
+
+WRITTEN = {**dict.fromkeys(("peak_memory_bytes", "max_rss_bytes", "max_vm_size_bytes",
+                            "max_disk_read_bytes", "max_disk_write_bytes"), format_bytes),
+           **dict.fromkeys(("duration_seconds", "ran_s"), format_duration),
+           "exec_time_minutes": "{:.3f}".format, "avg_cpu_percent": "{:.1f}".format}
+TIMES = ("st_mtime", "timestamp", "executed_at", "start_time", "completion_time")
+
+
+def cell(record, name, when=local_time):
+    """A field of a record as text of one line. when: function that writes a time."""
+    value = record.get(name)
+    if value is None:
+        return ""
+    if name in TIMES or name in WRITTEN:
+        return WRITTEN.get(name, when)(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return clean(value if isinstance(value, str) else compact(value))
+
+
 # ==================================================================================================
 # 14 Server
 # ==================================================================================================
@@ -14638,7 +14716,7 @@ STYLES = {"": (-1, -1, ""), "title": (-1, -1, "bold"), "dim": (247, -1, ""),
           "alarm": (209, 1, "bold"), "hit": (-1, -1, "reverse")}
 ASCII_MARKS = {"▌": "*", "│": "|", "├": "|", "└": "`", "─": "-", "↓": "v", "·": "-", "█": "#",
                "–": "-", "→": ">", "‹": "<", "›": ">", **dict(zip("▁▂▃▄▅▆▇", "__.-=+*"))}
-COLUMNS = "▁▂▃▄▅▆▇█"
+LEVELS = "▁▂▃▄▅▆▇█"
 SMALLEST = (80, 24)
 RETRY_S = (1, 2, 4, 8, 15)                # pauses before a server that is away is asked again
 LOG_BYTES = 4 * 2**20                     # of a log's end that the viewer holds
@@ -14659,10 +14737,10 @@ def printable(text):
 
 
 def moment(value):
-    """Seconds since the epoch of a timestamp (ISO 8601 in UTC, or ms), None if it is none."""
+    """Seconds since the epoch of a time (ISO 8601 in UTC, seconds, ms), None if it is none."""
     import calendar
     if isinstance(value, (int, float)):
-        return value / 1000
+        return value / 1000 if value > 1e11 else value
     try:
         return calendar.timegm(time.strptime(value[:19], "%Y-%m-%dT%H:%M:%S"))
     except (TypeError, ValueError):
@@ -14872,57 +14950,26 @@ def folded(text, width):
 def spark(numbers):
     """Numbers as small columns."""
     most = max(numbers, default=0)
-    return "".join(" " if not number else COLUMNS[min(7, int(8 * number / most))]
+    return "".join(" " if not number else LEVELS[min(7, int(8 * number / most))]
                    for number in numbers)
 
 
-class Column(NamedTuple):
-    """A column of a list."""
-
-    title: str
-    show: Any                             # function of (State, record): text or (text, style)
-    width: int                            # 0: whatever is left
-    least: int = 0                        # width of the screen from which on it is shown
-    right: bool = False
-
-
-def text_cell(name):
-    """A cell that shows a field as it is."""
-    def show(state, record):
-        value = record.get(name)
-        return "" if value is None else value if isinstance(value, str) else \
-            ("yes" if value else "no") if isinstance(value, bool) else \
-            f"{value:.1f}" if isinstance(value, float) else \
-            str(value) if isinstance(value, int) else compact(value)
-    return show
-
-
-def time_cell(name):
-    """A cell that shows a time."""
-    return lambda state, record: clock(moment(record.get(name)), state.now)
-
-
-def bytes_cell(name):
-    """A cell that shows bytes."""
-    return lambda state, record: format_bytes(record[name]) if record.get(name) else ""
-
-
-def status_cell(state, record):
-    """A cell that shows a job's status."""
-    return status_span(state, record["status"])
-
-
-def number_cell(state, record):
-    """A cell that shows an id."""
-    return str(record["id"])
+def shown_cell(state, record, column):
+    """A field of a record as (text, style)."""
+    value = record.get(column.field)
+    if column.field == "status" and value in LOOKS:
+        return status_span(state, value)
+    if column.field == "state":
+        return f"{glyph(state, STATE_LOOKS[value])} {value}", STATE_LOOKS[value]
+    text = cell(record, column.field, lambda value: clock(moment(value), state.now))
+    return text, "failed" if column.field == "failed" else ""
 
 
 def cells_line(columns, cells, width):
     """The cells of a row side by side."""
     fixed = sum(column.width for column in columns) + 2 * (len(columns) - 1)
     line = []
-    for column, shown in zip(columns, cells):
-        text, style = shown if isinstance(shown, tuple) else (shown, "")
+    for column, (text, style) in zip(columns, cells):
         room = column.width or max(4, width - fixed)
         text = shorten(printable(text), room)
         pad = " " * (room - text_width(text))
@@ -14949,10 +14996,14 @@ def list_window(page):
 
 def load_workflows(client, ask):
     """The window of the list of workflows."""
-    return list_window(client.page(
+    window = list_window(client.page(
         "/workflows", is_archived=False, sort_by="id", reverse_sort=True, include_counts=True,
         user=None if ask.everybody else client.user, search=ask.filter.strip() or None,
         offset=ask.offset, limit=ask.limit))
+    for record in window["rows"]:
+        record["share"] = percent(record["done"], record["total"])
+        record["failed"] = record["counts"].get("failed") or None
+    return window
 
 
 def load_overview(client, ask):
@@ -15096,6 +15147,9 @@ def load_list(path, **query):
                         names[record["job_id"]] = client.get(f"/jobs/{record['job_id']}")["name"]
                 record["job_name"] = names.get(record["job_id"], "")
             data["names"] = names
+        for record in data["rows"] if path == "/events" else ():
+            what = record["data"] if isinstance(record["data"], dict) else {}
+            record["what"] = what.get("category") or what.get("event_type")
         return data
     return load
 
@@ -15358,7 +15412,7 @@ def timeline_rows(state, page, width):
         line = [(shorten(runner["name"], 14).ljust(15), ""), (f"{runner['busy']:>3} %  ", "dim")]
         style = "running" if runner["active"] else "completed"
         for part, bad in runner["bins"]:
-            cell = " " if part <= 0.02 else COLUMNS[min(7, int(8 * part))]
+            cell = " " if part <= 0.02 else LEVELS[min(7, int(8 * part))]
             line.append((glyph(state, "failed"), "failed") if bad else (cell, style))
         rows.append(Row(line, to, f"{runner['name']}: {runner['ran']:,} jobs on "
                         f"{plural(runner['cpus'], 'CPU')}, idle {span(runner['idle_s'])}"))
@@ -15432,15 +15486,16 @@ def help_rows(state, page, width):
 
 def list_lines(state, page, width, height):
     """A list: heads, then the rows in view."""
-    columns = [column for column in page.kind.columns if column.least <= width]
-    heads = cells_line(columns, [column.title for column in columns], width - 2)
+    columns = [column for column in read_columns(COLUMNS[page.kind.columns])
+               if column.least <= width]
+    heads = cells_line(columns, [(column.title, "") for column in columns], width - 2)
     lines = [[("  ", ""), *[(text, "dim") for text, _ in heads]]]
     data, mark = page.data, "*" if state.plain else "▌"
     for index in range(page.top, min(page.top + height - 1, data["total"])):
         place = index - data["offset"]
         if 0 <= place < len(data["rows"]):
             record = data["rows"][place]
-            line = cells_line(columns, [column.show(state, record) for column in columns],
+            line = cells_line(columns, [shown_cell(state, record, column) for column in columns],
                               width - 2)
         else:
             line = [("...", "dim")]
@@ -15756,7 +15811,7 @@ class PageKind(NamedTuple):
     go: str
     load: Any
     keys: tuple                           # of KEYS; the first that has a key wins
-    columns: tuple = ()                   # a list, of which a window is loaded
+    columns: str = ""                     # of COLUMNS: a list, of which a window is loaded
     rows: Any = None                      # or rows worked out of the data
     lines: Any = None                     # or lines of its own
     tab: bool = False
@@ -15765,82 +15820,16 @@ class PageKind(NamedTuple):
     empty: str = "Nothing is here yet."
 
 
-WORKFLOW_COLUMNS_SHOWN = (
-    Column("ID", number_cell, 6, right=True), Column("Name", text_cell("name"), 0),
-    Column("State", lambda state, one: (
-        f"{glyph(state, STATE_LOOKS[one['state']])} {one['state']}", STATE_LOOKS[one["state"]]),
-        17),
-    Column("Done", lambda state, one: percent(one["done"], one["total"]), 6, right=True),
-    Column("Jobs", lambda state, one: f"{one['total']:,}", 8, right=True),
-    Column("Failed", lambda state, one: (
-        f"{one['counts'].get('failed', 0) or '':,}" if one["counts"].get("failed") else "",
-        "failed"), 7, right=True),
-    Column("Created", lambda state, one: clock(moment(one.get("timestamp")), state.now), 12),
-    Column("User", text_cell("user"), 12, 100), Column("Project", text_cell("project"), 16, 140),
-    Column("Description", text_cell("description"), 60, 170))
-JOB_COLUMNS_SHOWN = (
-    Column("ID", number_cell, 6, right=True), Column("Name", text_cell("name"), 0),
-    Column("Status", status_cell, 16), Column("", text_cell("note"), 20),
-    Column("Ran", lambda state, job: format_duration(job["ran_s"])
-           if job.get("ran_s") is not None else "", 6, right=True),
-    Column("Memory", bytes_cell("peak_memory_bytes"), 9, 92, right=True),
-    Column("Host", text_cell("host"), 14, 110),
-    Column("Attempt", text_cell("attempt_id"), 7, 120, right=True),
-    Column("Command", text_cell("command"), 50, 160))
-RESULT_COLUMNS_LISTED = (
-    Column("ID", number_cell, 6, right=True), Column("Job", text_cell("job_name"), 0),
-    Column("Run", text_cell("run_id"), 3, right=True),
-    Column("Try", text_cell("attempt_id"), 3, right=True),
-    Column("Exit", text_cell("return_code"), 4, right=True), Column("Status", status_cell, 16),
-    Column("Ran", lambda state, one: format_duration(one["exec_time_minutes"] * 60), 6, right=True),
-    Column("Memory", bytes_cell("peak_memory_bytes"), 9, right=True),
-    Column("CPU %", text_cell("avg_cpu_percent"), 6, 92, right=True),
-    Column("Ended", time_cell("completion_time"), 12, 110),
-    Column("Node", text_cell("compute_node_id"), 6, 120, right=True))
-FILE_COLUMNS = (Column("ID", number_cell, 6, right=True), Column("Name", text_cell("name"), 24),
-                Column("Path", text_cell("path"), 0), Column("Modified", lambda state, one: clock(
-                    one.get("st_mtime"), state.now), 12))
-EVENT_COLUMNS = (Column("Time", time_cell("timestamp"), 12), Column(
-    "What", lambda state, one: str((one["data"] if isinstance(one["data"], dict) else {}).get(
-        "category") or (one["data"] if isinstance(one["data"], dict) else {}).get(
-            "event_type") or ""), 20), Column("Data", text_cell("data"), 0))
-DATA_COLUMNS = (Column("ID", number_cell, 6, right=True), Column("Name", text_cell("name"), 24),
-                Column("Ephemeral", text_cell("is_ephemeral"), 9),
-                Column("Data", text_cell("data"), 0))
-NODE_COLUMNS = (
-    Column("ID", number_cell, 6, right=True), Column("Host", text_cell("hostname"), 0),
-    Column("At work", text_cell("is_active"), 7), Column("PID", text_cell("pid"), 8, right=True),
-    Column("CPUs", text_cell("num_cpus"), 4, right=True),
-    Column("GB", text_cell("memory_gb"), 7, right=True),
-    Column("GPUs", text_cell("num_gpus"), 4, right=True),
-    Column("Started", time_cell("start_time"), 12),
-    Column("Kind", text_cell("compute_node_type"), 8, 100),
-    Column("Output", text_cell("output_dir"), 50, 140))
-ALLOCATION_COLUMNS = (
-    Column("ID", number_cell, 6, right=True),
-    Column("Slurm job", text_cell("scheduler_id"), 10, right=True),
-    Column("Scheduler", text_cell("scheduler_config_id"), 9, right=True),
-    Column("Type", text_cell("scheduler_type"), 8), Column("Status", text_cell("status"), 10),
-    Column("Note", text_cell("note"), 0))
-SLURM_COLUMNS = (
-    Column("Job", text_cell("job_name"), 0), Column("Run", text_cell("run_id"), 3, right=True),
-    Column("Try", text_cell("attempt_id"), 3, right=True),
-    Column("Slurm job", text_cell("slurm_job_id"), 10, right=True),
-    Column("Memory", bytes_cell("max_rss_bytes"), 9, right=True),
-    Column("CPU s", text_cell("ave_cpu_seconds"), 9, right=True),
-    Column("Read", bytes_cell("max_disk_read_bytes"), 9, 92, right=True),
-    Column("Written", bytes_cell("max_disk_write_bytes"), 9, 92, right=True),
-    Column("Nodes", text_cell("node_list"), 14))
 IN_WORKFLOW = ("moves", "workflow", "everywhere")
 PAGES = {
     "workflows": PageKind(
         "Workflows", "w", load_workflows, ("workflows", "moves", "workflow", "everywhere"),
-        WORKFLOW_COLUMNS_SHOWN, hint=workflow_hint,
+        "workflow", hint=workflow_hint,
         empty="You have no workflow here: n creates one from a specification file, and a shows "
               "those of all users."),
     "overview": PageKind("Overview", "o", load_overview, IN_WORKFLOW, rows=overview_rows,
                          tab=True, every_s=2.0),
-    "jobs": PageKind("Jobs", "j", load_jobs, ("jobs", *IN_WORKFLOW), JOB_COLUMNS_SHOWN, tab=True,
+    "jobs": PageKind("Jobs", "j", load_jobs, ("jobs", *IN_WORKFLOW), "job", tab=True,
                      every_s=2.0, hint=job_hint, empty="This workflow has no jobs."),
     "graph": PageKind("Graph", "d", load_graph, IN_WORKFLOW, rows=graph_rows, tab=True,
                       every_s=10.0, empty="This workflow has no jobs."),
@@ -15850,22 +15839,22 @@ PAGES = {
                          empty="Nothing has failed."),
     "results": PageKind("Results", "r", load_list("/results", sort_by="id", reverse_sort=True,
                                                   all_runs=True), IN_WORKFLOW,
-                        RESULT_COLUMNS_LISTED, tab=True, empty="No job has ended yet."),
+                        "result", tab=True, empty="No job has ended yet."),
     "nodes": PageKind("Nodes", "n", load_list("/compute_nodes", sort_by="id", reverse_sort=True),
-                      IN_WORKFLOW, NODE_COLUMNS, tab=True,
+                      IN_WORKFLOW, "compute_node", tab=True,
                       empty="No runner has worked on this workflow: x starts one here."),
     "allocations": PageKind("Allocations", "s", load_list(
         "/scheduled_compute_nodes", sort_by="id", reverse_sort=True), IN_WORKFLOW,
-        ALLOCATION_COLUMNS, tab=True, hint=allocation_hint,
+        "scheduled_compute_node", tab=True, hint=allocation_hint,
         empty="No allocation was asked for: s submits to Slurm."),
-    "slurm": PageKind("Slurm", "m", load_list("/slurm_stats"), IN_WORKFLOW, SLURM_COLUMNS,
+    "slurm": PageKind("Slurm", "m", load_list("/slurm_stats"), IN_WORKFLOW, "slurm_stats",
                       tab=True, empty="Slurm's accounting has told nothing of this workflow."),
-    "files": PageKind("Files", "i", load_list("/files"), IN_WORKFLOW, FILE_COLUMNS, tab=True,
+    "files": PageKind("Files", "i", load_list("/files"), IN_WORKFLOW, "file", tab=True,
                       empty="This workflow names no files."),
-    "data": PageKind("Data", "a", load_list("/user_data"), IN_WORKFLOW, DATA_COLUMNS, tab=True,
+    "data": PageKind("Data", "a", load_list("/user_data"), IN_WORKFLOW, "user_data", tab=True,
                      empty="This workflow has no user data."),
     "events": PageKind("Events", "e", load_list("/events", sort_by="timestamp", reverse_sort=True),
-                       IN_WORKFLOW, EVENT_COLUMNS, tab=True, every_s=2.0,
+                       IN_WORKFLOW, "event", tab=True, every_s=2.0,
                        empty="Nothing was noted yet."),
     "job": PageKind("Job", "", load_job, ("job", *IN_WORKFLOW), rows=job_rows, every_s=2.0),
     "log": PageKind("Log", "", load_log, ("log", "everywhere"), lines=log_view_lines, every_s=0.5),
@@ -17652,26 +17641,6 @@ def unknown_command(name, word):
 
 # ---- output
 
-CELLS = {"st_mtime": local_time, "timestamp": local_time, "peak_memory_bytes": format_bytes,
-         "duration_seconds": format_duration, "executed_at": local_time,
-         "exec_time_minutes": lambda minutes: f"{minutes:.3f}",
-         "avg_cpu_percent": lambda percent: f"{percent:.1f}"}
-
-
-def cell(record, name):
-    """A field of a record as text of one line."""
-    value = record.get(name)
-    if value is None:
-        return ""
-    if name in CELLS:
-        return CELLS[name](value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    return clean(value if isinstance(value, str) else compact(value))
-
-
 def fit_widths(widths, room):
     """Column widths that fit into `room`: the widest give way first, none below 8."""
     widths = list(widths)
@@ -17717,13 +17686,11 @@ def print_json(value):
         print(json.dumps(value, indent=2, ensure_ascii=plain))
 
 
-def split_columns(text):
-    """[(title, field), ...] from "ID=id, Memory (GB)=memory_gb"."""
-    return [tuple(part.strip().rpartition("=")[::2]) for part in text.split(",")]
-
-
 def show_list(args, key, noun, columns_text, records, place="", without=()):
-    """Print records as JSON {key: [...]}, or as a table with heading and total."""
+    """Print records as JSON {key: [...]}, or as a table with heading and total.
+
+    columns_text: a kind of COLUMNS, or columns as described there; without: titles.
+    """
     records = list(records)
     if args.format == "json":
         print_json({key: records})
@@ -17732,11 +17699,15 @@ def show_list(args, key, noun, columns_text, records, place="", without=()):
     if not records:
         print(f"No {plural(2, noun)[2:]} found{where}.")
         return
-    shown = [pair for pair in split_columns(columns_text) if pair[0].lower() not in without]
-    rows = [[cell(record, name) for _, name in shown] for record in records]
+    kind = KINDS.get(columns_text)
+    always = {field.name for field in kind.fields} if kind else ()
+    shown = [column for column in read_columns(COLUMNS.get(columns_text, columns_text))
+             if column.title.lower() not in without and (column.field in always or any(
+                 column.field in record for record in records))]
+    rows = [[cell(record, column.field) for column in shown] for record in records]
     heading = plural(2, noun)[2:]
     print(f"{heading[0].upper()}{heading[1:]}{where}:")
-    print("\n".join(table_lines([title for title, _ in shown], rows)))
+    print("\n".join(table_lines([column.title for column in shown], rows)))
     print(f"\nTotal: {plural(len(records), noun)}")
 
 
@@ -17836,10 +17807,6 @@ def operation_command(name, *texts, example, ask=True, dry_run=DRY_RUN):
     def act(args, client):
         target = args.workflow_id if operation.target == "workflow" else flat(args.ids)
         return carry_out(args, client, operation.plan(client, target, wishes_of(args)), ask)
-
-
-WORKFLOW_COLUMNS = ("ID=id, Name=name, Description=description, Project=project,"
-                    " Metadata=metadata, Timestamp=timestamp")
 
 
 def choose_workflow(args, client):
@@ -18377,7 +18344,6 @@ class Noun(NamedTuple):
 
     word: str                             # as typed; with _ for - the key in JSON
     table: str                            # its row of KINDS
-    columns: str                          # title=field, ...
     verbs: str
     create: tuple = ()                    # options whose names are fields
     update: tuple = ()
@@ -18446,7 +18412,7 @@ def list_verb(noun):
             path = f"/workflows/{args.workflow_id}{path}"
         else:
             query["workflow_id"] = args.workflow_id
-        show_list(args, noun.key, noun.kind.name, noun.columns, client.items(path, **query),
+        show_list(args, noun.key, noun.kind.name, noun.table, client.items(path, **query),
                   f"workflow {args.workflow_id}")
 
 
@@ -18542,15 +18508,12 @@ SCHEDULER = """
     -e, --extra TEXT     further options of sbatch, as in --exclusive
     """
 NOUNS = (
-    Noun("jobs", "job", "ID=id, Name=name, Status=status, Priority=priority, Command=command",
-         "get delete delete-all"),
-    Noun("files", "file", "ID=id, Name=name, Path=path, Modified Time=st_mtime",
-         "create list get update delete",
+    Noun("jobs", "job", "get delete delete-all"),
+    Noun("files", "file", "create list get update delete",
          create=(NAME, "-p, --path PATH  (required)"),
          update=(NEW_NAME, "-p, --path PATH"),
          filters=("--produced-by-job-id ID",)),
-    Noun("user-data", "user_data", "ID=id, Name=name, Data=data, Ephemeral=is_ephemeral",
-         "create list get update delete delete-all",
+    Noun("user-data", "user_data", "create list get update delete delete-all",
          create=(NAME, """
             -d, --data JSON
             --ephemeral -> is_ephemeral
@@ -18573,30 +18536,22 @@ NOUNS = (
              --sort-by FIELD        a field of the JSON output
              --reverse-sort         largest first
              """),
-    Noun("results", "result", "", "get delete"),
-    Noun("events", "event", "ID=id, Time=timestamp, Data=data", "create get delete",
+    Noun("results", "result", "get delete"),
+    Noun("events", "event", "create get delete",
          create=("-d, --data JSON  (required)",)),
-    Noun("resource-requirements", "resource_requirements",
-         "ID=id, Name=name, CPUs=num_cpus, GPUs=num_gpus, Nodes=num_nodes, Memory=memory,"
-         " Runtime=runtime", "create list get update delete",
+    Noun("resource-requirements", "resource_requirements", "create list get update delete",
          create=(NAME, REQUIREMENTS), update=(NEW_NAME, REQUIREMENTS)),
-    Noun("failure-handlers", "failure_handler", "ID=id, Name=name, Rules=rules", "list get"),
-    Noun("compute-nodes", "compute_node",
-         "ID=id, Hostname=hostname, PID=pid, CPUs=num_cpus, Memory (GB)=memory_gb, GPUs=num_gpus,"
-         " Active=is_active, Start Time=start_time, Duration=duration_seconds", "list get",
+    Noun("failure-handlers", "failure_handler", "list get"),
+    Noun("compute-nodes", "compute_node", "list get",
          filters=("--scheduled-compute-node ID -> scheduled_compute_node_id",),
          paging=SHORT_PAGING),
-    Noun("scheduled-compute-nodes", "scheduled_compute_node",
-         "ID=id, Scheduler ID=scheduler_id, Config ID=scheduler_config_id, Type=scheduler_type,"
-         " Status=status", "list get",
+    Noun("scheduled-compute-nodes", "scheduled_compute_node", "list get",
          filters=("""
             --scheduler-id ID
             --scheduler-config-id ID
             --status TEXT
             """,)),
-    Noun("slurm", "slurm_scheduler",
-         "ID=id, Name=name, Account=account, Nodes=nodes, Walltime=walltime, Partition=partition,"
-         " QOS=qos, Mem=mem", "create list get update delete", list_key="slurm_schedulers",
+    Noun("slurm", "slurm_scheduler", "create list get update delete", list_key="slurm_schedulers",
          create=(NAME, """
             -a, --account NAME            (required)
             -N, --nodes N=1
@@ -18652,9 +18607,9 @@ def do_workflows_list(args, client):
     records = client.items("/workflows", is_archived=archived,
                            user=None if args.all_users else client.user,
                            **page_query(args, KINDS["workflow"]))
-    more = ", User=user" if args.all_users else ""
-    show_list(args, "workflows", "workflow", WORKFLOW_COLUMNS + more, records,
-              "" if args.all_users else f"user {client.user}")
+    show_list(args, "workflows", "workflow", "workflow", records,
+              "" if args.all_users else f"user {client.user}",
+              () if args.all_users else ("user",))
 
 
 @command("workflows get", WORKFLOW, example="torc workflows get 3")
@@ -18860,7 +18815,7 @@ def do_jobs_create_from_file(args, client):
          """, example="torc jobs list 3 --status failed")
 def do_jobs_list(args, client):
     """List the jobs of a workflow."""
-    titles = [title.lower() for title, _ in split_columns(NOUN_OF["jobs"].columns)]
+    titles = [column.title.lower() for column in read_columns(COLUMNS["job"])]
     for column in args.exclude or ():
         if column.lower() not in titles:
             raise UsageError(f"the table has no column {column!r}{nearest(column, titles)}")
@@ -18870,7 +18825,7 @@ def do_jobs_list(args, client):
                            upstream_job_id=args.upstream_job_id,
                            include_relationships=args.include_relationships or None,
                            **page_query(args, KINDS["job"]))
-    show_list(args, "jobs", "job", NOUN_OF["jobs"].columns + relations, records,
+    show_list(args, "jobs", "job", COLUMNS["job"] + relations, records,
               f"workflow {args.workflow_id}", [column.lower() for column in args.exclude or ()])
 
 
@@ -18952,7 +18907,7 @@ operation_command("retry", LIST_IDS, "--only  without what depends on them and h
 def do_files_list_required(args, client):
     """List the files that must exist: inputs that no job makes, outputs of completed jobs."""
     wanted = set(client.get(f"/workflows/{args.workflow_id}/required_existing_files")["files"])
-    show_list(args, "files", "file", NOUN_OF["files"].columns,
+    show_list(args, "files", "file", "file",
               [file for file in client.items("/files", workflow_id=args.workflow_id)
                if file["id"] in wanted], f"workflow {args.workflow_id}")
 
@@ -18961,7 +18916,7 @@ def do_files_list_required(args, client):
 def do_user_data_list_missing(args, client):
     """List user data that should have a value and has none."""
     wanted = set(client.get(f"/workflows/{args.workflow_id}/missing_user_data")["user_data"])
-    show_list(args, "user_data", "user data", NOUN_OF["user-data"].columns,
+    show_list(args, "user_data", "user data", "user_data",
               [record for record in client.items("/user_data", workflow_id=args.workflow_id)
                if record["id"] in wanted], f"workflow {args.workflow_id}")
 
@@ -18977,7 +18932,7 @@ def do_events_list(args, client):
     if args.type:
         records = [event for event in records if isinstance(event["data"], dict) and args.type in (
             event["data"].get("category"), event["data"].get("event_type"))][:args.limit]
-    show_list(args, "events", "event", NOUN_OF["events"].columns, records,
+    show_list(args, "events", "event", "event", records,
               f"workflow {args.workflow_id}")
 
 
@@ -19019,12 +18974,6 @@ for _row in DEPENDENCY_LISTS:
     dependency_list(*_row)
 
 
-RESULT_COLUMNS_SHOWN = (
-    "ID=id, Job ID=job_id, Job Name=job_name, WF ID=workflow_id, Run ID=run_id, Attempt=attempt_id,"
-    " Return Code=return_code, Exec Time (min)=exec_time_minutes, Peak Mem=peak_memory_bytes,"
-    " Avg CPU %=avg_cpu_percent, Completion Time=completion_time, Status=status")
-
-
 def find_results(args, client):
     """The results that the options of `results list` ask for."""
     from itertools import islice
@@ -19064,7 +19013,7 @@ def do_results_list(args, client):
         jobs = jobs_of(args, client)
         for result in results:
             result["job_name"] = jobs[result["job_id"]]["name"]
-    show_list(args, "results", "result", RESULT_COLUMNS_SHOWN, results,
+    show_list(args, "results", "result", "result", results,
               f"workflow {args.workflow_id}")
 
 
@@ -19369,11 +19318,8 @@ def stats_query(args):
          """, example="torc slurm stats 3")
 def do_slurm_stats(args, client):
     """List what Slurm's accounting said of the jobs that ran as steps of srun."""
-    show_list(args, "slurm_stats", "record", "Job ID=job_id, Run=run_id, Attempt=attempt_id,"
-              " Slurm Job=slurm_job_id, Max RSS=max_rss_bytes, Max VM=max_vm_size_bytes,"
-              " Read=max_disk_read_bytes, Written=max_disk_write_bytes, CPU s=ave_cpu_seconds,"
-              " Nodes=node_list", client.items("/slurm_stats", **stats_query(args)),
-              f"workflow {args.workflow_id}")
+    show_list(args, "slurm_stats", "record", "slurm_stats",
+              client.items("/slurm_stats", **stats_query(args)), f"workflow {args.workflow_id}")
 
 
 ACCOUNT_COLUMNS = (("slurm_job", "JobIDRaw"), ("job_step", "JobName"), ("state", "State"),
