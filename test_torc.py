@@ -7424,7 +7424,7 @@ def test_the_log_viewer_follows_finds_wraps_and_names_its_file(api, tmp_path):
     assert "line 099" in hands.text() and "line 000" not in hands.text()
     assert "line 000" in hands.press("g")
     assert "END" in hands.press("G", "w")
-    assert "x" * 80 in hands.text()
+    assert "x" * 79 in hands.text()
     hands.press("/")
     screen = hands.type("line 05")
     assert "→line 050" in screen
@@ -7436,6 +7436,42 @@ def test_the_log_viewer_follows_finds_wraps_and_names_its_file(api, tmp_path):
     assert "another line" in hands.press("r")
     assert os.path.basename(path) in hands.press("y").replace("\n   ", "")
     assert "There is no file" in hands.press("n", "Tab")
+
+
+def test_a_wrapped_log_loses_no_letter_and_no_hit(api, tmp_path):
+    line = "日本語" * 30 + "needle" + "x" * 200 + "END"
+    hands, _ = log_hands(api, tmp_path, line + "\n")
+    hands.press("w", "/")
+    screen = hands.type("needle")
+    shown = "".join(part.strip(" →") for part in screen.splitlines()[2:-2])
+    assert shown == line, screen
+
+
+def test_a_log_opens_at_the_stream_that_has_something(api, tmp_path):
+    hands, path = log_hands(api, tmp_path, "")
+    path.with_suffix(".o").write_text("all is said here\n")
+    hands.press("q", "l")
+    assert "all is said here" in hands.text()
+
+
+def test_the_cursor_passes_over_headings_and_a_key_without_a_meaning_is_told(client, ui):
+    small(client)
+    hands = ui()
+    hands.press("Enter")
+    for _ in range(30):
+        hands.press("j")
+        page = hands.state.page
+        row = torc.page_rows(hands.state, page)[page.cursor]
+        assert not torc.is_heading(row)
+    assert "Z does nothing on this page" in hands.press("Z")
+    assert "Enter does nothing" not in hands.press("g", "o")
+
+
+def test_a_second_runner_is_started_only_after_a_question(client, ui):
+    workflow_id, _ = small(client)
+    hands = ui()
+    screen = hands.press("x")
+    assert "1 runner works on it already, on here" in " ".join(screen.split()) and hands.state.question
 
 
 def test_a_server_that_is_away_leaves_the_page_with_a_dated_banner(tmp_path):

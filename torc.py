@@ -12817,6 +12817,11 @@ def plan_run(client, workflow_id, wishes):
     if counted["is_complete"] and counted["total"]:
         raise Invalid(f"all jobs of workflow {workflow_id} have ended: reset or initialize it to "
                       "run them again")
+    nodes = list(client.items("/compute_nodes", workflow_id=workflow_id, is_active=True))
+    if nodes:
+        hosts = dict.fromkeys(node["hostname"] for node in nodes)
+        lines = (*lines, f"{plural(len(nodes), 'runner')} {'works' if len(nodes) == 1 else 'work'} "
+                 f"on it already, on {', '.join(hosts)}; one more shares the ready jobs with them.")
     start = Start(f"run of workflow {workflow_id}", (
         "run", str(workflow_id), "--output-dir", wishes.output_dir, "--allow-owner",
         workflow["user"]))
@@ -14809,7 +14814,7 @@ class View:
         self.loading, self.stale = False, True
         self.cost_s, self.key = 0.0, None           # of the last load, and what it was for
         self.hints = {}
-        self.stream, self.follow, self.wrap, self.column = 1, True, False, 0       # of a log
+        self.stream, self.follow, self.wrap, self.column = None, True, False, 0    # of a log
         self.wanted, self.hit = "", None
 
     @property
@@ -15064,15 +15069,17 @@ def load_log(client, ask):
         attempt = ask.tools.find_output(client, job)
     paths = [attempt.stdout, attempt.stderr]
     streams = [read_log(path, ask.known.get("streams", [None, None])[number],
-                        number == ask.stream or paths[0] == paths[1])
+                        ask.stream in (None, number) or paths[0] == paths[1])
                for number, path in enumerate(paths)]
-    return {"job": job, "attempt": attempt, "streams": streams, "key": key}
+    wanted = int(job["status"] in BAD_ENDS)          # stderr first, unless it is empty
+    first = wanted if streams[wanted].size > 0 else 1 - wanted
+    return {"job": job, "attempt": attempt, "streams": streams, "key": key, "first": first}
 
 
 def load_file(client, ask):
     """What is new in the output of a child process of ours."""
     stream = read_log(ask.record, ask.known.get("streams", [None])[0], True)
-    return {"streams": [stream, stream], "job": None}
+    return {"streams": [stream, stream], "job": None, "first": 1}
 
 
 class Stream(NamedTuple):
@@ -15234,9 +15241,9 @@ def overview_rows(state, page, width):
             rows.append(Row([(count, ""), (glyph(state, status) + " ", status), (text, "")], to,
                             text))
     if any(data.get("history") or ()):
-        rows += [Row([]), Row([("Jobs that ended, each minute of the last hour", "title")]),
-                 Row([("        ", ""), (spark(data["history"]), "completed"),
-                      (f"  at most {max(data['history']):,}", "dim")])]
+        rows += [Row([]), Row([("Jobs that ended, each minute of the last hour (at most "
+                                f"{max(data['history']):,})", "title")]),
+                 Row([("        ", ""), (spark(data["history"]), "completed")])]
     facts = [("Runners", data.get("runners_text")), ("Owner", workflow["user"]),
              ("Created", clock(moment(workflow.get("timestamp")), state.now)),
              ("Run", data.get("run_id")), ("Description", workflow.get("description")),
@@ -15310,10 +15317,11 @@ def failure_rows(state, page, width):
     """Failures grouped by cause."""
     data, rows = page.data, []
     for group in data["groups"]:
-        status = group["status"]
+        status, family = group["status"], family_name(group["jobs"][0]["name"])
         rows.append(Row([(f"{group['count']:>6,} ", "title"), (glyph(state, status) + " ", status),
-                         (group["cause"], status), (f"  {group.get('family', '')}", "dim")],
-                        ("jobs", {"workflow_id": page.workflow_id, "filter": status}),
+                         (group["cause"], status), (f"  {group['family']}", "dim")],
+                        ("jobs", {"workflow_id": page.workflow_id, "filter": status + (
+                            f" family:{family}" if group["family"] == family else "")}),
                         group.get("advice") or group["line"]))
         text = [group["line"]] if group["line"] else []
         text += [group["advice"]] if group.get("advice") else []
@@ -15517,6 +15525,11 @@ def text_lines(state, page, width, height):
     return lines
 
 
+def is_heading(row):
+    """Whether a Row is a heading or a blank line."""
+    return not row.line or [style for _, style in row.line] == ["title"]
+
+
 def page_rows(state, page):
     """All rows of a page that is no list."""
     return page.kind.rows(state, page, state.width) if page.data else []
@@ -15531,9 +15544,8 @@ def log_window(page, width, height):
         return top, [(number, line[page.column:]) for number, line in enumerate(
             lines[top:top + height], top)]
 
-    def parts(number):
-        line = lines[number]
-        return [(number, line[at:at + width]) for at in range(0, max(1, len(line)), width)]
+    def parts(number):                    # a column less than there is: the mark of a hit takes it
+        return [(number, part) for part in broken(lines[number], width - 1)]
 
     shown, number = [], page.top
     if page.follow:
@@ -15546,6 +15558,20 @@ def log_window(page, width, height):
         shown += parts(number)
         number += 1
     return page.top, shown[:height]
+
+
+def broken(line, width):
+    """A line in parts that take at most so many columns."""
+    if line.isascii():
+        return [line[at:at + width] for at in range(0, max(1, len(line)), width)]
+    parts, room = [""], width
+    for letter in line:
+        room -= text_width(letter)
+        if room < 0:
+            parts.append("")
+            room = width - text_width(letter)
+        parts[-1] += letter
+    return parts
 
 
 def marked(line, words):
@@ -15672,8 +15698,8 @@ def away_lines(state, width):
         return []
     why_text, since, next_try, _ = state.away
     seconds = max(0, math.ceil(next_try - state.now))
-    text = (f"The server does not answer since {clock(since, state.now)}: {why_text} "
-            f"Runners go on and report later. Next try in {seconds} s; r tries now.")
+    text = (f"The server does not answer since {clock(since, state.now)}; next try in {seconds} s, "
+            f"r tries now. Runners go on and report later. {why_text}")
     return [[(" " + line, "alarm")] for line in folded(text, width - 2)[:3]]
 
 
@@ -15908,9 +15934,9 @@ KEYS = {                                  # group: (title, ((keys, action, help,
         ("Left", "log_left", "the left of long lines", ""))),
     "processes": ("Processes", (
         ("Enter", "enter", "what the process writes", "output"),
-        ("k", "end_process", "end the process (SIGTERM)", "end"))),
+        ("K", "end_process", "end the process (SIGTERM)", "end"))),
     "process output": ("Output of a process", (
-        ("k", "end_process", "end the process (SIGTERM)", "end"),
+        ("K", "end_process", "end the process (SIGTERM)", "end"),
         ("a", "follow", "follow what is written, or not", ""))),
     "moves": ("Moving", (
         ("Enter", "enter", "open what is in focus", "open"),
@@ -16259,6 +16285,9 @@ class Terminal:
         page.error = error
         if not error:
             page.data, page.cost_s = result
+            if page.stream is None and page.kind.lines:
+                page.stream = page.data["first"]
+                page.key = self.key_of(page)
             self.settle(page)
 
     def settle(self, page):
@@ -16396,6 +16425,8 @@ class Terminal:
                          self.workflow_id())
             elif action:
                 getattr(self, "do_" + action)()
+            elif key != "Resize":
+                self.say(f"{key} does nothing on this page: ? shows its keys.")
 
     def take_keys(self):
         """Press the keys that were typed; those for a page that is about to come wait for it."""
@@ -16448,11 +16479,18 @@ class Terminal:
         page.top = max(min(page.top, page.cursor), page.cursor - room + 1, 0)
 
     def scroll(self, rows):
-        """Move the focus by so many rows."""
+        """Move the focus by so many rows; it passes over blank lines and headings."""
         page = self.state.page
         if abs(rows) > 1:
             page.top = max(0, min(page.top + rows, self.total(page) - room_of(self.state, page)))
-        self.move(page, page.cursor + rows)
+        shown = page_rows(self.state, page) if page.kind.rows else ()
+        place = max(0, min(page.cursor + rows, self.total(page) - 1))
+        while 0 <= place < len(shown) and is_heading(shown[place]):
+            place += 1 if rows > 0 else -1
+        if not 0 <= place < self.total(page):        # only headings are left: show them
+            page.top = 0 if rows < 0 else page.top
+            return
+        self.move(page, place)
 
     def do_down(self):
         self.scroll(1)
@@ -16659,7 +16697,8 @@ class Terminal:
 
     def do_stream(self):
         page = self.state.page
-        page.stream, page.top, page.follow, page.hit = 1 - page.stream, 0, True, None
+        if page.data:
+            page.stream, page.top, page.follow, page.hit = 1 - page.stream, 0, True, None
 
     def do_follow(self):
         page = self.state.page
