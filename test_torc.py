@@ -8803,8 +8803,8 @@ class Dash:
 
     def enter(self):
         """Use the link, and keep the cookie."""
-        status, headers, _ = self.ask("/?" + self.link().partition("/?")[2])
-        assert status == 303 and headers["Location"] == "/"
+        status, headers, body = self.ask("/?" + self.link().partition("/?")[2])
+        assert status == 200 and b"url=/'" in body
         self.cookie = headers["Set-Cookie"].partition(";")[0]
         return headers["Set-Cookie"]
 
@@ -8827,6 +8827,28 @@ def dash(server, tmp_path):
     dash = Dash(tmp_path, "--port", 0, "--url", server.url)
     yield dash
     assert dash.stop() == 0
+
+
+def test_a_stream_that_a_browser_closes_gives_its_place_back_at_once(dash, server):
+    client = server.client()
+    workflow_id, ids = make(client, {"a": []})
+    dash.enter()
+    from urllib.parse import urlsplit
+    parts = urlsplit(dash.link())
+
+    def follow():
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+        connection.request("GET", f"{API}/workflows/{workflow_id}/events/stream", headers={"Cookie": dash.cookie})
+        answer = connection.getresponse()
+        return answer if answer.status == 200 else None
+
+    for turn in range(3):
+        answers = [until(follow, 10, "a place") for _ in range(torc.DASH_STREAMS)]
+        assert follow() is None, turn
+        for answer in answers:
+            assert answer.fp.readline()
+            answer.close()
+    client.close()
 
 
 def test_a_link_lets_one_browser_in_once(dash):

@@ -7504,8 +7504,8 @@ class Client(Calls):
         return self._send(method, target, data, headers, 300, method == "GET")
 
     def open_stream(self, path, query):
-        """(connection, response) of an event stream, on a connection of its own; a read waits 30 s
-        at most. Raises Unreachable."""
+        """(socket, response) of an event stream, on a connection of its own; a read waits 30 s at
+        most. Raises Unreachable."""
         from urllib.parse import quote
         for again in (True, False):
             try:
@@ -7513,9 +7513,9 @@ class Client(Calls):
                 connection.request("GET", quote(self.prefix + path) + (
                     f"?{query}" if query else ""),
                     headers={**self._headers(), "Accept": "text/event-stream"})
-                response = connection.getresponse()
+                source, response = connection.sock, connection.getresponse()
                 if response.status != 421 or not again or not self._elsewhere(30):
-                    return connection, response
+                    return source, response
             except OSError as error:
                 if not again or not self._elsewhere(30):
                     raise self._trouble(error) from None
@@ -14389,6 +14389,8 @@ DASH_HEADERS = (
                                 "form-action 'none'"),
     ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"))
+ENTRY = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title>"
+         "<meta http-equiv=refresh content='0;url=/'><p><a href='/'>To the dashboard</a></html>")
 NO_ENTRY = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title><p>This dashboard "
             "is for the user who started it. Its terminal shows a link that opens it; each link "
             "works once, and a new one is shown when it was used.</html>")
@@ -14490,8 +14492,9 @@ class Dashboard:
         token = parse_qs(environ.get("QUERY_STRING", "")).get("token", [""])[0]
         if environ["PATH_INFO"] == "/" and self.use(token):
             headers += [("Set-Cookie", f"{self.cookie}={self.secret}; Path=/; HttpOnly; "
-                                       "SameSite=Strict"), ("Location", "/")]
-            return "303 See Other", "text/plain", b""
+                                       "SameSite=Strict")]
+            # No redirect: behind one, a browser that came from another site sends no such cookie.
+            return "200 OK", "text/html; charset=utf-8", ENTRY.encode()
         if environ["PATH_INFO"] == "/":
             return "403 Forbidden", "text/html; charset=utf-8", NO_ENTRY.encode()
         return self.failed("401 Unauthorized", "open the dashboard with a new link")
@@ -14579,10 +14582,10 @@ class Dashboard:
     def stream(self, environ, path, start_response, headers):
         """Hand an event stream on, piece by piece, until one of both sides ends it."""
         import http.client
-        gone = environ.get("waitress.client_disconnected", lambda: False)
-        connection = None
+        channel = environ["waitress.client_disconnected"].__self__
+        response = None
         try:
-            connection, response = self.mine().open_stream(path, environ.get("QUERY_STRING", ""))
+            source, response = self.mine().open_stream(path, environ.get("QUERY_STRING", ""))
             if response.status != 200:
                 start_response(self.line(response.status), [*headers, (
                     "Content-Type", "application/json")])
@@ -14591,30 +14594,39 @@ class Dashboard:
             start_response("200 OK", [*headers, ("Content-Type", "text/event-stream"),
                                       ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")])
             yield b": live\n\n"           # so that the browser knows at once
-            while not gone() and not self.stopping.is_set():
-                try:
-                    part = response.read1(65_536)
-                except (TimeoutError, OSError) as error:
-                    if state_of(error) != "no answer":
-                        return
-                    yield b": quiet\n\n"  # a browser that has gone is noticed by this
-                    connection.close()
-                    connection, response = self.mine().open_stream(
-                        path, environ.get("QUERY_STRING", ""))
-                    if response.status != 200:           # the workflow is gone
-                        return
-                    continue
+            while not self.stopping.is_set():
+                there = has_part(response, source, channel.socket)
+                if has_hung_up(channel):
+                    return
+                part = response.read1(65_536) if there else b": quiet\n\n"
                 if not part:
                     return
                 yield part
-        except (TorcError, http.client.HTTPException) as error:
+        except (TorcError, OSError, http.client.HTTPException) as error:
             with contextlib.suppress(AssertionError):
                 start_response("502 Bad Gateway", [*headers, ("Content-Type", "application/json")])
             yield compact({"error": {"message": str(error)}}).encode()
         finally:
             self.streams.release()
-            if connection:
-                connection.close()
+            if response:
+                response.close()
+
+
+def has_part(response, source, reader, wait_s=2.0):
+    """Whether a response goes on; waits until then, or until its reader hangs up, but not long."""
+    import select
+    source.setblocking(False)             # what is buffered already makes no socket readable
+    try:
+        buffered = response.fp is None or response.fp.peek(1)
+    finally:
+        source.settimeout(30)
+    if buffered:
+        return True
+    poll = select.poll()
+    poll.register(source, select.POLLIN)
+    with contextlib.suppress(OSError, ValueError):       # the reader has gone already
+        poll.register(reader, getattr(select, "POLLRDHUP", 0x2000))
+    return any(number == source.fileno() for number, _ in poll.poll(1000 * wait_s))
 
 
 def dash_sockets(host, port, say):
