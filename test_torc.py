@@ -995,6 +995,16 @@ def test_a_database_and_its_companions_are_readable_by_their_owner_alone(tmp_pat
     store.close()
 
 
+@pytest.mark.parametrize("kind", [kind for kind in torc.KINDS.values() if not kind.derive],
+                         ids=lambda kind: kind.table)
+def test_the_default_of_a_field_is_its_columns(store, kind):
+    default = {row[1]: row[4] for row in store.query(f"PRAGMA table_info({kind.table})")}
+    assert {field.name: default[field.name] for field in torc.columns(kind)
+            if field.default is not None} == {
+        field.name: str(int(field.default)) for field in torc.columns(kind)
+        if field.default is not None}
+
+
 def test_an_empty_file_is_a_valid_start(tmp_path):
     (tmp_path / "empty.db").touch()
     store = torc.Store(str(tmp_path / "empty.db"))

@@ -2578,7 +2578,7 @@ class Store:
         for start in range(0, len(rows), per_statement):
             chunk = rows[start:start + per_statement]
             self._writer.execute(f"{head} VALUES " + ", ".join([one] * len(chunk)),
-                                 [value for row in chunk for value in row])
+                                 list(itertools.chain.from_iterable(chunk)))
 
     def query(self, sql, params=()):
         """All rows of a SELECT, as tuples; inside a transaction it sees what that has written."""
@@ -2740,18 +2740,22 @@ def next_id(store, table):
 
 
 def add_many(store, kind, records):
-    """In a transaction: insert records from checked bodies, with what they leave out, what follows
-    from that, and their relations; returns their consecutive ids."""
+    """In a transaction: insert records from checked bodies, with what follows from them, and their
+    relations; returns their consecutive ids."""
+    if kind.derive:                       # from what the schema has no defaults for
+        defaults = {field.name: field.default for field in columns(kind)
+                    if field.default is not None}
+        records = [{**defaults, **record} for record in records]
     first = next_id(store, kind.table)
-    ids, given = range(first, first + len(records)), set().union(*records)
-    values = {field.name: [record.get(field.name, field.default) for record in records]
-              for field in columns(kind) if field.name in given or field.default is not None}
-    if kind.derive and records:
-        derived = [kind.derive(dict(zip(values, row))) for row in zip(*values.values())]
-        values.update({name: [row[name] for row in derived] for name in derived[0]})
+    ids, given, values = range(first, first + len(records)), set().union(*records), {}
     for field in columns(kind):
-        if field.name in given and field.type in ("status", "any"):
-            values[field.name] = [to_column(field, value) for value in values[field.name]]
+        if field.name in given:
+            values[field.name] = [record.get(field.name, field.default) for record in records]
+            if field.type in ("status", "any"):
+                values[field.name] = [to_column(field, value) for value in values[field.name]]
+    if kind.derive and records:
+        derived = [kind.derive(record) for record in records]
+        values.update({name: [row[name] for row in derived] for name in derived[0]})
     store.insert_many(f"INSERT INTO {kind.table} (id, {', '.join(values)})", len(values) + 1,
                       list(zip(ids, *values.values())))
     for field in kind.fields:
@@ -6009,7 +6013,9 @@ def insert_jobs(store, jobs):
     default = default_requirements(store, workflow_id)
     for job in jobs:
         job.setdefault("resource_requirements_id", default)
-        job.update(status="uninitialized", scheduler_id=job.get("scheduler_id") or None)
+        job.pop("status", None)           # it is uninitialized
+        if job.get("scheduler_id") == 0:  # means none
+            del job["scheduler_id"]
     ids = add_many(store, KINDS["job"], jobs)
     reshaped(store, workflow_id)
     store.news(workflow_id)
