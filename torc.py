@@ -5969,24 +5969,24 @@ def create_from_spec(request):
     for name, table in SPEC_LISTS.items():
         records, first = body.get(name, []), next_id(store, table)
         ids[table] = range(first, first + len(records))
-        refer = [field for field in KINDS[table].fields if field.refers in ids]
         for record in records:
             record["workflow_id"] = workflow_id
-            give_ids(record, refer, ids)
+        give_ids(records, KINDS[table].fields, ids)
         insert_jobs(store, records) if table == "job" else add_many(store, KINDS[table], records)
     for action in body.get("actions", ()):
         check_action(action)
-        give_ids(action, PARTS["new_action"].values(), ids)
-        give_ids(action["action_config"], PARTS["allocations"].values(), ids)
+        give_ids([action], PARTS["new_action"].values(), ids)
+        give_ids([action["action_config"]], PARTS["allocations"].values(), ids)
         add_action(store, workflow_id, action)
     return {"id": workflow_id, "name": workflow["name"], "jobs": len(ids["job"])}
 
 
-def give_ids(record, wanted, ids):
+def give_ids(records, wanted, ids):
     """Put the ids that records of a specification get in place of their own ones. ids: {table: new
     ids}. Raises Invalid."""
-    for field in wanted:
-        if field.refers in ids and field.name in record:
+    refer = [field for field in wanted if field.refers in ids]
+    for field, record in itertools.product(refer, records):
+        if field.name in record:
             given, known = record[field.name], ids[field.refers]
             many = given if isinstance(given, list) else [given]
             if many and not 1 <= min(many) <= max(many) <= len(known):
