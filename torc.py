@@ -2567,10 +2567,6 @@ class Store:
         """Run an INSERT inside the transaction of this thread; returns the new id."""
         return self._writer.execute(sql, params).lastrowid
 
-    def execute_many(self, sql, rows):
-        """Run a statement inside the transaction of this thread for each row of parameters."""
-        self._writer.executemany(sql, rows)
-
     def insert_many(self, head, width, rows):
         """Insert `rows` (tuples of `width` values) with few statements; head: INSERT INTO t (c)."""
         per_statement = max(1, CHUNK // width)
