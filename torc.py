@@ -2391,6 +2391,7 @@ class Store:
     """
 
     def __init__(self, path, server=False, shared=False, network=None):
+        import weakref
         self.path = os.path.abspath(path)
         self.shared = shared
         self.heard = {}                   # compute node: time.monotonic() of its last step
@@ -2401,8 +2402,8 @@ class Store:
         self._writer_thread = None
         self._news = set()
         self._events = []                 # of this transaction, for those who listen
-        self._listening = {}              # workflow: tuple of Subscriptions
-        self._waiting = {}                # workflow: [condition, number of waiters]
+        self._listening = ()              # Subscriptions
+        self._waiting = weakref.WeakValueDictionary()  # workflow: Condition, while somebody waits
         self._waiting_lock = threading.Lock()
         self._readers = []
         self._host_lock = self._served = None
@@ -2511,8 +2512,7 @@ class Store:
         """End all waiting, now and in future: the program is about to stop."""
         self.closing = True
         with self._waiting_lock:
-            waiting = [condition for condition, _ in self._waiting.values()]
-            waiting += [one.changed for many in self._listening.values() for one in many]
+            waiting = [*self._waiting.values(), *(one.changed for one in self._listening)]
         for condition in waiting:
             with condition:
                 condition.notify_all()
@@ -2616,7 +2616,7 @@ class Store:
 
     def _tell(self, workflow_id):
         with self._waiting_lock:
-            condition = self._waiting.get(workflow_id, [None])[0]
+            condition = self._waiting.get(workflow_id)
         if condition:
             with condition:
                 condition.notify_all()
@@ -2627,23 +2627,17 @@ class Store:
         """A Subscription to the events of a workflow, to be closed by the caller."""
         one = Subscription(self, workflow_id, severity)
         with self._waiting_lock:
-            self._listening[workflow_id] = (*self._listening.get(workflow_id, ()), one)
+            self._listening += (one,)
         return one
 
     def unsubscribe(self, subscription):
         """See Subscription.close."""
-        workflow_id = subscription.workflow_id
         with self._waiting_lock:
-            left = tuple(one for one in self._listening.get(workflow_id, ())
-                         if one is not subscription)
-            if left:
-                self._listening[workflow_id] = left
-            else:
-                self._listening.pop(workflow_id, None)
+            self._listening = tuple(one for one in self._listening if one is not subscription)
 
     def is_heard(self, workflow_id):
         """Whether anybody listens to the events of a workflow; else none need be told."""
-        return workflow_id in self._listening
+        return any(one.workflow_id == workflow_id for one in self._listening)
 
     def tell(self, workflow_id, kind, severity, data, number=1):
         """Inside a transaction: an event, sent to those who listen once it is committed.
@@ -2660,28 +2654,22 @@ class Store:
             text = data if data is None else f"event: {kind}\ndata: " + compact({
                 "workflow_id": workflow_id, "timestamp": timestamp, "event_type": kind,
                 "severity": severity, "data": data}) + "\n\n"
-            for one in self._listening.get(workflow_id, ()):
-                one.put(SEVERITIES.index(severity), text, number)
+            for one in self._listening:
+                if one.workflow_id == workflow_id:
+                    one.put(SEVERITIES.index(severity), text, number)
 
     def wait_news(self, workflow_id, since, seconds):
         """Wait until the workflow's generation differs from `since`, at most `seconds`."""
         deadline = time.monotonic() + seconds
         with self._waiting_lock:
-            entry = self._waiting.setdefault(workflow_id, [threading.Condition(), 0])
-            entry[1] += 1
-        try:
-            with entry[0]:
-                while not self.closing:
-                    row = self.one("SELECT generation FROM workflow WHERE id = ?", (workflow_id,))
-                    left = deadline - time.monotonic()
-                    if not row or row[0] != since or left <= 0:
-                        break
-                    entry[0].wait(min(left, 1.0) if self.shared else left)
-        finally:
-            with self._waiting_lock:
-                entry[1] -= 1
-                if not entry[1]:
-                    self._waiting.pop(workflow_id, None)
+            changed = self._waiting.setdefault(workflow_id, threading.Condition())
+        with changed:
+            while not self.closing:
+                row = self.one("SELECT generation FROM workflow WHERE id = ?", (workflow_id,))
+                left = deadline - time.monotonic()
+                if not row or row[0] != since or left <= 0:
+                    break
+                changed.wait(min(left, 1.0) if self.shared else left)
 
 
 # ---- records: the generic operations, for any row of KINDS
