@@ -2646,7 +2646,8 @@ class Store:
         """
         if len(self._events) >= EVENT_QUEUE:
             data = None
-        self._events.append((workflow_id, kind, severity, data, number))
+        if self.is_heard(workflow_id):
+            self._events.append((workflow_id, kind, severity, data, number))
 
     def _publish(self, events):
         timestamp = int(time.time() * 1000)
@@ -2902,40 +2903,21 @@ def refuse_archived(store, workflow_id):
 
 # ---- events for those who listen
 
-ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMINATED: "warning",
-                  PENDING_FAILED: "info"}
-
-
-def tell_ended(store, workflow_id, status, ended, code=None):
-    """In a transaction: these jobs have ended as `status`."""
-    if not ended or not store.is_heard(workflow_id):
-        return
-    names = dict(store.query(f"SELECT id, name FROM job WHERE id IN {IDS}",
-                             (compact(ended[:EVENT_QUEUE]),)))
-    said, severity = STATUS_NAMES[status], ENDED_SEVERITY[status]
-    for job_id in ended[:EVENT_QUEUE]:
-        store.tell(workflow_id, f"job_{said}", severity, {
-            "job_id": job_id, "job_name": names.get(job_id), "status": said, "return_code": code})
-    if len(ended) > EVENT_QUEUE:
-        store.tell(workflow_id, f"job_{said}", severity, None, len(ended) - EVENT_QUEUE)
-
-
 def tell_node(store, node_id, started):
     """In a transaction: a runner has come or gone."""
-    names = ("hostname", "pid", "num_cpus", "memory_gb", "num_gpus", "compute_node_type") \
-        if started else ("hostname", "pid", "duration_seconds", "compute_node_type")
-    row = store.one(f"SELECT workflow_id, {', '.join(names)} FROM compute_node WHERE id = ?",
-                    (node_id,))
-    if row and store.is_heard(row[0]):
-        store.tell(row[0], f"compute_node_{'started' if started else 'stopped'}", "info",
-                   {"compute_node_id": node_id, **dict(zip(names, row[1:]))})
+    node = fetch(store, KINDS["compute_node"], node_id)
+    names = ("num_cpus", "memory_gb", "num_gpus") if started else ("duration_seconds",)
+    store.tell(node["workflow_id"], f"compute_node_{'started' if started else 'stopped'}", "info",
+               {"compute_node_id": node_id, **{name: node.get(name) for name in (
+                   "hostname", "pid", *names, "compute_node_type")}})
 
 
 # ---- the status of a job
 
 def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=None, started_ms=None,
                result=KEEP):
-    """In a transaction: the one place that changes the status of jobs.
+    """In a transaction: the one place that changes the status of jobs; see finish for those that
+    end.
 
     owner: the compute node that has them, None when no process of them is left. KEEP leaves them to
     their node if that is at work and one of ours, which will say when it has ended them. cascaded:
@@ -2965,6 +2947,24 @@ def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=Non
                   (*values.values(), again, ids[0] if is_one else compact(ids)))
 
 
+ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMINATED: "warning",
+                  PENDING_FAILED: "info"}
+
+
+def finish(store, workflow_id, ids, status, code=None, **more):
+    """In a transaction: jobs of a workflow have ended as `status`; more: see set_status."""
+    set_status(store, ids, status, code=code, **more)
+    if not ids or not store.is_heard(workflow_id):
+        return
+    kind, severity = f"job_{STATUS_NAMES[status]}", ENDED_SEVERITY[status]
+    for job in find_jobs(store, f"id IN {IDS}", (compact(ids[:EVENT_QUEUE]),)):
+        store.tell(workflow_id, kind, severity, {
+            "job_id": job.id, "job_name": job.name, "status": STATUS_NAMES[status],
+            "return_code": code})
+    if len(ids) > EVENT_QUEUE:
+        store.tell(workflow_id, kind, severity, None, len(ids) - EVENT_QUEUE)
+
+
 def settle(store, workflow_id):
     """In a transaction: what waits for nothing any more is ready, or canceled.
 
@@ -2973,7 +2973,7 @@ def settle(store, workflow_id):
     ready. A ready one with such is blocked. In a canceled workflow nothing becomes ready. Returns
     the ids made ready.
     """
-    freed, ended = [], []
+    freed = []
     while True:
         rows = store.query(
             "SELECT j.id, j.status, j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM"
@@ -2990,9 +2990,7 @@ def settle(store, workflow_id):
         freed += free
         if not doomed:                    # else there may be more below them
             break
-        set_status(store, doomed, CANCELED, cascaded=True, result=None)
-        ended += doomed
-    tell_ended(store, workflow_id, CANCELED, ended)
+        finish(store, workflow_id, doomed, CANCELED, cascaded=True, result=None)
     return freed
 
 
@@ -3009,12 +3007,6 @@ def begin_anew(store, ids, status=BLOCKED, **more):
         SELECT id FROM below WHERE id NOT IN {IDS}""", (compact(ids), compact(ids)))]
     set_status(store, ids, status, **more)
     set_status(store, below, BLOCKED)
-
-
-def finish(store, job, status, owner, code, result):
-    """In a transaction: an attempt of a job has ended as `status`; see set_status."""
-    set_status(store, [job.id], status, owner, code=code, result=result)
-    tell_ended(store, job.workflow_id, status, [job.id], code)
 
 
 def hindrances(store, where, params, limit=-1):
@@ -3156,8 +3148,7 @@ def cancel_workflow(store, workflow_id, user, now):
     """In a transaction: set the flag; pending and running jobs are canceled, others untouched."""
     store.execute("UPDATE workflow SET is_canceled = 1 WHERE id = ?", (workflow_id,))
     jobs = job_ids(store, f"workflow_id = ? AND status IN ({PENDING}, {RUNNING})", (workflow_id,))
-    set_status(store, jobs, CANCELED)
-    tell_ended(store, workflow_id, CANCELED, jobs)
+    finish(store, workflow_id, jobs, CANCELED)
     store_event(store, workflow_id, now, {"category": "workflow_canceled", "user": user,
                                           "workflow_id": workflow_id})
     store.news(workflow_id)
@@ -3399,7 +3390,8 @@ def apply_completion(store, job, values, result):
     if values.get("requeue"):
         set_status(store, [job.id], BLOCKED, None, again=1, result=result)
     else:
-        finish(store, job, STATUS_OF_NAME[values["status"]], None, values["return_code"], result)
+        finish(store, job.workflow_id, [job.id], STATUS_OF_NAME[values["status"]],
+               values["return_code"], owner=None, result=result)
 
 
 def disown(store, jobs):
@@ -3410,21 +3402,19 @@ def disown(store, jobs):
         store.news(jobs[0].workflow_id)
 
 
-def take_starts(store, workflow_id, node_id, starts, owned, now):
+def take_starts(store, run_id, node_id, starts, owned, now):
     """In a transaction: claimed jobs of this node have begun to run. owned: {id: JobRow}."""
     begun = [job["job_id"] for job in starts if is_claim(owned, job)]
     set_status(store, begun, RUNNING, node_id, started_ms=int(now * 1000))
     for job_id in begun:
         owned[job_id] = owned[job_id]._replace(status=RUNNING)
-        tell_started(store, workflow_id, owned[job_id], node_id)
+        tell_started(store, owned[job_id], node_id, run_id)
 
 
-def tell_started(store, workflow_id, job, node_id):
+def tell_started(store, job, node_id, run_id):
     """In a transaction: a job has begun to run."""
-    if store.is_heard(workflow_id):
-        store.tell(workflow_id, "job_started", "info", {
-            "job_id": job.id, "job_name": job.name, "compute_node_id": node_id,
-            "run_id": workflow_row(store, workflow_id, "run_id")[0]})
+    store.tell(job.workflow_id, "job_started", "info", {
+        "job_id": job.id, "job_name": job.name, "compute_node_id": node_id, "run_id": run_id})
 
 
 def is_claim(owned, job):
@@ -3507,7 +3497,7 @@ def runner_step(store, workflow_id, step, now):
             store.execute("UPDATE compute_node SET is_active = 1, beats = 1, step = ? WHERE id = ?",
                           (number, node_id))
         owned = {job.id: job for job in find_jobs(store, "compute_node_id = ?", (node_id,))}
-        take_starts(store, workflow_id, node_id, step.get("starts", ()), owned, now)
+        take_starts(store, run_id, node_id, step.get("starts", ()), owned, now)
         for done in completions:
             if take_completion(store, workflow_id, run_id, node_id, done,
                                owned.get(done["job_id"])):
@@ -3608,7 +3598,7 @@ def release_node(store, node_id, now, evidence, ended=None):
                 "status": STATUS_NAMES[status], "stderr_tail":
                 f"torc: {evidence.text}"}, replace=True)
         if job.status == RUNNING and ended:
-            finish(store, job, status, None, code, result)
+            finish(store, workflow_id, [job.id], status, code, owner=None, result=result)
             others += 1
         elif job.status in (PENDING, RUNNING):
             set_status(store, [job.id], BLOCKED, None, again=1, result=result)
@@ -3675,7 +3665,8 @@ def complete_job(store, job_id, status, run_id, body):
         begin_anew(store, [job_id])
     if job.status not in (PENDING, RUNNING):         # nobody has claimed it
         set_status(store, [job_id], PENDING)
-    finish(store, job, status, KEEP, body["return_code"], store_result(store, body))
+    finish(store, job.workflow_id, [job_id], status, body["return_code"],
+           result=store_result(store, body))
     settle(store, job.workflow_id)
     store.news(job.workflow_id)
 
@@ -3691,7 +3682,7 @@ def start_job(store, job_id, run_id, node_id, now):
         raise Invalid(f"compute node {node_id} belongs to workflow {known[1]}, not to workflow "
                       f"{job.workflow_id}")
     set_status(store, [job_id], RUNNING, known and known[0], started_ms=int(now * 1000))
-    tell_started(store, job.workflow_id, job, node_id)
+    tell_started(store, job, node_id, run_id)
 
 
 def check_run(store, workflow_id, run_id):
@@ -3758,8 +3749,7 @@ def stop_job(store, job_id, status):
         raise Invalid(f"a job is stopped as canceled or terminated, not as {STATUS_NAMES[status]}")
     if job.status in COMPLETE_SET:
         raise Invalid(f"job {job_id} has already ended ({STATUS_NAMES[job.status]})")
-    set_status(store, [job_id], status, result=None)
-    tell_ended(store, job.workflow_id, status, [job_id])
+    finish(store, job.workflow_id, [job_id], status, result=None)
     settle(store, job.workflow_id)
     store.news(job.workflow_id)
 
