@@ -2820,6 +2820,9 @@ KEEP = -1                                 # as owner: whoever may have a process
                                           # result: the one it has
 # Why a blocked job d.job_id (as j) waits for p, or is canceled with it.
 HINDERS = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_job_failure)"
+# Of a workflow: its cancel flag is set, or no job is outside the complete set or disabled.
+IS_COMPLETE = ("(is_canceled OR NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
+               f" AND status IN {NOT_COMPLETE}))")
 # An action that is due. One on jobs that all were canceled before they were ready is for nobody.
 DUE_ACTION = (
     "executed = 0 AND CASE trigger_type WHEN 'on_workflow_complete' THEN"
@@ -2871,21 +2874,19 @@ def workflow_row(store, workflow_id, names):
 
 
 def is_complete(store, workflow_id):
-    """Whether the cancel flag is set or no job is outside the complete set or disabled."""
-    return bool(store.one(
-        "SELECT is_canceled OR NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
-        f" AND status IN {NOT_COMPLETE}) FROM workflow WHERE id = ?", (workflow_id,))[0])
+    """See IS_COMPLETE."""
+    return bool(workflow_row(store, workflow_id, IS_COMPLETE)[0])
 
 
 def counts(store, workflow_id):
     """Jobs by status (all eleven names) and the flags of the workflow. Raises NotFound."""
-    run_id, canceled, archived = workflow_row(store, workflow_id,
-                                              "run_id, is_canceled, is_archived")
+    run_id, canceled, archived, complete = workflow_row(
+        store, workflow_id, f"run_id, is_canceled, is_archived, {IS_COMPLETE}")
     number = dict(store.query("SELECT status, count(*) FROM job WHERE workflow_id = ? "
                               "GROUP BY status", (workflow_id,)))
     return {**{name: number.get(status, 0) for status, name in enumerate(STATUS_NAMES)},
             "total": sum(number.values()), "run_id": run_id, "is_canceled": bool(canceled),
-            "is_archived": bool(archived), "is_complete": is_complete(store, workflow_id)}
+            "is_archived": bool(archived), "is_complete": bool(complete)}
 
 
 def store_event(store, workflow_id, now, event):
@@ -2975,22 +2976,22 @@ def settle(store, workflow_id):
     """
     freed = []
     while True:
-        rows = store.query(
-            "SELECT j.id, j.status, j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM"
-            " job_dependency d JOIN job p ON p.id = d.depends_on_job_id WHERE d.job_id = j.id AND"
-            " p.dooms) FROM workflow w CROSS JOIN job j INDEXED BY job_unsettled ON j.workflow_id ="
-            f" w.id AND (j.status = {BLOCKED} AND j.unfinished = 0 OR j.status = {READY} AND"
-            f" j.unfinished > 0) WHERE w.id = ? AND (j.status = {READY} OR NOT w.is_canceled)",
-            (workflow_id,))
-        waiting = [job_id for job_id, status, _ in rows if status == READY]
-        free = [job_id for job_id, status, doomed in rows if status == BLOCKED and not doomed]
-        doomed = [job_id for job_id, status, doomed in rows if status == BLOCKED and doomed]
-        set_status(store, waiting, BLOCKED)
-        set_status(store, free, READY)
-        freed += free
-        if not doomed:                    # else there may be more below them
+        becomes = {BLOCKED: [], READY: [], CANCELED: []}
+        for job_id, status in store.query(
+                f"SELECT j.id, CASE WHEN j.status = {READY} THEN {BLOCKED} WHEN"
+                " j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM job_dependency d JOIN"
+                " job p ON p.id = d.depends_on_job_id WHERE d.job_id = j.id AND p.dooms) THEN"
+                f" {CANCELED} ELSE {READY} END FROM workflow w CROSS JOIN job j INDEXED BY"
+                f" job_unsettled ON j.workflow_id = w.id AND (j.status = {BLOCKED} AND j.unfinished"
+                f" = 0 OR j.status = {READY} AND j.unfinished > 0) WHERE w.id = ? AND (j.status ="
+                f" {READY} OR NOT w.is_canceled)", (workflow_id,)):
+            becomes[status].append(job_id)
+        set_status(store, becomes[BLOCKED], BLOCKED)
+        set_status(store, becomes[READY], READY)
+        freed += becomes[READY]
+        if not becomes[CANCELED]:         # else there may be more below them
             break
-        finish(store, workflow_id, doomed, CANCELED, cascaded=True, result=None)
+        finish(store, workflow_id, becomes[CANCELED], CANCELED, cascaded=True, result=None)
     return freed
 
 
@@ -3535,13 +3536,12 @@ def lease_s(minutes):
 
 def situation(store, workflow_id):
     """What a waiting client wants to know of a workflow. Raises NotFound."""
-    generation, canceled = workflow_row(store, workflow_id, "generation, is_canceled")
-    ready, pending = store.one(
-        f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status = {READY}"
-        " AND compute_node_id IS NULL), EXISTS (SELECT 1 FROM workflow_action a WHERE"
-        f" workflow_id = ? AND {PENDING_ACTION})", (workflow_id, workflow_id))
-    return {"generation": generation, "has_ready": bool(ready), "is_canceled": bool(canceled),
-            "is_complete": is_complete(store, workflow_id), "pending_actions": bool(pending)}
+    generation, *flags = workflow_row(
+        store, workflow_id, "generation, EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
+        f" AND status = {READY} AND compute_node_id IS NULL), is_canceled, {IS_COMPLETE}, EXISTS"
+        f" (SELECT 1 FROM workflow_action a WHERE workflow_id = workflow.id AND {PENDING_ACTION})")
+    names = ("has_ready", "is_canceled", "is_complete", "pending_actions")
+    return {"generation": generation, **dict(zip(names, map(bool, flags)))}
 
 
 # ---- nodes that die
