@@ -3261,15 +3261,15 @@ def claim_next(store, workflow_id, limit):
     return take(store, [row[0] for row in candidates(store, workflow_id, limit)])
 
 
-def for_scheduler(store, workflow_id, fit, params, claim):
-    """Narrow `fit` to jobs of the scheduler of a claim or of none; all jobs if there are none such,
-    unless it is strict about that."""
-    narrow = f"{fit} AND (j.scheduler_id IS NULL OR j.scheduler_id = ?)"
-    narrow_params = [*params, claim.get("scheduler_config_id")]
-    if claim.get("strict_scheduler_match") or candidates(store, workflow_id, 1, narrow,
-                                                         narrow_params):
-        return narrow, narrow_params
-    return fit, params
+def for_scheduler(store, workflow_id, limit, fit, params, claim):
+    """Candidates of the scheduler of a claim or of none; any if there are none such, unless it is
+    strict about that."""
+    found = candidates(store, workflow_id, limit,
+                       f"{fit} AND (j.scheduler_id IS NULL OR j.scheduler_id = ?)",
+                       [*params, claim.get("scheduler_config_id")])
+    if found or claim.get("strict_scheduler_match"):
+        return found
+    return candidates(store, workflow_id, limit, fit, params)
 
 
 def claim_by_resources(store, workflow_id, limit, want):
@@ -3280,13 +3280,11 @@ def claim_by_resources(store, workflow_id, limit, want):
     packed, as upstream does: claim_jobs_based_on_resources.
     """
     node = [want["num_cpus"], want["memory_bytes"], want["num_gpus"], want["num_nodes"]]
-    fit, params = for_scheduler(
-        store, workflow_id, "r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ? AND"
-        " r.num_nodes <= ? AND r.runtime_s <= ?", [*node, want["time_left_s"]], want)
     capacity = Capacity(*node)
-    return take(store, [job_id for job_id, _, cpus, memory, gpus, nodes
-                        in candidates(store, workflow_id, limit, fit, params)
-                        if capacity.take((cpus, memory, gpus), nodes)])
+    return take(store, [row[0] for row in for_scheduler(
+        store, workflow_id, limit, "r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ? AND"
+        " r.num_nodes <= ? AND r.runtime_s <= ?", [*node, want["time_left_s"]], want)
+        if capacity.take(row[2:5], row[5])])
 
 
 def claim_for_runner(store, workflow_id, node_id, claim):
@@ -3307,17 +3305,16 @@ def claim_for_runner(store, workflow_id, node_id, claim):
         if claim.get("time_left_s") is not None:
             fit += " AND r.runtime_s <= ?"
             params.append(claim["time_left_s"])
-        fit, params = for_scheduler(store, workflow_id, fit, params, claim)
-        found = candidates(store, workflow_id, limit - len(chosen), fit, params)
+        found = for_scheduler(store, workflow_id, limit - len(chosen), fit, params, claim)
         taken = take(store, [row[0] for row in found if not bins or bins.take(row[2:5], row[5])],
                      node_id)
         chosen += taken
         if not taken or not bins or len(taken) == len(found) < limit:
             break
     more = claim.get("prefetch", {"limit": 0})
-    return chosen, take(store, [row[0] for row in candidates(
-        store, workflow_id, min(more["limit"], 64), "r.id = ?",
-        (more["resource_requirements_id"],))] if more["limit"] > 0 else [], node_id)
+    extra = candidates(store, workflow_id, min(more["limit"], 64), "r.id = ?",
+                       (more["resource_requirements_id"],)) if more["limit"] > 0 else []
+    return chosen, take(store, [row[0] for row in extra], node_id)
 
 
 # ---- one conversation per runner
