@@ -3450,25 +3450,22 @@ def claimed_jobs(store, ids, run_id, prefetched=()):
     names = ("id", "workflow_id", "name", "command", "invocation_script",
              "resource_requirements_id", "failure_handler_id", "attempt_id", "priority", "stdio")
     text = compact(ids)
-    rows = {row[0]: row for row in store.query(
-        f"SELECT {', '.join(names)} FROM job WHERE id IN {IDS}", (text,))}
-    jobs = [{name: value for name, value in zip(names, rows[job_id]) if value is not None}
-            for job_id in ids]
-    by_id = {job["id"]: job for job in jobs}
-    for job in jobs:
-        job["run_id"] = run_id
-        if job["id"] in prefetched:
-            job["prefetched"] = True
+    jobs = {}
+    for row in store.query(f"SELECT {', '.join(names)} FROM job WHERE id IN {IDS}", (text,)):
+        jobs[row[0]] = {name: value for name, value in zip(names, row) if value is not None}
+        jobs[row[0]]["run_id"] = run_id
+    for job_id in prefetched:
+        jobs[job_id]["prefetched"] = True
     for job_id, file_id, path in store.query(
             "SELECT o.job_id, f.id, f.path FROM job_output_file o JOIN file f ON f.id = o.file_id"
             f" WHERE o.job_id IN {IDS} ORDER BY f.id", (text,)):
-        by_id[job_id].setdefault("output_files", []).append({"id": file_id, "path": path})
-    kind = KINDS["resource_requirements"]
-    wanted = compact(sorted({job["resource_requirements_id"] for job in jobs}))
+        jobs[job_id].setdefault("output_files", []).append({"id": file_id, "path": path})
+    wanted = columns(KINDS["resource_requirements"])
     requirements = store.query(
-        f"SELECT {', '.join(field.name for field in columns(kind))} FROM resource_requirements"
-        f" WHERE id IN {IDS}", (wanted,))
-    return jobs, {str(row[0]): to_record(columns(kind), row) for row in requirements}
+        f"SELECT {', '.join(field.name for field in wanted)} FROM resource_requirements WHERE id IN"
+        f" (SELECT resource_requirements_id FROM job WHERE id IN {IDS})", (text,))
+    return [jobs[job_id] for job_id in ids], {
+        str(row[0]): to_record(wanted, row) for row in requirements}
 
 
 def runner_step(store, workflow_id, step, now):
