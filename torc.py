@@ -2690,7 +2690,8 @@ def to_column(field, value):
     return compact(value) if field.type == "any" else value
 
 
-FROM_COLUMN = {"bool": bool, "status": STATUS_NAMES.__getitem__, "any": json.loads}
+FROM_COLUMN = {"bool": bool, "status": STATUS_NAMES.__getitem__, "any": json.loads,
+               "ids": json.loads}         # of an action; those of a job have tables of their own
 
 
 def to_record(kind_columns, row):
@@ -3807,52 +3808,44 @@ def add_action(store, workflow_id, action):
 def actions(store, workflow_id, pending=False, triggers=(), waiting=False):
     """Actions of a workflow by id; pending: triggered and not executed yet; waiting: also those
     that could not be carried out a short while ago."""
-    names = ("id", "workflow_id", "trigger_type", "action_type", "action_config", "job_ids",
-             "trigger_count", "required_triggers", "executed", "executed_at", "executed_by",
-             "persistent", "is_recovery", "submitted")
+    wanted = [*PARTS["new_action"].values(), *fields("submitted int")]
     shown = {"job_ids": "CASE WHEN job_ids IS NOT NULL THEN (SELECT json_group_array(job_id) FROM"
                         " action_job WHERE action_id = a.id) END",
              "submitted": "nullif(submitted, 0)",
              "trigger_count": "max(trigger_count, trigger_type = 'on_workflow_complete' AND"
                               f" {PENDING_ACTION})"}
     condition = (DUE_ACTION if waiting else PENDING_ACTION) if pending else "1"
-    records = []
-    for row in store.query(
-            f"SELECT {', '.join(shown.get(name, name) for name in names)} FROM workflow_action a"
-            f" WHERE workflow_id = ? AND {condition} ORDER BY id",
-            (workflow_id,)):
-        record = {name: value for name, value in zip(names, row) if value is not None}
-        for name in ("executed", "persistent", "is_recovery"):
-            record[name] = bool(record[name])
-        for name in ("action_config", "job_ids"):
-            if name in record:
-                record[name] = json.loads(record[name])
-        if not triggers or record["trigger_type"] in triggers:
-            records.append(record)
-    return records
+    rows = store.query(
+        f"SELECT {', '.join(shown.get(field.name, field.name) for field in wanted)} FROM"
+        f" workflow_action a WHERE workflow_id = ? AND {condition} ORDER BY id", (workflow_id,))
+    records = [to_record(wanted, row) for row in rows]
+    return [record for record in records if not triggers or record["trigger_type"] in triggers]
+
+
+def action_row(store, workflow_id, action_id):
+    """(executed, persistent, executed_by) of an action. Raises NotFound."""
+    row = store.one("SELECT executed, persistent, executed_by FROM workflow_action WHERE id = ? AND"
+                    " workflow_id = ?", (action_id, workflow_id))
+    if not row:
+        raise NotFound(f"Workflow action not found with ID: {action_id}")
+    return row
 
 
 def claim_action(store, workflow_id, action_id, node_id, now):
     """In a transaction: take an action. Raises NotFound, Conflict when another has it."""
-    row = store.one("SELECT executed, persistent FROM workflow_action WHERE id = ?"
-                    " AND workflow_id = ?", (action_id, workflow_id))
-    if not row:
-        raise NotFound(f"Workflow action not found with ID: {action_id}")
-    if row[0] and not row[1]:
+    executed, persistent, _ = action_row(store, workflow_id, action_id)
+    if executed and not persistent:
         raise Conflict(f"action {action_id} has been claimed by another compute node")
     store.execute("UPDATE workflow_action SET executed = ?, executed_at = ?, executed_by = ?,"
-                  " done = 0 WHERE id = ?", (not row[1], iso_time(now), node_id, action_id))
+                  " done = 0 WHERE id = ?", (not persistent, iso_time(now), node_id, action_id))
 
 
 def leave_action(store, workflow_id, action_id, node_id, now, done):
     """In a transaction: whoever claimed an action has carried it out, or cannot: then it is pending
     again after a minute, and twice as long each further time. Raises NotFound; Conflict when it is
     another's by now."""
-    row = store.one("SELECT persistent, executed_by FROM workflow_action WHERE id = ? AND"
-                    " workflow_id = ?", (action_id, workflow_id))
-    if not row:
-        raise NotFound(f"Workflow action not found with ID: {action_id}")
-    if not row[0] and row[1] != node_id:
+    _, persistent, owner = action_row(store, workflow_id, action_id)
+    if not persistent and owner != node_id:
         raise Conflict(f"action {action_id} is no longer claimed by this compute node")
     store.execute("DELETE FROM action_token WHERE action_id = ? AND compute_node_id = ?",
                   (action_id, node_id))
