@@ -1682,13 +1682,13 @@ def test_a_killed_runner_does_not_leave_jobs_running_for_ever(store, api):
     first, second = runner.step(limit=2)["jobs"]
     runner.step(starts=[{"job_id": first["id"], "attempt_id": 1}])
     heard = store.heard[runner.node]
-    assert torc.expired_nodes(store, heard + 20 * 60, 0)[0] == []
-    assert torc.expired_nodes(store, heard + 20 * 60 + 61, 0)[0] == [runner.node]
+    assert torc.expired_nodes(store, heard + 20 * 60, 0)[0] == {}
+    assert torc.expired_nodes(store, heard + 20 * 60 + 61, 0)[0] == {runner.node: 20 * 60 + 60}
     with store.transaction():             # it has spoken since somebody looked
         torc.expire_node(store, runner.node, time.time(), -math.inf)
     assert statuses(api, workflow_id)["a"] == "running"
     store.heard[runner.node] = -math.inf
-    assert torc.expired_nodes(store, heard + 1, heard)[0] == []          # the server itself was frozen
+    assert torc.expired_nodes(store, heard + 1, heard)[0] == {}          # the server itself was frozen
     with store.transaction():
         torc.expire_node(store, runner.node, time.time(), -math.inf)
     assert statuses(api, workflow_id) == dict(a="failed", b="canceled", x="ready")
@@ -1718,7 +1718,7 @@ def test_upstreams_runners_never_beat_and_are_never_failed_for_it(store, api):
     node = make_node(api, workflow_id)
     api.post(f"/workflows/{workflow_id}/claim_next_jobs")
     api.put(f"/jobs/{ids['a']}/start_job/1/{node}")
-    assert torc.expired_nodes(store, time.monotonic() + 10**6, 0)[0] == []
+    assert torc.expired_nodes(store, time.monotonic() + 10**6, 0)[0] == {}
 
 
 # ---- what may run, and what may not

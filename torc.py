@@ -3395,8 +3395,9 @@ def apply_completion(store, job, values, result):
 
 def disown(store, jobs):
     """In a transaction: no process of these jobs is left, so they may be handed out again."""
-    store.execute(f"UPDATE job SET compute_node_id = NULL WHERE id IN {IDS}",
-                  (compact([job.id for job in jobs]),))
+    if jobs:
+        store.execute(f"UPDATE job SET compute_node_id = NULL WHERE id IN {IDS}",
+                      (compact([job.id for job in jobs]),))
     if any(job.status == READY for job in jobs):
         store.news(jobs[0].workflow_id)
 
@@ -3429,21 +3430,20 @@ def compare_held(store, workflow_id, owned, held):
     list of the answer, ids to hand out again). Jobs it no longer has and that have left pending and
     running are free of it.
     """
+    current = {(job.id, job.attempt_id) for job in owned.values()
+               if job.status in (PENDING, RUNNING)}
+    strays = [(job_id, attempt_id) for job_id, attempt_id in held
+              if (job_id, attempt_id) not in current]
     # The + keeps SQLite from walking the whole workflow.
     statuses = dict(store.query(
         f"SELECT id, status FROM job WHERE id IN {IDS} AND +workflow_id = ?",
-        (compact([job_id for job_id, _ in held]), workflow_id)))
-    current = {(job.id, job.attempt_id) for job in owned.values()
-               if job.status in (PENDING, RUNNING)}
-    stop = [{"job_id": job_id, "attempt_id": attempt_id,
-             "status": STATUS_NAMES[statuses[job_id]] if job_id in statuses else "deleted"}
-            for job_id, attempt_id in held if (job_id, attempt_id) not in current]
+        (compact([job_id for job_id, _ in strays]), workflow_id)))
     known = {job_id for job_id, _ in held}
     unknown = [job for job in owned.values() if job.id not in known]
-    gone = [job for job in unknown if job.status not in (PENDING, RUNNING)]
-    if gone:
-        disown(store, gone)
-    return stop, [job.id for job in unknown if job.status == PENDING]
+    disown(store, [job for job in unknown if job.status not in (PENDING, RUNNING)])
+    return [{"job_id": job_id, "attempt_id": attempt_id,
+             "status": STATUS_NAMES[statuses[job_id]] if job_id in statuses else "deleted"}
+            for job_id, attempt_id in strays], [job.id for job in unknown if job.status == PENDING]
 
 
 def claimed_jobs(store, ids, run_id, prefetched=()):
@@ -3609,29 +3609,27 @@ def release_node(store, node_id, now, evidence, ended=None):
 def expire_node(store, node_id, now, started):
     """In a transaction: a node's lease ran out, if that is still so. Its running jobs fail with
     -128, its pending ones are ready again with the next attempt."""
-    if node_id not in expired_nodes(store, time.monotonic(), started)[0]:
-        return
-    minutes, = store.one(
-        "SELECT w.compute_node_wait_for_healthy_database_minutes FROM compute_node n JOIN"
-        " workflow w ON w.id = n.workflow_id WHERE n.id = ?", (node_id,))
-    silent = format_duration(lease_s(minutes))
-    release_node(store, node_id, now, Evidence(
-        "lease", f"its runner has been silent for {silent}, longer than the workflow allows"),
-        (FAILED, ORPHAN_RETURN_CODE))
+    lease = expired_nodes(store, time.monotonic(), started)[0].get(node_id)
+    if lease is not None:
+        silent = f"silent for {format_duration(lease)}, longer than the workflow allows"
+        release_node(store, node_id, now, Evidence("lease", f"its runner has been {silent}"),
+                     (FAILED, ORPHAN_RETURN_CODE))
 
 
 def expired_nodes(store, now, started):
-    """Ids of nodes whose lease has run out, and the seconds until the next one could.
+    """{id: lease in seconds} of nodes whose lease has run out, and the seconds until the next one
+    could.
 
     now: time.monotonic(); started: when this server began, which begins all leases anew.
     """
-    expired, wait = [], 600.0
+    expired, wait = {}, 600.0
     for node_id, minutes in store.query(
             "SELECT n.id, w.compute_node_wait_for_healthy_database_minutes FROM compute_node n"
             " JOIN workflow w ON w.id = n.workflow_id WHERE n.is_active = 1 AND n.beats = 1"):
-        left = max(store.heard.get(node_id, started), started) + lease_s(minutes) - now
+        lease = lease_s(minutes)
+        left = max(store.heard.get(node_id, started), started) + lease - now
         if left <= 0:
-            expired.append(node_id)
+            expired[node_id] = lease
         else:
             wait = min(wait, left)
     return expired, wait
