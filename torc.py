@@ -2808,8 +2808,8 @@ def listing(store, kind, page, where, params, without=()):
 # What changes the state of jobs and workflows. Functions that write say "in a transaction": the
 # caller has opened one. Four rules keep all of it true:
 # - set_status is the only UPDATE of a job's status; triggers keep what is counted (Store).
-# - settle alone makes a job ready, or cancels it for what it depends on. Whatever changes jobs ends
-#   with it; all else that wants a job to run makes it blocked.
+# - free_jobs alone makes a job ready, or cancels it for what it depends on. Whatever changes jobs
+#   ends with it, mostly as a part of settle; all else that wants a job to run makes it blocked.
 # - compute_node_id names the node that may still have a process of the job. A ready job that has
 #   one is not handed out, so that no two attempts overlap.
 # - begin_anew takes jobs back, with what only the cascade below them had canceled.
@@ -2967,7 +2967,7 @@ def finish(store, workflow_id, ids, status, code=None, **more):
         store.tell(workflow_id, kind, severity, None, len(ids) - EVENT_QUEUE)
 
 
-def settle(store, workflow_id):
+def free_jobs(store, workflow_id):
     """In a transaction: what waits for nothing any more is ready, or canceled.
 
     A blocked job without unfinished dependencies is canceled if it wants that and one of them was
@@ -2994,6 +2994,12 @@ def settle(store, workflow_id):
             break
         finish(store, workflow_id, becomes[CANCELED], CANCELED, cascaded=True, result=None)
     return freed
+
+
+def settle(store, workflow_id):
+    """In a transaction: free_jobs after a change, which those who wait for news hear of."""
+    free_jobs(store, workflow_id)
+    store.news(workflow_id)
 
 
 def begin_anew(store, ids, status=BLOCKED, **more):
@@ -3107,7 +3113,6 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
         " tries = 0, wait_until = 0, trigger_count = CASE WHEN"
         " trigger_type IN ('on_workflow_start', 'on_worker_start', 'on_worker_complete') THEN"
         " required_triggers ELSE trigger_count END WHERE workflow_id = ?", (workflow_id,))
-    store.news(workflow_id)
 
 
 def derive_dependencies(store, workflow_id):
@@ -3142,7 +3147,6 @@ def reset_jobs(store, workflow_id, failed_only=False):
         store.execute("UPDATE workflow_action SET trigger_count = 0 WHERE workflow_id = ? AND"
                       " executed = 0 AND job_ids IS NULL", (workflow_id,))
     settle(store, workflow_id)
-    store.news(workflow_id)
     return len(chosen)
 
 
@@ -3175,7 +3179,6 @@ def reset_workflow(store, workflow_id, user, now, force):
     store_event(store, workflow_id, now, {
         "category": "user_action", "action": "reset_workflow_status", "user": user,
         "workflow_id": workflow_id, "force": force})
-    store.news(workflow_id)
 
 
 # ---- claims
@@ -3500,10 +3503,11 @@ def runner_step(store, workflow_id, step, now):
                 owned.pop(done["job_id"], None)
         back = [job["job_id"] for job in step.get("returns", ()) if is_new and is_claim(owned, job)]
         set_status(store, back, BLOCKED, None)
-        freed = settle(store, workflow_id) if completions or back else []
+        freed = free_jobs(store, workflow_id) if completions or back else []
+        for job_id in back:
+            owned.pop(job_id, None)
         if not replay:
-            held = {job_id: job for job_id, job in owned.items() if job_id not in back}
-            answer["stop"], chosen = compare_held(store, workflow_id, held, step.get("held", ()))
+            answer["stop"], chosen = compare_held(store, workflow_id, owned, step.get("held", ()))
             extra = []
             if step.get("claim") and is_new and not canceled:
                 claimed, extra = claim_for_runner(store, workflow_id, node_id, step["claim"])
@@ -3581,9 +3585,9 @@ def release_node(store, node_id, now, evidence, ended=None):
     store.execute("UPDATE compute_node SET death = ? WHERE id = ?", (compact({
         "kind": evidence.kind, "time": iso_time(now), "text": evidence.text}), node_id))
     run_id = workflow_row(store, workflow_id, "run_id")[0]
-    requeued, others = [], 0
+    requeued, owned = [], find_jobs(store, "compute_node_id = ?", (node_id,))
     status, code = ended or (FAILED, ORPHAN_RETURN_CODE)
-    for job in find_jobs(store, "compute_node_id = ?", (node_id,)):
+    for job in owned:
         result = KEEP
         if job.status == RUNNING:
             result = store_result(store, {
@@ -3594,16 +3598,12 @@ def release_node(store, node_id, now, evidence, ended=None):
                 f"torc: {evidence.text}"}, replace=True)
         if job.status == RUNNING and ended:
             finish(store, workflow_id, [job.id], status, code, owner=None, result=result)
-            others += 1
         elif job.status in (PENDING, RUNNING):
             set_status(store, [job.id], BLOCKED, None, again=1, result=result)
             requeued.append(job.id)
-        else:
-            others += 1
     close_node(store, node_id, now)
     settle(store, workflow_id)
-    store.news(workflow_id)
-    return requeued, others
+    return requeued, len(owned) - len(requeued)
 
 
 def expire_node(store, node_id, now, started):
@@ -3661,7 +3661,6 @@ def complete_job(store, job_id, status, run_id, body):
     finish(store, job.workflow_id, [job_id], status, body["return_code"],
            result=store_result(store, body))
     settle(store, job.workflow_id)
-    store.news(job.workflow_id)
 
 
 def start_job(store, job_id, run_id, node_id, now):
@@ -3704,7 +3703,6 @@ def manage_status(store, job_id, status, run_id):
         refuse_hindered(store, ids)
     begin_anew(store, ids, BLOCKED if status == READY else status)
     settle(store, job.workflow_id)
-    store.news(job.workflow_id)
 
 
 def retry_job(store, job_id, run_id, now, max_retries):
@@ -3728,7 +3726,6 @@ def retry_job(store, job_id, run_id, now, max_retries):
         "event_type": "job_retried", "job_id": job_id, "job_name": job.name, "run_id": run_id,
         "previous_attempt": job.attempt_id, "new_attempt": job.attempt_id + 1,
         "message": f"job {job.name} is retried"})
-    store.news(job.workflow_id)
 
 
 def stop_job(store, job_id, status):
@@ -3744,7 +3741,6 @@ def stop_job(store, job_id, status):
         raise Invalid(f"job {job_id} has already ended ({STATUS_NAMES[job.status]})")
     finish(store, job.workflow_id, [job_id], status, result=None)
     settle(store, job.workflow_id)
-    store.news(job.workflow_id)
 
 
 def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
@@ -3767,7 +3763,6 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
     if not dry_run:
         begin_anew(store, again, again=1, result=None)
         settle(store, workflow_id)
-        store.news(workflow_id)
     return jobs
 
 
@@ -5859,7 +5854,6 @@ def update_workflow_status(request, workflow_id):
     change(request.store, WORKFLOW_STATUS, workflow_id, {
         "is_archived": False, "has_detected_need_to_run_completion_script": False, **request.body})
     settle(request.store, workflow_id)
-    request.store.news(workflow_id)
     return {**request.body, "id": workflow_id}
 
 
