@@ -3654,10 +3654,8 @@ def complete_job(store, job_id, status, run_id, body):
     check_run(store, job.workflow_id, run_id)
     if job.status in (DISABLED, PENDING_FAILED):
         raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}")
-    if job.cascaded:                      # only the cascade had canceled it
-        begin_anew(store, [job_id])
-    if job.status not in (PENDING, RUNNING):         # nobody has claimed it
-        set_status(store, [job_id], PENDING)
+    if job.status not in (PENDING, RUNNING):
+        begin_anew(store, [job_id], PENDING)         # nobody has claimed it, or it was cascaded
     finish(store, job.workflow_id, [job_id], status, body["return_code"],
            result=store_result(store, body))
     settle(store, job.workflow_id)
