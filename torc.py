@@ -3064,26 +3064,14 @@ def changes_since(store, where, params):
 
 
 RAN = f"({COMPLETED}, {FAILED}, {TERMINATED}, {PENDING_FAILED})"
-
-
-def ran_after(store, ids):
-    """Ids of jobs downstream of these that have run, so that they are out of date when these run
-    again."""
-    return [row[0] for row in store.query(
-        "WITH RECURSIVE below (id) AS (SELECT job_id FROM job_dependency WHERE depends_on_job_id IN"
-        f" {IDS} UNION SELECT d.job_id FROM below JOIN job_dependency d ON d.depends_on_job_id ="
-        f" below.id) SELECT j.id FROM below JOIN job j ON j.id = below.id WHERE j.status IN {RAN}"
-        " ORDER BY j.id", (compact(list(ids)),)) if row[0] not in set(ids)]
+# Ids of the jobs downstream of those for which a condition on p holds.
+DOWNSTREAM = """(WITH RECURSIVE below (id) AS (
+    SELECT d.job_id FROM job p JOIN job_dependency d ON d.depends_on_job_id = p.id WHERE {}
+    UNION SELECT d.job_id FROM below JOIN job_dependency d ON d.depends_on_job_id = below.id)
+SELECT id FROM below)"""
 
 
 # ---- initialize and reset
-
-DOWNSTREAM = """WITH RECURSIVE below (id) AS (
-    SELECT d.job_id FROM job j JOIN job_dependency d ON d.depends_on_job_id = j.id
-    WHERE j.workflow_id = ? AND j.status IN ({})
-    UNION SELECT d.job_id FROM below JOIN job_dependency d ON d.depends_on_job_id = below.id)
-SELECT id FROM below"""
-
 
 def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemeral=False):
     """In a transaction: derive dependencies, then make every job blocked or ready that should be.
@@ -3095,9 +3083,9 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
         store.execute("UPDATE user_data SET data = NULL WHERE workflow_id = ? AND is_ephemeral = 1",
                       (workflow_id,))
     if only_uninitialized:
-        begin_anew(store, job_ids(
-            store, f"id IN ({DOWNSTREAM.format(UNINITIALIZED)}) AND status <> {UNINITIALIZED}",
-            (workflow_id,)), UNINITIALIZED)
+        source = DOWNSTREAM.format(f"p.workflow_id = ? AND p.status = {UNINITIALIZED}")
+        begin_anew(store, job_ids(store, f"id IN {source} AND status <> {UNINITIALIZED}",
+                                  (workflow_id,)), UNINITIALIZED)
     open_jobs = f"status IN ({UNINITIALIZED}, {PENDING}, {RUNNING}, {TERMINATED}, {PENDING_FAILED})"
     if not only_uninitialized:            # also what has ended but depends on what has not
         open_jobs = f"({open_jobs} OR unfinished > 0 AND status <> {BLOCKED})"
@@ -3140,7 +3128,8 @@ def reset_jobs(store, workflow_id, failed_only=False):
     statuses = f"{FAILED}, {CANCELED}, {TERMINATED}, {PENDING_FAILED}"
     chosen = job_ids(store, "workflow_id = ? AND " + (
         f"status IN ({statuses})" if failed_only else f"status <> {UNINITIALIZED}"), (workflow_id,))
-    below = job_ids(store, f"id IN ({DOWNSTREAM.format(statuses)}) AND status IN {COMPLETE}",
+    source = DOWNSTREAM.format(f"p.workflow_id = ? AND p.status IN ({statuses})")
+    below = job_ids(store, f"id IN {source} AND status IN {COMPLETE}",
                     (workflow_id,)) if failed_only else []
     begin_anew(store, list({*chosen, *below}), UNINITIALIZED)
     if not failed_only:
@@ -3755,7 +3744,11 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
         if job.status not in FINAL_SET:
             raise Invalid(f"job {job.id} is {STATUS_NAMES[job.status]}: only a job that has ended "
                           "can be retried")
-    again = [*ids, *([] if only else ran_after(store, ids))]
+    again = list(ids)
+    if not only:
+        source = DOWNSTREAM.format(f"p.id IN {IDS}")
+        again += job_ids(store, f"id IN {source} AND status IN {RAN} AND id NOT IN {IDS}",
+                         (compact(ids), compact(ids)))
     refuse_hindered(store, again)
     jobs = find_jobs(store, f"id IN {IDS}", (compact(again),))
     if not dry_run:
