@@ -2978,14 +2978,17 @@ def free_jobs(store, workflow_id):
     freed = []
     while True:
         becomes = {BLOCKED: [], READY: [], CANCELED: []}
-        for job_id, status in store.query(
-                f"SELECT j.id, CASE WHEN j.status = {READY} THEN {BLOCKED} WHEN"
-                " j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM job_dependency d JOIN"
-                " job p ON p.id = d.depends_on_job_id WHERE d.job_id = j.id AND p.dooms) THEN"
-                f" {CANCELED} ELSE {READY} END FROM workflow w CROSS JOIN job j INDEXED BY"
-                f" job_unsettled ON j.workflow_id = w.id AND (j.status = {BLOCKED} AND j.unfinished"
-                f" = 0 OR j.status = {READY} AND j.unfinished > 0) WHERE w.id = ? AND (j.status ="
-                f" {READY} OR NOT w.is_canceled)", (workflow_id,)):
+        for job_id, status in store.query(f"""
+                SELECT j.id, CASE
+                    WHEN j.status = {READY} THEN {BLOCKED}
+                    WHEN j.cancel_on_blocking_job_failure AND EXISTS (
+                        SELECT 1 FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id
+                        WHERE d.job_id = j.id AND p.dooms) THEN {CANCELED}
+                    ELSE {READY} END
+                FROM workflow w CROSS JOIN job j INDEXED BY job_unsettled ON j.workflow_id = w.id
+                    AND (j.status = {BLOCKED} AND j.unfinished = 0
+                         OR j.status = {READY} AND j.unfinished > 0)
+                WHERE w.id = ? AND (j.status = {READY} OR NOT w.is_canceled)""", (workflow_id,)):
             becomes[status].append(job_id)
         set_status(store, becomes[BLOCKED], BLOCKED)
         set_status(store, becomes[READY], READY)
@@ -3524,10 +3527,14 @@ def lease_s(minutes):
 
 def situation(store, workflow_id):
     """What a waiting client wants to know of a workflow. Raises NotFound."""
-    generation, *flags = workflow_row(
-        store, workflow_id, "generation, EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
-        f" AND status = {READY} AND compute_node_id IS NULL), is_canceled, {IS_COMPLETE}, EXISTS"
-        f" (SELECT 1 FROM workflow_action a WHERE workflow_id = workflow.id AND {PENDING_ACTION})")
+    generation, *flags = workflow_row(store, workflow_id, f"""
+        generation,
+        EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id AND status = {READY}
+                AND compute_node_id IS NULL),
+        is_canceled,
+        {IS_COMPLETE},
+        EXISTS (SELECT 1 FROM workflow_action a WHERE workflow_id = workflow.id
+                AND {PENDING_ACTION})""")
     names = ("has_ready", "is_canceled", "is_complete", "pending_actions")
     return {"generation": generation, **dict(zip(names, map(bool, flags)))}
 
@@ -3781,9 +3788,8 @@ def add_action(store, workflow_id, action):
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (workflow_id, action["trigger_type"], action["action_type"],
          compact(action["action_config"]), None if listed is None else compact(listed),
-         0 if on_jobs else action.get("trigger_count") or 0, 0 if on_jobs else 1,
-         bool(action.get("executed")), bool(action.get("persistent")),
-         bool(action.get("is_recovery"))))
+         0 if on_jobs else action.get("trigger_count", 0), not on_jobs,
+         *(action.get(flag, False) for flag in ("executed", "persistent", "is_recovery"))))
     store.insert_many("INSERT INTO action_job (job_id, action_id)", 2,
                       [(job_id, action_id) for job_id in sorted(set(listed or ()))])
     return action_id
