@@ -3128,16 +3128,17 @@ def reset_jobs(store, workflow_id, failed_only=False):
     lies downstream of them. Else all jobs, disabled ones included. Upstream: reset_job_status.
     """
     refuse_archived(store, workflow_id)
-    statuses = f"{FAILED}, {CANCELED}, {TERMINATED}, {PENDING_FAILED}"
-    chosen = job_ids(store, "workflow_id = ? AND " + (
-        f"status IN ({statuses})" if failed_only else f"status <> {UNINITIALIZED}"), (workflow_id,))
-    source = DOWNSTREAM.format(f"p.workflow_id = ? AND p.status IN ({statuses})")
-    below = job_ids(store, f"id IN {source} AND status IN {COMPLETE}",
-                    (workflow_id,)) if failed_only else []
-    begin_anew(store, list({*chosen, *below}), UNINITIALIZED)
-    if not failed_only:
+    if failed_only:
+        failed = f"status IN ({FAILED}, {CANCELED}, {TERMINATED}, {PENDING_FAILED})"
+        chosen = job_ids(store, f"workflow_id = ? AND {failed}", (workflow_id,))
+        source = DOWNSTREAM.format(f"p.workflow_id = ? AND p.{failed}")
+        below = job_ids(store, f"id IN {source} AND status = {COMPLETED}", (workflow_id,))
+    else:
+        chosen, below = job_ids(store, f"workflow_id = ? AND status <> {UNINITIALIZED}",
+                                (workflow_id,)), []
         store.execute("UPDATE workflow_action SET trigger_count = 0 WHERE workflow_id = ? AND"
                       " executed = 0 AND job_ids IS NULL", (workflow_id,))
+    begin_anew(store, chosen + below, UNINITIALIZED)
     settle(store, workflow_id)
     return len(chosen)
 
@@ -3293,14 +3294,12 @@ def claim_for_runner(store, workflow_id, node_id, claim):
         raise Invalid("claim: missing field `whole` beside `bins`")
     bins = Bins(claim["bins"], claim["whole"]) if claim.get("bins") else None
     while len(chosen) < limit:
-        fit, params = "1", []
+        fit, params = "r.runtime_s <= ?", [claim.get("time_left_s", math.inf)]
         if bins:
             enough = "r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ?"
-            fit = f"CASE WHEN r.num_nodes > 1 THEN r.num_nodes <= ? AND {enough} ELSE {enough} END"
-            params = [len(bins.idle()), *bins.node, *bins.most()]
-        if claim.get("time_left_s") is not None:
-            fit += " AND r.runtime_s <= ?"
-            params.append(claim["time_left_s"])
+            fit += (f" AND CASE WHEN r.num_nodes > 1 THEN r.num_nodes <= ? AND {enough}"
+                    f" ELSE {enough} END")
+            params += [len(bins.idle()), *bins.node, *bins.most()]
         found = for_scheduler(store, workflow_id, limit - len(chosen), fit, params, claim)
         taken = take(store, [row[0] for row in found if not bins or bins.take(row[2:5], row[5])],
                      node_id)
