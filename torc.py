@@ -2292,36 +2292,31 @@ class HostLock:
         import fcntl
         import socket
         host = socket.gethostname()
+        holder, share = {}, fcntl.LOCK_SH
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.truncate(self.fd, 0)
-            os.pwrite(self.fd, compact({"host": host, "pid": os.getpid()}).encode(), 0)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.truncate(self.fd, 0)
+                os.pwrite(self.fd, compact({"host": host, "pid": os.getpid()}).encode(), 0)
+            except BlockingIOError:       # who is here already may share it with us
+                with contextlib.suppress(ValueError):
+                    holder = json.loads(os.pread(self.fd, 1000, 0))
+                if exclusive or holder.get("host") != host:
+                    raise
+                share |= fcntl.LOCK_NB
             if not exclusive:
-                fcntl.flock(self.fd, fcntl.LOCK_SH)
-        except BlockingIOError:
-            self._share(path, host, exclusive)
-        except OSError as error:
-            os.close(self.fd)
-            raise Unreachable(f"file locks do not work in {os.path.dirname(path)} "
-                              f"({error.strerror}): name a --database on a local disk") from None
-
-    def _share(self, path, host, exclusive):
-        import fcntl
-        try:
-            holder = json.loads(os.pread(self.fd, 1000, 0))
-        except ValueError:
-            holder = {}
-        try:
-            if exclusive or holder.get("host") != host:
-                raise BlockingIOError
-            fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(self.fd, share)
         except BlockingIOError:
             os.close(self.fd)
             raise Unreachable(
                 f"database {path[:-5]} is in use on host {holder.get('host', 'unknown')} "
                 f"(pid {holder.get('pid', 'unknown')}): work there, or start a server there and "
                 "take --url") from None
+        except OSError as error:
+            os.close(self.fd)
+            raise Unreachable(f"file locks do not work in {os.path.dirname(path)} "
+                              f"({error.strerror}): name a --database on a local disk") from None
 
     def close(self):
         """Release the lock."""
