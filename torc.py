@@ -3226,19 +3226,20 @@ class Bins:
 
 
 def candidates(store, workflow_id, limit, fit="1", params=()):
-    """Ready jobs in claim order as (id, requirement id, cpus, memory, gpus, nodes).
+    """Ready jobs in claim order as (id, cpus, memory, gpus, nodes).
 
     fit: SQL condition on r (the requirement) and j (the job). Uses the index job_claim.
     """
     return store.query(
-        "SELECT j.id, r.id, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes FROM job j"
+        "SELECT j.id, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes FROM job j"
         " CROSS JOIN resource_requirements r ON r.id = j.resource_requirements_id"
         f" WHERE j.workflow_id = ? AND j.status = {READY} AND j.compute_node_id IS NULL AND {fit}"
         " ORDER BY j.priority DESC, j.id LIMIT ?", (workflow_id, *params, limit))
 
 
-def take(store, ids, node_id=None):
-    """In a transaction: jobs are claimed, by a node if that is known; returns their ids."""
+def take(store, found, node_id=None):
+    """In a transaction: candidates are claimed, by a node if that is known; returns their ids."""
+    ids = [row[0] for row in found]
     set_status(store, ids, PENDING, node_id)
     return ids
 
@@ -3248,9 +3249,9 @@ def claim_next(store, workflow_id, limit):
 
     Upstream: claim_next_jobs.
     """
-    if workflow_row(store, workflow_id, "is_canceled")[0] or limit == 0:
+    if workflow_row(store, workflow_id, "is_canceled")[0]:
         return []
-    return take(store, [row[0] for row in candidates(store, workflow_id, limit)])
+    return take(store, candidates(store, workflow_id, limit))
 
 
 def for_scheduler(store, workflow_id, limit, fit, params, claim):
@@ -3272,11 +3273,11 @@ def claim_by_resources(store, workflow_id, limit, want):
     packed, as upstream does: claim_jobs_based_on_resources.
     """
     node = [want["num_cpus"], want["memory_bytes"], want["num_gpus"], want["num_nodes"]]
-    capacity = Capacity(*node)
-    return take(store, [row[0] for row in for_scheduler(
+    found = for_scheduler(
         store, workflow_id, limit, "r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ? AND"
         " r.num_nodes <= ? AND r.runtime_s <= ?", [*node, want["time_left_s"]], want)
-        if capacity.take(row[2:5], row[5])])
+    capacity = Capacity(*node)
+    return take(store, [row for row in found if capacity.take(row[1:4], row[4])])
 
 
 def claim_for_runner(store, workflow_id, node_id, claim):
@@ -3296,7 +3297,7 @@ def claim_for_runner(store, workflow_id, node_id, claim):
                     f" ELSE {enough} END")
             params += [len(bins.idle()), *bins.node, *bins.most()]
         found = for_scheduler(store, workflow_id, limit - len(chosen), fit, params, claim)
-        taken = take(store, [row[0] for row in found if not bins or bins.take(row[2:5], row[5])],
+        taken = take(store, [row for row in found if not bins or bins.take(row[1:4], row[4])],
                      node_id)
         chosen += taken
         if not taken or not bins or len(taken) == len(found) < limit:
@@ -3304,7 +3305,7 @@ def claim_for_runner(store, workflow_id, node_id, claim):
     more = claim.get("prefetch", {"limit": 0})
     extra = candidates(store, workflow_id, min(more["limit"], 64), "r.id = ?",
                        (more["resource_requirements_id"],)) if more["limit"] > 0 else []
-    return chosen, take(store, [row[0] for row in extra], node_id)
+    return chosen, take(store, extra, node_id)
 
 
 # ---- one conversation per runner
