@@ -1633,46 +1633,23 @@ class Reader:
 
     def _circles(self):
         """Jobs must not wait for themselves, directly or through files and user data."""
-        graph, waits = self._graph()
-        free = [node for node, number in waits.items() if number == 0]
-        while free:
-            for after in graph.get(free.pop(), ()):
-                waits[after] -= 1
-                if waits[after] == 0:
-                    free.append(after)
-        stuck = dict.fromkeys(node for node, number in waits.items() if number)
-        if stuck:
-            names = self._circle(graph, stuck)
+        from graphlib import CycleError, TopologicalSorter
+        waits_for = {}                    # jobs are their ids, the others ("file", id) and its like
+        for number, job in enumerate(self.jobs, 1):
+            before = waits_for[number] = list(job.get("depends_on_job_ids", ()))
+            for table in ("file", "user_data"):
+                before += [(table, one) for one in job.get(f"input_{table}_ids", ())]
+                for one in job.get(f"output_{table}_ids", ()):
+                    waits_for.setdefault((table, one), []).append(number)
+        try:
+            TopologicalSorter(waits_for).prepare()
+        except CycleError as error:       # its circle begins and ends with the same
+            circle = [one for one in error.args[1][1:] if isinstance(one, int)]
+            names = [self.jobs[one - 1]["name"] for one in (*circle, circle[0])]
             shown = names if len(names) <= 11 else [
                 *names[:5], f"... {len(names) - 10:,} more ...", *names[-5:]]
-            self.problems.add(self.paths["job"][self.ids["job"][names[0]] - 1],
+            self.problems.add(self.paths["job"][circle[0] - 1],
                               f"jobs wait for each other in a circle: {' -> '.join(shown)}")
-
-    def _graph(self):
-        """{node: nodes that wait for it} and {node: number it waits for}; nodes are job ids and
-        ("file" or "user_data", id)."""
-        graph, waits = {}, dict.fromkeys(range(1, len(self.jobs) + 1), 0)
-        for number, job in enumerate(self.jobs, 1):
-            edges = [(other, number) for other in job.get("depends_on_job_ids", ())]
-            for table in ("file", "user_data"):
-                edges += [((table, one), number) for one in job.get(f"input_{table}_ids", ())]
-                edges += [(number, (table, one)) for one in job.get(f"output_{table}_ids", ())]
-            for before, after in edges:
-                graph.setdefault(before, []).append(after)
-                waits[after] = waits.get(after, 0) + 1
-                waits.setdefault(before, 0)
-        return graph, waits
-
-    def _circle(self, graph, stuck):
-        """Names of the jobs on one circle, the first again at the end."""
-        before = {after: node for node in stuck for after in graph.get(node, ()) if after in stuck}
-        node, seen = next(iter(before)), {}
-        while node not in seen:
-            seen[node] = len(seen)
-            node = before[node]
-        circle = [*list(seen)[seen[node]:], node][::-1]
-        names = [self.jobs[one - 1]["name"] for one in circle if isinstance(one, int)]
-        return names if names[0] == names[-1] and len(names) > 1 else [*names, names[0]]
 
 
 # ---- the whole specification
