@@ -191,6 +191,8 @@ ERROR_OF_STATUS = {kind.status: kind for kind in (
 MEMORY_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 DURATION_UNITS = {"Y": 31_557_600, "M": 2_629_800, "W": 604_800, "D": 86_400}
 TIME_UNITS = {"H": 3600, "M": 60, "S": 1}
+WALLTIME = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?"         # D-H, D-H:M, D-H:M:S
+                      r"|(?:(\d+):(?=\d+:))?(\d+)(?::(\d+))?")     # H:M:S, M, M:S
 
 
 def parse_memory(text):
@@ -214,12 +216,10 @@ def parse_duration(text):
     """
     seconds = None
     if isinstance(text, str):
-        full = re.fullmatch(r"P(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)", text)
-        parts = re.fullmatch(r"P((?:\d+[YMWD])*)(?:T((?:\d+(?:\.\d+)?[HMS])+))?", text)
-        if full:
-            units = (31_557_600, 2_629_800, 86_400, 3600, 60, 1)
-            seconds = sum(int(number) * unit for number, unit in zip(full.groups(), units))
-        elif parts and (parts[1] or parts[2]):
+        spelled = re.sub(r"\AP(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)\Z",
+                         r"P\1Y\2M\3DT\4H\5M\6S", text)
+        parts = re.fullmatch(r"P((?:\d+[YMWD])*)(?:T((?:\d+(?:\.\d+)?[HMS])+))?", spelled)
+        if parts and (parts[1] or parts[2]):
             seconds = sum(int(number) * DURATION_UNITS[unit]
                           for number, unit in re.findall(r"(\d+)([YMWD])", parts[1] or ""))
             seconds += sum(float(number) * TIME_UNITS[unit] for number, unit in
@@ -235,17 +235,11 @@ def parse_walltime(text):
 
     Raises ValueError.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text) \
-        if isinstance(text, str) else None
+    match = WALLTIME.fullmatch(text) if isinstance(text, str) else None
     if not match:
         raise ValueError(f"{text!r} is not a time such as 04:00:00 or 1-12:00:00")
-    days, *rest = match.groups()
-    parts = [int(part) for part in rest if part is not None]
-    if days is not None:
-        parts += [0] * (3 - len(parts))
-    elif len(parts) < 3:                  # minutes, or minutes:seconds
-        parts = [0, *parts, 0][:3] if len(parts) == 1 else [0, *parts]
-    return int(days or 0) * 86_400 + parts[0] * 3600 + parts[1] * 60 + parts[2]
+    units = (86_400, 3600, 60, 1, 3600, 60, 1)
+    return sum(int(number or 0) * unit for number, unit in zip(match.groups(), units))
 
 
 def slurm_memory(text):
