@@ -1110,20 +1110,19 @@ def core_loader(yaml):
                             f" ({str(error):.80})", node.start_mark) from None
 
         def flatten_mapping(self, node):
-            own, merged, seen = [], [], set()
+            own, merged = {}, []
             for key, value in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     raise wrong("a key is not a string", key.start_mark)
                 if key.tag == tag + "merge":
                     merged += self.merged_pairs(value)
-                elif key.value in seen:
+                elif key.value in own:
                     raise wrong(f'the key "{key.value}" occurs twice', key.start_mark)
                 else:
-                    seen.add(key.value)
-                    own.append((key, value))
+                    own[key.value] = key, value
             kept = {key.value: (key, value) for key, value in reversed(merged)
-                    if key.value not in seen}
-            node.value = [*reversed(kept.values()), *own]
+                    if key.value not in own}
+            node.value = [*reversed(kept.values()), *own.values()]
 
         def merged_pairs(self, node):
             if isinstance(node, yaml.SequenceNode):
