@@ -807,7 +807,7 @@ def read_part(value, part, strict=True):
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.80} is not an object")
     faults = []
-    good = check_record(value, PARTS[part], lambda name, sentence: faults.append(sentence),
+    good = check_record(value, PARTS[part], lambda sentence, name="": faults.append(sentence),
                         strict=strict)
     if faults:
         raise ValueError("; ".join(faults))
@@ -848,9 +848,9 @@ def check_record(record, wanted, note, partial=False, strict=True, inner=False):
     """The values of an object that are of the types of its fields; those that are null are absent,
     those of the server's fields ignored.
 
-    wanted: {name: Field}. note: called with (name or None, sentence) for each fault. partial:
-    required ones may be absent. strict: unknown ones are faults; inner: those of objects inside,
-    too.
+    wanted: {name: Field}. note: called with a sentence for each fault, and with the name of the
+    field unless that is missing. partial: required ones may be absent. strict: unknown ones are
+    faults; inner: those of objects inside, too.
     """
     good = {}
     for name, value in record.items():
@@ -862,13 +862,13 @@ def check_record(record, wanted, note, partial=False, strict=True, inner=False):
                 good[name] = value if field.type in TYPES and TYPES[field.type][0](value) else \
                     read_value(value, field.type, inner)
             except ValueError as fault:
-                note(name, f"{name}: {fault}")
+                note(f"{name}: {fault}", name)
         elif strict:
             hint = f" ({HINTS[name]})" if name in HINTS else nearest(name, wanted)
-            note(name, f"unknown field {name!r:.60}{hint}")
+            note(f"unknown field {name!r:.60}{hint}", name)
     for name, field in wanted.items():
         if field.required and not partial and record.get(name) is None:
-            note(None, f"missing field `{name}`")
+            note(f"missing field `{name}`")
     return good
 
 
@@ -936,58 +936,63 @@ class Spec(NamedTuple):
 
 # ---- reading
 
-class Lines:
-    """Finds the line of a record or field; parses the text once more, and only if asked. JSON is
-    read as the YAML that it is."""
+class Place(NamedTuple):
+    """Where a record of a specification stands, and the faults found in the whole of it."""
 
-    def __init__(self, text, as_json):
-        self.text, self.as_json, self._root = text, as_json, None
+    faults: list                          # [(path, sentence)]
+    path: tuple = ()                      # such as ("jobs", 3)
+    what: str = "workflow"                # how messages call the record
 
-    def of(self, path):
-        """Line of the value at a path such as ("jobs", 3, "command"), or of what contains it; None
-        in a long text, and without PyYAML."""
-        try:
-            return self._find(path) if len(self.text) < 2**20 else None
-        except Exception:                 # no line is better than no message
-            return None
+    def fault(self, text, *steps):
+        """Note what is wrong with the record, or with what the steps lead to in it."""
+        self.faults.append(((*self.path, *steps), f"{self.what}: {text}"))
 
-    def _find(self, path):
+    def check(self, record, wanted):
+        """The fields of the record that are known, of their type and not null; notes the others.
+
+        wanted: {name: Field}.
+        """
+        if isinstance(record, dict):
+            return check_record(record, wanted, self.fault, inner=True)
+        self.faults.append((self.path, f"{self.what} is {record!r:.60}, not a mapping"))
+        return {}
+
+    def inner(self, what, *steps):
+        """The place of a record inside of this one."""
+        return Place(self.faults, (*self.path, *steps), what)
+
+
+def lines_of(text, paths):
+    """{path: line} of values at paths such as ("jobs", 3, "command"), or of what contains them;
+    none in a long text, and without PyYAML. JSON is read as the YAML that it is."""
+    lines = {}
+    with contextlib.suppress(Exception):  # no line is better than no message
         import yaml
-        if self._root is None:
-            self._root = yaml.compose(self.text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        node, line = self._root, None
-        for step in path:
-            if isinstance(node, yaml.MappingNode):
-                pair = next((pair for pair in node.value if pair[0].value == step), None)
-            else:
-                pair = (node.value[step],) * 2 if isinstance(step, int) else None
-            if not pair:
-                break
-            node, line = pair[1], pair[0].start_mark.line + 1
-        return line
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        root = yaml.compose(text, loader) if len(text) < 2**20 else None
+        for path in paths:
+            node = root
+            for step in path:
+                key = node.value[step] if isinstance(step, int) else next(
+                    (pair for pair in node.value if pair[0].value == step), None)
+                if not key:
+                    break
+                key, node = key if isinstance(key, tuple) else (key, key)
+                lines[path] = key.start_mark.line + 1
+    return lines
 
 
-class Problems:
-    """The errors found so far, each with the path of what it is about."""
-
-    def __init__(self, name, lines=None):
-        self.name, self.lines, self.found = name, lines, []
-
-    def add(self, path, text):
-        """Note an error."""
-        self.found.append((path, text))
-
-    def raise_any(self):
-        """Raise SpecError if there are errors."""
-        if not self.found:
-            return
-        sentences = []
-        for path, text in self.found[:MAX_ERRORS]:
-            line = self.lines.of(path) if self.lines and path else None
-            sentences.append(f"{self.name}{f' line {line}' if line else ''}: {text}")
-        if len(self.found) > MAX_ERRORS:
-            sentences.append(f"{self.name}: and {len(self.found) - MAX_ERRORS} more errors")
-        raise SpecError(sentences)
+def raise_faults(name, text, faults):
+    """Raise SpecError if there are faults: (path, sentence)."""
+    if not faults:
+        return
+    told = faults[:MAX_ERRORS]
+    lines = lines_of(text, [path for path, _ in told])
+    sentences = [f"{name}{f' line {lines[path]}' if path in lines else ''}: {sentence}"
+                 for path, sentence in told]
+    if len(faults) > MAX_ERRORS:
+        sentences.append(f"{name}: and {len(faults) - MAX_ERRORS} more errors")
+    raise SpecError(sentences)
 
 
 def read_spec_text(path):
@@ -1002,7 +1007,7 @@ def read_spec_text(path):
 
 
 def parse_spec_text(path, text):
-    """(value, Lines) of a specification's text, which JSON can hold. Raises SpecError,
+    """(value, whether it is JSON) of a specification's text, which JSON can hold. Raises SpecError,
     MissingPackage."""
     ending = os.path.splitext(path)[1].lower()
     if ending in (".json5", ".kdl"):
@@ -1011,39 +1016,39 @@ def parse_spec_text(path, text):
     if not text.strip():
         raise SpecError([f"{path}: the file is empty"])
     as_json = ending == ".json" or (ending not in (".yaml", ".yml") and text.lstrip()[0] == "{")
-    value, lines = (parse_json if as_json else parse_yaml)(path, text), Lines(text, as_json)
+    value = (parse_json if as_json else parse_yaml)(path, text)
     if not as_json or not is_json(value):
-        problems = Problems(path, lines)
-        check_tree(problems, value, (), itertools.count(), 100_000 + MAX_ALIASED * len(text))
-        problems.raise_any()
-    return value, lines
+        faults = []
+        check_tree(faults, value, (), itertools.count(), 100_000 + MAX_ALIASED * len(text))
+        raise_faults(path, text, faults)
+    return value, as_json
 
 
-def check_tree(problems, value, path, count, most):
+def check_tree(faults, value, path, count, most):
     """Note where a value is none of JSON's, or stands for too many: aliases of YAML may repeat and
     contain themselves. count: counts values; most: of them."""
     place = f"{'.'.join(map(str, path)) or 'the specification'}: "
     if next(count) > most:
-        if len(problems.found) < 1 or not problems.found[-1][1].startswith("its aliases"):
-            problems.add((), f"its aliases (&name, *name) stand for more than {most:,} values")
+        if not faults or not faults[-1][1].startswith("its aliases"):
+            faults.append(((), f"its aliases (&name, *name) stand for more than {most:,} values"))
     elif len(path) > MAX_DEPTH:
-        problems.add(path[:2], f"{place[:60]}... is nested more than {MAX_DEPTH} deep")
+        faults.append((path[:2], f"{place[:60]}... is nested more than {MAX_DEPTH} deep"))
     elif isinstance(value, dict):
         for name, inner in value.items():
             if not is_string(name):
-                problems.add(path, f"{place}the key {name!r:.60} is not a string: quote it")
-            elif not problems.found:
-                check_tree(problems, inner, (*path, name), count, most)
+                faults.append((path, f"{place}the key {name!r:.60} is not a string: quote it"))
+            elif not faults:
+                check_tree(faults, inner, (*path, name), count, most)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            if not problems.found:
-                check_tree(problems, inner, (*path, number), count, most)
+            if not faults:
+                check_tree(faults, inner, (*path, number), count, most)
     elif not is_json(value):
         kind = {"str": "text that is not Unicode", "float": "a number that JSON does not have",
                 "int": "a number of too many digits", "bytes": "binary, which JSON does not have"}
-        problems.add(path, f"{place}" + ("" if isinstance(value, int) else f"{value!r:.60} is ")
+        faults.append((path, f"{place}" + ("" if isinstance(value, int) else f"{value!r:.60} is ")
                      + kind.get(type(value).__name__, f"a {type(value).__name__}, which JSON does "
-                                "not have: quote it"))
+                                "not have: quote it")))
 
 
 def parse_json(path, text):
@@ -1148,23 +1153,6 @@ def core_loader(yaml):
     CoreLoader.add_constructor(tag + "float", lambda loader, node: float(
         loader.construct_scalar(node)))
     return CoreLoader
-
-
-def check_fields(problems, path, record, wanted, what):
-    """The fields of a record that are known, of their type and not null; notes all errors.
-
-    wanted: {name: Field}.
-    """
-    if not isinstance(record, dict):
-        problems.add(path, f"{what} is {record!r:.60}, not a mapping")
-        return {}
-    return check_record(record, wanted, lambda name, sentence: problems.add(
-        path if name is None else (*path, name), f"{what}: {sentence}"), inner=True)
-
-
-def check_part(problems, path, value, part, what):
-    """An object of PARTS in a specification, checked."""
-    return check_fields(problems, path, value, PARTS[part], what)
 
 
 def title(table, number, record):
@@ -1302,73 +1290,67 @@ def leftover(text, names, used=()):
     return match[0] if match else None
 
 
-def own_parameters(problems, path, record, shared, what):
-    """{name: values} of a record in order, those of use_parameters first; local ones win.
-
-    None when one of them is wrong: then nothing can be expanded.
-    """
-    wanted, known = {}, len(problems.found)
+def own_parameters(place, record, shared):
+    """{name: values} of a record in order, those of use_parameters first; local ones win."""
+    wanted, found = {}, {}
     for name in record.get("use_parameters", ()):
         if name in shared:
             wanted[name] = shared[name]
         else:
-            problems.add((*path, "use_parameters"), f"{what}: use_parameters names no parameter "
-                         f"{name!r} of the workflow{nearest(name, shared)}")
+            place.fault(f"use_parameters names no parameter {name!r} of the workflow"
+                        f"{nearest(name, shared)}", "use_parameters")
     wanted.update(record.get("parameters", {}))
-    found = {}
     for name, value in wanted.items():
         try:
             found[name] = parameter_values(value)
         except ValueError as error:
-            problems.add((*path, "parameters"), f"{what}: parameter {name}: {error}")
-    return found if len(problems.found) == known else None
+            place.fault(f"parameter {name}: {error}", "parameters")
+    return found
 
 
-def combinations(problems, path, record, found, what):
+def combinations(place, mode, found):
     """(number, iterator) of all combinations of parameter values as dicts, in declared order."""
     lengths = [len(values) for values in found.values()]
-    if record.get("parameter_mode") == "zip":
+    if mode == "zip":
         if len(set(lengths)) > 1:
             told = ", ".join(f"{name} has {len(values)} values" for name, values in found.items())
-            problems.add(path, f"{what}: parameter_mode zip needs lists of one length: {told}")
+            place.fault(f"parameter_mode zip needs lists of one length: {told}")
         number, rows = min(lengths), zip(*found.values())
     else:
         number, rows = math.prod(lengths), itertools.product(*found.values())
     if number > MAX_JOBS:
-        problems.add(path, f"{what}: {number:,} combinations of parameters, more than {MAX_JOBS:,}")
+        place.fault(f"{number:,} combinations of parameters, more than {MAX_JOBS:,}")
         number = 0
     return number, (dict(zip(found, row)) for row in itertools.islice(rows, number))
 
 
-def expand(problems, path, record, shared, what):
-    """(number of combinations, iterator of (name of a record, record)) that a record with
-    parameters stands for.
+def expand(place, record, shared):
+    """(number of combinations, iterator of records) that a record with parameters stands for.
 
     Combinations that give the same name are one record: its lists hold what all of them give, in
     order (the documented fan-in), and its other fields must agree.
     """
-    found = {}
-    if "parameters" in record or "use_parameters" in record:
-        found = own_parameters(problems, path, record, shared, what)
-        if found is None:
-            return 0, ()
+    known = len(place.faults)
+    found = own_parameters(place, record, shared)
+    if len(place.faults) > known:
+        return 0, ()
     mode = {name: record.pop(name) for name in ("parameter_mode", "parameters", "use_parameters")
             if name in record}
     for name, value in record.items():
         for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
             rest = isinstance(text, str) and leftover(text, {**shared, **found}, found)
             if rest:
-                problems.add((*path, name), f"{what}: {name}: {rest} is left as it is: write "
-                             "{name} or {name:format} with the name of a parameter of it "
-                             "(parameters, use_parameters)")
+                place.fault(f"{name}: {rest} is left as it is: write {{name}} or {{name:format}} "
+                            "with the name of a parameter of it (parameters, use_parameters)",
+                            name)
                 return 0, ()
     if not found:
         return 1, [record]
-    number, rows = combinations(problems, path, mode, found, what)
-    return number, expanded(problems, path, record, rows, what)
+    number, rows = combinations(place, mode.get("parameter_mode"), found)
+    return number, expanded(place, record, rows)
 
 
-def expanded(problems, path, record, rows, what):
+def expanded(place, record, rows):
     """The records of expand(), one for each name."""
     merged = {}
     for row in rows:
@@ -1381,17 +1363,17 @@ def expanded(problems, path, record, rows, what):
                 elif isinstance(value, list):
                     value = [substitute(item, row, escape) for item in value]
             except ValueError as error:
-                problems.add((*path, name), f"{what}: {name}: {error}")
+                place.fault(f"{name}: {error}", name)
                 return
             one[name] = value
-        if not merge(problems, path, merged, one, what):
+        if not merge(place, merged, one):
             return
     for one in merged.values():
         yield {name: list(value) if isinstance(value, dict) and isinstance(record[name], list)
                else value for name, value in one.items()}
 
 
-def merge(problems, path, merged, one, what):
+def merge(place, merged, one):
     """Add an expanded record to those with its name; says whether its fields agree."""
     before = merged.get(one["name"])
     if before is None:
@@ -1402,9 +1384,8 @@ def merge(problems, path, merged, one, what):
         if isinstance(value, list):
             before[name].update(dict.fromkeys(value))
         elif before[name] != value:
-            problems.add((*path, name), f"{what}: {name} differs between combinations of "
-                         f"parameters that all give the name {one['name']!r}: put the "
-                         "placeholder into the name, too")
+            place.fault(f"{name} differs between combinations of parameters that all give the "
+                        f"name {one['name']!r}: put the placeholder into the name, too", name)
             return False
     return True
 
@@ -1445,82 +1426,80 @@ def names_that_match(pattern, names):
 class Reader:
     """Turns a parsed specification into a payload; one object for one file."""
 
-    def __init__(self, problems, top):
-        self.problems, self.top = problems, top
-        self.records = {table: [] for table in LIST_OF}   # expanded
-        self.paths = {table: [] for table in LIST_OF}     # where each comes from
-        self.ids = {}                                     # table: {name: id}
-        self.warnings = []
+    def __init__(self, place, top):
+        self.place, self.top = place, top
+        self.records = {}                 # table: its records, expanded, with names for ids
+        self.places = {}                  # table: the Place of each
+        self.ids = {}                     # table: {name: id}
 
     def read(self):
         """Check and expand all lists, resolve all names."""
-        self.shared = self.top.get("parameters", {})
-        for table in LIST_OF:
-            self._list(table)
+        for name, table in SPEC_LISTS.items():
+            self._list(name, table)
             self._names(table)
         self._handlers()
-        self.jobs = [self._job(job, path) for job, path in
-                     zip(self.records["job"], self.paths["job"])]
+        self.jobs = [self._job(job, place) for job, place in
+                     zip(self.records["job"], self.places["job"])]
         self.actions = [self._action(number, action)
                         for number, action in enumerate(self.top.get("actions", ()))]
-        if not self.problems.found:       # else ids may be missing
+        if not self.place.faults:         # else ids may be missing
             self._circles()
 
-    def _list(self, table):
+    def _list(self, name, table):
         """Check the records of a list and expand their parameters."""
         total, waiting = 0, []
-        for number, raw in enumerate(self.top.get(LIST_OF[table], ())):
-            path, what = (LIST_OF[table], number), title(table, number, raw)
-            record = check_fields(self.problems, path, raw, SPEC_FIELDS[table], what)
+        records, places = self.records[table], self.places[table] = [], []
+        for number, raw in enumerate(self.top.get(name, ())):
+            place = self.place.inner(title(table, number, raw), name, number)
+            record = place.check(raw, SPEC_FIELDS[table])
             if "name" in record:
-                many, records = expand(self.problems, path, record, self.shared, what)
+                many, expansion = expand(place, record, self.top.get("parameters", {}))
                 total += many
-                waiting.append((path, records))
+                waiting.append((place, expansion))
         if total > MAX_JOBS:              # before anything is made of it
-            self.problems.add((LIST_OF[table],), f"{LIST_OF[table]}: {total:,} combinations of "
-                              f"parameters in all, more than {MAX_JOBS:,}")
+            self.place.inner(name, name).fault(f"{total:,} combinations of parameters in all, more "
+                                               f"than {MAX_JOBS:,}")
             return
-        for path, records in waiting:
-            records = list(records)
-            self.records[table] += records
-            self.paths[table] += [path] * len(records)
+        for place, expansion in waiting:
+            for record in expansion:
+                what = title(table, 0, record)
+                records.append(record)
+                places.append(place if what == place.what else place._replace(what=what))
 
     def _names(self, table):
         """Give ids to the records of a list; names must be unique."""
-        ids = self.ids[table] = {}
-        for number, record in enumerate(self.records[table], 1):
-            name, path = record["name"], self.paths[table][number - 1]
+        ids, kind = self.ids.setdefault(table, {}), KINDS[table].name
+        for number, place in enumerate(self.places[table], 1):
+            name = self.records[table][number - 1]["name"]
             if name in ids:
-                self.problems.add(path, f'{KINDS[table].name} name "{name}" is used twice')
+                self.place.faults.append((place.path, f'{kind} name "{name}" is used twice'))
             elif name == "default" and table == "resource_requirements":
-                self.problems.add(path, 'resource requirements name "default" is reserved for '
-                                  "those every workflow has")
+                self.place.faults.append((place.path, f'{kind} name "default" is reserved for '
+                                          "those every workflow has"))
             rest = re.search(r"(?<!\$)\{[\w.-]+(?::[^{}]*)?\}", name)
             if rest and table in ("job", "file"):
-                self.problems.add((*path, "name"), f'{KINDS[table].name} "{name}": name: {rest[0]} '
-                                  f"is not a parameter of this {KINDS[table].name}")
+                place.fault(f"name: {rest[0]} is not a parameter of this {kind}", "name")
             ids.setdefault(name, number)
 
     def _handlers(self):
         """Check the rules of failure handlers."""
-        for handler, path in zip(self.records["failure_handler"], self.paths["failure_handler"]):
-            for number, rule in enumerate(handler.get("rules", ())):
-                what = f'failure handler "{handler["name"]}" rule {number + 1}'
-                good = check_part(self.problems, (*path, "rules", number), rule, "rule", what)
-                if isinstance(rule, dict) and not rule.get("exit_codes") and not good.get(
-                        "match_all_exit_codes"):
-                    self.problems.add((*path, "rules", number), f"{what}: it has neither "
-                                      "exit_codes nor match_all_exit_codes, so it never applies")
+        for handler, place in zip(self.records["failure_handler"], self.places["failure_handler"]):
+            for number, raw in enumerate(handler.get("rules", ())):
+                inner = place.inner(f"{place.what} rule {number + 1}", "rules", number)
+                rule = inner.check(raw, PARTS["rule"])
+                if not raw.get("exit_codes") and not rule.get("match_all_exit_codes"):
+                    inner.fault("it has neither exit_codes nor match_all_exit_codes, so it never "
+                                "applies")
 
-    def _find(self, path, what, field, name, table):
+    def _find(self, place, field, name, table):
         """Id of a named record, or None with an error that suggests the nearest name."""
         number = self.ids[table].get(name)
         if number is None:
-            self.problems.add((*path, field), f"{what}: {field} names no {KINDS[table].name} "
-                              f"{name!r}{nearest(name, self.ids[table])}")
+            place.fault(f"{field} names no {KINDS[table].name} {name!r}"
+                        f"{nearest(name, self.ids[table])}", field)
         return number
 
-    def _match(self, path, what, field, pattern, table):
+    def _match(self, place, field, pattern, table):
         """Ids of the records whose name a regular expression finds."""
         try:
             found = names_that_match(pattern, self.ids[table])
@@ -1528,40 +1507,39 @@ class Reader:
                 raise ValueError(f"{pattern!r} matches no {KINDS[table].name}")
             return [self.ids[table][name] for name in found]
         except ValueError as error:
-            self.problems.add((*path, field), f"{what}: {field}: {error}")
+            place.fault(f"{field}: {error}", field)
             return []
 
-    def _job(self, job, path):
+    def _job(self, job, place):
         """A job as the API takes it."""
-        what, made = f'job "{job["name"]}"', {}
+        made = {}
         for field in dict.fromkeys(JOB_FIELDS[name] for name in job):
             value = job.get(field.spec)
             if field.type == "ids":
-                ids = [self._find(path, what, field.spec, name, field.refers)
-                       for name in value or ()]
+                ids = [self._find(place, field.spec, name, field.refers) for name in value or ()]
                 for pattern in job.get(REGEXES[field.name], ()):
-                    ids += self._match(path, what, REGEXES[field.name], pattern, field.refers)
+                    ids += self._match(place, REGEXES[field.name], pattern, field.refers)
                 value = [one for one in dict.fromkeys(ids) if one] or None
             elif value is not None and field.refers:
-                value = self._find(path, what, field.spec, value, field.refers) \
+                value = self._find(place, field.spec, value, field.refers) \
                     if (field.refers, value) != ("resource_requirements", "default") else None
             elif value is not None and field.name == "stdio":
-                value = compact(check_part(self.problems, (*path, "stdio"), value, "stdio",
-                                           f"{what}: stdio"))
+                inner = place.inner(f"{place.what}: stdio", "stdio")
+                value = compact(inner.check(value, PARTS["stdio"]))
             if value not in (None, ""):
                 made[field.name] = value
         for name in ("command", "invocation_script"):
             if name in made:
-                made[name] = self._variables(made[name], path, what, name, made)
+                made[name] = self._variables(made[name], place, name, made)
         return made
 
-    def _variables(self, text, path, what, field, job=None):
+    def _variables(self, text, place, field, job=None):
         """Replace ${files.input.NAME} and its like in a command of a job (or, without one, of an
         action), and record the relation that each implies."""
         def put(match):
             which, way, name = match.groups()
             table = {"files": "file"}.get(which, which)
-            number = self._find(path, what, field, name, table)
+            number = self._find(place, field, name, table)
             if number is None:
                 return match[0]
             if job is not None:
@@ -1571,38 +1549,38 @@ class Reader:
             if table == "file":
                 return record.get("path", "")
             if record.get("data") is None:
-                self.problems.add((*path, field), f"{what}: {field}: {match[0]} has no data yet: "
-                                  "let the command ask `torc user-data` for it")
+                place.fault(f"{field}: {match[0]} has no data yet: let the command ask `torc "
+                            "user-data` for it", field)
             return compact(record.get("data"))
 
         if "${" not in text:
             return text
         for match in NEARLY_VARIABLE.finditer(VARIABLE.sub("", text)):
-            self.problems.add((*path, field), f"{what}: {field}: {match[0]} is none of "
-                              "${files.input.NAME}, ${files.output.NAME}, ${user_data.input.NAME}, "
-                              "${user_data.output.NAME}")
+            place.fault(f"{field}: {match[0]} is none of ${{files.input.NAME}}, "
+                        "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}",
+                        field)
         return VARIABLE.sub(put, text)
 
     def _action(self, number, raw):
         """An action as the API takes it."""
-        path, what = ("actions", number), f"action {number + 1}"
-        action = check_fields(self.problems, path, raw, ACTION_FIELDS, what)
+        place = self.place.inner(f"action {number + 1}", "actions", number)
+        action = place.check(raw, ACTION_FIELDS)
         trigger, kind = action.get("trigger_type"), action.get("action_type")
-        jobs = [self._find(path, what, "jobs", name, "job") for name in action.get("jobs", ())]
+        jobs = [self._find(place, "jobs", name, "job") for name in action.get("jobs", ())]
         for pattern in action.get("job_name_regexes", ()):
-            jobs += self._match(path, what, "job_name_regexes", pattern, "job")
+            jobs += self._match(place, "job_name_regexes", pattern, "job")
         for_jobs = trigger in ("on_jobs_ready", "on_jobs_complete")
         if trigger and for_jobs != bool(jobs):
-            self.problems.add(path, f"{what}: {trigger} " + (
-                "needs jobs or job_name_regexes" if for_jobs else "takes no jobs"))
+            place.fault(f"{trigger} " + ("needs jobs or job_name_regexes" if for_jobs else
+                                         "takes no jobs"))
         config = {}
         if kind == "run_commands":
-            config = {"commands": [self._variables(line, path, what, "commands")
+            config = {"commands": [self._variables(line, place, "commands")
                                    for line in action.get("commands", ())]}
             if not config["commands"] or not all(line.strip() for line in config["commands"]):
-                self.problems.add(path, f"{what}: run_commands needs commands, none of them empty")
+                place.fault("run_commands needs commands, none of them empty")
         elif kind == "schedule_nodes":
-            config = self._schedule(action, path, what)
+            config = self._schedule(action, place)
         made = {"trigger_type": trigger, "action_type": kind, "action_config": config}
         if jobs:
             made["job_ids"] = [job for job in dict.fromkeys(jobs) if job]
@@ -1610,14 +1588,14 @@ class Reader:
             made["persistent"] = action["persistent"]
         return made
 
-    def _schedule(self, action, path, what):
+    def _schedule(self, action, place):
         """action_config of schedule_nodes."""
         config = {"num_allocations": action.get("num_allocations", 1), "scheduler_type": "slurm"}
         for name in ("scheduler", "scheduler_type"):
             if name not in action:
-                self.problems.add(path, f"{what}: schedule_nodes needs {name}")
+                place.fault(f"schedule_nodes needs {name}")
         if "scheduler" in action:
-            config["scheduler_id"] = self._find(path, what, "scheduler", action["scheduler"],
+            config["scheduler_id"] = self._find(place, "scheduler", action["scheduler"],
                                                 "slurm_scheduler")
         for name in ("start_one_worker_per_node", "max_parallel_jobs"):
             if name in action:
@@ -1641,41 +1619,42 @@ class Reader:
             names = [self.jobs[one - 1]["name"] for one in (*circle, circle[0])]
             shown = names if len(names) <= 11 else [
                 *names[:5], f"... {len(names) - 10:,} more ...", *names[-5:]]
-            self.problems.add(self.paths["job"][circle[0] - 1],
-                              f"jobs wait for each other in a circle: {' -> '.join(shown)}")
+            self.place.faults.append((self.places["job"][circle[0] - 1].path,
+                                      "jobs wait for each other in a circle: "
+                                      + " -> ".join(shown)))
 
 
 # ---- the whole specification
 
-def check_top(problems, top):
+def check_top(place, top):
     """Checks of the workflow's own maps; returns what of them goes into its record."""
     record = {field.name: top[field.spec] for field in KINDS["workflow"].fields
               if field.spec in top}
-    for name in top.get("slurm_defaults", ()):
+    for name, value in top.get("slurm_defaults", {}).items():
+        inner = place.inner("slurm_defaults", "slurm_defaults", name)
         if name in NOT_IN_DEFAULTS:
-            problems.add(("slurm_defaults", name), f"slurm_defaults: {name} is not allowed here: "
-                         "it belongs to a scheduler in slurm_schedulers")
-        elif not isinstance(top["slurm_defaults"][name], (str, int, float)):
-            problems.add(("slurm_defaults", name),
-                         f"slurm_defaults: {name} is not a string or number")
+            inner.fault(f"{name} is not allowed here: it belongs to a scheduler in "
+                        "slurm_schedulers")
+        elif not isinstance(value, (str, int, float)):
+            inner.fault(f"{name} is not a string or number")
     if "resource_monitor" in top:
         monitor = dict(top["resource_monitor"])
         if isinstance(monitor.get("granularity"), str):
             monitor["granularity"] = {"Summary": "summary", "TimeSeries": "time_series"}.get(
                 monitor["granularity"], monitor["granularity"])
-        record["resource_monitor_config"] = {"enabled": True, **check_part(
-            problems, ("resource_monitor",), monitor, "resource_monitor", "resource_monitor")}
+        inner = place.inner("resource_monitor", "resource_monitor")
+        record["resource_monitor_config"] = {
+            "enabled": True, **inner.check(monitor, PARTS["resource_monitor"])}
     if "execution_config" in top:
-        record["execution_config"] = check_execution(problems, top)
+        record["execution_config"] = check_execution(place, top)
     return {name: compact(value) if isinstance(value, dict) else value
             for name, value in record.items() if value != {} or name == "metadata"}
 
 
-def check_execution(problems, top):
+def check_execution(place, top):
     """execution_config with only fields that its mode knows."""
-    path = ("execution_config",)
-    config = check_part(problems, path, top["execution_config"], "execution_config",
-                        "execution_config")
+    inner = place.inner("execution_config", "execution_config")
+    config = inner.check(top["execution_config"], PARTS["execution_config"])
     mode = config.get("mode", "direct")
     if mode == "auto":
         mode = "slurm" if top.get("slurm_schedulers") else "direct"
@@ -1684,23 +1663,22 @@ def check_execution(problems, top):
         for name in names:
             if name in config and mode != wanted:
                 hint = f": use {other}" if name.endswith("termination_signal") else ""
-                problems.add((*path, name), f"execution_config: {name} belongs to the mode "
-                             f"{wanted}, the mode is {mode}{hint}")
+                inner.fault(f"{name} belongs to the mode {wanted}, the mode is {mode}{hint}", name)
     if mode == "slurm":
         for number, action in enumerate(top.get("actions", ())):
             if isinstance(action, dict) and action.get("start_one_worker_per_node"):
-                problems.add(("actions", number), f"action {number + 1}: start_one_worker_per_node "
-                             "belongs to the mode direct, the mode is slurm")
+                place.inner(f"action {number + 1}", "actions", number).fault(
+                    "start_one_worker_per_node belongs to the mode direct, the mode is slurm")
     return config
 
 
 def scheduler_misfits(reader):
-    """(path, sentence, whether it is sure) for jobs that their Slurm scheduler could never run, and
-    for those without one that none could run."""
+    """(Place, sentence, whether it is sure) for jobs that their Slurm scheduler could never run,
+    and for those without one that none could run."""
     found = []
     schedulers, needs = (reader.records[table] for table in ("slurm_scheduler",
                                                              "resource_requirements"))
-    for job, path in zip(reader.jobs, reader.paths["job"]):
+    for job, place in zip(reader.jobs, reader.places["job"]):
         if "resource_requirements_id" not in job:
             continue
         need = needs[job["resource_requirements_id"] - 1]
@@ -1708,7 +1686,7 @@ def scheduler_misfits(reader):
         own = [schedulers[job["scheduler_id"] - 1]] if sure else schedulers
         reasons = [misfits_of_scheduler(need, one) for one in own]
         if reasons and all(reasons):
-            found += [(path, f'job "{job["name"]}": {reason}', sure) for reason in reasons[0]]
+            found += [(place, reason, sure) for reason in reasons[0]]
     return found
 
 
@@ -1766,12 +1744,12 @@ def spec_summary(top, payload):
         "scheduler_names": [record["name"] for record in payload["slurm_schedulers"]]}
 
 
-def warnings_of(reader, top):
+def warnings_of(reader):
     """What is allowed but seems odd."""
-    found = list(reader.warnings)
+    found = []
     if not reader.jobs:
         found.append("the workflow has no jobs")
-    if "compute_node_expiration_buffer_seconds" in top:
+    if "compute_node_expiration_buffer_seconds" in reader.top:
         found.append("compute_node_expiration_buffer_seconds is deprecated and has no effect")
     writers = {}
     for job in reader.jobs:
@@ -1790,24 +1768,25 @@ def read_spec(path, text=None, skip_checks=False):
     path: a .yaml, .yml or .json file; with `text` it only names that. skip_checks: jobs that do
     not fit their Slurm scheduler are warnings. Raises SpecError with all errors, MissingPackage.
     """
-    value, lines = parse_spec_text(path, read_spec_text(path) if text is None else text)
-    problems = Problems(path, lines)
+    text = read_spec_text(path) if text is None else text
+    value, _ = parse_spec_text(path, text)
     if not isinstance(value, dict):
         kind = {"list": "a list", "str": "a string"}.get(type(value).__name__, "a single value")
         raise SpecError([f"{path}: the specification is {kind}, not a mapping with name and jobs"])
-    top = check_fields(problems, (), value, SPEC_FIELDS["workflow"], "workflow")
-    workflow = check_top(problems, top)
-    reader = Reader(problems, top)
+    place, warnings = Place([]), []
+    top = place.check(value, SPEC_FIELDS["workflow"])
+    workflow = check_top(place, top)
+    reader = Reader(place, top)
     reader.read()
-    if not problems.found:
-        for where, sentence, sure in scheduler_misfits(reader):
+    if not place.faults:
+        for job, sentence, sure in scheduler_misfits(reader):
             if sure and not skip_checks:
-                problems.add(where, sentence)
+                job.fault(sentence)
             else:
-                reader.warnings.append(sentence)
-    problems.raise_any()
+                warnings.append(f"{job.what}: {sentence}")
+    raise_faults(path, text, place.faults)
     payload = payload_of(reader, workflow)
-    return Spec(payload, spec_summary(top, payload), warnings_of(reader, top))
+    return Spec(payload, spec_summary(top, payload), warnings + warnings_of(reader))
 
 
 SPEC_EXAMPLES = {
@@ -5581,7 +5560,7 @@ def check_body(body, wanted, partial=False):
         raise BadShape(f"the body is {type(body).__name__}, not a JSON object")
     faults = []
     values = check_record(body, {field.name: field for field in wanted},
-                          lambda name, sentence: faults.append(sentence), partial)
+                          lambda sentence, name="": faults.append(sentence), partial)
     if faults:
         raise BadShape("; ".join(faults))
     return values
@@ -10999,9 +10978,9 @@ def profile_json(profile):
 
 def checked_record(record, wanted, what):
     """The fields of a record of a profile that are not null. Raises TorcError."""
-    problems = Problems("")
-    good = check_fields(problems, (), record, {field.name: field for field in wanted}, what)
-    for _, sentence in problems.found:
+    place = Place([], (), what)
+    good = place.check(record, {field.name: field for field in wanted})
+    for _, sentence in place.faults:
         raise TorcError(sentence)
     return good
 
@@ -11583,10 +11562,10 @@ def without_allocations(document):
 
 def expanded_names(document):
     """The names of the jobs that each job of a correct specification stands for, in order."""
-    problems, shared = Problems("", None), document.get("parameters") or {}
+    shared = document.get("parameters") or {}
     return [[one["name"] for one in
-             expand(problems, (), {name: value for name, value in job.items()
-                                   if value is not None}, shared, "")[1]]
+             expand(Place([]), {name: value for name, value in job.items()
+                                if value is not None}, shared)[1]]
             for job in document["jobs"]]
 
 
@@ -19702,14 +19681,14 @@ def read_for_planning(args):
     """
     text = sys.stdin.read() if args.file == "-" else read_spec_text(args.file)
     spec = read_spec(args.file, text, skip_checks=True)
-    document, lines = parse_spec_text(args.file, text)
+    document, as_json = parse_spec_text(args.file, text)
     has = [name for name, there in (
         ("slurm_schedulers", document.get("slurm_schedulers")),
         ("schedule_nodes actions", any(map(schedules_nodes, document.get("actions") or ()))))
         if there]
     if has and not args.overwrite:
         raise TorcError(f"{args.file} has {' and '.join(has)} already: --overwrite replaces them")
-    return without_allocations(document), spec, lines.as_json
+    return without_allocations(document), spec, as_json
 
 
 def make_plan(args, spec, profile, account):
