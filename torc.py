@@ -1018,37 +1018,37 @@ def parse_spec_text(path, text):
     as_json = ending == ".json" or (ending not in (".yaml", ".yml") and text.lstrip()[0] == "{")
     value = (parse_json if as_json else parse_yaml)(path, text)
     if not as_json or not is_json(value):
-        faults = []
-        check_tree(faults, value, (), itertools.count(), 100_000 + MAX_ALIASED * len(text))
-        raise_faults(path, text, faults)
+        raise_faults(path, text, tree_faults(value, 100_000 + MAX_ALIASED * len(text)))
     return value, as_json
 
 
-def check_tree(faults, value, path, count, most):
-    """Note where a value is none of JSON's, or stands for too many: aliases of YAML may repeat and
-    contain themselves. count: counts values; most: of them."""
-    place = f"{'.'.join(map(str, path)) or 'the specification'}: "
-    if next(count) > most:
-        if not faults or not faults[-1][1].startswith("its aliases"):
-            faults.append(((), f"its aliases (&name, *name) stand for more than {most:,} values"))
-    elif len(path) > MAX_DEPTH:
-        faults.append((path[:2], f"{place[:60]}... is nested more than {MAX_DEPTH} deep"))
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            if not is_string(name):
-                faults.append((path, f"{place}the key {name!r:.60} is not a string: quote it"))
-            elif not faults:
-                check_tree(faults, inner, (*path, name), count, most)
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            if not faults:
-                check_tree(faults, inner, (*path, number), count, most)
-    elif not is_json(value):
-        kind = {"str": "text that is not Unicode", "float": "a number that JSON does not have",
-                "int": "a number of too many digits", "bytes": "binary, which JSON does not have"}
-        faults.append((path, f"{place}" + ("" if isinstance(value, int) else f"{value!r:.60} is ")
-                     + kind.get(type(value).__name__, f"a {type(value).__name__}, which JSON does "
-                                "not have: quote it")))
+def tree_faults(value, most):
+    """The first values found that are none of JSON's, or that there are more than `most` values:
+    aliases of YAML may repeat and contain themselves."""
+    waiting, count, faults = [((), value)], 0, []
+    while waiting and not faults:
+        path, value = waiting.pop()
+        count += 1
+        place = f"{'.'.join(map(str, path)) or 'the specification'}: "
+        if count > most:
+            faults = [((), f"its aliases (&name, *name) stand for more than {most:,} values")]
+        elif len(path) > MAX_DEPTH:
+            faults = [(path[:2], f"{place[:60]}... is nested more than {MAX_DEPTH} deep")]
+        elif isinstance(value, dict):
+            faults = [(path, f"{place}the key {name!r:.60} is not a string: quote it")
+                      for name in value if not is_string(name)]
+            waiting += [((*path, name), inner) for name, inner in reversed(value.items())]
+        elif isinstance(value, list):
+            waiting += [((*path, number), inner) for number, inner in enumerate(value)][::-1]
+        elif not is_json(value):
+            kinds = {"str": "text that is not Unicode", "float": "a number that JSON does not have",
+                     "int": "a number of too many digits", "bytes": "binary, which JSON does not "
+                     "have"}
+            kind = type(value).__name__
+            subject = "" if isinstance(value, int) else f"{value!r:.60} is "
+            faults = [(path, place + subject + kinds.get(
+                kind, f"a {kind}, which JSON does not have: quote it"))]
+    return faults
 
 
 def parse_json(path, text):
