@@ -1291,15 +1291,16 @@ def leftover(text, names, used=()):
 
 
 def own_parameters(place, record, shared):
-    """{name: values} of a record in order, those of use_parameters first; local ones win."""
+    """{name: values} of what is taken out of a record, in order: those of use_parameters first;
+    local ones win."""
     wanted, found = {}, {}
-    for name in record.get("use_parameters", ()):
+    for name in record.pop("use_parameters", ()):
         if name in shared:
             wanted[name] = shared[name]
         else:
             place.fault(f"use_parameters names no parameter {name!r} of the workflow"
                         f"{nearest(name, shared)}", "use_parameters")
-    wanted.update(record.get("parameters", {}))
+    wanted.update(record.pop("parameters", {}))
     for name, value in wanted.items():
         try:
             found[name] = parameter_values(value)
@@ -1330,14 +1331,12 @@ def expand(place, record, shared):
     Combinations that give the same name are one record: its lists hold what all of them give, in
     order (the documented fan-in), and its other fields must agree.
     """
-    known = len(place.faults)
+    known, mode = len(place.faults), record.pop("parameter_mode", None)
     found = own_parameters(place, record, shared)
     if len(place.faults) > known:
         return 0, ()
-    mode = {name: record.pop(name) for name in ("parameter_mode", "parameters", "use_parameters")
-            if name in record}
-    for name, value in record.items():
-        for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+    for name, value in record.items() if shared or found else ():
+        for text in value if isinstance(value, list) else [value]:
             rest = isinstance(text, str) and leftover(text, {**shared, **found}, found)
             if rest:
                 place.fault(f"{name}: {rest} is left as it is: write {{name}} or {{name:format}} "
@@ -1346,48 +1345,37 @@ def expand(place, record, shared):
                 return 0, ()
     if not found:
         return 1, [record]
-    number, rows = combinations(place, mode.get("parameter_mode"), found)
+    number, rows = combinations(place, mode, found)
     return number, expanded(place, record, rows)
 
 
 def expanded(place, record, rows):
-    """The records of expand(), one for each name."""
+    """The records of expand(), one for each name; none after a fault."""
     merged = {}
     for row in rows:
         one = {}
         for name, value in record.items():
             try:
-                escape = name.endswith("_regexes")
                 if isinstance(value, str):
                     value = substitute(value, row)
                 elif isinstance(value, list):
-                    value = [substitute(item, row, escape) for item in value]
+                    escape = name.endswith("_regexes")
+                    value = dict.fromkeys(substitute(item, row, escape) for item in value)
             except ValueError as error:
                 place.fault(f"{name}: {error}", name)
                 return
             one[name] = value
-        if not merge(place, merged, one):
-            return
+        before = merged.setdefault(one["name"], one)
+        for name, value in one.items() if before is not one else ():
+            if isinstance(record[name], list):
+                before[name].update(value)
+            elif before[name] != value:
+                place.fault(f"{name} differs between combinations of parameters that all give the "
+                            f"name {one['name']!r}: put the placeholder into the name, too", name)
+                return
     for one in merged.values():
-        yield {name: list(value) if isinstance(value, dict) and isinstance(record[name], list)
-               else value for name, value in one.items()}
-
-
-def merge(place, merged, one):
-    """Add an expanded record to those with its name; says whether its fields agree."""
-    before = merged.get(one["name"])
-    if before is None:
-        merged[one["name"]] = {name: dict.fromkeys(value) if isinstance(value, list) else value
-                               for name, value in one.items()}
-        return True
-    for name, value in one.items():
-        if isinstance(value, list):
-            before[name].update(dict.fromkeys(value))
-        elif before[name] != value:
-            place.fault(f"{name} differs between combinations of parameters that all give the "
-                        f"name {one['name']!r}: put the placeholder into the name, too", name)
-            return False
-    return True
+        yield {name: list(value) if isinstance(record[name], list) else value
+               for name, value in one.items()}
 
 
 # ---- names
