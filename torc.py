@@ -468,6 +468,7 @@ TYPES = {                                 # name: check, and what is expected in
     "ids": (list_of("int"), "a list of integers"),           # kept in a table of RELATIONS
     "echo": (is_json, "a JSON value"),    # answered, and not kept
     "strs": (list_of("str"), "a list of strings"),
+    "regexes": (list_of("str"), "a list of strings"),
     "maps": (list_of("map"), "a list of objects"),
     "pairs": (lambda value: list_of("ints")(value) and all(len(one) == 2 for one in value),
               "a list of pairs of integers"),
@@ -502,12 +503,11 @@ def fields(text):
     for line in re.split(r"\n|,\s", text.strip()):
         name, kind, *_ = line.split()
         marks = {word or sign: value for word, sign, value in MARK.findall(line)}
-        refers = marks.get(">", "")
-        spec_type = marks.get("spec", {"ids": "strs", "int": "str"}[kind] if refers else "")
         found.append(Field(
             name, kind, "required" in marks, "server" in marks,
-            json.loads(marks["="]) if "=" in marks else None, refers,
-            marks.get("as", name if "spec" in marks else ""), spec_type))
+            json.loads(marks["="]) if "=" in marks else None, marks.get(">", ""),
+            marks.get("as", name if "spec" in marks else ""),
+            marks.get("spec", {"ids": "strs", "int": "str"}.get(kind, ""))))
     return tuple(found)
 
 
@@ -897,28 +897,32 @@ SLURM_ONLY = ("srun_termination_signal", "enable_cpu_bind")
 NOT_IN_DEFAULTS = ("partition", "nodes", "walltime", "time", "mem", "gres", "name", "job-name")
 
 PARAMETERS = fields("parameters map, parameter_mode enum:product|zip, use_parameters strs")
-LIST_OF = {table: name for name, table in SPEC_LISTS.items()}
-REGEXES = {field.name: re.sub("(_job)?_ids$", "_regexes", field.name)
-           for field in KINDS["job"].fields if field.type == "ids"}
-JOB_FIELDS = {name: field for field in KINDS["job"].fields
-              for name in (field.spec, REGEXES.get(field.name)) if name}
 SPEC_ONLY = {                             # what a specification has beside the fields of KINDS
     "workflow": fields("user str, parameters map, jobs list required, actions list, " + ", ".join(
         f"{name} list" for name in SPEC_LISTS if name != "jobs")),
-    "job": (*fields(", ".join(f"{name} strs" for name in REGEXES.values())), *PARAMETERS),
+    "job": (*fields("""
+        depends_on_regexes          regexes > job       as depends_on_job_ids
+        input_file_regexes          regexes > file      as input_file_ids
+        output_file_regexes         regexes > file      as output_file_ids
+        input_user_data_regexes     regexes > user_data as input_user_data_ids
+        output_user_data_regexes    regexes > user_data as output_user_data_ids"""), *PARAMETERS),
     "file": PARAMETERS,
 }
-SPEC_FIELDS = {kind.table: {**{
-    field.spec: Field(field.spec, field.spec_type.rstrip("!"), field.spec_type.endswith("!"))
+SPEC_FIELDS = {kind.table: {**{           # their `spec` is the name that the API knows
+    field.spec: Field(field.spec, field.spec_type.rstrip("!"), field.spec_type.endswith("!"),
+                      refers=field.refers, spec=field.name)
     for field in kind.fields if field.spec},
     **{field.name: field for field in SPEC_ONLY.get(kind.table, ())}} for kind in KINDS.values()}
+SPEC_DEFAULTS = {"resource_requirements": {"runtime": "PT1H"},
+                 "slurm_scheduler": {"nodes": 1, "walltime": "01:00:00"}}
+AS_KEPT = {"map": compact, "maps": compact, "slurm-memory": str}
 ACTION_FIELDS = {field.name: field for field in fields(f"""
     trigger_type                enum:{'|'.join(TRIGGERS)} required
     action_type                 enum:run_commands|schedule_nodes required
-    jobs                        strs
-    job_name_regexes            strs
+    jobs                        strs > job              as job_ids
+    job_name_regexes            regexes > job           as job_ids
     commands                    strs
-    scheduler                   str
+    scheduler                   str > slurm_scheduler   as scheduler_id
     scheduler_type              enum:slurm
     num_allocations             positive
     start_one_worker_per_node   bool
@@ -1425,11 +1429,12 @@ class Reader:
         for name, table in SPEC_LISTS.items():
             self._list(name, table)
             self._names(table)
-        self._handlers()
-        self.jobs = [self._job(job, place) for job, place in
-                     zip(self.records["job"], self.places["job"])]
-        self.actions = [self._action(number, action)
-                        for number, action in enumerate(self.top.get("actions", ()))]
+        self.made = {name: [self._made(place, record, SPEC_FIELDS[table]) for place, record in
+                            zip(self.places[table], self.records[table])]
+                     for name, table in SPEC_LISTS.items()}
+        self.jobs = self.made["jobs"]
+        self.made["actions"] = [self._action(number, action)
+                                for number, action in enumerate(self.top.get("actions", ()))]
         if not self.place.faults:         # else ids may be missing
             self._circles()
 
@@ -1439,7 +1444,8 @@ class Reader:
         records, places = self.records[table], self.places[table] = [], []
         for number, raw in enumerate(self.top.get(name, ())):
             place = self.place.inner(title(table, number, raw), name, number)
-            record = place.check(raw, SPEC_FIELDS[table])
+            record = {**SPEC_DEFAULTS.get(table, {}), **place.check(raw, SPEC_FIELDS[table])}
+            self._inside(place, record)
             if "name" in record:
                 many, expansion = expand(place, record, self.top.get("parameters", {}))
                 total += many
@@ -1469,15 +1475,18 @@ class Reader:
                 place.fault(f"name: {rest[0]} is not a parameter of this {kind}", "name")
             ids.setdefault(name, number)
 
-    def _handlers(self):
-        """Check the rules of failure handlers."""
-        for handler, place in zip(self.records["failure_handler"], self.places["failure_handler"]):
-            for number, raw in enumerate(handler.get("rules", ())):
-                inner = place.inner(f"{place.what} rule {number + 1}", "rules", number)
-                rule = inner.check(raw, PARTS["rule"])
-                if not raw.get("exit_codes") and not rule.get("match_all_exit_codes"):
-                    inner.fault("it has neither exit_codes nor match_all_exit_codes, so it never "
-                                "applies")
+    @staticmethod
+    def _inside(place, record):
+        """Check the objects inside of a record: stdio of a job, rules of a failure handler."""
+        if "stdio" in record:
+            inner = place.inner(f"{place.what}: stdio", "stdio")
+            record["stdio"] = inner.check(record["stdio"], PARTS["stdio"])
+        for number, raw in enumerate(record.get("rules", ())):
+            inner = place.inner(f"{place.what} rule {number + 1}", "rules", number)
+            rule = inner.check(raw, PARTS["rule"])
+            if not raw.get("exit_codes") and not rule.get("match_all_exit_codes"):
+                inner.fault("it has neither exit_codes nor match_all_exit_codes, so it never "
+                            "applies")
 
     def _find(self, place, field, name, table):
         """Id of a named record, or None with an error that suggests the nearest name."""
@@ -1498,24 +1507,26 @@ class Reader:
             place.fault(f"{field}: {error}", field)
             return []
 
-    def _job(self, job, place):
-        """A job as the API takes it."""
+    def _made(self, place, record, wanted):
+        """A record as the API takes it: with ids in place of names, and variables replaced.
+
+        wanted: {name: Field}.
+        """
         made = {}
-        for field in dict.fromkeys(JOB_FIELDS[name] for name in job):
-            value = job.get(field.spec)
-            if field.type == "ids":
-                ids = [self._find(place, field.spec, name, field.refers) for name in value or ()]
-                for pattern in job.get(REGEXES[field.name], ()):
-                    ids += self._match(place, REGEXES[field.name], pattern, field.refers)
-                value = [one for one in dict.fromkeys(ids) if one] or None
-            elif value is not None and field.refers:
-                value = self._find(place, field.spec, value, field.refers) \
-                    if (field.refers, value) != ("resource_requirements", "default") else None
-            elif value is not None and field.name == "stdio":
-                inner = place.inner(f"{place.what}: stdio", "stdio")
-                value = compact(inner.check(value, PARTS["stdio"]))
-            if value not in (None, ""):
-                made[field.name] = value
+        for name, value in record.items():
+            field = wanted[name]
+            known = field.spec or name
+            if not field.refers:
+                made[known] = AS_KEPT[field.type](value) if field.type in AS_KEPT else value
+            elif field.type == "regexes":
+                found = [one for pattern in value
+                         for one in self._match(place, name, pattern, field.refers)]
+                made[known] = list(dict.fromkeys([*made.get(known, ()), *found]))
+            elif field.type == "strs":
+                found = [self._find(place, name, one, field.refers) for one in value]
+                made[known] = list(dict.fromkeys([*made.get(known, ()), *found]))
+            elif (field.refers, value) != ("resource_requirements", "default"):
+                made[known] = self._find(place, name, value, field.refers)
         for name in ("command", "invocation_script"):
             if name in made:
                 made[name] = self._variables(made[name], place, name, made)
@@ -1552,43 +1563,26 @@ class Reader:
     def _action(self, number, raw):
         """An action as the API takes it."""
         place = self.place.inner(f"action {number + 1}", "actions", number)
-        action = place.check(raw, ACTION_FIELDS)
-        trigger, kind = action.get("trigger_type"), action.get("action_type")
-        jobs = [self._find(place, "jobs", name, "job") for name in action.get("jobs", ())]
-        for pattern in action.get("job_name_regexes", ()):
-            jobs += self._match(place, "job_name_regexes", pattern, "job")
+        made = self._made(place, place.check(raw, ACTION_FIELDS), ACTION_FIELDS)
+        trigger, kind = made.get("trigger_type"), made.get("action_type")
         for_jobs = trigger in ("on_jobs_ready", "on_jobs_complete")
-        if trigger and for_jobs != bool(jobs):
+        if trigger and for_jobs != bool(made.get("job_ids")):
             place.fault(f"{trigger} " + ("needs jobs or job_name_regexes" if for_jobs else
                                          "takes no jobs"))
         config = {}
         if kind == "run_commands":
-            config = {"commands": [self._variables(line, place, "commands")
-                                   for line in action.get("commands", ())]}
+            config["commands"] = [self._variables(line, place, "commands")
+                                  for line in made.get("commands", ())]
             if not config["commands"] or not all(line.strip() for line in config["commands"]):
                 place.fault("run_commands needs commands, none of them empty")
         elif kind == "schedule_nodes":
-            config = self._schedule(action, place)
-        made = {"trigger_type": trigger, "action_type": kind, "action_config": config}
-        if jobs:
-            made["job_ids"] = [job for job in dict.fromkeys(jobs) if job]
-        if "persistent" in action:
-            made["persistent"] = action["persistent"]
-        return made
-
-    def _schedule(self, action, place):
-        """action_config of schedule_nodes."""
-        config = {"num_allocations": action.get("num_allocations", 1), "scheduler_type": "slurm"}
-        for name in ("scheduler", "scheduler_type"):
-            if name not in action:
-                place.fault(f"schedule_nodes needs {name}")
-        if "scheduler" in action:
-            config["scheduler_id"] = self._find(place, "scheduler", action["scheduler"],
-                                                "slurm_scheduler")
-        for name in ("start_one_worker_per_node", "max_parallel_jobs"):
-            if name in action:
-                config[name] = action[name]
-        return config
+            for name, known in (("scheduler", "scheduler_id"), ("scheduler_type",) * 2):
+                if known not in made:
+                    place.fault(f"schedule_nodes needs {name}")
+            config = {"num_allocations": 1, **{name: made[name] for name in PARTS["allocations"]
+                                               if name in made}}
+        return {"action_config": config, **{name: made[name] for name in PARTS["new_action"]
+                                            if name in made}}
 
     def _circles(self):
         """Jobs must not wait for themselves, directly or through files and user data."""
@@ -1680,8 +1674,8 @@ def scheduler_misfits(reader):
 
 def misfits_of_scheduler(need, one):
     """Why requirements do not fit into an allocation of a Slurm scheduler, as phrases."""
-    walltime, runtime = one.get("walltime", "01:00:00"), need.get("runtime", "PT1H")
-    nodes, number = one.get("nodes", 1), need.get("num_nodes", 1)
+    walltime, runtime = one["walltime"], need["runtime"]
+    nodes, number = one["nodes"], need.get("num_nodes", 1)
     gpus = re.search(r"gpu(?::[A-Za-z]\w*)?:(\d+)", one.get("gres") or "")
     checks = (
         (parse_duration(runtime) > parse_walltime(walltime),
@@ -1692,26 +1686,6 @@ def misfits_of_scheduler(need, one):
          f"{need.get('num_gpus')} GPUs are more than the gres {one.get('gres')}"),
         (number > nodes, f"{number} nodes are more than the {nodes}"))
     return [f"{text} of scheduler \"{one['name']}\"" for wrong, text in checks if wrong]
-
-
-def payload_of(reader, workflow):
-    """The body of POST /workflow_specs."""
-    lists = {name: reader.records[table] for name, table in SPEC_LISTS.items()}
-    files = [dict(file) for file in lists["files"]]
-    for file in files:
-        with contextlib.suppress(OSError, ValueError):
-            file["st_mtime"] = os.stat(file["path"]).st_mtime
-    return {
-        "workflow": workflow, **lists, "files": files, "jobs": reader.jobs,
-        "actions": reader.actions,
-        "resource_requirements": [{"runtime": "PT1H", **record}
-                                  for record in lists["resource_requirements"]],
-        "failure_handlers": [{**record, "rules": compact(record["rules"])}
-                             for record in lists["failure_handlers"]],
-        "slurm_schedulers": [
-            {"nodes": 1, "walltime": "01:00:00", **record,
-             **({"mem": str(record["mem"])} if "mem" in record else {})}
-            for record in lists["slurm_schedulers"]]}
 
 
 def spec_summary(top, payload):
@@ -1773,7 +1747,10 @@ def read_spec(path, text=None, skip_checks=False):
             else:
                 warnings.append(f"{job.what}: {sentence}")
     raise_faults(path, text, place.faults)
-    payload = payload_of(reader, workflow)
+    for file in reader.made["files"]:
+        with contextlib.suppress(OSError, ValueError):
+            file["st_mtime"] = os.stat(file["path"]).st_mtime
+    payload = {"workflow": workflow, **reader.made}
     return Spec(payload, spec_summary(top, payload), warnings + warnings_of(reader))
 
 
