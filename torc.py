@@ -426,9 +426,10 @@ def whole(least, most=2**63 - 1):
     return lambda value: type(value) is int and least <= value <= most
 
 
-def list_of(kind):
-    """A check: whether a value is a list of values of a type."""
-    return lambda value: isinstance(value, list) and all(map(TYPES[kind][0], value))
+def list_of(kind, length=None):
+    """A check: whether a value is a list of values of a type, of this length if one is given."""
+    return lambda value: (isinstance(value, list) and length in (None, len(value))
+                          and all(map(TYPES[kind][0], value)))
 
 
 def is_signal(value):
@@ -470,12 +471,10 @@ TYPES = {                                 # name: check, and what is expected in
     "strs": (list_of("str"), "a list of strings"),
     "regexes": (list_of("str"), "a list of strings"),
     "maps": (list_of("map"), "a list of objects"),
-    "pairs": (lambda value: list_of("ints")(value) and all(len(one) == 2 for one in value),
-              "a list of pairs of integers"),
-    "sizes": (lambda value: list_of("ints")(value) and all(len(one) == 3 for one in value),
-              "a list of [cpus, memory_bytes, gpus]"),
-    "size": (lambda value: list_of("int")(value) and len(value) == 3,
-             "[cpus, memory_bytes, gpus]"),
+    "pair": (list_of("int", 2), "a pair of integers"),
+    "pairs": (list_of("pair"), "a list of pairs of integers"),
+    "size": (list_of("int", 3), "[cpus, memory_bytes, gpus]"),
+    "sizes": (list_of("size"), "a list of [cpus, memory_bytes, gpus]"),
 }
 
 
@@ -793,7 +792,7 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
 # Names that are not fields here, and what to say of them.
 HINTS = {"slurm_config": "it was removed: use slurm_defaults and execution_config",
          "retries": "use a failure_handler", "depends_on": "depends_on_job_ids takes ids",
-         **dict.fromkeys(("env", "labels", "variables", "parameters_file", "use_parameters_file",
+         **dict.fromkeys(("labels", "variables", "parameters_file", "use_parameters_file",
                           "dynamic_jobs", "access_groups", "serialize_allocations", "origin",
                           "submission_directory"), "of Torc 1.0, not supported here"),
          "env": "of Torc 1.0, not supported here: set variables in the command"}
