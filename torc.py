@@ -1517,15 +1517,17 @@ class Reader:
             known = field.spec or name
             if not field.refers:
                 made[known] = AS_KEPT[field.type](value) if field.type in AS_KEPT else value
-            elif field.type == "regexes":
-                found = [one for pattern in value
-                         for one in self._match(place, name, pattern, field.refers)]
-                made[known] = list(dict.fromkeys([*made.get(known, ()), *found]))
-            elif field.type == "strs":
-                found = [self._find(place, name, one, field.refers) for one in value]
-                made[known] = list(dict.fromkeys([*made.get(known, ()), *found]))
-            elif (field.refers, value) != ("resource_requirements", "default"):
-                made[known] = self._find(place, name, value, field.refers)
+            elif field.type == "str":
+                if (field.refers, value) != ("resource_requirements", "default"):
+                    made[known] = self._find(place, name, value, field.refers)
+            else:                         # names, or regular expressions that find names
+                ids = made.get(known, [])
+                for one in value:
+                    if field.type == "regexes":
+                        ids += self._match(place, name, one, field.refers)
+                    else:
+                        ids.append(self._find(place, name, one, field.refers))
+                made[known] = list(dict.fromkeys(ids))
         for name in ("command", "invocation_script"):
             if name in made:
                 made[name] = self._variables(made[name], place, name, made)
