@@ -7108,6 +7108,9 @@ MEANINGS = {                              # state of a Probe: what it is, what i
     "certificate": "its certificate is not accepted",
     "broken": "the connection broke",
 }
+STATE_OF_ERRNO = {
+    errno.ETIMEDOUT: "no answer", errno.EHOSTUNREACH: "no route", errno.ENETUNREACH: "no route",
+    errno.EADDRNOTAVAIL: "no route"}
 
 
 def state_of(error):
@@ -7115,22 +7118,18 @@ def state_of(error):
     import http.client
     import socket
     import ssl
-    if isinstance(error, ssl.SSLError):
-        return "certificate" if isinstance(error, ssl.SSLCertVerificationError) else "not HTTP"
-    if isinstance(error, ConnectionRefusedError):
-        return "refused"
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return "unknown name"
-    if isinstance(error, (socket.timeout, TimeoutError)) or (
-            getattr(error, "errno", None) == errno.ETIMEDOUT):
-        return "no answer"
-    if getattr(error, "errno", None) in (errno.EHOSTUNREACH, errno.ENETUNREACH,
-                                         errno.EADDRNOTAVAIL):
-        return "no route"
-    if isinstance(error, http.client.BadStatusLine) and not isinstance(
-            error, http.client.RemoteDisconnected):
-        return "not HTTP"
-    return "broken"
+    states = (
+        (ssl.SSLCertVerificationError, "certificate"),
+        (ssl.SSLError, "not HTTP"),
+        (ConnectionRefusedError, "refused"),
+        ((socket.gaierror, UnicodeError), "unknown name"),
+        ((socket.timeout, TimeoutError), "no answer"),
+        (http.client.RemoteDisconnected, "broken"),
+        (http.client.BadStatusLine, "not HTTP"))
+    for kinds, state in states:
+        if isinstance(error, kinds):
+            return state
+    return STATE_OF_ERRNO.get(getattr(error, "errno", None), "broken")
 
 
 def split_url(url):
