@@ -7221,24 +7221,23 @@ def probe(url, server_id=None, timeout=5.0, tls=None):
     """Look whether the server with this id (or any) answers at a URL; sends no credentials."""
     import http.client
     scheme, host, port, prefix = split_url(url)
-    connection = None
+    state, text, found, connection = "ok", "", None, None
     try:
         connection = open_connection(scheme, host, port, timeout, tls)
         connection.request("GET", prefix + "/ping")
         found = connection.getresponse().headers.get("X-Torc-Server")
+        if not found:
+            state = "not Torc"
+        elif server_id and found != server_id:
+            state = "other server"
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         state = state_of(error)
-        text = certificate_trouble(error, host, port, tls) if state == "certificate" \
-            else MEANINGS[state]
-        return Probe(url, state, text)
+        if state == "certificate":
+            text = certificate_trouble(error, host, port, tls)
     finally:
         if connection:
             connection.close()
-    if not found:
-        return Probe(url, "not Torc", MEANINGS["not Torc"])
-    if server_id and found != server_id:
-        return Probe(url, "other server", MEANINGS["other server"], found)
-    return Probe(url, "ok", "", found)
+    return Probe(url, state, text or MEANINGS.get(state, ""), found)
 
 
 def race(urls, server_id=None, timeout=5.0, tls=None):
