@@ -7314,9 +7314,8 @@ class Client(Calls):
 
     def request(self, method, path, query=None, body=None):
         """See Calls.request. Raises Unreachable when no server answers."""
-        from urllib.parse import quote, urlencode
-        lists = query_lists(query or {})
-        target = quote(self.prefix + path) + ("?" + urlencode(lists, doseq=True) if lists else "")
+        from urllib.parse import urlencode
+        target = self._target(path, urlencode(query_lists(query or {}), doseq=True))
         headers, data = self._headers(), None
         if body is not None:
             data = json.dumps(body, separators=(",", ":")).encode()
@@ -7342,6 +7341,11 @@ class Client(Calls):
                 return self.request(method, path, query, body)
         return self._decode(status, content_type, answer, path)
 
+    def _target(self, path, query):
+        """What a request asks for; query: the text behind the question mark."""
+        from urllib.parse import quote
+        return quote(self.prefix + path) + (f"?{query}" if query else "")
+
     def _headers(self):
         """What every request says of us."""
         headers = {"Accept": "application/json"}
@@ -7360,23 +7364,19 @@ class Client(Calls):
 
         path: without prefix; query: the text behind the question mark. Raises Unreachable.
         """
-        from urllib.parse import quote
         headers = self._headers()
         if data is not None:
             headers["Content-Type"] = "application/json"
-        target = quote(self.prefix + path) + (f"?{query}" if query else "")
-        return self._send(method, target, data, headers, 300, method == "GET")
+        return self._send(method, self._target(path, query), data, headers, 300, method == "GET")
 
     def open_stream(self, path, query):
         """(socket, response) of an event stream, on a connection of its own; a read waits 30 s at
         most. Raises Unreachable."""
-        from urllib.parse import quote
+        headers = {**self._headers(), "Accept": "text/event-stream"}
         for again in (True, False):
             try:
                 connection = open_connection(self.scheme, self.host, self.port, 30, self.tls)
-                connection.request("GET", quote(self.prefix + path) + (
-                    f"?{query}" if query else ""),
-                    headers={**self._headers(), "Accept": "text/event-stream"})
+                connection.request("GET", self._target(path, query), headers=headers)
                 source, response = connection.sock, connection.getresponse()
                 if response.status != 421 or not again or not self._elsewhere(30):
                     return source, response
