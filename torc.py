@@ -976,11 +976,13 @@ def lines_of(text, paths):
         for path in paths:
             node = root
             for step in path:
-                key = node.value[step] if isinstance(step, int) else next(
-                    (pair for pair in node.value if pair[0].value == step), None)
-                if not key:
+                if isinstance(step, int):
+                    key = node = node.value[step]
+                else:
+                    key, node = next((pair for pair in node.value if pair[0].value == step),
+                                     (None, None))
+                if not node:
                     break
-                key, node = key if isinstance(key, tuple) else (key, key)
                 lines[path] = key.start_mark.line + 1
     return lines
 
