@@ -462,7 +462,7 @@ TYPES = {                                 # name: check, and what is expected in
     "memory": (reads(parse_memory), 'a size such as "500m" or "2g"'),
     "duration": (reads(parse_duration), 'an ISO 8601 duration such as "PT30M"'),
     "walltime": (reads(parse_walltime), 'a time such as "04:00:00" or "1-12:00:00"'),
-    "slurm memory": (lambda value: type(value) is int and value >= 0 or reads(slurm_memory)(
+    "slurm-memory": (lambda value: type(value) is int and value >= 0 or reads(slurm_memory)(
         value), 'a size such as "200g" (MB without a letter)'),
     "signal": (is_signal, 'the name of a signal such as "SIGTERM"'),
     "ints": (list_of("int"), "a list of integers"),
@@ -837,7 +837,7 @@ def read_value(value, kind, strict=False):
             read_part(inner, more or "slurm_defaults", strict and bool(more))
         return compact(value) if isinstance(value, dict) else value
     else:
-        check, expected = TYPES["list" if kind == "parts" else kind.replace("-", " ")]
+        check, expected = TYPES["list" if kind == "parts" else kind]
         if not check(value):
             raise ValueError(f"{value!r:.80} is not {expected}")
     return value
