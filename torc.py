@@ -1219,9 +1219,9 @@ def listed_values(text):
         if not match or match.end() == place:
             raise ValueError(f"{text!r:.60} has an empty value or a quote too many at "
                              f"{inner[place:place + 20]!r}")
-        word = next(group for group in match.groups() if group is not None)
-        quoted = quoted or match[3] is None
-        if not word and match[3] is not None:
+        word, bare = match[match.lastindex], match.lastindex == 3
+        quoted = quoted or not bare
+        if bare and not word:
             raise ValueError(f"{text!r:.60} has an empty value")
         words.append(word)
         place = match.end()
@@ -1624,16 +1624,16 @@ def check_top(place, top):
             inner.fault(f"{name} is not a string or number")
     if "resource_monitor" in top:
         monitor = dict(top["resource_monitor"])
-        if isinstance(monitor.get("granularity"), str):
-            monitor["granularity"] = {"Summary": "summary", "TimeSeries": "time_series"}.get(
-                monitor["granularity"], monitor["granularity"])
+        for upstream, ours in (("Summary", "summary"), ("TimeSeries", "time_series")):
+            if monitor.get("granularity") == upstream:
+                monitor["granularity"] = ours
         inner = place.inner("resource_monitor", "resource_monitor")
         record["resource_monitor_config"] = {
             "enabled": True, **inner.check(monitor, PARTS["resource_monitor"])}
     if "execution_config" in top:
         record["execution_config"] = check_execution(place, top)
     return {name: compact(value) if isinstance(value, dict) else value
-            for name, value in record.items() if value != {} or name == "metadata"}
+            for name, value in record.items() if value != {}}
 
 
 def check_execution(place, top):
