@@ -1450,16 +1450,16 @@ class Reader:
             if "name" in record:
                 many, expansion = expand(place, record, self.top.get("parameters", {}))
                 total += many
-                waiting.append((place, expansion))
+                waiting.append((place, record, expansion))
         if total > MAX_JOBS:              # before anything is made of it
             self.place.inner(name, name).fault(f"{total:,} combinations of parameters in all, more "
                                                f"than {MAX_JOBS:,}")
             return
-        for place, expansion in waiting:
-            for record in expansion:
-                what = title(table, 0, record)
-                records.append(record)
-                places.append(place if what == place.what else place._replace(what=what))
+        for place, record, expansion in waiting:
+            for one in expansion:
+                records.append(one)
+                places.append(place if one is record else
+                              place._replace(what=title(table, 0, one)))
 
     def _names(self, table):
         """Give ids to the records of a list; names must be unique."""
