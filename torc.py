@@ -4421,26 +4421,22 @@ def job_details(store, job_id):
 # ---- graph
 
 def acyclic(number, edges):
-    """Edges without those that close a circle, of nodes 0 to number - 1."""
-    after, state, kept_edges = {}, [0] * number, []
-    for before, other in sorted(edges):
-        if before != other:
-            after.setdefault(before, []).append(other)
-    for root in range(number):
-        stack = [(root, iter(after.get(root, ())))] if not state[root] else []
-        state[root] = state[root] or 1
-        while stack:
-            node, rest = stack[-1]
-            other = next(rest, None)
-            if other is None:
-                state[node] = 2
-                stack.pop()
-            elif state[other] != 1:       # 1: on the way here, so this edge would close a circle
-                kept_edges.append((node, other))
-                if not state[other]:
-                    state[other] = 1
-                    stack.append((other, iter(after.get(other, ()))))
-    return kept_edges
+    """Edges, in order, without those that close a circle, of nodes 0 to number - 1."""
+    after, seen, left = {}, set(), {}     # left: when a search in depth leaves each node for good
+    edges = sorted(edges)
+    for before, other in edges:
+        after.setdefault(before, []).append(other)
+    stack = list(reversed(range(number)))
+    while stack:
+        node = stack[-1]
+        if node in seen:
+            left.setdefault(node, len(left))
+            stack.pop()
+        else:
+            seen.add(node)
+            stack += [other for other in reversed(after.get(node, ())) if other not in seen]
+    # What an edge leads to is left first, unless the search was on its way from there.
+    return [(before, other) for before, other in edges if left[other] < left[before]]
 
 
 FAMILY_STATUS = ("running", "pending", "ready", "blocked", "failed", "terminated",
