@@ -4183,33 +4183,28 @@ def workflow_state(number, canceled, active):
 
 def progress(store, workflow_ids):
     """{workflow id: counts by status name, total, done, state, created_ms, run_id, output_dir}."""
-    text = compact(list(workflow_ids))
+    text, answer = compact(list(workflow_ids)), {}
     numbers = {workflow_id: {} for workflow_id in workflow_ids}
     for workflow_id, status, number in store.query(
             f"SELECT workflow_id, status, count(*) FROM job WHERE workflow_id IN {IDS}"
-            " GROUP BY workflow_id, status", (text,)):
+            " GROUP BY workflow_id, status ORDER BY workflow_id, status", (text,)):
         numbers[workflow_id][status] = number
-    active = {row[0] for row in store.query(
-        f"SELECT DISTINCT workflow_id FROM compute_node WHERE workflow_id IN {IDS}"
-        " AND is_active = 1", (text,))}
-    places = dict(store.query(
-        f"SELECT workflow_id, output_dir FROM compute_node WHERE workflow_id IN {IDS}"
-        " AND output_dir IS NOT NULL ORDER BY id", (text,)))
-    answer = {}
-    for workflow_id, run_id, canceled, created in store.query(
-            f"SELECT id, run_id, is_canceled, {MS.format('timestamp')} FROM workflow WHERE id IN"
-            f" {IDS}", (text,)):
+    for workflow_id, run_id, canceled, created, active, place in store.query(
+            f"SELECT id, run_id, is_canceled, {MS.format('timestamp')}, EXISTS (SELECT 1 FROM"
+            " compute_node WHERE workflow_id = w.id AND is_active = 1), (SELECT output_dir FROM"
+            " compute_node WHERE workflow_id = w.id AND output_dir IS NOT NULL ORDER BY id DESC"
+            f" LIMIT 1) FROM workflow w WHERE id IN {IDS}", (text,)):
         number = numbers[workflow_id]
-        state = workflow_state(number, canceled, workflow_id in active)
+        state = workflow_state(number, canceled, active)
         if state == "running" and not (number.get(PENDING) or number.get(RUNNING)) and all(
                 cause == "unfit" for cause, _, _ in blockers(
                     store, workflow_id, active_nodes(store, workflow_id))):
             state = "stuck"
         answer[workflow_id] = {
-            "counts": {STATUS_NAMES[status]: count for status, count in sorted(number.items())},
+            "counts": {STATUS_NAMES[status]: count for status, count in number.items()},
             "total": sum(number.values()), "done": sum(number.get(one, 0) for one in DONE_SET),
             "state": state, "created_ms": int(created or 0), "run_id": run_id,
-            "output_dir": places.get(workflow_id)}
+            "output_dir": place}
     return answer
 
 
