@@ -3769,7 +3769,7 @@ def leave_action(store, workflow_id, action_id, node_id, now, done):
 
 FEW_JOBS = 400                            # up to here a graph shows each job, else families
 MAX_FAMILIES = 60
-MAX_KEPT = 12
+MAX_KEPT = 4                              # workflows whose families are kept
 MS = "round((julianday({0}) - 2440587.5) * 86400000)"           # a text's time, ms since the epoch
 DONE_SET = (*COMPLETE_SET, DISABLED)
 STATUS_PAST = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was terminated"}
@@ -4044,16 +4044,6 @@ def json_columns(store, names, source, params):
     return [json.loads(text) for text in store.one(f"SELECT {lists} {source}", params)]
 
 
-class Shape(NamedTuple):
-    """The families of a workflow's jobs."""
-
-    number: int                           # workflow.shape for which this is true
-    names: list                           # of families, in the order of their first jobs
-    sizes: list
-    labels: list                          # "align_*", or the name of an only member
-    family_of: dict                       # job id: index of its family
-
-
 def family_name(name):
     """The family of a job: its name without the numbers at its end."""
     return name.rstrip("0123456789_-.") or "#"
@@ -4069,99 +4059,94 @@ def family_names(names):
     return found
 
 
-def kept(store, key, number, make):
-    """What make() gives, worked out again when `number` is another; once, if several ask. The
-    oldest of MAX_KEPT is forgotten."""
-    with store.keeping:
-        known = store.kept.pop(key, None)
-        if known is None or known[0] != number:
-            known = number, make()
-        while len(store.kept) >= MAX_KEPT:
-            store.kept.pop(next(iter(store.kept)))
-        store.kept[key] = known
-        return known[1]
+class Family:
+    """Jobs of a workflow whose names differ in their numbers. first: the name of the first."""
+
+    def __init__(self, name, first, size):
+        self.name, self.size = name, size
+        self.label = first if size == 1 else "*" if name == "#" else f"{name}_*"
+        self.before = {}                  # Family: dependencies on its jobs
+        self.attempts = self.ran_ms = 0   # that ended, and how long they ran together
 
 
-def shape_of(store, workflow_id):
-    """The Shape of a workflow, worked out again when jobs have come or gone."""
-    from collections import Counter
-    number = workflow_row(store, workflow_id, "shape")[0]
+class Families:
+    """The families of a workflow as long as no jobs come or go. number: workflow.shape then."""
 
-    def make():
+    def __init__(self, store, workflow_id, number):
+        from collections import Counter
+        self.workflow_id, self.number, self.last_result = workflow_id, number, 0
         ids, names = json_columns(store, ("id", "name"), "FROM (SELECT id, name FROM job WHERE"
                                   " workflow_id = ? ORDER BY id)", (workflow_id,))
         found = family_names(names)
-        index = {name: place for place, name in enumerate(dict.fromkeys(found))}
-        family_of = dict(zip(ids, map(index.__getitem__, found)))
         first = dict(zip(reversed(found), reversed(names)))
-        sizes = [number for _, number in sorted(Counter(family_of.values()).items())]
-        labels = [first[name] if size == 1 else "*" if name == "#" else f"{name}_*"
-                  for name, size in zip(index, sizes)]
-        return Shape(number, list(index), sizes, labels, family_of)
-    return kept(store, ("shape", workflow_id), number, make)
-
-
-def family_edges(store, workflow_id, shape):
-    """{(index of a family, index of one that waits for it): dependencies} of a Shape."""
-    from collections import Counter
-
-    def make():
+        self.by_name = {name: Family(name, first[name], size)
+                        for name, size in Counter(found).items()}
+        self.of_job = dict(zip(ids, map(self.by_name.get, found)))
         # Ids without a gap are a range of the table's key, which needs no look at the jobs.
-        ids = shape.family_of
-        whole = ids and max(ids) - min(ids) + 1 == len(ids)
+        whole = ids and ids[-1] - ids[0] + 1 == len(ids)
         source, params = ("FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?",
-                          (min(ids), max(ids))) if whole else (
+                          (ids[0], ids[-1])) if whole else (
             "FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id WHERE j.workflow_id = ?",
             (workflow_id,))
         after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
-        return {pair: number for pair, number in Counter(zip(
-            map(ids.get, before), map(ids.get, after))).items()
-            if None not in pair}          # of jobs that came a moment ago
-    return kept(store, ("edges", workflow_id), shape.number, make)
+        for (one, other), edges in Counter(zip(map(self.of_job.get, before),
+                                               map(self.of_job.get, after))).items():
+            if one and other:             # else of a job that came a moment ago
+                other.before[one] = edges
 
-
-def family_times(store, workflow_id, shape):
-    """{family: [attempts, ms they ran together]}; only new results are read."""
-    with store.keeping:
-        known = kept(store, ("times", workflow_id), shape.number, lambda: {"last": 0, "sums": {}})
+    def read_results(self, store):
+        """Add the results that are new to the times of their families."""
         last = store.one("SELECT coalesce(max(id), 0) FROM result WHERE workflow_id = ?",
-                         (workflow_id,))[0]
+                         (self.workflow_id,))[0]
         ids, times = json_columns(
             store, ("job_id", "end_ms - start_ms"), "FROM result WHERE workflow_id = ? AND id > ?"
-            " AND id <= ?", (workflow_id, known["last"], last))
-        known["last"] = last
-        for family, ran in zip(map(shape.family_of.get, ids), times):
-            entry = known["sums"].setdefault(family, [0, 0])
-            entry[0] += 1
-            entry[1] += ran
-        return known["sums"]
+            " AND id <= ?", (self.workflow_id, self.last_result, last))
+        self.last_result = last
+        for family, ran in zip(map(self.of_job.get, ids), times):
+            if family:
+                family.attempts += 1
+                family.ran_ms += ran
+
+    def counts(self, store):
+        """{Family: {status name: jobs}}, in the order of their first jobs."""
+        from collections import Counter
+        statuses = [row[0] for row in store.query(
+            "SELECT status FROM job WHERE workflow_id = ? GROUP BY status ORDER BY count(*) DESC",
+            (self.workflow_id,))]
+        answer = {family: {} for family in self.by_name.values()}
+        for status in statuses[1:]:
+            ids, = json_columns(store, ("id",), "FROM job WHERE workflow_id = ? AND status = ?",
+                                (self.workflow_id, status))
+            for family, number in Counter(map(self.of_job.get, ids)).items():
+                if family:
+                    answer[family][STATUS_NAMES[status]] = number
+        for family, number in answer.items():
+            rest = family.size - sum(number.values())
+            if rest > 0 and statuses:     # the others are of the status that most jobs have
+                number[STATUS_NAMES[statuses[0]]] = rest
+        return answer
+
+
+def families_of(store, workflow_id):
+    """The Families of a workflow, with the times of all results; worked out once, if several ask.
+    Those of the workflow that was asked for least lately are forgotten."""
+    number, = workflow_row(store, workflow_id, "shape")
+    with store.keeping:
+        known = store.kept.pop(workflow_id, None)
+        if known is None or known.number != number:
+            known = Families(store, workflow_id, number)
+        while len(store.kept) >= MAX_KEPT:
+            store.kept.pop(next(iter(store.kept)))
+        store.kept[workflow_id] = known
+        known.read_results(store)
+    return known
 
 
 def family_members(store, workflow_id, name):
     """Ids of the jobs of a family."""
-    shape = shape_of(store, workflow_id)
-    wanted = shape.names.index(name) if name in shape.names else -1
-    return [job_id for job_id, family in shape.family_of.items() if family == wanted]
-
-
-def family_counts(store, workflow_id, shape):
-    """For each family {status name: jobs}."""
-    from collections import Counter
-    statuses = [row[0] for row in store.query(
-        "SELECT status FROM job WHERE workflow_id = ? GROUP BY status ORDER BY count(*) DESC",
-        (workflow_id,))]
-    answer, rest = [{} for _ in shape.names], list(shape.sizes)
-    for status in statuses[1:]:
-        ids, = json_columns(store, ("id",), "FROM job WHERE workflow_id = ? AND status = ?",
-                            (workflow_id, status))
-        for family, number in Counter(map(shape.family_of.get, ids)).items():
-            if family is not None:        # else a job that came a moment ago
-                answer[family][STATUS_NAMES[status]] = number
-                rest[family] -= number
-    for counts_of, number in zip(answer, rest):
-        if number > 0 and statuses:       # the others are of the status that most jobs have
-            counts_of[STATUS_NAMES[statuses[0]]] = number
-    return answer
+    families = families_of(store, workflow_id)
+    wanted = families.by_name.get(name)
+    return [job_id for job_id, family in families.of_job.items() if family is wanted]
 
 
 # ---- how far a workflow is
@@ -4208,31 +4193,31 @@ def progress(store, workflow_ids):
     return answer
 
 
-def waiting_families(store, workflow_id, shape, counted):
-    """Why blocked jobs of a large workflow wait: [(jobs, sentence), ...], by family."""
-    all_edges, rows = family_edges(store, workflow_id, shape), []
-    for family, number in enumerate(row.get("blocked", 0) for row in counted):
-        if not number:
+def waiting_families(counted):
+    """Why blocked jobs of a large workflow wait: [(jobs, sentence), ...]. counted: of Families."""
+    rows = []
+    ended = {family: sum(number.get(STATUS_NAMES[status], 0) for status in COMPLETE_SET)
+             for family, number in counted.items()}
+    for family, number in counted.items():
+        if "blocked" not in number:
             continue
-        size, phrases = shape.sizes[family], []
+        phrases, size = [], family.size
         whole = "all wait for" if size > 1 else "waits for"
-        for (before, after), edges in sorted(all_edges.items()):
-            open_jobs = before != after and after == family and shape.sizes[before] - sum(
-                counted[before].get(STATUS_NAMES[status], 0) for status in COMPLETE_SET)
-            if not open_jobs:
+        for before in counted:
+            edges, width = family.before.get(before), before.size
+            if not edges or before is family or ended[before] == width:
                 continue
-            label, width = shape.labels[before], shape.sizes[before]
             if width == 1:
-                phrases.append(f"{whole} {label}")
+                phrases.append(f"{whole} {before.label}")
             elif edges >= size * width:
-                phrases.append(f"{whole} every {label}")
+                phrases.append(f"{whole} every {before.label}")
             elif edges == size == width:
-                phrases.append(f"each waits for its own {label}")
+                phrases.append(f"each waits for its own {before.label}")
             else:
-                phrases.append(f"each waits for {max(1, round(edges / size)):,} {label}")
-        if (family, family) in all_edges and not phrases:
+                phrases.append(f"each waits for {max(1, round(edges / size)):,} {before.label}")
+        if family in family.before and not phrases:
             phrases.append("each waits for the one before it")
-        rows.append((number, f"{shape.labels[family]}: "
+        rows.append((number["blocked"], f"{family.label}: "
                      + (", ".join(phrases[:3]) or "waits for jobs that are not done")))
     return rows
 
@@ -4305,14 +4290,13 @@ def summary(store, workflow_id, now):
     answer = progress(store, [workflow_id])[workflow_id]
     counted, total = answer["counts"], answer["total"]
     large = total > FEW_JOBS
-    shape = shape_of(store, workflow_id) if large else None
-    by_family = family_counts(store, workflow_id, shape) if large else None
+    by_family = families_of(store, workflow_id).counts(store) if large else None
     nodes = active_nodes(store, workflow_id)
     waiting = [(number, blocker_text(cause, number, facts), "ready") for cause, number, facts in (
         blockers(store, workflow_id, nodes) if counted.get("ready") else ())]
     if counted.get("blocked"):
         waiting += [(*row, "blocked") for row in (
-            waiting_families(store, workflow_id, shape, by_family) if large
+            waiting_families(by_family) if large
             else waiting_jobs(store, workflow_id))]
     waiting += [(counted[status], sentence, status) for status, sentence in (
         ("pending_failed", "failed, and wait for your decision"),
@@ -4332,7 +4316,7 @@ def summary(store, workflow_id, now):
             "longest": list(job_views(store, longest, now).values()),
             "failures": [{name: group[name] for name in ("count", "cause", "line")}
                          for group in groups[:3]],
-            "families": family_nodes(store, workflow_id, shape, by_family) if large else None}
+            "families": family_nodes(workflow_id, by_family) if large else None}
 
 
 # ---- jobs with how they ended
@@ -4438,23 +4422,21 @@ FAMILY_STATUS = ("running", "pending", "ready", "blocked", "failed", "terminated
                  "pending_failed", "uninitialized", "canceled", "completed", "disabled")
 
 
-def family_nodes(store, workflow_id, shape, counted):
-    """The nodes of a graph of families."""
-    times = family_times(store, workflow_id, shape)
+def family_nodes(workflow_id, counted):
+    """The nodes of a graph of families. counted: of Families."""
     nodes = []
-    for family, label in enumerate(shape.labels):
-        counts_of, size = counted[family], shape.sizes[family]
-        number, ran = times.get(family, (0, 0))
-        sub = (f"{plural(size, 'job')}, none has ended" if not number else
-               f"each {span(ran / number / 1000)} on average" if size > 1 else
-               f"1 job, took {span(ran / number / 1000)}")
-        nodes.append({"id": f"f{family}", "name": label, "family": shape.names[family],
-                      "counts": counts_of, "sub": sub, "status": next(
-                          (name for name in FAMILY_STATUS if counts_of.get(name)),
-                          "uninitialized"),
-                      "why": ", ".join(f"{number:,} {name.replace('_', ' ')}"
-                                       for name, number in counts_of.items()),
-                      "href": f"#/w/{workflow_id}/jobs?family={shape.names[family]}"})
+    for place, (family, number) in enumerate(counted.items()):
+        ran = family.attempts and span(family.ran_ms / family.attempts / 1000)
+        nodes.append({"id": f"f{place}", "name": family.label, "family": family.name,
+                      "counts": number,
+                      "sub": f"{plural(family.size, 'job')}, none has ended" if not ran else
+                             f"each {ran} on average" if family.size > 1 else
+                             f"1 job, took {ran}",
+                      "status": next((name for name in FAMILY_STATUS if name in number),
+                                     "uninitialized"),
+                      "why": ", ".join(f"{jobs:,} {name.replace('_', ' ')}"
+                                       for name, jobs in number.items()),
+                      "href": f"#/w/{workflow_id}/jobs?family={family.name}"})
     return nodes
 
 
@@ -4468,12 +4450,12 @@ def graph(store, workflow_id, now, around=None, data=False):
         return graph_around(store, workflow_id, around, now)
     total = store.one("SELECT count(*) FROM job WHERE workflow_id = ?", (workflow_id,))[0]
     if total > FEW_JOBS:
-        shape = shape_of(store, workflow_id)
-        nodes = family_nodes(store, workflow_id, shape, family_counts(store, workflow_id, shape))
-        return {"families": True, "total": total, "nodes": nodes,
+        counted = families_of(store, workflow_id).counts(store)
+        place = {family: number for number, family in enumerate(counted)}
+        edges = [(place[one], place[family]) for family in counted for one in family.before]
+        return {"families": True, "total": total, "nodes": family_nodes(workflow_id, counted),
                 "edges": [[f"f{one}", f"f{other}"]
-                          for one, other in acyclic(len(nodes), family_edges(
-                              store, workflow_id, shape))]}
+                          for one, other in acyclic(len(counted), edges)]}
     nodes = job_nodes(store, workflow_id, sorted(job_ids(store, "workflow_id = ?",
                                                          (workflow_id,))), now)
     edges = store.query(
