@@ -2308,8 +2308,7 @@ class Store:
         self.shared = shared
         self.heard = {}                   # compute node: time.monotonic() of its last step
         self.closing = False
-        self.kept = {}                    # what views of large workflows have worked out already
-        self.keeping = threading.RLock()
+        self.keeping = threading.Lock()   # one at a time works out the families of a workflow
         self._lock = threading.RLock()    # before SQLite's own: nobody sleeps in its handler
         self._writer_thread = None
         self._news = set()
@@ -3765,11 +3764,10 @@ def leave_action(store, workflow_id, action_id, node_id, now, done):
 # ==================================================================================================
 # What only looks. Numbers for a page that is drawn again every second, also of 100,000 jobs, so a
 # question costs its answer: counts and sums are made by SQL. What is dear and seldom changes, the
-# families of a workflow, is kept in memory (store.kept).
+# families of a workflow, is kept in memory.
 
 FEW_JOBS = 400                            # up to here a graph shows each job, else families
 MAX_FAMILIES = 60
-MAX_KEPT = 4                              # workflows whose families are kept
 MS = "round((julianday({0}) - 2440587.5) * 86400000)"           # a text's time, ms since the epoch
 DONE_SET = (*COMPLETE_SET, DISABLED)
 STATUS_PAST = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was terminated"}
@@ -4070,11 +4068,11 @@ class Family:
 
 
 class Families:
-    """The families of a workflow as long as no jobs come or go. number: workflow.shape then."""
+    """The families of a workflow, true until jobs come or go: while workflow.shape is `shape`."""
 
-    def __init__(self, store, workflow_id, number):
+    def __init__(self, store, workflow_id, shape):
         from collections import Counter
-        self.workflow_id, self.number, self.last_result = workflow_id, number, 0
+        self.workflow_id, self.last_result = workflow_id, 0
         ids, names = json_columns(store, ("id", "name"), "FROM (SELECT id, name FROM job WHERE"
                                   " workflow_id = ? ORDER BY id)", (workflow_id,))
         found = family_names(names)
@@ -4096,13 +4094,11 @@ class Families:
 
     def read_results(self, store):
         """Add the results that are new to the times of their families."""
-        last = store.one("SELECT coalesce(max(id), 0) FROM result WHERE workflow_id = ?",
-                         (self.workflow_id,))[0]
-        ids, times = json_columns(
-            store, ("job_id", "end_ms - start_ms"), "FROM result WHERE workflow_id = ? AND id > ?"
-            " AND id <= ?", (self.workflow_id, self.last_result, last))
-        self.last_result = last
-        for family, ran in zip(map(self.of_job.get, ids), times):
+        ids, jobs, times = json_columns(
+            store, ("id", "job_id", "end_ms - start_ms"),
+            "FROM result WHERE workflow_id = ? AND id > ?", (self.workflow_id, self.last_result))
+        self.last_result = max(ids, default=self.last_result)
+        for family, ran in zip(map(self.of_job.get, jobs), times):
             if family:
                 family.attempts += 1
                 family.ran_ms += ran
@@ -4127,19 +4123,17 @@ class Families:
         return answer
 
 
+# Of the workflows that were asked for last. A Store is compared by identity.
+KEPT_FAMILIES = functools.lru_cache(4)(Families)
+
+
 def families_of(store, workflow_id):
-    """The Families of a workflow, with the times of all results; worked out once, if several ask.
-    Those of the workflow that was asked for least lately are forgotten."""
-    number, = workflow_row(store, workflow_id, "shape")
+    """The Families of a workflow with the times of all results, worked out once if several ask."""
+    shape, = workflow_row(store, workflow_id, "shape")
     with store.keeping:
-        known = store.kept.pop(workflow_id, None)
-        if known is None or known.number != number:
-            known = Families(store, workflow_id, number)
-        while len(store.kept) >= MAX_KEPT:
-            store.kept.pop(next(iter(store.kept)))
-        store.kept[workflow_id] = known
-        known.read_results(store)
-    return known
+        families = KEPT_FAMILIES(store, workflow_id, shape)
+        families.read_results(store)
+    return families
 
 
 def family_members(store, workflow_id, name):
