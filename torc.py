@@ -4705,14 +4705,6 @@ def nodes_over_time(store, workflow_id, now):
     return found
 
 
-def running_jobs(store, workflow_id, now):
-    """Jobs that run: (id, node id, requirement id, start ms, CPUs, memory asked for)."""
-    return store.query(
-        "SELECT j.id, j.compute_node_id, a.id, j.started_ms, a.cpus, a.memory FROM job j CROSS JOIN"
-        f" asked a ON a.job_id = j.id WHERE j.workflow_id = ? AND j.status = {RUNNING} AND"
-        " j.started_ms < ? ORDER BY j.started_ms", (workflow_id, int(now * 1000)))
-
-
 def stretch(store, workflow_id, begin, end, nodes, now, bins):
     """The Window to show: what is asked for, or the present run."""
     run_id = workflow_row(store, workflow_id, "run_id")[0]
@@ -4737,21 +4729,28 @@ class Moments(NamedTuple):
     failed: int                           # of those that ended
 
 
+# What a timeline counts: what ended, by the index result_start, and what runs, as if it ended now.
+ATTEMPTS = (
+    "result WHERE workflow_id = :workflow",
+    "(SELECT j.compute_node_id, j.started_ms AS start_ms, :now AS end_ms, a.cpus AS asked_cpus,"
+    " j.status FROM job j CROSS JOIN asked a ON a.job_id = j.id WHERE j.workflow_id = :workflow AND"
+    f" j.status = {RUNNING} AND j.started_ms < :now)")
+
+
 def lanes_of(store, workflow_id, window, nodes, now):
     """{node id: [Moments, ...]} of what ended on each runner, and of what runs there now."""
-    lanes, now_ms, size = {node[0]: [] for node in nodes}, int(now * 1000), window.bins + 2
+    lanes, size = {node[0]: [] for node in nodes}, window.bins + 2
     for moment, sign, more in (
             ("start_ms", 1, "min(start_ms), max(end_ms), 0"),
-            ("end_ms", -1, f"NULL, NULL, sum(status NOT IN ({COMPLETED}, {CANCELED}))")):
-        for key, *row in store.query(
-                f"SELECT compute_node_id * {size} + {window.bin_of(moment)}, {sign} *"
-                f" sum(asked_cpus), {sign} * sum(asked_cpus * {moment}), {sign} * count(*), {more}"
-                " FROM result WHERE workflow_id = ? GROUP BY 1", (workflow_id,)):
-            lanes.setdefault(key // size, []).append(Moments(key % size, *row))
-    for _, node_id, _, start, cpus, _ in running_jobs(store, workflow_id, now):
-        lanes.setdefault(node_id, []).extend((
-            Moments(*window.step(start, cpus), 1, start, now_ms, 0),
-            Moments(*window.step(now_ms, -cpus), -1, None, None, 0)))
+            ("end_ms", -1, "NULL, NULL,"
+                           f" sum(status NOT IN ({COMPLETED}, {CANCELED}, {RUNNING}))")):
+        for source in ATTEMPTS:
+            for key, *row in store.query(
+                    f"SELECT compute_node_id * {size} + {window.bin_of(moment)}, {sign} *"
+                    f" sum(asked_cpus), {sign} * sum(asked_cpus * {moment}), {sign} * count(*),"
+                    f" {more} FROM {source} GROUP BY 1",
+                    {"workflow": workflow_id, "now": int(now * 1000)}):
+                lanes.setdefault(key // size, []).append(Moments(key % size, *row))
     return lanes
 
 
@@ -4884,7 +4883,10 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
             series += ((key // size % size, weight, weight * start / number),
                        (key % size, -weight, -weight * end / number))
     rows = requirement_rows(store, workflow_id, of_need)
-    for _, _, need, start, *asked in running_jobs(store, workflow_id, now):
+    for need, start, *asked in store.query(
+            "SELECT a.id, j.started_ms, a.cpus, a.memory FROM job j CROSS JOIN asked a ON a.job_id"
+            f" = j.id WHERE j.workflow_id = ? AND j.status = {RUNNING} AND j.started_ms < ?",
+            (workflow_id, int(now * 1000))):
         used = rows[need]["cpu_used"], rows[need]["memory_used"]
         for series, weight in zip(steps, (*asked, *used)):
             series += window.step(start, weight), window.step(now * 1000, -weight)
