@@ -2324,8 +2324,8 @@ def test_a_family_is_the_name_without_its_numbers_and_there_are_not_too_many(nam
 
 
 def test_edges_that_close_a_circle_are_left_out_of_a_graph():
-    assert sorted(torc.acyclic(4, [(0, 1), (1, 2), (2, 0), (2, 2), (2, 3)])) == [
-        (0, 1), (1, 2), (2, 3)]
+    assert torc.acyclic(range(4), [(0, 1), (1, 2), (2, 0), (2, 2), (2, 3), (3, 4)]) == [
+        [0, 1], [1, 2], [2, 3]]
 
 
 def test_the_graph_around_a_job_has_five_on_each_side(api):

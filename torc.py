@@ -4060,8 +4060,8 @@ def family_names(names):
 class Family:
     """Jobs of a workflow whose names differ in their numbers. first: the name of the first."""
 
-    def __init__(self, name, first, size):
-        self.name, self.size = name, size
+    def __init__(self, place, name, first, size):
+        self.id, self.name, self.size = f"f{place}", name, size
         self.label = first if size == 1 else "*" if name == "#" else f"{name}_*"
         self.before = {}                  # Family: dependencies on its jobs
         self.attempts = self.ran_ms = 0   # that ended, and how long they ran together
@@ -4077,8 +4077,8 @@ class Families:
                                   " workflow_id = ? ORDER BY id)", (workflow_id,))
         found = family_names(names)
         first = dict(zip(reversed(found), reversed(names)))
-        self.by_name = {name: Family(name, first[name], size)
-                        for name, size in Counter(found).items()}
+        self.by_name = {name: Family(place, name, first[name], size)
+                        for place, (name, size) in enumerate(Counter(found).items())}
         self.of_job = dict(zip(ids, map(self.by_name.get, found)))
         # Ids without a gap are a range of the table's key, which needs no look at the jobs.
         whole = ids and ids[-1] - ids[0] + 1 == len(ids)
@@ -4393,13 +4393,13 @@ def job_details(store, job_id):
 
 # ---- graph
 
-def acyclic(number, edges):
-    """Edges, in order, without those that close a circle, of nodes 0 to number - 1."""
-    after, seen, left = {}, set(), {}     # left: when a search in depth leaves each node for good
-    edges = sorted(edges)
-    for before, other in edges:
-        after.setdefault(before, []).append(other)
-    stack = list(reversed(range(number)))
+def acyclic(nodes, edges):
+    """Edges between nodes, in order, without those that close a circle. Both are given by ids."""
+    after, seen, left = {node: [] for node in nodes}, set(), {}
+    edges = [[one, other] for one, other in edges if one in after and other in after]
+    for one, other in edges:
+        after[one].append(other)
+    stack = list(reversed(nodes))         # a search in depth leaves a node after all below it
     while stack:
         node = stack[-1]
         if node in seen:
@@ -4407,9 +4407,8 @@ def acyclic(number, edges):
             stack.pop()
         else:
             seen.add(node)
-            stack += [other for other in reversed(after.get(node, ())) if other not in seen]
-    # What an edge leads to is left first, unless the search was on its way from there.
-    return [(before, other) for before, other in edges if left[other] < left[before]]
+            stack += [other for other in reversed(after[node]) if other not in seen]
+    return [[one, other] for one, other in edges if left[other] < left[one]]
 
 
 FAMILY_STATUS = ("running", "pending", "ready", "blocked", "failed", "terminated",
@@ -4419,9 +4418,9 @@ FAMILY_STATUS = ("running", "pending", "ready", "blocked", "failed", "terminated
 def family_nodes(workflow_id, counted):
     """The nodes of a graph of families. counted: of Families."""
     nodes = []
-    for place, (family, number) in enumerate(counted.items()):
+    for family, number in counted.items():
         ran = family.attempts and span(family.ran_ms / family.attempts / 1000)
-        nodes.append({"id": f"f{place}", "name": family.label, "family": family.name,
+        nodes.append({"id": family.id, "name": family.label, "family": family.name,
                       "counts": number,
                       "sub": f"{plural(family.size, 'job')}, none has ended" if not ran else
                              f"each {ran} on average" if family.size > 1 else
@@ -4445,29 +4444,25 @@ def graph(store, workflow_id, now, around=None, data=False):
     total = store.one("SELECT count(*) FROM job WHERE workflow_id = ?", (workflow_id,))[0]
     if total > FEW_JOBS:
         counted = families_of(store, workflow_id).counts(store)
-        place = {family: number for number, family in enumerate(counted)}
-        edges = [(place[one], place[family]) for family in counted for one in family.before]
-        return {"families": True, "total": total, "nodes": family_nodes(workflow_id, counted),
-                "edges": [[f"f{one}", f"f{other}"]
-                          for one, other in acyclic(len(counted), edges)]}
-    nodes = job_nodes(store, workflow_id, sorted(job_ids(store, "workflow_id = ?",
-                                                         (workflow_id,))), now)
-    edges = store.query(
-        "SELECT d.depends_on_job_id, d.job_id FROM job j JOIN job_dependency d ON d.job_id = j.id"
-        " WHERE j.workflow_id = ?", (workflow_id,))
-    if data:
-        more, ways = data_nodes(store, workflow_id, nodes)
-        through = {(one, other) for makers, readers in ways.values() for one in makers
-                   for other in readers}
-        nodes += more
-        edges = [edge for edge in edges if edge not in through] + [
-            edge for key, (makers, readers) in ways.items() for edge in (
-                *((one, key) for one in makers), *((key, one) for one in readers))]
-    place = {node["id"]: number for number, node in enumerate(nodes)}
-    return {"families": False, "total": total, "nodes": nodes,
-            "edges": [[nodes[one]["id"], nodes[other]["id"]] for one, other in acyclic(
-                len(nodes), [(place[one], place[other]) for one, other in edges
-                             if one in place and other in place])]}
+        nodes = family_nodes(workflow_id, counted)
+        edges = [(one.id, family.id) for family in counted for one in counted
+                 if one in family.before]
+    else:
+        nodes = job_nodes(store, workflow_id, sorted(job_ids(store, "workflow_id = ?",
+                                                             (workflow_id,))), now)
+        edges = store.query(
+            "SELECT d.depends_on_job_id, d.job_id FROM job j JOIN job_dependency d ON d.job_id ="
+            " j.id WHERE j.workflow_id = ? ORDER BY d.job_id, d.depends_on_job_id", (workflow_id,))
+        if data:
+            more, ways = data_nodes(store, workflow_id, nodes)
+            through = {(one, other) for makers, readers in ways.values() for one in makers
+                       for other in readers}
+            nodes += more
+            edges = [edge for edge in edges if edge not in through] + [
+                edge for key, (makers, readers) in ways.items() for edge in (
+                    *((one, key) for one in makers), *((key, one) for one in readers))]
+    return {"families": total > FEW_JOBS, "total": total, "nodes": nodes,
+            "edges": acyclic([node["id"] for node in nodes], edges)}
 
 
 def data_nodes(store, workflow_id, nodes):
