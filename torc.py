@@ -3895,13 +3895,15 @@ def blocker_text(cause, number, facts):
 
 def unfinished(store, workflow_id):
     """What keeps a workflow from completing: see the API's GET /workflows/{id}/unfinished."""
-    by_status = {name: number for name, number in counts(store, workflow_id).items()
-                 if number and name in STATUS_OF_NAME and STATUS_OF_NAME[name] not in DONE_SET}
+    by_status = {STATUS_NAMES[status]: number for status, number in store.query(
+        f"SELECT status, count(*) FROM job WHERE workflow_id = ? AND status IN {NOT_COMPLETE} GROUP"
+        " BY status ORDER BY status", (workflow_id,))}
+    # The name is that of the first: a column beside min() comes from its row.
     ready = [{"resource_requirements": fetch(store, KINDS["resource_requirements"], need_id),
-              "count": number, "job_id": job_id, "job_name": job_row(store, job_id).name,
-              "stopping": stopping} for need_id, number, job_id, stopping in store.query(
-        "SELECT resource_requirements_id, count(*), min(id), count(compute_node_id) FROM job WHERE"
-        f" workflow_id = ? AND status = {READY} GROUP BY 1 ORDER BY 3", (workflow_id,))]
+              "count": number, "job_id": job_id, "job_name": name, "stopping": stopping}
+             for need_id, number, job_id, name, stopping in store.query(
+        "SELECT resource_requirements_id, count(*), min(id), name, count(compute_node_id) FROM job"
+        f" WHERE workflow_id = ? AND status = {READY} GROUP BY 1 ORDER BY 3", (workflow_id,))]
     nodes = listing(store, KINDS["compute_node"], Page(), "workflow_id = ? AND is_active = 1",
                     (workflow_id,))["items"]
     for node in nodes:                    # how long a runner of ours has said nothing
