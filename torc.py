@@ -3815,14 +3815,28 @@ def exit_codes(store, workflow_id):
 
 # ---- why jobs do not run
 
-def active_nodes(store, workflow_id, last=False):
-    """Runners at work: [(id, hostname, cpus, memory_bytes, gpus, nodes), ...], cpus in all and the
-    rest of one node. last: if there are none, the one that was the last."""
-    sql = ("SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,"
-           " num_nodes FROM compute_node WHERE workflow_id = ?")
-    found = store.query(sql + " AND is_active = 1 ORDER BY id", (workflow_id,))
-    return found if found or not last else store.query(sql + " ORDER BY id DESC LIMIT 1",
-                                                       (workflow_id,))
+class Node(NamedTuple):
+    """A compute node, as views see it: a runner."""
+
+    id: int
+    host: str
+    cpus: int                             # of all its nodes
+    memory: float                         # of one, in bytes
+    gpus: int
+    nodes: int
+    start: float                          # ms since the epoch
+    end: float                            # now, if it is at work
+    active: int
+
+
+def nodes_of(store, workflow_id, which="is_active = 1 ORDER BY id", now=0):
+    """[Node, ...] of a workflow: those at work. which: SQL that chooses others."""
+    start = MS.format("start_time")
+    return [Node(*row) for row in store.query(
+        "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,"
+        f" max(num_nodes, 1), coalesce({start}, :now), CASE WHEN is_active THEN :now ELSE coalesce("
+        f"{start} + duration_seconds * 1000, :now) END, is_active FROM compute_node WHERE"
+        f" workflow_id = :workflow AND {which}", {"workflow": workflow_id, "now": now * 1000})]
 
 
 def misfits(need, cpus, memory_bytes, gpus, nodes):
@@ -3840,8 +3854,8 @@ def unfit(store, need_id, nodes):
     """(record, (what is wanted, the most that a runner has)) of requirements that none of some
     runners can hold, None if one can."""
     need = fetch(store, KINDS["resource_requirements"], need_id)
-    lacks = [misfits(need, cpus // max(count, 1), memory, gpus, max(count, 1))
-             for _, _, cpus, memory, gpus, count in nodes]
+    lacks = [misfits(need, one.cpus // one.nodes, one.memory, one.gpus, one.nodes)
+             for one in nodes]
     return (need, max((lack[0] for lack in lacks), key=lambda pair: (len(pair[1]), pair[1]))) \
         if lacks and all(lacks) else None
 
@@ -3851,7 +3865,7 @@ def blockers(store, workflow_id, nodes):
 
     cause: "canceled"; "no runner" (facts: allocations that are to begin); "stopping", of jobs whose
     earlier attempt is still being ended; "unfit" (facts: see unfit); "busy", which is all the rest
-    (facts: CPUs at work, CPUs there, runners). nodes: of active_nodes.
+    (facts: CPUs at work, CPUs there, runners). nodes: of nodes_of.
     """
     wants = store.query("SELECT resource_requirements_id, count(*), count(compute_node_id) FROM job"
                         f" WHERE workflow_id = ? AND status = {READY} GROUP BY 1", (workflow_id,))
@@ -3870,7 +3884,7 @@ def blockers(store, workflow_id, nodes):
         busy = store.one("SELECT total(a.cpus) FROM job j CROSS JOIN asked a ON a.job_id = j.id"
                          f" WHERE j.workflow_id = ? AND j.status IN ({PENDING}, {RUNNING})",
                          (workflow_id,))[0]
-        found.append(("busy", rest, (int(busy), sum(row[2] for row in nodes), len(nodes))))
+        found.append(("busy", rest, (int(busy), sum(one.cpus for one in nodes), len(nodes))))
     return found
 
 
@@ -3993,20 +4007,21 @@ def why_ready(store, job):
         return ("an earlier attempt is still being stopped on "
                 f"{node_name(store, job.compute_node_id)}")
     need_id = store.one("SELECT resource_requirements_id FROM job WHERE id = ?", (job.id,))[0]
-    nodes = active_nodes(store, job.workflow_id)
+    nodes = nodes_of(store, job.workflow_id)
     found = {cause: facts for cause, _, facts in blockers(store, job.workflow_id, nodes)}
     if "canceled" in found:
         return restart_text(job.workflow_id)
     if found.get("no runner"):
         return f"it is ready: {blocker_text('no runner', 1, found['no runner'])}"
-    seen = nodes or active_nodes(store, job.workflow_id, last=True)
+    seen = nodes or nodes_of(store, job.workflow_id, "1 ORDER BY id DESC LIMIT 1")
     lacks = unfit(store, need_id, seen)
     start = "" if nodes else f"no runner is at work on workflow {job.workflow_id}: torc run " \
         f"{job.workflow_id}"
     if lacks:
         need, (want, most) = lacks
-        whose = (f"the last runner, on {seen[0][1]}, had" if not nodes else
-                 f"the runner on {seen[0][1]} has" if len(seen) == 1 else "the largest runner has")
+        host = seen[0].host
+        whose = (f"the last runner, on {host}, had" if not nodes else
+                 f"the runner on {host} has" if len(seen) == 1 else "the largest runner has")
         return f'it needs {want}, {whose} {most} (resource requirements "{need["name"]}")' + (
             f"; {start} on a larger machine" if start else "")
     if start:
@@ -4179,7 +4194,7 @@ def progress(store, workflow_ids):
         state = workflow_state(number, canceled, active)
         if state == "running" and not (number.get(PENDING) or number.get(RUNNING)) and all(
                 cause == "unfit" for cause, _, _ in blockers(
-                    store, workflow_id, active_nodes(store, workflow_id))):
+                    store, workflow_id, nodes_of(store, workflow_id))):
             state = "stuck"
         answer[workflow_id] = {
             "counts": {STATUS_NAMES[status]: count for status, count in number.items()},
@@ -4275,9 +4290,9 @@ def runners_text(nodes):
     """How many runners are at work and where: "6 on c101 to c106, 96 CPUs"."""
     if not nodes:
         return "none"
-    hosts = list(dict.fromkeys(row[1] for row in nodes))
+    hosts = list(dict.fromkeys(one.host for one in nodes))
     where = f"{hosts[0]} to {hosts[-1]}" if len(hosts) > 3 else plain_names(hosts)
-    return f"{len(nodes)} on {where}, {plural(sum(row[2] for row in nodes), 'CPU')}"
+    return f"{len(nodes)} on {where}, {plural(sum(one.cpus for one in nodes), 'CPU')}"
 
 
 def summary(store, workflow_id, now):
@@ -4287,7 +4302,7 @@ def summary(store, workflow_id, now):
     counted, total = answer["counts"], answer["total"]
     large = total > FEW_JOBS
     by_family = families_of(store, workflow_id).counts(store) if large else None
-    nodes = active_nodes(store, workflow_id)
+    nodes = nodes_of(store, workflow_id)
     waiting = [(number, blocker_text(cause, number, facts), "ready") for cause, number, facts in (
         blockers(store, workflow_id, nodes) if counted.get("ready") else ())]
     if counted.get("blocked"):
@@ -4690,25 +4705,13 @@ class Window(NamedTuple):
                 for before, after in zip(until, until[1:self.bins + 1])]
 
 
-def nodes_over_time(store, workflow_id, now):
-    """Runners: (id, name, cpus, memory_bytes, start ms, end ms, active), by id."""
-    found = []
-    for node_id, host, cpus, memory, start, ran, active in store.query(
-            "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * max(num_nodes, 1) *"
-            f" 1073741824, {MS.format('start_time')}, duration_seconds, is_active FROM compute_node"
-            " WHERE workflow_id = ? ORDER BY id", (workflow_id,)):
-        end = now * 1000 if active or ran is None or start is None else start + ran * 1000
-        found.append((node_id, host, cpus, memory, start or now * 1000, end, bool(active)))
-    return found
-
-
 def stretch(store, workflow_id, begin, end, nodes, now, bins):
     """The Window to show: what is asked for, or the present run."""
     run_id = workflow_row(store, workflow_id, "run_id")[0]
     began = store.one("SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?",
                       (workflow_id, run_id))[0]
-    starts = [began] if began is not None else [node[4] for node in nodes if node[6]]
-    ends = [node[5] for node in nodes]
+    starts = [began] if began is not None else [node.start for node in nodes if node.active]
+    ends = [node.end for node in nodes]
     begin = int(begin if begin is not None else min(starts, default=now * 1000 - 60_000))
     end = int(end if end is not None else max(ends, default=now * 1000))
     return Window(begin, max(end, begin + 1000), bins)
@@ -4736,7 +4739,7 @@ ATTEMPTS = (
 
 def lanes_of(store, workflow_id, window, nodes, now):
     """{node id: [Moments, ...]} of what ended on each runner, and of what runs there now."""
-    lanes, size = {node[0]: [] for node in nodes}, window.bins + 2
+    lanes, size = {node.id: [] for node in nodes}, window.bins + 2
     for moment, sign, more in (
             ("start_ms", 1, "min(start_ms), max(end_ms), 0"),
             ("end_ms", -1, "NULL, NULL,"
@@ -4757,7 +4760,8 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
     bins: [part of its CPUs in use, whether a job failed]. gaps: when it did nothing, with the
     cause, the longest first. jobs: show each if they are not too many.
     """
-    nodes, bins = nodes_over_time(store, workflow_id, now), max(2, min(MAX_BINS, bins))
+    nodes = nodes_of(store, workflow_id, "1 ORDER BY id", now)
+    bins = max(2, min(MAX_BINS, bins))
     finer = -(-LEAST_BINS // bins)
     window = stretch(store, workflow_id, begin, end, nodes, now, bins * finer)
     lanes = lanes_of(store, workflow_id, window, nodes, now)
@@ -4767,12 +4771,12 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
     single = jobs and sum(numbers.values()) <= MAX_BARS
     bars, runners = bars_of(store, workflow_id, window, now) if single else {}, []
     for node in nodes:
-        lane, number = lanes[node[0]], numbers[node[0]]
-        if number or node[4] < window.end and node[5] > window.begin:
+        lane, number = lanes[node.id], numbers[node.id]
+        if number or node.start < window.end and node.end > window.begin:
             means = window.means([one[:3] for one in lane])
             failed = {one.bin - 1 for one in lane if one.failed}
-            shown = {"jobs": in_rows(bars.get(node[0], ()))} if single else {"bins": [
-                [round(min(1.0, sum(means[place:place + finer]) / finer / max(1, node[2])), 3),
+            shown = {"jobs": in_rows(bars.get(node.id, ()))} if single else {"bins": [
+                [round(min(1.0, sum(means[place:place + finer]) / finer / max(1, node.cpus)), 3),
                  not failed.isdisjoint(range(place, place + finer))]
                 for place in range(0, window.bins, finer)]}
             spans = sorted((one.first, one.last) for one in lane if one.number > 0)
@@ -4784,9 +4788,8 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
 def runner_lane(store, workflow_id, window, node, spans, means):
     """One runner of a timeline. spans: [(start, end), ...] in ms of times without a gap, but for
     those inside of a bin, in order; means: the CPUs at work in each bin."""
-    node_id, host, cpus, _, up, down, active = node
-    up = until = min([up, *(first for first, _ in spans[:1])])
-    down = max([down, *(last for _, last in spans)])
+    up = until = min([node.start, *(first for first, _ in spans[:1])])
+    down = max([node.end, *(last for _, last in spans)])
     start, stop = max(up, window.begin), min(down, window.end)
     gaps = []
     for first, last in [*spans, (down, down)]:
@@ -4795,16 +4798,16 @@ def runner_lane(store, workflow_id, window, node, spans, means):
         until = max(until, last)
     least = max(1000, (window.end - window.begin) / 100)
     shown = [{"from": int(since), "to": int(to), "text": f"idle {span((to - since) / 1000)}, "
-              + gap_cause(store, workflow_id, node_id, since, after, active)}
+              + gap_cause(store, workflow_id, node, since, after)}
              for since, to, after in sorted(gaps, key=lambda gap: gap[0] - gap[1])[:5]
              if to - since >= least]
-    if not active and down < window.end - least:
-        shown.append({"from": int(down), "to": int(window.end), "text": gone_text(store, node_id)})
-    return {"id": node_id, "name": host, "cpus": cpus, "active": active, "start": int(start),
-            "end": int(max(start, stop)), "gaps": shown,
+    if not node.active and down < window.end - least:
+        shown.append({"from": int(down), "to": int(window.end), "text": gone_text(store, node.id)})
+    return {"id": node.id, "name": node.host, "cpus": node.cpus, "active": bool(node.active),
+            "start": int(start), "end": int(max(start, stop)), "gaps": shown,
             "idle_s": round(sum(to - since for since, to, _ in gaps) / 1000, 1),
             "busy": max(0, min(100, round(100 * sum(means) * window.width
-                                          / max(1, cpus * (stop - start)))))}
+                                          / max(1, node.cpus * (stop - start)))))}
 
 
 def bars_of(store, workflow_id, window, now):
@@ -4832,23 +4835,23 @@ def in_rows(bars):
     return jobs
 
 
-def gap_cause(store, workflow_id, node_id, first, last, active):
+def gap_cause(store, workflow_id, node, first, last):
     """Why a runner idled from first to last (ms), when one of its jobs began, if one did."""
     after = store.one(
         "SELECT job_id FROM result WHERE workflow_id = ? AND start_ms = ? AND compute_node_id = ?"
         " UNION ALL SELECT id FROM job WHERE compute_node_id = ? AND started_ms = ?",
-        (workflow_id, last, node_id, node_id, last))
+        (workflow_id, last, node.id, node.id, last))
     if after:                             # what did that job wait for?
         row = store.one(
             "SELECT p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id JOIN"
             " result r ON r.id = p.result_id WHERE d.job_id = ? AND r.end_ms BETWEEN ? AND ? ORDER"
             " BY r.end_ms DESC LIMIT 1", (after[0], first + 1, last + 1000))
         return f"waited for {row[0]}" if row else "nothing was ready"
-    ready = active and store.one(
+    ready = node.active and store.one(
         f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status = {READY})",
         (workflow_id,))[0]
     return "what is ready does not fit" if ready else (
-        "nothing is ready" if active else "nothing was ready")
+        "nothing is ready" if node.active else "nothing was ready")
 
 
 def gone_text(store, node_id):
@@ -4863,7 +4866,8 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
 
     What a running job uses is not known yet: it counts as jobs of its requirements did so far.
     """
-    nodes, bins = nodes_over_time(store, workflow_id, now), max(2, min(MAX_BINS, bins))
+    nodes = nodes_of(store, workflow_id, "1 ORDER BY id", now)
+    bins = max(2, min(MAX_BINS, bins))
     window = stretch(store, workflow_id, begin, end, nodes, now, bins)
     codes = exit_codes(store, workflow_id)
     size = bins + 2                       # one number is grouped faster than three
@@ -4887,9 +4891,10 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
         used = rows[need]["cpu_used"], rows[need]["memory_used"]
         for series, weight in zip(steps, (*asked, *used)):
             series += window.step(start, weight), window.step(now * 1000, -weight)
-    there = [[step for node in nodes for step in (window.step(node[4], node[place]),
-                                                  window.step(node[5], -node[place]))]
-             for place in (2, 3)]
+    there = [[], []]
+    for node in nodes:
+        for changes, size in zip(there, (node.cpus, node.memory * node.nodes)):
+            changes += window.step(node.start, size), window.step(node.end, -size)
     series = {what: [{"name": name, "kind": kind, "points": [
         round(value, digits) for value in window.means(changes)]}
         for name, kind, changes in (("used", "used", steps[2 + place]),
