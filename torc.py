@@ -4296,8 +4296,7 @@ def runners_text(nodes):
 
 
 def summary(store, workflow_id, now):
-    """All that the overview of a workflow shows. Raises NotFound."""
-    run_id, = workflow_row(store, workflow_id, "run_id")
+    """All that the overview of a workflow shows."""
     answer = progress(store, [workflow_id])[workflow_id]
     counted, total = answer["counts"], answer["total"]
     large = total > FEW_JOBS
@@ -4313,11 +4312,10 @@ def summary(store, workflow_id, now):
         ("pending_failed", "failed, and wait for your decision"),
         ("uninitialized", "not initialized yet"), ("disabled", "disabled, will not run"))
         if counted.get(status)]
-    answer.update(pace(store, workflow_id, run_id, now))
+    answer.update(pace(store, workflow_id, answer["run_id"], now))
     left = total - answer["done"]
-    longest = [row[0] for row in store.query(
-        f"SELECT id FROM job WHERE workflow_id = ? AND status = {RUNNING} ORDER BY started_ms, id"
-        " LIMIT 5", (workflow_id,))]
+    longest = job_ids(store, f"workflow_id = ? AND status = {RUNNING} ORDER BY started_ms, id"
+                      " LIMIT 5", (workflow_id,))
     failed = any(counted.get(name) for name in ("failed", "terminated", "pending_failed"))
     groups = failures(store, workflow_id, most=1000)["groups"] if failed else []
     return {**answer, "left_s": round(60 * left / answer["rate"]) if answer["rate"] and left
