@@ -3806,11 +3806,10 @@ def exit_text(code, codes=None, status=FAILED):
 
 def exit_codes(store, workflow_id):
     """The return codes that stand for memory and time in a workflow."""
-    text = workflow_row(store, workflow_id, "execution_config")[0]
-    config = json.loads(text or "{}")
-    config = config if isinstance(config, dict) else {}
-    return {"memory": config.get("oom_exit_code", 137),
-            "time": config.get("timeout_exit_code", 152)}
+    memory, time_limit = workflow_row(
+        store, workflow_id, "coalesce(json_extract(execution_config, '$.oom_exit_code'), 137),"
+        " coalesce(json_extract(execution_config, '$.timeout_exit_code'), 152)")
+    return {"memory": memory, "time": time_limit}
 
 
 # ---- why jobs do not run
