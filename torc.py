@@ -4484,18 +4484,14 @@ def data_nodes(store, workflow_id, nodes):
     names, found, ways = {node["id"]: node["name"] for node in nodes}, [], {}
     known = compact(list(names))
     for kind, text in (("file", "f.path"), ("user_data", "f.name")):
-        sides = [{}, {}]
-        for side, what in zip(sides, ("output", "input")):
-            for record_id, job_id in store.query(
-                    f"SELECT x.{kind}_id, x.job_id FROM {kind} f JOIN job_{what}_{kind} x ON"
-                    f" x.{kind}_id = f.id WHERE f.workflow_id = ? AND x.job_id IN {IDS} ORDER BY"
-                    " x.job_id", (workflow_id, known)):
-                side.setdefault(record_id, []).append(job_id)
-        for record_id, name, more in store.query(
-                f"SELECT f.id, f.name, {text} FROM {kind} f WHERE f.workflow_id = ? ORDER BY f.id",
-                (workflow_id,)):
-            key, (made, read) = f"{kind}:{record_id}", [side.get(record_id, []) for side in sides]
+        jobs = (f"(SELECT json_group_array(job_id) FROM job_{{}}_{kind} WHERE {kind}_id = f.id AND"
+                f" job_id IN {IDS})")
+        for record_id, name, more, *sides in store.query(
+                f"SELECT f.id, f.name, {text}, {jobs.format('output')}, {jobs.format('input')} FROM"
+                f" {kind} f WHERE f.workflow_id = ? ORDER BY f.id", (known, known, workflow_id)):
+            made, read = (sorted(json.loads(side)) for side in sides)
             if made or read:
+                key = f"{kind}:{record_id}"
                 ways[key] = made, read
                 said = [f"made by {plain_names(names[one] for one in made)}" if made else
                         "no job makes it"]
