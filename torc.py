@@ -4393,16 +4393,14 @@ def job_page(store, page, where, params, now):
 
 def job_details(store, job_id):
     """What the page of one job shows besides: CPUs used, failure handler, files read, written."""
-    used, handler, priority = store.one(
-        f"SELECT r.avg_cpu_percent, h.name, t.priority FROM {ENDED_JOB} LEFT JOIN failure_handler h"
-        " ON h.id = t.failure_handler_id WHERE t.id = ?", (job_id,))
-    paths = {}
-    for what in ("input", "output"):
-        paths[what + "s"] = ", ".join(row[0] for row in store.query(
-            f"SELECT f.path FROM job_{what}_file x JOIN file f ON f.id = x.file_id WHERE x.job_id"
-            " = ? ORDER BY f.id LIMIT 100", (job_id,))) or None
+    paths = ("(SELECT group_concat(path, ', ') FROM (SELECT f.path FROM job_{}_file x JOIN file f"
+             " ON f.id = x.file_id WHERE x.job_id = t.id ORDER BY f.id LIMIT 100))")
+    used, handler, priority, inputs, outputs = store.one(
+        f"SELECT r.avg_cpu_percent, h.name, t.priority, {paths.format('input')},"
+        f" {paths.format('output')} FROM {ENDED_JOB} LEFT JOIN failure_handler h ON h.id ="
+        " t.failure_handler_id WHERE t.id = ?", (job_id,))
     return {"cpu_used": None if used is None else f"{used / 100:.1f}", "handler": handler,
-            "priority": priority, **paths}
+            "priority": priority, "inputs": inputs, "outputs": outputs}
 
 
 # ---- graph
