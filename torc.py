@@ -4803,14 +4803,13 @@ def runner_lane(store, workflow_id, window, node, spans, means):
 
 def bars_of(store, workflow_id, window, now):
     """{node id: [(start, end, job id, name, status), ...]} of a window, times in ms."""
-    now_ms, found = int(now * 1000), {}
-    rows = store.query(
-        "SELECT r.compute_node_id, r.start_ms, r.end_ms, j.id, j.name, r.status FROM result r JOIN"
-        " job j ON j.id = r.job_id WHERE r.workflow_id = ? AND r.end_ms > ? AND r.start_ms < ?",
-        (workflow_id, window.begin, window.end)) + store.query(
-        "SELECT compute_node_id, started_ms, ?, id, name, status FROM job WHERE workflow_id = ? AND"
-        f" status = {RUNNING} AND started_ms < ?", (now_ms, workflow_id, window.end))
-    for node_id, *bar in rows:
+    found = {}
+    for node_id, *bar in store.query(
+            "SELECT r.compute_node_id, r.start_ms, r.end_ms, j.id, j.name, r.status FROM result r"
+            " JOIN job j ON j.id = r.job_id WHERE r.workflow_id = ? AND r.end_ms > ? AND r.start_ms"
+            " < ? UNION ALL SELECT compute_node_id, started_ms, ?, id, name, status FROM job WHERE"
+            f" workflow_id = ? AND status = {RUNNING} AND started_ms < ?",
+            (workflow_id, window.begin, window.end, int(now * 1000), workflow_id, window.end)):
         found.setdefault(node_id, []).append(bar)
     return found
 
