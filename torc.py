@@ -4077,7 +4077,9 @@ class Family:
     """Jobs of a workflow whose names differ in their numbers. first: the name of the first."""
 
     def __init__(self, place, name, first, size):
-        self.id, self.name, self.size = f"f{place}", name, size
+        self.id = f"f{place}"
+        self.name = name
+        self.size = size
         self.label = first if size == 1 else "*" if name == "#" else f"{name}_*"
         self.before = {}                  # Family: dependencies on its jobs
         self.attempts = self.ran_ms = 0   # that ended, and how long they ran together
@@ -4088,7 +4090,8 @@ class Families:
 
     def __init__(self, store, workflow_id, shape):
         from collections import Counter
-        self.workflow_id, self.last_result = workflow_id, 0
+        self.workflow_id = workflow_id
+        self.last_result = 0
         ids, names = json_columns(store, ("id", "name"), "FROM (SELECT id, name FROM job WHERE"
                                   " workflow_id = ? ORDER BY id)", (workflow_id,))
         found = family_names(names)
@@ -4097,14 +4100,16 @@ class Families:
                         for place, (name, size) in enumerate(Counter(found).items())}
         self.of_job = dict(zip(ids, map(self.by_name.get, found)))
         # Ids without a gap are a range of the table's key, which needs no look at the jobs.
-        whole = ids and ids[-1] - ids[0] + 1 == len(ids)
-        source, params = ("FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?",
-                          (ids[0], ids[-1])) if whole else (
-            "FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id WHERE j.workflow_id = ?",
-            (workflow_id,))
+        if ids and ids[-1] - ids[0] + 1 == len(ids):
+            source = "FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?"
+            params = (ids[0], ids[-1])
+        else:
+            source = ("FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id"
+                      " WHERE j.workflow_id = ?")
+            params = (workflow_id,)
         after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
-        for (one, other), edges in Counter(zip(map(self.of_job.get, before),
-                                               map(self.of_job.get, after))).items():
+        pairs = zip(map(self.of_job.get, before), map(self.of_job.get, after))
+        for (one, other), edges in Counter(pairs).items():
             if one and other:             # else of a job that came a moment ago
                 other.before[one] = edges
 
