@@ -582,7 +582,7 @@ KINDS = {kind.table: kind for kind in (
         output_file_ids                 ids     > file                      as output_files
         input_user_data_ids             ids     > user_data                 as input_user_data
         output_user_data_ids            ids     > user_data                 as output_user_data"""),
-        unsorted="priority stdio", ops=""),
+        unsorted="priority stdio", ops="clear delete"),
     Kind("file", "file", "/files", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -5586,19 +5586,19 @@ def create_record(request, kind):
     return {**request.body, "id": add_many(request.store, kind, [request.body])[0]}
 
 
-def get_record(request, kind, record_id):
+def get_record(request, record_id, kind):
     """One record by id."""
     return fetch(request.store, kind, record_id)
 
 
-def update_record(request, kind, record_id):
+def update_record(request, record_id, kind):
     """Change the fields given; absent ones keep their value."""
     change(request.store, kind, record_id, request.body)
     request.store.news(request.workflow_id)
     return fetch(request.store, kind, record_id)
 
 
-def delete_record(request, kind, record_id):
+def delete_record(request, record_id, kind):
     """Delete a record and answer what it was."""
     record = fetch(request.store, kind, record_id)
     delete_records(request.store, kind, request.workflow_id, "id = ?", (record_id,))
@@ -6193,8 +6193,8 @@ def update_resource_requirements(request, record_id):
 
 def update_file(request, file_id):
     """Change a file; st_mtime is always written, absent means none, as upstream."""
-    return update_record(request._replace(body={"st_mtime": None, **request.body}), KINDS["file"],
-                         file_id)
+    body = {"st_mtime": None, **request.body}
+    return update_record(request._replace(body=body), file_id, KINDS["file"])
 
 
 def create_user_data(request):
@@ -6234,7 +6234,7 @@ def create_event(request):
 
 def update_event(request, event_id):
     """Replace an event's data by the body."""
-    return update_record(request._replace(body={"data": request.body}), KINDS["event"], event_id)
+    return update_record(request._replace(body={"data": request.body}), event_id, KINDS["event"])
 
 
 def list_failure_handlers(request, workflow_id):
@@ -6551,185 +6551,8 @@ ANY = fields("value any")                 # a body of any JSON
 OF_WORKFLOW = fields("workflow_id int required")
 
 
-def listed(table, more="", page=PAGE):
-    """Query fields of the list of a kind: its filters, and others of its own."""
-    own = () if table == "workflow" else OF_WORKFLOW
-    return (*own, *page, AFTER_ID.field, *(one.field for one in FILTERS[table]),
-            *(fields(more) if more else ()))
-
-
-VERBS = {                                 # word of Kind.ops: method, path, function, query, body
-    "create": lambda kind: ("POST", kind.path, create_record, (), kind.table),
-    "list": lambda kind: ("GET", kind.path, list_records, listed(kind.table), None),
-    "clear": lambda kind: ("DELETE", kind.path, clear_records, OF_WORKFLOW, None),
-    "get": lambda kind: ("GET", f"{kind.path}/<{kind.table}>", get_record, (), None),
-    "update": lambda kind: ("PUT", f"{kind.path}/<{kind.table}>", update_record, (), kind.table),
-    "delete": lambda kind: ("DELETE", f"{kind.path}/<{kind.table}>", delete_record, (), None),
-}
-
-
-def of_kind(function, kind):
-    """A generic operation for one kind."""
-    def operation(request, *values):
-        return function(request, kind, *values)
-    operation.__doc__ = function.__doc__
-    return operation
-
-
-def crud_routes():
-    """Routes of the generic operations that each kind takes part in."""
-    for kind in KINDS.values():
-        for word in kind.ops.split():
-            method, path, function, *rest = VERBS[word](kind)
-            yield method, path, of_kind(function, kind), *rest
-
-
-# Path: <table> is the id of such a record, which must exist, and whose workflow the caller may use;
-# <name:type> is another value. Query: Fields, or their text. Body: None, the table of the kind
-# whose fields it has (all optional in a PUT), or Fields. Last, where no workflow is named: who may.
-WF = "/workflows/<workflow>"
-JOB = "/jobs/<job>"
-ROUTES = (
-    # method  path                              function                      query and body
-    ("GET",    "/ping",                         ping,                         "", None, ANYONE),
-    ("GET",    "/version",                      version,                      "", None, ANYONE),
-    ("GET",    "/server_info",                  server_info,                  "", None, ANYONE),
-    ("POST",   "/workflow_specs",               create_from_spec,             "",
-     fields("workflow part:new_workflow required, actions parts:new_action, " + ", ".join(
-         f"{name} parts:new_{table}" for name, table in SPEC_LISTS.items())), SOMEBODY),
-    ("POST",   "/workflows",                    create_workflow,              "", "workflow",
-     SOMEBODY),
-    ("GET",    "/workflows",                    list_workflows,               listed(
-        "workflow", "search str, all_users bool = true, include_counts bool = false"), None,
-     ANYONE),
-    ("GET",    WF,                              get_workflow, "include_counts bool = false", None),
-    ("PUT",    WF,                              update_workflow, "", "workflow", PERSON),
-    ("DELETE", WF,                              delete_workflow, "", None, PERSON),
-    ("GET",    WF + "/status",                  calls(workflow_status),       "", None),
-    ("PUT",    WF + "/status",                  update_workflow_status,       "",
-     WORKFLOW_STATUS.fields, PERSON),
-    ("GET",    WF + "/counts",                  calls(counts),                "", None),
-    ("GET",    WF + "/changes",         changes, "since int = 0, wait_s int = 0", None),
-    ("GET",    WF + "/events/stream", stream_events, 'level str = "info"', None, PERSON),
-    ("GET",    WF + "/unfinished",              calls(unfinished),            "", None),
-    ("GET",    WF + "/summary",                 calls(summary, "now"),        "", None),
-    ("GET",    WF + "/graph",           calls(graph, "now"), "around int, data bool = false", None),
-    ("GET",    WF + "/failures",                calls(failures),              "group str", None),
-    ("GET",    WF + "/timeline",                calls(timeline, "now"),
-     "from float as begin, to float as end, bins int = 300, jobs bool = true", None),
-    ("GET",    WF + "/usage",                   calls(usage, "now"),
-     "from float as begin, to float as end, bins int = 240", None),
-    ("POST",   WF + "/runner_step",             runner_step_request,          "", fields(
-        "compute_node_id int required, step int required, starts parts:attempt, returns"
-        " parts:attempt, completions parts:completion, held pairs, claim part:claim, counts bool,"
-        " closing bool, replay bool, tokens bool"), PERSON),
-    ("PUT",    WF + "/cancel",
-     calls(cancel_workflow, "subject", "now", show=workflow_status), "", None, PERSON),
-    ("POST",   WF + "/reset_status",
-     calls(reset_workflow, "subject", "now", show=workflow_status), "force bool = false", None,
-     PERSON),
-    ("POST",   WF + "/reset_job_status",        reset_job_status,
-     "failed_only bool = false", None, PERSON),
-    ("POST",   WF + "/rerun_jobs",              rerun_jobs_request,
-     "only bool = false, dry_run bool = false", fields("jobs parts:rerun required")),
-    ("POST",   WF + "/initialize_jobs",         initialize,
-     "only_uninitialized bool = false, clear_ephemeral_user_data bool = false", None),
-    ("POST",   WF + "/process_changed_job_inputs", process_changed_job_inputs,
-     "dry_run bool = false", None),
-    ("GET",    WF + "/is_complete",             is_workflow_complete,         "", None),
-    ("GET",    WF + "/is_uninitialized",        is_workflow_uninitialized,    "", None),
-    ("POST",   WF + "/claim_next_jobs",         claim_next_jobs,      "limit int = 10", None,
-     PERSON),
-    ("POST",   WF + "/claim_jobs_based_on_resources/<limit:int>", claim_jobs_based_on_resources,
-     "strict_scheduler_match bool = false", fields(
-         "id int, num_cpus int required, memory_gb float required, num_gpus int required, num_nodes"
-         " int required, time_limit duration, scheduler_config_id int"), PERSON),
-    ("GET",    WF + "/job_ids",                 list_job_ids,                 "", None),
-    ("GET",    WF + "/job_dependencies",        list_job_dependencies,        CUT_PAGE, None),
-    ("GET",    WF + "/job_file_relationships",  relations_of("file"),     CUT_PAGE, None),
-    ("GET",    WF + "/job_user_data_relationships", relations_of("user_data"),
-     CUT_PAGE, None),
-    ("GET",    WF + "/required_existing_files", required_existing_files,      "", None),
-    ("GET",    WF + "/missing_user_data",       missing_user_data,            "", None),
-    ("GET",    WF + "/ready_job_requirements",  ready_job_requirements,       "", None),
-    ("GET",    WF + "/failure_handlers",        list_failure_handlers,        (
-        *PAGE, AFTER_ID.field), None),
-    ("POST",   WF + "/actions",                 create_action,                "",
-     tuple(PARTS["new_action"].values())),
-    ("GET",    WF + "/actions",                 calls(actions),               "", None),
-    ("GET",    WF + "/actions/pending",         get_pending_actions,
-     "trigger_type strs, waiting bool = false", None),
-    ("POST",   WF + "/actions/<action:int>/claim", claim_action_request,      "",
-     fields("compute_node_id int > compute_node, tokens bool"), PERSON),
-    ("DELETE", WF + "/actions/<action:int>/claim", unclaim_action_request,
-     "compute_node_id int", None, PERSON),
-    ("PUT",    WF + "/actions/<action:int>/claim", finish_action_request,
-     "compute_node_id int", None, PERSON),
-    ("POST",   "/jobs",                         create_job,                   "", "job"),
-    ("POST",   "/bulk_jobs",                    create_bulk_jobs,             "",
-     fields("jobs parts:job required"), ITSELF),
-    ("GET",    "/jobs",                         list_jobs,                    listed(
-        "job", "include_relationships bool = false, include_results bool = false, search str,"
-        " family str"), None),
-    ("DELETE", "/jobs",        of_kind(clear_records, KINDS["job"]),  OF_WORKFLOW, None),
-    ("GET",    JOB,                             get_job, "include_results bool = false", None),
-    ("PUT",    JOB,                             update_job,                   "", "job"),
-    ("DELETE", JOB,            of_kind(delete_record, KINDS["job"]),  "", None),
-    ("POST",   JOB + "/complete_job/<status:status>/<run:int>",
-     calls(complete_job, "body", show=show_job), "", "result"),
-    ("PUT",    JOB + "/start_job/<run:int>/<node:int>",
-     calls(start_job, "now", show=show_job), "", None),
-    ("PUT",    JOB + "/manage_status_change/<status:managed>/<run:int>",
-     calls(manage_status, show=show_job), "", None),
-    ("POST",   JOB + "/retry/<run:int>",
-     calls(retry_job, "now", show=show_job), "max_retries int required", None),
-    ("POST",   JOB + "/stop",
-     calls(stop_job, show=show_job), "status status required", None),
-    ("POST",   JOB + "/rerun",                  rerun_job_request, "only bool = false", None),
-    ("GET",    JOB + "/why",                    why_request,                  "", None),
-    ("POST",   "/resource_requirements",        create_resource_requirements, "",
-     "resource_requirements"),
-    ("PUT",    "/resource_requirements/<resource_requirements>", update_resource_requirements, "",
-     "resource_requirements"),
-    ("PUT",    "/files/<file>",                 update_file,                  "", "file"),
-    ("POST",   "/user_data",                    create_user_data,
-     "consumer_job_id int, producer_job_id int", "user_data"),
-    ("POST",   "/results",                      create_result,                "", "result"),
-    ("GET",    "/results",                      list_results,                 listed(
-        "result", "include_stderr bool = false"), None),
-    ("POST",   "/events",                       create_event,                 "", "event"),
-    ("PUT",    "/events/<event>",               update_event,                 "", ANY),
-    ("POST",   "/compute_nodes",                create_compute_node,          "", "compute_node"),
-    ("PUT",    "/compute_nodes/<compute_node>", update_compute_node,          "", "compute_node"),
-    ("POST",   "/compute_nodes/<compute_node>/release", release_compute_node,
-     'status status, return_code int = 1, kind str = "released", reason str = "", step int',
-     None, PERSON),
-    ("POST",   "/scheduled_compute_nodes",      create_scheduled_node,
-     "once bool = false, action_id int", "scheduled_compute_node"),
-    ("GET",    "/slurm_stats",                  list_slurm_stats,     listed(
-        "slurm_stats", page=CUT_PAGE), None),
-    ("POST",   "/slurm_stats",                  create_slurm_stats,           "", "slurm_stats"),
-    ("POST",   "/admin/reload-auth",            reload_auth,                  "", None, ITSELF),
-    ("POST",   "/access_groups",                create_access_group,          "", GROUP.fields,
-     ITSELF),
-    ("GET",    "/access_groups",                list_access_groups,           PAGE, None, ITSELF),
-    ("GET",    "/access_groups/<id:int>",       get_access_group,             "", None, ITSELF),
-    ("DELETE", "/access_groups/<id:int>",       delete_access_group,          "", None, ITSELF),
-    ("POST",   "/access_groups/<id:int>/members", add_member,                 "",
-     MEMBER.fields, ITSELF),
-    ("GET",    "/access_groups/<id:int>/members", list_members,               PAGE, None, ITSELF),
-    ("DELETE", "/access_groups/<id:int>/members/<user:str>", remove_member,   "", None, ITSELF),
-    ("GET",    "/users/<user:str>/groups",      list_user_groups,             PAGE, None, ITSELF),
-    ("GET",    "/access_check/<id:int>/<user:str>", access_check,             "", None, ITSELF),
-    ("GET",    WF + "/access_groups",           list_workflow_groups,         PAGE, None),
-    ("POST",   WF + "/access_groups/<group:int>", share_workflow,      "", None, PERSON),
-    ("DELETE", WF + "/access_groups/<group:int>", unshare_workflow,    "", None, PERSON),
-    *crud_routes(),
-)
-
-
 class Endpoint(NamedTuple):
-    """What a route leads to."""
+    """What a method and path lead to."""
 
     method: str
     path: str
@@ -6739,30 +6562,190 @@ class Endpoint(NamedTuple):
     partial: bool                         # whether required fields of the body may be absent
     types: tuple                          # of the values in its path: a type, or a table
     who: str
+    segments: list                        # of its path
 
 
-def endpoint(method, path, function, query, body, who=""):
-    """The Endpoint of a row of ROUTES. Raises AssertionError for one that says not who may."""
-    types = tuple(part.rpartition(":")[2] for part in re.findall(r"<([^>]+)>", path))
-    query = fields(query) if query and isinstance(query, str) else query or ()
-    wanted = KINDS[body].fields if isinstance(body, str) else body
-    named = {field.name for field in (*query, *(wanted or ()))}
+def declared(wanted):
+    """Fields that are given as such, as their text, or as the table of a kind."""
+    if isinstance(wanted, str):
+        return KINDS[wanted].fields if wanted in KINDS else fields(wanted)
+    return wanted
+
+
+def route(place, function, query=(), body=None, who=""):
+    """The Endpoint of "METHOD path". Raises AssertionError for one that says not who may.
+
+    In the path <table> is the id of such a record, which must exist, and whose workflow the caller
+    may use; <name:type> is another value. query, body: Fields, their text, or the table of a kind
+    whose fields it has (all optional in a PUT). who: who may, where no workflow is named.
+    """
+    method, path = place.split()
+    types = tuple(re.findall(r"<(?:\w+:)?(\w+)>", path))
+    partial = method == "PUT" and body in KINDS
+    query, body = declared(query), declared(body)
+    named = {field.name for field in (*query, *(body or ()))}
     assert who or types[:1] and types[0] in KINDS or "workflow_id" in named, path
-    return Endpoint(method, path, function, query, wanted, isinstance(body, str) and
-                    method == "PUT", types, who)
+    return Endpoint(method, path, function, query, body, partial, types, who,
+                    path.split("/")[1:])
 
 
-def index_of(routes):
-    """{(number of segments, the first): {segments, "*" for values: {method: Endpoint}}}."""
-    index = {}
-    for route in routes:
-        pattern = tuple("*" if part[0] == "<" else part for part in route[1].strip("/").split("/"))
-        index.setdefault((len(pattern), pattern[0]), {}).setdefault(pattern, {})[
-            route[0]] = endpoint(*route)
-    return index
+def listed(table, more=(), page=PAGE):
+    """Query fields of the list of a kind: its filters, and others of its own."""
+    own = () if table == "workflow" else OF_WORKFLOW
+    return (*own, *page, AFTER_ID.field, *(one.field for one in FILTERS[table]), *declared(more))
 
 
-INDEX = index_of(ROUTES)
+def crud_routes():
+    """Routes of the generic operations that each kind takes part in."""
+    for kind in KINDS.values():
+        record = f"{kind.path}/<{kind.table}>"
+        made = {                          # word of Kind.ops: place, function, query, body
+            "create": (f"POST {kind.path}", create_record, (), kind.table),
+            "list": (f"GET {kind.path}", list_records, listed(kind.table)),
+            "clear": (f"DELETE {kind.path}", clear_records, OF_WORKFLOW),
+            "get": (f"GET {record}", get_record),
+            "update": (f"PUT {record}", update_record, (), kind.table),
+            "delete": (f"DELETE {record}", delete_record)}
+        for word in kind.ops.split():
+            place, function, *wanted = made[word]
+            yield route(place, functools.partial(function, kind=kind), *wanted)
+
+
+ROUTES = (
+    route("GET /ping", ping, who=ANYONE),
+    route("GET /version", version, who=ANYONE),
+    route("GET /server_info", server_info, who=ANYONE),
+    route("POST /workflow_specs", create_from_spec,
+          body="workflow part:new_workflow required, actions parts:new_action, " + ", ".join(
+              f"{name} parts:new_{table}" for name, table in SPEC_LISTS.items()),
+          who=SOMEBODY),
+    route("POST /workflows", create_workflow, body="workflow", who=SOMEBODY),
+    route("GET /workflows", list_workflows,
+          listed("workflow", "search str, all_users bool = true, include_counts bool = false"),
+          who=ANYONE),
+    route("GET /workflows/<workflow>", get_workflow, "include_counts bool = false"),
+    route("PUT /workflows/<workflow>", update_workflow, body="workflow", who=PERSON),
+    route("DELETE /workflows/<workflow>", delete_workflow, who=PERSON),
+    route("GET /workflows/<workflow>/status", calls(workflow_status)),
+    route("PUT /workflows/<workflow>/status", update_workflow_status, body=WORKFLOW_STATUS.fields,
+          who=PERSON),
+    route("GET /workflows/<workflow>/counts", calls(counts)),
+    route("GET /workflows/<workflow>/changes", changes, "since int = 0, wait_s int = 0"),
+    route("GET /workflows/<workflow>/events/stream", stream_events, 'level str = "info"',
+          who=PERSON),
+    route("GET /workflows/<workflow>/unfinished", calls(unfinished)),
+    route("GET /workflows/<workflow>/summary", calls(summary, "now")),
+    route("GET /workflows/<workflow>/graph", calls(graph, "now"), "around int, data bool = false"),
+    route("GET /workflows/<workflow>/failures", calls(failures), "group str"),
+    route("GET /workflows/<workflow>/timeline", calls(timeline, "now"),
+          "from float as begin, to float as end, bins int = 300, jobs bool = true"),
+    route("GET /workflows/<workflow>/usage", calls(usage, "now"),
+          "from float as begin, to float as end, bins int = 240"),
+    route("POST /workflows/<workflow>/runner_step", runner_step_request,
+          body="compute_node_id int required, step int required, starts parts:attempt, returns"
+          " parts:attempt, completions parts:completion, held pairs, claim part:claim, counts bool,"
+          " closing bool, replay bool, tokens bool",
+          who=PERSON),
+    route("PUT /workflows/<workflow>/cancel",
+          calls(cancel_workflow, "subject", "now", show=workflow_status), who=PERSON),
+    route("POST /workflows/<workflow>/reset_status",
+          calls(reset_workflow, "subject", "now", show=workflow_status), "force bool = false",
+          who=PERSON),
+    route("POST /workflows/<workflow>/reset_job_status", reset_job_status,
+          "failed_only bool = false", who=PERSON),
+    route("POST /workflows/<workflow>/rerun_jobs", rerun_jobs_request,
+          "only bool = false, dry_run bool = false", "jobs parts:rerun required"),
+    route("POST /workflows/<workflow>/initialize_jobs", initialize,
+          "only_uninitialized bool = false, clear_ephemeral_user_data bool = false"),
+    route("POST /workflows/<workflow>/process_changed_job_inputs", process_changed_job_inputs,
+          "dry_run bool = false"),
+    route("GET /workflows/<workflow>/is_complete", is_workflow_complete),
+    route("GET /workflows/<workflow>/is_uninitialized", is_workflow_uninitialized),
+    route("POST /workflows/<workflow>/claim_next_jobs", claim_next_jobs, "limit int = 10",
+          who=PERSON),
+    route("POST /workflows/<workflow>/claim_jobs_based_on_resources/<limit:int>",
+          claim_jobs_based_on_resources, "strict_scheduler_match bool = false",
+          "id int, num_cpus int required, memory_gb float required, num_gpus int required,"
+          " num_nodes int required, time_limit duration, scheduler_config_id int",
+          PERSON),
+    route("GET /workflows/<workflow>/job_ids", list_job_ids),
+    route("GET /workflows/<workflow>/job_dependencies", list_job_dependencies, CUT_PAGE),
+    route("GET /workflows/<workflow>/job_file_relationships", relations_of("file"), CUT_PAGE),
+    route("GET /workflows/<workflow>/job_user_data_relationships", relations_of("user_data"),
+          CUT_PAGE),
+    route("GET /workflows/<workflow>/required_existing_files", required_existing_files),
+    route("GET /workflows/<workflow>/missing_user_data", missing_user_data),
+    route("GET /workflows/<workflow>/ready_job_requirements", ready_job_requirements),
+    route("GET /workflows/<workflow>/failure_handlers", list_failure_handlers,
+          (*PAGE, AFTER_ID.field)),
+    route("POST /workflows/<workflow>/actions", create_action,
+          body=tuple(PARTS["new_action"].values())),
+    route("GET /workflows/<workflow>/actions", calls(actions)),
+    route("GET /workflows/<workflow>/actions/pending", get_pending_actions,
+          "trigger_type strs, waiting bool = false"),
+    route("POST /workflows/<workflow>/actions/<action:int>/claim", claim_action_request,
+          body="compute_node_id int > compute_node, tokens bool", who=PERSON),
+    route("DELETE /workflows/<workflow>/actions/<action:int>/claim", unclaim_action_request,
+          "compute_node_id int", who=PERSON),
+    route("PUT /workflows/<workflow>/actions/<action:int>/claim", finish_action_request,
+          "compute_node_id int", who=PERSON),
+    route("POST /jobs", create_job, body="job"),
+    route("POST /bulk_jobs", create_bulk_jobs, body="jobs parts:job required", who=ITSELF),
+    route("GET /jobs", list_jobs,
+          listed("job", "include_relationships bool = false, include_results bool = false,"
+                 " search str, family str")),
+    route("GET /jobs/<job>", get_job, "include_results bool = false"),
+    route("PUT /jobs/<job>", update_job, body="job"),
+    route("POST /jobs/<job>/complete_job/<status:status>/<run:int>",
+          calls(complete_job, "body", show=show_job), body="result"),
+    route("PUT /jobs/<job>/start_job/<run:int>/<node:int>", calls(start_job, "now", show=show_job)),
+    route("PUT /jobs/<job>/manage_status_change/<status:managed>/<run:int>",
+          calls(manage_status, show=show_job)),
+    route("POST /jobs/<job>/retry/<run:int>", calls(retry_job, "now", show=show_job),
+          "max_retries int required"),
+    route("POST /jobs/<job>/stop", calls(stop_job, show=show_job), "status status required"),
+    route("POST /jobs/<job>/rerun", rerun_job_request, "only bool = false"),
+    route("GET /jobs/<job>/why", why_request),
+    route("POST /resource_requirements", create_resource_requirements,
+          body="resource_requirements"),
+    route("PUT /resource_requirements/<resource_requirements>", update_resource_requirements,
+          body="resource_requirements"),
+    route("PUT /files/<file>", update_file, body="file"),
+    route("POST /user_data", create_user_data, "consumer_job_id int, producer_job_id int",
+          "user_data"),
+    route("POST /results", create_result, body="result"),
+    route("GET /results", list_results, listed("result", "include_stderr bool = false")),
+    route("POST /events", create_event, body="event"),
+    route("PUT /events/<event>", update_event, body=ANY),
+    route("POST /compute_nodes", create_compute_node, body="compute_node"),
+    route("PUT /compute_nodes/<compute_node>", update_compute_node, body="compute_node"),
+    route("POST /compute_nodes/<compute_node>/release", release_compute_node,
+          'status status, return_code int = 1, kind str = "released", reason str = "", step int',
+          who=PERSON),
+    route("POST /scheduled_compute_nodes", create_scheduled_node,
+          "once bool = false, action_id int", "scheduled_compute_node"),
+    route("GET /slurm_stats", list_slurm_stats, listed("slurm_stats", page=CUT_PAGE)),
+    route("POST /slurm_stats", create_slurm_stats, body="slurm_stats"),
+    route("POST /admin/reload-auth", reload_auth, who=ITSELF),
+    route("POST /access_groups", create_access_group, body=GROUP.fields, who=ITSELF),
+    route("GET /access_groups", list_access_groups, PAGE, who=ITSELF),
+    route("GET /access_groups/<id:int>", get_access_group, who=ITSELF),
+    route("DELETE /access_groups/<id:int>", delete_access_group, who=ITSELF),
+    route("POST /access_groups/<id:int>/members", add_member, body=MEMBER.fields, who=ITSELF),
+    route("GET /access_groups/<id:int>/members", list_members, PAGE, who=ITSELF),
+    route("DELETE /access_groups/<id:int>/members/<user:str>", remove_member, who=ITSELF),
+    route("GET /users/<user:str>/groups", list_user_groups, PAGE, who=ITSELF),
+    route("GET /access_check/<id:int>/<user:str>", access_check, who=ITSELF),
+    route("GET /workflows/<workflow>/access_groups", list_workflow_groups, PAGE),
+    route("POST /workflows/<workflow>/access_groups/<group:int>", share_workflow, who=PERSON),
+    route("DELETE /workflows/<workflow>/access_groups/<group:int>", unshare_workflow, who=PERSON),
+    *crud_routes(),
+)
+
+
+INDEX = {}                                # (number of segments, the first): [Endpoint, ...]
+for _endpoint in ROUTES:
+    INDEX.setdefault((len(_endpoint.segments), _endpoint.segments[0]), []).append(_endpoint)
 
 
 class WrongMethod(TorcError):
@@ -6778,17 +6761,21 @@ class NoSuchPath(NotFound):
 def find_endpoint(method, path):
     """(Endpoint, texts of its path values) for a path without prefix.
 
-    Raises NotFound, or BadRequest with .allow (methods that exist) for another method.
+    Raises NoSuchPath, or WrongMethod with .allow (methods that exist) for another method.
     """
     segments = path.split("/")[1:]
-    for pattern, methods in INDEX.get((len(segments), segments[0] if segments else ""), {}).items():
-        if all(want == "*" and have or want == have for want, have in zip(pattern, segments)):
-            if method not in methods:
-                error = WrongMethod(f"{path} does not take {method}")
-                error.allow = sorted(methods)
-                raise error
-            return methods[method], [have for want, have in zip(pattern, segments) if want == "*"]
-    raise NoSuchPath(f"there is no {path} here")
+    allowed = []
+    for endpoint in INDEX.get((len(segments), *segments[:1]), ()):
+        pairs = list(zip(endpoint.segments, segments))
+        if all(have and want[0] == "<" or have == want for want, have in pairs):
+            if endpoint.method == method:
+                return endpoint, [have for want, have in pairs if want[0] == "<"]
+            allowed.append(endpoint.method)
+    if not allowed:
+        raise NoSuchPath(f"there is no {path} here")
+    error = WrongMethod(f"{path} does not take {method}")
+    error.allow = sorted(allowed)
+    raise error
 
 
 def call_endpoint(endpoint, texts, request):
