@@ -3359,6 +3359,12 @@ UPSTREAM_RECORDS = re.compile(r"/(workflows|jobs|bulk_jobs|files|user_data|resou
                               r"scheduled_compute_nodes|ping|version)")
 
 
+def test_every_filter_of_a_kind_has_a_condition():
+    unknown = [(kind.table, field.name) for kind in torc.KINDS.values() for field in kind.filters
+               if torc.conditions(kind, {field.name: "1"})[0] == "1"]
+    assert unknown == [("result", "include_stderr")]      # which leaves a column out
+
+
 def test_the_table_of_routes_has_no_double_and_every_route_a_docstring():
     seen = [(method, path) for method, path, *_ in torc.ROUTES]
     assert len(seen) == len(set(seen))

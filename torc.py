@@ -517,7 +517,7 @@ class Kind(NamedTuple):
     table: str
     path: str
     fields: tuple
-    filters: str = ""                     # fields compared exactly; others are the list's own
+    filters: tuple = ()                   # Fields that a list can be filtered by; see FILTERS
     unsorted: str = ""                    # fields a list cannot be sorted by
     ops: str = "create list clear get update delete"
     derive: Any = None                    # columns that follow from others: a function of a record
@@ -560,7 +560,8 @@ KINDS = {kind.table: kind for kind in (
         use_pending_failed              bool                                spec bool
         enable_ro_crate                 bool                                spec bool
         status_id                       int     server"""),
-        filters="name user", unsorted="slurm_config execution_config", ops=""),
+        filters=fields("name str, user str, description str, is_archived bool"),
+        unsorted="slurm_config execution_config", ops=""),
     Kind("job", "job", "/jobs", fields("""
         id                              int     server
         workflow_id                     int     required > workflow
@@ -582,6 +583,8 @@ KINDS = {kind.table: kind for kind in (
         output_file_ids                 ids     > file                      as output_files
         input_user_data_ids             ids     > user_data                 as input_user_data
         output_user_data_ids            ids     > user_data                 as output_user_data"""),
+        filters=fields("status statuses, needs_file_id int, upstream_job_id int,"
+                       " active_compute_node_id int"),
         unsorted="priority stdio", ops="clear delete"),
     Kind("file", "file", "/files", fields("""
         id                  int     server
@@ -589,14 +592,16 @@ KINDS = {kind.table: kind for kind in (
         name                str     required    spec name!
         path                name    required    spec name!
         st_mtime            float               spec float"""),
-        filters="name path", ops="create list clear get delete"),
+        filters=fields("name str, path str, produced_by_job_id int, is_output bool"),
+        ops="create list clear get delete"),
     Kind("user data", "user_data", "/user_data", fields("""
         id                  int     server
         workflow_id         int     required > workflow
         name                str     required    spec name!
         is_ephemeral        bool    = false     spec bool
         data                any                 spec any"""),
-        filters="is_ephemeral", ops="list clear get update delete"),
+        filters=fields("is_ephemeral bool, name str, consumer_job_id int, producer_job_id int"),
+        ops="list clear get update delete"),
     Kind("resource requirements", "resource_requirements", "/resource_requirements", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -606,7 +611,9 @@ KINDS = {kind.table: kind for kind in (
         num_nodes           positive = 1        spec positive
         memory              memory  = "1m"      spec memory!
         runtime             duration = "PT1M"   spec duration"""),
-        filters="name memory num_cpus num_gpus num_nodes", ops="list clear get delete",
+        filters=fields("name str, memory str, num_cpus int, num_gpus int, num_nodes int,"
+                       " runtime int, job_id int"),
+        ops="list clear get delete",
         derive=parsed_requirements),
     Kind("failure handler", "failure_handler", "/failure_handlers", fields("""
         id                  int     server
@@ -651,7 +658,8 @@ KINDS = {kind.table: kind for kind in (
         pid_namespace       int
         step                int     server
         death               any     server"""),
-        filters="hostname is_active", unsorted="scheduler death", ops="list clear get delete"),
+        filters=fields("hostname str, is_active bool, scheduled_compute_node_id int"),
+        unsorted="scheduler death", ops="list clear get delete"),
     Kind("local scheduler", "local_scheduler", "/local_schedulers", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -671,7 +679,7 @@ KINDS = {kind.table: kind for kind in (
         max_disk_write_bytes int
         ave_cpu_seconds     float
         node_list           str"""),
-        filters="job_id run_id attempt_id", ops=""),
+        filters=fields("job_id int, run_id int, attempt_id int"), ops=""),
     Kind("scheduled compute node", "scheduled_compute_node", "/scheduled_compute_nodes", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -683,7 +691,8 @@ KINDS = {kind.table: kind for kind in (
         work_dir            str
         note                str
         cluster             str"""),
-        filters="status", ops="list clear get update delete"),
+        filters=fields("status str, scheduler_id str, scheduler_config_id str"),
+        ops="list clear get update delete"),
     Kind("result", "result", "/results", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -700,14 +709,16 @@ KINDS = {kind.table: kind for kind in (
         peak_cpu_percent    float
         avg_cpu_percent     float
         stderr_tail         str"""),
-        filters="job_id run_id return_code status compute_node_id", ops="clear get update delete",
+        filters=fields("job_id int, run_id int, return_code int, status status,"
+                       " compute_node_id int, all_runs bool = false, include_stderr bool = false"),
+        ops="list clear get update delete",
         derive=result_times),
     Kind("event", "event", "/events", fields("""
         id                  int     server
         workflow_id         int     required > workflow
         timestamp           int     server
         data                any"""),
-        ops="list clear get delete"),
+        filters=fields("after_timestamp int"), ops="list clear get delete"),
 )}
 RELATIONS = {                             # a job's list of ids: its table, this column, theirs
     field.name: ("job_dependency", "job_id", "depends_on_job_id") if field.refers == "job" else
@@ -2690,11 +2701,75 @@ def envelope(items, page, total):
             "total_count": total, "has_more": max(page.offset, 0) + len(items) < total}
 
 
-def listing(store, kind, page, where, params, without=()):
-    """A list envelope of the records for which the SQL condition `where` holds.
+IDS = "(SELECT value FROM json_each(?))"  # a list of ids as one parameter, of any length
+# A user whose name is NULL, which equals nothing, can use none.
+USABLE = ("(t.user = ? OR t.id IN (SELECT w.workflow_id FROM workflow_access_group w JOIN"
+          " user_group_membership m ON m.group_id = w.group_id WHERE m.user_name = ?))")
+FILTERS = {                               # [table.]filter: condition, where it is not equality
+    "after_id": "t.id > ?",
+    "ids": f"t.id IN {IDS}",
+    "workflow.description": "instr(lower(t.description), lower(?)) > 0",
+    "workflow.is_archived": "t.is_archived = ?",
+    "workflow.owner": "t.user = ?",
+    "workflow.usable_by": USABLE,
+    "workflow.search": "(t.name LIKE ? ESCAPE '\\' OR t.project LIKE ? ESCAPE '\\'"
+                       " OR t.description LIKE ? ESCAPE '\\')",
+    "job.status": f"t.status IN {IDS}",
+    "job.needs_file_id": "t.id IN (SELECT job_id FROM job_input_file WHERE file_id = ?)",
+    "job.upstream_job_id":
+        "t.id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)",
+    "job.active_compute_node_id": "t.compute_node_id = ?",
+    "job.search": "(t.name LIKE ? ESCAPE '\\' OR t.command LIKE ? ESCAPE '\\')",
+    "file.produced_by_job_id": "t.id IN (SELECT file_id FROM job_output_file WHERE job_id = ?)",
+    "file.is_output":
+        "(NOT ? OR EXISTS (SELECT 1 FROM job_output_file o WHERE o.file_id = t.id))",
+    "user_data.name": "instr(lower(t.name), lower(?)) > 0",
+    "user_data.consumer_job_id":
+        "t.id IN (SELECT user_data_id FROM job_input_user_data WHERE job_id = ?)",
+    "user_data.producer_job_id":
+        "t.id IN (SELECT user_data_id FROM job_output_user_data WHERE job_id = ?)",
+    "resource_requirements.runtime": "t.runtime_s = ?",
+    "resource_requirements.job_id":
+        "t.id = (SELECT resource_requirements_id FROM job WHERE id = ?)",
+    "compute_node.scheduled_compute_node_id":
+        "json_extract(t.scheduler, '$.scheduler_id') = ?",
+    "scheduled_compute_node.scheduler_id": "t.scheduler_id = CAST(? AS INTEGER)",
+    "scheduled_compute_node.scheduler_config_id": "t.scheduler_config_id = CAST(? AS INTEGER)",
+    "result.all_runs": "(? OR t.id = (SELECT result_id FROM job WHERE id = t.job_id))",
+    "event.after_timestamp": "t.timestamp > ?",
+    "access_group.user":
+        "t.id IN (SELECT group_id FROM user_group_membership WHERE user_name = ?)",
+    "access_group.workflow":
+        "t.id IN (SELECT group_id FROM workflow_access_group WHERE workflow_id = ?)",
+}
 
-    where: text made by this program, with ? for each of `params`; the table is called t.
+
+def contained(words):
+    """Patterns of LIKE for what contains these words. It is twice as fast as comparing lower-case
+    copies."""
+    return ["%" + re.sub(r"([\\%_])", r"\\\1", word) + "%" for word in words.split()]
+
+
+def conditions(kind, wanted):
+    """The SQL condition and its parameters of {filter: value}; the table is called t.
+
+    A filter is one of FILTERS or a column; the rest of a query is ignored.
     """
+    names = {field.name for field in columns(kind)}
+    found, params = ["1"], []
+    for name, value in wanted.items():
+        condition = FILTERS.get(f"{kind.table}.{name}") or FILTERS.get(name)
+        if condition or name in names:
+            condition = condition or f"t.{name} = ?"
+            for one in contained(value) if name == "search" else [value]:
+                found.append(condition)
+                params += [one] * condition.count("?")
+    return " AND ".join(found), params
+
+
+def listing(store, kind, page, wanted, without=()):
+    """A list envelope of the records that pass the filters wanted; see conditions."""
+    where, params = conditions(kind, wanted)
     kind_columns = [field for field in columns(kind) if field.name not in without]
     sortable = {field.name: f"julianday(t.{field.name})" if field.type in ("time", "when") else
                 f"t.{field.name}" for field in kind_columns
@@ -2727,7 +2802,6 @@ def listing(store, kind, page, where, params, without=()):
 
 NOT_COMPLETE = f"({UNINITIALIZED}, {BLOCKED}, {READY}, {PENDING}, {RUNNING}, {PENDING_FAILED})"
 COMPLETE = f"({', '.join(str(status) for status in COMPLETE_SET)})"
-IDS = "(SELECT value FROM json_each(?))"  # a list of ids as one parameter, of any length
 KEEP = -1                                 # as owner: whoever may have a process of the job; as
                                           # result: the one it has
 # Why a blocked job d.job_id (as j) waits for p, or is canceled with it.
@@ -3917,8 +3991,8 @@ def unfinished(store, workflow_id):
              for need_id, number, job_id, name, stopping in store.query(
         "SELECT resource_requirements_id, count(*), min(id), name, count(compute_node_id) FROM job"
         f" WHERE workflow_id = ? AND status = {READY} GROUP BY 1 ORDER BY 3", (workflow_id,))]
-    nodes = listing(store, KINDS["compute_node"], Page(), "workflow_id = ? AND is_active = 1",
-                    (workflow_id,))["items"]
+    nodes = listing(store, KINDS["compute_node"], Page(),
+                    {"workflow_id": workflow_id, "is_active": True})["items"]
     for node in nodes:                    # how long a runner of ours has said nothing
         if node["id"] in store.heard:
             node["silent_s"] = round(time.monotonic() - store.heard[node["id"]], 1)
@@ -4383,8 +4457,11 @@ JOB_ORDERS = {                            # what a list of jobs can be sorted by
     "memory": "r.peak_memory_bytes", "host": "n.hostname", "note": "r.return_code"}
 
 
-def job_page(store, page, where, params, now):
-    """A list envelope of jobs, sorted by a key of JOB_ORDERS; see listing."""
+def job_page(store, page, wanted, now):
+    """A list envelope of jobs, which a key of JOB_ORDERS may sort, too; see listing."""
+    if page.sort_by not in JOB_ORDERS:
+        return listing(store, KINDS["job"], page, wanted)
+    where, params = conditions(KINDS["job"], wanted)
     direction = "DESC" if page.reverse else "ASC"
     order = JOB_ORDERS[page.sort_by].format(now=int(now * 1000))
     total = store.one(f"SELECT count(*) FROM job t WHERE {where}", params)[0]
@@ -4392,7 +4469,7 @@ def job_page(store, page, where, params, now):
         f"SELECT t.id FROM {ENDED_JOB} WHERE {where} ORDER BY {order} {direction}, t.id {direction}"
         " LIMIT ? OFFSET ?", (*params, page.limit, max(page.offset, 0)))]
     records = {record["id"]: record for record in listing(
-        store, KINDS["job"], Page(), f"t.id IN {IDS}", (compact(ids),))["items"]}
+        store, KINDS["job"], Page(), {"ids": compact(ids)})["items"]}
     return envelope([records[job_id] for job_id in ids if job_id in records], page, total)
 
 
@@ -5380,10 +5457,6 @@ def is_admin(store, user, group_id=ADMIN_GROUP):
         f" {ADMIN_GROUP} OR (group_id = ? AND role = 'admin')))", (user, group_id))[0] == 1
 
 
-USABLE = ("(t.user = ? OR t.id IN (SELECT w.workflow_id FROM workflow_access_group w JOIN"
-          " user_group_membership m ON m.group_id = w.group_id WHERE m.user_name = ?))")
-
-
 def has_access(store, workflow_id, user):
     """Whether a user owns a workflow or shares it by a group; admin power does not count."""
     return bool(user) and store.one(
@@ -5507,78 +5580,11 @@ def require_workflow(store, workflow_id):
 
 # ---- the six operations that most kinds share
 
-class Filter(NamedTuple):
-    """A list's filter beyond equality: the parameter's Field, and the SQL condition."""
-
-    field: Field
-    condition: str
-
-
-def filters(table, text):
-    """Filters of a kind from lines "name type: condition", and those of its row in KINDS."""
-    kinds = {"count": "int", "positive": "int", "int": "int", "bool": "bool", "status": "status"}
-    found = {field.name: Filter(Field(field.name, kinds.get(field.type, "str")),
-                                f"t.{field.name} = ?") for field in KINDS[table].fields
-             if field.name in KINDS[table].filters.split()}
-    for line in text.strip().splitlines():
-        head, condition = line.split(": ", 1)
-        field, = fields(head)
-        found[field.name] = Filter(field, condition)
-    return tuple(found.values())
-
-
-CONTAINS = "instr(lower(t.{0}), lower(?)) > 0"
-FILTERS = {table: filters(table, text) for table, text in {**dict.fromkeys(KINDS, ""), **{
-    "workflow": f"""
-description str: {CONTAINS.format("description")}
-is_archived bool: t.is_archived = ?""",
-    "job": f"""
-status statuses: t.status IN {IDS}
-needs_file_id int: t.id IN (SELECT job_id FROM job_input_file WHERE file_id = ?)
-upstream_job_id int: t.id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id = ?)
-active_compute_node_id int: t.compute_node_id = ?""",
-    "file": """
-produced_by_job_id int: t.id IN (SELECT file_id FROM job_output_file WHERE job_id = ?)
-is_output bool: (NOT ? OR EXISTS (SELECT 1 FROM job_output_file o WHERE o.file_id = t.id))""",
-    "user_data": f"""
-name str: {CONTAINS.format("name")}
-consumer_job_id int: t.id IN (SELECT user_data_id FROM job_input_user_data WHERE job_id = ?)
-producer_job_id int: t.id IN (SELECT user_data_id FROM job_output_user_data WHERE job_id = ?)""",
-    "resource_requirements": """
-runtime int: t.runtime_s = ?
-job_id int: t.id = (SELECT resource_requirements_id FROM job WHERE id = ?)""",
-    "compute_node": """
-scheduled_compute_node_id int: json_extract(t.scheduler, '$.scheduler_id') = ?""",
-    "scheduled_compute_node": """
-scheduler_id str: t.scheduler_id = CAST(? AS INTEGER)
-scheduler_config_id str: t.scheduler_config_id = CAST(? AS INTEGER)""",
-    "result": """
-all_runs bool = false: (? OR t.id = (SELECT result_id FROM job WHERE id = t.job_id))""",
-    "event": """
-after_timestamp int: t.timestamp > ?"""}}.items()}
-AFTER_ID = Filter(*fields("after_id int"), "t.id > ?")
-
-
-def conditions(query, table):
-    """[SQL condition, ...] and [parameter, ...] of a list's filters, from the values of a query."""
-    found = [(one.condition, query[one.field.name]) for one in (*FILTERS[table], AFTER_ID)
-             if one.field.name in query]
-    return [condition for condition, _ in found], [value for _, value in found]
-
-
-def searched(query, names, where, params):
-    """Add to a condition that each word of `search` occurs in one of these columns. LIKE is twice
-    as fast as comparing lower-case copies."""
-    for word in query.get("search", "").split():
-        where.append("(" + " OR ".join(f"t.{name} LIKE ? ESCAPE '\\'" for name in names) + ")")
-        params += ["%" + re.sub(r"([\\%_])", r"\\\1", word) + "%"] * len(names)
-
-
-def list_records(request, kind, workflow_id=None, without=()):
-    """The records of a workflow, filtered and paged."""
-    where, params = conditions(request.query, kind.table)
-    return listing(request.store, kind, request.page, " AND ".join(["t.workflow_id = ?", *where]),
-                   [workflow_id or request.query["workflow_id"], *params], without)
+def list_records(request, *_, kind):
+    """The records of a workflow, named by query or path, filtered and paged."""
+    return listing(request.store, kind, request.page,
+                   {**request.query, "workflow_id": request.workflow_id},
+                   () if request.query.get("include_stderr", True) else ("stderr_tail",))
 
 
 def create_record(request, kind):
@@ -5669,19 +5675,14 @@ def list_workflows(request):
     Ours: search (in name, project and description), all_users=false (only those of the user whose
     name is given), include_counts.
     """
-    where, params = conditions(request.query, "workflow")
-    searched(request.query, ("name", "project", "description"), where, params)
+    wanted = {**request.query}
     if not request.query["all_users"] and request.user:
-        where.append("t.user = ?")
-        params.append(request.user)
+        wanted["owner"] = request.user
     if request.only is not None:
-        where.append("t.id = ?")
-        params.append(request.only)
+        wanted["id"] = request.only
     if request.access.enforced and not is_admin(request.store, request.user):
-        where.append(USABLE)
-        params += [request.user] * 2      # nobody's name is NULL, which equals nothing
-    answer = listing(request.store, KINDS["workflow"], request.page, " AND ".join(where) or "1",
-                     params)
+        wanted["usable_by"] = request.user
+    answer = listing(request.store, KINDS["workflow"], request.page, wanted)
     far = progress(request.store, [one["id"] for one in answer["items"]]) \
         if request.query["include_counts"] else {}
     for workflow in answer["items"]:
@@ -5919,16 +5920,10 @@ def list_jobs(request):
     Ours: several statuses (status=failed,terminated), search (words of name or command), family,
     include_results, and sort_by start, ran, memory or host.
     """
-    workflow_id, store = request.query["workflow_id"], request.store
-    where, params = conditions(request.query, "job")
-    where, params = ["t.workflow_id = ?", *where], [workflow_id, *params]
-    searched(request.query, ("name", "command"), where, params)
-    if "family" in request.query:
-        where.append(f"t.id IN {IDS}")
-        params.append(compact(family_members(store, workflow_id, request.query["family"])))
-    shown, more = (job_page, (request.now,)) if request.page.sort_by in JOB_ORDERS else (
-        lambda *rest: listing(store, KINDS["job"], *rest[1:]), ())
-    answer = shown(store, request.page, " AND ".join(where), params, *more)
+    store, wanted = request.store, {**request.query}
+    if "family" in wanted:
+        wanted["ids"] = compact(family_members(store, request.workflow_id, wanted["family"]))
+    answer = job_page(store, request.page, wanted, request.now)
     if request.query["include_relationships"]:
         with_relations(store, answer["items"])
     if request.query["include_results"]:
@@ -6217,12 +6212,6 @@ def create_result(request):
     return {**values, "id": result_id}
 
 
-def list_results(request):
-    """Each job's latest result, or all; include_stderr adds the last lines of failed ones."""
-    tail = request.query["include_stderr"]
-    return list_records(request, KINDS["result"], without=() if tail else ("stderr_tail",))
-
-
 def create_event(request):
     """Store an event; the server's clock sets its time."""
     if "data" not in request.body:
@@ -6235,11 +6224,6 @@ def create_event(request):
 def update_event(request, event_id):
     """Replace an event's data by the body."""
     return update_record(request._replace(body={"data": request.body}), event_id, KINDS["event"])
-
-
-def list_failure_handlers(request, workflow_id):
-    """Failure handlers of a workflow."""
-    return list_records(request, KINDS["failure_handler"], workflow_id)
 
 
 def create_compute_node(request):
@@ -6316,7 +6300,7 @@ def create_slurm_stats(request):
 
 def list_slurm_stats(request):
     """What Slurm's accounting says of attempts; a limit that is too large is cut."""
-    return {**list_records(request, KINDS["slurm_stats"]), "max_limit": request.page.limit}
+    return {**list_records(request, kind=KINDS["slurm_stats"]), "max_limit": request.page.limit}
 
 
 # ---- actions
@@ -6406,9 +6390,9 @@ def require_self(request, user):
         require_admin(request)
 
 
-def short_listing(request, kind, where="1", params=()):
+def short_listing(request, kind, **wanted):
     """A list of groups or members; upstream gives it an envelope of its own."""
-    answer = listing(request.store, kind, request.page, where, params)
+    answer = listing(request.store, kind, request.page, wanted)
     return {"limit": request.page.limit, **{name: answer[name] for name in (
         "items", "offset", "total_count", "has_more")}}
 
@@ -6461,14 +6445,14 @@ def list_members(request, group_id):
     """The members of a group."""
     fetch(request.store, GROUP, group_id)
     require_admin(request, group_id)
-    return short_listing(request, MEMBER, "t.group_id = ?", (group_id,))
+    return short_listing(request, MEMBER, group_id=group_id)
 
 
 def remove_member(request, group_id, user):
     """Take a user out of a group. Upstream: remove_user_from_group."""
     members_of(request, group_id)
-    found = listing(request.store, MEMBER, Page(), "t.group_id = ? AND t.user_name = ?",
-                    (group_id, user))["items"]
+    found = listing(request.store, MEMBER, Page(), {"group_id": group_id, "user_name": user})[
+        "items"]
     if not found:
         raise NotFound(f"user {user} is not in group {group_id}")
     request.store.execute("DELETE FROM user_group_membership WHERE id = ?", (found[0]["id"],))
@@ -6478,14 +6462,12 @@ def remove_member(request, group_id, user):
 def list_user_groups(request, user):
     """The groups a user is in."""
     require_self(request, user)
-    return short_listing(request, GROUP, "t.id IN (SELECT group_id FROM user_group_membership WHERE"
-                         " user_name = ?)", (user,))
+    return short_listing(request, GROUP, user=user)
 
 
 def list_workflow_groups(request, workflow_id):
     """The groups a workflow is shared with."""
-    return short_listing(request, GROUP, "t.id IN (SELECT group_id FROM workflow_access_group WHERE"
-                         " workflow_id = ?)", (workflow_id,))
+    return short_listing(request, GROUP, workflow=workflow_id)
 
 
 def shared(request, workflow_id, group_id):
@@ -6548,7 +6530,7 @@ def reload_auth(request):
 ANYONE, SOMEBODY, ITSELF = "anyone", "anyone with a name", "whom the operation lets"
 PERSON = "whoever may use the workflow, but none of its jobs"
 ANY = fields("value any")                 # a body of any JSON
-OF_WORKFLOW = fields("workflow_id int required")
+OF_WORKFLOW, AFTER_ID = fields("workflow_id int required"), fields("after_id int")
 
 
 class Endpoint(NamedTuple):
@@ -6592,7 +6574,7 @@ def route(place, function, query=(), body=None, who=""):
 def listed(table, more=(), page=PAGE):
     """Query fields of the list of a kind: its filters, and others of its own."""
     own = () if table == "workflow" else OF_WORKFLOW
-    return (*own, *page, AFTER_ID.field, *(one.field for one in FILTERS[table]), *declared(more))
+    return (*own, *page, *AFTER_ID, *KINDS[table].filters, *declared(more))
 
 
 def crud_routes():
@@ -6676,8 +6658,8 @@ ROUTES = (
     route("GET /workflows/<workflow>/required_existing_files", required_existing_files),
     route("GET /workflows/<workflow>/missing_user_data", missing_user_data),
     route("GET /workflows/<workflow>/ready_job_requirements", ready_job_requirements),
-    route("GET /workflows/<workflow>/failure_handlers", list_failure_handlers,
-          (*PAGE, AFTER_ID.field)),
+    route("GET /workflows/<workflow>/failure_handlers",
+          functools.partial(list_records, kind=KINDS["failure_handler"]), (*PAGE, *AFTER_ID)),
     route("POST /workflows/<workflow>/actions", create_action,
           body=tuple(PARTS["new_action"].values())),
     route("GET /workflows/<workflow>/actions", calls(actions)),
@@ -6714,7 +6696,6 @@ ROUTES = (
     route("POST /user_data", create_user_data, "consumer_job_id int, producer_job_id int",
           "user_data"),
     route("POST /results", create_result, body="result"),
-    route("GET /results", list_results, listed("result", "include_stderr bool = false")),
     route("POST /events", create_event, body="event"),
     route("PUT /events/<event>", update_event, body=ANY),
     route("POST /compute_nodes", create_compute_node, body="compute_node"),
