@@ -2597,6 +2597,9 @@ class Store:
 
 # ---- records: the generic operations, for any row of KINDS
 
+IDS = "(SELECT value FROM json_each(?))"  # a list of ids as one parameter, of any length
+
+
 def columns(kind):
     """The fields of a kind that are columns of its table."""
     return [field for field in kind.fields
@@ -2668,22 +2671,54 @@ def add_many(store, kind, records):
                       list(zip(ids, *values.values())))
     for field in kind.fields:
         if field.type == "ids" and field.name in given:
-            table, mine, theirs = RELATIONS[field.name]
-            store.insert_many(f"INSERT INTO {table} ({mine}, {theirs})", 2, [
+            relate(store, field.name, [
                 (record_id, other) for record_id, record in zip(ids, records)
                 for other in set(record.get(field.name, ()))])
     return ids
 
 
+def relate(store, name, pairs):
+    """In a transaction: add pairs of (job id, other id) to what a list of RELATIONS holds."""
+    table, mine, theirs = RELATIONS[name]
+    store.insert_many(f"INSERT OR IGNORE INTO {table} ({mine}, {theirs})", 2, pairs)
+
+
 def change(store, kind, record_id, values):
-    """In a transaction: update the fields that `values` has, but never the workflow a record
-    belongs to."""
+    """In a transaction: update the fields that `values` has, relations too, but never the workflow
+    a record belongs to."""
     row = {field.name: to_column(field, values[field.name]) for field in columns(kind)
            if not field.server and field.name in values and field.name != "workflow_id"}
     row.update(kind.derive({**fetch(store, kind, record_id), **values}) if kind.derive else {})
     if row:
         store.execute(f"UPDATE {kind.table} SET {' = ?, '.join(row)} = ? WHERE id = ?",
                       [*row.values(), record_id])
+    for field in kind.fields:
+        if field.type == "ids" and field.name in values:
+            table, mine, theirs = RELATIONS[field.name]
+            others = set(values[field.name])
+            store.execute(f"DELETE FROM {table} WHERE {mine} = ? AND {theirs} NOT IN {IDS}",
+                          (record_id, compact(list(others))))
+            relate(store, field.name, [(record_id, other) for other in others])
+
+
+def remove(store, kind, **wanted):
+    """In a transaction: delete the records that have these values; returns how many."""
+    where = " AND ".join(f"{name} = ?" for name in wanted)
+    return store.execute(f"DELETE FROM {kind.table} WHERE {where}", list(wanted.values()))
+
+
+def with_relations(store, jobs):
+    """Add the lists of related ids, each sorted and left out when empty, to job records."""
+    by_id = {job["id"]: job for job in jobs}
+    sql = " UNION ALL ".join(
+        f"SELECT '{name}' AS name, {mine} AS job, {theirs} AS other FROM {table}"
+        f" WHERE {mine} IN {IDS}"
+        for name, (table, mine, theirs) in RELATIONS.items()) + " ORDER BY name, job, other"
+    params = [compact(list(by_id))] * len(RELATIONS)
+    rows = store.query(sql, params) if len(jobs) < 100 else store.bulk(sql, 3, params)
+    for name, job_id, other in rows:
+        by_id[job_id].setdefault(name, []).append(other)
+    return jobs
 
 
 class Page(NamedTuple):
@@ -2701,7 +2736,6 @@ def envelope(items, page, total):
             "total_count": total, "has_more": max(page.offset, 0) + len(items) < total}
 
 
-IDS = "(SELECT value FROM json_each(?))"  # a list of ids as one parameter, of any length
 # A user whose name is NULL, which equals nothing, can use none.
 USABLE = ("(t.user = ? OR t.id IN (SELECT w.workflow_id FROM workflow_access_group w JOIN"
           " user_group_membership m ON m.group_id = w.group_id WHERE m.user_name = ?))")
@@ -3749,16 +3783,62 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
     return jobs
 
 
-def delete_records(store, kind, workflow_id, where, params):
-    """In a transaction: delete the records of a workflow for which an SQL condition holds, with all
-    that hangs on them; what waited for jobs that go waits no more. Returns how many."""
-    number = store.execute(f"DELETE FROM {kind.table} WHERE workflow_id = ? AND {where}",
-                           (workflow_id, *params))
+# ---- records come and go
+
+def taken_name(store, workflow_id, names):
+    """A row with one of these names if a job of the workflow has it, else a false value."""
+    return store.one("SELECT 1 FROM job WHERE workflow_id = ? LIMIT 1", (workflow_id,)) and (
+        store.one("SELECT j.name FROM json_each(?) v CROSS JOIN job j ON j.name = v.value AND"
+                  " j.workflow_id = ?", (compact(names), workflow_id)))
+
+
+def default_requirements(store, workflow_id):
+    """Id of the requirements of jobs that name none."""
+    return store.one("SELECT min(id) FROM resource_requirements WHERE workflow_id = ? AND name ="
+                     " 'default'", (workflow_id,))[0]
+
+
+def insert_jobs(store, jobs):
+    """In a transaction: insert checked jobs of one workflow, whose bodies it completes; returns
+    their ids. Raises Conflict when a name is taken."""
+    workflow_id = jobs[0]["workflow_id"] if jobs else 0
+    from collections import Counter
+    names = Counter(job["name"] for job in jobs)
+    twice = [name for name, number in names.items() if number > 1] or taken_name(
+        store, workflow_id, list(names))
+    if twice:
+        raise Conflict(f'job name "{twice[0]:.80}" is used twice in workflow {workflow_id}')
+    default = default_requirements(store, workflow_id)
+    for job in jobs:
+        job.setdefault("resource_requirements_id", default)
+        job.pop("status", None)           # it is uninitialized
+        if job.get("scheduler_id") == 0:  # means none
+            del job["scheduler_id"]
+    ids = add_many(store, KINDS["job"], jobs)
+    reshaped(store, workflow_id)
+    store.news(workflow_id)
+    return ids
+
+
+def delete_records(store, kind, workflow_id, **wanted):
+    """In a transaction: delete the records of a workflow that have these values, with all that
+    hangs on them; what waited for jobs that go waits no more. Returns how many."""
+    number = remove(store, kind, workflow_id=workflow_id, **wanted)
     if kind.table in ("job", "resource_requirements"):       # which take their jobs along
         settle(store, workflow_id)
         reshaped(store, workflow_id)
     store.news(workflow_id)
     return number
+
+
+def remove_workflow(store, workflow_id):
+    """In a transaction: delete a workflow and everything below it."""
+    # Dependencies, then jobs: the cascades then meet empty tables instead of searching for each.
+    store.execute("DELETE FROM job_dependency WHERE job_id IN (SELECT id FROM job WHERE workflow_id"
+                  " = ?)", (workflow_id,))
+    remove(store, KINDS["job"], workflow_id=workflow_id)
+    store.news(workflow_id)
+    remove(store, KINDS["workflow"], id=workflow_id)
 
 
 # ---- actions
@@ -5607,13 +5687,13 @@ def update_record(request, record_id, kind):
 def delete_record(request, record_id, kind):
     """Delete a record and answer what it was."""
     record = fetch(request.store, kind, record_id)
-    delete_records(request.store, kind, request.workflow_id, "id = ?", (record_id,))
+    delete_records(request.store, kind, request.workflow_id, id=record_id)
     return record
 
 
 def clear_records(request, kind):
     """Delete all records of a kind in a workflow; `count` is what clients read."""
-    number = delete_records(request.store, kind, request.query["workflow_id"], "1", ())
+    number = delete_records(request.store, kind, request.workflow_id)
     return {"count": number, "deleted_count": number,
             "message": f"deleted {number} {kind.name} records"}
 
@@ -5702,13 +5782,8 @@ def update_workflow(request, workflow_id):
 
 def delete_workflow(request, workflow_id):
     """Delete a workflow and everything below it."""
-    record, store = show_workflow(request.store, workflow_id), request.store
-    # Dependencies, then jobs: the cascades then meet empty tables instead of searching for each.
-    store.execute("DELETE FROM job_dependency WHERE job_id IN (SELECT id FROM job WHERE workflow_id"
-                  " = ?)", (workflow_id,))
-    store.execute("DELETE FROM job WHERE workflow_id = ?", (workflow_id,))
-    store.news(workflow_id)
-    store.execute("DELETE FROM workflow WHERE id = ?", (workflow_id,))
+    record = show_workflow(request.store, workflow_id)
+    remove_workflow(request.store, workflow_id)
     return record
 
 
@@ -5827,36 +5902,6 @@ def give_ids(records, wanted, ids):
 
 # ---- jobs
 
-def insert_jobs(store, jobs):
-    """In a transaction: insert checked jobs of one workflow, whose bodies it completes; returns
-    their ids. Raises Conflict when a name is taken."""
-    workflow_id = jobs[0]["workflow_id"] if jobs else 0
-    from collections import Counter
-    names = Counter(job["name"] for job in jobs)
-    twice = [name for name, number in names.items() if number > 1] or (
-        store.one("SELECT 1 FROM job WHERE workflow_id = ? LIMIT 1", (workflow_id,)) and store.one(
-            "SELECT j.name FROM json_each(?) v CROSS JOIN job j ON j.name = v.value AND"
-            " j.workflow_id = ?", (compact(list(names)), workflow_id)))
-    if twice:
-        raise Conflict(f'job name "{twice[0]:.80}" is used twice in workflow {workflow_id}')
-    default = default_requirements(store, workflow_id)
-    for job in jobs:
-        job.setdefault("resource_requirements_id", default)
-        job.pop("status", None)           # it is uninitialized
-        if job.get("scheduler_id") == 0:  # means none
-            del job["scheduler_id"]
-    ids = add_many(store, KINDS["job"], jobs)
-    reshaped(store, workflow_id)
-    store.news(workflow_id)
-    return ids
-
-
-def default_requirements(store, workflow_id):
-    """Id of the requirements of jobs that name none."""
-    return store.one("SELECT min(id) FROM resource_requirements WHERE workflow_id = ? AND name ="
-                     " 'default'", (workflow_id,))[0]
-
-
 def create_jobs(request, bodies):
     """Insert jobs of one workflow; returns their echoes."""
     if not bodies:
@@ -5884,20 +5929,6 @@ def create_bulk_jobs(request):
         request = admitted(request, workflow_id)
     check_references(request, KINDS["job"].fields, jobs)
     return {"jobs": create_jobs(request, jobs)}
-
-
-def with_relations(store, jobs):
-    """Add the lists of related ids, each sorted and left out when empty, to job records."""
-    by_id = {job["id"]: job for job in jobs}
-    sql = " UNION ALL ".join(
-        f"SELECT '{name}' AS name, {mine} AS job, {theirs} AS other FROM {table}"
-        f" WHERE {mine} IN {IDS}"
-        for name, (table, mine, theirs) in RELATIONS.items()) + " ORDER BY name, job, other"
-    params = [compact(list(by_id))] * len(RELATIONS)
-    rows = store.query(sql, params) if len(jobs) < 100 else store.bulk(sql, 3, params)
-    for name, job_id, other in rows:
-        by_id[job_id].setdefault(name, []).append(other)
-    return jobs
 
 
 def show_job(store, job_id):
@@ -5960,12 +5991,7 @@ def update_job(request, job_id):
         values["scheduler_id"] = None
     if "depends_on_job_ids" in values:
         check_references(request, KINDS["job"].fields, [values])
-        store.execute("DELETE FROM job_dependency WHERE job_id = ? AND depends_on_job_id NOT IN"
-                      f" {IDS}", (job_id, compact(values["depends_on_job_ids"])))
-        store.insert_many("INSERT OR IGNORE INTO job_dependency (job_id, depends_on_job_id)", 2,
-                          [(job_id, other) for other in set(values["depends_on_job_ids"])])
-    if "name" in values and store.one("SELECT 1 FROM job WHERE workflow_id = ? AND name = ?",
-                                      (job["workflow_id"], values["name"])):
+    if "name" in values and taken_name(store, job["workflow_id"], [values["name"]]):
         raise Conflict(f'job name "{values["name"]:.80}" is taken in workflow {job["workflow_id"]}')
     change(store, KINDS["job"], job_id, values)
     reshaped(store, job["workflow_id"])
@@ -5988,10 +6014,9 @@ def rerun_jobs_request(request, workflow_id):
     where these are named; answers which run again (ours). See rerun_job_request."""
     rows = request.body["jobs"]
     check_references(request, PARTS["rerun"].values(), rows)
-    for row in rows:
-        if "resource_requirements_id" in row and not request.query["dry_run"]:
-            request.store.execute("UPDATE job SET resource_requirements_id = ? WHERE id = ?",
-                                  (row["resource_requirements_id"], row["job_id"]))
+    if not request.query["dry_run"]:
+        for row in rows:                  # which may have resource_requirements_id
+            change(request.store, KINDS["job"], row["job_id"], row)
     jobs = rerun_jobs(request.store, workflow_id, list(dict.fromkeys(
         row["job_id"] for row in rows)), **request.query)
     return {"count": len(jobs), "jobs": [
@@ -6194,13 +6219,10 @@ def update_file(request, file_id):
 
 def create_user_data(request):
     """Store user data, with the jobs that read or write it if the query names them."""
-    roles = {"consumer_job_id": "job_input_user_data", "producer_job_id": "job_output_user_data"}
-    jobs = [(request.query[name], table) for name, table in roles.items() if name in request.query]
-    check_references(request, fields("job_id int > job"), [{"job_id": one} for one, _ in jobs])
+    roles = {"consumer_job_id": "input_user_data_ids", "producer_job_id": "output_user_data_ids"}
     made = create_record(request, KINDS["user_data"])
-    for job_id, table in jobs:
-        request.store.execute(f"INSERT INTO {table} (job_id, user_data_id) VALUES (?, ?)",
-                              (job_id, made["id"]))
+    for role, job_id in request.query.items():
+        relate(request.store, roles[role], [(job_id, made["id"])])
     return made
 
 
@@ -6421,7 +6443,7 @@ def delete_access_group(request, group_id):
     group = get_access_group(request, group_id)
     if group_id == ADMIN_GROUP:
         raise Forbidden(f"the system group {group['name']} cannot be deleted")
-    request.store.execute("DELETE FROM access_group WHERE id = ?", (group_id,))
+    remove(request.store, GROUP, id=group_id)
     return group
 
 
@@ -6455,7 +6477,7 @@ def remove_member(request, group_id, user):
         "items"]
     if not found:
         raise NotFound(f"user {user} is not in group {group_id}")
-    request.store.execute("DELETE FROM user_group_membership WHERE id = ?", (found[0]["id"],))
+    remove(request.store, MEMBER, id=found[0]["id"])
     return found[0]
 
 
@@ -6693,8 +6715,8 @@ ROUTES = (
     route("PUT /resource_requirements/<resource_requirements>", update_resource_requirements,
           body="resource_requirements"),
     route("PUT /files/<file>", update_file, body="file"),
-    route("POST /user_data", create_user_data, "consumer_job_id int, producer_job_id int",
-          "user_data"),
+    route("POST /user_data", create_user_data,
+          "consumer_job_id int > job, producer_job_id int > job", "user_data"),
     route("POST /results", create_result, body="result"),
     route("POST /events", create_event, body="event"),
     route("PUT /events/<event>", update_event, body=ANY),
@@ -6803,6 +6825,7 @@ def run(endpoint, values, request):
                             if "workflow_id" in named}
         for workflow_id in workflow_ids:
             request = admitted(request, workflow_id)
+        check_references(request, endpoint.query, [request.query])
         if endpoint.body and endpoint.body is not ANY:
             check_references(request, [field for field in endpoint.body if not (
                 endpoint.partial and field.type == "ids")], [request.body])
