@@ -349,6 +349,18 @@ def test_code_uses_only_what_stands_in_its_section_or_above():
     assert below == []
 
 
+def test_the_api_has_no_sql():
+    """It asks the operations of the store, the engine, views and access."""
+    api = SOURCE.partition("\n# 9 API\n")[2].partition("\n# 10 Client\n")[0]
+    tree = ast.parse(api.partition("\n\n\n")[2].rpartition("\n\n\n")[0])
+    strings = [node.value for node in ast.walk(tree)
+               if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert len(strings) > 100
+    assert [one for one in strings if re.search(
+        r"\b(SELECT|UPDATE|INSERT|WHERE|DELETE FROM|json_each)\b|[a-z_]+ (=|IN|IS|<|>) \?", one)] == []
+    assert re.findall(r"\bstore\.(?:query|one|bulk|execute|insert)\w*\(", api) == []
+
+
 def test_bottle_and_waitress_are_never_imported_at_column_0():
     assert not re.search(r"^(import|from) (bottle|waitress|yaml)", SOURCE, re.M)
 

@@ -2644,6 +2644,25 @@ def fetch(store, kind, record_id):
     return to_record(kind_columns, row)
 
 
+def workflow_of(store, kind, record_id):
+    """Id of the workflow that a record belongs to; a workflow, there or not, belongs to itself.
+    Raises NotFound."""
+    if kind.table == "workflow":
+        return record_id
+    row = store.one(f"SELECT workflow_id FROM {kind.table} WHERE id = ?", (record_id,))
+    if not row:
+        raise not_found(kind, record_id)
+    return row[0]
+
+
+def outsiders(store, table, ids, workflow_id):
+    """[(id, its workflow, or None if there is none such), ...] of ids that are not of a workflow's
+    records."""
+    return ids and store.query(
+        f"SELECT v.value, t.workflow_id FROM json_each(?) v LEFT JOIN {table} t ON t.id = v.value"
+        " WHERE t.workflow_id IS NOT ?", (compact(list(ids)), workflow_id))
+
+
 def next_id(store, table):
     """In a transaction: the id that the next insert into a table gets; ids are never reused."""
     row = store.one("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
@@ -3818,6 +3837,56 @@ def insert_jobs(store, jobs):
     reshaped(store, workflow_id)
     store.news(workflow_id)
     return ids
+
+
+def process_changed_job_inputs(store, workflow_id, dry_run):
+    """Jobs that began with other inputs than there are now become uninitialized; `reasons` says
+    what has changed (ours)."""
+    changed = changes_since(store, "j.workflow_id = ?", (workflow_id,))
+    if not dry_run:
+        begin_anew(store, list(changed), UNINITIALIZED)
+        settle(store, workflow_id)
+    jobs = find_jobs(store, f"id IN {IDS}", (compact(list(changed)),))
+    return {"reinitialized_jobs": [job.name for job in jobs],
+            "reasons": {str(job.id): plain_names(changed[job.id]) for job in jobs}}
+
+
+def add_scheduled_node(store, values, once, action_id=None):
+    """Store a scheduled compute node; once=true (ours): the one there is for this Slurm job."""
+    kind = KINDS["scheduled_compute_node"]
+    row = once and store.one(
+        "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
+        " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL) ORDER BY cluster IS NULL",
+        [values.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
+                                       "cluster")])
+    if row:
+        store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE id ="
+                      " ?", (values.get("cluster"), row[0]))
+    made = fetch(store, kind, row[0]) if row else {
+        **values, "id": add_many(store, kind, [values])[0]}
+    if store.execute("UPDATE scheduled_compute_node SET action_id = ? WHERE id = ? AND action_id IS"
+                     " NULL AND ? IS NOT NULL", (action_id, made["id"], action_id)):
+        store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
+                      " workflow_id = ?", (action_id, values["workflow_id"]))
+    if row:
+        return made
+    store.tell(values["workflow_id"], "scheduler_node_created", "info", {
+        "category": "scheduler", "scheduled_compute_node_id": made["id"],
+        **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
+                                           "scheduler_type", "status")}})
+    return made
+
+
+def add_slurm_stats(store, values):
+    """Store what Slurm's accounting says of an attempt; its result, if it lacks them, gets the peak
+    memory and the CPU use."""
+    store.execute(
+        "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = coalesce(CASE WHEN"
+        " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END, avg_cpu_percent)"
+        " WHERE job_id = ? AND run_id = ? AND attempt_id = ? AND peak_memory_bytes IS NULL",
+        [values.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id", "run_id",
+                                       "attempt_id")])
+    return {**values, "id": add_many(store, KINDS["slurm_stats"], [values])[0]}
 
 
 def delete_records(store, kind, workflow_id, **wanted):
@@ -5104,6 +5173,102 @@ def requirement_advice(row, ended, of_memory, of_time):
     return "completed", "Fits"
 
 
+def why_answer(store, job_id):
+    """One sentence: why a job is not running, or how it ended (ours)."""
+    job = job_row(store, job_id)
+    answer = {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
+              "sentence": why(store, job_id)}
+    if job.compute_node_id:
+        answer["compute_node_id"] = job.compute_node_id
+    for one in failed_jobs(store, "t.id = ?", (job_id, 1)):
+        answer["next"] = failure_remedy([one], exit_codes(store, job.workflow_id))[2]
+    return answer
+
+
+# ---- what belongs to what, for clients
+
+def relationships(store, workflow_id, what, page):
+    """A list envelope of which job writes and reads which file or user data, a row for each
+    combination; what "job": of which job depends on which. Absent values are left out."""
+    if what == "job":
+        names = {"job_id": "t.id", "job_name": "t.name", "depends_on_job_id": "p.id",
+                 "depends_on_job_name": "p.name", "workflow_id": "t.workflow_id"}
+        order = ["p.id", "t.id"] if page.sort_by == "depends_on_job_id" else ["t.id", "p.id"]
+        joined = ("JOIN job_dependency d ON d.job_id = t.id JOIN job p ON p.id ="
+                  " d.depends_on_job_id")
+    else:
+        names = {f"{what}_id": "t.id", f"{what}_name": "t.name", "workflow_id": "t.workflow_id",
+                 "producer_job_id": "p.id", "producer_job_name": "p.name",
+                 "consumer_job_id": "c.id", "consumer_job_name": "c.name",
+                 **({"file_path": "t.path"} if what == "file" else {})}
+        order = ["t.id", "p.id", "c.id"]
+        joined = (f"LEFT JOIN job_output_{what} o ON o.{what}_id = t.id LEFT JOIN job p ON p.id ="
+                  f" o.job_id LEFT JOIN job_input_{what} i ON i.{what}_id = t.id LEFT JOIN job c ON"
+                  " c.id = i.job_id")
+    source = f"FROM {what} t {joined} WHERE t.workflow_id = ?"
+    direction = " DESC" if page.reverse else " ASC"
+    total = store.one(f"SELECT count(*) {source}", (workflow_id,))[0]
+    rows = store.bulk(
+        f"SELECT {', '.join(names.values())} {source} ORDER BY "
+        + ", ".join(column + direction for column in order) + " LIMIT ? OFFSET ?",
+        len(names), (workflow_id, page.limit, max(page.offset, 0)))
+    items = [{name: value for name, value in zip(names, row) if value is not None}
+             for row in rows]
+    return envelope(items, page, total)
+
+
+def is_workflow_complete(store, workflow_id):
+    """Whether all is done, and the flags that tell how."""
+    canceled, script = workflow_row(
+        store, workflow_id, "is_canceled, has_detected_need_to_run_completion_script")
+    return {"is_complete": is_complete(store, workflow_id), "is_canceled": bool(canceled),
+            "needs_to_run_completion_script": bool(script)}
+
+
+def is_workflow_uninitialized(store, workflow_id):
+    """Whether every job is uninitialized or disabled."""
+    return {"is_uninitialized": not store.one(
+        f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status NOT IN"
+        f" ({UNINITIALIZED}, {DISABLED}))", (workflow_id,))[0]}
+
+
+def list_job_ids(store, workflow_id):
+    """Ids of all jobs, ascending."""
+    ids = sorted(job_ids(store, "workflow_id = ?", (workflow_id,)))
+    return {"job_ids": ids, "count": len(ids)}
+
+
+def needed(store, workflow_id, what, also="1"):
+    """Ids of records that some job reads and none writes, or that a completed job has written."""
+    return [row[0] for row in store.query(
+        f"SELECT t.id FROM {what} t WHERE t.workflow_id = ? AND {also} AND ("
+        f"(EXISTS (SELECT 1 FROM job_input_{what} i WHERE i.{what}_id = t.id) AND NOT EXISTS"
+        f" (SELECT 1 FROM job_output_{what} o WHERE o.{what}_id = t.id)) OR EXISTS (SELECT 1 FROM"
+        f" job_output_{what} o JOIN job j ON j.id = o.job_id WHERE o.{what}_id = t.id"
+        f" AND j.status = {COMPLETED})) ORDER BY t.id", (workflow_id,))]
+
+
+def required_existing_files(store, workflow_id):
+    """Files that must exist now."""
+    return {"files": needed(store, workflow_id, "file")}
+
+
+def missing_user_data(store, workflow_id):
+    """User data without a value that should have one."""
+    return {"user_data": needed(store, workflow_id, "user_data", "t.data IS NULL")}
+
+
+def ready_job_requirements(store, workflow_id):
+    """Totals over the ready jobs."""
+    row = store.one(
+        "SELECT count(*), total(r.num_cpus), total(r.num_gpus), total(r.memory_bytes),"
+        " coalesce(max(r.num_nodes), 0), coalesce(max(r.runtime_s), 0) FROM job j JOIN"
+        " resource_requirements r ON r.id = j.resource_requirements_id WHERE j.workflow_id = ? AND"
+        f" j.status = {READY}", (workflow_id,))
+    return {"num_jobs": row[0], "num_cpus": int(row[1]), "num_gpus": int(row[2]),
+            "memory_gb": row[3] / 2**30, "max_num_nodes": row[4], "max_runtime": f"PT{row[5]}S"}
+
+
 # ==================================================================================================
 # 8 Access
 # ==================================================================================================
@@ -5494,12 +5659,14 @@ def token_digest(user, token):
     return hashlib.sha256(f"{user}\0{token}".encode()).hexdigest()
 
 
-def give_token(store, user, sql, params):
-    """In a transaction: a new token, good as this user's password for a workflow while a job or
-    action of it is at work. sql: keeps its digest, the first parameter, with that."""
+def give_token(store, user, job_id=None, action=()):
+    """In a transaction: a new token, good as this user's password for a workflow while a job, or an
+    action of it, is at work. action: its id, and the compute node that carries it out."""
     import secrets
     token = TOKEN_MARK + secrets.token_urlsafe(24)
-    store.execute(sql, (token_digest(user, token), *params))
+    store.execute("INSERT INTO action_token (token, action_id, compute_node_id) VALUES (?, ?, ?)"
+                  if action else "UPDATE job SET token = ? WHERE id = ?",
+                  (token_digest(user, token), *(action or [job_id])))
     return token
 
 
@@ -5544,12 +5711,23 @@ def has_access(store, workflow_id, user):
         (workflow_id, user, user))[0] == 1
 
 
-def require_access(store, workflow_id, user):
-    """Raise Forbidden unless the user may use the workflow; a missing one is not our question."""
-    if store.one("SELECT 1 FROM workflow WHERE id = ?", (workflow_id,)) and not (
-            has_access(store, workflow_id, user) or is_admin(store, user)):
-        raise Forbidden(f"{user or 'anonymous'} may not use workflow {workflow_id}: its owner can "
-                        "share it with a group (torc access-groups add-workflow)")
+def shared_since(store, workflow_id, group_id):
+    """When a workflow was shared with a group, or None."""
+    row = store.one("SELECT created_at FROM workflow_access_group WHERE workflow_id = ? AND"
+                    " group_id = ?", (workflow_id, group_id))
+    return row and row[0]
+
+
+def share(store, workflow_id, group_id):
+    """In a transaction: let a group use a workflow."""
+    store.execute("INSERT INTO workflow_access_group (workflow_id, group_id) VALUES (?, ?)",
+                  (workflow_id, group_id))
+
+
+def unshare(store, workflow_id, group_id):
+    """In a transaction: a group may use a workflow no more."""
+    store.execute("DELETE FROM workflow_access_group WHERE workflow_id = ? AND group_id = ?",
+                  (workflow_id, group_id))
 
 
 # ==================================================================================================
@@ -5651,11 +5829,6 @@ def check_body(body, wanted, partial=False):
     if faults:
         raise BadShape("; ".join(faults))
     return values
-
-
-def require_workflow(store, workflow_id):
-    """Raise NotFound unless the workflow exists."""
-    workflow_row(store, workflow_id, "id")
 
 
 # ---- the six operations that most kinds share
@@ -5808,21 +5981,6 @@ def update_workflow_status(request, workflow_id):
     return {**request.body, "id": workflow_id}
 
 
-def is_workflow_complete(request, workflow_id):
-    """Whether all is done, and the flags that tell how."""
-    canceled, script = workflow_row(request.store, workflow_id, "is_canceled,"
-                                    " has_detected_need_to_run_completion_script")
-    return {"is_complete": is_complete(request.store, workflow_id), "is_canceled": bool(canceled),
-            "needs_to_run_completion_script": bool(script)}
-
-
-def is_workflow_uninitialized(request, workflow_id):
-    """Whether every job is uninitialized or disabled."""
-    return {"is_uninitialized": not request.store.one(
-        f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status NOT IN"
-        f" ({UNINITIALIZED}, {DISABLED}))", (workflow_id,))[0]}
-
-
 def reset_job_status(request, workflow_id):
     """Jobs back to uninitialized: all, or the failed ones and what lies downstream of them."""
     failed_only = request.query["failed_only"]
@@ -5843,19 +6001,6 @@ def initialize(request, workflow_id):
     request.store.tell(workflow_id, kind, "info", {
         "category": "workflow", "type": kind, "user": request.subject, "message": message})
     return {"message": message}
-
-
-def process_changed_job_inputs(request, workflow_id):
-    """Jobs that began with other inputs than there are now become uninitialized; `reasons` says
-    what has changed (ours)."""
-    changed = changes_since(request.store, "j.workflow_id = ?", (workflow_id,))
-    if not request.query["dry_run"]:
-        begin_anew(request.store, list(changed), UNINITIALIZED)
-        settle(request.store, workflow_id)
-    names = {job.id: job.name for job in find_jobs(request.store, f"id IN {IDS}",
-                                                   (compact(list(changed)),))}
-    return {"reinitialized_jobs": list(names.values()),
-            "reasons": {str(job_id): plain_names(changed[job_id]) for job_id in names}}
 
 
 # ---- a whole specification at once
@@ -6023,18 +6168,6 @@ def rerun_jobs_request(request, workflow_id):
         {"id": job.id, "name": job.name, "status": STATUS_NAMES[job.status]} for job in jobs]}
 
 
-def why_request(request, job_id):
-    """One sentence: why a job is not running, or how it ended (ours)."""
-    job = job_row(request.store, job_id)
-    answer = {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
-              "sentence": why(request.store, job_id)}
-    if job.compute_node_id:
-        answer["compute_node_id"] = job.compute_node_id
-    for one in failed_jobs(request.store, "t.id = ?", (job_id, 1)):
-        answer["next"] = failure_remedy([one], exit_codes(request.store, job.workflow_id))[2]
-    return answer
-
-
 # ---- claims and the runner's conversation
 
 def claimed(store, ids):
@@ -6054,8 +6187,7 @@ def runner_step_request(request, workflow_id):
     answer = runner_step(request.store, workflow_id, request.body, request.now)
     if request.body.get("tokens") and request.access.gate and request.user:
         for job in answer["jobs"]:
-            job["token"] = give_token(request.store, request.user,
-                                      "UPDATE job SET token = ? WHERE id = ?", (job["id"],))
+            job["token"] = give_token(request.store, request.user, job["id"])
     return answer
 
 
@@ -6108,81 +6240,9 @@ def calls(function, *wanted, show=None):
     return operation
 
 
-def list_job_ids(request, workflow_id):
-    """Ids of all jobs, ascending."""
-    ids = sorted(job_ids(request.store, "workflow_id = ?", (workflow_id,)))
-    return {"job_ids": ids, "count": len(ids)}
-
-
-def relationships(request, workflow_id, names, source, order):
-    """A list envelope of rows of a SELECT, absent values left out."""
-    page = request.page
-    total = request.store.one(f"SELECT count(*) {source}", (workflow_id,))[0]
-    direction = "DESC" if page.reverse else "ASC"
-    rows = request.store.bulk(
-        f"SELECT {', '.join(names.values())} {source} ORDER BY "
-        + ", ".join(f"{column} {direction}" for column in order) + " LIMIT ? OFFSET ?",
-        len(names), (workflow_id, page.limit, max(page.offset, 0)))
-    items = [{name: value for name, value in zip(names, row) if value is not None}
-             for row in rows]
-    return envelope(items, page, total)
-
-
-def list_job_dependencies(request, workflow_id):
-    """Which job depends on which; implicit ones after initialization."""
-    names = {"job_id": "j.id", "job_name": "j.name", "depends_on_job_id": "p.id",
-             "depends_on_job_name": "p.name", "workflow_id": "j.workflow_id"}
-    order = ("p.id", "j.id") if request.page.sort_by == "depends_on_job_id" else ("j.id", "p.id")
-    return relationships(
-        request, workflow_id, names, "FROM job j JOIN job_dependency d ON d.job_id = j.id"
-        " JOIN job p ON p.id = d.depends_on_job_id WHERE j.workflow_id = ?", order)
-
-
-def relations_of(what):
-    """The operation that lists which job writes and reads which file or user data."""
-    names = {f"{what}_id": "t.id", f"{what}_name": "t.name", "workflow_id": "t.workflow_id",
-             "producer_job_id": "p.id", "producer_job_name": "p.name", "consumer_job_id": "c.id",
-             "consumer_job_name": "c.name", **({"file_path": "t.path"} if what == "file" else {})}
-
-    def operation(request, workflow_id):
-        """One row for each combination of file (or user data), producer and consumer."""
-        return relationships(
-            request, workflow_id, names,
-            f"FROM {what} t LEFT JOIN job_output_{what} o ON o.{what}_id = t.id LEFT JOIN job p ON"
-            f" p.id = o.job_id LEFT JOIN job_input_{what} i ON i.{what}_id = t.id LEFT JOIN job c"
-            " ON c.id = i.job_id WHERE t.workflow_id = ?", ("t.id", "p.id", "c.id"))
-    return operation
-
-
-def needed(store, workflow_id, what, also):
-    """Ids of records that some job reads and none writes, or that a completed job has written."""
-    return [row[0] for row in store.query(
-        f"SELECT t.id FROM {what} t WHERE t.workflow_id = ? AND {also} AND ("
-        f"(EXISTS (SELECT 1 FROM job_input_{what} i WHERE i.{what}_id = t.id) AND NOT EXISTS"
-        f" (SELECT 1 FROM job_output_{what} o WHERE o.{what}_id = t.id)) OR EXISTS (SELECT 1 FROM"
-        f" job_output_{what} o JOIN job j ON j.id = o.job_id WHERE o.{what}_id = t.id"
-        f" AND j.status = {COMPLETED})) ORDER BY t.id", (workflow_id,))]
-
-
-def required_existing_files(request, workflow_id):
-    """Files that must exist now."""
-    return {"files": needed(request.store, workflow_id, "file", "1")}
-
-
-def missing_user_data(request, workflow_id):
-    """User data without a value that should have one."""
-    return {"user_data": needed(request.store, workflow_id, "user_data", "t.data IS NULL")}
-
-
-def ready_job_requirements(request, workflow_id):
-    """Totals over the ready jobs."""
-    row = request.store.one(
-        "SELECT count(*), total(r.num_cpus), total(r.num_gpus), total(r.memory_bytes),"
-        " coalesce(max(r.num_nodes), 0), coalesce(max(r.runtime_s), 0) FROM job j JOIN"
-        " resource_requirements r ON r.id = j.resource_requirements_id WHERE j.workflow_id = ? AND"
-        f" j.status = {READY}", (workflow_id,))
-    return {"num_jobs": row[0], "num_cpus": int(row[1]), "num_gpus": int(row[2]),
-            "memory_gb": row[3] / 2**30, "max_num_nodes": row[4], "max_runtime": f"PT{row[5]}S"}
+def list_relationships(request, workflow_id, what):
+    """Which job writes and reads which file or user data, or depends on which other job."""
+    return relationships(request.store, workflow_id, what, request.page)
 
 
 # ---- records that are not quite like others
@@ -6281,45 +6341,6 @@ def release_compute_node(request, node_id):
     return {"requeued": requeued, "canceled": others}
 
 
-def create_scheduled_node(request):
-    """Store a scheduled compute node; once=true (ours): the one there is for this Slurm job."""
-    kind, store, values = KINDS["scheduled_compute_node"], request.store, request.body
-    row = request.query["once"] and store.one(
-        "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
-        " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL) ORDER BY cluster IS NULL",
-        [values.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
-                                       "cluster")])
-    if row:
-        store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE id ="
-                      " ?", (values.get("cluster"), row[0]))
-    made = fetch(store, kind, row[0]) if row else create_record(request, kind)
-    action_id = request.query.get("action_id")
-    if store.execute("UPDATE scheduled_compute_node SET action_id = ? WHERE id = ? AND action_id IS"
-                     " NULL AND ? IS NOT NULL", (action_id, made["id"], action_id)):
-        store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
-                      " workflow_id = ?", (action_id, values["workflow_id"]))
-    if row:
-        return made
-    store.tell(values["workflow_id"], "scheduler_node_created", "info", {
-        "category": "scheduler", "scheduled_compute_node_id": made["id"],
-        **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
-                                           "scheduler_type", "status")}})
-    return made
-
-
-def create_slurm_stats(request):
-    """Store what Slurm's accounting says of an attempt; its result, if it lacks them, gets the peak
-    memory and the CPU use."""
-    values = request.body
-    request.store.execute(
-        "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = coalesce(CASE WHEN"
-        " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END, avg_cpu_percent)"
-        " WHERE job_id = ? AND run_id = ? AND attempt_id = ? AND peak_memory_bytes IS NULL",
-        [values.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id", "run_id",
-                                       "attempt_id")])
-    return create_record(request, KINDS["slurm_stats"])
-
-
 def list_slurm_stats(request):
     """What Slurm's accounting says of attempts; a limit that is too large is cut."""
     return {**list_records(request, kind=KINDS["slurm_stats"]), "max_limit": request.page.limit}
@@ -6364,9 +6385,7 @@ def claim_action_request(request, workflow_id, action_id):
     claim_action(request.store, workflow_id, action_id, node_id, request.now)
     answer = {"success": True, "action_id": action_id}
     if node_id and request.body.get("tokens") and request.access.gate and request.user:
-        answer["token"] = give_token(request.store, request.user,
-                                     "INSERT INTO action_token VALUES (?, ?, ?)",
-                                     (action_id, node_id))
+        answer["token"] = give_token(request.store, request.user, action=(action_id, node_id))
     return answer
 
 
@@ -6499,17 +6518,15 @@ def shared(request, workflow_id, group_id):
     fetch(request.store, GROUP, group_id)
     if request.user != owner:
         require_admin(request, group_id)
-    row = request.store.one("SELECT created_at FROM workflow_access_group WHERE workflow_id = ?"
-                            " AND group_id = ?", (workflow_id, group_id))
-    return row and {"workflow_id": workflow_id, "group_id": group_id, "created_at": row[0]}
+    since = shared_since(request.store, workflow_id, group_id)
+    return since and {"workflow_id": workflow_id, "group_id": group_id, "created_at": since}
 
 
 def share_workflow(request, workflow_id, group_id):
     """Let a group use a workflow. Upstream: add_workflow_to_group."""
     if shared(request, workflow_id, group_id):
         raise Conflict(f"workflow {workflow_id} is shared with group {group_id} already")
-    request.store.insert("INSERT INTO workflow_access_group (workflow_id, group_id) VALUES (?, ?)",
-                         (workflow_id, group_id))
+    share(request.store, workflow_id, group_id)
     return shared(request, workflow_id, group_id)
 
 
@@ -6518,8 +6535,7 @@ def unshare_workflow(request, workflow_id, group_id):
     link = shared(request, workflow_id, group_id)
     if not link:
         raise NotFound(f"workflow {workflow_id} is not shared with group {group_id}")
-    request.store.execute("DELETE FROM workflow_access_group WHERE workflow_id = ? AND group_id ="
-                          " ?", (workflow_id, group_id))
+    unshare(request.store, workflow_id, group_id)
     return link
 
 
@@ -6661,10 +6677,10 @@ ROUTES = (
           "only bool = false, dry_run bool = false", "jobs parts:rerun required"),
     route("POST /workflows/<workflow>/initialize_jobs", initialize,
           "only_uninitialized bool = false, clear_ephemeral_user_data bool = false"),
-    route("POST /workflows/<workflow>/process_changed_job_inputs", process_changed_job_inputs,
-          "dry_run bool = false"),
-    route("GET /workflows/<workflow>/is_complete", is_workflow_complete),
-    route("GET /workflows/<workflow>/is_uninitialized", is_workflow_uninitialized),
+    route("POST /workflows/<workflow>/process_changed_job_inputs",
+          calls(process_changed_job_inputs), "dry_run bool = false"),
+    route("GET /workflows/<workflow>/is_complete", calls(is_workflow_complete)),
+    route("GET /workflows/<workflow>/is_uninitialized", calls(is_workflow_uninitialized)),
     route("POST /workflows/<workflow>/claim_next_jobs", claim_next_jobs, "limit int = 10",
           who=PERSON),
     route("POST /workflows/<workflow>/claim_jobs_based_on_resources/<limit:int>",
@@ -6672,14 +6688,14 @@ ROUTES = (
           "id int, num_cpus int required, memory_gb float required, num_gpus int required,"
           " num_nodes int required, time_limit duration, scheduler_config_id int",
           PERSON),
-    route("GET /workflows/<workflow>/job_ids", list_job_ids),
-    route("GET /workflows/<workflow>/job_dependencies", list_job_dependencies, CUT_PAGE),
-    route("GET /workflows/<workflow>/job_file_relationships", relations_of("file"), CUT_PAGE),
-    route("GET /workflows/<workflow>/job_user_data_relationships", relations_of("user_data"),
-          CUT_PAGE),
-    route("GET /workflows/<workflow>/required_existing_files", required_existing_files),
-    route("GET /workflows/<workflow>/missing_user_data", missing_user_data),
-    route("GET /workflows/<workflow>/ready_job_requirements", ready_job_requirements),
+    route("GET /workflows/<workflow>/job_ids", calls(list_job_ids)),
+    *(route(f"GET /workflows/<workflow>/{name}",
+            functools.partial(list_relationships, what=what), CUT_PAGE)
+      for name, what in (("job_dependencies", "job"), ("job_file_relationships", "file"),
+                         ("job_user_data_relationships", "user_data"))),
+    route("GET /workflows/<workflow>/required_existing_files", calls(required_existing_files)),
+    route("GET /workflows/<workflow>/missing_user_data", calls(missing_user_data)),
+    route("GET /workflows/<workflow>/ready_job_requirements", calls(ready_job_requirements)),
     route("GET /workflows/<workflow>/failure_handlers",
           functools.partial(list_records, kind=KINDS["failure_handler"]), (*PAGE, *AFTER_ID)),
     route("POST /workflows/<workflow>/actions", create_action,
@@ -6709,7 +6725,7 @@ ROUTES = (
           "max_retries int required"),
     route("POST /jobs/<job>/stop", calls(stop_job, show=show_job), "status status required"),
     route("POST /jobs/<job>/rerun", rerun_job_request, "only bool = false"),
-    route("GET /jobs/<job>/why", why_request),
+    route("GET /jobs/<job>/why", calls(why_answer)),
     route("POST /resource_requirements", create_resource_requirements,
           body="resource_requirements"),
     route("PUT /resource_requirements/<resource_requirements>", update_resource_requirements,
@@ -6725,10 +6741,10 @@ ROUTES = (
     route("POST /compute_nodes/<compute_node>/release", release_compute_node,
           'status status, return_code int = 1, kind str = "released", reason str = "", step int',
           who=PERSON),
-    route("POST /scheduled_compute_nodes", create_scheduled_node,
+    route("POST /scheduled_compute_nodes", calls(add_scheduled_node, "body"),
           "once bool = false, action_id int", "scheduled_compute_node"),
     route("GET /slurm_stats", list_slurm_stats, listed("slurm_stats", page=CUT_PAGE)),
-    route("POST /slurm_stats", create_slurm_stats, body="slurm_stats"),
+    route("POST /slurm_stats", calls(add_slurm_stats, "body"), body="slurm_stats"),
     route("POST /admin/reload-auth", reload_auth, who=ITSELF),
     route("POST /access_groups", create_access_group, body=GROUP.fields, who=ITSELF),
     route("GET /access_groups", list_access_groups, PAGE, who=ITSELF),
@@ -6812,14 +6828,8 @@ def run(endpoint, values, request):
         raise Forbidden(f"{request.subject} may not create workflows here: give a user name and "
                         "password (TORC_USERNAME, TORC_PASSWORD)")
     if endpoint.who in ("", PERSON):
-        table = endpoint.types[0] if endpoint.types else ""
-        if table in KINDS and table != "workflow":
-            row = request.store.one(f"SELECT workflow_id FROM {table} WHERE id = ?", values[:1])
-            if not row:
-                raise not_found(KINDS[table], values[0])
-            workflow_ids = row
-        elif table:
-            workflow_ids = values[:1]
+        if endpoint.types:
+            workflow_ids = [workflow_of(request.store, KINDS[endpoint.types[0]], values[0])]
         else:                             # every workflow that is named, whichever is used
             workflow_ids = {named["workflow_id"] for named in (request.query, request.body or {})
                             if "workflow_id" in named}
@@ -6832,15 +6842,22 @@ def run(endpoint, values, request):
     return endpoint.function(request, *values)
 
 
+def may_use(request, workflow_id):
+    """Whether the caller may use a workflow: as its owner, in a group, or as an admin."""
+    store, user = request.store, request.user
+    return not request.access.enforced or has_access(store, workflow_id, user) or is_admin(
+        store, user)
+
+
 def admitted(request, workflow_id):
     """The request, of a workflow that exists and that the caller may use. Raises NotFound,
     Forbidden."""
     if request.only not in (None, workflow_id):
         raise Forbidden(f"the token of a job is good for workflow {request.only} alone")
-    if not request.store.one("SELECT 1 FROM workflow WHERE id = ?", (workflow_id,)):
-        raise not_found(KINDS["workflow"], workflow_id)
-    if request.access.enforced:
-        require_access(request.store, workflow_id, request.user)
+    workflow_row(request.store, workflow_id, "id")
+    if not may_use(request, workflow_id):
+        raise Forbidden(f"{request.user or 'anonymous'} may not use workflow {workflow_id}: its "
+                        "owner can share it with a group (torc access-groups add-workflow)")
     return request._replace(workflow_id=workflow_id)
 
 
@@ -6851,26 +6868,24 @@ def check_references(request, wanted, records):
     scheduler need not exist.
     """
     for field in wanted:
-        if not field.refers or field.refers == "workflow":
+        if field.refers in ("", "workflow"):
             continue
-        ids = {one for record in records if record.get(field.name) is not None for one in (
-            record[field.name] if isinstance(record[field.name], list) else [record[field.name]])}
-        found = ids and request.store.query(
-            f"SELECT v.value, t.workflow_id FROM json_each(?) v LEFT JOIN {field.refers} t ON t.id"
-            " = v.value WHERE t.workflow_id IS NOT ?", (compact(list(ids)), request.workflow_id))
-        for record_id, owner in found or ():
+        ids = set()
+        for record in records:
+            value = record.get(field.name)
+            ids.update(value if isinstance(value, list) else [value])
+        for record_id, owner in outsiders(request.store, field.refers, ids - {None},
+                                          request.workflow_id):
             what = f"{field.name}: {KINDS[field.refers].name} {record_id}"
-            if owner is None:
-                if field.refers == "slurm_scheduler" or field.refers == (
-                        "failure_handler") and not record_id:
+            if owner is not None:
+                if field.refers == "compute_node" and request.only is None and may_use(
+                        request, owner):
                     continue
+                raise Invalid(f"{what} belongs to workflow {owner}, not to workflow "
+                              f"{request.workflow_id}")
+            if field.refers != "slurm_scheduler" and (field.refers != "failure_handler"
+                                                      or record_id):
                 raise Invalid(f"{what} does not exist")
-            if field.refers == "compute_node" and request.only is None and (
-                    not request.access.enforced or is_admin(request.store, request.user)
-                    or has_access(request.store, owner, request.user)):
-                continue
-            raise Invalid(f"{what} belongs to workflow {owner}, not to workflow "
-                          f"{request.workflow_id}")
 
 
 # ==================================================================================================
