@@ -5769,7 +5769,34 @@ class Request(NamedTuple):
 
 PAGE = fields("offset int = 0, limit limit = 100000, sort_by str, reverse_sort bool = false")
 CUT_PAGE = tuple(field._replace(type="int") if field.name == "limit" else field for field in PAGE)
-BOOLS = {"true": True, "false": False}
+WORDS = {"bool": {"true": True, "false": False}, "status": STATUS_OF_NAME,
+         "managed": STATUS_OF_NAME}
+WHOLE = int, r"[-+]?\d{1,18}"
+NUMBERS = {"int": WHOLE, "limit": WHOLE, "float": (float, r"-?\d{1,16}(\.\d+)?")}
+
+
+def read_word(kind, text, place):
+    """A value that is written in a path or query. Raises BadRequest, Invalid.
+
+    place: what is wrong if it is not of its type.
+    """
+    try:
+        if not is_string(text):
+            raise ValueError
+        if kind == "managed" and STATUS_OF_NAME[text] in COMPLETE_SET:   # upstream's first check
+            raise Invalid(f"status {text} is set by complete_job only")
+        if kind == "limit" and len(text) < 9 and int(text) > MAX_LIMIT:
+            raise ValueError
+        if kind in NUMBERS:
+            number, pattern = NUMBERS[kind]
+            if not re.fullmatch(pattern, text):
+                raise ValueError
+            return number(text)
+        if kind == "statuses":            # one, or several with commas
+            return compact([STATUS_OF_NAME[one] for one in text.split(",")])
+        return WORDS[kind][text] if kind in WORDS else text
+    except (ValueError, KeyError):
+        raise BadRequest(f"{place} is not {TYPES[kind][1]}") from None
 
 
 def read_query(wanted, query):
@@ -5788,32 +5815,9 @@ def read_query(wanted, query):
             continue
         if len(given) > 1 and field.type != "strs":
             raise BadRequest(f"query parameter {field.name} is given {len(given)} times")
-        text = given[0]
-        try:
-            values[field.spec or field.name] = given if field.type == "strs" else read_word(
-                field.type, text)
-        except (ValueError, KeyError):
-            raise BadRequest(f"query parameter {field.name}={text!r:.80} is not "
-                             f"{TYPES[field.type][1]}") from None
+        values[field.spec or field.name] = given if field.type == "strs" else read_word(
+            field.type, given[0], f"query parameter {field.name}={given[0]!r:.80}")
     return values
-
-
-def read_word(kind, text):
-    """A value that is written in a path or query. Raises ValueError, KeyError."""
-    if not is_string(text):
-        raise ValueError
-    if kind == "managed" and STATUS_OF_NAME[text] in COMPLETE_SET:       # upstream's first check
-        raise Invalid(f"status {text} is set by complete_job only")
-    if kind == "limit" and len(text) < 9 and int(text) > MAX_LIMIT:
-        raise ValueError
-    if kind in ("int", "limit"):
-        return int(text) if re.fullmatch(r"[-+]?\d{1,18}", text) else int("")
-    if kind == "float":
-        return float(text) if re.fullmatch(r"-?\d{1,16}(\.\d+)?", text) else int("")
-    if kind == "statuses":                # one, or several with commas
-        return compact([STATUS_OF_NAME[one] for one in text.split(",")])
-    known = {"bool": BOOLS, "status": STATUS_OF_NAME, "managed": STATUS_OF_NAME}
-    return known[kind][text] if kind != "str" else text
 
 
 def check_body(body, wanted, partial=False):
@@ -6799,13 +6803,8 @@ def find_endpoint(method, path):
 
 def call_endpoint(endpoint, texts, request):
     """Run an operation: read what it declares, check existence, access and references, call it."""
-    values = []
-    for kind, text in zip(endpoint.types, texts):
-        try:
-            values.append(read_word("int" if kind in KINDS else kind, text))
-        except (ValueError, KeyError):
-            raise BadRequest(f"{text!r:.80} in the path is not "
-                             f"{TYPES['int' if kind in KINDS else kind][1]}") from None
+    values = [read_word("int" if kind in KINDS else kind, text, f"{text!r:.80} in the path")
+              for kind, text in zip(endpoint.types, texts)]
     body = request.body
     if endpoint.body is ANY:
         check_body({"value": body}, ANY)
