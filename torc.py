@@ -5915,15 +5915,16 @@ def create_workflow(request, values=None):
     return {**values, "id": workflow_id, "status_id": workflow_id, "timestamp": timestamp}
 
 
-def show_workflow(store, workflow_id):
-    """A workflow as clients see it."""
-    return {**fetch(store, KINDS["workflow"], workflow_id), "status_id": workflow_id}
+def seen_workflows(request, records):
+    """Workflows as clients see them; include_counts adds how far each is (ours)."""
+    far = progress(request.store, [one["id"] for one in records]) \
+        if request.query.get("include_counts") else {}
+    return [{**one, "status_id": one["id"], **far.get(one["id"], {})} for one in records]
 
 
 def get_workflow(request, workflow_id):
-    """One workflow; include_counts adds how far it is (ours)."""
-    more = request.query["include_counts"] and progress(request.store, [workflow_id])[workflow_id]
-    return {**show_workflow(request.store, workflow_id), **(more or {})}
+    """One workflow."""
+    return seen_workflows(request, [fetch(request.store, KINDS["workflow"], workflow_id)])[0]
 
 
 def list_workflows(request):
@@ -5940,11 +5941,7 @@ def list_workflows(request):
     if request.access.enforced and not is_admin(request.store, request.user):
         wanted["usable_by"] = request.user
     answer = listing(request.store, KINDS["workflow"], request.page, wanted)
-    far = progress(request.store, [one["id"] for one in answer["items"]]) \
-        if request.query["include_counts"] else {}
-    for workflow in answer["items"]:
-        workflow.update(status_id=workflow["id"], **far.get(workflow["id"], {}))
-    return answer
+    return {**answer, "items": seen_workflows(request, answer["items"])}
 
 
 def update_workflow(request, workflow_id):
@@ -5954,12 +5951,12 @@ def update_workflow(request, workflow_id):
         require_admin(request)            # a group that shares a workflow cannot take it over
     change(request.store, KINDS["workflow"], workflow_id, request.body)
     request.store.news(workflow_id)
-    return show_workflow(request.store, workflow_id)
+    return get_workflow(request, workflow_id)
 
 
 def delete_workflow(request, workflow_id):
     """Delete a workflow and everything below it."""
-    record = show_workflow(request.store, workflow_id)
+    record = get_workflow(request, workflow_id)
     remove_workflow(request.store, workflow_id)
     return record
 
@@ -6264,14 +6261,12 @@ def update_resource_requirements(request, record_id):
     """Change resource requirements and keep an event about it."""
     store, kind = request.store, KINDS["resource_requirements"]
     old = fetch(store, kind, record_id)
-    change(store, kind, record_id, request.body)
-    new = fetch(store, kind, record_id)
+    new = update_record(request, record_id, kind)
     if new != old:
         shown = {name: value for name, value in new.items() if name not in ("id", "workflow_id")}
         store_event(store, old["workflow_id"], request.now, {
             "category": "user_action", "action": "update_resource_requirements",
             "user": request.subject, "resource_requirements_id": record_id, **shown})
-        store.news(old["workflow_id"])
     return new
 
 
@@ -6314,9 +6309,9 @@ def update_event(request, event_id):
 
 def create_compute_node(request):
     """Store a compute node; the answer echoes the request with the new id."""
-    node_id, = add_many(request.store, KINDS["compute_node"], [request.body])
-    tell_node(request.store, node_id, started=True)
-    return {**request.body, "id": node_id}
+    made = create_record(request, KINDS["compute_node"])
+    tell_node(request.store, made["id"], started=True)
+    return made
 
 
 def update_compute_node(request, node_id):
@@ -6393,17 +6388,11 @@ def claim_action_request(request, workflow_id, action_id):
     return answer
 
 
-def unclaim_action_request(request, workflow_id, action_id):
-    """An action that was claimed could not be carried out: it will be pending again (ours)."""
+def leave_action_request(request, workflow_id, action_id, done):
+    """An action that was claimed has been carried out; done=False: could not be, and will be
+    pending again (ours)."""
     leave_action(request.store, workflow_id, action_id, request.query.get("compute_node_id"),
-                 request.now, done=False)
-    return {"success": True, "action_id": action_id}
-
-
-def finish_action_request(request, workflow_id, action_id):
-    """An action that was claimed has been carried out (ours)."""
-    leave_action(request.store, workflow_id, action_id, request.query.get("compute_node_id"),
-                 request.now, done=True)
+                 request.now, done)
     return {"success": True, "action_id": action_id}
 
 
@@ -6693,10 +6682,12 @@ ROUTES = (
           " num_nodes int required, time_limit duration, scheduler_config_id int",
           PERSON),
     route("GET /workflows/<workflow>/job_ids", calls(list_job_ids)),
-    *(route(f"GET /workflows/<workflow>/{name}",
-            functools.partial(list_relationships, what=what), CUT_PAGE)
-      for name, what in (("job_dependencies", "job"), ("job_file_relationships", "file"),
-                         ("job_user_data_relationships", "user_data"))),
+    route("GET /workflows/<workflow>/job_dependencies",
+          functools.partial(list_relationships, what="job"), CUT_PAGE),
+    route("GET /workflows/<workflow>/job_file_relationships",
+          functools.partial(list_relationships, what="file"), CUT_PAGE),
+    route("GET /workflows/<workflow>/job_user_data_relationships",
+          functools.partial(list_relationships, what="user_data"), CUT_PAGE),
     route("GET /workflows/<workflow>/required_existing_files", calls(required_existing_files)),
     route("GET /workflows/<workflow>/missing_user_data", calls(missing_user_data)),
     route("GET /workflows/<workflow>/ready_job_requirements", calls(ready_job_requirements)),
@@ -6709,10 +6700,10 @@ ROUTES = (
           "trigger_type strs, waiting bool = false"),
     route("POST /workflows/<workflow>/actions/<action:int>/claim", claim_action_request,
           body="compute_node_id int > compute_node, tokens bool", who=PERSON),
-    route("DELETE /workflows/<workflow>/actions/<action:int>/claim", unclaim_action_request,
-          "compute_node_id int", who=PERSON),
-    route("PUT /workflows/<workflow>/actions/<action:int>/claim", finish_action_request,
-          "compute_node_id int", who=PERSON),
+    route("DELETE /workflows/<workflow>/actions/<action:int>/claim",
+          functools.partial(leave_action_request, done=False), "compute_node_id int", who=PERSON),
+    route("PUT /workflows/<workflow>/actions/<action:int>/claim",
+          functools.partial(leave_action_request, done=True), "compute_node_id int", who=PERSON),
     route("POST /jobs", create_job, body="job"),
     route("POST /bulk_jobs", create_bulk_jobs, body="jobs parts:job required", who=ITSELF),
     route("GET /jobs", list_jobs,
