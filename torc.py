@@ -5472,12 +5472,13 @@ class Verdict(NamedTuple):
 NOBODY = Verdict("nobody")
 
 
-class Guess:
+class Guess(NamedTuple):
     """Credentials that wait for their hash to be computed."""
 
-    def __init__(self, user, hashed, password):
-        self.user, self.hashed, self.password = user, hashed, password
-        self.callbacks = []
+    user: str
+    hashed: str
+    password: str
+    callbacks: list
 
 
 class Gate:
@@ -5601,7 +5602,7 @@ class Gate:
             waiting = sum(map(len, self.lanes.get((address, user), ())))
             if not guess and hashed is not None and waiting < LANE_QUEUE and (
                     len(self.attempts) < HASH_QUEUE):
-                guess = self.attempts[digest] = Guess(user, hashed, password)
+                guess = self.attempts[digest] = Guess(user, hashed, password, [])
                 lane = self.lanes.setdefault((address, user), (collections.deque(),
                                                                collections.deque()))
                 lane[bool(liar)].append((digest, address))
@@ -5711,11 +5712,11 @@ def has_access(store, workflow_id, user):
         (workflow_id, user, user))[0] == 1
 
 
-def shared_since(store, workflow_id, group_id):
-    """When a workflow was shared with a group, or None."""
+def shared_link(store, workflow_id, group_id):
+    """What shares a workflow with a group, as clients see it, or None."""
     row = store.one("SELECT created_at FROM workflow_access_group WHERE workflow_id = ? AND"
                     " group_id = ?", (workflow_id, group_id))
-    return row and row[0]
+    return row and {"workflow_id": workflow_id, "group_id": group_id, "created_at": row[0]}
 
 
 def share(store, workflow_id, group_id):
@@ -5763,8 +5764,8 @@ class Request(NamedTuple):
     @property
     def page(self):
         """The Page that the query asks for."""
-        page = Page(*(self.query.get(field.name, field.default) for field in PAGE))
-        return page._replace(limit=min(page.limit, MAX_LIMIT))
+        return Page(self.query["offset"], min(self.query["limit"], MAX_LIMIT),
+                    self.query.get("sort_by"), self.query["reverse_sort"])
 
 
 PAGE = fields("offset int = 0, limit limit = 100000, sort_by str, reverse_sort bool = false")
@@ -5900,8 +5901,7 @@ def server_info(request):
 
 # ---- workflows
 
-DEFAULT_REQUIREMENTS = {"name": "default", "num_cpus": 1, "num_gpus": 0, "num_nodes": 1,
-                        "memory": "1m", "runtime": "P0DT1M"}
+DEFAULT_REQUIREMENTS = {"name": "default", "runtime": "P0DT1M"}      # and the kind's defaults
 
 
 def create_workflow(request, values=None):
@@ -6372,12 +6372,6 @@ def create_action(request, workflow_id):
     return {**action, "workflow_id": workflow_id, "id": action_id}
 
 
-def get_pending_actions(request, workflow_id):
-    """Actions that are triggered and not executed; trigger_type may be repeated."""
-    return actions(request.store, workflow_id, True, request.query.get("trigger_type", ()),
-                   request.query["waiting"])
-
-
 def claim_action_request(request, workflow_id, action_id):
     """Take an action; the loser of a race gets Conflict."""
     node_id = request.body.get("compute_node_id")
@@ -6511,8 +6505,7 @@ def shared(request, workflow_id, group_id):
     fetch(request.store, GROUP, group_id)
     if request.user != owner:
         require_admin(request, group_id)
-    since = shared_since(request.store, workflow_id, group_id)
-    return since and {"workflow_id": workflow_id, "group_id": group_id, "created_at": since}
+    return shared_link(request.store, workflow_id, group_id)
 
 
 def share_workflow(request, workflow_id, group_id):
@@ -6696,8 +6689,9 @@ ROUTES = (
     route("POST /workflows/<workflow>/actions", create_action,
           body=tuple(PARTS["new_action"].values())),
     route("GET /workflows/<workflow>/actions", calls(actions)),
-    route("GET /workflows/<workflow>/actions/pending", get_pending_actions,
-          "trigger_type strs, waiting bool = false"),
+    route("GET /workflows/<workflow>/actions/pending",
+          calls(functools.partial(actions, pending=True)),
+          "trigger_type strs as triggers, waiting bool = false"),
     route("POST /workflows/<workflow>/actions/<action:int>/claim", claim_action_request,
           body="compute_node_id int > compute_node, tokens bool", who=PERSON),
     route("DELETE /workflows/<workflow>/actions/<action:int>/claim",
