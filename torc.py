@@ -5769,7 +5769,8 @@ class Request(NamedTuple):
 
 
 PAGE = fields("offset int = 0, limit limit = 100000, sort_by str, reverse_sort bool = false")
-CUT_PAGE = tuple(field._replace(type="int") if field.name == "limit" else field for field in PAGE)
+# A limit that is too large is cut here, as upstream.
+CUT_PAGE = fields("offset int = 0, limit int = 100000, sort_by str, reverse_sort bool = false")
 WORDS = {"bool": {"true": True, "false": False}, "status": STATUS_OF_NAME,
          "managed": STATUS_OF_NAME}
 WHOLE = int, r"[-+]?\d{1,18}"
@@ -6553,8 +6554,10 @@ def reload_auth(request):
 
 ANYONE, SOMEBODY, ITSELF = "anyone", "anyone with a name", "whom the operation lets"
 PERSON = "whoever may use the workflow, but none of its jobs"
+NAMED = "whoever may use the workflow that the operation finds"
 ANY = fields("value any")                 # a body of any JSON
-OF_WORKFLOW, AFTER_ID = fields("workflow_id int required"), fields("after_id int")
+OF_WORKFLOW = fields("workflow_id int required")
+AFTER_ID = fields("after_id int")
 
 
 class Endpoint(NamedTuple):
@@ -6699,7 +6702,7 @@ ROUTES = (
     route("PUT /workflows/<workflow>/actions/<action:int>/claim",
           functools.partial(leave_action_request, done=True), "compute_node_id int", who=PERSON),
     route("POST /jobs", create_job, body="job"),
-    route("POST /bulk_jobs", create_bulk_jobs, body="jobs parts:job required", who=ITSELF),
+    route("POST /bulk_jobs", create_bulk_jobs, body="jobs parts:job required", who=NAMED),
     route("GET /jobs", list_jobs,
           listed("job", "include_relationships bool = false, include_results bool = false,"
                  " search str, family str")),
@@ -6804,8 +6807,7 @@ def call_endpoint(endpoint, texts, request):
 
 def run(endpoint, values, request):
     """Check existence, access and references, and call the operation."""
-    if request.only is not None and endpoint.who not in ("", ANYONE) and (
-            endpoint.function is not create_bulk_jobs):      # which asks for itself
+    if request.only is not None and endpoint.who not in ("", ANYONE, NAMED):
         raise Forbidden("this is not for jobs: they have a token of their own as password, good for"
                         f" workflow {request.only} and neither to share, cancel, claim nor delete")
     if endpoint.who == SOMEBODY and request.access.enforced and not request.user:
