@@ -3862,18 +3862,18 @@ def add_scheduled_node(store, values, once, action_id=None):
     if row:
         store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE id ="
                       " ?", (values.get("cluster"), row[0]))
-    made = fetch(store, kind, row[0]) if row else {
-        **values, "id": add_many(store, kind, [values])[0]}
-    if store.execute("UPDATE scheduled_compute_node SET action_id = ? WHERE id = ? AND action_id IS"
-                     " NULL AND ? IS NOT NULL", (action_id, made["id"], action_id)):
+        made = fetch(store, kind, row[0])
+    else:
+        made = {**values, "id": add_many(store, kind, [values])[0]}
+        store.tell(values["workflow_id"], "scheduler_node_created", "info", {
+            "category": "scheduler", "scheduled_compute_node_id": made["id"],
+            **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
+                                               "scheduler_type", "status")}})
+    if action_id is not None and store.execute(
+            "UPDATE scheduled_compute_node SET action_id = ? WHERE id = ? AND action_id IS NULL",
+            (action_id, made["id"])):
         store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
                       " workflow_id = ?", (action_id, values["workflow_id"]))
-    if row:
-        return made
-    store.tell(values["workflow_id"], "scheduler_node_created", "info", {
-        "category": "scheduler", "scheduled_compute_node_id": made["id"],
-        **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
-                                           "scheduler_type", "status")}})
     return made
 
 
