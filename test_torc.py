@@ -4969,7 +4969,7 @@ def test_a_recovery_script_that_this_machine_cannot_start_is_tried_again(tmp_pat
             raise BlockingIOError
         return 0
     runner._run_script = script
-    child = torc.Child({}, None, [], {}, [])
+    child = torc.Child({}, None)
     child.files, child.environment = torc.Stdio(str(tmp_path), 1, (1, 1, 1), "none"), {}
     runner._recover(child, {"return_code": 1}, {"recovery_script": "x"})
     assert calls == ["tries", "rests", "tries", True]

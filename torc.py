@@ -7993,12 +7993,13 @@ class Need(NamedTuple):
     memory: int                           # bytes
     gpus: int
     nodes: int
+    name: str = ""                        # of the resource requirements
 
 
 def read_need(record):
     """The Need of a record of resource requirements."""
     return Need(record["num_cpus"], parse_memory(record["memory"]), record["num_gpus"],
-                record["num_nodes"])
+                record["num_nodes"], record["name"])
 
 
 class Room:
@@ -8068,14 +8069,15 @@ JOB_FAULTS = {errno.E2BIG}                # what execve(2) says of a command; al
 
 
 class Child:
-    """A job that has been started here: its process and what is known of it."""
+    """A claimed job, until its completion is handed in: its process and what is known of it."""
 
-    def __init__(self, job, need, places, stdio, gpus):
+    def __init__(self, job, need, give_back_at=math.inf):
         self.job = job
         self.need = need                  # its Need,
-        self.places = places              # and the nodes it has
-        self.stdio = stdio                # {"mode", "delete_on_success"}
-        self.gpus = gpus
+        self.give_back_at = give_back_at  # monotonic time, if it is not started by then
+        self.places = None                # the nodes it has
+        self.gpus = []
+        self.stdio = None                 # {"mode", "delete_on_success"}
         self.step = None                  # name of its step of srun, if it is one
         self.environment = None           # for a recovery script
         self.script = None                # path of a command too long for an argument
@@ -8083,8 +8085,8 @@ class Child:
         self.start = 0                    # its number in the journal
         self.started = 0.0                # time.monotonic(),
         self.ended = None                 # and seconds since the epoch
-        self.verdict = None               # why we end it: stop, timeout, oom, interrupt
-        self.status = None                # for stop: the status the server wants
+        self.verdict = None               # why we end it: timeout, oom, interrupt, or the status
+                                          # that the server wants: canceled, terminated
         self.kill_at = None               # monotonic time of SIGKILL
         self.note = ""                    # for the tail of its stderr
         self.figures = {}                 # for its result, from Slurm's accounting
@@ -8098,6 +8100,11 @@ class Child:
         """(job, run, attempt)."""
         return self.job["id"], self.job["run_id"], self.job["attempt_id"]
 
+    @property
+    def attempt(self):
+        """(job, attempt): what the server calls it by."""
+        return self.job["id"], self.job["attempt_id"]
+
 
 def tail_of(path):
     """The last bytes of a file as text."""
@@ -8108,6 +8115,11 @@ def tail_of(path):
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
+
+
+def attempts(children):
+    """Children as a step's `starts` and `returns` name them."""
+    return [dict(zip(("job_id", "attempt_id"), child.attempt)) for child in children]
 
 
 class Stdio:
@@ -8399,48 +8411,33 @@ class Starting:
 
     def _launch(self):
         """Start the queued jobs that fit."""
-        if not self.queue or time.monotonic() < self.retry_at:
-            return
-        with self.lock:
-            ready, kept = [], []
-            while self.queue and not self.draining:
-                job, claimed = self.queue.popleft()
-                places = self.room.place(self.need(job))
-                if places is not None:
-                    ready.append((job, places))
-                    self.ending[self._key(job)] = job      # held until it is a child
-                else:
-                    kept.append((job, claimed))
-                    if job.get("prefetched"):
-                        break             # those behind it need as much
-            self.queue.extendleft(reversed(kept))
-        for job, places in ready:
-            if not self.draining:
-                self._spawn(job, places)
-                continue
-            with self.lock:               # meanwhile it was decided to end
-                self.room.leave(self.need(job), places)
-                self.ending.pop(self._key(job), None)
-                self.returns.append(job)
+        while time.monotonic() >= self.retry_at:
+            with self.lock:
+                child = self._next()
+            if not child:
+                return
+            self._spawn(child)
 
-    @staticmethod
-    def _key(job):
-        return job["id"], job["run_id"], job["attempt_id"]
+    def _next(self):
+        """Under the lock: the first queued job that there is room for; it leaves the queue."""
+        for child in self.queue:
+            child.places = self.room.place(child.need)
+            if child.places is not None:
+                self.queue.remove(child)
+                return child
+            if child.job.get("prefetched"):
+                return None               # those behind it need as much
+        return None
 
-    def need(self, job):
-        """The Need of a job."""
-        return self.needs[job["resource_requirements_id"]]["need"]
-
-    def _spawn(self, job, places):
-        """Start a job's process; a failure to start it is a failure of the job."""
-        stdio = {**self.limits.stdio, **json.loads(job.get("stdio") or "{}")}
-        need = self.need(job)
-        gpus = [self.free_gpus.pop(0) for _ in range(min(need.gpus, len(self.free_gpus)))]
-        child = Child(job, need, places, stdio, gpus)
+    def _spawn(self, child):
+        """Start a job's process."""
+        job, need = child.job, child.need
+        child.stdio = {**self.limits.stdio, **json.loads(job.get("stdio") or "{}")}
+        child.files = Stdio(self.directory, self.workflow_id, child.key, child.stdio["mode"])
+        child.gpus = self.free_gpus[:need.gpus]
+        del self.free_gpus[:need.gpus]
         self.last_kind = job["resource_requirements_id"]
-        child.files = Stdio(self.directory, self.workflow_id, child.key, stdio["mode"])
-        record = self.needs[job["resource_requirements_id"]]
-        if self.limits.limit_resources and self.limits.monitor and record["name"] != "default":
+        if self.limits.limit_resources and self.limits.monitor and need.name != "default":
             child.limit = need.memory
         self.number += 1
         child.start = self.number
@@ -8463,8 +8460,7 @@ class Starting:
         self.journal.add({"pid": [child.pid, round(time.clock_gettime(time.CLOCK_BOOTTIME), 2)]})
         with self.lock:
             self.children[child.pid] = child
-            self.ending.pop(child.key, None)
-            self.starts.append({"job_id": job["id"], "attempt_id": job["attempt_id"]})
+            self.starts.append(child)
             if len(self.starts) == 1:
                 self.talk.notify_all()    # so that it is told soon, if the job lasts
 
@@ -8481,10 +8477,7 @@ class Starting:
         self._give_back(child)
         self.journal.add({"ok": [child.start]})         # it has not been started
         with self.talk:
-            self.ending.pop(child.key, None)
-            self.returns += [child.job, *(job for job, _ in self.queue)]
-            self.queue.clear()
-            self.talk.notify_all()
+            self._return([child, *self.queue])
         if not self.fault:
             self.fault_since = now
             self.say(f"jobs cannot be started here now: {reason}; trying again")
@@ -8596,9 +8589,7 @@ class Stopping:
         """No more starts; what is queued goes back."""
         with self.talk:
             self.draining = True
-            self.returns += [job for job, _ in self.queue]
-            self.queue.clear()
-            self.talk.notify_all()
+            self._return(list(self.queue))
 
     def _end_scripts(self, number):
         """Signal the commands of actions and the recovery scripts that are at work; SIGKILL is to
@@ -8610,12 +8601,12 @@ class Stopping:
                     signal_group(process.pid, number)
         self.wake()
 
-    def _end(self, children, verdict, status=None, lead=None):
+    def _end(self, children, verdict, lead=None):
         """Ask jobs to end; SIGKILL follows after the lead."""
         lead = min(self.limits.sigterm_lead_s, STOP_LEAD_S) if lead is None else lead
         asked = [child for child in children if not child.verdict and not has_exited(child.pid)]
         for child in asked:
-            child.verdict, child.status = verdict, status
+            child.verdict = verdict
             child.kill_at = time.monotonic() + lead
         self._signal(asked, self.limits.termination_signal)
 
@@ -8680,9 +8671,9 @@ class Stopping:
     def out_of_memory(self, child, used):
         """Called by the sampler: a job is over its memory limit."""
         import signal
-        name = self.needs[child.job["resource_requirements_id"]]["name"]
         child.note = (f"torc: killed: used {format_bytes(used)}, the limit is "
-                      f"{format_bytes(child.limit)} (resource requirements \"{name}\")\n")
+                      f"{format_bytes(child.limit)} (resource requirements "
+                      f"\"{child.need.name}\")\n")
         child.verdict = "oom"
         child.kill_at = time.monotonic() + 5
         self._signal([child], signal.SIGKILL)
@@ -8694,7 +8685,7 @@ class Stopping:
         self.say(f"{reason}: ending {len(self.children)} running jobs")
         self._drain()
         self._end_scripts(signal.SIGTERM)
-        while self.children or self.ending or self.acting:
+        while self.held or self.acting:
             self._end(list(self.children.values()), "interrupt")     # one may just have begun
             self.wake()
             with self.talk:
@@ -8752,7 +8743,6 @@ class Reaping:
         self._give_back(child)
         with self.lock:
             del self.children[child.pid]
-            self.ending[child.key] = child.job
         if code != 0 and not child.verdict and self.interrupted_at <= now <= (
                 self.interrupted_at + INTERRUPTED_S):
             child.verdict = "interrupt"
@@ -8783,8 +8773,10 @@ class Reaping:
             status, code = "failed", limits.oom_exit_code
         elif child.verdict == "timeout" and code != 0:
             status, code = "terminated", limits.timeout_exit_code
-        elif child.verdict == "stop" or child.verdict == "interrupt" and code != 0:
-            status = child.status or "terminated"
+        elif child.verdict in ("canceled", "terminated"):
+            status = child.verdict
+        elif child.verdict == "interrupt" and code != 0:
+            status = "terminated"
         elif code == 0 and job.get("output_files"):
             files, missing = self._outputs(job)
             if missing:
@@ -8914,8 +8906,8 @@ class Reaping:
         if threading.current_thread() is not threading.main_thread():
             self.journal.flush()          # the loop does so itself, for all of a round
         with self.talk:
-            self.ending.pop(child.key, None)
-            self.done.append((child.start, done))
+            self.held.discard(child)
+            self.done.append((child, done))
             if len(self.done) == 1:
                 self.done_since = time.monotonic()
             if len(self.done) == 1 or len(self.queue) < ENOUGH_AHEAD:
@@ -8965,12 +8957,10 @@ class Talking:
         import collections
         super().__init__()
         self.talk = threading.Condition(self.lock)   # wakes the talker
-        self.queue = collections.deque()  # (claimed job, when): not started
-        self.ending = {}                  # key: job whose end is being worked out
+        self.held = set()                 # every Child that is here and not reported yet
+        self.queue = collections.deque()  # those not started
         self.starts, self.returns = [], []
-        self.done = []                    # (number of the start, completion that the server has not
-                                          # confirmed)
-        self.needs = {}                   # requirement id: record
+        self.done = []                    # (Child, completion that the server has not confirmed)
         self.news = True                  # worth asking for jobs
         self.situation = {}               # the server's last answer
         self.step = 0
@@ -9008,13 +8998,11 @@ class Talking:
             count = now - counted >= every or not counted
             answer = self._exchange(count)
             counted = now if count else counted
-            if self.interrupted:
-                if self._all_said():
-                    return self._close(128 + self.interrupted)
-                continue
-            if self._busy():
+            if self._busy() or self.news and not self.interrupted:
                 idle_since = None
                 continue
+            if self.interrupted:
+                return self._close(128 + self.interrupted)
             verdict = self._idle(answer, idle_since)
             if verdict is not None:
                 return self._close(128 + self.interrupted if self.interrupted else verdict)
@@ -9023,13 +9011,7 @@ class Talking:
     def _busy(self):
         """Whether anything is held or to be said."""
         with self.lock:
-            return bool(self.queue or self.children or self.ending or self.done or self.returns
-                        or self.news or self.acting)
-
-    def _all_said(self):
-        with self.lock:
-            return not (self.queue or self.children or self.ending or self.done or self.returns
-                        or self.acting)
+            return bool(self.held or self.done or self.returns or self.acting)
 
     def _wait_for_cause(self, idle_since):
         """Sleep until there is something to tell or to ask, or the heartbeat is due."""
@@ -9038,31 +9020,37 @@ class Talking:
         with self.talk:
             while not (self.returns or self.news):
                 now = time.monotonic()
-                due = deadline
+                due = min([deadline, *(child.give_back_at for child in self.queue)])
                 if self.done:             # together with the next ones while there is work here
                     if len(self.queue) < ENOUGH_AHEAD or self.interrupted:
                         break
                     due = min(due, self.done_since + GATHER_S)
-                if self.interrupted and not (self.children or self.ending or self.queue
-                                             or self.acting):
+                if self.interrupted and not (self.held or self.acting):
                     return
                 if self.starts:           # tell about long jobs soon, about short ones never
                     due = min(due, now + 0.2)
-                for job, claimed in self.queue:
-                    if job.get("prefetched"):
-                        due = min(due, claimed + GIVE_BACK_S)
                 if idle_since is not None:
                     due = min(due, idle_since + self._patience_s(), now + 5.0)
                 if due <= now or not self.talk.wait(due - now):
                     break
             now = time.monotonic()
-            late = [entry for entry in self.queue
-                    if entry[0].get("prefetched") and now - entry[1] >= GIVE_BACK_S]
-            for entry in late:
-                self.queue.remove(entry)
-                self.returns.append(entry[0])
+            late = [child for child in self.queue if now >= child.give_back_at]
             if late:
+                self._return(late)
                 self.ends.clear()         # the rate that they were claimed at is no longer true
+
+    def _return(self, children):
+        """Under the lock: these go back to the server, untouched."""
+        self.returns += children
+        self._forget(children)
+        self.talk.notify_all()
+
+    def _forget(self, children):
+        """Under the lock: these are here no longer."""
+        self.held.difference_update(children)
+        for child in self.queue.copy():
+            if child not in self.held:
+                self.queue.remove(child)
 
     def _patience_s(self):
         """How long to wait for new jobs when others may make some."""
@@ -9071,19 +9059,16 @@ class Talking:
     def _exchange(self, count):
         """One step of the conversation, repeated until it is answered."""
         with self.lock:
-            told, starts = list(self.done), list(self.starts)
-            done = [completion for _, completion in told]
-            returns = [{"job_id": job["id"], "attempt_id": job["attempt_id"]}
-                       for job in self.returns]
-            ended = {(item["job_id"], item["attempt_id"]) for item in done}
-            held = [[job["id"], job["attempt_id"]] for job in self._held()]
+            told, starts, returns = list(self.done), list(self.starts), list(self.returns)
+            held = [list(child.attempt) for child in self.held]
             claim = None if self.draining or self.retry_at else self._claim()
             self.news = False
+        ended = {child for child, _ in told}
         self.step += 1
-        body = {"compute_node_id": self.node_id, "step": self.step, "completions": done,
-                "starts": [start for start in starts
-                           if (start["job_id"], start["attempt_id"]) not in ended],
-                "returns": returns, "held": held, "claim": claim, "counts": count,
+        body = {"compute_node_id": self.node_id, "step": self.step,
+                "completions": [completion for _, completion in told],
+                "starts": attempts(child for child in starts if child not in ended),
+                "returns": attempts(returns), "held": held, "claim": claim, "counts": count,
                 **({"tokens": True} if self.tokens else {})}
         answer = self._send(body)
         self._take(answer, told, starts, returns, claim)
@@ -9092,23 +9077,17 @@ class Talking:
     def _beat(self):
         """Tell the server that we are alive, and nothing else."""
         with self.lock:
-            held = [[job["id"], job["attempt_id"]] for job in self._held()]
+            held = [list(child.attempt) for child in self.held]
         self.step += 1
         with contextlib.suppress(TorcError):
             self.client.post(f"/workflows/{self.workflow_id}/runner_step", {
                 "compute_node_id": self.node_id, "step": self.step, "held": held})
             self.lease_at = time.monotonic()
 
-    def _held(self):
-        """Jobs that are here and not reported yet."""
-        yield from (job for job, _ in self.queue)
-        yield from (child.job for child in self.children.values())
-        yield from self.ending.values()
-
     def _claim(self):
         """What this runner could take now, None for nothing."""
         room = self.room.copy()
-        waiting = sum(room.place(self.need(job)) is None for job, _ in self.queue)
+        waiting = sum(room.place(child.need) is None for child in self.queue)
         prefetch = self._prefetch()
         claim = {**self._claim_values(), **({"prefetch": prefetch} if prefetch else {})}
         if room.most:
@@ -9136,13 +9115,13 @@ class Talking:
     def _prefetch(self):
         """As many jobs of the requirement at work here as will end within 100 ms, at most 16."""
         now = time.monotonic()
-        kinds = {job["resource_requirements_id"] for job in self._held()}
+        kinds = {child.job["resource_requirements_id"] for child in self.held}
         if not kinds and self.ends and now - self.ends[-1] < PREFETCH_S:
             kinds = {self.last_kind}      # the last one ended just now
         if len(kinds) != 1 or len(self.ends) < 4:
             return None
         rate = (len(self.ends) - 1) / max(now - self.ends[0], 1e-6)
-        ahead = sum(1 for job, _ in self.queue if job.get("prefetched"))
+        ahead = sum("prefetched" in child.job for child in self.queue)
         number = min(PREFETCH_LIMIT, int(rate * PREFETCH_S)) - ahead
         return {"resource_requirements_id": kinds.pop(), "limit": number} if number > 0 else None
 
@@ -9187,8 +9166,8 @@ class Talking:
         away = now - self.lease_at
         if away > lease:
             with self.lock:
-                self.queue.clear()
-                idle = not (self.children or self.ending or self.scripts)
+                self._forget(list(self.queue))
+                idle = not (self.held or self.scripts)
             if idle:
                 raise Unreachable(f"{error}; it has been away for {format_duration(away)}, as long "
                                   "as the workflow allows: the results wait in the journal")
@@ -9198,46 +9177,44 @@ class Talking:
     def _take(self, answer, told, starts, returns, claim):
         """Take over what an answer brings."""
         now = time.monotonic()
+        needs = {int(key): read_need(record) for key, record in answer["requirements"].items()}
+        claimed = [Child(job, needs[job["resource_requirements_id"]],
+                         now + GIVE_BACK_S if "prefetched" in job else math.inf)
+                   for job in answer["jobs"]]
         with self.lock:
             self.done = self.done[len(told):]
             self.done_since = now         # of those that came meanwhile
             self.starts = self.starts[len(starts):]
             self.returns = self.returns[len(returns):]
-            for key, record in answer["requirements"].items():
-                self.needs[int(key)] = {**record, "need": read_need(record)}
             if self.draining:
-                self.returns += answer["jobs"]
+                self.returns += claimed
             else:
-                self.queue.extend((job, now) for job in answer["jobs"])
+                self.held.update(claimed)
+                self.queue.extend(claimed)
             asked = (claim or {}).get("limit", 0)
             got = sum(1 for job in answer["jobs"] if not job.get("prefetched"))
             if asked and got >= asked and answer["has_ready"]:
                 self.news = True          # there may be more that fits
             self.situation = answer
             self.run_id = answer["run_id"]
-            held = {(child.job["id"], child.job["attempt_id"]): child
-                    for child in self.children.values()}
         if told:
-            self.journal.add({"ok": [number for number, _ in told]})
-        self._stop(answer["stop"], held)
+            self.journal.add({"ok": [child.start for child, _ in told]})
+        self._stop(answer["stop"])
         if answer.get("counts"):
             self.progress.update(answer["counts"])
         if answer["pending_actions"]:
             self._start_actions()
         self.wake()
 
-    def _stop(self, stops, held):
+    def _stop(self, stops):
         """The server wants jobs ended (or has given them to somebody else)."""
-        wanted = {"canceled": set(), "terminated": set()}
-        for stop in stops:
-            wanted["terminated" if stop["status"] == "terminated" else "canceled"].add(
-                (stop["job_id"], stop["attempt_id"]))
-        for status, keys in wanted.items():
-            self._end([held[key] for key in keys & held.keys()], "stop", status)
-        with self.lock:                   # claimed, not started: simply forgotten
-            for entry in list(self.queue):
-                if (entry[0]["id"], entry[0]["attempt_id"]) in set().union(*wanted.values()):
-                    self.queue.remove(entry)
+        wanted = {(stop["job_id"], stop["attempt_id"]): stop["status"] for stop in stops}
+        with self.lock:
+            self._forget([child for child in self.queue if child.attempt in wanted])
+            ending = [child for child in self.children.values() if child.attempt in wanted]
+        terminated = [child for child in ending if wanted[child.attempt] == "terminated"]
+        self._end(terminated, "terminated")
+        self._end([child for child in ending if child not in terminated], "canceled")
 
     def _listener(self):
         """Keep one question open: has anything changed? (a thread)"""
@@ -9531,8 +9508,8 @@ class Leaving:
 class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     """Runs jobs of one initialized workflow on this machine until nothing is left to do.
 
-    Its parts share the jobs: claimed ones in `queue`, processes in `children`, ended ones in
-    `ending` until they are handed in, under one lock. run() must be called in the main thread,
+    Its parts share the jobs, under one lock: all in `held` until they are handed in, those not
+    started in `queue`, those with a process in `children`. run() must be called in the main thread,
     since it receives signals.
     """
 
@@ -9698,7 +9675,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         import signal
         signal.set_wakeup_fd(-1)
         self.ended.set()
-        complete = self.gone or self.code is not None and not self.done and not self.ending
+        complete = self.gone or self.code is not None and not self.done and not self.held
         with contextlib.suppress(OSError):
             os.write(self.guardian_pipe, b"q" if not self.children else b"")
         os.close(self.guardian_pipe)
@@ -10585,10 +10562,9 @@ class SlurmRunner(Runner):
         need = child.need
         if not self.steps or need.nodes > 1:
             return self.bash, words
-        record = self.needs[child.job["resource_requirements_id"]]
         config = json.loads(self.workflow.get("execution_config") or "{}")
         child.step = "wf{}_j{}_r{}_a{}".format(self.workflow_id, *child.key)
-        memory = "0" if record["name"] == "default" else f"{max(1, need.memory >> 20)}M"
+        memory = "0" if need.name == "default" else f"{max(1, need.memory >> 20)}M"
         options = [f"--jobid={self.allocation.job_id}", "--nodes=1", "--ntasks=1", "--exact",
                    "--quiet", f"--job-name={child.step}", f"--cpus-per-task={need.cpus}",
                    f"--mem={memory}"]
