@@ -3573,8 +3573,13 @@ class Ran(NamedTuple):
 
     def output(self, job_id, ending="o", attempt=1):
         """Text of a job's output file."""
-        name = torc.stdio_name(1, job_id, 1, attempt, ending)
+        name = stdio_name(1, job_id, 1, attempt, ending)
         return (self.directory / "torc_output" / name).read_text()
+
+
+def stdio_name(workflow_id, job_id, run_id, attempt_id, ending):
+    """Path of a job's output file below the output directory."""
+    return f"job_stdio/job_wf{workflow_id}_j{job_id}_r{run_id}_a{attempt_id}.{ending}"
 
 
 def write_spec(directory, jobs, **top):
@@ -4085,12 +4090,11 @@ def test_a_limit_of_months_is_no_number_too_large(run):
 
 
 def test_output_files_that_cannot_be_opened_leak_no_descriptor(tmp_path):
-    files = torc.Stdio(str(tmp_path), 1, (1, 1, 1), "separate")
-    os.makedirs(files.paths[1])
+    paths = [str(tmp_path / "o"), str(tmp_path)]
     number = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with pytest.raises(IsADirectoryError):
-            files.open(0)
+        with pytest.raises(IsADirectoryError), torc.opened(paths):
+            pass
     assert len(os.listdir("/proc/self/fd")) == number
 
 
@@ -4970,7 +4974,7 @@ def test_a_recovery_script_that_this_machine_cannot_start_is_tried_again(tmp_pat
         return 0
     runner._run_script = script
     child = torc.Child({}, None)
-    child.files, child.environment = torc.Stdio(str(tmp_path), 1, (1, 1, 1), "none"), {}
+    child.environment = {}
     runner._recover(child, {"return_code": 1}, {"recovery_script": "x"})
     assert calls == ["tries", "rests", "tries", True]
 
@@ -7438,7 +7442,7 @@ def log_hands(api, tmp_path, text):
     node = make_node(api, workflow_id, output_dir=str(tmp_path))
     api.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
     complete(api, ids["a"], workflow_id, node, 1)
-    path = tmp_path / torc.stdio_name(workflow_id, ids["a"], 1, 1, "e")
+    path = tmp_path / stdio_name(workflow_id, ids["a"], 1, 1, "e")
     path.parent.mkdir()
     path.write_text(text)
     hands = Hands(api, tmp_path)
@@ -8318,7 +8322,7 @@ def test_logs_come_from_the_node_that_ran_the_job(cli, local, tmp_path):
     node = make_node(local, workflow_id, output_dir=str(tmp_path / "out"))
     complete(local, ids["a"], workflow_id, node, 1)
     for ending, text in (("o", "to stdout\n"), ("e", "to stderr\n")):
-        path = tmp_path / "out" / torc.stdio_name(workflow_id, ids["a"], 1, 1, ending)
+        path = tmp_path / "out" / stdio_name(workflow_id, ids["a"], 1, 1, ending)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert cli("logs", ids["a"], "--stdout", ok=0)[1] == "to stdout\n"
@@ -8343,7 +8347,7 @@ def test_the_log_report_names_files_as_the_stdio_mode_does(cli, local, mode, end
     for key, ending in zip(("job_stdout", "job_stderr"), endings):
         assert (key in row) == (ending is not None)
         if ending:
-            assert row[key] == "/somewhere/" + torc.stdio_name(workflow_id, ids["a"], 1, 1, ending)
+            assert row[key] == "/somewhere/" + stdio_name(workflow_id, ids["a"], 1, 1, ending)
 
 
 def test_why_adds_the_last_lines_of_stderr(cli, local):

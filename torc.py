@@ -391,7 +391,9 @@ UNSUCCESSFUL = (FAILED, CANCELED, TERMINATED)
 FINAL_SET = (*COMPLETE_SET, PENDING_FAILED)                   # in which an attempt can end
 TRIGGERS = ("on_workflow_start", "on_workflow_complete", "on_jobs_ready", "on_jobs_complete",
             "on_worker_start", "on_worker_complete")
-STDIO_MODES = ("separate", "combined", "no_stdout", "no_stderr", "none")
+STDIO_ENDINGS = {                         # of the files with stdout and stderr, by mode
+    "separate": ("o", "e"), "combined": ("log", "log"), "no_stdout": (None, "e"),
+    "no_stderr": ("o", None), "none": (None, None)}
 
 
 # ---- types of values
@@ -769,7 +771,7 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
         enable_cpu_bind             bool
         stdio                       part:stdio"""),
     "stdio": fields(f"""
-        mode                        enum:{'|'.join(STDIO_MODES)}
+        mode                        enum:{'|'.join(STDIO_ENDINGS)}
         delete_on_success           bool"""),
     "slurm_defaults": (),
     "rule": fields("""
@@ -882,10 +884,11 @@ def check_record(record, wanted, note, partial=False, strict=True, inner=False):
     return good
 
 
-def stdio_name(workflow_id, job_id, run_id, attempt_id, ending):
-    """Name of a job's output file below the output directory; ending: o, e or log."""
-    return os.path.join("job_stdio",
-                        f"job_wf{workflow_id}_j{job_id}_r{run_id}_a{attempt_id}.{ending}")
+def stdio_paths(directory, mode, job, run_id, attempt_id):
+    """[path of stdout, path of stderr] of an attempt; None where none is kept."""
+    name = f"job_wf{job['workflow_id']}_j{job['id']}_r{run_id}_a{attempt_id}"
+    return [ending and os.path.join(directory, "job_stdio", f"{name}.{ending}")
+            for ending in STDIO_ENDINGS[mode]]
 
 
 # ==================================================================================================
@@ -8060,12 +8063,12 @@ class Room:
 
 # ---- one job's process
 
-class CannotBeRun(Exception):
-    """The command itself can be no process, on no machine."""
-
-
-JOB_FAULTS = {errno.E2BIG}                # what execve(2) says of a command; all else that fails at
-                                          # a start is the machine's: folders, descriptors, memory
+def why_it_cannot_be_run(error):
+    """What is wrong with a command that can be no process, on any machine; None if it is not the
+    command: all else that fails at a start is the machine's, folders, descriptors, memory."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno == errno.E2BIG else None        # execve(2)
+    return str(error)                     # ValueError: a NUL in it
 
 
 class Child:
@@ -8078,6 +8081,7 @@ class Child:
         self.places = None                # the nodes it has
         self.gpus = []
         self.stdio = None                 # {"mode", "delete_on_success"}
+        self.outputs = None, None         # paths of its stdout and stderr, if they are kept
         self.step = None                  # name of its step of srun, if it is one
         self.environment = None           # for a recovery script
         self.script = None                # path of a command too long for an argument
@@ -8122,38 +8126,19 @@ def attempts(children):
     return [dict(zip(("job_id", "attempt_id"), child.attempt)) for child in children]
 
 
-class Stdio:
-    """Where a job's output goes; opened in Python, since posix_spawn would hold every thread up
-    while a file system hangs."""
-
-    def __init__(self, directory, workflow_id, key, mode):
-        names = {"separate": ("o", "e"), "combined": ("log", "log"), "no_stdout": (None, "e"),
-                 "no_stderr": ("o", None), "none": (None, None)}[mode]
-        self.paths = [ending and os.path.join(directory, stdio_name(workflow_id, *key, ending))
-                      for ending in names]
-
-    def open(self, null):
-        """File descriptors for stdout and stderr. Raises OSError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
-        out = os.open(self.paths[0], flags, 0o666) if self.paths[0] else null
-        if self.paths[1] == self.paths[0]:
-            return out, out
-        try:
-            return out, os.open(self.paths[1], flags, 0o666) if self.paths[1] else null
-        except OSError:
-            if out != null:
-                os.close(out)
-            raise
-
-    def delete(self):
-        """Remove the files."""
-        for path in filter(None, set(self.paths)):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-    def error_path(self):
-        """The file that has the job's stderr, or None."""
-        return self.paths[1]
+@contextlib.contextmanager
+def opened(paths):
+    """{path: a new file's descriptor}, without None; opened in Python, since posix_spawn would hold
+    every thread up while a file system hangs. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+    files = {}
+    try:
+        for path in {*paths} - {None}:
+            files[path] = os.open(path, flags, 0o666)
+        yield files
+    finally:
+        for fd in files.values():
+            os.close(fd)
 
 
 class Limits(NamedTuple):
@@ -8433,7 +8418,8 @@ class Starting:
         """Start a job's process."""
         job, need = child.job, child.need
         child.stdio = {**self.limits.stdio, **json.loads(job.get("stdio") or "{}")}
-        child.files = Stdio(self.directory, self.workflow_id, child.key, child.stdio["mode"])
+        child.outputs = stdio_paths(self.directory, child.stdio["mode"], job, job["run_id"],
+                                    job["attempt_id"])
         child.gpus = self.free_gpus[:need.gpus]
         del self.free_gpus[:need.gpus]
         self.last_kind = job["resource_requirements_id"]
@@ -8447,14 +8433,15 @@ class Starting:
             if not self.journal.flush():
                 raise OSError(None, self.journal.trouble)
             child.pid = self._exec(child)
-        except CannotBeRun as error:
-            self._give_back(child)
-            self._completed(child, 126, 0.0, None,
-                            f"torc: the job could not be started: {error}\n")
-            return
-        except OSError as error:
-            self._rest(child, f"{error.strerror}: {error.filename}" if error.filename
-                       else error.strerror)
+        except (OSError, ValueError) as error:
+            fault = why_it_cannot_be_run(error)
+            if fault:
+                self._give_back(child)
+                self._completed(child, 126, 0.0, None,
+                                f"torc: the job could not be started: {fault}\n")
+            else:
+                self._rest(child, f"{error.strerror}: {error.filename}" if error.filename
+                           else error.strerror)
             return
         self.fault, self.tries = None, 0
         self.journal.add({"pid": [child.pid, round(time.clock_gettime(time.CLOCK_BOOTTIME), 2)]})
@@ -8503,25 +8490,15 @@ class Starting:
             child.script = self._script(child, command)
             words = ["bash", child.script]
         program, words = self._program(child, words)
-        out, err = child.files.open(self.null)
-        try:
-            actions = [(os.POSIX_SPAWN_DUP2, self.null, 0), (os.POSIX_SPAWN_DUP2, out, 1),
-                       (os.POSIX_SPAWN_DUP2, err, 2)]
+        with opened(child.outputs) as files:
+            actions = [(os.POSIX_SPAWN_DUP2, files.get(path, self.null), number)
+                       for number, path in enumerate([None, *child.outputs])]
             keywords = {"file_actions": actions, "setsigmask": [],
                         "setsigdef": [signal.SIGPIPE, signal.SIGXFSZ]}
             try:
                 return os.posix_spawn(program, words, environment, setsid=True, **keywords)
             except NotImplementedError:   # a Python built for an old glibc
                 return os.posix_spawn(program, words, environment, setpgroup=0, **keywords)
-        except ValueError as error:
-            raise CannotBeRun(error) from None
-        except OSError as error:
-            if error.errno in JOB_FAULTS:
-                raise CannotBeRun(error.strerror) from None
-            raise
-        finally:
-            for fd in {out, err} - {self.null}:
-                os.close(fd)
 
     def _credentials(self, record):
         """How a job, or an action that was claimed, reaches its workflow: with a token of its own
@@ -8837,7 +8814,7 @@ class Reaping:
         done.update(child.figures)
         if files:
             done["output_files"] = files
-        path = child.files.error_path()
+        path = child.outputs[1]
         if text and path:
             with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
                 file.write(text)
@@ -8846,7 +8823,9 @@ class Reaping:
             if tail:
                 done["stderr_tail"] = tail
         if status == "completed" and child.stdio["delete_on_success"]:
-            child.files.delete()
+            for path in {*child.outputs} - {None}:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
         if child.verdict == "interrupt" and code != 0:
             done["requeue"], done["status"] = True, "terminated"
         failed = done["status"] == "failed" and not self.interrupted
@@ -8871,19 +8850,17 @@ class Reaping:
 
     def _recover(self, child, done, rule):
         """Run a recovery script; only if it succeeds is the job ready again (a thread)."""
-        path, code = child.files.error_path() or os.devnull, None
+        path, code = child.outputs[1] or os.devnull, None
         until = time.monotonic() + self._patience_s()
         while not self.draining:
             try:
                 code = self._run_script(rule["recovery_script"], path, {
                     **child.environment, "TORC_RETURN_CODE": str(done["return_code"])})
                 break
-            except ValueError as error:   # a script that can be no process
-                code = str(error)
-                break
-            except OSError as error:
-                if error.errno in JOB_FAULTS or time.monotonic() > until:
-                    code = error.strerror
+            except (OSError, ValueError) as error:
+                fault = why_it_cannot_be_run(error)
+                if fault or time.monotonic() > until:
+                    code = fault or error.strerror
                     break
                 self.ended.wait(REST_S)   # this machine's fault, and not the script's
         if code == 0 or self.draining:    # cut short by our end: the next runner tries again
@@ -18014,10 +17991,6 @@ def do_ping(args, client):
 
 # ---- output of jobs
 
-STDIO_ENDINGS = {"separate": ("o", "e"), "combined": ("log", "log"), "no_stdout": (None, "e"),
-                 "no_stderr": ("o", None), "none": (None, None)}
-
-
 def stdio_mode(job, workflow):
     """How a job's output is kept: its own setting, else its workflow's, else separate files."""
     for text, key in ((job.get("stdio"), None), (workflow.get("execution_config"), "stdio")):
@@ -18027,13 +18000,6 @@ def stdio_mode(job, workflow):
             if mode in STDIO_ENDINGS:
                 return mode
     return "separate"
-
-
-def stdio_paths(directory, mode, job, run_id, attempt_id):
-    """[path of stdout, path of stderr] of an attempt; None where none is kept."""
-    return [ending and os.path.join(directory, stdio_name(job["workflow_id"], job["id"], run_id,
-                                                          attempt_id, ending))
-            for ending in STDIO_ENDINGS[mode]]
 
 
 class Attempt(NamedTuple):
