@@ -1583,15 +1583,15 @@ def test_jobs_are_packed_node_by_node(client, kinds, bins, claimed):
                                 "whole": [3, 2**36, 0]})
     assert [job["name"] for job in answer["jobs"]] == claimed
     room = torc.Room(len(bins), (3, 2**36, 0))
-    room.free = [(cpus, 2**36, 0) for cpus in bins]  # and the runner finds room for all of them
+    room.bins = [(cpus, 2**36, 0) for cpus in bins]  # and the runner finds room for all of them
     needs = {int(key): torc.read_need(need) for key, need in answer["requirements"].items()}
-    before = room.copy().free
+    before = room.copy().bins
     placed = [(needs[job["resource_requirements_id"]], room.place(needs[
         job["resource_requirements_id"]])) for job in answer["jobs"]]
     assert all(places for _, places in placed)
     for need, places in placed:
         room.leave(need, places)
-    assert room.free == before and room.number == 0
+    assert room.bins == before and room.number == 0
 
 
 def test_prefetched_jobs_are_of_the_same_requirement_and_can_go_back(client):

@@ -3241,7 +3241,8 @@ class Capacity:
 
 
 class Bins:
-    """What is free on each node of a runner of ours, packed as its Room does.
+    """What is free on each node of a runner of ours. Jobs of one node go where they fit first, jobs
+    of several take idle nodes whole.
 
     free: [(cpus, memory_bytes, gpus), ...]; node: the same of a whole node.
     """
@@ -3258,17 +3259,19 @@ class Bins:
         return tuple(max(values) for values in zip(*self.bins))
 
     def take(self, need, nodes):
-        """Take (cpus, memory, gpus) on `nodes` nodes if they fit; says whether they did."""
-        if nodes > 1:
-            idle = self.idle()
-            for index in idle[:nodes] if len(idle) >= nodes else ():
-                self.bins[index] = (0, 0, 0)
-            return len(idle) >= nodes
+        """Take (cpus, memory, gpus) on `nodes` nodes; returns their indexes, or None if they do not
+        fit."""
+        takes, places = self.node if nodes > 1 else need, []
         for index, one in enumerate(self.bins):
-            if all(want <= have for want, have in zip(need, one)):
-                self.bins[index] = tuple(have - want for want, have in zip(need, one))
-                return True
-        return False
+            if all(want <= have for want, have in zip(takes, one)):
+                places.append(index)
+            if len(places) == nodes:
+                break
+        else:
+            return None
+        for index in places:
+            self.bins[index] = tuple(have - want for want, have in zip(takes, self.bins[index]))
+        return places
 
 
 def candidates(store, workflow_id, limit, fit="1", params=()):
@@ -7990,7 +7993,8 @@ def clean_up(client, path):
 # ---- room for jobs
 
 class Need(NamedTuple):
-    """What a job takes while it runs; of each node if there are several."""
+    """What a job takes while it runs; of each node if there are several. Its first three are what
+    Bins take."""
 
     cpus: int
     memory: int                           # bytes
@@ -8005,60 +8009,39 @@ def read_need(record):
                 record["num_nodes"], record["name"])
 
 
-class Room:
-    """What is free on the nodes of a runner, nearly always one. Jobs of one node go where they fit
-    first, jobs of several take idle nodes whole.
+class Room(Bins):
+    """What is free on the nodes of a runner, nearly always one, packed as the server packs it.
 
     most: so many jobs at a time, whatever they need; None: as many as fit.
     """
 
     def __init__(self, nodes, whole, most=None):
-        self.whole = whole                # (cpus, memory_bytes, gpus) of a node
-        self.free = [whole] * nodes
+        super().__init__([whole] * nodes, whole)
         self.most = most
         self.number = 0                   # of jobs at work
 
     def copy(self):
         """Another Room like this one."""
-        other = Room(0, self.whole, self.most)
-        other.free, other.number = list(self.free), self.number
+        other = Room(0, self.node, self.most)
+        other.bins, other.number = list(self.bins), self.number
         return other
 
     def place(self, need):
         """Take room for a job; returns the indexes of its nodes, or None if there is none."""
         if self.most:
-            if self.number >= self.most:
-                return None
-            places = []
-        elif need.nodes > 1:
-            places = [index for index, free in enumerate(self.free) if free == self.whole]
-            if len(places) < need.nodes:
-                return None
-            places = places[:need.nodes]
+            places = [] if self.number < self.most else None
         else:
-            places = next(([index] for index, free in enumerate(self.free)
-                           if need.cpus <= free[0] and need.memory <= free[1]
-                           and need.gpus <= free[2]), None)
-            if places is None:
-                return None
-        self.number += 1
-        for index in places:
-            self._shift(index, need, -1)
+            places = self.take(need, need.nodes)
+        if places is not None:
+            self.number += 1
         return places
 
     def leave(self, need, places):
         """A job that was placed has ended."""
         self.number -= 1
+        takes = self.node if need.nodes > 1 else need
         for index in places:
-            self._shift(index, need, 1)
-
-    def _shift(self, index, need, sign):
-        if need.nodes > 1:
-            self.free[index] = self.whole if sign > 0 else (0, 0, 0)
-        else:
-            cpus, memory, gpus = self.free[index]
-            self.free[index] = (cpus + sign * need.cpus, memory + sign * need.memory,
-                                gpus + sign * need.gpus)
+            self.bins[index] = tuple(map(sum, zip(self.bins[index], takes)))
 
 
 # ---- one job's process
@@ -9072,8 +9055,8 @@ class Talking:
         elif waiting:                     # what is free now is meant for those
             claim["limit"] = 0
         else:
-            claim.update(limit=sum(free[0] for free in room.free), whole=list(room.whole),
-                         bins=[list(free) for free in room.free])
+            claim.update(limit=sum(free[0] for free in room.bins), whole=list(room.node),
+                         bins=[list(free) for free in room.bins])
         if self.end_time:
             claim["time_left_s"] = self._time_left()
         if claim["limit"] <= 0 and not claim.get("prefetch"):
@@ -9422,7 +9405,7 @@ class Leaving:
             return False
         if self.options.max_parallel_jobs:
             return True
-        return not misfits(record, self.cpus, self.memory, len(self.gpus), len(self.room.free))
+        return not misfits(record, self.cpus, self.memory, len(self.gpus), len(self.room.bins))
 
     def _why_stuck(self, report, others):
         """Which jobs are unfinished and why nobody here can run them."""
@@ -9430,7 +9413,7 @@ class Leaving:
         for entry in report["ready"][:3]:
             need = entry["resource_requirements"]
             lacks = [f"{want} (this runner has {have})" for want, have in misfits(
-                need, self.cpus, self.memory, len(self.gpus), len(self.room.free))]
+                need, self.cpus, self.memory, len(self.gpus), len(self.room.bins))]
             if self.end_time and parse_duration(need["runtime"]) > self._time_left():
                 left = format_duration(max(0, self.end_time - time.monotonic()))
                 lacks.append(f"{need['runtime']} (there are {left} left)")
@@ -9565,7 +9548,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.node_id = self.client.post("/compute_nodes", {
             **me, "workflow_id": self.workflow_id, "start_time": iso_time(time.time()),
             "num_cpus": self.cpus, "memory_gb": round(self.memory / 2**30, 3),
-            "num_gpus": len(self.gpus), "num_nodes": len(self.room.free),
+            "num_gpus": len(self.gpus), "num_nodes": len(self.room.bins),
             "compute_node_type": "local", "is_active": True, "output_dir": self.directory,
             **self._node_values()})["id"]
         server_id = self.client.server_id()
@@ -9579,8 +9562,8 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         slots = (f"{self.options.max_parallel_jobs} jobs at a time" if
                  self.options.max_parallel_jobs else
                  f"{self.cpus} CPUs, {format_bytes(self.memory)}, {len(self.gpus)} GPUs")
-        if len(self.room.free) > 1:
-            slots = f"{len(self.room.free)} nodes of {slots}"
+        if len(self.room.bins) > 1:
+            slots = f"{len(self.room.bins)} nodes of {slots}"
         self.say(f"running workflow {self.workflow_id} \"{self.workflow['name']}\" with {slots}; "
                  f"output in {self.options.output_dir}")
 
