@@ -8072,6 +8072,12 @@ class Child:
         self.start = 0                    # its number in the journal
         self.started = 0.0                # time.monotonic(),
         self.ended = None                 # and seconds since the epoch
+        self.elapsed = 0.0
+        self.code = None                  # how the process ended: exit code, or 128 + signal
+        self.usage = None                 # its rusage
+        self.status = None                # of the attempt, which may differ from the process's,
+        self.return_code = None
+        self.present = ()                 # [{id, st_mtime}] of its output files
         self.verdict = None               # why we end it: timeout, oom, interrupt, or the status
                                           # that the server wants: canceled, terminated
         self.kill_at = None               # monotonic time of SIGKILL
@@ -8091,6 +8097,13 @@ class Child:
     def attempt(self):
         """(job, attempt): what the server calls it by."""
         return self.job["id"], self.job["attempt_id"]
+
+
+def append(path, text):
+    """Append text to a job's stderr, if that can be written."""
+    if text:
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def tail_of(path):
@@ -8420,8 +8433,9 @@ class Starting:
             fault = why_it_cannot_be_run(error)
             if fault:
                 self._give_back(child)
-                self._completed(child, 126, 0.0, None,
-                                f"torc: the job could not be started: {fault}\n")
+                child.code = 126
+                child.note = f"torc: the job could not be started: {fault}\n"
+                self._completed(child)
             else:
                 self._rest(child, f"{error.strerror}: {error.filename}" if error.filename
                            else error.strerror)
@@ -8662,7 +8676,7 @@ class Reaping:
     def __init__(self):
         import collections
         super().__init__()
-        self.doubts = []                  # (when to tell, child, how it failed)
+        self.doubts = []                  # (when to tell, child that failed)
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
         self.bury_at = 0.0                # when to look for dead orphans
 
@@ -8694,7 +8708,8 @@ class Reaping:
     def _exited(self, child, status, usage):
         """A job's process has ended."""
         now, child.ended = time.monotonic(), time.time()
-        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        child.elapsed, child.usage = now - child.started, usage
+        child.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
         if child.script:
             with contextlib.suppress(OSError):
                 os.unlink(child.script)
@@ -8703,10 +8718,10 @@ class Reaping:
         self._give_back(child)
         with self.lock:
             del self.children[child.pid]
-        if code != 0 and not child.verdict and self.interrupted_at <= now <= (
+        if child.code != 0 and not child.verdict and self.interrupted_at <= now <= (
                 self.interrupted_at + INTERRUPTED_S):
             child.verdict = "interrupt"
-        self._completed(child, code, now - child.started, usage, "")
+        self._completed(child)
 
     def _tell_doubts(self, now):
         """Failures that have waited long enough are told; a signal to this runner in the meantime
@@ -8715,20 +8730,19 @@ class Reaping:
             told = [one for one in self.doubts
                     if now >= one[0] or self.interrupted or self.draining]
             self.doubts = [one for one in self.doubts if one not in told]
-        for _, child, report in told:
+        for _, child in told:
             if self.interrupted and not child.verdict:
                 child.verdict = "interrupt"
-            self._report(child, *report)
+            self._report(child)
 
     def _doubt_s(self, code):
         """How long a failure waits for a signal that was meant for all."""
         return DOUBT_S
 
-    def _completed(self, child, code, elapsed, usage, text):
+    def _completed(self, child):
         """Work out status and result of an ended attempt and hand it to the talker."""
-        job, limits = child.job, self.limits
+        job, code, limits = child.job, child.code, self.limits
         status = "completed" if code == 0 else "failed"
-        files = []
         if child.verdict == "oom":
             status, code = "failed", limits.oom_exit_code
         elif child.verdict == "timeout" and code != 0:
@@ -8738,16 +8752,16 @@ class Reaping:
         elif child.verdict == "interrupt" and code != 0:
             status = "terminated"
         elif code == 0 and job.get("output_files"):
-            files, missing = self._outputs(job)
+            child.present, missing = self._outputs(job)
             if missing:
-                return self._look_again(child, missing, elapsed, usage)
-        report = status, code, elapsed, usage, text + child.note, files
+                return self._look_again(child, missing)
+        child.status, child.return_code = status, code
         if status == "failed" and not child.verdict and child.pid:
             with self.lock:               # this may be a thread
-                self.doubts.append((time.monotonic() + self._doubt_s(code), child, report))
+                self.doubts.append((time.monotonic() + self._doubt_s(code), child))
             self.wake()
         else:
-            self._report(child, *report)
+            self._report(child)
 
     def _outputs(self, job):
         """([{id, st_mtime}], [missing paths]) of a job's output files."""
@@ -8759,7 +8773,7 @@ class Reaping:
                 missing.append(file["path"])
         return present, missing
 
-    def _look_again(self, child, missing, elapsed, usage):
+    def _look_again(self, child, missing):
         """Outputs are missing: on a network file system they may appear within a minute."""
         folders = {os.path.dirname(os.path.abspath(path)) for path in missing}
         slow = any(NETWORK_FILE_SYSTEMS.search(file_system(folder)) for folder in folders
@@ -8772,37 +8786,36 @@ class Reaping:
                 for folder in folders:    # listing makes the client ask its server again
                     with contextlib.suppress(OSError):
                         os.listdir(folder)
-                files, still = self._outputs(child.job)
+                child.present, still = self._outputs(child.job)
                 if not still or time.monotonic() >= deadline:
                     break
                 time.sleep(pause)         # no event tells of a file on another host
                 pause = min(2 * pause, 5)
-            text = "".join(f"torc: output file missing: {path}\n" for path in still)
-            self._report(child, "failed" if still else "completed", 1 if still else 0, elapsed,
-                         usage, text, files)
+            child.note = "".join(f"torc: output file missing: {path}\n" for path in still)
+            child.status, child.return_code = ("failed", 1) if still else ("completed", 0)
+            self._report(child)
 
         if slow:
             self._ask()                   # there is room for another job meanwhile
         if not slow or not start_thread(look):
             look()
 
-    def _report(self, child, status, code, elapsed, usage, text, files):
+    def _report(self, child):
         """Make the completion; a failure goes through its failure handler first."""
-        job = child.job
+        job, status, code = child.job, child.status, child.return_code
         done = {"job_id": job["id"], "run_id": job["run_id"], "attempt_id": job["attempt_id"],
-                "status": status, "return_code": code, "exec_time_minutes": elapsed / 60,
+                "status": status, "return_code": code, "exec_time_minutes": child.elapsed / 60,
                 "completion_time": iso_time(child.ended or time.time())}
         if self.limits.monitor:
-            done.update(self._usage(child, elapsed, usage))
+            done.update(self._usage(child))
         done.update(child.figures)
-        if files:
-            done["output_files"] = files
+        if child.present:
+            done["output_files"] = child.present
         path = child.outputs[1]
-        if text and path:
-            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-                file.write(text)
+        if path:
+            append(path, child.note)
         if status not in ("completed", "canceled"):
-            tail = (tail_of(path) if path else "") or text
+            tail = (tail_of(path) if path else "") or child.note
             if tail:
                 done["stderr_tail"] = tail
         if status == "completed" and child.stdio["delete_on_success"]:
@@ -8816,9 +8829,9 @@ class Reaping:
         if rule and rule.get("recovery_script"):
             self._ask()
             if not start_thread(self._recover, child, done, rule):
+                child.note = ""           # it has been written
                 with self.lock:           # once more, later
-                    self.doubts.append((time.monotonic() + REST_S, child, (
-                        status, code, elapsed, usage, "", files)))
+                    self.doubts.append((time.monotonic() + REST_S, child))
             return
         if rule:
             done["requeue"] = True
@@ -8850,8 +8863,7 @@ class Reaping:
             done["requeue"] = True
         else:
             text = f"torc: the recovery script failed: return code {code}\n"
-            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-                file.write(text)
+            append(path, text)
             done["stderr_tail"] = (done.get("stderr_tail", "") + text)[-STDERR_TAIL_BYTES:]
         self._hand_in(child, done)
 
@@ -8881,11 +8893,12 @@ class Reaping:
             self.say(f"job {job['id']} \"{job['name']}\" {done['status'].replace('_', ' ')}: "
                      f"{cause}{then}")
 
-    def _usage(self, child, elapsed, usage):
+    def _usage(self, child):
         """Peak and average memory and CPU of an attempt; what is not known is left out."""
-        known = {}
-        if usage and elapsed > 0:
-            known["avg_cpu_percent"] = round(100 * (usage.ru_utime + usage.ru_stime) / elapsed, 1)
+        known, usage = {}, child.usage
+        if usage and child.elapsed > 0:
+            seconds = usage.ru_utime + usage.ru_stime
+            known["avg_cpu_percent"] = round(100 * seconds / child.elapsed, 1)
             # exec hands the spawner's own peak down, so no more than that says nothing.
             above = usage.ru_maxrss > self._own_peak() and usage.ru_maxrss > self._own_peak(0)
             peak = usage.ru_maxrss * 1024 if above else 0
@@ -10475,12 +10488,12 @@ class SlurmRunner(Runner):
             self.end_time = min(self.end_time, now + lead)           # the time limit is now
         super()._handle_signals()
 
-    def _completed(self, child, code, elapsed, usage, text):
+    def _completed(self, child):
         """See Runner; of a step, Slurm's accounting is asked first."""
         if self.steps and child.step and not (child.verdict or self.interrupted or self.draining):
-            self.accounts.add(child, code, elapsed, usage, text)
+            self.accounts.add(child)
         else:
-            super()._completed(child, code, elapsed, usage, text)
+            super()._completed(child)
 
     def _doubt_s(self, code):
         """Slurm signals the jobs of an allocation that ends as well as us, and not at once."""
@@ -10620,17 +10633,17 @@ class Accounts:
         self.thread = None
         self.off = False                  # there is no accounting here
 
-    def add(self, child, code, elapsed, usage, text):
+    def add(self, child):
         """A step has ended; a success is reported at once, its figures follow."""
-        if code == 0:
-            Runner._completed(self.runner, child, code, elapsed, usage, text)
+        if child.code == 0:
+            Runner._completed(self.runner, child)
         if not self.thread:
             self.thread = start_thread(self._loop)
         if not self.thread:               # a failure is told without figures
-            if code != 0:
-                Runner._completed(self.runner, child, code, elapsed, usage, text)
+            if child.code != 0:
+                Runner._completed(self.runner, child)
             return
-        self.ended.put((child, code, elapsed, usage, text))
+        self.ended.put(child)
 
     def finish(self):
         """Wait for the figures of the last steps; the runner has ended."""
@@ -10655,12 +10668,12 @@ class Accounts:
                 for pause in self.PAUSES if not self.off else ():
                     time.sleep(pause)
                     rows = self._ask()
-                    waiting = [entry for entry in waiting
-                               if not self._settle(client, entry, rows.get(entry[0].step))]
+                    waiting = [child for child in waiting
+                               if not self._settle(client, child, rows.get(child.step))]
                     if not waiting or self.off:
                         break
-                for entry in waiting:     # nothing is known of these
-                    self._report(entry, None)
+                for child in waiting:     # nothing is known of these
+                    self._report(child, None)
                 waiting = []
         finally:
             client.close()
@@ -10678,18 +10691,17 @@ class Accounts:
         return {row["JobName"]: row for row in rows if len(row) == len(STEP_COLUMNS)
                 and row["State"].split()[:1] not in ([], ["RUNNING"], ["PENDING"])}
 
-    def _settle(self, client, entry, row):
+    def _settle(self, client, child, row):
         """Report a step if its row has come; says whether it had."""
         if row is None:
             return False
-        child, _, elapsed, _, _ = entry
         figures = step_figures(row)
         if figures.get("max_rss_bytes"):
             child.figures["peak_memory_bytes"] = figures["max_rss_bytes"]
-        if elapsed > 0 and "ave_cpu_seconds" in figures:
+        if child.elapsed > 0 and "ave_cpu_seconds" in figures:
             child.figures["avg_cpu_percent"] = round(
-                100 * figures["ave_cpu_seconds"] / elapsed, 1)
-        self._report(entry, row["State"].split()[0])
+                100 * figures["ave_cpu_seconds"] / child.elapsed, 1)
+        self._report(child, row["State"].split()[0])
         job_id, run_id, attempt_id = child.key
         try:
             client.post("/slurm_stats", {
@@ -10700,10 +10712,9 @@ class Accounts:
             self.runner.say(f"figures of job {job_id} are not kept: {error}")
         return True
 
-    def _report(self, entry, state):
+    def _report(self, child, state):
         """Hand in a step that did not succeed."""
-        child, code, elapsed, usage, text = entry
-        if code == 0:
+        if child.code == 0:
             return
         runner = self.runner
         if state == "OUT_OF_MEMORY":
@@ -10713,7 +10724,7 @@ class Accounts:
             child.verdict = "timeout"
         elif runner.interrupted:
             child.verdict = "interrupt"
-        Runner._completed(runner, child, code, elapsed, usage, text)
+        Runner._completed(runner, child)
 
 
 # ---- HPC profiles
