@@ -8057,36 +8057,37 @@ def why_it_cannot_be_run(error):
 class Child:
     """A claimed job, until its completion is handed in: its process and what is known of it."""
 
+    places = None                         # the nodes it has
+    gpus = ()
+    stdio = None                          # {"mode", "delete_on_success"}
+    outputs = None, None                  # paths of its stdout and stderr, if they are kept
+    step = None                           # name of its step of srun, if it is one
+    environment = None                    # for a recovery script
+    script = None                         # path of a command too long for an argument
+    pid = 0
+    start = 0                             # its number in the journal
+    started = 0.0                         # time.monotonic(),
+    ended = None                          # and seconds since the epoch
+    elapsed = 0.0
+    code = None                           # how the process ended: exit code, or 128 + signal
+    usage = None                          # its rusage
+    status = None                         # of the attempt, which may differ from the process's,
+    return_code = None
+    present = ()                          # [{id, st_mtime}] of its output files
+    verdict = None                        # why we end it: timeout, oom, interrupt, or the status
+                                          # that the server wants: canceled, terminated
+    kill_at = None                        # monotonic time of SIGKILL
+    note = ""                             # for the tail of its stderr
+    limit = None                          # bytes, enforced by the sampler
+    ticks = None                          # (monotonic, CPU ticks) of the last sample
+
     def __init__(self, job, need, give_back_at=math.inf):
         self.job = job
-        self.need = need                  # its Need,
+        self.need = need                  # its Need
         self.give_back_at = give_back_at  # monotonic time, if it is not started by then
-        self.places = None                # the nodes it has
-        self.gpus = []
-        self.stdio = None                 # {"mode", "delete_on_success"}
-        self.outputs = None, None         # paths of its stdout and stderr, if they are kept
-        self.step = None                  # name of its step of srun, if it is one
-        self.environment = None           # for a recovery script
-        self.script = None                # path of a command too long for an argument
-        self.pid = 0
-        self.start = 0                    # its number in the journal
-        self.started = 0.0                # time.monotonic(),
-        self.ended = None                 # and seconds since the epoch
-        self.elapsed = 0.0
-        self.code = None                  # how the process ended: exit code, or 128 + signal
-        self.usage = None                 # its rusage
-        self.status = None                # of the attempt, which may differ from the process's,
-        self.return_code = None
-        self.present = ()                 # [{id, st_mtime}] of its output files
-        self.verdict = None               # why we end it: timeout, oom, interrupt, or the status
-                                          # that the server wants: canceled, terminated
-        self.kill_at = None               # monotonic time of SIGKILL
-        self.note = ""                    # for the tail of its stderr
         self.figures = {}                 # for its result, from Slurm's accounting
-        self.limit = None                 # bytes, enforced by the sampler
         self.memory = []                  # samples: bytes
         self.cpu = []                     # samples: percent
-        self.ticks = None                 # (monotonic, CPU ticks) of the last sample
 
     @property
     def key(self):
@@ -8373,7 +8374,10 @@ class Progress:
         os.close(self.log)
 
 
-# ---- the runner, in six parts that each keep their own state, and what holds them together
+# ---- the runner, in six parts and what holds them together
+
+# What a part alone looks after stands at its head, as it is at first; what they share stands in
+# Runner.__init__.
 
 class Starting:
     """The part of a Runner that starts jobs. It runs in the loop's thread.
@@ -8382,13 +8386,11 @@ class Starting:
     this machine's, and the job goes back untouched.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.number = 0                   # of starts in the journal
-        self.fault = None                 # why this machine cannot start jobs,
-        self.fault_since = 0.0            # since when, and when it tries again
-        self.retry_at = 0.0
-        self.tries = 0                    # starts that failed since one succeeded
+    number = 0                            # of starts in the journal
+    fault = None                          # why this machine cannot start jobs,
+    fault_since = 0.0                     # since when, and when it tries again
+    retry_at = 0.0
+    tries = 0                             # starts that failed since one succeeded
 
     def _launch(self):
         """Start the queued jobs that fit."""
@@ -8526,14 +8528,12 @@ class Stopping:
     """The part of a Runner that ends jobs: by a signal to it, at the time limit, over their memory,
     at the server's word. SIGKILL follows what asks them to end."""
 
-    def __init__(self):
-        super().__init__()
-        self.interrupted = 0              # signal number,
-        self.interrupted_at = math.inf    # and when it came
-        self.draining = False             # no more starts
-        self.leave_at = None              # then the server is waited for no more:
-        self.tired = False
-        self.gave_up = False              # it is this runner that failed
+    interrupted = 0                       # signal number,
+    interrupted_at = math.inf             # and when it came
+    draining = False                      # no more starts
+    leave_at = None                       # then the server is waited for no more:
+    tired = False
+    gave_up = False                       # it is this runner that failed
 
     def _handle_signals(self):
         import signal
@@ -8673,12 +8673,7 @@ class Reaping:
     """The part of a Runner that takes the exits of its processes and makes completions of them:
     status, what was used, outputs, failure handlers."""
 
-    def __init__(self):
-        import collections
-        super().__init__()
-        self.doubts = []                  # (when to tell, child that failed)
-        self.ends = collections.deque(maxlen=32)     # when the last jobs ended
-        self.bury_at = 0.0                # when to look for dead orphans
+    bury_at = 0.0                         # when to look for dead orphans
 
     def _reap(self):
         """Take the exits of our own processes, never anybody else's."""
@@ -8926,21 +8921,12 @@ class Talking:
     happened, takes new jobs, and goes on while the server is away. Another thread listens for
     news."""
 
-    def __init__(self):
-        import collections
-        super().__init__()
-        self.talk = threading.Condition(self.lock)   # wakes the talker
-        self.held = set()                 # every Child that is here and not reported yet
-        self.queue = collections.deque()  # those not started
-        self.starts, self.returns = [], []
-        self.done = []                    # (Child, completion that the server has not confirmed)
-        self.news = True                  # worth asking for jobs
-        self.situation = {}               # the server's last answer
-        self.step = 0
-        self.gone = False                 # the workflow was deleted
-        self.code = None                  # exit code once decided
-        self.talker = None                # the thread
-        self.fitted_at = None             # generation at which something ready was to fit here
+    news = True                           # worth asking for jobs
+    step = 0
+    gone = False                          # the workflow was deleted
+    code = None                           # exit code once decided
+    talker = None                         # the thread
+    fitted_at = None                      # generation at which something ready was to fit here
 
     def _talker(self):
         """Send what has happened, take new jobs, decide when to leave."""
@@ -9221,12 +9207,9 @@ class Acting:
     """The part of a Runner that carries out actions: claimed, they are done when they have been
     carried out, and given back otherwise."""
 
-    def __init__(self):
-        super().__init__()
-        self.scripts = {}                 # Popen of actions and recoveries: when to kill
-        self.acting = False               # a thread runs actions
-        self.tried_actions, self.said_action = set(), False
-        self.looked_at = None             # generation at which actions were looked at
+    acting = False                        # a thread runs actions
+    said_action = False                   # that another must carry out what this one cannot
+    looked_at = None                      # generation at which actions were looked at
 
     def _start_actions(self):
         """Run triggered actions beside the jobs, one thread at a time."""
@@ -9487,17 +9470,27 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     """
 
     def __init__(self, client, workflow_id, options=RunOptions()):
+        import collections
         import secrets
         import socket
-        self.lock = threading.Lock()
-        super().__init__()
         self.client = client
         self.workflow_id = workflow_id
         self.options = options
         self.directory = os.path.abspath(options.output_dir)
         self.host = socket.gethostname()
         self.token = secrets.token_hex(8)
-        self.children = {}                # pid: Child
+        self.lock = threading.Lock()
+        self.talk = threading.Condition(self.lock)   # wakes the talker
+        self.held = set()                 # every Child that is here and not reported yet
+        self.queue = collections.deque()  # those not started
+        self.children = {}                # pid: those that run
+        self.starts, self.returns = [], []           # to be told,
+        self.done = []                    # (Child, completion that the server has not confirmed)
+        self.doubts = []                  # (when to tell, child that failed)
+        self.ends = collections.deque(maxlen=32)     # when the last jobs ended
+        self.situation = {}               # the server's last answer
+        self.scripts = {}                 # Popen of actions and recoveries: when to kill
+        self.tried_actions = set()
         self.ended = threading.Event()
         self.wake_pipe = os.pipe()
 
