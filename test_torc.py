@@ -4999,10 +4999,12 @@ def test_time_that_slurm_has_added_or_suspended_is_asked_for_before_jobs_are_end
     runner.limits, runner.end_time = torc.read_limits({}), now + 10
     runner.from_slurm, runner.interrupted = True, 0
     runner._ask_time_left = lambda **how: left
-    assert runner._is_near(now)
-    assert runner._is_near(now, runner._true_end()) is near
+    assert now >= runner._stop_at()
+    runner._check_end()
+    assert (now >= runner._stop_at()) is near
     runner.from_slurm, runner.end_time = False, now + 10     # the user's own limit, or Slurm's last warning
-    assert runner._is_near(now, runner._true_end())
+    runner._check_end()
+    assert now >= runner._stop_at()
 
 
 def test_a_node_of_an_allocation_that_starts_none_of_three_jobs_gives_up(monkeypatch):

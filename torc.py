@@ -8543,45 +8543,40 @@ class Stopping:
                 self.say(f"signal {number} is handed on to {len(self.children)} running jobs")
                 for child in list(self.children.values()):
                     signal_group(child.pid, number)
-                continue
-            if self.interrupted:          # the second one: at once
+            elif self.interrupted:        # the second one: at once
                 for child in list(self.children.values()):
                     child.kill_at = time.monotonic()
-                self._end_scripts(signal.SIGKILL)
-                continue
-            self.interrupted, self.interrupted_at = number, time.monotonic()
-            self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
-                     "ready again")
-            self._drain()
-            self._end_scripts(signal.SIGTERM)
-            self._end(list(self.children.values()), "interrupt")
+                with self.lock:
+                    self.scripts = dict.fromkeys(self.scripts, time.monotonic())
+            else:
+                self.interrupted, self.interrupted_at = number, time.monotonic()
+                self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
+                         "ready again")
+                self._end_all("interrupt")
         if self.interrupted:
             with self.talk:
                 self.talk.notify_all()
 
-    def _drain(self):
-        """No more starts; what is queued goes back."""
+    def _end_all(self, verdict, lead=STOP_LEAD_S):
+        """Start nothing more, return what is queued, and ask all jobs and scripts to end."""
+        import signal
         with self.talk:
             self.draining = True
             self._return(list(self.queue))
-
-    def _end_scripts(self, number):
-        """Signal the commands of actions and the recovery scripts that are at work; SIGKILL is to
-        follow."""
-        with self.lock:
-            for process in self.scripts:
-                self.scripts[process] = time.monotonic() + STOP_LEAD_S
-                if process.poll() is None:
-                    signal_group(process.pid, number)
+            for process, kill_at in self.scripts.items():
+                if not kill_at and process.poll() is None:
+                    self.scripts[process] = time.monotonic() + STOP_LEAD_S
+                    signal_group(process.pid, signal.SIGTERM)
+        self._end(list(self.children.values()), verdict, lead)
         self.wake()
 
-    def _end(self, children, verdict, lead=None):
-        """Ask jobs to end; SIGKILL follows after the lead."""
-        lead = min(self.limits.sigterm_lead_s, STOP_LEAD_S) if lead is None else lead
+    def _end(self, children, verdict, lead=STOP_LEAD_S):
+        """Ask jobs to end; SIGKILL follows after the lead, or that of the workflow if it is
+        shorter."""
         asked = [child for child in children if not child.verdict and not has_exited(child.pid)]
         for child in asked:
             child.verdict = verdict
-            child.kill_at = time.monotonic() + lead
+            child.kill_at = time.monotonic() + min(lead, self.limits.sigterm_lead_s)
         self._signal(asked, self.limits.termination_signal)
 
     def _signal(self, children, number):
@@ -8616,23 +8611,21 @@ class Stopping:
         if self.leave_at and now >= self.leave_at:
             self.leave_at, self.tired = now + 1, True
             self.client.interrupt()       # a frozen server must not hold us
-        limits = self.limits
-        if self.end_time and not self.draining and self._is_near(now) and self._is_near(
-                now, self._true_end()):
+        if now >= self._stop_at():
+            self._check_end()
+        if now >= self._stop_at():
             if self.children:
                 self.say(f"the time limit is near: ending {len(self.children)} running jobs")
-            self._drain()
-            self._end_scripts(signal.SIGTERM)
-            self._end(list(self.children.values()), "timeout", lead=limits.sigterm_lead_s)
+            self._end_all("timeout", lead=math.inf)
 
-    def _is_near(self, now, end_time=None):
-        """Whether jobs must be ended now to be gone at the end."""
-        end_time = self.end_time if end_time is None else end_time
-        return now >= end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s
+    def _stop_at(self):
+        """When jobs must be ended to be gone at the end; inf without one, or once they were."""
+        if self.draining or not self.end_time:
+            return math.inf
+        return self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s
 
-    def _true_end(self):
-        """The end, asked for once more."""
-        return self.end_time
+    def _check_end(self):
+        """Ask once more when the end is."""
 
     def _end_in(self, left):
         """There are so many seconds left."""
@@ -8654,16 +8647,13 @@ class Stopping:
 
     def _give_up(self, reason):
         """End the jobs and leave with 1; the journal keeps what the server does not know."""
-        import signal
         self.gave_up = not self.interrupted
         self.say(f"{reason}: ending {len(self.children)} running jobs")
-        self._drain()
-        self._end_scripts(signal.SIGTERM)
+        self._end_all("interrupt")
         while self.held or self.acting:
-            self._end(list(self.children.values()), "interrupt")     # one may just have begun
-            self.wake()
             with self.talk:
                 self.talk.wait(0.2)
+            self._end_all("interrupt")    # one may just have begun
         if not self.gone:
             self.say(f"`torc run {self.workflow_id}` goes on from here once the cause is mended")
         self.code = 128 + self.interrupted if self.interrupted else 1
@@ -9317,7 +9307,7 @@ class Acting:
         """
         import subprocess
         with open(path, "ab") as file:
-            with self.lock:               # _drain comes before, or else finds it in the set
+            with self.lock:               # _end_all comes before, or else finds it
                 if self.draining and not last:
                     return None
                 process = subprocess.Popen(
@@ -9669,20 +9659,19 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
                     pass
 
     def _patience(self):
-        """Milliseconds until something is due by the clock, None for never."""
+        """Milliseconds until something is due by the clock, a day at most."""
         now = time.monotonic()
         due = [child.kill_at for child in list(self.children.values()) if child.kill_at]
         with self.lock:
             due += [when for when, *_ in self.doubts]
             due += filter(None, [*self.scripts.values(), self.leave_at])
-        if self.end_time and not self.draining:
-            due.append(self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s)
+        due.append(self._stop_at())
         if self.retry_at > now:
             due.append(self.retry_at)
         if self.progress.terminal:
             due.append(now + 0.2)
         # poll(2) takes an int: a limit of months is looked at once a day.
-        return max(0, min(86_400_000, int(1000 * (min(due) - now)) + 1)) if due else None
+        return max(0, int(1000 * min(86_400, min(due) - now)) + 1)
 
 
 # ==================================================================================================
@@ -10433,7 +10422,7 @@ class SlurmRunner(Runner):
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         return float(end) - time.time() if end.isdigit() else None
 
-    def _true_end(self):
+    def _check_end(self):
         """Slurm may have suspended the allocation meanwhile, or an admin may have given it more
         time."""
         left = None
@@ -10443,7 +10432,6 @@ class SlurmRunner(Runner):
         if left is not None and left > self.limits.sigterm_lead_s:
             self.from_slurm = True
             self.end_time = max(self.end_time, time.monotonic() + left)
-        return self.end_time
 
     def _node_values(self):
         where = self.allocation
