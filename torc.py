@@ -9342,7 +9342,7 @@ class Leaving:
                      f"{self.workflow_id}` goes on from here once that is mended")
             return 1
         if self.draining:
-            return self._time_is_up()
+            return self._verdict()
         report = self._ask_for("unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
         settled = self._patiently(lambda: self._settle(others))
@@ -9352,7 +9352,8 @@ class Leaving:
             self.news = True
             return None
         fitting = [entry for entry in report["ready"]
-                   if entry["count"] > entry["stopping"] and self._could_run(entry)]
+                   if entry["count"] > entry["stopping"]
+                   and not self._lacks(entry["resource_requirements"])]
         if fitting and self.fitted_at != answer["generation"]:
             self.fitted_at = answer["generation"]
             self.news = True              # it became ready just now
@@ -9384,25 +9385,21 @@ class Leaving:
         """GET something of the workflow, however long it takes."""
         return self._patiently(lambda: self.client.get(f"/workflows/{self.workflow_id}/{what}"))
 
-    def _could_run(self, entry):
-        """Whether a ready job would fit on this machine when nothing else runs."""
-        record = entry["resource_requirements"]
-        if self.end_time and parse_duration(record["runtime"]) > self._time_left():
-            return False
-        if self.options.max_parallel_jobs:
-            return True
-        return not misfits(record, self.cpus, self.memory, len(self.gpus), len(self.room.bins))
+    def _lacks(self, need):
+        """What a job with these requirements lacks on this machine when nothing else runs."""
+        lacks = [] if self.options.max_parallel_jobs else [
+            f"{want} (this runner has {have})" for want, have in misfits(
+                need, self.cpus, self.memory, len(self.gpus), len(self.room.bins))]
+        if self.end_time and parse_duration(need["runtime"]) > self._time_left():
+            left = format_duration(max(0, self.end_time - time.monotonic()))
+            lacks.append(f"{need['runtime']} (there are {left} left)")
+        return lacks
 
     def _why_stuck(self, report, others):
         """Which jobs are unfinished and why nobody here can run them."""
         parts = []
         for entry in report["ready"][:3]:
-            need = entry["resource_requirements"]
-            lacks = [f"{want} (this runner has {have})" for want, have in misfits(
-                need, self.cpus, self.memory, len(self.gpus), len(self.room.bins))]
-            if self.end_time and parse_duration(need["runtime"]) > self._time_left():
-                left = format_duration(max(0, self.end_time - time.monotonic()))
-                lacks.append(f"{need['runtime']} (there are {left} left)")
+            lacks = self._lacks(entry["resource_requirements"]) or ["no more than this runner has"]
             verb = "needs" if entry["count"] == 1 else "need"
             parts.append(f"{plural(entry['count'], 'ready job')} (such as \"{entry['job_name']}\") "
                          f"{verb} {' and '.join(lacks)}")
@@ -9419,18 +9416,13 @@ class Leaving:
         return (f"stopping with {plural(number, 'job')} unfinished: "
                 + "; ".join(parts or ["nothing is ready"]))
 
-    def _time_is_up(self):
-        counts_now = self._ask_for("counts")
-        if counts_now["is_complete"]:
-            return self._verdict()
-        self.progress.update(counts_now)
-        self.say(f"stopping at the time limit: {self.progress.summary()}")
-        return 3
-
     def _verdict(self):
-        """0 or 1 by how the jobs of a complete workflow ended."""
+        """0 or 1 by how the jobs of a complete workflow ended, 3 if the time limit came before."""
         now = self._ask_for("counts")
         self.progress.update(now)
+        if self.draining and not now["is_complete"]:
+            self.say(f"stopping at the time limit: {self.progress.summary()}")
+            return 3
         bad = sum(now[name] for name in ("failed", "canceled", "terminated", "pending_failed"))
         return 1 if bad or now["is_canceled"] else 0
 
