@@ -7907,24 +7907,22 @@ def journal_leaders(path):
 
 def replay_journal(client, records):
     """Tell the server what a dead runner did not get to say; returns the number of completions."""
-    header = records[0]["header"]
-
-    def number(record, *key):             # of the start; older journals have none
-        return record.get("n") or key
-
-    confirmed = {tuple(one) if isinstance(one, list) else one for record in records
-                 for one in record.get("ok", ())}
-    starts = {number(record, *record["start"]): record["start"] for record in records
-              if "start" in record}
-    ends = {number(record, *(record["end"][name] for name in ("job_id", "run_id", "attempt_id"))):
-            record["end"] for record in records if "end" in record}
-    unsaid = [end for one, end in ends.items() if one not in confirmed]
+    header, starts, ends = records[0]["header"], {}, {}
+    for record in records:                # by numbers of starts; older journals have attempts only
+        if "start" in record:
+            starts[record.get("n") or tuple(record["start"])] = record["start"]
+        if "end" in record:
+            end = record["end"]
+            ends[record.get("n") or (end["job_id"], end["run_id"], end["attempt_id"])] = end
+        for number in record.get("ok", ()):
+            number = tuple(number) if isinstance(number, list) else number
+            starts.pop(number, None)
+            ends.pop(number, None)
     client.post(f"/workflows/{header['workflow_id']}/runner_step", {
         "compute_node_id": header["compute_node_id"], "step": 0, "replay": True, "held": [],
-        "starts": [{"job_id": job, "attempt_id": attempt}
-                   for one, (job, _, attempt) in starts.items() if one not in confirmed],
-        "completions": unsaid})
-    return len(unsaid)
+        "starts": [{"job_id": job, "attempt_id": attempt} for job, _, attempt in starts.values()],
+        "completions": list(ends.values())})
+    return len(ends)
 
 
 def release_dead_nodes(client, workflow_id, output_dir):
@@ -7933,16 +7931,17 @@ def release_dead_nodes(client, workflow_id, output_dir):
     Ends what lives of their jobs, replays their journals, makes their jobs ready again.
     """
     said = []
-    dead = {node["id"]: (node, evidence) for node in client.items(
-        "/compute_nodes", workflow_id=workflow_id, is_active=True)
-        for evidence in (death_here(node),) if evidence}
-    directories = {os.path.abspath(output_dir)} | {
-        node["output_dir"] for node, _ in dead.values() if node.get("output_dir")}
+    dead = []
+    for node in client.items("/compute_nodes", workflow_id=workflow_id, is_active=True):
+        evidence = death_here(node)
+        if evidence:
+            dead.append((node, evidence))
+    directories = {os.path.abspath(output_dir), *(node.get("output_dir") for node, _ in dead)}
     server_id = client.server_id()
-    for directory in sorted(directories):
+    for directory in sorted(filter(None, directories)):
         for path in journals_in(directory, server_id, workflow_id):
             said += clean_up(client, path)
-    for node, evidence in dead.values():
+    for node, evidence in dead:
         try:
             requeued = release(client, node, evidence)["requeued"]
         except Conflict:                  # it was alive a moment ago
@@ -7960,14 +7959,11 @@ def release(client, node, evidence, **ended):
 
 
 def journals_in(directory, server_id, workflow_id):
-    """Paths of the journals of a workflow of this very database."""
-    folder = os.path.join(directory, "journal")
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:                       # there is none, or it is another user's
-        return []
-    return [os.path.join(folder, name) for name in names
-            if name.startswith(f"{server_id}_wf{workflow_id}_n")]
+    """Paths of the journals of a workflow of this very database; none if the directory is another
+    user's."""
+    import glob
+    start = os.path.join(directory, "journal", f"{server_id}_wf{workflow_id}_n")
+    return sorted(glob.glob(glob.escape(start) + "*"))
 
 
 def clean_up(client, path):
