@@ -9009,13 +9009,10 @@ class Talking:
             claim = None if self.draining or self.retry_at else self._claim()
             self.news = False
         ended = {child for child, _ in told}
-        self.step += 1
-        body = {"compute_node_id": self.node_id, "step": self.step,
-                "completions": [completion for _, completion in told],
-                "starts": attempts(child for child in starts if child not in ended),
-                "returns": attempts(returns), "held": held, "claim": claim, "counts": count,
-                **({"tokens": True} if self.tokens else {})}
-        answer = self._send(body)
+        answer = self._patiently(self._step(
+            completions=[completion for _, completion in told],
+            starts=attempts(child for child in starts if child not in ended),
+            returns=attempts(returns), held=held, claim=claim, counts=count, tokens=self.tokens))
         self._take(answer, told, starts, returns, claim)
         return answer
 
@@ -9023,31 +9020,37 @@ class Talking:
         """Tell the server that we are alive, and nothing else."""
         with self.lock:
             held = [list(child.attempt) for child in self.held]
-        self.step += 1
         with contextlib.suppress(TorcError):
-            self.client.post(f"/workflows/{self.workflow_id}/runner_step", {
-                "compute_node_id": self.node_id, "step": self.step, "held": held})
+            self._step(held=held)()
+
+    def _step(self, **fields):
+        """The next step, as a function that POSTs it and may be repeated until it is answered."""
+        self.step += 1
+        body = {"compute_node_id": self.node_id, "step": self.step, **fields}
+
+        def post():
+            answer = self.client.post(f"/workflows/{self.workflow_id}/runner_step", body)
             self.lease_at = time.monotonic()
+            return answer
+
+        return post
 
     def _claim(self):
         """What this runner could take now, None for nothing."""
         room = self.room.copy()
         waiting = sum(room.place(child.need) is None for child in self.queue)
         prefetch = self._prefetch()
-        claim = {**self._claim_values(), **({"prefetch": prefetch} if prefetch else {})}
+        claim = {**self._claim_values(), "limit": 0}
         if room.most:
-            claim["limit"] = room.most - room.number - waiting
-        elif waiting:                     # what is free now is meant for those
-            claim["limit"] = 0
-        else:
+            claim["limit"] = max(0, room.most - room.number - waiting)
+        elif not waiting:                 # else what is free now is meant for those
             claim.update(limit=sum(free[0] for free in room.bins), whole=list(room.node),
                          bins=[list(free) for free in room.bins])
+        if prefetch:
+            claim["prefetch"] = prefetch
         if self.end_time:
             claim["time_left_s"] = self._time_left()
-        if claim["limit"] <= 0 and not claim.get("prefetch"):
-            return None
-        claim["limit"] = max(claim["limit"], 0)
-        return claim
+        return claim if claim["limit"] or prefetch else None
 
     def _claim_values(self):
         """What else a claim says."""
@@ -9069,13 +9072,6 @@ class Talking:
         ahead = sum("prefetched" in child.job for child in self.queue)
         number = min(PREFETCH_LIMIT, int(rate * PREFETCH_S)) - ahead
         return {"resource_requirements_id": kinds.pop(), "limit": number} if number > 0 else None
-
-    def _send(self, body):
-        """POST a step, which may be repeated until it is answered."""
-        answer = self._patiently(lambda: self.client.post(
-            f"/workflows/{self.workflow_id}/runner_step", body))
-        self.lease_at = time.monotonic()
-        return answer
 
     def _patiently(self, ask):
         """What `ask` returns; while the server is away or in trouble, the jobs go on."""
@@ -9127,18 +9123,15 @@ class Talking:
                          now + GIVE_BACK_S if "prefetched" in job else math.inf)
                    for job in answer["jobs"]]
         with self.lock:
-            self.done = self.done[len(told):]
+            del self.done[:len(told)], self.starts[:len(starts)], self.returns[:len(returns)]
             self.done_since = now         # of those that came meanwhile
-            self.starts = self.starts[len(starts):]
-            self.returns = self.returns[len(returns):]
             if self.draining:
                 self.returns += claimed
             else:
                 self.held.update(claimed)
                 self.queue.extend(claimed)
-            asked = (claim or {}).get("limit", 0)
-            got = sum(1 for job in answer["jobs"] if not job.get("prefetched"))
-            if asked and got >= asked and answer["has_ready"]:
+            got = sum("prefetched" not in job for job in answer["jobs"])
+            if claim and got >= claim["limit"] > 0 and answer["has_ready"]:
                 self.news = True          # there may be more that fits
             self.situation = answer
             self.run_id = answer["run_id"]
@@ -9268,7 +9261,7 @@ class Acting:
     def _claim_action(self, client, action):
         """Make an action ours; False if another runner has it."""
         actions = f"/workflows/{self.workflow_id}/actions"
-        body = {"compute_node_id": self.node_id, **({"tokens": True} if self.tokens else {})}
+        body = {"compute_node_id": self.node_id, "tokens": self.tokens}
         try:
             answer = self._patiently(lambda: client.post(f"{actions}/{action['id']}/claim", body))
             action["token"] = answer.get("token", "")
@@ -9425,9 +9418,7 @@ class Leaving:
     def _close(self, code):
         """Last words to the server: the node is done."""
         self.run_actions(self.client, ("on_worker_complete",))
-        self.step += 1
-        answer = self._send({"compute_node_id": self.node_id, "step": self.step, "held": [],
-                             "claim": None, "counts": True, "closing": True})
+        answer = self._patiently(self._step(held=[], counts=True, closing=True))
         self.progress.update(answer["counts"])
         self.progress.finish()
         elapsed = format_duration(time.monotonic() - self.progress.began)
