@@ -4099,7 +4099,7 @@ def test_output_files_that_cannot_be_opened_leak_no_descriptor(tmp_path):
 
 
 def test_the_journal_loses_nothing_between_threads(tmp_path):
-    journal = torc.Journal(str(tmp_path / "journal" / "x.jsonl"), {"pid": 1})
+    journal = torc.Journal(str(tmp_path / "x.jsonl"), {"pid": 1})
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
 
@@ -4382,7 +4382,7 @@ def test_two_successors_of_a_dead_runner_do_not_disturb_each_other(tmp_path, api
     sleeper.kill(), sleeper.wait()
     runner = Conversation(api, workflow_id)
     [job] = runner.step(limit=1)["jobs"]
-    journal = torc.Journal(str(tmp_path / "journal" / "x.jsonl"), {
+    journal = torc.Journal(str(tmp_path / "x.jsonl"), {
         **identity, "workflow_id": workflow_id, "compute_node_id": runner.node, "token": "t"})
     journal.add({"end": runner.done(job)})
     journal.close(remove=False)
@@ -4850,7 +4850,7 @@ def test_the_end_of_an_attempt_signals_no_other_attempt(tmp_path):
 # ---- the journal
 
 def test_a_damaged_journal_is_read_as_far_as_it_can_be(tmp_path):
-    journal = torc.Journal(str(tmp_path / "journal" / "x.jsonl"), {"pid": 1})
+    journal = torc.Journal(str(tmp_path / "x.jsonl"), {"pid": 1})
     for number in range(3):
         journal.add({"end": {"text": "für", "number": number}})
     journal.close(remove=False)
@@ -4871,7 +4871,7 @@ def test_a_journal_on_a_full_disk_keeps_what_it_cannot_write(tmp_path):
     (tmp_path / "small").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "small", tmp_path / "small"], check=True)
     try:
-        journal = torc.Journal(str(tmp_path / "small" / "journal" / "x.jsonl"), {"pid": 1})
+        journal = torc.Journal(str(tmp_path / "small" / "x.jsonl"), {"pid": 1})
         kept = 0
         while True:
             journal.add({"end": "x" * 1000})

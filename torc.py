@@ -7841,7 +7841,6 @@ class Journal:
         self.trouble = None               # why it cannot be written
         self._lines, self._size, self._cut = [], 0, False
         self._lock = threading.Lock()
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.add({"header": header})
         self.flush()
@@ -8170,12 +8169,13 @@ def read_limits(workflow):
 class Sampler:
     """Looks once a second at memory and CPU of the jobs; ends those over their memory limit."""
 
+    page = os.sysconf("SC_PAGE_SIZE")
+    tick = os.sysconf("SC_CLK_TCK")
+    series = None
+    series_at = 0.0
+
     def __init__(self, runner):
         self.runner = runner
-        self.page = os.sysconf("SC_PAGE_SIZE")
-        self.tick = os.sysconf("SC_CLK_TCK")
-        self.series = None
-        self.series_at = 0.0
 
     def loop(self):
         """Until the runner ends."""
@@ -8187,14 +8187,19 @@ class Sampler:
 
     def sample(self, children, now):
         """One look at all processes."""
-        stats = self.processes()
+        stats = {}                        # pid: (parent, session, CPU ticks)
+        for name in pids():
+            words = process_stat(name)
+            if words:
+                stats[int(name)] = int(words[1]), int(words[3]), int(words[11]) + int(words[12])
         owner = {child.pid: child for child in children}
         used = {}                         # child: [anonymous bytes, largest shared, ticks, number]
         for pid, (parent, session, ticks) in stats.items():
             child = owner.get(session) or self.ancestor(pid, stats, owner)
             if child:
                 total = used.setdefault(child, [0, 0, 0, 0])
-                resident, shared = self.memory(pid)
+                words = read_text(f"/proc/{pid}/statm").split() or (0, 0, 0)     # it has ended
+                resident, shared = int(words[1]) * self.page, int(words[2]) * self.page
                 total[0] += resident - shared
                 total[1] = max(total[1], shared)
                 total[2] += ticks
@@ -8206,12 +8211,6 @@ class Sampler:
             self.series_at = now
             self.write_series(used)
 
-    def processes(self):
-        """{pid: (parent, session, CPU ticks)} of all processes."""
-        stats = {int(name): process_stat(name) for name in pids()}
-        return {pid: (int(words[1]), int(words[3]), int(words[11]) + int(words[12]))
-                for pid, words in stats.items() if words}
-
     def ancestor(self, pid, stats, owner):
         """The job among a process's ancestors, or None."""
         for _ in range(64):
@@ -8221,11 +8220,6 @@ class Sampler:
             if pid in owner:
                 return owner[pid]
         return None
-
-    def memory(self, pid):
-        """(resident, shared) bytes of a process."""
-        words = read_text(f"/proc/{pid}/statm").split()
-        return (int(words[1]) * self.page, int(words[2]) * self.page) if words else (0, 0)
 
     def note(self, child, memory, ticks, now):
         """Keep a sample; end the job if it is over its limit."""
@@ -8265,12 +8259,12 @@ class Sampler:
         os.makedirs(folder, exist_ok=True)
         series = sqlite3.connect(os.path.join(folder, f"resource_metrics_{runner.labels()[1]}.db"),
                                  check_same_thread=False)
-        series.execute("CREATE TABLE IF NOT EXISTS job_resource_samples (job_id INTEGER,"
-                       " timestamp REAL, cpu_percent REAL, memory_bytes INTEGER,"
-                       " num_processes INTEGER, PRIMARY KEY (job_id, timestamp))")
-        series.execute("CREATE INDEX IF NOT EXISTS samples_job ON job_resource_samples (job_id)")
-        series.execute("CREATE TABLE IF NOT EXISTS job_metadata (job_id INTEGER PRIMARY KEY,"
-                       " job_name TEXT)")
+        series.executescript("""
+            CREATE TABLE IF NOT EXISTS job_resource_samples (job_id INTEGER, timestamp REAL,
+                cpu_percent REAL, memory_bytes INTEGER, num_processes INTEGER,
+                PRIMARY KEY (job_id, timestamp));
+            CREATE INDEX IF NOT EXISTS samples_job ON job_resource_samples (job_id);
+            CREATE TABLE IF NOT EXISTS job_metadata (job_id INTEGER PRIMARY KEY, job_name TEXT)""")
         return series
 
 
@@ -8279,16 +8273,16 @@ class Sampler:
 class Progress:
     """What the user sees while a runner works: a redrawn line on a terminal, else lines."""
 
+    counts = {}
+    drawn = 0.0
+    finished_at_start = None
+
     def __init__(self, quiet, log_path):
         import collections
         self.terminal = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
-        self.color = self.terminal and "NO_COLOR" not in os.environ
         self.quiet = quiet
-        self.counts = {}
         self.began = time.monotonic()
-        self.drawn = 0.0
         self.told = (self.began, None)
-        self.finished_at_start = None
         self.lock = threading.Lock()
         self.unsaid = collections.deque(maxlen=1000)  # lines that the log could not take yet
         self.log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -8349,7 +8343,7 @@ class Progress:
         room = max(4, min(30, width - len(text) - 3))
         filled = int(share * room)
         bar = "#" * filled + "." * (room - filled)
-        if self.color:
+        if "NO_COLOR" not in os.environ:
             bar = f"\x1b[3{'1' if self.counts.get('failed') else '2'}m{bar}\x1b[0m"
         with self.lock, contextlib.suppress(OSError, ValueError):
             sys.stderr.write("\r\x1b[K[" + bar + text[:max(0, width - room - 2)])
@@ -8476,7 +8470,7 @@ class Starting:
         if child.gpus:
             environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
         environment.update(self._job_values(child))
-        child.environment = environment if job.get("failure_handler_id") else None
+        child.environment = environment
         command = job["command"]
         if job.get("invocation_script"):
             command = f"{job['invocation_script']} {command}"
@@ -8660,6 +8654,7 @@ class Reaping:
     status, what was used, outputs, failure handlers."""
 
     bury_at = 0.0                         # when to look for dead orphans
+    peak_since = -math.inf                # when peak_kb was looked up
 
     def _reap(self):
         """Take the exits of our own processes, never anybody else's."""
@@ -8895,11 +8890,11 @@ class Reaping:
     def _own_peak(self, age_s=1):
         """Peak resident memory of this process in KB, looked up if it is known for so long."""
         now = time.monotonic()
-        if now >= getattr(self, "_peak_since", 0) + age_s:
+        if now >= self.peak_since + age_s:
             match = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))
-            self._peak_kb = int(match[1]) + 256 if match else 2**40     # the kernel counts in lumps
-            self._peak_since = now
-        return self._peak_kb
+            self.peak_kb = int(match[1]) + 256 if match else 2**40      # the kernel counts in lumps
+            self.peak_since = now
+        return self.peak_kb
 
 
 class Talking:
@@ -9467,21 +9462,18 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         """Run; returns the exit code: 0, 1, 3, or 128 + signal."""
         import shutil
         sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)     # others may share the disk
-        os.makedirs(os.path.join(self.directory, "job_stdio"), exist_ok=True)
-        os.makedirs(os.path.join(self.directory, "journal"), mode=0o700, exist_ok=True)
-        for name in ("", "job_stdio", "journal"):
+        for name, mode in (("", 0o700), ("job_stdio", 0o777), ("journal", 0o700)):
             folder = os.path.join(self.directory, name)
+            os.makedirs(folder, mode, exist_ok=True)           # others may share the disk
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise TorcError(f"{folder} cannot be written by you: make it writable, or name "
                                 "another --output-dir")
         self.bash = shutil.which("bash")
         if not self.bash:
             raise TorcError("there is no bash on the PATH, which runs the commands of jobs")
-        workflow = self.client.get(f"/workflows/{self.workflow_id}")
+        self.workflow = self.client.get(f"/workflows/{self.workflow_id}")
         self.run_id = self.client.get(f"/workflows/{self.workflow_id}/status")["run_id"]
-        self.workflow = workflow
-        self.limits = read_limits(workflow)
+        self.limits = read_limits(self.workflow)
         self.progress = Progress(self.options.quiet, os.path.join(
             self.directory, f"job_runner_{self.labels()[0]}.log"))
         self.say = self.progress.say
@@ -9506,13 +9498,12 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         options = self.options
         self.cpus = options.num_cpus or usable_cpus()
         self.memory = int((options.memory_gb * 2**30) if options.memory_gb else usable_memory())
-        gpus = usable_gpus()
+        self.gpus = usable_gpus()
         if options.num_gpus is not None:
-            gpus = (gpus + [str(number) for number in range(len(gpus), options.num_gpus)])[
-                :options.num_gpus]
-        self.gpus = gpus
-        self.free_gpus = list(gpus)
-        self.room = Room(1, (self.cpus, self.memory, len(gpus)), options.max_parallel_jobs)
+            more = range(len(self.gpus), options.num_gpus)
+            self.gpus = [*self.gpus, *map(str, more)][:options.num_gpus]
+        self.free_gpus = list(self.gpus)
+        self.room = Room(1, (self.cpus, self.memory, len(self.gpus)), options.max_parallel_jobs)
         self.end_time = None
         if options.end_time:
             self._end_in(options.end_time - time.time())
@@ -9560,17 +9551,16 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     def _work(self):
         """The threads, then the loop."""
         self._become_subreaper()
-        handlers = [rule for rule in self.client.items(
-            f"/workflows/{self.workflow_id}/failure_handlers")]
+        handlers = self.client.items(f"/workflows/{self.workflow_id}/failure_handlers")
         self.handlers = {handler["id"]: [rule for rule in json.loads(handler["rules"])
                                          if isinstance(rule, dict)] for handler in handlers}
         self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self.lease_at = time.monotonic()
         self.waiting = self.client.clone()
-        threads = [threading.Thread(target=target, daemon=True) for target in (
-            self._talker, self._listener, Sampler(self).loop)]
-        if not self.limits.monitor:
-            threads.pop()
+        targets = [self._talker, self._listener]
+        if self.limits.monitor:
+            targets.append(Sampler(self).loop)
+        threads = [threading.Thread(target=target, daemon=True) for target in targets]
         for thread in threads:
             thread.start()
         try:
