@@ -8291,9 +8291,13 @@ class Progress:
         """A line for the user and the log; that neither can be written ends nothing."""
         self.note(f"[{iso_time(time.time())}] {text}\n")
         if not self.quiet:
-            with self.lock, contextlib.suppress(OSError, ValueError):
-                clear = "\r\x1b[K" if self.terminal and self.drawn else ""
-                print(f"{clear}torc: {text}", file=sys.stderr, flush=True)
+            clear = "\r\x1b[K" if self.terminal and self.drawn else ""
+            self._show(f"{clear}torc: {text}\n")
+
+    def _show(self, text):
+        with self.lock, contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
     def note(self, text):
         """Text for the log, now or, if the disk is full, with what comes next."""
@@ -8345,18 +8349,14 @@ class Progress:
         bar = "#" * filled + "." * (room - filled)
         if "NO_COLOR" not in os.environ:
             bar = f"\x1b[3{'1' if self.counts.get('failed') else '2'}m{bar}\x1b[0m"
-        with self.lock, contextlib.suppress(OSError, ValueError):
-            sys.stderr.write("\r\x1b[K[" + bar + text[:max(0, width - room - 2)])
-            sys.stderr.flush()
+        self._show("\r\x1b[K[" + bar + text[:max(0, width - room - 2)])
 
     def finish(self):
         """Draw the line for the last time; what is said from now on stands below it."""
         self.draw(force=True)
-        with self.lock, contextlib.suppress(OSError, ValueError):
-            if self.terminal and self.drawn:
-                sys.stderr.write("\n")
-                sys.stderr.flush()
-            self.terminal = False
+        if self.terminal and self.drawn:
+            self._show("\n")
+        self.terminal = False
 
     def close(self):
         """The end."""
@@ -9000,28 +9000,30 @@ class Talking:
         """One step of the conversation, repeated until it is answered."""
         with self.lock:
             told, starts, returns = list(self.done), list(self.starts), list(self.returns)
-            held = [list(child.attempt) for child in self.held]
+            ended = {child for child, _ in told}
             claim = None if self.draining or self.retry_at else self._claim()
             self.news = False
-        ended = {child for child, _ in told}
-        answer = self._patiently(self._step(
-            completions=[completion for _, completion in told],
-            starts=attempts(child for child in starts if child not in ended),
-            returns=attempts(returns), held=held, claim=claim, counts=count, tokens=self.tokens))
+            post = self._step(
+                completions=[completion for _, completion in told],
+                starts=attempts(child for child in starts if child not in ended),
+                returns=attempts(returns), claim=claim, counts=count, tokens=self.tokens)
+        answer = self._patiently(post)
         self._take(answer, told, starts, returns, claim)
         return answer
 
     def _beat(self):
         """Tell the server that we are alive, and nothing else."""
         with self.lock:
-            held = [list(child.attempt) for child in self.held]
+            post = self._step()
         with contextlib.suppress(TorcError):
-            self._step(held=held)()
+            post()
 
     def _step(self, **fields):
-        """The next step, as a function that POSTs it and may be repeated until it is answered."""
+        """Under the lock: the next step, as a function that POSTs it and may be repeated until it
+        is answered."""
         self.step += 1
-        body = {"compute_node_id": self.node_id, "step": self.step, **fields}
+        body = {"compute_node_id": self.node_id, "step": self.step,
+                "held": [list(child.attempt) for child in self.held], **fields}
 
         def post():
             answer = self.client.post(f"/workflows/{self.workflow_id}/runner_step", body)
@@ -9413,7 +9415,7 @@ class Leaving:
     def _close(self, code):
         """Last words to the server: the node is done."""
         self.run_actions(self.client, ("on_worker_complete",))
-        answer = self._patiently(self._step(held=[], counts=True, closing=True))
+        answer = self._patiently(self._step(counts=True, closing=True))
         self.progress.update(answer["counts"])
         self.progress.finish()
         elapsed = format_duration(time.monotonic() - self.progress.began)
@@ -9599,7 +9601,6 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         """Good-bye to guardian and journal."""
         import signal
         signal.set_wakeup_fd(-1)
-        self.ended.set()
         complete = self.gone or self.code is not None and not self.done and not self.held
         with contextlib.suppress(OSError):
             os.write(self.guardian_pipe, b"q" if not self.children else b"")
