@@ -7762,15 +7762,13 @@ def started_about(pid, seconds):
     return ticks is None or abs(ticks / os.sysconf("SC_CLK_TCK") - seconds) < 2
 
 
-def kill_leftovers(token, leaders, seconds=10.0):
-    """SIGKILL what is left of a dead runner: its process groups, and what its mark is found on.
-
-    leaders: (pid, seconds from boot to its start) of group leaders; a number that another process
-    has taken over is spared.
-    """
+def kill_leftovers(token, records):
+    """SIGKILL what is left of a dead runner: the process groups that its journal's records name,
+    and what its mark is found on. A number that another process has taken over is spared."""
     import signal
-    deadline = time.monotonic() + seconds
-    groups = {pid for pid, started in leaders if started_about(pid, started)}
+    deadline = time.monotonic() + 10
+    groups = {record["pid"][0] for record in records
+              if "pid" in record and started_about(*record["pid"])}
     while time.monotonic() < deadline:
         marked = [pid for pid, _ in marked_processes(token) if pid != os.getpid()]
         for pid in marked:                # its group too: the runner may have died before noting it
@@ -7817,7 +7815,7 @@ def start_guardian(journal_path, token):
         poller.register(3, 0)             # POLLHUP comes without being asked for
         poller.poll()
         if not os.read(3, 1):
-            kill_leftovers(token, journal_leaders(journal_path))
+            kill_leftovers(token, read_journal(journal_path)[0])
     finally:
         os._exit(0)
 
@@ -7859,7 +7857,7 @@ class Journal:
             if self._lines:
                 data = ("\n" * self._cut + "".join(self._lines)).encode()
                 try:
-                    written = os.write(self.fd, data)
+                    written = 0
                     while written < len(data):       # a signal, or the disk is nearly full
                         written += os.write(self.fd, data[written:])
                 except OSError as error:
@@ -7886,22 +7884,17 @@ def read_journal(path):
     cut or damaged some."""
     import zlib
     records, bad = [], 0
-    for line in read_bytes(path).split(b"\n"):
+    for line in filter(None, read_bytes(path).split(b"\n")):
         crc, _, text = line.partition(b" ")
         try:
-            if line[:1] == b"{":          # of a version whose lines had no checksum
+            if line.startswith(b"{"):     # of a version whose lines had no checksum
                 text = line
-            elif line and int(crc, 16) != zlib.crc32(text):
+            elif int(crc, 16) != zlib.crc32(text):
                 raise ValueError
-            records += [json.loads(text)] if line else []
+            records.append(json.loads(text))
         except ValueError:
             bad += 1
     return records, bad
-
-
-def journal_leaders(path):
-    """(pid, start) of every process group that a journal names."""
-    return [tuple(record["pid"]) for record in read_journal(path)[0] if "pid" in record]
 
 
 def replay_journal(client, records):
@@ -7974,7 +7967,7 @@ def clean_up(client, path):
         return []
     said = [f"{plural(bad, 'line')} of the journal {path} cannot be read"] if bad else []
     if evidence.kind != "reboot":         # else its numbers are other processes' now
-        kill_leftovers(header["token"], journal_leaders(path))
+        kill_leftovers(header["token"], records)
     try:
         number = replay_journal(client, records)
     except NotFound:
@@ -8531,10 +8524,10 @@ class Stopping:
             number = self.received.pop(0)
             if number in (signal.SIGUSR1, signal.SIGUSR2):           # "save your state", mostly
                 self.say(f"signal {number} is handed on to {len(self.children)} running jobs")
-                for child in list(self.children.values()):
+                for child in self.children.values():
                     signal_group(child.pid, number)
             elif self.interrupted:        # the second one: at once
-                for child in list(self.children.values()):
+                for child in self.children.values():
                     child.kill_at = time.monotonic()
                 with self.lock:
                     self.scripts = dict.fromkeys(self.scripts, time.monotonic())
@@ -8583,7 +8576,7 @@ class Stopping:
     def _enforce(self, now):
         """SIGKILL where the lead is over; the time limit; what the server wants ended."""
         import signal
-        due = [child for child in list(self.children.values())
+        due = [child for child in self.children.values()
                if child.kill_at and now >= child.kill_at]
         for child in due:
             child.kill_at = now + 5       # until it is gone
@@ -8660,7 +8653,7 @@ class Reaping:
         """Take the exits of our own processes, never anybody else's."""
         import signal
         ended = []
-        for pid, child in list(self.children.items()):
+        for pid, child in self.children.items():
             with contextlib.suppress(ChildProcessError):
                 done, status, usage = os.wait4(pid, os.WNOHANG)
                 ended += [(child, status, usage)] if done else []
@@ -8725,8 +8718,6 @@ class Reaping:
             status, code = "terminated", limits.timeout_exit_code
         elif child.verdict in ("canceled", "terminated"):
             status = child.verdict
-        elif child.verdict == "interrupt" and code != 0:
-            status = "terminated"
         elif code == 0 and job.get("output_files"):
             child.present, missing = self._outputs(job)
             if missing:
@@ -8877,8 +8868,7 @@ class Reaping:
             known["avg_cpu_percent"] = round(100 * seconds / child.elapsed, 1)
             # exec hands the spawner's own peak down, so no more than that says nothing.
             above = usage.ru_maxrss > self._own_peak() and usage.ru_maxrss > self._own_peak(0)
-            peak = usage.ru_maxrss * 1024 if above else 0
-            peak = max([peak, *child.memory])
+            peak = max([usage.ru_maxrss * 1024 if above else 0, *child.memory])
             if peak:
                 known["peak_memory_bytes"] = peak
         if child.memory:
@@ -9449,7 +9439,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.talk = threading.Condition(self.lock)   # wakes the talker
         self.held = set()                 # every Child that is here and not reported yet
         self.queue = collections.deque()  # those not started
-        self.children = {}                # pid: those that run
+        self.children = {}                # pid: those that run; only the loop adds and removes any
         self.starts, self.returns = [], []           # to be told,
         self.done = []                    # (Child, completion that the server has not confirmed)
         self.doubts = []                  # (when to tell, child that failed)
@@ -9631,7 +9621,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     def _patience(self):
         """Milliseconds until something is due by the clock, a day at most."""
         now = time.monotonic()
-        due = [child.kill_at for child in list(self.children.values()) if child.kill_at]
+        due = [child.kill_at for child in self.children.values() if child.kill_at]
         with self.lock:
             due += [when for when, *_ in self.doubts]
             due += filter(None, [*self.scripts.values(), self.leave_at])
