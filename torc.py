@@ -7823,6 +7823,7 @@ def start_guardian(journal_path, token):
 # ---- the journal
 
 ASCII = json.JSONEncoder(separators=(",", ":"))
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND              # no child inherits it: PEP 446
 
 
 class Journal:
@@ -7839,7 +7840,7 @@ class Journal:
         self.trouble = None               # why it cannot be written
         self._lines, self._size, self._cut = [], 0, False
         self._lock = threading.Lock()
-        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self.fd = os.open(path, APPEND, 0o600)
         self.add({"header": header})
         self.flush()
 
@@ -8115,11 +8116,10 @@ def attempts(children):
 def opened(paths):
     """{path: a new file's descriptor}, without None; opened in Python, since posix_spawn would hold
     every thread up while a file system hangs. Raises OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
     files = {}
     try:
         for path in {*paths} - {None}:
-            files[path] = os.open(path, flags, 0o666)
+            files[path] = os.open(path, APPEND | os.O_TRUNC, 0o666)
         yield files
     finally:
         for fd in files.values():
@@ -8278,7 +8278,7 @@ class Progress:
         self.told = (self.began, None)
         self.lock = threading.Lock()
         self.unsaid = collections.deque(maxlen=1000)  # lines that the log could not take yet
-        self.log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.log = os.open(log_path, APPEND, 0o666)
 
     def say(self, text):
         """A line for the user and the log; that neither can be written ends nothing."""
@@ -8993,34 +8993,32 @@ class Talking:
             ended = {child for child, _ in told}
             claim = None if self.draining or self.retry_at else self._claim()
             self.news = False
-            post = self._step(
+            step = self._step(
                 completions=[completion for _, completion in told],
                 starts=attempts(child for child in starts if child not in ended),
                 returns=attempts(returns), claim=claim, counts=count, tokens=self.tokens)
-        answer = self._patiently(post)
+        answer = self._patiently(self._post, step)
         self._take(answer, told, starts, returns, claim)
         return answer
 
     def _beat(self):
         """Tell the server that we are alive, and nothing else."""
         with self.lock:
-            post = self._step()
+            step = self._step()
         with contextlib.suppress(TorcError):
-            post()
+            self._post(step)
 
     def _step(self, **fields):
-        """Under the lock: the next step, as a function that POSTs it and may be repeated until it
-        is answered."""
+        """Under the lock: the next step."""
         self.step += 1
-        body = {"compute_node_id": self.node_id, "step": self.step,
+        return {"compute_node_id": self.node_id, "step": self.step,
                 "held": [list(child.attempt) for child in self.held], **fields}
 
-        def post():
-            answer = self.client.post(f"/workflows/{self.workflow_id}/runner_step", body)
-            self.lease_at = time.monotonic()
-            return answer
-
-        return post
+    def _post(self, step):
+        """Tell the server a step; may be repeated until it is answered."""
+        answer = self.client.post(f"/workflows/{self.workflow_id}/runner_step", step)
+        self.lease_at = time.monotonic()
+        return answer
 
     def _claim(self):
         """What this runner could take now, None for nothing."""
@@ -9060,13 +9058,13 @@ class Talking:
         number = min(PREFETCH_LIMIT, int(rate * PREFETCH_S)) - ahead
         return {"resource_requirements_id": kinds.pop(), "limit": number} if number > 0 else None
 
-    def _patiently(self, ask):
+    def _patiently(self, ask, *args, **keywords):
         """What `ask` returns; while the server is away or in trouble, the jobs go on."""
         import random
         pause, away = 0.2, None
         while True:
             try:
-                answer = ask()
+                answer = ask(*args, **keywords)
                 if away:
                     self.say("the server is back after "
                              + format_duration(time.monotonic() - away))
@@ -9144,17 +9142,17 @@ class Talking:
     def _listener(self):
         """Keep one question open: has anything changed? (a thread)"""
         client = self.waiting
-        since, failures = 0, 0
+        since, pause = 0, 0.0
         while not self.ended.is_set():
             try:
                 answer = client.get(f"/workflows/{self.workflow_id}/changes", since=since,
                                     wait_s=25)
-                failures = 0
+                pause = 0.0
             except TorcError:
-                failures += 1
-                if failures == 1:
+                if not pause:
                     self._ask()           # the talker finds out what is wrong
-                self.ended.wait(min(10.0, 0.2 * 2**min(failures, 6)))
+                pause = min(10.0, 2 * pause or 0.4)
+                self.ended.wait(pause)
                 continue
             if answer["generation"] != since:
                 since = answer["generation"]
@@ -9203,8 +9201,8 @@ class Acting:
     def _runnable(self, client, triggers):
         """Pending actions of these triggers that this runner can carry out; others are mentioned
         once. Allocations at the start of a workflow are for `torc submit`."""
-        pending = self._patiently(lambda: client.get(
-            f"/workflows/{self.workflow_id}/actions/pending", trigger_type=list(triggers)))
+        pending = self._patiently(client.get, f"/workflows/{self.workflow_id}/actions/pending",
+                                  trigger_type=list(triggers))
         runnable = []
         for action in pending:
             if action["action_type"] == "run_commands" or (
@@ -9230,7 +9228,7 @@ class Acting:
             if carry_out(client, action):     # else it is given back when this runner leaves
                 path = f"/workflows/{self.workflow_id}/actions/{action['id']}/claim"
                 with contextlib.suppress(Conflict):          # it was another's by then
-                    self._patiently(lambda: client.put(path, compute_node_id=self.node_id))
+                    self._patiently(client.put, path, compute_node_id=self.node_id)
 
     def _schedule_nodes(self, client, action):
         """Submit the allocations of an action; says whether all of them are there. The rest is for
@@ -9250,12 +9248,12 @@ class Acting:
         actions = f"/workflows/{self.workflow_id}/actions"
         body = {"compute_node_id": self.node_id, "tokens": self.tokens}
         try:
-            answer = self._patiently(lambda: client.post(f"{actions}/{action['id']}/claim", body))
+            answer = self._patiently(client.post, f"{actions}/{action['id']}/claim", body)
             action["token"] = answer.get("token", "")
             return True
         except Conflict:                  # or it is ours, and the answer that said so was lost
             return any(one["id"] == action["id"] and one.get("executed_by") == self.node_id
-                       for one in self._patiently(lambda: client.get(actions)))
+                       for one in self._patiently(client.get, actions))
 
     def _run_commands(self, client, action):
         """The commands of an action one after another; the first failure ends it. Says whether it
@@ -9321,7 +9319,7 @@ class Leaving:
             return self._verdict()
         report = self._ask_for("unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
-        settled = self._patiently(lambda: self._settle(others))
+        settled = self._patiently(self._settle, others)
         if settled:
             for sentence in settled:
                 self.say(sentence)
@@ -9359,7 +9357,7 @@ class Leaving:
 
     def _ask_for(self, what):
         """GET something of the workflow, however long it takes."""
-        return self._patiently(lambda: self.client.get(f"/workflows/{self.workflow_id}/{what}"))
+        return self._patiently(self.client.get, f"/workflows/{self.workflow_id}/{what}")
 
     def _lacks(self, need):
         """What a job with these requirements lacks on this machine when nothing else runs."""
@@ -9405,7 +9403,7 @@ class Leaving:
     def _close(self, code):
         """Last words to the server: the node is done."""
         self.run_actions(self.client, ("on_worker_complete",))
-        answer = self._patiently(self._step(counts=True, closing=True))
+        answer = self._patiently(self._post, self._step(counts=True, closing=True))
         self.progress.update(answer["counts"])
         self.progress.finish()
         elapsed = format_duration(time.monotonic() - self.progress.began)
@@ -9546,7 +9544,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         handlers = self.client.items(f"/workflows/{self.workflow_id}/failure_handlers")
         self.handlers = {handler["id"]: [rule for rule in json.loads(handler["rules"])
                                          if isinstance(rule, dict)] for handler in handlers}
-        self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self.null = os.open(os.devnull, os.O_RDWR)
         self.lease_at = time.monotonic()
         self.waiting = self.client.clone()
         targets = [self._talker, self._listener]
