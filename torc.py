@@ -7775,18 +7775,16 @@ def kill_leftovers(token, records):
             with contextlib.suppress(OSError):
                 groups |= {os.getpgid(pid)} - {os.getpgid(0)}
                 os.kill(pid, signal.SIGKILL)
-        alive = [pid for pid in groups if signal_group(pid, signal.SIGKILL)]
-        if not marked and not any(group_lives(pid) for pid in alive):
+        alive = {pid for pid in groups if signal_group(pid, signal.SIGKILL)}
+        if not marked and not alive & living_groups():
             return
         time.sleep(0.02)                  # nothing tells us when a stranger's child is gone
 
 
-def group_lives(pgid):
-    """Whether a process group has a member that is not a zombie."""
-    for words in map(process_stat, pids()):
-        if words and int(words[2]) == pgid and words[0] not in (b"Z", b"X"):
-            return True
-    return False
+def living_groups():
+    """The process groups that have a member that is not a zombie."""
+    return {int(words[2]) for words in map(process_stat, pids())
+            if words and words[0] not in (b"Z", b"X")}
 
 
 def start_guardian(journal_path, token):
@@ -8917,17 +8915,17 @@ class Talking:
 
     def _converse(self):
         self.run_actions(self.client, ("on_workflow_start", "on_worker_start"))
-        idle_since = None
-        counted = 0.0
+        idle_since, counted = None, -math.inf
         while True:
             self._wait_for_cause(idle_since)
             now = time.monotonic()
             every = 5.0
             if self.progress.terminal:    # counting takes 10 ms for 100,000 jobs
                 every = 0.2 if self.progress.counts.get("total", 0) < 10_000 else 1.0
-            count = now - counted >= every or not counted
+            count = now - counted >= every
+            if count:
+                counted = now
             answer = self._exchange(count)
-            counted = now if count else counted
             if self._busy() or self.news and not self.interrupted:
                 idle_since = None
                 continue
