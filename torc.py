@@ -8454,10 +8454,9 @@ class Starting:
         """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
         import signal
         job = child.job
-        environment = {**self.base_environment, **self._credentials(job),
-                       "TORC_JOB_ID": str(job["id"]), "TORC_JOB_NAME": job["name"],
-                       "TORC_ATTEMPT_ID": str(job["attempt_id"]),
-                       "TORC_RUN_ID": str(job["run_id"])}
+        environment = self._environment_of(job)
+        environment.update(TORC_JOB_ID=str(job["id"]), TORC_JOB_NAME=job["name"],
+                           TORC_ATTEMPT_ID=str(job["attempt_id"]), TORC_RUN_ID=str(job["run_id"]))
         if child.gpus:
             environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
         environment.update(self._job_values(child))
@@ -8480,10 +8479,10 @@ class Starting:
             except NotImplementedError:   # a Python built for an old glibc
                 return os.posix_spawn(program, words, environment, setpgroup=0, **keywords)
 
-    def _credentials(self, record):
-        """How a job, or an action that was claimed, reaches its workflow: with a token of its own
-        as password where the server gives one."""
-        known = self.client.job_environment()
+    def _environment_of(self, record):
+        """The environment of a job, or of an action that was claimed. It reaches its workflow with
+        a token of its own as password where the server gives one."""
+        known = {**self.base_environment, **self.client.job_environment()}
         if self.tokens:
             known.update(TORC_USERNAME=self.client.user, TORC_PASSWORD=record.get("token", ""))
         return known
@@ -9260,8 +9259,8 @@ class Acting:
         last = action["trigger_type"] in ("on_worker_complete", "on_workflow_complete")
         for command in action["action_config"]["commands"]:
             try:
-                environment = {**self.base_environment, **self._credentials(action)}
-                code = self._run_script(command, log, environment, last, self.directory)
+                code = self._run_script(command, log, self._environment_of(action), last,
+                                        self.directory)
                 how = f"return code {code}"
             except (OSError, ValueError) as error:
                 code, how = None, str(error)
