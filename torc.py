@@ -10711,55 +10711,56 @@ class Profile(NamedTuple):
     metadata: dict = {}
 
 
-HOUR, DAY = 3600, 86_400
-H100 = {"gpu_type": "h100", "gpu_memory_gb": 80, "shared": True}
-ON_REQUEST = {"requires_explicit_request": True}
+def partitions_in(table):
+    """Partitions from lines with their fields in order, but without default_qos; walltimes in
+    hours; -: no limit, not known, none."""
+    words, found = {"-": None, "yes": True, "no": False}, []
+    for line in table.strip().splitlines():
+        name, cpus, memory_mb, hours, *more, features = [
+            int(word) if word.isdigit() else words.get(word, word) for word in line.split()]
+        found.append(Partition(name, cpus, memory_mb, hours and 3600 * hours, *more,
+                               features=tuple(features.split(",") if features else ())))
+    return tuple(found)
+
 
 # Sources: nrel.github.io/HPC/Documentation/Systems/Kestrel/Running and Torc's profile of Kestrel.
 # "shared" has to be named in a job, which our schedulers always do, so it is no special request.
+#
+# user, min: most nodes of a user, least of a job; GB: of a GPU; disk: GB of a node's own; asked:
+# only for jobs that name the partition.
+#             CPUs      MB hours nodes user min GPUs type GB disk shared asked features
 KESTREL = Profile(
     "kestrel", "NLR Kestrel", "CPU and H100 nodes of the National Laboratory of the Rockies (NREL)",
-    (Detection("env", "kestrel", "NREL_CLUSTER"),), (
-        #         name       CPUs      MB       walltime  nodes  for a user
-        Partition("debug",     104,   246_064,      HOUR,     2,    2, gpus_per_node=2,
-                  **H100, **ON_REQUEST, features=("debug",)),
-        Partition("short",     104,   246_064,  4 * HOUR, 2_240),
-        Partition("standard",  104,   246_064,   2 * DAY, 2_240, 1_050),
-        Partition("long",      104,   246_064,  10 * DAY,   430,  215),
-        Partition("medmem",    104,   984_256,  10 * DAY,    64,   32, features=("highmem",)),
-        Partition("bigmem",    104, 2_000_000,   2 * DAY,    10,    4, local_disk_gb=5_600,
-                  features=("bigmem", "nvme")),
-        Partition("bigmeml",   104, 2_000_000,  10 * DAY,     4,    2, local_disk_gb=5_600,
-                  features=("bigmem", "nvme")),
-        Partition("hbw",       104,   246_064,   2 * DAY,   512,  256, 2, **ON_REQUEST,
-                  features=("dual-nic",)),
-        Partition("hbwl",      104,   246_064,  10 * DAY,   128,   64, 2, **ON_REQUEST,
-                  features=("dual-nic",)),
-        Partition("nvme",      104,   246_064,   2 * DAY,   256,  128, local_disk_gb=1_700,
-                  **ON_REQUEST, features=("nvme",)),
-        Partition("shared",    104,   246_064,   2 * DAY,   128,   64, shared=True),
-        Partition("sharedl",   104,   246_064,  10 * DAY,    32,   16, shared=True),
-        Partition("gpu-h100s", 128,   360_000,  4 * HOUR,   156, None, gpus_per_node=4,
-                  local_disk_gb=3_400, **H100, features=("gpu", "h100")),
-        Partition("gpu-h100",  128,   360_000,   2 * DAY,   156, None, gpus_per_node=4,
-                  local_disk_gb=3_400, **H100, features=("gpu", "h100")),
-        Partition("gpu-h100l", 128,   360_000,  10 * DAY,    39, None, gpus_per_node=4,
-                  local_disk_gb=3_400, **H100, features=("gpu", "h100")),
-    ), charge_factor_cpu=10.0, charge_factor_gpu=100.0, metadata={
+    (Detection("env", "kestrel", "NREL_CLUSTER"),), partitions_in("""
+    debug      104  246064     1     2    2   -    2 h100 80    -    yes   yes debug
+    short      104  246064     4  2240    -   -    -    -  -    -     no    no -
+    standard   104  246064    48  2240 1050   -    -    -  -    -     no    no -
+    long       104  246064   240   430  215   -    -    -  -    -     no    no -
+    medmem     104  984256   240    64   32   -    -    -  -    -     no    no highmem
+    bigmem     104 2000000    48    10    4   -    -    -  - 5600     no    no bigmem,nvme
+    bigmeml    104 2000000   240     4    2   -    -    -  - 5600     no    no bigmem,nvme
+    hbw        104  246064    48   512  256   2    -    -  -    -     no   yes dual-nic
+    hbwl       104  246064   240   128   64   2    -    -  -    -     no   yes dual-nic
+    nvme       104  246064    48   256  128   -    -    -  - 1700     no   yes nvme
+    shared     104  246064    48   128   64   -    -    -  -    -    yes    no -
+    sharedl    104  246064   240    32   16   -    -    -  -    -    yes    no -
+    gpu-h100s  128  360000     4   156    -   -    4 h100 80 3400    yes    no gpu,h100
+    gpu-h100   128  360000    48   156    -   -    4 h100 80 3400    yes    no gpu,h100
+    gpu-h100l  128  360000   240    39    -   -    4 h100 80 3400    yes    no gpu,h100
+    """), charge_factor_cpu=10.0, charge_factor_gpu=100.0, metadata={
         "documentation": "https://nrel.github.io/HPC/Documentation/Systems/Kestrel/Running/"})
 
 # Source: Torc's profile of Dane; how many nodes each partition has is not published.
 DANE = Profile(
     "dane", "LLNL Dane", "CPU nodes of Lawrence Livermore National Laboratory",
-    (Detection("env", "dane", "CLUSTER"),), (
-        Partition("pdebug",   112, 257_054,    HOUR, **ON_REQUEST, features=("debug",)),
-        Partition("pbatch",   112, 257_054,     DAY),
-        Partition("pci",      112, 257_054,     DAY, **ON_REQUEST, features=("ci",)),
-        Partition("pserial",  112, 257_054, 7 * DAY, **ON_REQUEST, features=("serial",)),
-        Partition("pjupyter", 112, 257_054,     DAY, **ON_REQUEST, shared=True,
-                  features=("jupyter",)),
-        Partition("pall",     112, 257_054,    None, **ON_REQUEST, features=("special",)),
-    ), charge_factor_cpu=1.0, metadata={
+    (Detection("env", "dane", "CLUSTER"),), partitions_in("""
+    pdebug     112  257054     1     -    -   -    -    -  -    -     no   yes debug
+    pbatch     112  257054    24     -    -   -    -    -  -    -     no    no -
+    pci        112  257054    24     -    -   -    -    -  -    -     no   yes ci
+    pserial    112  257054   168     -    -   -    -    -  -    -     no   yes serial
+    pjupyter   112  257054    24     -    -   -    -    -  -    -    yes   yes jupyter
+    pall       112  257054     -     -    -   -    -    -  -    -     no   yes special
+    """), charge_factor_cpu=1.0, metadata={
         "documentation": "https://hpc.llnl.gov/hardware/compute-platforms/dane"})
 
 BUILT_IN_PROFILES = {profile.name: profile for profile in (KESTREL, DANE)}
@@ -11289,7 +11290,7 @@ def what_to_ask(parts, number, walltime_s):
 
 def slurm_time(seconds):
     """A time as Slurm writes it: HH:MM:SS or D-HH:MM:SS."""
-    days, rest = divmod(int(seconds), DAY)
+    days, rest = divmod(int(seconds), 86_400)
     text = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
     return f"{days}-{text}" if days else text
 
