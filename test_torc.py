@@ -5132,16 +5132,20 @@ def test_on_a_terminal_a_bar_counts_the_jobs(tmp_path):
 # 12 Slurm
 # ==================================================================================================
 
+def slurm_bytes(text):
+    return torc.slurm_number(text, 1024)
+
+
 @pytest.mark.parametrize("function, text, value", [
     (torc.cpus_per_node, "4(x2),2", 2), (torc.cpus_per_node, "104", 104),
     (torc.cpus_per_node, "", None), (torc.cpus_per_node, None, None),
-    (torc.time_left, "4:05", 245.0), (torc.time_left, "1-02:00:00", 93_600.0),
-    (torc.time_left, "UNLIMITED", None), (torc.time_left, "INVALID", None),
-    (torc.time_left, "NOT_SET", None), (torc.accounting_bytes, "1564K", 1564 * 1024),
-    (torc.accounting_bytes, "3.5M", 3_670_016), (torc.accounting_bytes, "0", 0),
-    (torc.accounting_bytes, "", None), (torc.accounting_seconds, "00:00.120", 0.12),
-    (torc.accounting_seconds, "00:01:02", 62.0), (torc.accounting_seconds, "1-00:00:01", 86_401.0),
-    (torc.accounting_seconds, "", None)])
+    (torc.slurm_seconds, "4:05", 245.0), (torc.slurm_seconds, "1-02:00:00", 93_600.0),
+    (torc.slurm_seconds, "UNLIMITED", None), (torc.slurm_seconds, "INVALID", None),
+    (torc.slurm_seconds, "NOT_SET", None), (slurm_bytes, "1564K", 1564 * 1024),
+    (slurm_bytes, "3.5M", 3_670_016), (slurm_bytes, "0", 0),
+    (slurm_bytes, "", None), (torc.slurm_seconds, "00:00.120", 0.12),
+    (torc.slurm_seconds, "00:01:02", 62.0), (torc.slurm_seconds, "1-00:00:01", 86_401.0),
+    (torc.slurm_seconds, "", None)])
 def test_what_slurm_prints_is_read(function, text, value):
     assert function(text) == value
 

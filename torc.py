@@ -9726,12 +9726,22 @@ class Queued(NamedTuple):
                     "unknown")
 
 
-def time_left(text):
-    """Seconds of squeue's time left (%L): 4:05, 1-02:00:00; None for UNLIMITED and NOT_SET."""
-    try:
-        return float(parse_walltime(text.strip()))
-    except ValueError:
-        return None
+def slurm_seconds(text):
+    """Seconds of a time that Slurm prints: 4:05, 1-02:00:00, 00:00.120; None for UNLIMITED, n/a and
+    the like."""
+    whole, _, fraction = text.partition(".")
+    with contextlib.suppress(ValueError):
+        return parse_walltime(whole) + (float(f"0.{fraction}") if fraction else 0)
+    return None
+
+
+def slurm_number(text, kilo=1000):
+    """The number at the beginning of what Slurm prints: 4, 4000+, 1.5K; None if there is none.
+
+    kilo: 1024 for bytes.
+    """
+    match = re.match(r"(\d+(?:\.\d+)?)([KMGTP]?)", text or "")
+    return int(float(match[1]) * kilo ** " KMGTP".index(match[2] or " ")) if match else None
 
 
 def ask_queue(ids, **how):
@@ -9753,7 +9763,7 @@ def ask_queue(ids, **how):
     for line in out.splitlines():
         number, state, left, where = (line.split("|", 3) + ["", "", ""])[:4]
         if number.strip().isdigit():
-            found[int(number)] = Queued(state.strip(), time_left(left), where.strip())
+            found[int(number)] = Queued(state.strip(), slurm_seconds(left.strip()), where.strip())
     return found
 
 
@@ -10526,33 +10536,15 @@ class SlurmRunner(Runner):
 
 # ---- what Slurm's accounting says of steps
 
-STEP_COLUMNS = ("JobName", "State", "ExitCode", "MaxRSS", "MaxVMSize", "MaxDiskRead",
-                "MaxDiskWrite", "AveCPU", "NodeList", "Elapsed")
-
-
-def accounting_bytes(text):
-    """Bytes of a size that sacct prints: 12K, 3.5M, 0; None if there is none."""
-    match = re.fullmatch(r"([\d.]+)([KMGTP]?)", text.strip())
-    return int(float(match[1]) * 1024 ** " KMGTP".index(match[2] or " ")) if match else None
-
-
-def accounting_seconds(text):
-    """Seconds of a time that sacct prints: 00:01:02, 1-00:00:00, 00:00.120; None if none."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text.strip())
-    if not match:
-        return None
-    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return days * 86_400 + hours * 3600 + minutes * 60 + seconds
+STEP_BYTES = {"max_rss_bytes": "MaxRSS", "max_vm_size_bytes": "MaxVMSize",
+              "max_disk_read_bytes": "MaxDiskRead", "max_disk_write_bytes": "MaxDiskWrite"}
+STEP_COLUMNS = ("JobName", "State", "AveCPU", "NodeList", *STEP_BYTES.values())
 
 
 def step_figures(row):
     """Fields of slurm_stats from a row of STEP_COLUMNS; what is not known is left out."""
-    known = {"max_rss_bytes": accounting_bytes(row["MaxRSS"]),
-             "max_vm_size_bytes": accounting_bytes(row["MaxVMSize"]),
-             "max_disk_read_bytes": accounting_bytes(row["MaxDiskRead"]),
-             "max_disk_write_bytes": accounting_bytes(row["MaxDiskWrite"]),
-             "ave_cpu_seconds": accounting_seconds(row["AveCPU"]),
-             "node_list": row["NodeList"] or None}
+    known = {name: slurm_number(row[column], 1024) for name, column in STEP_BYTES.items()}
+    known.update(ave_cpu_seconds=slurm_seconds(row["AveCPU"]), node_list=row["NodeList"] or None)
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -10874,12 +10866,6 @@ def find_profile(name=None):
                     f"the PATH): name a profile ({', '.join(profiles)})")
 
 
-def number_in(text):
-    """The whole number at the beginning of Slurm's output such as 4, 4000+, 1.5K; else None."""
-    match = re.match(r"(\d+(?:\.\d+)?)([KM]?)", text or "")
-    return int(float(match[1]) * {"": 1, "K": 1000, "M": 10**6}[match[2]]) if match else None
-
-
 def gpus_in(gres):
     """(number, type) of the GPUs in Slurm's text of generic resources; (None, None) for none.
 
@@ -10893,14 +10879,6 @@ def gpus_in(gres):
             number += int(parts[-1]) if counted else 1
             kind = kind or "".join(parts[1:-1] if counted else parts[1:]) or None
     return number or None, kind
-
-
-def time_limit(text):
-    """Seconds of a time limit that Slurm prints; None for infinite, UNLIMITED, n/a and the like."""
-    try:
-        return parse_walltime(text) or None
-    except ValueError:
-        return None
 
 
 def least(*values):
@@ -10919,25 +10897,25 @@ def read_partitions(sinfo, scontrol):
     for line in sinfo.splitlines():
         words = [word.strip() for word in line.split("|")]
         name, fields = words[0].rstrip("*"), more.get(words[0].rstrip("*"), {})
-        cpus = number_in(words[1]) if len(words) == 6 else None
+        cpus = slurm_number(words[1]) if len(words) == 6 else None
         if not cpus or fields.get("State", "UP") != "UP" or fields.get("RootOnly") == "YES":
             continue
         gpus, gpu_type = gpus_in(words[4])
-        memory = number_in(words[2])
+        memory = slurm_number(words[2])
         memory = memory if memory and memory > 1 else None   # 1: the site has configured none
         key = (name, cpus, memory, gpus, gpu_type)
-        nodes = (found[key].max_nodes if key in found else 0) + (number_in(words[5]) or 0)
+        nodes = (found[key].max_nodes if key in found else 0) + (slurm_number(words[5]) or 0)
         debug = "debug" in name.lower()
         found[key] = Partition(
-            name, least(cpus, number_in(fields.get("MaxCPUsPerNode"))),
-            least(memory, number_in(fields.get("MaxMemPerNode"))),
-            time_limit(words[3]), max_nodes=nodes, gpus_per_node=gpus, gpu_type=gpu_type,
-            min_nodes=number_in(fields.get("MinNodes")) or None,
+            name, least(cpus, slurm_number(fields.get("MaxCPUsPerNode"))),
+            least(memory, slurm_number(fields.get("MaxMemPerNode"))),
+            slurm_seconds(words[3]) or None, max_nodes=nodes, gpus_per_node=gpus, gpu_type=gpu_type,
+            min_nodes=slurm_number(fields.get("MinNodes")) or None,
             shared=not fields.get("OverSubscribe", "NO").startswith("EXCLUSIVE"),
             requires_explicit_request=debug,
             features=("default",) * words[0].endswith("*") + ("debug",) * debug)
     return tuple(one._replace(max_nodes=least(
-        one.max_nodes or None, number_in(more.get(one.name, {}).get("MaxNodes"))))
+        one.max_nodes or None, slurm_number(more.get(one.name, {}).get("MaxNodes"))))
         for one in found.values())
 
 
@@ -19564,7 +19542,7 @@ def idle_nodes():
         name, state, number = (line.split("|") + ["", ""])[:3]
         idle = re.fullmatch(r"idle[~#%]?", state.strip())
         name = name.strip().rstrip("*")
-        found[name] = found.get(name, 0) + (number_in(number.strip()) or 0 if idle else 0)
+        found[name] = found.get(name, 0) + (slurm_number(number.strip()) or 0 if idle else 0)
     return found
 
 
