@@ -9700,11 +9700,12 @@ _cluster = {"name": None, "again": -math.inf}
 
 # ---- what the queue says
 
-QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD",
-          "SPECIAL_EXIT"}
-LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
-OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
-        "PREEMPTED", "REVOKED", "TIMEOUT"}
+PHASES = {state: phase for phase, states in (
+    ("pending", "PENDING CONFIGURING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT"),
+    ("active", "RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING"),
+    ("over", "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED "
+             "REVOKED TIMEOUT")) for state in states.split()}
+VERDICTS = {"TIMEOUT": "timeout", "DEADLINE": "timeout", "OUT_OF_MEMORY": "oom"}     # on its jobs
 FORGOTTEN_S = 600.0                       # an allocation without a runner that Slurm does not know
                                           # for so long is over
 SILENT_S = 30.0                           # a runner in an allocation steps more often
@@ -9721,9 +9722,7 @@ class Queued(NamedTuple):
     def phase(self):
         """pending, active, over, or unknown: Slurm forgets what has ended, and some sites keep no
         accounts, so that it knows nothing of an allocation is no word on it."""
-        return next((phase for phase, states in (("pending", QUEUED), ("active", LIVE),
-                                                 ("over", OVER)) if self.state in states),
-                    "unknown")
+        return PHASES.get(self.state, "unknown")
 
 
 def slurm_seconds(text):
@@ -10156,11 +10155,8 @@ def is_elsewhere(cluster):
 def fate(state, limits):
     """(status, return code) of the jobs that ran when an allocation ended in this state, or None:
     they are ready again."""
-    if state in ("TIMEOUT", "DEADLINE"):
-        return "terminated", limits.timeout_exit_code
-    if state == "OUT_OF_MEMORY":
-        return "failed", limits.oom_exit_code
-    return None
+    return {"timeout": ("terminated", limits.timeout_exit_code),
+            "oom": ("failed", limits.oom_exit_code)}.get(VERDICTS.get(state))
 
 
 def live_allocations(client, workflow_id):
@@ -10436,7 +10432,7 @@ class SlurmRunner(Runner):
 
     def _completed(self, child):
         """See Runner; of a step, Slurm's accounting is asked first."""
-        if self.steps and child.step and not (child.verdict or self.interrupted or self.draining):
+        if child.step and not (child.verdict or self.interrupted or self.draining):
             self.accounts.add(child)
         else:
             super()._completed(child)
@@ -10557,7 +10553,7 @@ class Accounts:
     def __init__(self, runner):
         import queue
         self.runner = runner
-        self.ended = queue.Queue()
+        self.ended = queue.Queue()        # what Runner._completed takes; None at the end
         self.thread = None
         self.off = False                  # there is no accounting here
 
@@ -10565,46 +10561,38 @@ class Accounts:
         """A step has ended; a success is reported at once, its figures follow."""
         if child.code == 0:
             Runner._completed(self.runner, child)
-        if not self.thread:
-            self.thread = start_thread(self._loop)
-        if not self.thread:               # a failure is told without figures
-            if child.code != 0:
-                Runner._completed(self.runner, child)
-            return
-        self.ended.put(child)
+        self.thread = self.thread or start_thread(self._loop)
+        if self.thread:
+            self.ended.put(child)
+        else:
+            self._report(None, child)
 
     def finish(self):
         """Wait for the figures of the last steps; the runner has ended."""
         if self.thread:
+            self.ended.put(None)
             self.thread.join(2 * sum(self.PAUSES))
 
     def _loop(self):
         """Until the runner has ended and nothing is open."""
-        import queue
-        waiting = []
-        client = self.runner.client.clone()
-        try:
-            while True:
-                with contextlib.suppress(queue.Empty):
-                    waiting.append(self.ended.get(timeout=1.0))
-                    while True:
-                        waiting.append(self.ended.get_nowait())
-                if not waiting:
-                    if self.runner.ended.is_set():
-                        return
-                    continue
-                for pause in self.PAUSES if not self.off else ():
+        going = True
+        with contextlib.closing(self.runner.client.clone()) as client:
+            while going:
+                waiting = [self.ended.get()]
+                while not self.ended.empty():
+                    waiting.append(self.ended.get())
+                if waiting[-1] is None:
+                    waiting.pop()
+                    going = False
+                for pause in self.PAUSES:
+                    if self.off or not waiting:
+                        break
                     time.sleep(pause)
                     rows = self._ask()
                     waiting = [child for child in waiting
-                               if not self._settle(client, child, rows.get(child.step))]
-                    if not waiting or self.off:
-                        break
+                               if not self._settle(client, rows, child)]
                 for child in waiting:     # nothing is known of these
-                    self._report(child, None)
-                waiting = []
-        finally:
-            client.close()
+                    self._report(None, child)
 
     def _ask(self):
         """{step name: row} of the steps of this allocation that have ended."""
@@ -10617,10 +10605,11 @@ class Accounts:
             return {}
         rows = (dict(zip(STEP_COLUMNS, line.split("|"))) for line in out.splitlines())
         return {row["JobName"]: row for row in rows if len(row) == len(STEP_COLUMNS)
-                and row["State"].split()[:1] not in ([], ["RUNNING"], ["PENDING"])}
+                and row["State"] not in ("", "RUNNING", "PENDING")}
 
-    def _settle(self, client, child, row):
+    def _settle(self, client, rows, child):
         """Report a step if its row has come; says whether it had."""
+        row = rows.get(child.step)
         if row is None:
             return False
         figures = step_figures(row)
@@ -10629,7 +10618,7 @@ class Accounts:
         if child.elapsed > 0 and "ave_cpu_seconds" in figures:
             child.figures["avg_cpu_percent"] = round(
                 100 * figures["ave_cpu_seconds"] / child.elapsed, 1)
-        self._report(child, row["State"].split()[0])
+        self._report(row["State"].split()[0], child)
         job_id, run_id, attempt_id = child.key
         try:
             client.post("/slurm_stats", {
@@ -10640,19 +10629,16 @@ class Accounts:
             self.runner.say(f"figures of job {job_id} are not kept: {error}")
         return True
 
-    def _report(self, child, state):
+    def _report(self, state, child):
         """Hand in a step that did not succeed."""
         if child.code == 0:
             return
-        runner = self.runner
-        if state == "OUT_OF_MEMORY":
-            child.verdict = "oom"
-            child.note = "torc: killed: out of memory (Slurm's state is OUT_OF_MEMORY)\n"
-        elif state in ("TIMEOUT", "DEADLINE"):
-            child.verdict = "timeout"
-        elif runner.interrupted:
+        if self.runner.interrupted:
             child.verdict = "interrupt"
-        Runner._completed(runner, child)
+        child.verdict = VERDICTS.get(state, child.verdict)
+        if child.verdict == "oom":
+            child.note = "torc: killed: out of memory (Slurm's state is OUT_OF_MEMORY)\n"
+        Runner._completed(self.runner, child)
 
 
 # ---- HPC profiles
