@@ -5460,6 +5460,11 @@ def test_partitions_are_read_from_what_slurm_prints(line, more, expected):
         assert getattr(found[0], name) == value, name
 
 
+def want(cpus, memory, walltime_s, gpus=0, nodes=1):
+    """What a job needs of each node, and for how long."""
+    return torc.Need(cpus, memory, gpus, nodes), walltime_s
+
+
 def test_a_partition_with_nodes_of_two_kinds_is_read_as_two():
     found = torc.read_partitions(
         "mix*|64|256000|2-00:00:00|(null)|100\nmix*|64|256000|2-00:00:00|(null)|20\n"
@@ -5467,8 +5472,8 @@ def test_a_partition_with_nodes_of_two_kinds_is_read_as_two():
     assert [(one.memory_mb, one.gpus_per_node, one.max_nodes) for one in found] == [
         (256_000, None, 120), (512_000, 4, 8)]
     profile = torc.Profile("x", "x", "", (), found)
-    assert torc.best_partition(profile, 4, GB, 60).gpus_per_node is None
-    assert torc.best_partition(profile, 4, GB, 60, gpus=1).gpus_per_node == 4
+    assert torc.best_partition(profile, *want(4, GB, 60)).gpus_per_node is None
+    assert torc.best_partition(profile, *want(4, GB, 60, gpus=1)).gpus_per_node == 4
 
 
 @pytest.mark.parametrize("sign, here", [
@@ -5504,20 +5509,20 @@ def test_signs_of_a_cluster_are_seen(monkeypatch, sign, here):
     ("dane", (4, 2 * GB, HOURS, 1), None)])
 def test_the_best_partition_for_a_job(profile, need, name):
     profile = torc.BUILT_IN_PROFILES[profile]
-    best = torc.best_partition(profile, *need)
+    best = torc.best_partition(profile, *want(*need))
     assert (best.name if best else None) == name
     if not best:
-        assert torc.why_no_partition(profile, *need).startswith(
+        assert torc.why_no_partition(profile, *want(*need)).startswith(
             f"no partition of {profile.name} takes ")
 
 
 def test_why_no_partition_names_what_is_too_much():
-    assert torc.why_no_partition(torc.DANE, 200, 2 * GB, 48 * HOURS) == (
+    assert torc.why_no_partition(torc.DANE, *want(200, 2 * GB, 48 * HOURS)) == (
         "no partition of dane takes 200 CPUs and 2.0 GB for 2d00h (pserial, pall: only 112 CPUs a "
         "node; pdebug: only 112 CPUs a node, at most 1h00m; pbatch, pci, pjupyter: only 112 CPUs a "
         "node, at most 1d00h)")
     assert "(pserial, pall would, but only if it is named; pdebug: at most 1h00m; " in \
-        torc.why_no_partition(torc.DANE, 4, 2 * GB, 48 * HOURS)
+        torc.why_no_partition(torc.DANE, *want(4, 2 * GB, 48 * HOURS))
 
 
 # ---- planning allocations
@@ -5528,10 +5533,11 @@ GPU = {"name": "gpu", "num_cpus": 8, "memory": "20g", "num_gpus": 1, "runtime": 
 WIDE = {"name": "wide", "num_cpus": 104, "memory": "200g", "num_nodes": 4, "runtime": "PT10H"}
 
 
-def group(requirement, jobs, deferred=False, **more):
-    """A group of jobs for plan_allocations."""
-    return {**requirement, "jobs": [f"{requirement['name']}{i}" for i in range(jobs)],
-            "deferred": deferred, **more}
+def group(requirement, jobs, deferred=False):
+    """A group of jobs for plan_allocations; deferred: they wait for others that are not in it."""
+    [part] = torc.group_jobs([{"name": f"{requirement['name']}{i}", "resource_requirements_id": 1}
+                              for i in range(jobs)], [requirement])
+    return part._replace(level=1, after={(0, 2)}) if deferred else part
 
 
 def planned(*groups, profile=torc.KESTREL, **options):
@@ -5575,7 +5581,7 @@ def planned(*groups, profile=torc.KESTREL, **options):
     ([group(HALF, 9), group({**HALF, "name": "other"}, 9)], {},
      [("half_scheduler", "standard", 1, "04:30:00", 5, 9),
       ("other_scheduler", "standard", 1, "04:30:00", 5, 9)]),
-    ([group(LITTLE, 0)], {}, [])])
+    ([], {}, [])])
 def test_allocations_are_planned(groups, options, expected):
     assert planned(*groups, **options) == expected
 
@@ -5668,7 +5674,7 @@ def test_levels_follow_files_and_user_data():
         {"output_file_ids": [1], "resource_requirements_id": 1},
         {"input_file_ids": [1], "output_user_data_ids": [1], "resource_requirements_id": 2},
         {"input_user_data_ids": [1], "resource_requirements_id": 1}])
-    assert levels == [0, 1, 2] and after == [set(), {(1, 0)}, {(2, 1)}]
+    assert levels == [0, 1, 2] and after == [set(), {0}, {1}]
 
 
 def test_jobs_without_requirements_cannot_be_planned():

@@ -10643,6 +10643,11 @@ class Accounts:
 
 # ---- HPC profiles
 
+def least(*values):
+    """The smallest of values that are not None, or None."""
+    return min((value for value in values if value is not None), default=None)
+
+
 class Partition(NamedTuple):
     """Nodes of one kind in a partition of a cluster; None: no limit, or not known.
 
@@ -10665,6 +10670,16 @@ class Partition(NamedTuple):
     default_qos: str | None = None
     features: tuple = ()
     description: str | None = None
+
+    @property
+    def most_nodes(self):
+        """How many nodes a job may have."""
+        return least(self.max_nodes, self.max_nodes_per_user)
+
+    @property
+    def on_request(self):
+        """Whether it is only for jobs that name it."""
+        return self.requires_explicit_request or "debug" in self.features
 
 
 class Detection(NamedTuple):
@@ -10867,11 +10882,6 @@ def gpus_in(gres):
     return number or None, kind
 
 
-def least(*values):
-    """The smallest of values that are not None, or None."""
-    return min((value for value in values if value is not None), default=None)
-
-
 def read_partitions(sinfo, scontrol):
     """Partitions from the output of `sinfo -e -h -o '%P|%c|%m|%l|%G|%D'` and `scontrol -o show
     partition`: one for each kind of nodes; those that cannot be used now are left out."""
@@ -10928,82 +10938,76 @@ def partitions_named(profile, name):
 SMALL_CPUS, SMALL_MEMORY_MB = 26, 60_000  # a job up to this prefers nodes shared with others
 
 
-def lacks_of(one, cpus, memory_bytes, walltime_s, gpus=0, nodes=1, named=False):
-    """What of a job a Partition cannot take, as texts; cpus, memory and gpus are those of a node.
+def lacks_of(one, need, walltime_s, named=False):
+    """What of a job's Need and time a Partition does not have, as texts.
 
     A job without GPUs does not take nodes that have them, unless they are named.
     """
-    most_nodes = least(one.max_nodes, one.max_nodes_per_user)
     found = []
-    if cpus > one.cpus_per_node:
+    if need.cpus > one.cpus_per_node:
         found.append(f"only {plural(one.cpus_per_node, 'CPU')} a node")
-    if one.memory_mb is not None and memory_bytes > one.memory_mb * 2**20:
+    if one.memory_mb is not None and need.memory > one.memory_mb * 2**20:
         found.append(f"only {format_bytes(one.memory_mb * 2**20)} a node")
     if one.max_walltime_secs is not None and walltime_s > one.max_walltime_secs:
         found.append(f"at most {format_duration(one.max_walltime_secs)}")
-    if gpus > (one.gpus_per_node or 0):
+    if need.gpus > (one.gpus_per_node or 0):
         found.append(f"only {plural(one.gpus_per_node, 'GPU')} a node" if one.gpus_per_node
                      else "no GPUs")
-    if one.gpus_per_node and not gpus and not named:
+    if one.gpus_per_node and not need.gpus and not named:
         found.append("for jobs with GPUs")
-    if most_nodes is not None and nodes > most_nodes:
-        found.append(f"at most {plural(most_nodes, 'node')}")
-    if nodes < (one.min_nodes or 1):
+    if one.most_nodes is not None and need.nodes > one.most_nodes:
+        found.append(f"at most {plural(one.most_nodes, 'node')}")
+    if need.nodes < (one.min_nodes or 1):
         found.append(f"at least {plural(one.min_nodes, 'node')}")
     return found
 
 
-def matching_partitions(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
-    """The Partitions that take a job, the best first; those only on request come last."""
-    small = not gpus and nodes == 1 and cpus <= SMALL_CPUS and \
-        memory_bytes <= SMALL_MEMORY_MB * 2**20
+def matching_partitions(profile, need, walltime_s):
+    """The Partitions that take a job, the best first; those only on request come last.
+
+    Small jobs prefer nodes shared with others; then the least memory, then the closest time limit.
+    """
+    small = not need.gpus and need.nodes == 1 and need.cpus <= SMALL_CPUS and \
+        need.memory <= SMALL_MEMORY_MB * 2**20
     return sorted(
-        (one for one in profile.partitions
-         if not lacks_of(one, cpus, memory_bytes, walltime_s, gpus, nodes)),
-        key=lambda one: (on_request(one), not gpus and one.shared != small,
+        (one for one in profile.partitions if not lacks_of(one, need, walltime_s)),
+        key=lambda one: (one.on_request, not need.gpus and one.shared != small,
                          one.memory_mb or math.inf, one.max_walltime_secs or math.inf,
                          "default" not in one.features))
 
 
-def on_request(one):
-    """Whether a Partition is only for jobs that name it."""
-    return one.requires_explicit_request or "debug" in one.features
+def best_partition(profile, need, walltime_s):
+    """The Partition for a job that names none, or None if there is none for it."""
+    found = matching_partitions(profile, need, walltime_s)
+    return found[0] if found and not found[0].on_request else None
 
 
-def best_partition(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
-    """The Partition for a job that names none, or None if there is none for it.
-
-    cpus, memory_bytes, gpus: on each of its nodes. Small jobs prefer nodes shared with others; then
-    the least memory, then the closest time limit.
-    """
-    found = matching_partitions(profile, cpus, memory_bytes, walltime_s, gpus, nodes)
-    return found[0] if found and not on_request(found[0]) else None
-
-
-def need_text(cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
+def need_text(need, walltime_s):
     """What a job needs, as in "4 CPUs, 2.0 GB and 1 GPU for 2h00m"."""
-    words = [plural(cpus, "CPU"), *[format_bytes(memory_bytes)] * bool(memory_bytes),
-             *[plural(gpus, "GPU")] * bool(gpus)]
-    where = f" on each of {nodes} nodes" if nodes > 1 else ""
+    words = [plural(need.cpus, "CPU")]
+    if need.memory:
+        words.append(format_bytes(need.memory))
+    if need.gpus:
+        words.append(plural(need.gpus, "GPU"))
+    where = f" on each of {need.nodes} nodes" if need.nodes > 1 else ""
     how_long = f" for {format_duration(walltime_s)}" if walltime_s else ""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + where + how_long
+    return plain_names(words) + where + how_long
 
 
-def why_no_partition(profile, cpus, memory_bytes, walltime_s, gpus=0, nodes=1):
+def why_no_partition(profile, need, walltime_s):
     """One sentence: what of a job is too much for which partition, the nearest first."""
-    need = (cpus, memory_bytes, walltime_s, gpus, nodes)
     rows, special = {}, []
     for one in profile.partitions:
-        found = lacks_of(one, *need)
+        found = lacks_of(one, need, walltime_s)
         if found:
             rows.setdefault(", ".join(found), []).append(one.name)
-        elif on_request(one):
+        elif one.on_request:
             special.append(one.name)
     said = [f"{some(names)}: {text}" for text, names in
             sorted(rows.items(), key=lambda row: row[0].count(","))]
     more = f"; {len(said) - 4} more" if len(said) > 4 else ""
     asked = f"{some(special)} would, but only if it is named; " if special else ""
-    return (f"no partition of {profile.name} takes {need_text(*need)} ({asked}"
+    return (f"no partition of {profile.name} takes {need_text(need, walltime_s)} ({asked}"
             f"{'; '.join(said[:4])}{more})")
 
 
@@ -11039,25 +11043,27 @@ class Wish(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Jobs of one requirement on one partition: of one level of dependencies, or of several that
-    run one after the other in the same allocations."""
+    """Jobs of one requirement: of one level of dependencies, or of several that run one after the
+    other in the same allocations."""
 
-    name: str
-    partition: Partition
+    name: str                             # of the requirement,
+    number: int                           # and its place among them
     need: Need
     runtime_s: int                        # of a job
-    jobs: list
-    first: list                           # those of the first level
-    width: int                            # most jobs of a level
-    steps: int                            # levels
     level: int                            # of the first; 0: they wait for nothing
-    keys: set                             # (name, level) of its levels
-    after: frozenset | None               # keys of what they wait for; None: not known
+    levels: list                          # names of the jobs of each level
+    after: set                            # (level, number) of what the first one waits for
+    partition: Partition | None = None
+
+    @property
+    def width(self):
+        """Most jobs of a level."""
+        return max(map(len, self.levels))
 
     @property
     def length_s(self):
         """Seconds that its levels take one after the other."""
-        return self.runtime_s * self.steps
+        return self.runtime_s * len(self.levels)
 
     @property
     def at_once(self):
@@ -11076,42 +11082,39 @@ class Part(NamedTuple):
 
 
 def dependency_levels(jobs):
-    """([level of each job], [keys of the jobs each waits for]); a key is (requirement, level).
+    """([level of each job], [places of the jobs that each waits for]).
 
     jobs: as in a payload, where the first has the id 1. Level 0 waits for nothing; others are one
-    above the highest they wait for.
+    above the highest they wait for; what waits for itself in a circle stays at 0.
     """
+    import graphlib
     writers = {}
-    for number, job in enumerate(jobs):
+    for place, job in enumerate(jobs):
         for what in ("file", "user_data"):
             for other in job.get(f"output_{what}_ids", ()):
-                writers.setdefault((what, other), []).append(number)
+                writers.setdefault((what, other), []).append(place)
     parents = []
-    for number, job in enumerate(jobs):
+    for place, job in enumerate(jobs):
         found = {other - 1 for other in job.get("depends_on_job_ids", ())}
         for what in ("file", "user_data"):
             for other in job.get(f"input_{what}_ids", ()):
                 found.update(writers.get((what, other), ()))
-        found.discard(number)
+        found.discard(place)
         parents.append(found)
-    children, waits = {}, [len(found) for found in parents]
-    for number, found in enumerate(parents):
-        for parent in found:
-            children.setdefault(parent, []).append(number)
-    levels, free = [0] * len(jobs), [number for number, left in enumerate(waits) if not left]
-    while free:
-        number = free.pop()
-        for child in children.get(number, ()):
-            levels[child] = max(levels[child], levels[number] + 1)
-            waits[child] -= 1
-            if not waits[child]:
-                free.append(child)
-    return levels, [{(jobs[parent].get("resource_requirements_id"), levels[parent])
-                     for parent in found} for found in parents]
+    sorter = graphlib.TopologicalSorter(dict(enumerate(parents)))
+    with contextlib.suppress(graphlib.CycleError):
+        sorter.prepare()
+    levels, level, ready = [0] * len(jobs), 0, sorter.get_ready()
+    while ready:
+        for place in ready:
+            levels[place] = level
+        sorter.done(*ready)
+        level, ready = level + 1, sorter.get_ready()
+    return levels, parents
 
 
 def group_jobs(jobs, requirements):
-    """Groups for plan_allocations: jobs of one requirement and one level of dependencies.
+    """Parts for plan_allocations: jobs of one requirement and one level of dependencies.
 
     jobs, requirements: records as in a payload; the first requirement has the id 1.
     Raises TorcError for jobs without requirements.
@@ -11121,50 +11124,49 @@ def group_jobs(jobs, requirements):
         raise TorcError(f"without resource_requirements nobody knows what to ask Slurm for: "
                         f"{plural(len(bare), 'job')} {'has' if len(bare) == 1 else 'have'} none "
                         f"({some(bare)})")
-    levels, after = dependency_levels(jobs)
-    groups = {}
-    for job, level, keys in zip(jobs, levels, after):
-        number = job["resource_requirements_id"]
-        group = groups.setdefault((level, number), {
-            **requirements[number - 1], "jobs": [], "deferred": level > 0, "level": level,
-            "after": set()})
-        group["jobs"].append(job["name"])
-        group["after"].update((requirements[other - 1]["name"], above) for other, above in keys)
-    return [groups[key] for key in sorted(groups)]
+    levels, parents = dependency_levels(jobs)
+    keys = list(zip(levels, (job["resource_requirements_id"] for job in jobs)))
+    parts = {}
+    for job, key, others in zip(jobs, keys, parents):
+        if key not in parts:
+            parts[key] = first_part(requirements[key[1] - 1], *key)
+        parts[key].levels[0].append(job["name"])
+        parts[key].after.update(keys[other] for other in others)
+    return [parts[key] for key in sorted(parts)]
+
+
+def first_part(record, level, number):
+    """A Part of one level, without its jobs, from a record of resource requirements."""
+    need = Need(record["num_cpus"], parse_memory(record["memory"]), record.get("num_gpus") or 0,
+                record.get("num_nodes") or 1)
+    runtime_s = max(1, parse_duration(record.get("runtime") or "PT1H"))
+    return Part(record["name"], number, need, runtime_s, level, [[]], set())
 
 
 def choose_partition(profile, name, wish, need, runtime_s):
     """The Partition for jobs, by name or the best one. Raises TorcError with the reason."""
-    size = (need.cpus, need.memory, runtime_s, need.gpus, need.nodes)
     if not name:
-        longer = (*size[:2], wish.walltime(runtime_s, None), *size[3:])
-        one = best_partition(profile, *longer) or best_partition(profile, *size)
+        one = best_partition(profile, need, wish.walltime(runtime_s, None)) or best_partition(
+            profile, need, runtime_s)
         if one is None:
-            raise TorcError(why_no_partition(profile, *size))
+            raise TorcError(why_no_partition(profile, need, runtime_s))
         return one
     kinds = partitions_named(profile, name)
     kinds.sort(key=lambda one: bool(one.gpus_per_node) != bool(need.gpus))
-    faults = [lacks_of(one, *size, named=True) for one in kinds]
+    faults = [lacks_of(one, need, runtime_s, named=True) for one in kinds]
     if all(faults):
-        raise TorcError(f"they need {need_text(*size)}; partition {name}: "
+        raise TorcError(f"they need {need_text(need, runtime_s)}; partition {name}: "
                         f"{'; or '.join(map(', '.join, faults))}")
     return kinds[faults.index([])]
 
 
-def plan_part(group, choose):
-    """The Part of a group of jobs. Raises TorcError if no partition takes them."""
-    need = Need(group["num_cpus"], parse_memory(group["memory"]), group.get("num_gpus") or 0,
-                group.get("num_nodes") or 1)
-    runtime_s = max(1, parse_duration(group.get("runtime") or "PT1H"))
+def on_partition(part, choose):
+    """A Part with its partition. Raises TorcError if there is none for it."""
     try:
-        partition = choose(need, runtime_s)
+        return part._replace(partition=choose(part.need, part.runtime_s))
     except TorcError as error:
-        raise type(error)(f"{plural(len(group['jobs']), 'job')} with the resource requirements "
-                          f'"{group["name"]}": {error}') from None
-    level = group.get("level", int(bool(group["deferred"])))
-    after = frozenset(group["after"]) if "after" in group else None
-    return Part(group["name"], partition, need, runtime_s, list(group["jobs"]), group["jobs"],
-                len(group["jobs"]), 1, level, {(group["name"], level)}, after)
+        raise type(error)(f"{plural(part.width, 'job')} with the resource requirements "
+                          f'"{part.name}": {error}') from None
 
 
 def join_levels(parts):
@@ -11172,21 +11174,17 @@ def join_levels(parts):
     requirement that wait for nothing else, within the partition's limit."""
     joined, latest = [], {}
     for part in sorted(parts, key=lambda part: part.level):
-        place = latest.get(part.name)
-        before = None if place is None else joined[place]
-        if (before and part.partition == before.partition and part.need == before.need
-                and part.level == before.level + before.steps
-                and part.after is not None and part.after <= before.keys
-                and math.ceil(part.width / part.at_once)
-                == math.ceil(before.width / before.at_once)
+        before = latest.get(part.number)
+        if (before and part.level == before.level + len(before.levels)
+                and all(number == part.number and level >= before.level
+                        for level, number in part.after)
+                and math.ceil(len(part.levels[0]) / part.at_once)
+                == math.ceil(len(before.levels[0]) / part.at_once)
                 and part.runtime_s + before.length_s
                 <= (part.partition.max_walltime_secs or math.inf)):
-            before.jobs.extend(part.jobs)
-            before.keys.update(part.keys)
-            joined[place] = before._replace(width=max(before.width, part.width),
-                                            steps=before.steps + 1)
+            before.levels.extend(part.levels)
         else:
-            latest[part.name] = len(joined)
+            latest[part.number] = part
             joined.append(part)
     return joined
 
@@ -11219,8 +11217,7 @@ def one_allocation(parts, number, walltime_s):
     """(nodes, walltime in seconds) of a single allocation in place of `number` of them; longer
     where the partition gives fewer nodes."""
     one, size = parts[0].partition, parts[0].need.nodes
-    most = least(one.max_nodes, one.max_nodes_per_user)
-    fewer = number if most is None else min(number, max(1, most // size))
+    fewer = least(number, one.most_nodes and max(1, one.most_nodes // size))
     if fewer < number:
         rounds = math.ceil(sum(part.width / part.at_once for part in parts) / fewer - 1e-9)
         longest = rounds * max(part.length_s for part in parts)
@@ -11259,15 +11256,13 @@ def slurm_time(seconds):
     return f"{days}-{text}" if days else text
 
 
-def plan_allocations(groups, profile, account, *, partition=None, walltime=None,
+def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
                      strategy=STRATEGIES[0], multiplier=1.5, single_allocation=False,
                      by_partition=False, prefix="", deferred_suffix="_deferred"):
     """The Slurm schedulers that some jobs need, and how many allocations of each.
 
-    groups: [{"name": of the requirement, "num_cpus", "memory", "num_gpus", "num_nodes", "runtime",
-    "jobs": [names], "deferred": they wait for others}, ...]; "level" and "after", as group_jobs
-    gives them, let levels share allocations. partition, walltime (text): instead of chosen ones; a
-    walltime that is too short for the jobs is lengthened. by_partition: a scheduler for each.
+    parts: those of group_jobs. partition, walltime (text): instead of chosen ones; a walltime that
+    is too short for the jobs is lengthened. by_partition: a scheduler for each.
     Returns [{"scheduler": record, "num_allocations", "jobs", "trigger", "trigger_jobs": those that
     must be ready, "start_one_worker_per_node"}, ...]. Raises TorcError when nothing fits.
     """
@@ -11278,7 +11273,7 @@ def plan_allocations(groups, profile, account, *, partition=None, walltime=None,
     wish = Wish(strategy, multiplier, walltime and parse_walltime(walltime))
     choose = functools.lru_cache(None)(
         functools.partial(choose_partition, profile, partition, wish))
-    parts = [plan_part(group, choose) for group in groups if group["jobs"]]
+    parts = [on_partition(part, choose) for part in parts]
     plan, taken = [], {}
     for some_parts in merge_parts(join_levels(parts), wish, by_partition):
         first = some_parts[0]
@@ -11309,9 +11304,10 @@ def plan_scheduler(parts, wish, name, account, single_allocation):
     if first.partition.default_qos:
         scheduler["qos"] = first.partition.default_qos
     return {"scheduler": scheduler, "num_allocations": number,
-            "jobs": [job for part in parts for job in part.jobs],
+            "jobs": [job for part in parts for level in part.levels for job in level],
             "trigger": "on_jobs_ready" if first.level else "on_workflow_start",
-            "trigger_jobs": [job for part in parts for job in part.first] if first.level else [],
+            "trigger_jobs": [job for part in parts for job in part.levels[0]] if first.level
+            else [],
             "start_one_worker_per_node": nodes > 1 and first.need.nodes == 1}
 
 
@@ -19263,7 +19259,7 @@ PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory, Walltime=wal
 
 def partition_row(one):
     """A Partition as JSON with texts for its table."""
-    bounds = [str(one.min_nodes or 1), str(least(one.max_nodes, one.max_nodes_per_user) or "")]
+    bounds = [str(one.min_nodes or 1), str(one.most_nodes or "")]
     gpus = f"{one.gpus_per_node} {one.gpu_type or ''}".strip() if one.gpus_per_node else ""
     return {**one._asdict(), "features": list(one.features), "gpus": gpus,
             "memory": "" if one.memory_mb is None else format_bytes(one.memory_mb * 2**20),
@@ -19354,11 +19350,12 @@ def hpc_partitions(args, client):
 def hpc_match(args, client):
     """List the partitions that take a job, the best first."""
     profile = find_profile(args.name)
-    need = (args.cpus, slurm_memory(args.memory), parse_walltime(args.walltime), args.gpus,
-            args.nodes)
-    found, best = matching_partitions(profile, *need), best_partition(profile, *need)
+    need = Need(args.cpus, slurm_memory(args.memory), args.gpus, args.nodes)
+    walltime = parse_walltime(args.walltime)
+    found = matching_partitions(profile, need, walltime)
+    best = best_partition(profile, need, walltime)
     if not found:
-        raise TorcError(why_no_partition(profile, *need))
+        raise TorcError(why_no_partition(profile, need, walltime))
     show_partitions(args, profile, [
         {**partition_row(one), "best": one is best} for one in found],
         PARTITION_COLUMNS + ", Best=best")
