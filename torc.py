@@ -9681,6 +9681,12 @@ def slurm(*words, env=None, again=3, timeout=SLURM_TIMEOUT_S):
     return out
 
 
+def slurm_rows(columns, *words, **how):
+    """Lists of `columns` values, which a Slurm program prints with | between them; see slurm()."""
+    lines = (line.split("|", columns - 1) for line in slurm(*words, **how).splitlines())
+    return [list(map(str.strip, values)) for values in lines if len(values) == columns]
+
+
 def cluster_name():
     """The name of the cluster whose Slurm answers here: ClusterName in slurm.conf(5), or None. A
     server may be used from several, each with its own job ids."""
@@ -9752,18 +9758,14 @@ def ask_queue(ids, **how):
     if not ids:
         return {}
     try:
-        out = slurm("squeue", "-h", "-t", "all", "-j", ",".join(map(str, sorted(ids))),
-                    "-o", "%i|%T|%L|%R", **how)
+        rows = slurm_rows(4, "squeue", "-h", "-t", "all", "-j", ",".join(map(str, sorted(ids))),
+                          "-o", "%i|%T|%L|%R", **how)
     except TorcError as error:
         if "Invalid job id" in str(error):           # it knows none of them
             return {}
         raise
-    found = {}
-    for line in out.splitlines():
-        number, state, left, where = (line.split("|", 3) + ["", "", ""])[:4]
-        if number.strip().isdigit():
-            found[int(number)] = Queued(state.strip(), slurm_seconds(left.strip()), where.strip())
-    return found
+    return {int(number): Queued(state, slurm_seconds(left), where)
+            for number, state, left, where in rows if number.isdigit()}
 
 
 def ask_accounting(ids):
@@ -9771,11 +9773,10 @@ def ask_accounting(ids):
     if not ids:
         return {}
     try:
-        out = slurm("sacct", "-X", "-n", "-P", "-j", ",".join(map(str, sorted(ids))),
-                    "-o", "JobIDRaw,State,NodeList", again=0)
+        rows = slurm_rows(3, "sacct", "-X", "-n", "-P", "-j", ",".join(map(str, sorted(ids))),
+                          "-o", "JobIDRaw,State,NodeList", again=0)
     except TorcError:
         return {}
-    rows = (line.split("|", 2) for line in out.splitlines() if line.count("|") >= 2)
     return {int(number): Queued(state.split()[0] if state else "UNKNOWN", None, nodes)
             for number, state, nodes in rows if number.isdigit()}
 
@@ -10516,9 +10517,9 @@ class SlurmRunner(Runner):
             chosen.setdefault(number, {})[child.step] = child
         for number, children in chosen.items():
             try:
-                steps = slurm("squeue", "-h", "-s", "-j", self.allocation.job_id, "-o", "%i|%j")
-                ids = {name: step for step, _, name in (
-                    line.partition("|") for line in steps.splitlines()) if name in children}
+                ids = {name: step for step, name in slurm_rows(
+                    2, "squeue", "-h", "-s", "-j", self.allocation.job_id, "-o", "%i|%j")
+                    if name in children}
                 if ids:
                     slurm("scancel", f"--signal={int(number)}", *ids.values())
             except TorcError as error:
@@ -10597,15 +10598,15 @@ class Accounts:
     def _ask(self):
         """{step name: row} of the steps of this allocation that have ended."""
         try:
-            out = slurm("sacct", "-n", "-P", "-j", self.runner.allocation.job_id, "-o",
-                        ",".join(STEP_COLUMNS), again=0)
+            rows = slurm_rows(len(STEP_COLUMNS), "sacct", "-n", "-P", "-j",
+                              self.runner.allocation.job_id, "-o", ",".join(STEP_COLUMNS), again=0)
         except TorcError as error:
             self.runner.say(f"steps are not accounted for: {error}")
             self.off = True
             return {}
-        rows = (dict(zip(STEP_COLUMNS, line.split("|"))) for line in out.splitlines())
-        return {row["JobName"]: row for row in rows if len(row) == len(STEP_COLUMNS)
-                and row["State"] not in ("", "RUNNING", "PENDING")}
+        steps = (dict(zip(STEP_COLUMNS, values)) for values in rows)
+        return {step["JobName"]: step for step in steps
+                if step["State"] not in ("", "RUNNING", "PENDING")}
 
     def _settle(self, client, rows, child):
         """Report a step if its row has come; says whether it had."""
@@ -19521,11 +19522,10 @@ def slurm_generate(args, client):
 def idle_nodes():
     """{partition: nodes that are idle now}, by sinfo. Raises TorcError."""
     found = {}
-    for line in slurm("sinfo", "-h", "-o", "%P|%t|%D").splitlines():
-        name, state, number = (line.split("|") + ["", ""])[:3]
-        idle = re.fullmatch(r"idle[~#%]?", state.strip())
-        name = name.strip().rstrip("*")
-        found[name] = found.get(name, 0) + (slurm_number(number.strip()) or 0 if idle else 0)
+    for name, state, number in slurm_rows(3, "sinfo", "-h", "-o", "%P|%t|%D"):
+        idle = re.fullmatch(r"idle[~#%]?", state)
+        name = name.rstrip("*")
+        found[name] = found.get(name, 0) + (slurm_number(number) or 0 if idle else 0)
     return found
 
 
