@@ -11228,6 +11228,30 @@ def test_bench_chain_of_200_over_http(server, tmp_path):
     assert step < 0.008
 
 
+@pytest.mark.bench
+@pytest.mark.slurm
+def test_bench_two_allocations_share_2000_no_ops(cluster):
+    site = Site(cluster, "share")
+    floors = [xargs_rate(1000, 2)]
+    jobs = {"gate": "sleep 5"}            # until both workers wait
+    jobs.update((f"j{number}", {"command": "true", "depends_on": ["gate"]}) for number in range(2000))
+    site.submit(allocation_spec(cluster, "share", jobs, scheduler={"ntasks_per_node": 1}, number=2))
+    site.torc("wait", 1, timeout=180)
+    floors.append(xargs_rate(1000, 2))
+    with contextlib.closing(sqlite3.connect(cluster.directory / "hpcuser" / "share.db")) as database:
+        [[days]] = database.execute("SELECT julianday(MAX(completion_time)) - "
+                                    "julianday(MIN(completion_time)) FROM result")
+        [[number, least]] = database.execute(
+            "SELECT COUNT(*), MIN(jobs) FROM (SELECT COUNT(*) AS jobs FROM result "
+            "WHERE return_code = 0 GROUP BY compute_node_id)")
+    rate, floor = 2000 / (days * 86_400), max(floors)
+    show("2,000 no-ops, two allocations of a slot", f"{rate:.0f} jobs/s", f"xargs {floor:.0f}/s",
+         rate / floor)
+    show("  jobs of the allocation with fewer", str(least), "a share of 1,000")
+    assert number == 2 and least > 500
+    assert rate / floor > 0.35            # the second worker, its Python and the server share 2 cores
+
+
 def rounds_spec(path, width):
     """A spec of 4 rounds of `width` jobs with a barrier after each."""
     jobs = []
