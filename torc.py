@@ -10657,8 +10657,8 @@ class Partition(NamedTuple):
 
     name: str
     cpus_per_node: int
-    memory_mb: int | None
-    max_walltime_secs: int | None
+    memory_mb: int | None = None
+    max_walltime_secs: int | None = None
     max_nodes: int | None = None
     max_nodes_per_user: int | None = None
     min_nodes: int | None = None
@@ -10774,8 +10774,7 @@ def profile_json(profile):
     """A profile as JSON values; read_profile reads it back."""
     return {**profile._asdict(),
             "detection": [sign._asdict() for sign in profile.detection],
-            "partitions": [{**one._asdict(), "features": list(one.features)}
-                           for one in profile.partitions]}
+            "partitions": [one._asdict() for one in profile.partitions]}
 
 
 def checked_record(record, wanted, what):
@@ -10796,17 +10795,16 @@ def read_profile(path):
         sign = Detection(**checked_record(one, DETECTION_FIELDS, what))
         if sign.type == "env" and not sign.name:
             raise TorcError(f"{what}: the field name, of the environment variable, is missing")
-        with contextlib.suppress(re.error):
+        try:
             re.compile(sign.value if sign.type == "hostname" else "")
-            signs.append(sign)
-            continue
-        raise TorcError(f"{what}: {sign.value!r} is no regular expression")
+        except re.error:
+            raise TorcError(f"{what}: {sign.value!r} is no regular expression") from None
+        signs.append(sign)
     for number, one in enumerate(record["partitions"]):
         good = checked_record(one, PARTITION_FIELDS, f"{path}: " + (
             f'partition "{one["name"]}"' if isinstance(one, dict) and isinstance(
                 one.get("name"), str) else f"partition number {number + 1}"))
-        partitions.append(Partition(**{"memory_mb": None, "max_walltime_secs": None, **good,
-                                       "features": tuple(good.get("features", ()))}))
+        partitions.append(Partition(**{**good, "features": tuple(good.get("features", ()))}))
     if record["name"] == DYNAMIC_PROFILE:
         raise TorcError(f'{path}: the name "{DYNAMIC_PROFILE}" is that of the profile that is read '
                         "from the cluster: take another")
@@ -10825,8 +10823,7 @@ def known_profiles():
             if name.endswith(".json"):
                 profile = read_profile(os.path.join(directory, name))
                 own[profile.name] = profile
-    return {**own, **{name: profile for name, profile in BUILT_IN_PROFILES.items()
-                      if name not in own}}
+    return {**own, **BUILT_IN_PROFILES, **own}
 
 
 def is_here(sign, hostname):
@@ -10886,34 +10883,33 @@ def gpus_in(gres):
 def read_partitions(sinfo, scontrol):
     """Partitions from the output of `sinfo -e -h -o '%P|%c|%m|%l|%G|%D'` and `scontrol -o show
     partition`: one for each kind of nodes; those that cannot be used now are left out."""
-    more = {}
+    more, found = {}, {}
     for line in scontrol.splitlines():
         fields = dict(word.partition("=")[::2] for word in line.split())
         more[fields.get("PartitionName")] = fields
-    found = {}                            # as a dict: the same kind on two lines is one
     for line in sinfo.splitlines():
         words = [word.strip() for word in line.split("|")]
-        name, fields = words[0].rstrip("*"), more.get(words[0].rstrip("*"), {})
         cpus = slurm_number(words[1]) if len(words) == 6 else None
+        name = words[0].rstrip("*")
+        fields = more.get(name, {})
         if not cpus or fields.get("State", "UP") != "UP" or fields.get("RootOnly") == "YES":
             continue
         gpus, gpu_type = gpus_in(words[4])
         memory = slurm_number(words[2])
         memory = memory if memory and memory > 1 else None   # 1: the site has configured none
-        key = (name, cpus, memory, gpus, gpu_type)
-        nodes = (found[key].max_nodes if key in found else 0) + (slurm_number(words[5]) or 0)
         debug = "debug" in name.lower()
-        found[key] = Partition(
+        one = Partition(
             name, least(cpus, slurm_number(fields.get("MaxCPUsPerNode"))),
             least(memory, slurm_number(fields.get("MaxMemPerNode"))),
-            slurm_seconds(words[3]) or None, max_nodes=nodes, gpus_per_node=gpus, gpu_type=gpu_type,
+            slurm_seconds(words[3]) or None, slurm_number(fields.get("MaxNodes")),
+            gpus_per_node=gpus, gpu_type=gpu_type,
             min_nodes=slurm_number(fields.get("MinNodes")) or None,
             shared=not fields.get("OverSubscribe", "NO").startswith("EXCLUSIVE"),
             requires_explicit_request=debug,
             features=("default",) * words[0].endswith("*") + ("debug",) * debug)
-    return tuple(one._replace(max_nodes=least(
-        one.max_nodes or None, slurm_number(more.get(one.name, {}).get("MaxNodes"))))
-        for one in found.values())
+        found[one] = found.get(one, 0) + (slurm_number(words[5]) or 0)     # of several lines
+    return tuple(one._replace(max_nodes=least(nodes or None, one.max_nodes))
+                 for one, nodes in found.items())
 
 
 def slurm_profile(name=DYNAMIC_PROFILE, display_name=None):
