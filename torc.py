@@ -10147,9 +10147,10 @@ def schedule_pending(client, workflow_id, request, triggers=None, waiting=False)
 
 # ---- allocations that have ended
 
-def is_elsewhere(cluster):
-    """Whether this is the name of another cluster than the one that answers here, or may be: none
-    does answer."""
+def is_elsewhere(record):
+    """Whether this is of another cluster than the one that answers here, or may be: none does
+    answer."""
+    cluster = record.get("cluster")
     return bool(cluster) and cluster != cluster_name()
 
 
@@ -10164,13 +10165,13 @@ def live_allocations(client, workflow_id):
     """(scheduled nodes that have not ended, {Slurm job: [active compute nodes in it]}) of this
     cluster."""
     scheduled = [record for record in unended_allocations(client, workflow_id)
-                 if not is_elsewhere(record.get("cluster"))]
+                 if not is_elsewhere(record)]
     inside = {}
     for node in client.items("/compute_nodes", workflow_id=workflow_id, is_active=True):
         known = node.get("scheduler") or {}
         number = known.get("scheduler_id")
         if node["compute_node_type"] == "slurm" and isinstance(number, int) and \
-                not is_elsewhere(known.get("cluster")):
+                not is_elsewhere(known):
             inside.setdefault(number, []).append(node)
     return scheduled, inside
 
@@ -11990,7 +11991,7 @@ def cancel_allocations(client, workflow_id):
     scheduled, _ = live_allocations(client, workflow_id)
     away = [f"Slurm job {record['scheduler_id']} is on the cluster {record['cluster']}: scancel it "
             "there" for record in unended_allocations(client, workflow_id)
-            if is_elsewhere(record.get("cluster"))]
+            if is_elsewhere(record)]
     if not scheduled:
         return [], away
     canceled = []
@@ -12036,10 +12037,10 @@ def allocation_lines(client, workflow_id):
     if scheduled and shutil.which("squeue"):
         with contextlib.suppress(TorcError):
             queue = ask_queue({record["scheduler_id"] for record in scheduled
-                               if not is_elsewhere(record.get("cluster"))})
+                               if not is_elsewhere(record)})
     for record in scheduled:
         number = record["scheduler_id"]
-        away = is_elsewhere(record.get("cluster"))
+        away = is_elsewhere(record)
         entry = queue and queue.get(number)
         if queue is None or away:
             text = f"is {record['status']}" + (f" on the cluster {record['cluster']}" if away else
