@@ -9785,17 +9785,18 @@ class Watch:
     """What Slurm says of some allocations, asked for all of them together and once a minute."""
 
     def __init__(self):
-        self._asked, self._ids, self._found = -math.inf, set(), {}
+        self._asked, self._found = -math.inf, {}
         self._unknown = {}                # id: since when
 
     def look(self, ids, now):
         """{id: Queued}. Raises TorcError if Slurm does not answer. now: time.monotonic()."""
         ids = set(ids)
-        if now - self._asked >= QUEUE_EVERY_S or not ids <= self._ids:
-            found = ask_queue(ids)
-            found.update(ask_accounting(ids - set(found)))
-            self._asked, self._ids, self._found = now, ids, found
-        answer = {number: self._found.get(number, Queued("UNKNOWN")) for number in ids}
+        if now - self._asked >= QUEUE_EVERY_S or not ids <= set(self._found):
+            known = ask_queue(ids)
+            known.update(ask_accounting(ids - set(known)))
+            self._asked = now
+            self._found = {number: known.get(number, Queued("UNKNOWN")) for number in ids}
+        answer = {number: self._found[number] for number in ids}
         self._unknown = {number: self._unknown.get(number, now) for number, entry in answer.items()
                          if entry.phase == "unknown"}
         return answer
@@ -10183,21 +10184,6 @@ def unended_allocations(client, workflow_id):
         if record["scheduler_type"] == "slurm"]
 
 
-def hand_in_journal(client, node, server_id):
-    """Replay the journal of a runner that is known to be dead, whichever host it was on; returns
-    the number of results."""
-    number = 0
-    for path in journals_in(node.get("output_dir") or DEFAULT_OUTPUT_DIR, server_id,
-                            node["workflow_id"]):
-        records, _ = read_journal(path)
-        header = records[0].get("header", {}) if records else {}
-        if header.get("compute_node_id") == node["id"]:
-            number += replay_journal(client, records)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-    return number
-
-
 def settle_allocations(client, workflow_id, watch=None, dry_run=False):
     """Put right what allocations that have ended left behind; returns what was done, in sentences.
 
@@ -10233,8 +10219,17 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
 
 
 def bury_node(client, node, state, ended):
-    """Hand in and settle what a compute node's dead runner left; returns that in words."""
-    number = hand_in_journal(client, node, client.server_id())
+    """Settle what a compute node's dead runner left, whichever host it was on: its journal and its
+    jobs; returns that in words."""
+    number = 0
+    for path in journals_in(node.get("output_dir") or DEFAULT_OUTPUT_DIR, client.server_id(),
+                            node["workflow_id"]):
+        records, _ = read_journal(path)
+        header = records[0].get("header", {}) if records else {}
+        if header.get("compute_node_id") == node["id"]:
+            number += replay_journal(client, records)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
     ending = {"status": ended[0], "return_code": ended[1]} if ended else {}
     try:
         freed = release(client, node, Evidence("allocation", f"its allocation ended: {state}"),
