@@ -9690,15 +9690,14 @@ def slurm_rows(columns, *words, **how):
 def cluster_name():
     """The name of the cluster whose Slurm answers here: ClusterName in slurm.conf(5), or None. A
     server may be used from several, each with its own job ids."""
-    if not _cluster["name"] and "SLURM_JOB_ID" in os.environ:
-        _cluster["name"] = os.environ.get("SLURM_CLUSTER_NAME")
-    if not _cluster["name"] and time.monotonic() >= _cluster["again"]:
+    inside = "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_CLUSTER_NAME")
+    if not inside and not _cluster["name"] and time.monotonic() >= _cluster["again"]:
         _cluster["again"] = time.monotonic() + 10         # a controller that is away comes back
         with contextlib.suppress(TorcError):
             match = re.search(r"^ClusterName\s*=\s*(\S+)", slurm(
                 "scontrol", "show", "config", again=0), re.M)
             _cluster["name"] = match and match[1]
-    return _cluster["name"]
+    return inside or _cluster["name"]
 
 
 _cluster = {"name": None, "again": -math.inf}
@@ -11400,13 +11399,12 @@ def specification_text(document, as_json):
     except ImportError:
         raise MissingPackage("PyYAML", "writing YAML") from None
 
+    old, new = (kind.yaml_implicit_resolvers for kind in (yaml.SafeDumper, core_loader(yaml)))
+
     class Dumper(yaml.SafeDumper):
         """Quotes what either version takes for something else than a text; blocks for lines."""
-        yaml_implicit_resolvers = {
-            letter: [*yaml.SafeDumper.yaml_implicit_resolvers.get(letter, ()),
-                     *core_loader(yaml).yaml_implicit_resolvers.get(letter, ())]
-            for letter in {*yaml.SafeDumper.yaml_implicit_resolvers,
-                           *core_loader(yaml).yaml_implicit_resolvers}}
+        yaml_implicit_resolvers = {letter: [*old.get(letter, ()), *new.get(letter, ())]
+                                   for letter in {*old, *new}}
 
         def ignore_aliases(self, data):
             return True
