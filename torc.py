@@ -10103,7 +10103,7 @@ def write_credentials(client, workflow_id, output_dir):
     return path
 
 
-def schedule_action(client, workflow, action, request):
+def schedule_action(client, action, request):
     """Carry out what is left of a schedule_nodes action that has been claimed; returns the Slurm
     jobs' ids."""
     config = action["action_config"]
@@ -10112,6 +10112,7 @@ def schedule_action(client, workflow, action, request):
                          f"{config['scheduler_type']!r} here")
     scheduler = client.get(f"/slurm_schedulers/{config['scheduler_id']}")
     number = config.get("num_allocations", 1) - action.get("submitted", 0)
+    workflow = client.get(f"/workflows/{action['workflow_id']}")
     return submit_allocations(client, workflow, scheduler, number, request._replace(
         max_parallel_jobs=config.get("max_parallel_jobs", request.max_parallel_jobs),
         one_worker_per_node=config.get("start_one_worker_per_node", request.one_worker_per_node)),
@@ -10125,14 +10126,13 @@ def schedule_pending(client, workflow_id, request, triggers=None, waiting=False)
     One whose allocations could not all be had is pending again for the rest of them; the error is
     raised, with all Slurm jobs that there are in .submitted.
     """
-    workflow = client.get(f"/workflows/{workflow_id}")
     path, done = f"/workflows/{workflow_id}/actions", []
     for action in client.get(f"{path}/pending", trigger_type=triggers, waiting=waiting):
         if action["action_type"] != "schedule_nodes":
             continue
         try:
             client.post(f"{path}/{action['id']}/claim", {})
-            done.append((action, schedule_action(client, workflow, action, request)))
+            done.append((action, schedule_action(client, action, request)))
             client.put(f"{path}/{action['id']}/claim")
         except Conflict:
             continue
@@ -19159,8 +19159,7 @@ def scheduling(client, workflow_id, make_request):
         return None
 
     def schedule(client, action):
-        workflow = client.get(f"/workflows/{workflow_id}")
-        ids = schedule_action(client, workflow, action, make_request())
+        ids = schedule_action(client, action, make_request())
         return f"action {action['id']}: {submitted(len(ids), ids)}"
     return schedule
 
