@@ -9856,20 +9856,17 @@ def worker_urls(client, named=()):
     return tuple(dict.fromkeys(urls))
 
 
-def sbatch_option(name, value):
-    """An #SBATCH line; "" for an option that is switched off. Raises UsageError."""
-    import shlex
-    if value is None or value is False:
-        return ""
-    if any(letter in str(value) for letter in "\n\r\0"):
-        raise UsageError(f"the Slurm option {name} has a line break in its value: {value!r}")
-    return f"#SBATCH --{name}" + ("" if value is True else f"={shlex.quote(str(value))}")
+def option_words(values, written=str):
+    """The words of a command line for {option: value}: True is an option without a value, None and
+    False leave it out. written: how a value is written."""
+    return [f"--{name}" if value is True else f"--{name}={written(str(value))}"
+            for name, value in values.items() if value is not None and value is not False]
 
 
 def extra_options(text):
-    """The #SBATCH lines of a scheduler's `extra`, with or without #SBATCH before them."""
+    """The lines of a scheduler's `extra`, which may have #SBATCH before them, without that."""
     lines = [re.sub(r"^\s*#SBATCH\s+", "", line).strip() for line in (text or "").splitlines()]
-    return [f"#SBATCH {line}" for line in lines if line]
+    return list(filter(None, lines))
 
 
 def exports_nothing(scheduler, defaults):
@@ -9921,8 +9918,11 @@ def allocation_script(workflow, scheduler, name, request, words, environment=())
         options["signal"] = f"B:TERM@{max(1, int(limits.sigkill_headroom_s))}"
     options.update({str(key).lstrip("-"): value for key, value in defaults.items()
                     if options.get(str(key).lstrip("-")) is None or key == "signal"})
-    lines = [sbatch_option(key, value) for key, value in options.items()]
-    python, program = words[0], words[1]
+    for key, value in options.items():
+        if re.search("[\n\r\0]", str(value)):
+            raise UsageError(f"the Slurm option {key} has a line break in its value: {value!r}")
+    lines = [*option_words(options, shlex.quote), *extra_options(scheduler.get("extra"))]
+    python, program, *_ = words
     if request.one_worker_per_node:
         number = scheduler["nodes"]       # the allocation may have more tasks
         words = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1",
@@ -9938,31 +9938,24 @@ def allocation_script(workflow, scheduler, name, request, words, environment=())
                                "compute nodes see, and submit again"),
         unstartable=shlex.quote(f"{python} does not start there: take a Python that compute nodes "
                                 "have, and submit again"))
-    return "\n".join(["#!/bin/bash", *filter(None, lines), *extra_options(scheduler.get("extra"))]
-                     ) + "\n" + body
+    return "".join(["#!/bin/bash\n", *(f"#SBATCH {line}\n" for line in lines), body])
 
 
 def worker_words(client, workflow, scheduler, request, number):
     """The command line of an allocation's worker. number: of allocations asked for together."""
-    words = [*own_command(), "slurm-job-runner", ",".join(request.urls), str(workflow["id"]),
-             request.output_dir, "--server-id", client.server_id(),
-             "--scheduler-config-id", str(scheduler["id"]), "--program-hash", own_hash()]
-    if request.max_parallel_jobs:
-        words += ["--max-parallel-jobs", str(request.max_parallel_jobs)]
-    tls = client.tls or {}
-    if tls.get("ca_cert"):
-        words += ["--tls-ca-cert", os.path.abspath(tls["ca_cert"])]
-    if tls.get("insecure"):
-        words.append("--tls-insecure")
-    if request.one_worker_per_node:
-        words.append("--is-subtask")
-    if request.share_password:
-        words.append("--share-password")
     config = json.loads(workflow.get("execution_config") or "{}")
     runners = number * (scheduler["nodes"] if request.one_worker_per_node else 1)
-    if config.get("staggered_start", True) and runners > 50:
-        words += ["--startup-delay-seconds", str(min(60, runners // 50))]
-    return words
+    staggered = config.get("staggered_start", True) and runners > 50
+    tls = client.tls or {}
+    return [*own_command(), "slurm-job-runner", ",".join(request.urls), str(workflow["id"]),
+            request.output_dir, *option_words({
+                "server-id": client.server_id(), "scheduler-config-id": scheduler["id"],
+                "program-hash": own_hash(), "max-parallel-jobs": request.max_parallel_jobs or None,
+                "tls-ca-cert": tls.get("ca_cert") and os.path.abspath(tls["ca_cert"]),
+                "tls-insecure": bool(tls.get("insecure")),
+                "is-subtask": bool(request.one_worker_per_node),
+                "share-password": request.share_password,
+                "startup-delay-seconds": staggered and min(60, runners // 50)})]
 
 
 def needs_whole_nodes(client, workflow_id):
@@ -9984,10 +9977,9 @@ def submission_environment(client):
     """The environment for sbatch: the credentials, nothing of an allocation or job around us."""
     kept = {name: value for name, value in os.environ.items()
             if not name.startswith(("SLURM_", "TORC_")) or name == "SLURM_CONF"}
-    known = client.job_environment()
-    return {**kept, "TORC_USERNAME": client.user,
-            **{name: known[name] for name in ("TORC_PASSWORD", "TORC_COOKIE_HEADER")
-               if name in known}}
+    given = {"TORC_USERNAME": client.user, "TORC_PASSWORD": client.password,
+             "TORC_COOKIE_HEADER": client.cookie}
+    return {**kept, **{name: value for name, value in given.items() if value}}
 
 
 def submit_allocations(client, workflow, scheduler, number, request, action_id=None):
@@ -10003,38 +9995,36 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
             and not needs_whole_nodes(client, workflow["id"])))
     os.makedirs(request.output_dir, mode=0o700, exist_ok=True)
     words = worker_words(client, workflow, scheduler, request, number)
-    secrets = {"TORC_PASSWORD", "TORC_COOKIE_HEADER"} & set(client.job_environment())
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
-    if secrets and exports_nothing(scheduler, defaults):
-        words += ["--credentials", write_credentials(client, workflow["id"], request.output_dir)]
+    if (client.password or client.cookie) and exports_nothing(scheduler, defaults):
+        path = credentials_path(workflow["id"], client.server_id(), request.output_dir)
+        write_private(path, compact({"password": client.password, "cookie": client.cookie}))
+        words += ["--credentials", path]
     made = []
     for index in range(1, number + 1):
         name = f"{request.prefix}wf{workflow['id']}_{SCRIPT_MARK}_{next(SCRIPT_NUMBERS)}"
         path = os.path.join(request.output_dir, f"{name}.sh")
         write_private(path, allocation_script(workflow, scheduler, name, request, words,
                                               [("TORC_USERNAME", client.user)]))
+        job_id = None
         try:
             job_id = submit_script(path, name, submission_environment(client))
-        except TorcError as error:
-            error.args = (f"{error} (allocation {index} of {number}, scheduler "
-                          f"\"{scheduler['name']}\"; sbatch --test-only {shlex.quote(path)} tries "
-                          "it)",)
-            error.submitted = made
-            raise
-        try:
             client.post("/scheduled_compute_nodes", {
                 "workflow_id": workflow["id"], "scheduler_id": job_id,
                 "scheduler_type": "slurm", "scheduler_config_id": scheduler["id"],
                 "status": "pending", "output_dir": request.output_dir,
                 "work_dir": request.work_dir, "cluster": cluster_name()}, once=True,
                         action_id=action_id)
-        except BaseException as error:    # also Ctrl-C: nobody would know of it
-            with contextlib.suppress(TorcError):
-                slurm("scancel", job_id)
-            if isinstance(error, TorcError):
-                error.args = (f"{error} (so Slurm job {job_id}, which it does not know of, was "
-                              "canceled again)",)
+        except BaseException as error:    # also Ctrl-C: nobody would know of the job
             error.submitted = made
+            more = (f"allocation {index} of {number}, scheduler \"{scheduler['name']}\"; sbatch "
+                    f"--test-only {shlex.quote(path)} tries it")
+            if job_id:
+                more = f"so Slurm job {job_id}, which it does not know of, was canceled again"
+                with contextlib.suppress(TorcError):
+                    slurm("scancel", job_id)
+            if isinstance(error, TorcError):
+                error.args = (f"{error} ({more})",)
             raise
         made.append(job_id)
         if not request.keep_script:
@@ -10051,28 +10041,26 @@ def submit_script(path, name, env):
     """Hand a batch script to sbatch; returns the id of the Slurm job.
 
     When sbatch did not get the controller's answer, the job may be queued all the same: it is
-    looked for by its name, and adopted. Raises TorcError; .unsure: nobody knows yet.
+    looked for by its name, and adopted. Raises TorcError, which may say that nobody knows yet.
     """
-    for again in (True, True, False):
+    for left in (2, 1, 0):
         try:
             out = slurm("sbatch", "--parsable", f"--job-name={name}", path, env=env, again=0)
-            match = re.search(r"^(\d+)", out, re.M)
-            if match:
-                return int(match[1])
-            raise TorcError(f"sbatch has printed no job id: {out.strip()!r:.200}")
         except TorcError as error:
-            text = str(error)
-            if not CONTROLLER_AWAY.search(text) and "has not answered" not in text:
+            if not CONTROLLER_AWAY.search(str(error)) and "has not answered" not in str(error):
                 raise                     # a refusal
             found = job_named(name)
             if found:
                 return found
-            if not again or found is None:
-                error.unsure = True
+            if found is None or not left:
                 error.args = (f"{error}. It may be queued all the same: `squeue --me -n {name}` "
                               "says so once Slurm answers",)
                 raise
-    return None
+        else:
+            match = re.search(r"^(\d+)", out, re.M)
+            if not match:
+                raise TorcError(f"sbatch has printed no job id: {out.strip()!r:.200}")
+            return int(match[1])
 
 
 def job_named(name):
@@ -10094,13 +10082,6 @@ def job_named(name):
 def credentials_path(workflow_id, server_id, output_dir):
     """The file (0600) from which workers read the password where sites export no environment."""
     return os.path.join(output_dir, f".credentials_wf{workflow_id}_{server_id}.json")
-
-
-def write_credentials(client, workflow_id, output_dir):
-    """Write that file; returns its path."""
-    path = credentials_path(workflow_id, client.server_id(), output_dir)
-    write_private(path, compact({"password": client.password, "cookie": client.cookie}))
-    return path
 
 
 def schedule_action(client, action, request):
