@@ -11061,19 +11061,19 @@ def dependency_levels(jobs):
     above the highest they wait for; what waits for itself in a circle stays at 0.
     """
     import graphlib
-    writers = {}
+
+    def named(job, way):
+        return [(what, number) for what in ("file", "user_data")
+                for number in job.get(f"{way}_{what}_ids", ())]
+
+    writers, parents = {}, []
     for place, job in enumerate(jobs):
-        for what in ("file", "user_data"):
-            for other in job.get(f"output_{what}_ids", ()):
-                writers.setdefault((what, other), []).append(place)
-    parents = []
+        for one in named(job, "output"):
+            writers.setdefault(one, []).append(place)
     for place, job in enumerate(jobs):
         found = {other - 1 for other in job.get("depends_on_job_ids", ())}
-        for what in ("file", "user_data"):
-            for other in job.get(f"input_{what}_ids", ()):
-                found.update(writers.get((what, other), ()))
-        found.discard(place)
-        parents.append(found)
+        found.update(*(writers.get(one, ()) for one in named(job, "input")))
+        parents.append(found - {place})
     sorter = graphlib.TopologicalSorter(dict(enumerate(parents)))
     with contextlib.suppress(graphlib.CycleError):
         sorter.prepare()
