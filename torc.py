@@ -10848,11 +10848,10 @@ def gpus_in(gres):
     """
     number, kind = 0, None
     for word in re.sub(r"\([^)]*\)", "", gres).split(","):
-        parts = word.split(":")
-        if parts[0] == "gpu":
-            counted = len(parts) > 1 and parts[-1].isdigit()
-            number += int(parts[-1]) if counted else 1
-            kind = kind or "".join(parts[1:-1] if counted else parts[1:]) or None
+        name, *more = word.split(":")
+        if name == "gpu":
+            number += int(more.pop()) if more and more[-1].isdigit() else 1
+            kind = kind or "".join(more) or None
     return number or None, kind
 
 
