@@ -10625,28 +10625,40 @@ def least(*values):
     return min((value for value in values if value is not None), default=None)
 
 
-class Partition(NamedTuple):
+def record_class(name, wanted):
+    """A NamedTuple with these Fields and their defaults."""
+    import collections
+    return collections.namedtuple(name, [field.name for field in wanted],
+                                  defaults=[field.default for field in wanted])
+
+
+DETECTION_FIELDS = fields("""
+    type enum:env|hostname|file required, value name required, name str""")
+# shared: a job gets what it asks for, not the whole node.
+PARTITION_FIELDS = fields("""
+    name name required, cpus_per_node positive required, memory_mb positive
+    max_walltime_secs positive, max_nodes positive, max_nodes_per_user positive, min_nodes count
+    gpus_per_node count, gpu_type str, gpu_memory_gb positive, local_disk_gb count
+    shared bool = false, requires_explicit_request bool = false, default_qos str, features strs
+    description str""")
+PROFILE_FIELDS = fields("""
+    name str required, display_name str, description str, detection list, partitions list required
+    default_account str, charge_factor_cpu float, charge_factor_gpu float, metadata map = {}""")
+
+
+class Detection(record_class("Detection", DETECTION_FIELDS)):
+    """A sign of being on a cluster: env (name = value), hostname (a regex), or file (a path)."""
+
+
+class Profile(record_class("Profile", PROFILE_FIELDS)):
+    """What is known of a cluster."""
+
+
+class Partition(record_class("Partition", PARTITION_FIELDS)):
     """Nodes of one kind in a partition of a cluster; None: no limit, or not known.
 
     A partition with nodes of several kinds has a Partition for each of them.
     """
-
-    name: str
-    cpus_per_node: int
-    memory_mb: int | None = None
-    max_walltime_secs: int | None = None
-    max_nodes: int | None = None
-    max_nodes_per_user: int | None = None
-    min_nodes: int | None = None
-    gpus_per_node: int | None = None
-    gpu_type: str | None = None
-    gpu_memory_gb: int | None = None
-    local_disk_gb: int | None = None
-    shared: bool = False                  # a job gets what it asks for, not the whole node
-    requires_explicit_request: bool = False
-    default_qos: str | None = None
-    features: tuple = ()
-    description: str | None = None
 
     @property
     def most_nodes(self):
@@ -10657,28 +10669,6 @@ class Partition(NamedTuple):
     def on_request(self):
         """Whether it is only for jobs that name it."""
         return self.requires_explicit_request or "debug" in self.features
-
-
-class Detection(NamedTuple):
-    """A sign of being on a cluster: env (name = value), hostname (a regex), or file (a path)."""
-
-    type: str
-    value: str
-    name: str | None = None               # of the environment variable
-
-
-class Profile(NamedTuple):
-    """What is known of a cluster."""
-
-    name: str
-    display_name: str
-    description: str
-    detection: tuple
-    partitions: tuple
-    default_account: str | None = None
-    charge_factor_cpu: float | None = None
-    charge_factor_gpu: float | None = None
-    metadata: dict = {}
 
 
 def partitions_in(table):
@@ -10735,15 +10725,6 @@ DANE = Profile(
 
 BUILT_IN_PROFILES = {profile.name: profile for profile in (KESTREL, DANE)}
 DYNAMIC_PROFILE = "slurm"                 # read from the cluster's own programs
-PROFILE_FIELDS = fields("""
-    name str required, display_name str, description str, detection list, partitions list required
-    default_account str, charge_factor_cpu float, charge_factor_gpu float, metadata map""")
-DETECTION_FIELDS = fields("type enum:env|hostname|file required, value name required, name str")
-PARTITION_FIELDS = fields("""
-    name name required, cpus_per_node positive required, memory_mb positive
-    max_walltime_secs positive, max_nodes positive, max_nodes_per_user positive, min_nodes count
-    gpus_per_node count, gpu_type str, gpu_memory_gb positive, local_disk_gb count, shared bool
-    requires_explicit_request bool, default_qos str, features strs, description str""")
 
 
 def profile_json(profile):
