@@ -9863,12 +9863,6 @@ def option_words(values, written=str):
             for name, value in values.items() if value is not None and value is not False]
 
 
-def extra_options(text):
-    """The lines of a scheduler's `extra`, which may have #SBATCH before them, without that."""
-    lines = [re.sub(r"^\s*#SBATCH\s+", "", line).strip() for line in (text or "").splitlines()]
-    return list(filter(None, lines))
-
-
 def exports_nothing(scheduler, defaults):
     """Whether the environment of the submitter is known not to reach the allocation."""
     words = re.findall(r"--export[= ](\S+)", scheduler.get("extra") or "")
@@ -9921,7 +9915,9 @@ def allocation_script(workflow, scheduler, name, request, words, environment=())
     for key, value in options.items():
         if re.search("[\n\r\0]", str(value)):
             raise UsageError(f"the Slurm option {key} has a line break in its value: {value!r}")
-    lines = [*option_words(options, shlex.quote), *extra_options(scheduler.get("extra"))]
+    lines = option_words(options, shlex.quote)
+    for line in (scheduler.get("extra") or "").splitlines():
+        lines.append(re.sub(r"^\s*#SBATCH\s+", "", line).strip())
     python, program, *_ = words
     if request.one_worker_per_node:
         number = scheduler["nodes"]       # the allocation may have more tasks
@@ -9938,7 +9934,8 @@ def allocation_script(workflow, scheduler, name, request, words, environment=())
                                "compute nodes see, and submit again"),
         unstartable=shlex.quote(f"{python} does not start there: take a Python that compute nodes "
                                 "have, and submit again"))
-    return "".join(["#!/bin/bash\n", *(f"#SBATCH {line}\n" for line in lines), body])
+    return "".join(["#!/bin/bash\n", *(f"#SBATCH {line}\n" for line in lines if line),
+                    body])
 
 
 def worker_words(client, workflow, scheduler, request, number):
@@ -11142,6 +11139,15 @@ def join_levels(parts):
     return joined
 
 
+def allocations_for(parts, wish):
+    """(number, walltime in seconds) of the allocations that some Parts fill, never more than there
+    are jobs."""
+    walltime_s = wish.walltime(max(part.length_s for part in parts),
+                               parts[0].partition.max_walltime_secs)
+    needed = math.ceil(sum(part.share(walltime_s) for part in parts) - 1e-9)
+    return max(1, min(needed, sum(part.width for part in parts))), walltime_s
+
+
 def merge_parts(parts, wish, by_partition):
     """Lists of Parts that share their allocations: on one partition, due at the same moment, with
     as many nodes a job; all of them by_partition, else if two allocations are enough."""
@@ -11149,21 +11155,9 @@ def merge_parts(parts, wish, by_partition):
     for part in parts:
         groups.setdefault((part.partition, part.need.nodes, part.level), []).append(part)
     for group in groups.values():
-        total = sum(number_of_allocations([part], walltime_of([part], wish)) for part in group)
+        total = sum(allocations_for([part], wish)[0] for part in group)
         found += [group] if by_partition or total <= 2 else [[part] for part in group]
     return found
-
-
-def walltime_of(parts, wish):
-    """Walltime in seconds of the allocations of some Parts."""
-    return wish.walltime(max(part.length_s for part in parts),
-                         parts[0].partition.max_walltime_secs)
-
-
-def number_of_allocations(parts, walltime_s):
-    """How many allocations of that length some Parts fill, never more than there are jobs."""
-    needed = math.ceil(sum(part.share(walltime_s) for part in parts) - 1e-9)
-    return max(1, min(needed, sum(part.width for part in parts)))
 
 
 def one_allocation(parts, number, walltime_s):
@@ -11245,8 +11239,7 @@ def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
 def plan_scheduler(parts, wish, name, account, single_allocation):
     """An entry of a plan: the scheduler of some Parts, its allocations and jobs."""
     first = parts[0]
-    walltime_s = walltime_of(parts, wish)
-    number = number_of_allocations(parts, walltime_s)
+    number, walltime_s = allocations_for(parts, wish)
     asked = what_to_ask(parts, number, walltime_s)
     nodes = first.need.nodes
     if single_allocation:
@@ -11271,14 +11264,9 @@ def schedules_nodes(action):
     return isinstance(action, dict) and action.get("action_type") == "schedule_nodes"
 
 
-def without_allocations(document):
-    """A specification, as it was parsed, without schedulers and what names them."""
-    bare = {name: value for name, value in document.items()
-            if name not in ("slurm_schedulers", "actions")}
-    bare["jobs"] = [{name: value for name, value in job.items() if name != "scheduler"}
-                    for job in document.get("jobs") or ()]
-    kept = [action for action in document.get("actions") or () if not schedules_nodes(action)]
-    return {**bare, "actions": kept} if kept else bare
+def without(record, *names):
+    """A mapping without these names."""
+    return {name: value for name, value in record.items() if name not in names}
 
 
 def expanded_names(document):
@@ -11321,34 +11309,33 @@ def naming(wanted, document, names):
 
 
 def with_allocations(document, plan, actions=True):
-    """(specification, notes): one without allocations, with those of a plan; notes are sentences.
+    """(specification, notes): a parsed one with the allocations of a plan in place of its own;
+    notes are sentences.
 
     Jobs name their scheduler; actions ask for the allocations unless there are to be none.
     """
-    names, notes = expanded_names(document), []
+    names, notes, jobs = expanded_names(document), [], []
     scheduler_of = {job: one["scheduler"]["name"] for one in plan for job in one["jobs"]}
-    jobs = []
     for job, own in zip(document["jobs"], names):
         schedulers = list(dict.fromkeys(scheduler_of[name] for name in own))
-        if len(schedulers) == 1:
-            job = {**job, "scheduler": schedulers[0]}
-        else:
+        bound = {"scheduler": schedulers[0]} if len(schedulers) == 1 else {}
+        if not bound:
             notes.append(f'the jobs of "{job["name"]}" belong to {len(schedulers)} schedulers '
                          f"({some(schedulers)}): they are bound to none and run in any allocation "
                          "they fit into")
-        jobs.append(job)
-    done = {**document, "jobs": jobs, "slurm_schedulers": [one["scheduler"] for one in plan]}
+        jobs.append({**without(job, "scheduler"), **bound})
+    done = {**without(document, "slurm_schedulers", "actions"), "jobs": jobs,
+            "slurm_schedulers": [one["scheduler"] for one in plan]}
+    kept = [action for action in document.get("actions") or () if not schedules_nodes(action)]
     mode = (document.get("execution_config") or {}).get("mode", "direct")
-    if actions:
-        done["actions"] = list(document.get("actions") or ()) + [
-            {"trigger_type": one["trigger"], "action_type": "schedule_nodes",
-             **naming(one["trigger_jobs"], document, names),
-             "scheduler": one["scheduler"]["name"], "scheduler_type": "slurm",
-             "num_allocations": one["num_allocations"],
-             **({"start_one_worker_per_node": True}
-                if one["start_one_worker_per_node"] and mode == "direct" else {})}
-            for one in plan]
-    return done, notes
+    for one in plan if actions else ():
+        kept.append({"trigger_type": one["trigger"], "action_type": "schedule_nodes",
+                     **naming(one["trigger_jobs"], document, names),
+                     "scheduler": one["scheduler"]["name"], "scheduler_type": "slurm",
+                     "num_allocations": one["num_allocations"]})
+        if one["start_one_worker_per_node"] and mode == "direct":
+            kept[-1]["start_one_worker_per_node"] = True
+    return {**done, "actions": kept} if kept else done, notes
 
 
 def specification_text(document, as_json):
@@ -19384,7 +19371,7 @@ PLANNING = """
 
 
 def read_for_planning(args):
-    """(document, Spec, whether it is JSON) of a specification, without its allocations.
+    """(document, Spec, whether it is JSON) of a specification.
 
     Raises SpecError with all errors, TorcError if it has allocations and is to keep them.
     """
@@ -19397,7 +19384,7 @@ def read_for_planning(args):
         if there]
     if has and not args.overwrite:
         raise TorcError(f"{args.file} has {' and '.join(has)} already: --overwrite replaces them")
-    return without_allocations(document), spec, as_json
+    return document, spec, as_json
 
 
 def make_plan(args, spec, profile, account):
