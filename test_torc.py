@@ -5276,8 +5276,9 @@ def test_a_dead_allocations_jobs_get_what_ended_them(client):
 
 
 @pytest.mark.parametrize("state, ended", [
-    ("TIMEOUT", ("terminated", 152)), ("OUT_OF_MEMORY", ("failed", 137)), ("CANCELLED", None),
-    ("NODE_FAIL", None), ("PREEMPTED", None), ("FAILED", None), ("UNKNOWN", None)])
+    ("TIMEOUT", {"status": "terminated", "return_code": 152}),
+    ("OUT_OF_MEMORY", {"status": "failed", "return_code": 137}), ("CANCELLED", {}),
+    ("NODE_FAIL", {}), ("PREEMPTED", {}), ("FAILED", {}), ("UNKNOWN", {})])
 def test_the_fate_of_jobs_follows_slurms_state(state, ended):
     assert torc.fate(state, torc.read_limits({})) == ended
 

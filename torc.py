@@ -10133,10 +10133,11 @@ def is_elsewhere(record):
 
 
 def fate(state, limits):
-    """(status, return code) of the jobs that ran when an allocation ended in this state, or None:
+    """{status, return_code} of the jobs that ran when an allocation ended in this state, or {}:
     they are ready again."""
-    return {"timeout": ("terminated", limits.timeout_exit_code),
-            "oom": ("failed", limits.oom_exit_code)}.get(VERDICTS.get(state))
+    return {"timeout": {"status": "terminated", "return_code": limits.timeout_exit_code},
+            "oom": {"status": "failed", "return_code": limits.oom_exit_code}}.get(
+                VERDICTS.get(state), {})
 
 
 def live_allocations(client, workflow_id):
@@ -10184,7 +10185,7 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
             said.append(f"allocation {number} ended ({entry.state}) with the runner on "
                         f"{node['hostname']} at work")
             if not dry_run:
-                said[-1] += bury_node(client, node, entry.state, fate(entry.state, limits))
+                said[-1] += bury_node(client, node, entry.state, **fate(entry.state, limits))
         for record in scheduled:
             if record["scheduler_id"] == number and not dry_run:
                 gone = "canceled" if entry.state in ("CANCELLED", "REVOKED") else "complete"
@@ -10195,7 +10196,7 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
     return said
 
 
-def bury_node(client, node, state, ended):
+def bury_node(client, node, state, **ended):
     """Settle what a compute node's dead runner left, whichever host it was on: its journal and its
     jobs; returns that in words."""
     number = 0
@@ -10207,17 +10208,16 @@ def bury_node(client, node, state, ended):
             number += replay_journal(client, records)
             with contextlib.suppress(OSError):
                 os.unlink(path)
-    ending = {"status": ended[0], "return_code": ended[1]} if ended else {}
     try:
         freed = release(client, node, Evidence("allocation", f"its allocation ended: {state}"),
-                        **ending)
+                        **ended)
     except Conflict as error:
         return f": {error}"
     parts = [f"{plural(number, 'result')} read from its journal"] if number else []
     if freed["requeued"]:
         parts.append(f"{plural(len(freed['requeued']), 'job')} ready again")
     if ended and freed["canceled"]:
-        parts.append(f"{plural(freed['canceled'], 'job')} {ended[0]}")
+        parts.append(f"{plural(freed['canceled'], 'job')} {ended['status']}")
     return ": " + ", ".join(parts) if parts else ""
 
 
@@ -19058,7 +19058,7 @@ def work_in_allocation(args, client, where):
         before = node["scheduler"]
         if before.get("node_index") == where.node_index and (
                 before.get("restarts", 0) < where.restarts):
-            bury_node(client, node, "requeued by Slurm", None)
+            bury_node(client, node, "requeued by Slurm")
     options = RunOptions(
         output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
         share_password=args.share_password, schedule=scheduling(
