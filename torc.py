@@ -9873,7 +9873,7 @@ def exports_nothing(scheduler, defaults):
 
 SCRIPT_BODY = """
 # Allocation of workflow {workflow_id}, written by torc {version}.
-export SLURM_EXPORT_ENV=ALL{environment}
+export SLURM_EXPORT_ENV=ALL{user}
 trouble() {{
     echo "torc: on $(hostname): $1" | tee -a {note} >&2
     exit 1
@@ -9884,11 +9884,11 @@ exec {words}
 """
 
 
-def allocation_script(workflow, scheduler, name, request, words, environment=()):
+def allocation_script(workflow, scheduler, name, request, words, user=None):
     """Text of the batch script of an allocation: sbatch(1).
 
-    words: the worker's command line; environment: (name, value) pairs that are no secrets. The
-    worker takes the shell's place, so that Slurm's signals reach it.
+    words: the worker's command line; user: for whom, else as the environment says. The worker takes
+    the shell's place, so that Slurm's signals reach it.
     """
     import shlex
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
@@ -9927,7 +9927,7 @@ def allocation_script(workflow, scheduler, name, request, words, environment=())
     note = os.path.join(request.output_dir, f"worker_wf{workflow['id']}_sl")
     body = SCRIPT_BODY.format(
         workflow_id=workflow["id"], version=VERSION, words=" ".join(map(shlex.quote, words)),
-        environment="".join(f" {key}={shlex.quote(value)}" for key, value in environment),
+        user=f" TORC_USERNAME={shlex.quote(user)}" if user else "",
         note=shlex.quote(note) + '"$SLURM_JOB_ID".note',
         program=shlex.quote(program), python=shlex.quote(python),
         unreadable=shlex.quote(f"{program} cannot be read there: put torc on a file system that "
@@ -10002,7 +10002,7 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
         name = f"{request.prefix}wf{workflow['id']}_{SCRIPT_MARK}_{next(SCRIPT_NUMBERS)}"
         path = os.path.join(request.output_dir, f"{name}.sh")
         write_private(path, allocation_script(workflow, scheduler, name, request, words,
-                                              [("TORC_USERNAME", client.user)]))
+                                              client.user))
         job_id = None
         try:
             job_id = submit_script(path, name, submission_environment(client))
