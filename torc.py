@@ -11180,13 +11180,14 @@ def what_to_ask(parts, number, walltime_s):
     cpus, memory_mb, gpus = one.cpus_per_node, one.memory_mb, one.gpus_per_node or 0
     asked = {}
     if one.shared:
-        times = [(part.need, min(part.at_once, math.ceil(part.share(walltime_s)
-                                                         * part.at_once / number - 1e-9)))
-                 for part in parts]
-        cpus = min(cpus, sum(n * need.cpus for need, n in times))
-        memory_mb = least(memory_mb, WORKER_MB + sum(n * math.ceil(need.memory / 2**20)
-                                                     for need, n in times))
-        gpus = min(gpus, sum(n * need.gpus for need, n in times))
+        needs = []                        # of the jobs at work on it
+        for part in parts:
+            at_work = math.ceil(part.share(walltime_s) * part.at_once / number - 1e-9)
+            needs += [part.need] * min(part.at_once, at_work)
+        cpus = min(cpus, sum(need.cpus for need in needs))
+        memory_mb = least(memory_mb, WORKER_MB + sum(math.ceil(need.memory / 2**20)
+                                                     for need in needs))
+        gpus = min(gpus, sum(need.gpus for need in needs))
     if memory_mb is not None:
         asked["mem"] = f"{memory_mb}M"
     if gpus and any(part.need.gpus for part in parts):
@@ -11296,16 +11297,16 @@ def naming(wanted, document, names):
     wanted, total = set(wanted), sum(map(len, names))
     listed, patterns = [], []
     for job, own in zip(document["jobs"], names):
-        found = [name for name in own if name in wanted]
-        if len(found) == len(own) > 20 and len(own) * 100 >= total:
+        chosen = [name for name in own if name in wanted]
+        if len(chosen) == len(own) > 20 and len(own) * 100 >= total:
             pattern = name_pattern(job["name"])
             search = re.compile(pattern).search
             if all(name in wanted for name in itertools.chain(*names) if search(name)):
                 patterns.append(pattern)
                 continue
-        listed += found
-    return {**({"jobs": listed} if listed else {}),
-            **({"job_name_regexes": patterns} if patterns else {})}
+        listed += chosen
+    found = {"jobs": listed, "job_name_regexes": patterns}
+    return {field: values for field, values in found.items() if values}
 
 
 def with_allocations(document, plan, actions=True):
