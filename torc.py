@@ -9946,8 +9946,10 @@ def worker_words(client, workflow, scheduler, request, number):
     tls = client.tls or {}
     return [*own_command(), "slurm-job-runner", ",".join(request.urls), str(workflow["id"]),
             request.output_dir, *option_words({
-                "server-id": client.server_id(), "scheduler-config-id": scheduler["id"],
-                "program-hash": own_hash(), "max-parallel-jobs": request.max_parallel_jobs or None,
+                "server-id": client.server_id(),
+                "scheduler-config-id": scheduler["id"],
+                "program-hash": own_hash(),
+                "max-parallel-jobs": request.max_parallel_jobs or None,
                 "tls-ca-cert": tls.get("ca_cert") and os.path.abspath(tls["ca_cert"]),
                 "tls-insecure": bool(tls.get("insecure")),
                 "is-subtask": bool(request.one_worker_per_node),
@@ -10007,11 +10009,14 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
         try:
             job_id = submit_script(path, name, submission_environment(client))
             client.post("/scheduled_compute_nodes", {
-                "workflow_id": workflow["id"], "scheduler_id": job_id,
-                "scheduler_type": "slurm", "scheduler_config_id": scheduler["id"],
-                "status": "pending", "output_dir": request.output_dir,
-                "work_dir": request.work_dir, "cluster": cluster_name()}, once=True,
-                        action_id=action_id)
+                "workflow_id": workflow["id"],
+                "scheduler_id": job_id,
+                "scheduler_type": "slurm",
+                "scheduler_config_id": scheduler["id"],
+                "status": "pending",
+                "output_dir": request.output_dir,
+                "work_dir": request.work_dir,
+                "cluster": cluster_name()}, once=True, action_id=action_id)
         except BaseException as error:    # also Ctrl-C: nobody would know of the job
             error.submitted = made
             more = (f"allocation {index} of {number}, scheduler \"{scheduler['name']}\"; sbatch "
@@ -10506,8 +10511,11 @@ class SlurmRunner(Runner):
 
 # ---- what Slurm's accounting says of steps
 
-STEP_BYTES = {"max_rss_bytes": "MaxRSS", "max_vm_size_bytes": "MaxVMSize",
-              "max_disk_read_bytes": "MaxDiskRead", "max_disk_write_bytes": "MaxDiskWrite"}
+STEP_BYTES = {
+    "max_rss_bytes": "MaxRSS",
+    "max_vm_size_bytes": "MaxVMSize",
+    "max_disk_read_bytes": "MaxDiskRead",
+    "max_disk_write_bytes": "MaxDiskWrite"}
 STEP_COLUMNS = ("JobName", "State", "AveCPU", "NodeList", *STEP_BYTES.values())
 
 
@@ -10596,8 +10604,11 @@ class Accounts:
         job_id, run_id, attempt_id = child.key
         try:
             client.post("/slurm_stats", {
-                "workflow_id": self.runner.workflow_id, "job_id": job_id, "run_id": run_id,
-                "attempt_id": attempt_id, "slurm_job_id": str(self.runner.allocation.job_id),
+                "workflow_id": self.runner.workflow_id,
+                "job_id": job_id,
+                "run_id": run_id,
+                "attempt_id": attempt_id,
+                "slurm_job_id": str(self.runner.allocation.job_id),
                 **figures})
         except TorcError as error:
             self.runner.say(f"figures of job {job_id} are not kept: {error}")
@@ -10630,17 +10641,37 @@ def record_class(name, wanted):
 
 
 DETECTION_FIELDS = fields("""
-    type enum:env|hostname|file required, value name required, name str""")
+    type enum:env|hostname|file required
+    value name required
+    name str""")
 # shared: a job gets what it asks for, not the whole node.
 PARTITION_FIELDS = fields("""
-    name name required, cpus_per_node positive required, memory_mb positive
-    max_walltime_secs positive, max_nodes positive, max_nodes_per_user positive, min_nodes count
-    gpus_per_node count, gpu_type str, gpu_memory_gb positive, local_disk_gb count
-    shared bool = false, requires_explicit_request bool = false, default_qos str, features strs
+    name name required
+    cpus_per_node positive required
+    memory_mb positive
+    max_walltime_secs positive
+    max_nodes positive
+    max_nodes_per_user positive
+    min_nodes count
+    gpus_per_node count
+    gpu_type str
+    gpu_memory_gb positive
+    local_disk_gb count
+    shared bool = false
+    requires_explicit_request bool = false
+    default_qos str
+    features strs
     description str""")
 PROFILE_FIELDS = fields("""
-    name str required, display_name str, description str, detection list, partitions list required
-    default_account str, charge_factor_cpu float, charge_factor_gpu float, metadata map = {}""")
+    name str required
+    display_name str
+    description str
+    detection list
+    partitions list required
+    default_account str
+    charge_factor_cpu float
+    charge_factor_gpu float
+    metadata map = {}""")
 
 
 class Detection(record_class("Detection", DETECTION_FIELDS)):
@@ -10683,41 +10714,41 @@ def partitions_in(table):
 # Sources: nrel.github.io/HPC/Documentation/Systems/Kestrel/Running and Torc's profile of Kestrel.
 # "shared" has to be named in a job, which our schedulers always do, so it is no special request.
 #
-# user, min: most nodes of a user, least of a job; GB: of a GPU; disk: GB of a node's own; asked:
-# only for jobs that name the partition.
-#             CPUs      MB hours nodes user min GPUs type GB disk shared asked features
+# job, user, min: most nodes of a job and of a user, least of a job; GB: of a GPU; disk: GB of a
+# node's own; asked: only for jobs that name the partition.
+#         CPUs      MB   h  job user min GPU type GB disk shared asked features
 KESTREL = Profile(
     "kestrel", "NLR Kestrel", "CPU and H100 nodes of the National Laboratory of the Rockies (NREL)",
     (Detection("env", "kestrel", "NREL_CLUSTER"),), partitions_in("""
-    debug      104  246064     1     2    2   -    2 h100 80    -    yes   yes debug
-    short      104  246064     4  2240    -   -    -    -  -    -     no    no -
-    standard   104  246064    48  2240 1050   -    -    -  -    -     no    no -
-    long       104  246064   240   430  215   -    -    -  -    -     no    no -
-    medmem     104  984256   240    64   32   -    -    -  -    -     no    no highmem
-    bigmem     104 2000000    48    10    4   -    -    -  - 5600     no    no bigmem,nvme
-    bigmeml    104 2000000   240     4    2   -    -    -  - 5600     no    no bigmem,nvme
-    hbw        104  246064    48   512  256   2    -    -  -    -     no   yes dual-nic
-    hbwl       104  246064   240   128   64   2    -    -  -    -     no   yes dual-nic
-    nvme       104  246064    48   256  128   -    -    -  - 1700     no   yes nvme
-    shared     104  246064    48   128   64   -    -    -  -    -    yes    no -
-    sharedl    104  246064   240    32   16   -    -    -  -    -    yes    no -
-    gpu-h100s  128  360000     4   156    -   -    4 h100 80 3400    yes    no gpu,h100
-    gpu-h100   128  360000    48   156    -   -    4 h100 80 3400    yes    no gpu,h100
-    gpu-h100l  128  360000   240    39    -   -    4 h100 80 3400    yes    no gpu,h100
-    """), charge_factor_cpu=10.0, charge_factor_gpu=100.0, metadata={
+debug      104  246064   1    2    2   -   2 h100 80    -    yes   yes debug
+short      104  246064   4 2240    -   -   -    -  -    -     no    no -
+standard   104  246064  48 2240 1050   -   -    -  -    -     no    no -
+long       104  246064 240  430  215   -   -    -  -    -     no    no -
+medmem     104  984256 240   64   32   -   -    -  -    -     no    no highmem
+bigmem     104 2000000  48   10    4   -   -    -  - 5600     no    no bigmem,nvme
+bigmeml    104 2000000 240    4    2   -   -    -  - 5600     no    no bigmem,nvme
+hbw        104  246064  48  512  256   2   -    -  -    -     no   yes dual-nic
+hbwl       104  246064 240  128   64   2   -    -  -    -     no   yes dual-nic
+nvme       104  246064  48  256  128   -   -    -  - 1700     no   yes nvme
+shared     104  246064  48  128   64   -   -    -  -    -    yes    no -
+sharedl    104  246064 240   32   16   -   -    -  -    -    yes    no -
+gpu-h100s  128  360000   4  156    -   -   4 h100 80 3400    yes    no gpu,h100
+gpu-h100   128  360000  48  156    -   -   4 h100 80 3400    yes    no gpu,h100
+gpu-h100l  128  360000 240   39    -   -   4 h100 80 3400    yes    no gpu,h100
+"""), charge_factor_cpu=10.0, charge_factor_gpu=100.0, metadata={
         "documentation": "https://nrel.github.io/HPC/Documentation/Systems/Kestrel/Running/"})
 
 # Source: Torc's profile of Dane; how many nodes each partition has is not published.
 DANE = Profile(
     "dane", "LLNL Dane", "CPU nodes of Lawrence Livermore National Laboratory",
     (Detection("env", "dane", "CLUSTER"),), partitions_in("""
-    pdebug     112  257054     1     -    -   -    -    -  -    -     no   yes debug
-    pbatch     112  257054    24     -    -   -    -    -  -    -     no    no -
-    pci        112  257054    24     -    -   -    -    -  -    -     no   yes ci
-    pserial    112  257054   168     -    -   -    -    -  -    -     no   yes serial
-    pjupyter   112  257054    24     -    -   -    -    -  -    -    yes   yes jupyter
-    pall       112  257054     -     -    -   -    -    -  -    -     no   yes special
-    """), charge_factor_cpu=1.0, metadata={
+pdebug     112  257054   1    -    -   -   -    -  -    -     no   yes debug
+pbatch     112  257054  24    -    -   -   -    -  -    -     no    no -
+pci        112  257054  24    -    -   -   -    -  -    -     no   yes ci
+pserial    112  257054 168    -    -   -   -    -  -    -     no   yes serial
+pjupyter   112  257054  24    -    -   -   -    -  -    -    yes   yes jupyter
+pall       112  257054   -    -    -   -   -    -  -    -     no   yes special
+"""), charge_factor_cpu=1.0, metadata={
         "documentation": "https://hpc.llnl.gov/hardware/compute-platforms/dane"})
 
 BUILT_IN_PROFILES = {profile.name: profile for profile in (KESTREL, DANE)}
@@ -10852,10 +10883,13 @@ def read_partitions(sinfo, scontrol):
         memory = memory if memory and memory > 1 else None   # 1: the site has configured none
         debug = "debug" in name.lower()
         one = Partition(
-            name, least(cpus, slurm_number(fields.get("MaxCPUsPerNode"))),
+            name,
+            least(cpus, slurm_number(fields.get("MaxCPUsPerNode"))),
             least(memory, slurm_number(fields.get("MaxMemPerNode"))),
-            slurm_seconds(words[3]) or None, slurm_number(fields.get("MaxNodes")),
-            gpus_per_node=gpus, gpu_type=gpu_type,
+            slurm_seconds(words[3]) or None,
+            slurm_number(fields.get("MaxNodes")),
+            gpus_per_node=gpus,
+            gpu_type=gpu_type,
             min_nodes=slurm_number(fields.get("MinNodes")) or None,
             shared=not fields.get("OverSubscribe", "NO").startswith("EXCLUSIVE"),
             requires_explicit_request=debug,
