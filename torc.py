@@ -10328,8 +10328,7 @@ class SlurmRunner(Runner):
             num_cpus=self.options.num_cpus or where.cpus,
             memory_gb=self.options.memory_gb or where.memory_bytes / 2**30)
         super()._detect()
-        number = 1 if self.alone else where.nodes
-        self.steps = not self.alone and (number > 1 or by_steps(self.workflow))
+        self.steps = not self.alone and (where.nodes > 1 or by_steps(self.workflow))
         if self.steps:
             import shutil
             self.srun = shutil.which("srun")
@@ -10338,13 +10337,12 @@ class SlurmRunner(Runner):
                                 "of several nodes")
             names = slurm("scontrol", "show", "hostnames",
                           os.environ.get("SLURM_JOB_NODELIST", self.host)).split()
-            self.hosts = names[:number]
+            self.hosts = names[:where.nodes]
             # Memory and CPUs of steps are Slurm's business, and what is measured here is srun.
             self.limits = self.limits._replace(monitor=False, limit_resources=False)
             self.accounts = Accounts(self)
             self.free_gpus = []           # srun gives each step its own
-        self.room = Room(number, (self.cpus, self.memory, len(self.gpus)),
-                         self.options.max_parallel_jobs)
+            self.room = Room(where.nodes, self.room.whole, self.room.most)
         left = self._ask_time_left()
         self.from_slurm = left is not None and self.end_time is None
         if self.from_slurm:
