@@ -11311,13 +11311,13 @@ def expanded_names(document):
             for job in document["jobs"]]
 
 
+PLACEHOLDER = r"(?<!\\\$)\\\{[^{}]+\\\}"
+
+
 def name_pattern(name):
     """A regular expression for the names that a job's name with placeholders stands for."""
-    parts, end = [], 0
-    for match in re.finditer(r"(?<!\$)\{[^{}]+\}", name):
-        parts += [re.escape(name[end:match.start()]), ".+"]
-        end = match.end()
-    return f"^{''.join(parts)}{re.escape(name[end:])}$"
+    # As it is when escaped: \{i:03d\} stands for a value, \$\{i\} is the shell's.
+    return f"^{re.sub(PLACEHOLDER, '.+', re.escape(name))}$"
 
 
 def naming(wanted, document, names):
