@@ -10871,28 +10871,29 @@ def read_partitions(sinfo, scontrol):
         more[fields.get("PartitionName")] = fields
     for line in sinfo.splitlines():
         words = [word.strip() for word in line.split("|")]
-        cpus = slurm_number(words[1]) if len(words) == 6 else None
-        name = words[0].rstrip("*")
+        if len(words) != 6:
+            continue
+        marked, cpus, memory, limit, gres, nodes = words
+        name, cpus, memory = marked.rstrip("*"), slurm_number(cpus), slurm_number(memory)
         fields = more.get(name, {})
         if not cpus or fields.get("State", "UP") != "UP" or fields.get("RootOnly") == "YES":
             continue
-        gpus, gpu_type = gpus_in(words[4])
-        memory = slurm_number(words[2])
+        gpus, gpu_type = gpus_in(gres)
         memory = memory if memory and memory > 1 else None   # 1: the site has configured none
         debug = "debug" in name.lower()
         one = Partition(
             name,
             least(cpus, slurm_number(fields.get("MaxCPUsPerNode"))),
             least(memory, slurm_number(fields.get("MaxMemPerNode"))),
-            slurm_seconds(words[3]) or None,
+            slurm_seconds(limit) or None,
             slurm_number(fields.get("MaxNodes")),
             gpus_per_node=gpus,
             gpu_type=gpu_type,
             min_nodes=slurm_number(fields.get("MinNodes")) or None,
             shared=not fields.get("OverSubscribe", "NO").startswith("EXCLUSIVE"),
             requires_explicit_request=debug,
-            features=("default",) * words[0].endswith("*") + ("debug",) * debug)
-        found[one] = found.get(one, 0) + (slurm_number(words[5]) or 0)     # of several lines
+            features=("default",) * marked.endswith("*") + ("debug",) * debug)
+        found[one] = found.get(one, 0) + (slurm_number(nodes) or 0)     # of several lines
     return tuple(one._replace(max_nodes=least(nodes or None, one.max_nodes))
                  for one, nodes in found.items())
 
