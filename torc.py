@@ -9641,7 +9641,8 @@ WORKER_PATIENCE_S = 600.0                 # for which a worker looks for its ser
 TIME_LIMIT_SLACK_S = 75.0                 # by which Slurm's warning may come early, and more
 DEATH_NOTICE_S = 3.0                      # from the jobs' end to ours when an allocation is ended
 CONTROLLER_AWAY = re.compile(r"Unable to contact slurm controller|Socket timed out|Connection "
-                             r"refused|Zero Bytes were transmitted|Transport endpoint", re.I)
+                             r"refused|Zero Bytes were transmitted|Transport endpoint|has not "
+                             r"answered", re.I)
 
 
 # ---- programs
@@ -10049,7 +10050,7 @@ def submit_script(path, name, env):
         try:
             out = slurm("sbatch", "--parsable", f"--job-name={name}", path, env=env, again=0)
         except TorcError as error:
-            if not CONTROLLER_AWAY.search(str(error)) and "has not answered" not in str(error):
+            if not CONTROLLER_AWAY.search(str(error)):
                 raise                     # a refusal
             found = job_named(name)
             if found:
@@ -10241,8 +10242,7 @@ class Allocation(NamedTuple):
 
 def cpus_per_node(text):
     """The least number in SLURM_JOB_CPUS_PER_NODE, such as "4(x2),8"; None if there is none."""
-    numbers = [int(part) for part in re.findall(r"(?:^|,)(\d+)", text or "")]
-    return min(numbers, default=None)
+    return min(map(int, re.findall(r"(?:^|,)(\d+)", text or "")), default=None)
 
 
 def read_allocation(environ):
