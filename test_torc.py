@@ -5570,8 +5570,8 @@ def planned(*groups, profile=torc.KESTREL, **options):
      [("wide_scheduler", "standard", 12, "15:00:00", 1, 3)]),
     ([group(GPU, 9)], {}, [("gpu_scheduler", "gpu-h100s", 1, "03:00:00", 3, 9)]),
     ([group(HALF, 2, True)], {}, [("half_deferred_scheduler", "standard", 1, "04:30:00", 1, 2)]),
-    ([group(HALF, 2, True)], {"prefix": "r_", "deferred_suffix": "_later"},
-     [("r_half_later_scheduler", "standard", 1, "04:30:00", 1, 2)]),
+    ([group(HALF, 2, True)], {"prefix": "r_"},
+     [("r_half_deferred_scheduler", "standard", 1, "04:30:00", 1, 2)]),
     ([group(LITTLE, 1), group({**LITTLE, "name": "tiny"}, 1)], {},
      [("shared_scheduler", "shared", 1, "01:30:00", 1, 2)]),
     ([group(LITTLE, 1), group({**LITTLE, "name": "tiny"}, 1, True)], {},
@@ -5623,8 +5623,7 @@ def test_a_default_qos_is_asked_for():
     ({**HALF, "runtime": "PT5H"}, {"partition": "short"}, "they need 52 CPUs and 100.0 GB for "
      "5h00m; partition short: at most 4h00m"),
     (HALF, {"partition": "shorty"}, "kestrel has no partition 'shorty' (did you mean \"short\"?)"),
-    (HALF, {"partition": "hbw"}, "partition hbw: at least 2 nodes"),
-    (HALF, {"strategy": "max"}, "no strategy 'max': there are max-job-runtime, ")])
+    (HALF, {"partition": "hbw"}, "partition hbw: at least 2 nodes")])
 def test_what_cannot_be_planned_is_explained(requirement, options, text):
     with pytest.raises(torc.TorcError, match=re.escape(text)):
         torc.plan_allocations([group(requirement, 2)], torc.KESTREL, "a", **options)
@@ -5804,6 +5803,7 @@ def test_texts_survive_in_yaml_by_either_version(text):
     (["slurm", "generate", "spec.yaml", "--profile", "slurm"], "there is no sinfo on the PATH"),
     (["slurm", "generate", "spec.yaml", "--walltime-multiplier", "0.5"],
      "'0.5' is not a factor from 1 to 1000"),
+    (["slurm", "generate", "spec.yaml", "--walltime-strategy", "max"], "max-job-runtime"),
     (["slurm", "plan-allocations", "spec.yaml", "--offline"], "--offline needs a profile"),
     (["hpc", "match", "kestrel", "--walltime", "soon"], "'soon' is not a time such as 04:00:00"),
     (["hpc", "match", "kestrel", "--gpus", "9"], "kestrel takes 1 CPU and 9 GPUs (debug: only 2 "),

@@ -9893,7 +9893,6 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
     """
     import shlex
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
-    limits = read_limits(workflow)
     if "\\" in request.output_dir:        # switches off %j in Slurm's names of files
         raise UsageError(f"{request.output_dir}: Slurm takes no backslash in the paths of logs; "
                          "name another directory with --output-dir")
@@ -9910,7 +9909,8 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
     # A second warning beside the worker's own clock. Slurm may send it a minute early; and srun,
     # which stands before several workers, would end them at once.
     if not request.one_worker_per_node and parse_walltime(scheduler["walltime"]) >= 300:
-        options["signal"] = f"B:TERM@{max(1, int(limits.sigkill_headroom_s))}"
+        headroom_s = read_limits(workflow).sigkill_headroom_s
+        options["signal"] = f"B:TERM@{max(1, int(headroom_s))}"
     options.update({str(key).lstrip("-"): value for key, value in defaults.items()
                     if options.get(str(key).lstrip("-")) is None or key == "signal"})
     for key, value in options.items():
@@ -10270,14 +10270,14 @@ def worker_note(output_dir, workflow_id, job_id):
     return os.path.join(output_dir, f"worker_wf{workflow_id}_sl{job_id}.note")
 
 
-def reach_server(urls, server_id, how, note, patience_s=WORKER_PATIENCE_S, say=print):
+def reach_server(urls, server_id, how, note, say):
     """A Client of the server with this id (or any) at the first URL that leads to it.
 
     Waits while there is none, since it may be started again. note: path of a file that says what
     is wrong as long as something is. Raises Unreachable with a line for each URL.
     """
     import socket
-    deadline, pause, told = time.monotonic() + patience_s, 1.0, None
+    deadline, pause, told = time.monotonic() + WORKER_PATIENCE_S, 1.0, None
     while True:
         places = list(dict.fromkeys([*urls, *noted_urls(server_id)]))
         probes = race(places, server_id, 10.0, how.get("tls"))
@@ -11239,7 +11239,7 @@ def slurm_time(seconds):
 
 def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
                      strategy=STRATEGIES[0], multiplier=1.5, single_allocation=False,
-                     by_partition=False, prefix="", deferred_suffix="_deferred"):
+                     by_partition=False, prefix=""):
     """The Slurm schedulers that some jobs need, and how many allocations of each.
 
     parts: those of group_jobs. partition, walltime (text): instead of chosen ones; a walltime that
@@ -11248,9 +11248,6 @@ def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
     must be ready, "start_one_worker_per_node"}, ...]. Raises TorcError when nothing fits.
     """
     import functools
-    if strategy not in STRATEGIES:
-        raise TorcError(f"no strategy {strategy!r}{nearest(strategy, STRATEGIES)}: there are "
-                        f"{', '.join(STRATEGIES)}")
     wish = Wish(strategy, multiplier, walltime and parse_walltime(walltime))
     choose = functools.lru_cache(None)(
         functools.partial(choose_partition, profile, partition, wish))
@@ -11259,7 +11256,7 @@ def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
     for some_parts in merge_parts(join_levels(parts), wish, by_partition):
         first = some_parts[0]
         base = first.partition.name if len(some_parts) > 1 else first.name
-        base = f"{prefix}{base}{deferred_suffix if first.level else ''}"
+        base = f"{prefix}{base}{'_deferred' if first.level else ''}"
         name = base
         while name in taken:
             taken[base] += 1
