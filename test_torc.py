@@ -4685,6 +4685,23 @@ def test_a_job_that_sbatch_says_nothing_of_is_looked_for_and_adopted(programs, t
     assert calls.read_text() == "x\n" * 6 and "queued" not in str(caught.value)
 
 
+def test_a_submission_that_may_be_queued_keeps_its_workflow(server, cli, programs, tmp_path, monkeypatch):
+    """The worker that starts after all must find the workflow; after a refusal nothing is left."""
+    monkeypatch.setattr(torc, "worker_urls", lambda client, named=(): (server.url,))
+    monkeypatch.setattr(torc, "job_named", lambda name: None)
+    spec = {"name": "w", "jobs": [{"name": "a", "command": "true"}],
+            "slurm_schedulers": [{"name": "s", "account": "a", "nodes": 1, "walltime": "00:10:00"}],
+            "actions": [{"trigger_type": "on_workflow_start", "action_type": "schedule_nodes",
+                         "scheduler": "s", "scheduler_type": "slurm", "num_allocations": 1}]}
+    (tmp_path / "w.json").write_text(json.dumps(spec))
+    for said, left in (("Unable to contact slurm controller", ["w"]), ("Invalid account", ["w"])):
+        programs(sbatch=f"echo 'sbatch: error: {said}' >&2; exit 1", squeue="exit 0", scontrol="exit 0")
+        code, _, err = cli("submit", str(tmp_path / "w.json"), "--url", server.url)
+        assert code == 1 and said in err
+        with contextlib.closing(server.client()) as client:
+            assert [one["name"] for one in client.items("/workflows")] == left
+
+
 def test_allocations_that_start_no_job_are_asked_for_later_and_later(server, monkeypatch, tmp_path):
     client, said, now = server.client(), [], [1000.0]
     workflow_id, _ = make(client, {"a": []})

@@ -10044,7 +10044,7 @@ def submit_script(path, name, env):
     """Hand a batch script to sbatch; returns the id of the Slurm job.
 
     When sbatch did not get the controller's answer, the job may be queued all the same: it is
-    looked for by its name, and adopted. Raises TorcError, which may say that nobody knows yet.
+    looked for by its name, and adopted. Raises TorcError; .unsure: nobody knows yet.
     """
     for left in (2, 1, 0):
         try:
@@ -10056,6 +10056,7 @@ def submit_script(path, name, env):
             if found:
                 return found
             if found is None or not left:
+                error.unsure = True       # whoever submits keeps what a job may need
                 error.args = (f"{error}. It may be queued all the same: `squeue --me -n {name}` "
                               "says so once Slurm answers",)
                 raise
