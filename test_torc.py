@@ -7001,7 +7001,7 @@ def background(tmp_path):
 
 def daemon_pid():
     """The pid in the pid file."""
-    return int((Path.home() / ".torc" / "torc-server.pid").read_text())
+    return int((Path.home() / ".torc" / "torc-server.pid").read_text().split()[0])
 
 
 @pytest.mark.slow
@@ -7039,6 +7039,31 @@ def test_a_killed_server_in_the_background_is_followed_by_another(background):
     assert daemon_pid() != pid
 
 
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_a_server_in_the_background_runs_on_when_the_clock_is_set(background, monkeypatch, seconds):
+    assert background("run", "--daemon", "--port", 0, "--database", "a.db").returncode == 0
+    path, clock = Path.home() / ".torc" / "torc-server.pid", time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + seconds)
+    os.utime(path, (clock() + seconds, clock() + seconds))
+    assert torc.running_server(path).pid == daemon_pid()
+
+
+def test_of_two_that_take_one_pid_file_one_runs(background):
+    started = [subprocess.Popen([*COMMAND, "server", "run", "--daemon", "--port", "0", "--database", f"{name}.db"],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name in "ab"]
+    said = [process.communicate(timeout=60) for process in started]
+    assert sorted(process.returncode for process in started) == [0, 1], said
+    assert any("runs with" in err or "runs in the background already" in err for _, err in said), said
+    assert background("stop").returncode == 0
+
+
+def test_a_pid_file_of_another_host_is_not_acted_upon(background, tmp_path):
+    path = tmp_path / "pid"
+    path.write_text(f"{os.getpid()}\n" + json.dumps({**torc.identity(), "hostname": "other", "since": 1.0}))
+    assert "runs on other: stop it there" in background("stop", "--pid-file", path).stderr
+    assert "on other, since" in background("status", "--pid-file", path).stdout
+
+
 def test_the_pid_of_a_stranger_is_left_alone(background, tmp_path):
     stranger = subprocess.Popen(["bash", "-c", "exec -a 'server run' sleep 60"])
     try:
@@ -7072,6 +7097,13 @@ def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
     assert words == [PYTHON, TORC, "server", "run", "--host", "0.0.0.0", "--database",
                      os.path.abspath("my 100% $x.db"), "--log-dir", str(Path.home() / ".torc/logs"),
                      "--admin-user", "a", "--admin-user", "b"]
+    for name, value in (("DATABASE_URL", "sqlite:/srv/x.db"), ("TORC_ADMIN_USERS", "ann, bob"),
+                        ("TORC_LOG_DIR", "/srv/log")):
+        monkeypatch.setenv(name, value)
+    text = cli_json(cli, "server", "service", "install", "--user", "--dry-run")["unit"]
+    assert "--database /srv/x.db --log-dir /srv/log --admin-user ann --admin-user bob" in text
+    for name in ("DATABASE_URL", "TORC_ADMIN_USERS", "TORC_LOG_DIR"):
+        monkeypatch.delenv(name)
     path = Path.home() / ".config/systemd/user/torc-server.service"
     assert not path.exists()
     code, _, err = cli("server", "service", "install", "--user")

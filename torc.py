@@ -13702,6 +13702,7 @@ class ServerProcess(NamedTuple):
     """A server that runs in the background."""
 
     pid: int
+    host: str
     since: float                          # seconds since the epoch
     urls: tuple                           # as its note tells them
     database: str
@@ -13712,21 +13713,46 @@ def default_pid_file():
     return os.path.join(torc_home(), "torc-server.pid")
 
 
+def hold_pid_file(path):
+    """The descriptor of a pid file, which is locked until this process ends, and goes with it.
+    Raises Conflict if another server holds it."""
+    import atexit
+    import fcntl
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise Conflict(f"another server starts or runs with {path}: torc server status shows "
+                           "it, --pid-file FILE is for one more") from None
+        except OSError:                   # a file system without locks: its text has to do
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
+                atexit.register(os.unlink, path)
+                return fd
+        os.close(fd)                      # its former holder has just removed it
+
+
 def running_server(pid_file):
     """The ServerProcess that a pid file names, None if that has ended.
 
-    A process that began after the file was written has only taken over the number.
+    The file has the pid, and in a second line the server's identity() and when it began.
     """
-    text = read_text(pid_file)
-    ticks = process_start(int(text)) if text.isdigit() else None
-    if ticks is None or b"server" not in read_bytes(f"/proc/{text}/cmdline"):
+    import socket
+    pid, _, text = read_text(pid_file).partition("\n")
+    try:
+        known = json.loads(text)
+    except ValueError:                    # empty, or of an earlier release, which wrote the pid
+        if not pid.isdigit() or b"--daemon" not in read_bytes(f"/proc/{pid}/cmdline"):
+            return None
+        known = {"hostname": socket.gethostname(), "since": os.stat(pid_file).st_mtime}
+    if death_here({**known, "pid": int(pid)}):
         return None
-    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    since = boot + ticks / os.sysconf("SC_CLK_TCK")
-    if since > os.stat(pid_file).st_mtime + 1:
-        return None
-    note = next((note for note in server_notes() if note["pid"] == int(text)), {})
-    return ServerProcess(int(text), since, tuple(note.get("urls", ())), note.get("database", ""))
+    note = next((note for note in server_notes() if note["pid"] == int(pid)), {})
+    return ServerProcess(int(pid), known["hostname"], known["since"], tuple(note.get("urls", ())),
+                         note.get("database", ""))
 
 
 def server_notes():
@@ -13805,9 +13831,11 @@ def go_to_background(args):
     os.close(read_end)
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    held = hold_pid_file(args.pid_file)
 
     def ready():
-        write_private(args.pid_file, f"{os.getpid()}\n")
+        os.truncate(held, 0)
+        os.pwrite(held, f"{os.getpid()}\n{compact({**identity(), 'since': time.time()})}".encode(), 0)
         print(f"torc: the server runs in the background (pid {os.getpid()}), its log is "
               f"{os.path.join(args.log_dir, 'torc-server.log')}; torc server stop ends it"
               + logout_hint(), file=sys.stderr, flush=True)
@@ -13954,8 +13982,9 @@ def serve(args):
     log = make_log(args.log_level, args.log_dir, args.json_logs)
     access = server_access(args, log)
     tls = server_tls(args.tls_cert, args.tls_key) if args.https else None
-    database = server_database(args.database, log)
-    store = open_served(database)
+    if not args.database:
+        log.info("no --database given: taking %s", os.path.abspath("torc.db"))
+    store = open_served(args.database or "torc.db")
     sockets = bind_sockets(args.host, args.port)
     set_admins(store, args.admin_user)
     if access.gate:
@@ -13998,23 +14027,18 @@ def serve(args):
         stop.set()
         store.close()
         remove_note(note)
-        if ready and read_text(args.pid_file) == str(os.getpid()):
-            os.unlink(args.pid_file)
         log.info("stopped")
     return 0
 
 
-def server_database(named, log):
-    """Path of the server's database: option, DATABASE_URL (sqlite:PATH), or torc.db here."""
-    if named:
-        return named
+def environment_database():
+    """The path that DATABASE_URL (sqlite:PATH) names, None without it. Raises UsageError."""
     url = os.environ.get("DATABASE_URL", "")
-    if url.startswith("sqlite:"):
-        return re.sub(r"^sqlite:(//)?", "", url).partition("?")[0]
-    if url:
+    if not url:
+        return None
+    if not url.startswith("sqlite:"):
         raise UsageError(f"DATABASE_URL={url!r}: expected sqlite:PATH")
-    log.info("no --database given: taking %s", os.path.abspath("torc.db"))
-    return "torc.db"
+    return re.sub(r"^sqlite:(//)?", "", url).partition("?")[0]
 
 
 # ---- dashboard
@@ -20448,10 +20472,16 @@ DAEMON = ("--daemon  go on in the background, when it serves", PID_FILE)
          example="torc server run --host 0.0.0.0 --port 8080 --database torc.db")
 def do_server(args, client):
     """Serve workflows over HTTP until interrupted."""
+    return serve(server_settings(args))
+
+
+def server_settings(args):
+    """The options of a server with what the environment says."""
     args.log_dir = args.log_dir or os.environ.get("TORC_LOG_DIR")
+    args.database = args.database or environment_database()
     args.admin_user = args.admin_user or [
         name.strip() for name in os.environ.get("TORC_ADMIN_USERS", "").split(",") if name.strip()]
-    return serve(args)
+    return args
 
 
 COMMANDS["server"] = COMMANDS["server run"]._replace(name="server")
@@ -20461,11 +20491,14 @@ COMMANDS["server"] = COMMANDS["server run"]._replace(name="server")
 def do_server_stop(args, client):
     """End a server that runs in the background."""
     import signal
+    import socket
     path = args.pid_file or default_pid_file()
     found = running_server(path)
     if not found:
         raise NotFound(f"no server runs in the background: {path} "
                        + ("names none that lives" if os.path.exists(path) else "does not exist"))
+    if found.host != socket.gethostname():
+        raise NotFound(f"the server (pid {found.pid}) runs on {found.host}: stop it there")
     os.kill(found.pid, signal.SIGTERM)
     if not wait_for_end(found.pid, 60):
         raise TorcError(f"the server (pid {found.pid}) has not ended within a minute: it waits for "
@@ -20480,7 +20513,8 @@ def do_server_status(args, client):
     if not found:
         say(args, "No server runs in the background", running=False)
         return 1
-    say(args, f"A server runs in the background: pid {found.pid}, since {local_time(found.since)}"
+    say(args, f"A server runs in the background: pid {found.pid} on {found.host}, since "
+        f"{local_time(found.since)}"
         + (f", {found.database}, at {', '.join(found.urls)}" if found.urls else ""),
         running=True, pid=found.pid, since=iso_time(found.since), urls=list(found.urls),
         database=found.database)
@@ -20531,6 +20565,7 @@ def do_service_install(args, client):
     if not args.user and os.geteuid() != 0 and not args.dry_run:
         raise Forbidden("a service of the system needs root: take --user for one of your own")
     home = torc_home() if args.user else "/var/lib/torc"
+    args = server_settings(args)
     args.database = args.database or os.path.join(home, "torc.db")
     args.log_dir = args.log_dir or (os.path.join(home, "logs") if args.user else "/var/log/torc")
     text, path = unit_text(server_words(args), home, args.user), unit_path(args.user)
