@@ -2254,7 +2254,8 @@ def test_a_summary_counts_and_says_what_waits_for_what(past):
     ({torc.COMPLETED: 2, torc.PENDING_FAILED: 1}, 0, True, "stuck"),
     ({torc.BLOCKED: 2, torc.DISABLED: 1}, 0, False, "stuck")])
 def test_a_workflow_has_a_state_in_a_word(number, canceled, active, state):
-    assert torc.workflow_state(number, canceled, active) == state
+    assert torc.workflow_state(number, canceled, active, 0) == state
+    assert torc.workflow_state({}, 0, False, 1) == "done"
 
 
 def test_what_no_runner_can_hold_is_stuck_and_says_so(api):
@@ -2842,6 +2843,19 @@ def test_wrong_passwords_are_told_later_and_later_and_the_right_one_at_once(pass
     assert delays == sorted(delays) and 0 < delays[0] <= 0.1 and delays[-1] == torc.LONGEST_DELAY_S
     assert checked(gate, basic("alice", "wrong"), "10.0.0.2").delay_s == delays[0]
     assert checked(gate, basic("alice", ALICE)) == torc.Verdict("known", "alice")
+
+
+def test_wrong_passwords_are_logged_ten_a_minute(passwords, monkeypatch):
+    told, clock = [], [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    gate = torc.Gate(passwords, warn=told.append)
+    for number in range(25):
+        gate.wrong("alice\n", "10.0.0.1", clock[0])
+    assert told == ["wrong password for user alice from 10.0.0.1"] * torc.MAX_TOLD
+    clock[0] += 61
+    gate.wrong("bob", "10.0.0.2", clock[0])
+    assert told[torc.MAX_TOLD:] == ["wrong passwords: 15 more within a minute",
+                                    "wrong password for user bob from 10.0.0.2"]
 
 
 def test_a_flood_of_guesses_delays_its_own_lane_only(passwords, monkeypatch):
@@ -9307,6 +9321,7 @@ class Visit:
         self.page.on("request", lambda request: request.url.startswith((base, "data:"))
                      or self.trouble.append(request.url))
         self.page.goto(dash.link())
+        self.page.wait_for_selector("header.top")        # the link leads there by itself
 
     def go(self, path):
         """Another page by its address; waits until it has content."""
@@ -9424,6 +9439,41 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     visit.click("Delete 1 workflow")
     until(lambda: not list(client.items("/workflows")))
     visit.see("No workflows yet")
+    client.close()
+    assert visit.trouble == []
+
+
+@pytest.mark.browser
+def test_what_is_not_seen_is_not_chosen_and_an_empty_page_leads_to_the_last(chromium, dash, server):
+    client = server.client()
+    for number in range(51):
+        client.post("/workflows", {"name": f"w{number:02}", "user": "tester"})
+    long = client.post("/workflows", {"name": "x" * 3000, "user": "tester"})["id"]
+    empty = client.post("/workflow_specs", {"workflow": {"name": "empty", "user": "tester"}, "jobs": []})["id"]
+    client.post(f"/workflows/{empty}/initialize_jobs")
+    client.put(f"/workflows/{empty}/status", {**client.get(f"/workflows/{empty}/status"), "run_id": 1})
+    visit = Visit(chromium, dash)
+    visit.go(f"/w/{long}")
+    visit.see("xxx")
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 1280
+    visit.go(f"/w/{empty}")
+    visit.page.wait_for_function("() => /State\\s+done/.test(document.querySelector('main').innerText)")
+    visit.see("no jobs")
+    visit.go("/")
+    visit.see("1–50 of 53")
+    client.delete(f"/workflows/{long}")
+    client.delete(f"/workflows/{empty}")
+    visit.go("/?page=2")
+    visit.page.get_by_label("Select w00").check()
+    visit.click("Delete…")
+    visit.page.get_by_label("Type w00").fill("w00")
+    visit.click("Delete 1 workflow")
+    visit.see("1–50 of 50")
+    visit.page.get_by_label("Select w50").check()
+    visit.see("1 workflow")
+    visit.page.get_by_label("Filter workflows").fill("w11")
+    visit.see("1–1 of 1")
+    assert visit.page.locator("[data-verb=archive]").count() == 0
     client.close()
     assert visit.trouble == []
 

@@ -4395,7 +4395,7 @@ def family_members(store, workflow_id, name):
 
 # ---- how far a workflow is
 
-def workflow_state(number, canceled, active):
+def workflow_state(number, canceled, active, run_id):
     """A workflow's state in a word. number: {status: jobs}; active: a runner is at work."""
     at_work = number.get(PENDING, 0) + number.get(RUNNING, 0)
     waiting = sum(number.get(status, 0) for status in (BLOCKED, READY, PENDING_FAILED))
@@ -4403,7 +4403,7 @@ def workflow_state(number, canceled, active):
         return "canceled"
     if at_work or number.get(READY) and active:
         return "running"
-    if not waiting and (number.get(UNINITIALIZED) or not number):
+    if not waiting and (number.get(UNINITIALIZED) or not (number or run_id)):
         return "not initialized"
     if not waiting:
         return "failed" if any(number.get(status) for status in UNSUCCESSFUL) else "done"
@@ -4424,7 +4424,7 @@ def progress(store, workflow_ids):
             " compute_node WHERE workflow_id = w.id AND output_dir IS NOT NULL ORDER BY id DESC"
             f" LIMIT 1) FROM workflow w WHERE id IN {IDS}", (text,)):
         number = numbers[workflow_id]
-        state = workflow_state(number, canceled, active)
+        state = workflow_state(number, canceled, active, run_id)
         if state == "running" and not (number.get(PENDING) or number.get(RUNNING)) and all(
                 cause == "unfit" for cause, _, _ in blockers(
                     store, workflow_id, nodes_of(store, workflow_id))):
@@ -5478,6 +5478,9 @@ class Verdict(NamedTuple):
 NOBODY = Verdict("nobody")
 
 
+MAX_TOLD = 10                             # lines a minute on wrong passwords
+
+
 class Guess(NamedTuple):
     """Credentials that wait for their hash to be computed."""
 
@@ -5508,6 +5511,7 @@ class Gate:
                               "USER adds one")
         self.key = os.urandom(32)
         self.proven = {}                  # user: (hash, digest of the password, believed until)
+        self.told, self.told_since = 0, -math.inf    # of wrong ones in the log, since when
         self.refuted = collections.OrderedDict()     # digests of wrong credentials
         self.failures = collections.OrderedDict()    # lane: (number, time of the last)
         self.lanes = collections.OrderedDict()       # lane: (first attempts, those of known liars)
@@ -5591,7 +5595,18 @@ class Gate:
             self.failures[lane] = number, now
             if len(self.failures) > REMEMBERED:
                 self.failures.popitem(last=False)
+        self.tell_wrong(user, address, now)
         return Verdict("wrong", None, b"", min(LONGEST_DELAY_S, 0.05 * 2**min(number, 10)))
+
+    def tell_wrong(self, user, address, now):
+        """Log wrong credentials: ten lines a minute, then how many more there were."""
+        if now - self.told_since >= 60:
+            if self.told > MAX_TOLD:
+                self.warn(f"wrong passwords: {self.told - MAX_TOLD} more within a minute")
+            self.told_since, self.told = now, 0
+        self.told += 1
+        if self.told <= MAX_TOLD:
+            self.warn(f"wrong password for user {clean(user):.80} from {address}")
 
     # -- hashing
 
@@ -20896,7 +20911,7 @@ DASH_CSS = r"""/* torc dashboard: 1 tokens  2 base  3 shell  4 parts  5 pages  6
 html { font: 81.25%/1.54 var(--sans); font-variant-numeric: tabular-nums; color-scheme: light; background: var(--bg); color: var(--text);
   -webkit-text-size-adjust: 100%; overflow-y: scroll; scroll-padding-top: calc(var(--chrome) + var(--row)); }
 html[data-theme=dark] { color-scheme: dark; }
-body { margin: 0; }
+body { margin: 0; overflow-wrap: anywhere; }
 h1, h2, h3, p, ul, ol, dl, dd, pre, figure { margin: 0; padding: 0; }
 ul, ol { list-style: none; }
 h1 { font-size: var(--title); font-weight: 600; line-height: 1.3; }
@@ -21625,6 +21640,10 @@ function pagedTable({label, columns, load, none, pick, change, size = 50}) {
       const order = {sort_by: query.get("sort"), reverse_sort: query.has("desc") || null};
       const answer = await load({offset, limit: size, ...order}), all = answer.total_count;
       if (mine !== question) return;                    // a later question is under way
+      if (!answer.items.length && all && page > 1) {    // this page is gone
+        setQuery({page: Math.ceil(all / size)});
+        return reload();
+      }
       const turn = (key, to, name, sign) => button(sign,
         () => { setQuery({page: to}); reload(); scrollTo(0, 0); },
         {class: "quiet", "data-page": key, "aria-label": name, disabled: to < 1 || (to - 1) * size >= all});
@@ -21633,6 +21652,8 @@ function pagedTable({label, columns, load, none, pick, change, size = 50}) {
       body.replaceChildren(...[...rows.values()].map(entry => entry.tr));
       table.classList.remove("bare");
       if (!rows.size) cover(none());
+      for (const id of picked) if (!rows.has(Number(id))) picked.delete(id);    // what is not seen is not chosen
+      pick?.(picked);
       pager.replaceChildren(rows.size ? `${num(offset + 1)}–${num(offset + rows.size)} of ${num(all)}` : "",
         ...(all > size ? [turn("[", page - 1, "Previous page", "‹"), turn("]", page + 1, "Next page", "›")] : []));
       moved = 0;
@@ -21904,7 +21925,7 @@ function workflowsPage({query}) {
 function headline(summary) {         // how far, how fast, what to do
   const {counts, total, done, rate, left_s: left} = summary, until = clock(Date.now() + left * 1000, false);
   const speed = rate < 2 ? `${num(rate * 60)} an hour` : `${num(rate)} a minute`;
-  const pace = done === total ? `took ${span(summary.elapsed_s)}, ended ${clock(summary.ended_ms)}`
+  const pace = !total ? "no jobs" : done === total ? `took ${span(summary.elapsed_s)}, ended ${clock(summary.ended_ms)}`
     : left ? `${speed}, about ${span(left)} left (until ${until})`
     : summary.runners ? "too early for a forecast" : "no runner is at work";
   const how = h("div.grow", h("p", h("b", num(done)), ` of ${many(total, "job")} done`), h("p.muted", pace));
