@@ -12652,9 +12652,11 @@ def plan_archive(client, ids, wishes):
         return Outcome(f"Workflow {names} is {'' if wishes.archived else 'no longer '}archived",
                        done, errors)
 
-    verb = "archive" if wishes.archived else "bring back"
-    return Plan(f"{verb.capitalize()} {plural(len(ids), 'workflow')}", (), (Choice("y", verb, do),),
-                {"workflows": ids}, sure=True)
+    names = ", ".join(map(str, ids))
+    lines = (f"Lists show no longer what is archived; torc workflows archive false {names} brings "
+             "it back.",) if wishes.archived else ()
+    return Plan(f"{'Archive' if wishes.archived else 'Bring back'} workflow {names}", lines, (
+        Choice("y", "archive" if wishes.archived else "bring back", do),), {"workflows": ids})
 
 
 def plan_release(client, workflow_id, wishes):
@@ -13850,7 +13852,8 @@ def go_to_background(args):
 
     def ready():
         os.truncate(held, 0)
-        os.pwrite(held, f"{os.getpid()}\n{compact({**identity(), 'since': time.time()})}".encode(), 0)
+        known = compact({**identity(), "since": time.time()})
+        os.pwrite(held, f"{os.getpid()}\n{known}".encode(), 0)
         print(f"torc: the server runs in the background (pid {os.getpid()}), its log is "
               f"{os.path.join(args.log_dir, 'torc-server.log')}; torc server stop ends it"
               + logout_hint(), file=sys.stderr, flush=True)
@@ -15588,6 +15591,7 @@ PAGES = {
                      every_s=math.inf),
 }
 KEYS = {                                  # group: (title, ((keys, action, help, word below), ...))
+    # An action is an operation, or a method do_... of Terminal with its number.
     "workflows": ("Workflows", (
         ("Enter", "enter", "open the workflow", "open"),
         ("n", "create", "create a workflow from a specification file", "new"),
@@ -15612,16 +15616,17 @@ KEYS = {                                  # group: (title, ((keys, action, help,
     "log": ("Log", (
         ("Tab", "stream", "stdout or stderr", "stream"),
         ("/ f", "search", "find text", "find"),
-        ("n", "next_hit", "next place", "next"), ("N", "last_hit", "place before", ""),
+        ("n", "hit 1", "next place", "next"), ("N", "hit -1", "place before", ""),
         ("F", "follow", "follow what is written, or not", "follow"),
-        ("g Home", "log_start", "to the start", "start"), ("G End", "log_end", "to the end", "end"),
+        ("g Home", "log_edge 0", "to the start", "start"),
+        ("G End", "log_edge 1", "to the end", "end"),
         ("w", "wrap", "break long lines, or not", "wrap"),
         ("y", "path", "say the path of the file", "path"),
-        ("Down j", "log_down", "a line down", ""), ("Up k", "log_up", "a line up", ""),
-        ("PgDn Space", "log_page_down", "a page down", ""),
-        ("PgUp b", "log_page_up", "a page up", ""),
-        ("Right", "log_right", "the right of long lines", ""),
-        ("Left", "log_left", "the left of long lines", ""))),
+        ("Down j", "log_step 1", "a line down", ""), ("Up k", "log_step -1", "a line up", ""),
+        ("PgDn Space", "log_page 1", "a page down", ""),
+        ("PgUp b", "log_page -1", "a page up", ""),
+        ("Right", "shift 20", "the right of long lines", ""),
+        ("Left", "shift -20", "the left of long lines", ""))),
     "processes": ("Processes", (
         ("Enter", "enter", "what the process writes", "output"),
         ("K", "end_process", "end the process (SIGTERM)", "end"))),
@@ -15630,11 +15635,11 @@ KEYS = {                                  # group: (title, ((keys, action, help,
         ("a", "follow", "follow what is written, or not", ""))),
     "moves": ("Moving", (
         ("Enter", "enter", "open what is in focus", "open"),
-        ("j Down", "down", "a row down", "down"), ("k Up", "up", "a row up", "up"),
-        ("PgDn ] Space", "page_down", "a page down", ""), ("PgUp [ b", "page_up", "a page up", ""),
-        ("Home", "first", "to the first row", ""), ("End G", "last", "to the last row", ""),
-        ("Tab Right", "next_tab", "next page of the workflow", "pages"),
-        ("BackTab Left", "last_tab", "page before", ""))),
+        ("j Down", "step 1", "a row down", "down"), ("k Up", "step -1", "a row up", "up"),
+        ("PgDn ] Space", "page 1", "a page down", ""), ("PgUp [ b", "page -1", "a page up", ""),
+        ("Home", "edge 0", "to the first row", ""), ("End G", "edge 1", "to the last row", ""),
+        ("Tab Right", "tab 1", "next page of the workflow", "pages"),
+        ("BackTab Left", "tab -1", "page before", ""))),
     "workflow": ("Acting on the workflow", (
         ("i", "initialize", "initialize: start from the beginning", ""),
         ("I", "reinitialize", "reinitialize: run again what changed", ""),
@@ -15836,57 +15841,8 @@ def start_server(port, database, output_dir):
 
 # ---- keys and events
 
-class Terminal:
-    """The terminal UI without its terminal: keys and events change the State, which is drawn.
-
-    tools: what section 14 lends: plan(verb, client, target), find_output(client, job),
-    allocations(client, workflow_id), checks(client), connect(url), and output_dir. wake: called
-    when there is an event.
-    """
-
-    def __init__(self, client, tools, size=SMALLEST, plain=False, wake=None, server=None):
-        import collections
-        self.client, self.tools, self.server = client, tools, server
-        self.wake = wake or (lambda: None)
-        self.events, self.typed = collections.deque(), collections.deque()
-        self.state = State(size, plain)
-        self.state.output_dir = tools.output_dir
-        self.state.pages.append(View("workflows"))
-        self.state.now = time.time()
-        self.checked = False              # that the server knows what the pages ask for
-        self.complete = False             # the workflow in view goes on no more
-        self.hint_asked = None
-        self.ended = self.suspending = self.redrawing = False
-        self.keep_children = True
-        self.worker = Worker(client.clone(), self.post)
-        self.watcher = Listener(lambda news: self.post(lambda: self.heard(news)),
-                               lambda error: self.post(lambda: self.lost(error)))
-        self.show_place()
-
-    def post(self, event):
-        """From any thread: a function to be called by the main one."""
-        self.events.append(event)
-        self.wake()
-
-    def show_place(self):
-        """Say where the workflows are."""
-        self.state.where = os.path.basename(self.client.where) if self.client.is_local else \
-            f"{self.client.host}:{self.client.port}"
-
-    def close(self):
-        """End the threads, the server that was started for us, and children if so wished."""
-        self.watcher.stop()
-        self.worker.stop()
-        if self.server or not self.keep_children:
-            for child in self.state.children:            # all of them at once, then wait
-                if child.running:
-                    child.process.terminate()
-            for child in self.state.children:
-                child.end()
-        if self.server:
-            self.server.end()
-
-    # What is loaded when
+class Loading:
+    """What is loaded when: the page in front, and what is said of the row in focus."""
 
     def key_of(self, page):
         """What the data of a page depends on, besides the window."""
@@ -16029,12 +15985,9 @@ class Terminal:
         pause = RETRY_S[min(tries, len(RETRY_S) - 1)]
         self.state.away = str(error).rstrip(".") + ".", since, now + pause, tries + 1
 
-    def take_events(self):
-        """Call what the threads have posted."""
-        while self.events:
-            self.events.popleft()()
 
-    # Pages
+class Moving:
+    """Pages, and the focus on them."""
 
     def open(self, name, **about):
         """Show another page, on top of this one."""
@@ -16089,78 +16042,6 @@ class Terminal:
         record = focused(page) if page.name == "jobs" else None
         return record["id"] if record else page.job_id
 
-    def say(self, text, style=""):
-        """Show a message until the next key."""
-        self.state.message, self.state.message_style = printable(text), style
-
-    # Keys
-
-    def press(self, key):
-        """A key: its name as in KEYS, or a character."""
-        state = self.state
-        state.message = ""
-        if state.question:
-            self.answer(key)
-        elif state.prompt:
-            self.type(key)
-        elif state.going:
-            state.going = False
-            name = next((name for name, kind in PAGES.items() if kind.go == key), None)
-            if name:
-                self.turn(name)
-        else:
-            action = action_of(state.page, key)
-            if action in OPERATIONS and action != "create":
-                self.act(action, self.job_id() if OPERATIONS[action].target == "jobs" else
-                         self.workflow_id())
-            elif action:
-                getattr(self, "do_" + action)()
-            elif key != "Resize":
-                self.say(f"{key} does nothing on this page: ? shows its keys.")
-
-    def take_keys(self):
-        """Press the keys that were typed; those for a page that is about to come wait for it."""
-        while self.typed and not self.ended:
-            page = self.state.page
-            empty = not page.data and not page.error and not self.state.away
-            if empty and self.typed[0] not in ("q", "Esc", "?", "r") and not (
-                    self.state.prompt or self.state.question) and (
-                    time.monotonic() - page.asked_at < 2.0 or page.asked_at == -math.inf):
-                return
-            self.press(self.typed.popleft())
-
-    def answer(self, key):
-        """A key while a question is asked."""
-        question = self.state.question
-        chosen = next((choice for choice in question.plan.choices if choice.key == key), None)
-        if chosen or key in ("n", "Enter", "Esc", "q"):
-            self.state.question = None
-            if chosen:
-                question.take(chosen.do)
-            elif question.plan.choices:
-                self.say("Nothing was changed.")
-
-    def type(self, key):
-        """A key while a line is typed."""
-        prompt = self.state.prompt
-        if key == "Enter":
-            self.state.prompt = None
-            prompt.take(prompt.text.strip())
-        elif key == "Esc":
-            self.state.prompt = None
-        elif key == "Backspace":
-            prompt.text = prompt.text[:-1]
-        elif key == "Ctrl-U":
-            prompt.text = ""
-        elif key == "Space":
-            prompt.text += " "
-        elif len(key) == 1 and key.isprintable():
-            prompt.text += key
-
-    def prompt(self, label, text, take, hint=""):
-        """Let a line be typed."""
-        self.state.prompt = Prompt(label, text, take, hint)
-
     def move(self, page, cursor):
         """Put the focus on a row."""
         total = self.total(page)
@@ -16182,25 +16063,19 @@ class Terminal:
             return
         self.move(page, place)
 
-    def do_down(self):
-        self.scroll(1)
+    def do_step(self, rows):
+        """Move the focus by so many rows."""
+        self.scroll(rows)
 
-    def do_up(self):
-        self.scroll(-1)
+    def do_page(self, pages):
+        """Move the focus by so many screens."""
+        self.scroll(pages * max(2, room_of(self.state, self.state.page) - 1))
 
-    def do_page_down(self):
-        self.scroll(max(2, room_of(self.state, self.state.page) - 1))
+    def do_edge(self, end):
+        """Put the focus on the first row, or on the last one."""
+        self.move(self.state.page, end * self.total(self.state.page))
 
-    def do_page_up(self):
-        self.scroll(-max(2, room_of(self.state, self.state.page) - 1))
-
-    def do_first(self):
-        self.move(self.state.page, 0)
-
-    def do_last(self):
-        self.move(self.state.page, self.total(self.state.page) - 1)
-
-    def step_tab(self, step):
+    def do_tab(self, step):
         """The next or last page of the workflow."""
         if self.state.page.workflow_id is None:
             if step > 0 and self.state.page.name == "workflows":
@@ -16209,12 +16084,6 @@ class Terminal:
         tabs = [name for name, kind in PAGES.items() if kind.tab]
         name = self.state.page.name if self.state.page.kind.tab else "jobs"
         self.turn(tabs[(tabs.index(name) + step) % len(tabs)])
-
-    def do_next_tab(self):
-        self.step_tab(1)
-
-    def do_last_tab(self):
-        self.step_tab(-1)
 
     def do_enter(self):
         page = self.state.page
@@ -16277,6 +16146,52 @@ class Terminal:
     def do_go(self):
         self.state.going = True
 
+    def do_processes(self):
+        if self.state.page.name != "processes":
+            self.open("processes")
+
+    def wheel(self, rows):
+        """The wheel was turned by so many rows."""
+        if self.state.question or self.state.prompt:
+            return
+        if self.state.page.kind.lines:
+            self.log_scroll(rows)
+        else:
+            self.move(self.state.page, self.state.page.cursor + rows)
+
+    def click(self, x, y):
+        """A click: on a tab, or on a row; a second one on it opens it."""
+        state, page = self.state, self.state.page
+        if state.question or state.prompt:
+            return
+        if y == 1 and page.workflow_id is not None:
+            at = 0
+            for text, _ in tabs_line(state, state.width):
+                at += text_width(text)
+                if x < at:
+                    name = next((name for name, kind in PAGES.items()
+                                 if kind.tab and kind.title == text), None)
+                    if name:
+                        self.turn(name)
+                    return
+        row = page.top + y - 2 - len(away_lines(state, state.width)) - bool(page.kind.columns)
+        if page.top <= row < min(self.total(page), page.top + room_of(state, page)):
+            if row == page.cursor:
+                self.do_enter()
+            else:
+                self.move(page, row)
+
+    def resize(self, width, height):
+        """The terminal has another size."""
+        self.state.width, self.state.height = width, height
+        for page in self.state.pages:
+            if page.data and not page.kind.lines:
+                self.settle(page)
+
+
+class Listing:
+    """What a list shows, and where it comes from."""
+
     def do_reload(self):
         page = self.state.page
         if self.state.away:
@@ -16294,21 +16209,6 @@ class Terminal:
     def do_everybody(self):
         self.state.everybody = not self.state.everybody
         self.move(self.state.page, 0)
-
-    def do_processes(self):
-        if self.state.page.name != "processes":
-            self.open("processes")
-
-    def do_mouse(self):
-        self.state.mouse = not self.state.mouse
-        self.say("Wheel and click work; hold Shift to select text." if self.state.mouse else
-                 "The mouse is the terminal's again.")
-
-    def do_redraw(self):
-        self.redrawing = True
-
-    def do_suspend(self):
-        self.suspending = True
 
     def do_filter(self):
         page = self.state.page
@@ -16359,7 +16259,9 @@ class Terminal:
 
         self.prompt("Output directory", self.state.output_dir, take)
 
-    # The log viewer
+
+class Reading:
+    """The log viewer."""
 
     def log_size(self):
         """How many lines of the log are here, 0 if it is not loaded."""
@@ -16396,29 +16298,21 @@ class Terminal:
         if not page.follow and page.data:
             page.top = max(0, self.log_size() - self.state.height + 4)
 
-    def do_log_down(self):
-        self.log_scroll(1)
+    def do_log_step(self, lines):
+        """Move in a log by so many lines."""
+        self.log_scroll(lines)
 
-    def do_log_up(self):
-        self.log_scroll(-1)
+    def do_log_page(self, pages):
+        """Move in a log by so many screens."""
+        self.log_scroll(pages * (self.state.height - 5))
 
-    def do_log_page_down(self):
-        self.log_scroll(self.state.height - 5)
+    def do_log_edge(self, end):
+        """To the start of a log, or to its end, which is followed then."""
+        self.state.page.follow, self.state.page.top = bool(end), 0
 
-    def do_log_page_up(self):
-        self.log_scroll(-(self.state.height - 5))
-
-    def do_log_start(self):
-        self.state.page.follow, self.state.page.top = False, 0
-
-    def do_log_end(self):
-        self.state.page.follow = True
-
-    def do_log_right(self):
-        self.state.page.column += 20
-
-    def do_log_left(self):
-        self.state.page.column = max(0, self.state.page.column - 20)
+    def do_shift(self, columns):
+        """Show columns of long lines further to the right, or to the left."""
+        self.state.page.column = max(0, self.state.page.column + columns)
 
     def do_wrap(self):
         page = self.state.page
@@ -16456,15 +16350,14 @@ class Terminal:
         page.hit, page.follow = found, False
         page.top = max(0, found - (self.state.height - 4) // 3)
 
-    def do_next_hit(self):
-        page = self.state.page
-        self.find(page.hit if page.hit is not None else -1, 1)
+    def do_hit(self, step):
+        """The next place of what is searched for, or the one before."""
+        hit = self.state.page.hit
+        self.find(hit if hit is not None else -1 if step > 0 else self.log_size(), step)
 
-    def do_last_hit(self):
-        page = self.state.page
-        self.find(page.hit if page.hit is not None else self.log_size(), -1)
 
-    # What changes something
+class Acting:
+    """What changes something: operations, and processes that are started here."""
 
     def act(self, verb, target):
         """Find out what an operation would do, then ask."""
@@ -16565,45 +16458,143 @@ class Terminal:
         self.prompt("Specification file", "", lambda text: text and self.act(
             "create", os.path.expanduser(text)), "path of a .yaml, .json, ... file")
 
-    # The mouse
 
-    def wheel(self, rows):
-        """The wheel was turned by so many rows."""
-        if self.state.question or self.state.prompt:
-            return
-        if self.state.page.kind.lines:
-            self.log_scroll(rows)
+class Terminal(Loading, Moving, Listing, Reading, Acting):
+    """The terminal UI without its terminal: keys and events change the State, which is drawn.
+
+    tools: what section 14 lends: plan(verb, client, target), find_output(client, job),
+    allocations(client, workflow_id), checks(client), connect(url), and output_dir. wake: called
+    when there is an event.
+    """
+
+    def __init__(self, client, tools, size=SMALLEST, plain=False, wake=None, server=None):
+        import collections
+        self.client, self.tools, self.server = client, tools, server
+        self.wake = wake or (lambda: None)
+        self.events, self.typed = collections.deque(), collections.deque()
+        self.state = State(size, plain)
+        self.state.output_dir = tools.output_dir
+        self.state.pages.append(View("workflows"))
+        self.state.now = time.time()
+        self.checked = False              # that the server knows what the pages ask for
+        self.complete = False             # the workflow in view goes on no more
+        self.hint_asked = None
+        self.ended = self.suspending = self.redrawing = False
+        self.keep_children = True
+        self.worker = Worker(client.clone(), self.post)
+        self.watcher = Listener(lambda news: self.post(lambda: self.heard(news)),
+                               lambda error: self.post(lambda: self.lost(error)))
+        self.show_place()
+
+    def post(self, event):
+        """From any thread: a function to be called by the main one."""
+        self.events.append(event)
+        self.wake()
+
+    def show_place(self):
+        """Say where the workflows are."""
+        self.state.where = os.path.basename(self.client.where) if self.client.is_local else \
+            f"{self.client.host}:{self.client.port}"
+
+    def close(self):
+        """End the threads, the server that was started for us, and children if so wished."""
+        self.watcher.stop()
+        self.worker.stop()
+        if self.server or not self.keep_children:
+            for child in self.state.children:            # all of them at once, then wait
+                if child.running:
+                    child.process.terminate()
+            for child in self.state.children:
+                child.end()
+        if self.server:
+            self.server.end()
+
+    def take_events(self):
+        """Call what the threads have posted."""
+        while self.events:
+            self.events.popleft()()
+
+    def say(self, text, style=""):
+        """Show a message until the next key."""
+        self.state.message, self.state.message_style = printable(text), style
+
+    def press(self, key):
+        """A key: its name as in KEYS, or a character."""
+        state = self.state
+        state.message = ""
+        if state.question:
+            self.answer(key)
+        elif state.prompt:
+            self.type(key)
+        elif state.going:
+            state.going = False
+            name = next((name for name, kind in PAGES.items() if kind.go == key), None)
+            if name:
+                self.turn(name)
         else:
-            self.move(self.state.page, self.state.page.cursor + rows)
+            action = action_of(state.page, key)
+            if action in OPERATIONS and action != "create":
+                self.act(action, self.job_id() if OPERATIONS[action].target == "jobs" else
+                         self.workflow_id())
+            elif action:
+                name, *numbers = action.split()
+                getattr(self, "do_" + name)(*map(int, numbers))
+            elif key != "Resize":
+                self.say(f"{key} does nothing on this page: ? shows its keys.")
 
-    def click(self, x, y):
-        """A click: on a tab, or on a row; a second one on it opens it."""
-        state, page = self.state, self.state.page
-        if state.question or state.prompt:
-            return
-        if y == 1 and page.workflow_id is not None:
-            at = 0
-            for text, _ in tabs_line(state, state.width):
-                at += text_width(text)
-                if x < at:
-                    name = next((name for name, kind in PAGES.items()
-                                 if kind.tab and kind.title == text), None)
-                    if name:
-                        self.turn(name)
-                    return
-        row = page.top + y - 2 - len(away_lines(state, state.width)) - bool(page.kind.columns)
-        if page.top <= row < min(self.total(page), page.top + room_of(state, page)):
-            if row == page.cursor:
-                self.do_enter()
-            else:
-                self.move(page, row)
+    def take_keys(self):
+        """Press the keys that were typed; those for a page that is about to come wait for it."""
+        while self.typed and not self.ended:
+            page = self.state.page
+            empty = not page.data and not page.error and not self.state.away
+            if empty and self.typed[0] not in ("q", "Esc", "?", "r") and not (
+                    self.state.prompt or self.state.question) and (
+                    time.monotonic() - page.asked_at < 2.0 or page.asked_at == -math.inf):
+                return
+            self.press(self.typed.popleft())
 
-    def resize(self, width, height):
-        """The terminal has another size."""
-        self.state.width, self.state.height = width, height
-        for page in self.state.pages:
-            if page.data and not page.kind.lines:
-                self.settle(page)
+    def answer(self, key):
+        """A key while a question is asked."""
+        question = self.state.question
+        chosen = next((choice for choice in question.plan.choices if choice.key == key), None)
+        if chosen or key in ("n", "Enter", "Esc", "q"):
+            self.state.question = None
+            if chosen:
+                question.take(chosen.do)
+            elif question.plan.choices:
+                self.say("Nothing was changed.")
+
+    def type(self, key):
+        """A key while a line is typed."""
+        prompt = self.state.prompt
+        if key == "Enter":
+            self.state.prompt = None
+            prompt.take(prompt.text.strip())
+        elif key == "Esc":
+            self.state.prompt = None
+        elif key == "Backspace":
+            prompt.text = prompt.text[:-1]
+        elif key == "Ctrl-U":
+            prompt.text = ""
+        elif key == "Space":
+            prompt.text += " "
+        elif len(key) == 1 and key.isprintable():
+            prompt.text += key
+
+    def prompt(self, label, text, take, hint=""):
+        """Let a line be typed."""
+        self.state.prompt = Prompt(label, text, take, hint)
+
+    def do_mouse(self):
+        self.state.mouse = not self.state.mouse
+        self.say("Wheel and click work; hold Shift to select text." if self.state.mouse else
+                 "The mouse is the terminal's again.")
+
+    def do_redraw(self):
+        self.redrawing = True
+
+    def do_suspend(self):
+        self.suspending = True
 
 
 # ---- curses
@@ -18362,7 +18353,7 @@ def do_workflows_update(args, client):
          """, DRY_RUN, example="torc workflows archive true 3", summary=OPERATIONS["archive"].help)
 def do_workflows_archive(args, client):
     ids = flat(args.ids) or [choose_workflow(args, client)]
-    return carry_out(args, client, plan_archive(client, ids, wishes_of(args)))
+    return carry_out(args, client, plan_archive(client, ids, wishes_of(args)), ask=False)
 
 
 operation_command("reset", WORKFLOW, """
