@@ -15590,79 +15590,99 @@ PAGES = {
     "help": PageKind("Help", "", load_nothing, ("moves", "everywhere"), rows=help_rows,
                      every_s=math.inf),
 }
-KEYS = {                                  # group: (title, ((keys, action, help, word below), ...))
-    # An action is an operation, or a method do_... of Terminal with its number.
-    "workflows": ("Workflows", (
-        ("Enter", "enter", "open the workflow", "open"),
-        ("n", "create", "create a workflow from a specification file", "new"),
-        ("d", "delete", "delete the workflow with all that belongs to it", ""),
-        ("a", "everybody", "workflows of all users, or only yours", ""),
-        ("f /", "filter", "only workflows with these words", "filter"),
-        ("o", "output_dir", "change the output directory of what is started here", ""),
-        ("u", "url", "change the server's URL", ""))),
-    "jobs": ("Jobs", (
-        ("Enter", "enter", "open the job: why, attempts, neighbours", "open"),
-        ("f /", "filter", "only jobs with these words, a status, or family:NAME", "filter"),
-        ("o", "order", "order by another column", "order"),
-        ("l", "log", "what the job wrote", "log"),
-        ("y", "retry", "run the job again", "rerun"),
-        ("c", "cancel_job", "cancel the job: it never starts, or its process is ended", "cancel"),
-        ("t", "terminate_job", "end the job as a time limit would", ""))),
-    "job": ("Job", (
-        ("l Enter", "enter", "what the job wrote, or what the row leads to", "log"),
-        ("y", "retry", "run the job again", "rerun"),
-        ("c", "cancel_job", "cancel the job", "cancel"),
-        ("t", "terminate_job", "end the job as a time limit would", "terminate"))),
-    "log": ("Log", (
-        ("Tab", "stream", "stdout or stderr", "stream"),
-        ("/ f", "search", "find text", "find"),
-        ("n", "hit 1", "next place", "next"), ("N", "hit -1", "place before", ""),
-        ("F", "follow", "follow what is written, or not", "follow"),
-        ("g Home", "log_edge 0", "to the start", "start"),
-        ("G End", "log_edge 1", "to the end", "end"),
-        ("w", "wrap", "break long lines, or not", "wrap"),
-        ("y", "path", "say the path of the file", "path"),
-        ("Down j", "log_step 1", "a line down", ""), ("Up k", "log_step -1", "a line up", ""),
-        ("PgDn Space", "log_page 1", "a page down", ""),
-        ("PgUp b", "log_page -1", "a page up", ""),
-        ("Right", "shift 20", "the right of long lines", ""),
-        ("Left", "shift -20", "the left of long lines", ""))),
-    "processes": ("Processes", (
-        ("Enter", "enter", "what the process writes", "output"),
-        ("K", "end_process", "end the process (SIGTERM)", "end"))),
-    "process output": ("Output of a process", (
-        ("K", "end_process", "end the process (SIGTERM)", "end"),
-        ("a", "follow", "follow what is written, or not", ""))),
-    "moves": ("Moving", (
-        ("Enter", "enter", "open what is in focus", "open"),
-        ("j Down", "step 1", "a row down", "down"), ("k Up", "step -1", "a row up", "up"),
-        ("PgDn ] Space", "page 1", "a page down", ""), ("PgUp [ b", "page -1", "a page up", ""),
-        ("Home", "edge 0", "to the first row", ""), ("End G", "edge 1", "to the last row", ""),
-        ("Tab Right", "tab 1", "next page of the workflow", "pages"),
-        ("BackTab Left", "tab -1", "page before", ""))),
-    "workflow": ("Acting on the workflow", (
-        ("i", "initialize", "initialize: start from the beginning", ""),
-        ("I", "reinitialize", "reinitialize: run again what changed", ""),
-        ("R", "reset", "reset jobs: those that failed, or all", ""),
-        ("x", "run", "run on this machine", "run"),
-        ("s", "submit", "submit to Slurm", "submit"),
-        ("W", "watch", "watch: look after it until it ends", ""),
-        ("v", "recover", "recover: run again what failed, with more memory or time", ""),
-        ("C", "cancel", "cancel: nothing more starts, what runs is ended", "cancel"),
-        ("S", "release", "settle what dead runners and ended allocations left", ""),
-        ("H", "archive", "archive: hide the workflow from lists", ""))),
-    "everywhere": ("Everywhere", (
-        ("?", "help", "this help", "help"),
-        ("g", "go", "go to a page: its letter follows", ""),
-        ("r", "reload", "load again", ""),
-        ("A", "live", "live: follow what happens, or not", ""),
-        ("O", "processes", "what was started here, and its output", ""),
-        ("M", "mouse", "wheel and click, or the terminal's own selection", ""),
-        ("Ctrl-L", "redraw", "draw the screen anew", ""),
-        ("Ctrl-Z", "suspend", "back to the shell; fg returns", ""),
-        ("Esc", "leave", "take the filter away, or go back", ""),
-        ("q", "back", "back, and quit at the end", "back"))),
-}
+def read_keys(text):
+    """{group: (title, [(keys, action, help, word in the last line), ...])} of lines such as those
+    below. An action is an operation, or a method do_... of Terminal with its number; - is no word.
+    """
+    found = {}
+    for line in text.strip().splitlines():
+        name, equals, title = line.strip().partition(" = ")
+        if equals:
+            rows = []
+            found[name] = title, rows
+        else:
+            keys, action, word, help_text = re.split(" {2,}", line.strip())
+            rows.append((keys, action, help_text, "" if word == "-" else word))
+    return found
+
+
+KEYS = read_keys("""
+    workflows = Workflows
+      Enter         enter           open       open the workflow
+      n             create          new        create a workflow from a specification file
+      d             delete          -          delete the workflow with all that belongs to it
+      a             everybody       -          workflows of all users, or only yours
+      f /           filter          filter     only workflows with these words
+      o             output_dir      -          change the output directory of what is started here
+      u             url             -          change the server's URL
+    jobs = Jobs
+      Enter         enter           open       open the job: why, attempts, neighbours
+      f /           filter          filter     only jobs with these words, a status, or family:NAME
+      o             order           order      order by another column
+      l             log             log        what the job wrote
+      y             retry           rerun      run the job again
+      c             cancel_job      cancel     cancel the job: it never starts, or its process is ended
+      t             terminate_job   -          end the job as a time limit would
+    job = Job
+      l Enter       enter           log        what the job wrote, or what the row leads to
+      y             retry           rerun      run the job again
+      c             cancel_job      cancel     cancel the job
+      t             terminate_job   terminate  end the job as a time limit would
+    log = Log
+      Tab           stream          stream     stdout or stderr
+      / f           search          find       find text
+      n             hit 1           next       next place
+      N             hit -1          -          place before
+      F             follow          follow     follow what is written, or not
+      g Home        log_edge 0      start      to the start
+      G End         log_edge 1      end        to the end
+      w             wrap            wrap       break long lines, or not
+      y             path            path       say the path of the file
+      Down j        log_step 1      -          a line down
+      Up k          log_step -1     -          a line up
+      PgDn Space    log_page 1      -          a page down
+      PgUp b        log_page -1     -          a page up
+      Right         shift 20        -          the right of long lines
+      Left          shift -20       -          the left of long lines
+    processes = Processes
+      Enter         enter           output     what the process writes
+      K             end_process     end        end the process (SIGTERM)
+    process output = Output of a process
+      K             end_process     end        end the process (SIGTERM)
+      a             follow          -          follow what is written, or not
+    moves = Moving
+      Enter         enter           open       open what is in focus
+      j Down        step 1          down       a row down
+      k Up          step -1         up         a row up
+      PgDn ] Space  page 1          -          a page down
+      PgUp [ b      page -1         -          a page up
+      Home          edge 0          -          to the first row
+      End G         edge 1          -          to the last row
+      Tab Right     tab 1           pages      next page of the workflow
+      BackTab Left  tab -1          -          page before
+    workflow = Acting on the workflow
+      i             initialize      -          initialize: start from the beginning
+      I             reinitialize    -          reinitialize: run again what changed
+      R             reset           -          reset jobs: those that failed, or all
+      x             run             run        run on this machine
+      s             submit          submit     submit to Slurm
+      W             watch           -          watch: look after it until it ends
+      v             recover         -          recover: run again what failed, with more memory or time
+      C             cancel          cancel     cancel: nothing more starts, what runs is ended
+      S             release         -          settle what dead runners and ended allocations left
+      H             archive         -          archive: hide the workflow from lists
+    everywhere = Everywhere
+      ?             help            help       this help
+      g             go              -          go to a page: its letter follows
+      r             reload          -          load again
+      A             live            -          live: follow what happens, or not
+      O             processes       -          what was started here, and its output
+      M             mouse           -          wheel and click, or the terminal's own selection
+      Ctrl-L        redraw          -          draw the screen anew
+      Ctrl-Z        suspend         -          back to the shell; fg returns
+      Esc           leave           -          take the filter away, or go back
+      q             back            back       back, and quit at the end
+    """)
 
 
 def keys_of(page):
