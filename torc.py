@@ -15608,80 +15608,80 @@ def read_keys(text):
 
 KEYS = read_keys("""
   workflows = Workflows
-    Enter         enter           open       open the workflow
-    n             create          new        create a workflow from a specification file
-    d             delete          -          delete the workflow with all that belongs to it
-    a             everybody       -          workflows of all users, or only yours
-    f /           filter          filter     only workflows with these words
-    o             output_dir      -          change the output directory of what is started here
-    u             url             -          change the server's URL
+    Enter         enter          open       open the workflow
+    n             create         new        create a workflow from a specification file
+    d             delete         -          delete the workflow with all that belongs to it
+    a             everybody      -          workflows of all users, or only yours
+    f /           filter         filter     only workflows with these words
+    o             output_dir     -          change the output directory of what is started here
+    u             url            -          change the server's URL
   jobs = Jobs
-    Enter         enter           open       open the job: why, attempts, neighbours
-    f /           filter          filter     only jobs with these words, a status, or family:NAME
-    o             order           order      order by another column
-    l             log             log        what the job wrote
-    y             retry           rerun      run the job again
-    c             cancel_job      cancel     cancel the job: it never starts, or its process is ended
-    t             terminate_job   -          end the job as a time limit would
+    Enter         enter          open       open the job: why, attempts, neighbours
+    f /           filter         filter     only jobs with these words, a status, or family:NAME
+    o             order          order      order by another column
+    l             log            log        what the job wrote
+    y             retry          rerun      run the job again
+    c             cancel_job     cancel     cancel the job: it never starts, or its process is ended
+    t             terminate_job  -          end the job as a time limit would
   job = Job
-    l Enter       enter           log        what the job wrote, or what the row leads to
-    y             retry           rerun      run the job again
-    c             cancel_job      cancel     cancel the job
-    t             terminate_job   terminate  end the job as a time limit would
+    l Enter       enter          log        what the job wrote, or what the row leads to
+    y             retry          rerun      run the job again
+    c             cancel_job     cancel     cancel the job
+    t             terminate_job  terminate  end the job as a time limit would
   log = Log
-    Tab           stream          stream     stdout or stderr
-    / f           search          find       find text
-    n             hit 1           next       next place
-    N             hit -1          -          place before
-    F             follow          follow     follow what is written, or not
-    g Home        log_edge 0      start      to the start
-    G End         log_edge 1      end        to the end
-    w             wrap            wrap       break long lines, or not
-    y             path            path       say the path of the file
-    Down j        log_step 1      -          a line down
-    Up k          log_step -1     -          a line up
-    PgDn Space    log_page 1      -          a page down
-    PgUp b        log_page -1     -          a page up
-    Right         shift 20        -          the right of long lines
-    Left          shift -20       -          the left of long lines
+    Tab           stream         stream     stdout or stderr
+    / f           search         find       find text
+    n             hit 1          next       next place
+    N             hit -1         -          place before
+    F             follow         follow     follow what is written, or not
+    g Home        log_edge 0     start      to the start
+    G End         log_edge 1     end        to the end
+    w             wrap           wrap       break long lines, or not
+    y             path           path       say the path of the file
+    Down j        log_step 1     -          a line down
+    Up k          log_step -1    -          a line up
+    PgDn Space    log_page 1     -          a page down
+    PgUp b        log_page -1    -          a page up
+    Right         shift 20       -          the right of long lines
+    Left          shift -20      -          the left of long lines
   processes = Processes
-    Enter         enter           output     what the process writes
-    K             end_process     end        end the process (SIGTERM)
+    Enter         enter          output     what the process writes
+    K             end_process    end        end the process (SIGTERM)
   process output = Output of a process
-    K             end_process     end        end the process (SIGTERM)
-    a             follow          -          follow what is written, or not
+    K             end_process    end        end the process (SIGTERM)
+    a             follow         -          follow what is written, or not
   moves = Moving
-    Enter         enter           open       open what is in focus
-    j Down        step 1          down       a row down
-    k Up          step -1         up         a row up
-    PgDn ] Space  page 1          -          a page down
-    PgUp [ b      page -1         -          a page up
-    Home          edge 0          -          to the first row
-    End G         edge 1          -          to the last row
-    Tab Right     tab 1           pages      next page of the workflow
-    BackTab Left  tab -1          -          page before
+    Enter         enter          open       open what is in focus
+    j Down        step 1         down       a row down
+    k Up          step -1        up         a row up
+    PgDn ] Space  page 1         -          a page down
+    PgUp [ b      page -1        -          a page up
+    Home          edge 0         -          to the first row
+    End G         edge 1         -          to the last row
+    Tab Right     tab 1          pages      next page of the workflow
+    BackTab Left  tab -1         -          page before
   workflow = Acting on the workflow
-    i             initialize      -          initialize: start from the beginning
-    I             reinitialize    -          reinitialize: run again what changed
-    R             reset           -          reset jobs: those that failed, or all
-    x             run             run        run on this machine
-    s             submit          submit     submit to Slurm
-    W             watch           -          watch: look after it until it ends
-    v             recover         -          recover: run again what failed, with more memory or time
-    C             cancel          cancel     cancel: nothing more starts, what runs is ended
-    S             release         -          settle what dead runners and ended allocations left
-    H             archive         -          archive: hide the workflow from lists
+    i             initialize     -          initialize: start from the beginning
+    I             reinitialize   -          reinitialize: run again what changed
+    R             reset          -          reset jobs: those that failed, or all
+    x             run            run        run on this machine
+    s             submit         submit     submit to Slurm
+    W             watch          -          watch: look after it until it ends
+    v             recover        -          recover: run again what failed, with more memory or time
+    C             cancel         cancel     cancel: nothing more starts, what runs is ended
+    S             release        -          settle what dead runners and ended allocations left
+    H             archive        -          archive: hide the workflow from lists
   everywhere = Everywhere
-    ?             help            help       this help
-    g             go              -          go to a page: its letter follows
-    r             reload          -          load again
-    A             live            -          live: follow what happens, or not
-    O             processes       -          what was started here, and its output
-    M             mouse           -          wheel and click, or the terminal's own selection
-    Ctrl-L        redraw          -          draw the screen anew
-    Ctrl-Z        suspend         -          back to the shell; fg returns
-    Esc           leave           -          take the filter away, or go back
-    q             back            back       back, and quit at the end
+    ?             help           help       this help
+    g             go             -          go to a page: its letter follows
+    r             reload         -          load again
+    A             live           -          live: follow what happens, or not
+    O             processes      -          what was started here, and its output
+    M             mouse          -          wheel and click, or the terminal's own selection
+    Ctrl-L        redraw         -          draw the screen anew
+    Ctrl-Z        suspend        -          back to the shell; fg returns
+    Esc           leave          -          take the filter away, or go back
+    q             back           back       back, and quit at the end
   """)
 
 
