@@ -993,6 +993,19 @@ def test_the_built_in_specs_are_valid(name):
     assert torc.read_spec(f"{name}.json", torc.SPEC_EXAMPLES[name]).warnings == []
 
 
+def test_what_is_empty_in_a_specification_is_as_if_it_were_not_there(store, api):
+    text = {"name": "w", "jobs": [{"name": "a", "command": "true", "invocation_script": "", "depends_on": []}],
+            "actions": [{"trigger_type": "on_workflow_start", "action_type": "run_commands", "commands": ["true"],
+                         "jobs": []}]}
+    spec = torc.read_spec("w.json", json.dumps(text))
+    assert not {"invocation_script", "depends_on_job_ids"} & set(spec.payload["jobs"][0])
+    assert "job_ids" not in spec.payload["actions"][0]
+    text = {"name": "w", "jobs": [{"name": "j_{a}", "command": "{a}", "parameters": {"a": "['', 'x']"}}]}
+    spec = torc.read_spec("w.json", json.dumps(text))
+    with pytest.raises(torc.Invalid, match="missing field `command`"):
+        api.post("/workflow_specs", {**spec.payload, "workflow": {"name": "w", "user": "tester"}})
+
+
 # ==================================================================================================
 # 5 Store
 # ==================================================================================================
@@ -2451,6 +2464,20 @@ def test_jobs_run_again_together_or_none_of_them(api):
     assert set(statuses(api, workflow_id).values()) == {"ready"}
     assert api.get(f"/jobs/{ids['b']}")["resource_requirements_id"] == need["id"]
     assert api.get(f"/jobs/{ids['b']}")["attempt_id"] == 2
+
+
+def test_a_job_that_runs_without_a_compute_node_breaks_no_timeline(api):
+    workflow_id, ids = make(api, {"a": []})
+    api.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    api.put(f"/jobs/{ids['a']}/start_job/1/99")
+    time.sleep(0.01)                      # it has run for some milliseconds
+    for jobs in (True, False):
+        assert api.get(f"/workflows/{workflow_id}/timeline", jobs=jobs)["runners"] == []
+
+
+def test_a_summary_of_a_workflow_that_has_just_gone_is_not_found(store):
+    with pytest.raises(torc.NotFound):
+        torc.summary(store, 999, 0)
 
 
 def test_a_timeline_knows_what_a_runner_waited_for(past):
@@ -4976,6 +5003,20 @@ def test_an_output_directory_that_is_gone_fails_no_job(tmp_path):
         (tmp_path / "elsewhere").rename(tmp_path / "torc_output" / "job_stdio")
         assert runner.wait(60) == 0
         assert client.page("/results", workflow_id=1, all_runs=True)["total_count"] == 6
+
+
+def test_a_job_that_this_machine_cannot_start_holds_up_no_other(tmp_path):
+    """The file for the output of the first, which comes first each time, is a directory."""
+    spec = write_spec(tmp_path, {"a": {"command": "true", "priority": 9}, **dict.fromkeys("bcd", "true")},
+                      compute_node_wait_for_new_jobs_seconds=60)
+    (tmp_path / "torc_output" / stdio_name(1, 1, 1, 1, "o")).mkdir(parents=True)
+    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 4)
+    until(lambda: "running workflow 1" in (tmp_path / "run.log").read_text())
+    with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
+        until(lambda: sorted(statuses(client, 1).values()) == ["completed"] * 3 + ["ready"])
+        assert statuses(client, 1)["a"] == "ready"
+    runner.terminate()
+    runner.wait(60)
 
 
 def test_limits_of_a_container_are_seen_at_the_parents_of_a_leaf_that_is_not_there(tmp_path, monkeypatch):

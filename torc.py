@@ -1547,6 +1547,8 @@ class Reader:
         for name, value in record.items():
             field = wanted[name]
             known = field.spec or name
+            if value in ("", []) and (field.refers or field.type in ("str", "name")):
+                continue                  # as if it were not there
             if not field.refers:
                 made[known] = AS_KEPT[field.type](value) if field.type in AS_KEPT else value
             elif field.type == "str":
@@ -1559,7 +1561,8 @@ class Reader:
                         ids += self._match(place, name, one, field.refers)
                     else:
                         ids.append(self._find(place, name, one, field.refers))
-                made[known] = list(dict.fromkeys(ids))
+                if ids:
+                    made[known] = list(dict.fromkeys(ids))
         for name in ("command", "invocation_script"):
             if name in made:
                 made[name] = self._variables(made[name], place, name, made)
@@ -4547,6 +4550,7 @@ def runners_text(nodes):
 
 def summary(store, workflow_id, now):
     """All that the overview of a workflow shows."""
+    workflow_row(store, workflow_id, "id")           # or it has gone meanwhile
     answer = progress(store, [workflow_id])[workflow_id]
     counted, total = answer["counts"], answer["total"]
     large = total > FEW_JOBS
@@ -4979,7 +4983,7 @@ ATTEMPTS = (
     "result WHERE workflow_id = :workflow",
     "(SELECT j.compute_node_id, j.started_ms AS start_ms, :now AS end_ms, a.cpus AS asked_cpus,"
     " j.status FROM job j CROSS JOIN asked a ON a.job_id = j.id WHERE j.workflow_id = :workflow AND"
-    f" j.status = {RUNNING} AND j.started_ms < :now)")
+    f" j.status = {RUNNING} AND j.started_ms < :now AND j.compute_node_id IS NOT NULL)")
 
 
 def lanes_of(store, workflow_id, window, nodes, now):
@@ -6832,7 +6836,7 @@ def call_endpoint(endpoint, texts, request):
     """Run an operation: read what it declares, check existence, access and references, call it."""
     values = [read_word("int" if kind in KINDS else kind, text, f"{text!r:.80} in the path")
               for kind, text in zip(endpoint.types, texts)]
-    body = request.body
+    body = request.body if endpoint.body is not None else None
     if endpoint.body is ANY:
         check_body({"value": body}, ANY)
     elif endpoint.body is not None:
@@ -7288,7 +7292,7 @@ class Client(Calls):
         tls = self.tls or {}
         known = {"TORC_API_URL": self.where, "TORC_SERVER_ID": self.id,
                  "TORC_PASSWORD": self.password, "TORC_COOKIE_HEADER": self.cookie,
-                 "TORC_TLS_CA_CERT": tls.get("ca_cert") and os.path.abspath(tls["ca_cert"]),
+                 "TORC_TLS_CA_CERT": os.path.abspath(tls["ca_cert"]) if tls.get("ca_cert") else None,
                  "TORC_TLS_INSECURE": "true" if tls.get("insecure") else None}
         return {name: value for name, value in known.items() if value}
 
@@ -7985,18 +7989,21 @@ def release(client, node, evidence, **ended):
 def journals_in(directory, server_id, workflow_id):
     """Paths of the journals of a workflow of this very database; none if the directory is another
     user's."""
-    import glob
-    start = os.path.join(directory, "journal", f"{server_id}_wf{workflow_id}_n")
-    return sorted(glob.glob(glob.escape(start) + "*"))
+    folder, start = os.path.join(directory, "journal"), f"{server_id}_wf{workflow_id}_n"
+    with contextlib.suppress(OSError):
+        return sorted(os.path.join(folder, name) for name in os.listdir(folder)
+                      if name.startswith(start))
+    return []
 
 
 def clean_up(client, path):
     """One journal: if its runner is dead, end its processes, replay it and remove it."""
-    records, bad = read_journal(path)
+    records, _ = read_journal(path)
     header = records[0].get("header") if records else None
     evidence = header and death_here(header)
     if not evidence:
         return []
+    records, bad = read_journal(path)     # all of it: nothing comes any more
     said = [f"{plural(bad, 'line')} of the journal {path} cannot be read"] if bad else []
     if evidence.kind != "reboot":         # else its numbers are other processes' now
         kill_leftovers(header["token"], records)
@@ -8407,13 +8414,16 @@ class Starting:
     tries = 0                             # starts that failed since one succeeded
 
     def _launch(self):
-        """Start the queued jobs that fit."""
-        while time.monotonic() >= self.retry_at:
-            with self.lock:
-                child = self._next()
-            if not child:
-                return
-            self._spawn(child)
+        """Start the queued jobs that fit; one that cannot be started holds up no other."""
+        with self.lock:
+            ready = list(iter(self._next, None)) if time.monotonic() >= self.retry_at else []
+        for child in ready:
+            if not self.draining:
+                self._spawn(child)
+                continue
+            with self.lock:               # meanwhile it was decided to end
+                self.room.leave(child.need, child.places)
+                self._return([child])
 
     def _next(self):
         """Under the lock: the first queued job that there is room for; it leaves the queue."""
@@ -9984,7 +9994,7 @@ def worker_words(client, workflow, scheduler, request, number):
                 "scheduler-config-id": scheduler["id"],
                 "program-hash": own_hash(),
                 "max-parallel-jobs": request.max_parallel_jobs or None,
-                "tls-ca-cert": tls.get("ca_cert") and os.path.abspath(tls["ca_cert"]),
+                "tls-ca-cert": os.path.abspath(tls["ca_cert"]) if tls.get("ca_cert") else None,
                 "tls-insecure": bool(tls.get("insecure")),
                 "is-subtask": bool(request.one_worker_per_node),
                 "share-password": request.share_password,
