@@ -7292,7 +7292,7 @@ class Client(Calls):
         tls = self.tls or {}
         known = {"TORC_API_URL": self.where, "TORC_SERVER_ID": self.id,
                  "TORC_PASSWORD": self.password, "TORC_COOKIE_HEADER": self.cookie,
-                 "TORC_TLS_CA_CERT": os.path.abspath(tls["ca_cert"]) if tls.get("ca_cert") else None,
+                 "TORC_TLS_CA_CERT": tls.get("ca_cert") and os.path.abspath(tls["ca_cert"]),
                  "TORC_TLS_INSECURE": "true" if tls.get("insecure") else None}
         return {name: value for name, value in known.items() if value}
 
