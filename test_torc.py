@@ -606,10 +606,10 @@ BAD_SPECS = (
      '  - {name: a, command: "true"}\n',
      "b.yaml line 2: execution_config: timeout_exit_code: 999 is not an exit code from 1 to 255"),
     ("b.yaml", "name: w\njobs:\n  - {name: a, command: \"echo ${file.output.z}\"}\n",
-     'b.yaml line 3: job "a": command: ${file.output.z} is none of ${files.input.NAME}, '
+     'b.yaml line 3: job "a": command: ${file.output.z} is not one of ${files.input.NAME}, '
      "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}"),
     ("b.yaml", "name: w\njobs:\n  - {name: a, command: \"echo ${files.output.z\"}\n",
-     'b.yaml line 3: job "a": command: ${files.output.z is none of ${files.input.NAME}, '
+     'b.yaml line 3: job "a": command: ${files.output.z is not one of ${files.input.NAME}, '
      "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}"),
     ("b.yaml", "name: w\nexecution_config: {mode: direct, srun_termination_signal: TERM@120}\njobs:\n"
      '  - {name: a, command: "true"}\n',
@@ -2714,7 +2714,7 @@ def test_why_names_the_cause(api):
                             requirements=[{"name": "huge", "num_cpus": 64, "memory": "1m"}],
                             big={"resource_requirements_id": 1})
     sentence = lambda name: api.get(f"/jobs/{ids[name]}/why")["sentence"]  # noqa: E731
-    assert sentence("slow") == (f"it is ready, but no runner is at work on workflow {workflow_id}: "
+    assert sentence("slow") == (f"it is ready, but no runner is active on workflow {workflow_id}: "
                                 f"torc run {workflow_id}")
     node = make_node(api, workflow_id)
     complete(api, ids["bad"], workflow_id, node, code=139)
@@ -2945,8 +2945,9 @@ def test_a_changed_password_file_is_read_again_and_a_bad_line_costs_itself_alone
         gate.looked -= 2
         assert {checked(gate, basic(user, word)).user for user, word in (
             ("alice", "another password"), ("bob", BOB))} - {None} == users and bob == "bob"
-        assert re.search(told, warnings[-1])
-    assert len(warnings) == 6
+        changes = [warning for warning in warnings if "wrong password" not in warning]
+        assert re.search(told, changes[-1])
+    assert len(changes) == 6
 
 
 def test_the_word_basic_may_be_in_any_case(passwords):
@@ -3450,7 +3451,7 @@ def test_an_unknown_host_name_is_named():
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://h:99999", "http://h:x",
                                  "http://me:secret@h:1"])
 def test_what_is_no_server_url_is_a_usage_error(url):
-    with pytest.raises(torc.UsageError, match="is no server URL") as caught:
+    with pytest.raises(torc.UsageError, match="is not a server URL") as caught:
         torc.Client(url)
     assert "secret" not in str(caught.value)
 
@@ -4047,7 +4048,7 @@ def test_somebody_elses_workflow_is_run_only_if_that_is_said(tmp_path):
         words = ["1", "--database", tmp_path / "x.db"]
         assert start_run(tmp_path, *words).wait(60) == 2
         assert ("Workflow 1 belongs to mallory; its commands would run as you, tester. Run them? "
-                "Nobody can be asked here: take --allow-owner mallory"
+                "There is no terminal to ask on: use --allow-owner mallory"
                 ) in (tmp_path / "run.log").read_text()
         assert statuses(client, 1) == {"a": "ready"}
         assert start_run(tmp_path, *words, "--allow-owner", "mallory").wait(60) == 0
@@ -4068,7 +4069,7 @@ def test_a_runner_that_was_killed_is_not_taken_for_alive(tmp_path):
     assert f"the runner with pid {runner.pid} on {socket.gethostname()} is gone: torc run 1 runs the job again" in ask(
         "why", "1")
     assert f"Active runners: 0 (and 1 that died: pid {runner.pid})" in ask("status", "1")
-    assert "no runner is at work: torc run 1" in ask("status", "1")
+    assert "no runner is active: torc run 1" in ask("status", "1")
 
 
 def test_a_deleted_workflow_ends_its_runner_without_wrong_advice(tmp_path):
@@ -4080,7 +4081,7 @@ def test_a_deleted_workflow_ends_its_runner_without_wrong_advice(tmp_path):
     assert runner.wait(60) == 1
     log = (tmp_path / "run.log").read_text()
     assert "the workflow is gone" in log
-    assert "goes on from here" not in log and "tried again" not in log
+    assert "continues from here" not in log and "tried again" not in log
     assert not list((tmp_path / "torc_output" / "journal").iterdir())
 
 
@@ -4289,7 +4290,7 @@ def test_a_server_that_stays_away_costs_no_job(tmp_path):
     assert runner.wait(60) == 1
     log = (tmp_path / "run.log").read_text()
     assert "as long as the workflow allows: the results wait in the journal" in log
-    assert "`torc run 1` goes on from here" in log
+    assert "`torc run 1` continues from here" in log
     server = Server(tmp_path / "x.db")
     assert start_run(tmp_path, 1, "--url", server.url).wait(60) == 0
     assert (tmp_path / "runs").read_text() == "once\n"
@@ -4406,7 +4407,7 @@ def test_a_runner_that_is_signaled_leaves_though_the_server_does_not_answer(tmp_
     runner.send_signal(signal.SIGINT)
     assert runner.wait(25) == 130         # ten seconds are for the server
     log = (tmp_path / "run.log").read_text()
-    assert "the results wait in the journal" in log and "`torc run 1` goes on from here" in log
+    assert "the results wait in the journal" in log and "`torc run 1` continues from here" in log
     until(lambda: not processes_in(tmp_path) or how == signal.SIGSTOP)
     server.process.send_signal(signal.SIGCONT)
     server.kill()
@@ -5424,7 +5425,7 @@ def test_recover_raises_only_what_failed_and_runs_it_again(run, cli, monkeypatch
     assert [(job["job_name"], job["cause"]) for job in before["jobs"]] == [("a", "memory")]
     assert [job["job_name"] for job in before["skipped"]] == ["c"]
     code, out, _ = cli("recover", 1)
-    assert code == 0 and "torc run 1 goes on from here" in out
+    assert code == 0 and "torc run 1 continues from here" in out
     needs = {job["name"]: job["resource_requirements_id"]
              for job in cli_json(cli, "jobs", "list", 1)["jobs"]}
     assert needs["a"] != needs["b"]
@@ -5870,7 +5871,7 @@ def test_texts_survive_in_yaml_by_either_version(text):
     (["slurm", "generate", "bare.json", "-a", "x", "--profile", "kestrel"],
      "1 job has none (a)"),
     (["slurm", "generate", "spec.yaml", "--profile", "kestrl"], 'did you mean "kestrel"?'),
-    (["slurm", "generate", "spec.yaml"], "this machine is no HPC system that is known, and has no "
+    (["slurm", "generate", "spec.yaml"], "this machine belongs to no known HPC system and has no "
      "Slurm (no sinfo on the PATH): name a profile (kestrel, dane)"),
     (["slurm", "generate", "spec.yaml", "--profile", "slurm"], "there is no sinfo on the PATH"),
     (["slurm", "generate", "spec.yaml", "--walltime-multiplier", "0.5"],
@@ -6044,7 +6045,7 @@ def test_a_generated_profile_is_found_and_wins(cli, programs, monkeypatch):
     ('{"name": "x", "partitions": [{"name": "p", "cpus_per_node": "4"}]}',
      "k.json: partition \"p\": cpus_per_node: '4' is not an integer of at least 1"),
     ('{"name": "x", "partitions": [], "detection": [{"type": "hostname", "value": "("}]}',
-     "k.json: detection 1: '(' is no regular expression"),
+     "k.json: detection 1: '(' is not a valid regular expression"),
     ('{"name": "x", "partitions": [], "detection": [{"type": "env", "value": "x"}]}',
      "k.json: detection 1: the field name, of the environment variable, is missing"),
     ('{"name": "slurm", "partitions": []}', 'the name "slurm" is that of the profile')])
@@ -7103,9 +7104,10 @@ def test_a_server_in_the_background_runs_on_when_the_clock_is_set(background, mo
     assert torc.running_server(path).pid == daemon_pid()
 
 
-def test_of_two_that_take_one_pid_file_one_runs(background):
+def test_of_two_that_take_one_pid_file_one_runs(background, tmp_path):
     started = [subprocess.Popen([*COMMAND, "server", "run", "--daemon", "--port", "0", "--database", f"{name}.db"],
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name in "ab"]
+                                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for name in "ab"]
     said = [process.communicate(timeout=60) for process in started]
     assert sorted(process.returncode for process in started) == [0, 1], said
     assert any("runs with" in err or "runs in the background already" in err for _, err in said), said
@@ -7263,7 +7265,7 @@ PAGE_TEXTS = (                            # keys that lead there, what is to be 
     ("g n", ("here", "Active")), ("g s", ("4711", "complete")), ("g m", ("4711", "1.0 GB")),
     ("g i", ("raw.txt",)), ("g a", ("seed", '{"x":1}')), ("g e", ("Time", "noted")),
     ("g j Enter", ("It completed with return code 0", "Attempts", "Frees", "Command")),
-    ("g j l", ("There is no file",)), ("g i Enter", ("raw.txt", "workflow_id")),
+    ("g j l", ("There is not a file",)), ("g i Enter", ("raw.txt", "workflow_id")),
     ("g p", ("Nothing was started from here",)), ("g x", ("output directory",)),
     ("?", ("Workflows", "open the workflow", "Moving")))
 
@@ -7452,7 +7454,7 @@ def test_jobs_are_reset_and_initialized_from_the_terminal(client, ui, tmp_path, 
     assert "2 jobs to run" in hands.press("y")
     assert statuses(client, workflow_id)["first"] == "ready"
     screen = hands.press("i")
-    assert "lose their status" in screen and "in.txt" not in screen
+    assert "are reset and run again" in screen and "in.txt" not in screen
     hands.press("y")
     finish_all(client, workflow_id, tmp_path)
     screen = hands.press("R")
@@ -7583,7 +7585,7 @@ def test_the_log_viewer_follows_finds_wraps_and_names_its_file(api, tmp_path):
         file.write("another line\n")
     assert "another line" in hands.press("r")
     assert os.path.basename(path) in hands.press("y").replace("\n   ", "")
-    assert "There is no file" in hands.press("n", "Tab")
+    assert "There is not a file" in hands.press("n", "Tab")
 
 
 def test_a_wrapped_log_loses_no_letter_and_no_hit(api, tmp_path):
@@ -7896,7 +7898,7 @@ def test_the_log_of_a_running_job_is_followed_and_canceling_it_ends_its_process(
     try:
         screen = tty(*options)
         screen.see("running")
-        screen.send("gjl\t")
+        screen.send("gjl")
         screen.see("line 1$", "follows")
         (tmp_path / "go").write_text("")
         screen.see("line 1000")
@@ -7905,7 +7907,7 @@ def test_the_log_of_a_running_job_is_followed_and_canceling_it_ends_its_process(
         screen.send("c")
         screen.see("SIGTERM", "keep as it is")
         screen.send("y")
-        screen.see("slow is canceled")
+        screen.see('"slow" is canceled')
         pid = int(marker.read_text())
         until(lambda: not os.path.exists(f"/proc/{pid}"), what="the end of the process")
         screen.send("qq")
@@ -8351,7 +8353,7 @@ def test_status_has_no_negative_times_and_all_its_fields(cli, local):
     report = cli_json(cli, "status")
     assert report["total_exec_time_formatted"] == "0.0s" and report["walltime_seconds"] == 0
     assert len(report["jobs_by_status"]) == 11 and not report["is_complete"]
-    assert "no runner is at work: torc run 1" in cli("status", ok=0)[1]
+    assert "no runner is active: torc run 1" in cli("status", ok=0)[1]
     node = make_node(local, workflow_id)
     for name in "ab":
         complete(local, ids[name], workflow_id, node)
@@ -8373,7 +8375,7 @@ def test_wait_ends_with_3_at_its_timeout_and_when_nothing_can_happen(cli, local)
     make(local, {"a": []})
     code, _, err = cli("wait", "--timeout", "0.1")
     assert code == 3 and "not ended" in err
-    assert err.count("no runner is at work on workflow 1: `torc run 1` starts one") == 1
+    assert err.count("no runner is active on workflow 1: `torc run 1` starts one") == 1
     make(local, {"a": []}, start=False)
     code, _, err = cli("wait", 2)
     assert code == 3 and '"a" (job 2, uninitialized)' in err
@@ -8387,7 +8389,7 @@ def test_delete_asks_and_without_a_terminal_wants_force(cli, local, monkeypatch)
     monkeypatch.setattr(torc, "ask", lambda question: "n")
     assert cli("delete", 1)[0] == 1
     assert cli("delete", 1, "--dry-run", ok=0)[1] == (
-        'Dry run: delete workflow 1 "test"\n  1 job and 0 results go; files on disk stay.\n')
+        'Dry run: delete workflow 1 "test"\n  1 job and 0 results are deleted; files on disk are kept.\n')
     monkeypatch.setattr(torc, "ask", lambda question: "y")
     assert cli("delete", 1, ok=0)[1] == 'Deleted workflow 1 "test"\n'
     assert cli_json(cli, "workflows", "list") == {"workflows": []}
@@ -8559,7 +8561,7 @@ def test_jobs_are_canceled_terminated_and_run_again(cli, local):
     make(local, {"a": [], "b": ["a"], "c": []})
     assert cli("jobs", "cancel", 1, "--dry-run", ok=0)[1] == (
         'Dry run: cancel job 1 "a"\n  1 waiting job will not start.\n'
-        '  Canceled with that, unless they say otherwise, are the jobs that wait for it: "b"\n')
+        '  Jobs that depend on this are canceled too, unless they say otherwise: "b"\n')
     assert cli_json(cli, "jobs", "cancel", 1)["status"] == "canceled"
     assert statuses(local, 1) == {"a": "canceled", "b": "canceled", "c": "ready"}
     assert cli("jobs", "cancel", 1)[0] == 1
@@ -8573,9 +8575,9 @@ def test_retry_names_what_runs_again_with_it(cli, local):
     node = make_node(local, workflow_id)
     for name in "abc":
         complete(local, ids[name], workflow_id, node)
-    dry = 'Dry run: run job 1 "a" again\n  1 completed; earlier results stay.\n'
+    dry = 'Dry run: run job 1 "a" again\n  1 completed; earlier results are kept.\n'
     assert cli("jobs", "retry", 1, "--dry-run", ok=0)[1] == (
-        dry + '  What depends on that and has run runs again, too: "b", "c"\n')
+        dry + '  Jobs downstream that have already run will run again: "b", "c"\n')
     assert cli("jobs", "retry", 1, "--dry-run", "--only", ok=0)[1] == dry
     assert set(statuses(local, 1).values()) == {"completed"}
     cli("jobs", "retry", 1, "--only", ok=0)
@@ -9040,7 +9042,7 @@ def test_other_sites_lead_to_the_dashboard_and_no_further(dash, path, headers, s
 @pytest.mark.parametrize("path, body, status, text", [
     ("/dash/wizard", {"name": "x", "command": "y", "cpus": "two"}, 400, "/dash/wizard cannot use this"),
     ("/dash/wizard", [], 400, "not a JSON object"), ("/dash/log", {}, 400, "/dash/log cannot use this"),
-    ("/dash/open", {"path": "/dev/zero"}, 400, "/dev/zero is no file")])
+    ("/dash/open", {"path": "/dev/zero"}, 400, "/dev/zero is not a file")])
 def test_what_the_dashboard_cannot_use_is_no_defect_of_its_own(dash, path, body, status, text):
     dash.enter()
     answer = dash.ask(path, "POST", json.dumps(body), {"Sec-Fetch-Site": "same-origin"})
@@ -9099,7 +9101,7 @@ def test_the_dashboard_runs_a_workflow_from_its_text_to_its_output(dash, server,
     assert statuses(client, made)["mine_1"] == "failed"
     do("rerun", False)
     assert statuses(client, made)["mine_1"] == "ready"
-    assert "No job runs" in do("cancel")["lines"][0] and "Canceled" in do("cancel", False)["message"]
+    assert "No jobs are running" in do("cancel")["lines"][0] and "Canceled" in do("cancel", False)["message"]
     assert do("delete")["typed"] == "mine" and do("delete", False)["gone"] == [made]
     assert dash.ask("/dash/do/nothing", "POST", "{}")[0] == 404
     client.close()
@@ -9310,7 +9312,7 @@ def test_a_socket_is_for_its_user_alone_from_the_first_instant(tmp_path, server,
     torc.private_socket(str(path)).close()
     path.unlink()
     path.write_text("a file")
-    with pytest.raises(torc.Unreachable, match="is no socket of yours"):
+    with pytest.raises(torc.Unreachable, match="is not a socket of yours"):
         torc.private_socket(str(path))
     assert path.read_text() == "a file"
 
@@ -9485,7 +9487,7 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
 
 
 @pytest.mark.browser
-def test_what_is_not_seen_is_not_chosen_and_an_empty_page_leads_to_the_last(chromium, dash, server):
+def test_what_is_chosen_is_named_first_and_an_empty_page_leads_to_the_last(chromium, dash, server):
     client = server.client()
     for number in range(51):
         client.post("/workflows", {"name": f"w{number:02}", "user": "tester"})
@@ -9514,7 +9516,9 @@ def test_what_is_not_seen_is_not_chosen_and_an_empty_page_leads_to_the_last(chro
     visit.see("1 workflow")
     visit.page.get_by_label("Filter workflows").fill("w11")
     visit.see("1–1 of 1")
-    assert visit.page.locator("[data-verb=archive]").count() == 0
+    visit.click("Archive")                # what the filter hides is chosen still, and that is said
+    visit.see('"w50"?')
+    visit.click("Keep as it is")
     client.close()
     assert visit.trouble == []
 
@@ -9545,7 +9549,7 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
     visit.click("Initialize")
     visit.see("1 job ready")
     visit.menu("Cancel…")
-    visit.see("No job runs.")
+    visit.see("No jobs are running.")
     visit.click("Cancel the workflow")
     until(lambda: client.get(f"/workflows/{workflow_id}/counts")["is_canceled"])
     visit.go(f"/w/{workflow_id}/graph")
@@ -10091,7 +10095,7 @@ def test_a_job_that_needs_more_memory_is_recovered_without_a_hand(cluster):
     site.submit(allocation_spec(cluster, "recover", {
         "big": hungry, "small": "true", "after": {"command": "true", "depends_on": ["big"]}}))
     done = site.torc("watch", 1, "--recover", "-o", site.output, timeout=150)
-    assert "runs again (it used" in done.stderr and "memory" in done.stderr
+    assert "big: it used" in done.stderr and ", then memory" in done.stderr
     assert site.statuses() == {"big": "completed", "small": "completed", "after": "completed"}
     needs = {record["name"]: record["memory"] for record in
              site.json("resource-requirements", "list", 1)["resource_requirements"]}
@@ -10413,7 +10417,7 @@ def test_what_sbatch_refuses_leaves_no_workflow(cluster, scheduler, said):
     spec = allocation_spec(cluster, "refused", {"a": "true"}, scheduler=scheduler)
     done = site.torc("submit", spec, "-o", site.output, ok=False)
     assert done.returncode == 1 and said in done.stderr
-    assert re.search(r"workflow \d+ is gone again: mend this, and submit once more", done.stderr)
+    assert re.search(r"workflow \d+ is gone again: fix this and submit again", done.stderr)
     script = re.search(r"sbatch --test-only (\S+) tries it", done.stderr)[1]
     assert said in cluster.run("sbatch", "--test-only", script).stderr
     assert site.json("workflows", "list") == {"workflows": []}

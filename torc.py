@@ -1591,7 +1591,7 @@ class Reader:
         if "${" not in text:
             return text
         for match in NEARLY_VARIABLE.finditer(VARIABLE.sub("", text)):
-            place.fault(f"{field}: {match[0]} is none of ${{files.input.NAME}}, "
+            place.fault(f"{field}: {match[0]} is not one of ${{files.input.NAME}}, "
                         "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}",
                         field)
         return VARIABLE.sub(put, text)
@@ -3225,7 +3225,7 @@ def reset_workflow(store, workflow_id, user, now, force):
                      " WHERE workflow_id = ? AND status IN ('pending', 'active'))",
                      (workflow_id, workflow_id))
     if any(busy) and not force:
-        raise Invalid(f"workflow {workflow_id} is at work ({busy[0]} jobs pending or running, "
+        raise Invalid(f"workflow {workflow_id} is active ({busy[0]} jobs pending or running, "
                       f"{busy[1]} allocations scheduled): cancel it first, or take --force")
     store.execute("UPDATE workflow SET is_canceled = 0, is_archived = 0,"
                   " has_detected_need_to_run_completion_script = 0 WHERE id = ?", (workflow_id,))
@@ -4142,7 +4142,7 @@ def blocker_text(cause, number, facts):
         return "the workflow is canceled"
     if cause == "no runner":
         return (f"{plural(facts, 'allocation')} of Slurm must begin first" if facts
-                else "no runner is at work: run here, or submit to Slurm")
+                else "no runner is active: run here, or submit to Slurm")
     if cause == "stopping":
         return "an earlier attempt is still being stopped"
     if cause == "unfit":
@@ -4263,7 +4263,7 @@ def why_ready(store, job):
         return f"it is ready: {blocker_text('no runner', 1, found['no runner'])}"
     seen = nodes or nodes_of(store, job.workflow_id, "1 ORDER BY id DESC LIMIT 1")
     lacks = unfit(store, need_id, seen)
-    start = "" if nodes else f"no runner is at work on workflow {job.workflow_id}: torc run " \
+    start = "" if nodes else f"no runner is active on workflow {job.workflow_id}: torc run " \
         f"{job.workflow_id}"
     if lacks:
         need, (want, most) = lacks
@@ -5435,7 +5435,7 @@ class PasswordFile:
     def set(self, user, hashed):
         """Give a user a hash, in the user's line if there is one; None removes the user."""
         if not re.fullmatch(r"[^:#\s][^:\s]*", user):
-            raise UsageError(f"{user!r} is no user name: no spaces, no colon, no # at its start")
+            raise UsageError(f"{user!r} is not a user name: no spaces, no colon, no # at its start")
         kept, done = [], hashed is None
         for line in self.lines:
             if line.partition(":")[0].strip() != user or line.startswith("#"):
@@ -6521,7 +6521,7 @@ def list_members(request, group_id):
 
 
 def remove_member(request, group_id, user):
-    """Take a user out of a group. Upstream: remove_user_from_group."""
+    """Remove a user from a group. Upstream: remove_user_from_group."""
     members_of(request, group_id)
     found = listing(request.store, MEMBER, Page(), {"group_id": group_id, "user_name": user})[
         "items"]
@@ -7146,7 +7146,7 @@ def split_url(url):
     except ValueError:
         port = host = None
     if parts.scheme not in ("http", "https") or not port or not host or parts.username:
-        raise UsageError(f"{hide_password(url)!r} is no server URL: expected something like "
+        raise UsageError(f"{hide_password(url)!r} is not a server URL: expected something like "
                          f"{DEFAULT_URL}" + (", without a user name: that is TORC_USERNAME, with "
                                              "TORC_PASSWORD" if parts.username else ""))
     return parts.scheme, host, port, parts.path.rstrip("/") or API_PREFIX
@@ -8678,7 +8678,7 @@ class Stopping:
                 self.talk.wait(0.2)
             self._end_all("interrupt")    # one may just have begun
         if not self.gone:
-            self.say(f"`torc run {self.workflow_id}` goes on from here once the cause is mended")
+            self.say(f"`torc run {self.workflow_id}` continues from here once the cause is fixed")
         self.code = 128 + self.interrupted if self.interrupted else 1
 
 
@@ -9353,7 +9353,7 @@ class Leaving:
             if not self._is_hopeless():
                 return None
             self.say(f"jobs cannot be started on this machine: {self.fault}; `torc run "
-                     f"{self.workflow_id}` goes on from here once that is mended")
+                     f"{self.workflow_id}` continues from here once that is fixed")
             return 1
         if self.draining:
             return self._verdict()
@@ -9451,7 +9451,7 @@ class Leaving:
             code, "was interrupted")
         self.say(f"workflow {self.workflow_id} {how} after {elapsed}: {self.progress.summary()}")
         if code >= 128:
-            self.say(f"`torc run {self.workflow_id}` goes on from here")
+            self.say(f"`torc run {self.workflow_id}` continues from here")
         self.code = code
 
 
@@ -10386,7 +10386,7 @@ class SlurmRunner(Runner):
             self.limits = self.limits._replace(monitor=False, limit_resources=False)
             self.accounts = Accounts(self)
             self.free_gpus = []           # srun gives each step its own
-            self.room = Room(where.nodes, self.room.whole, self.room.most)
+            self.room = Room(where.nodes, self.room.node, self.room.most)
         left = self._ask_time_left()
         self.from_slurm = left is not None and self.end_time is None
         if self.from_slurm:
@@ -10825,7 +10825,7 @@ def read_profile(path):
         try:
             re.compile(sign.value if sign.type == "hostname" else "")
         except re.error:
-            raise TorcError(f"{what}: {sign.value!r} is no regular expression") from None
+            raise TorcError(f"{what}: {sign.value!r} is not a valid regular expression") from None
         signs.append(sign)
     for number, one in enumerate(record["partitions"]):
         good = checked_record(one, PARTITION_FIELDS, f"{path}: " + (
@@ -10888,7 +10888,7 @@ def find_profile(name=None):
     found = detect_profile(profiles)
     if found or shutil.which("sinfo"):
         return found or slurm_profile()
-    raise TorcError("this machine is no HPC system that is known, and has no Slurm (no sinfo on "
+    raise TorcError("this machine belongs to no known HPC system and has no Slurm (no sinfo on "
                     f"the PATH): name a profile ({', '.join(profiles)})")
 
 
@@ -11148,7 +11148,7 @@ def group_jobs(jobs, requirements):
     """
     bare = [job["name"] for job in jobs if "resource_requirements_id" not in job]
     if bare:
-        raise TorcError(f"without resource_requirements nobody knows what to ask Slurm for: "
+        raise TorcError(f"without resource_requirements it is unknown what to request from Slurm: "
                         f"{plural(len(bare), 'job')} {'has' if len(bare) == 1 else 'have'} none "
                         f"({some(bare)})")
     levels, parents = dependency_levels(jobs)
@@ -11453,7 +11453,7 @@ class Wishes(NamedTuple):
     max_parallel_jobs: int | None = None
     keep_submission_scripts: bool = False
     share_password: bool = False
-    force: bool = False                   # though inputs are missing or jobs run
+    force: bool = False                   # even if inputs are missing or jobs are running
     failed_only: bool | None = None       # of a reset: of failed jobs, of all; None: lets choose
     reinitialize: bool = True             # of a reset: the jobs are ready then
     only: bool = False                    # of a retry: without what depends on the jobs
@@ -11592,7 +11592,7 @@ def check_idle(client, workflow_id, force):
     busy = counted["pending"] + counted["running"]
     scheduled = client.get(f"/workflows/{workflow_id}/unfinished")["scheduled"]
     if (busy or scheduled) and not force:
-        raise Invalid(f"workflow {workflow_id} is at work ({plural(busy, 'job')} pending or "
+        raise Invalid(f"workflow {workflow_id} is active ({plural(busy, 'job')} pending or "
                       f"running, {plural(scheduled, 'allocation')} scheduled), so nothing was "
                       f"changed: torc cancel {workflow_id} first, torc run {workflow_id} if its "
                       "runner has died, or take --force")
@@ -11875,7 +11875,7 @@ def prospects(client, workflow_id):
                 f"{waiting or 'nothing that will happen'}"), None
     if left["scheduled"] or not all(map(death_here, left["active_nodes"])):
         return None, None
-    return None, (f"no runner is at work on workflow {workflow_id}: `torc run {workflow_id}` "
+    return None, (f"no runner is active on workflow {workflow_id}: `torc run {workflow_id}` "
                   "starts one; waiting")
 
 
@@ -11960,9 +11960,9 @@ def submit_start(client, workflow_id, request):
     if not ids:
         raise TorcError(f"the allocations of workflow {workflow_id} have been submitted before: "
                         f"`torc slurm schedule-nodes {workflow_id}` gets more, `torc status "
-                        f"{workflow_id}` says how it stands")
+                        f"{workflow_id}` shows its status")
     return Outcome(f"Successfully submitted workflow {workflow_id}: {submitted(len(ids), ids)}; "
-                   f"logs in {request.output_dir}; `torc status {workflow_id}` says how it stands, "
+                   f"logs in {request.output_dir}; `torc status {workflow_id}` shows its status, "
                    f"`torc watch {workflow_id}` waits",
                    {"workflow_id": workflow_id, "slurm_jobs": ids,
                     "message": f"Successfully submitted workflow {workflow_id}"})
@@ -12388,7 +12388,7 @@ def plan_initialize(client, workflow_id, wishes):
     report = initialize_workflow(client, workflow_id, wishes.force, dry_run=True)
     counted = client.get(f"/workflows/{workflow_id}/counts")
     ran = counted["total"] - counted["uninitialized"] - counted["disabled"]
-    lines = [f"{plural(ran, 'job')} lose their status and run again; results of earlier runs stay."
+    lines = [f"{plural(ran, 'job')} are reset and run again; results of earlier runs are kept."
              ] if ran else []
     for title, name in (*MISSING_TITLES, ("Output files that exist", "existing_output_files")):
         if report[name]:
@@ -12479,7 +12479,7 @@ def plan_reset(client, workflow_id, wishes):
     if not choices:
         which = "failed" if wishes.failed_only else "run"
         return Plan(f"No job of workflow {workflow_id} has {which}, so none is reset", data=data)
-    lines.append("Results of earlier runs stay readable.")
+    lines.append("Results of earlier runs are kept.")
     return Plan(f"Reset jobs of workflow {workflow_id}", tuple(lines), tuple(choices), data,
                 strict=True, obstacle=obstacle)
 
@@ -12503,7 +12503,7 @@ def plan_run(client, workflow_id, wishes):
     if nodes:
         hosts = dict.fromkeys(node["hostname"] for node in nodes)
         lines = (*lines, f"{plural(len(nodes), 'runner')} {'works' if len(nodes) == 1 else 'work'} "
-                 f"on it already, on {', '.join(hosts)}; one more shares the ready jobs with them.")
+                 f"on it already, on {', '.join(hosts)}; another one shares the ready jobs.")
     start = Start(f"run of workflow {workflow_id}", (
         "run", str(workflow_id), "--output-dir", wishes.output_dir, "--allow-owner",
         workflow["user"]))
@@ -12520,7 +12520,7 @@ def plan_watch(client, workflow_id, wishes):
 
 
 def plan_submit(client, workflow_id, wishes):
-    """Start a workflow in allocations of Slurm, as its on_workflow_start actions ask for them."""
+    """Start a workflow in Slurm allocations, as its on_workflow_start actions request them."""
     workflow, lines = owned(client, workflow_id, "run")
     request = worker_request(client, wishes)
     refuse_canceled(workflow_id, client.get(f"/workflows/{workflow_id}/counts"))
@@ -12570,7 +12570,7 @@ def plan_recover(client, workflow_id, wishes):
                     "slurm_jobs"]
             ids = done["slurm_jobs"]
             step = submitted(len(ids), ids) if ids else \
-                f"torc run {workflow_id} goes on from here"
+                f"torc run {workflow_id} continues from here"
             return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again; "
                            f"{step}", done)
         return Choice(key, f"run {plural(len(chosen), 'job')} again{words}", do)
@@ -12579,7 +12579,7 @@ def plan_recover(client, workflow_id, wishes):
     if known and not every:
         choices.append(choice("y", known))
     if every and found or wishes.retry_unknown is None and len(found) > len(known):
-        choices.append(choice("a", found, "" if every else ", mended or not"))
+        choices.append(choice("a", found, "" if every else ", whatever the cause"))
     if not choices:
         raise Invalid(f"workflow {workflow_id}: nothing to recover" + (
             f", {plural(len(found), 'job')} failed for other reasons: --retry-unknown runs them "
@@ -12590,16 +12590,16 @@ def plan_recover(client, workflow_id, wishes):
     if len(found) > 14:
         lines.append(f"and {plural(len(found) - 14, 'job')} more")
     if len(found) > len(known) and not every:
-        lines.append(f"{plural(len(found) - len(known), 'job')} failed for a reason that a new try "
-                     "does not mend.")
+        lines.append(f"{plural(len(found) - len(known), 'job')} failed for reasons that more "
+                     "memory or time does not fix.")
     if on_slurm:
-        lines.append("New allocations of Slurm are submitted for them.")
+        lines.append("New Slurm allocations are submitted for them.")
     return Plan(f"Recover workflow {workflow_id}", (*said, *lines), tuple(choices),
                 report(found if every else known))
 
 
 def plan_cancel(client, workflow_id, wishes):
-    """Cancel a workflow: nothing more starts, what runs is ended."""
+    """Cancel a workflow: no more jobs start, and running ones are ended."""
     counted = client.get(f"/workflows/{workflow_id}/counts")
     scheduled, _ = live_allocations(client, workflow_id)
     busy = counted["pending"] + counted["running"]
@@ -12610,17 +12610,17 @@ def plan_cancel(client, workflow_id, wishes):
         if counted["is_complete"] and not counted["is_canceled"]:
             return Plan(f"Workflow {workflow_id} has ended already: there is nothing to cancel",
                         data={**data, "status": "success"})
-    lines = [f"{plural(busy, 'job')} pending or running: what runs gets SIGTERM, and SIGKILL if it "
-             "stays." if busy else "No job runs.",
+    lines = [f"{plural(busy, 'job')} pending or running; what runs gets SIGTERM, then SIGKILL."
+             if busy else "No jobs are running.",
              f"{plural(counted['ready'] + counted['blocked'], 'waiting job')} will not start."]
     if scheduled:
-        lines.append(f"{plural(len(scheduled), 'allocation')} of Slurm: scancel.")
-    lines.append(f"{plural(counted['completed'], 'completed job')} and their results stay.")
+        lines.append(f"{plural(len(scheduled), 'Slurm allocation')} will be canceled.")
+    lines.append(f"{plural(counted['completed'], 'completed job')} kept, with all results.")
 
     def do(client):
         client.put(f"/workflows/{workflow_id}/cancel")
         canceled, errors = cancel_allocations(client, workflow_id)
-        more = f", and {plural(len(canceled), 'allocation')} of Slurm" if canceled else ""
+        more = f", and {plural(len(canceled), 'Slurm allocation')}" if canceled else ""
         return Outcome(
             f"Canceled workflow {workflow_id} ({plural(busy, 'job')} pending or running){more}",
             {**data, "status": "partial_success" if errors else "success",
@@ -12646,10 +12646,10 @@ def plan_delete(client, ids, wishes):
     results = sum(count_records(client, "/results", workflow_id=one["id"], all_runs=True)
                   for one in found)
     names = ", ".join(f'{one["id"]} "{one["name"]}"' for one in found)
-    lines = [*errors, f"{plural(jobs, 'job')} and {plural(results, 'result')} go; files on disk "
-                      "stay."]
+    lines = [*errors, f"{plural(jobs, 'job')} and {plural(results, 'result')} are deleted; files "
+                      "on disk are kept."]
     if busy:
-        lines.append(f"{plural(busy, 'job')} pending or running: what runs is ended.")
+        lines.append(f"{plural(busy, 'job')} pending or running are canceled first.")
 
     def delete(workflow_id):
         if busy:
@@ -12669,26 +12669,29 @@ def plan_delete(client, ids, wishes):
 
 def plan_archive(client, ids, wishes):
     """Hide workflows from lists, or bring them back."""
+    found, errors = each(ids, lambda number: client.get(f"/workflows/{number}"))
+    names = ", ".join(f'{one["id"]} "{one["name"]}"' for one in found)
+
     def archive(workflow_id):
         status = client.get(f"/workflows/{workflow_id}/status")
         return client.put(f"/workflows/{workflow_id}/status",
                           {**status, "is_archived": wishes.archived})
 
     def do(_):
-        done, errors = each(ids, archive)
-        names = ", ".join(str(one["id"]) for one in done)
-        return Outcome(f"Workflow {names} is {'' if wishes.archived else 'no longer '}archived",
-                       done, errors)
+        done, trouble = each([one["id"] for one in found], archive)
+        shown = ", ".join(str(one["id"]) for one in done)
+        return Outcome(f"Workflow {shown} is {'' if wishes.archived else 'no longer '}archived",
+                       done, errors + trouble)
 
-    names = ", ".join(map(str, ids))
-    lines = (f"Lists show no longer what is archived; torc workflows archive false {names} brings "
-             "it back.",) if wishes.archived else ()
-    return Plan(f"{'Archive' if wishes.archived else 'Bring back'} workflow {names}", lines, (
-        Choice("y", "archive" if wishes.archived else "bring back", do),), {"workflows": ids})
+    lines = (*errors, *(["Lists no longer show what is archived; `torc workflows archive false ID` "
+                         "brings it back."] if wishes.archived else []))
+    verb = "archive" if wishes.archived else "bring back"
+    return Plan(f"{verb.capitalize()} workflow {names}", lines, (Choice("y", verb, do),),
+                {"workflows": [one["id"] for one in found]})
 
 
 def plan_release(client, workflow_id, wishes):
-    """Settle what dead runners and ended allocations left: their jobs, results, records."""
+    """Clean up after runners that died and allocations that ended: jobs, results, records."""
     lines = settle_allocations(client, workflow_id, dry_run=True) + [
         evidence.text for node in client.items("/compute_nodes", workflow_id=workflow_id,
                                                is_active=True)
@@ -12698,11 +12701,12 @@ def plan_release(client, workflow_id, wishes):
         done = release_dead_nodes(client, workflow_id, wishes.output_dir)
         done += settle_allocations(client, workflow_id)
         done += look_after(client, workflow_id, wishes)
-        return Outcome("\n".join(done) or f"Workflow {workflow_id}: nothing to settle",
+        return Outcome("\n".join(done) or f"Workflow {workflow_id}: nothing to clean up",
                        {"workflow_id": workflow_id, "changes": done})
 
-    return Plan(f"Settle what has died of workflow {workflow_id}", tuple(lines), (
-        Choice("y", "settle it", do),), {"workflow_id": workflow_id, "changes": lines}, sure=True)
+    return Plan(f"Clean up after runners and allocations of workflow {workflow_id} that have ended",
+                tuple(lines) or ("There is nothing to clean up.",), (Choice("y", "clean up", do),),
+                {"workflow_id": workflow_id, "changes": lines}, sure=True)
 
 
 def plan_create(client, spec, wishes):
@@ -12737,15 +12741,15 @@ def plan_stop(client, ids, wishes, status):
     jobs, errors = each(ids, look)
     lines, at_work = list(errors), sum(job["status"] in ("pending", "running") for job in jobs)
     if at_work:
-        lines.append(f"{plural(at_work, 'job')} at work: SIGTERM, and SIGKILL for what stays.")
+        lines.append(f"{plural(at_work, 'job')} pending or running: SIGTERM, then SIGKILL.")
     if at_work < len(jobs):
         lines.append(f"{plural(len(jobs) - at_work, 'waiting job')} will not start.")
     below = {row["id"]: row["name"] for job in jobs[:20] for row in client.page(
         "/jobs", workflow_id=job["workflow_id"], upstream_job_id=job["id"], status="blocked",
         limit=NAMED_AT_MOST + 1)["items"]}
     if below:
-        lines.append("Canceled with that, unless they say otherwise, are the jobs that wait for "
-                     f"it: {named(list(below.values()))}")
+        lines.append("Jobs that depend on this are canceled too, unless they say otherwise: "
+                     + named(list(below.values())))
 
     def do(client):
         done, trouble = each([job["id"] for job in jobs],
@@ -12782,11 +12786,11 @@ def plan_retry(client, ids, wishes):
     for job in jobs:
         ended[job["status"]] = ended.get(job["status"], 0) + 1
     lines = [", ".join(f"{number} {said(status)}" for status, number in ended.items())
-             + "; earlier results stay."]
+             + "; earlier results are kept."]
     if set(ended) != {"completed"}:
-        lines.append("What was canceled because of that waits for it again.")
+        lines.append("Jobs that were canceled because of this wait for it again.")
     if below:
-        lines.append(f"What depends on that and has run runs again, too: {named(below)}")
+        lines.append(f"Jobs downstream that have already run will run again: {named(below)}")
 
     def do(client):
         done = [client.get(f"/jobs/{job['id']}") for job in rerun(client, False)]
@@ -12816,17 +12820,17 @@ OPERATIONS = {
                        "Set jobs back to uninitialized: all, or those that failed."),
     "run": Operation(plan_run, "workflow", "run", "Run a workflow on this machine."),
     "submit": Operation(plan_submit, "workflow", "submit",
-                        "Run a workflow in allocations of Slurm, as its actions ask for them."),
+                        "Run a workflow in Slurm allocations, as its actions request them."),
     "watch": Operation(plan_watch, "workflow", "watch",
                        "Look after a workflow until it ends: runners, allocations, recovery."),
     "recover": Operation(
         plan_recover, "workflow", "recover",
-        "Run again what failed, with more memory or time where that was the cause."),
+        "Rerun what failed, with more memory or time where that was the cause."),
     "cancel": Operation(plan_cancel, "workflow", "cancel",
-                        "Cancel a workflow: nothing more starts, what runs is ended."),
+                        "Cancel a workflow: no more jobs start, and running ones are ended."),
     "release": Operation(
         plan_release, "workflow", "workflows sync-status",
-        "Settle what dead runners and ended allocations left: their jobs, results, records."),
+        "Clean up after runners that died and allocations that ended."),
     "archive": Operation(plan_archive, "workflows", "workflows archive",
                          "Hide workflows from lists, or bring them back."),
     "delete": Operation(plan_delete, "workflows", "delete",
@@ -12834,7 +12838,7 @@ OPERATIONS = {
     "create": Operation(plan_create, "spec", "create", "Create a workflow from a specification."),
     "cancel_job": Operation(
         functools.partial(plan_stop, status="canceled"), "jobs", "jobs cancel",
-        "Cancel jobs: they never start, or are ended; what depends on them is canceled."),
+        "Cancel jobs: they never start, or are ended; jobs that depend on them are canceled."),
     "terminate_job": Operation(functools.partial(plan_stop, status="terminated"), "jobs",
                                "jobs terminate", "End jobs as a time limit would."),
     "retry": Operation(plan_retry, "jobs", "jobs retry",
@@ -12939,7 +12943,7 @@ class Watcher:
             if self.fruitless >= MAX_FRUITLESS:
                 self.say(f"{self.fruitless} allocations in a row have ended without starting a job:"
                          f" no more are asked for; their logs are in {args.output_dir} "
-                         "(slurm_output_*). Mend the cause and watch again", "error")
+                         "(slurm_output_*). Fix the cause and watch again", "error")
         if self.fruitless >= MAX_FRUITLESS:
             return
         retried = sum(job["attempt_id"] > 1 for job in self.client.items(
@@ -12964,7 +12968,7 @@ class Watcher:
                 self.say(f"{error}; trying again in "
                          f"{span(args.auto_schedule_cooldown)}", "warn")
                 return
-            self.say(f"{plural(ready, 'job')} are ready and nobody runs them: "
+            self.say(f"{plural(ready, 'job')} are ready and no runner takes them: "
                      + submitted(len(made["slurm_jobs"]), made["slurm_jobs"]))
 
     def at_end(self):
@@ -13012,7 +13016,7 @@ class Column(NamedTuple):
 
 COLUMNS = {                               # kind: "title=field width least, ..."; 6> is to the right
     "workflow": "ID=id 6>, Name=name, State=state 17, Done=share 6>, Jobs=total 8>,"
-                " Failed=failed 7>, Timestamp=timestamp 12, User=user 12 100,"
+                " Failed=failed 7>, Created=timestamp 12, User=user 12 100,"
                 " Project=project 16 140, Description=description 60 170, Metadata=metadata 40 230",
     "job": "ID=id 6>, Name=name, Status=status 16, =note 20, Ran=ran_s 6>,"
            " Memory=peak_memory_bytes 9> 92, Host=host 14 110, Attempt=attempt_id 7> 120,"
@@ -13999,6 +14003,8 @@ class Ending:
             if not rest:
                 break
             wasyncore.loop(timeout=0.1, use_poll=True, map=rest, count=1)
+        # Python 3.9 can wait for ever if a thread asks for the interpreter while it is shut down.
+        sys.setswitchinterval(1000)
 
 
 LAST_WORDS_S = 5.0
@@ -14363,7 +14369,7 @@ def private_socket(path):
     if os.path.lexists(path):
         found = os.lstat(path)
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
-            raise Unreachable(f"{path} exists and is no socket of yours: name another --socket")
+            raise Unreachable(f"{path} exists and is not a socket of yours: name another --socket")
         with socket.socket(socket.AF_UNIX) as probe_socket:
             try:
                 probe_socket.connect(path)
@@ -14449,7 +14455,7 @@ LOG_BYTES = 4 * 2**20                     # of a log's end that the viewer holds
 HINT_LINES = 8
 
 
-# ---- values for people
+# ---- values shown to people
 
 def printable(text):
     """A text of one line that cannot steer a terminal."""
@@ -14738,7 +14744,7 @@ def load_overview(client, ask):
     return {**client.get(path + "/summary"), "workflow": client.get(path)}
 
 
-JOB_ORDERS_SHOWN = (                      # words, sort_by, largest first
+JOB_ORDERS_SHOWN = (                      # words, sort_by, in descending order
     ("id", "id", False), ("name", "name", False), ("status", "status", False),
     ("run time", "ran", True), ("memory", "memory", True), ("start", "start", True),
     ("latest id", "id", True))
@@ -14793,8 +14799,9 @@ def load_log(client, ask):
                         ask.stream in (None, number) or paths[0] == paths[1])
                for number, path in enumerate(paths)]
     wanted = int(job["status"] in BAD_ENDS)          # stderr first, unless it is empty
-    first = wanted if streams[wanted].size > 0 else 1 - wanted
-    return {"job": job, "attempt": attempt, "streams": streams, "key": key, "first": first}
+    if streams[wanted].size <= 0 < streams[1 - wanted].size:
+        wanted = 1 - wanted
+    return {"job": job, "attempt": attempt, "streams": streams, "key": key, "first": wanted}
 
 
 def load_file(client, ask):
@@ -15136,7 +15143,7 @@ def timeline_rows(state, page, width):
     data, to = page.data, ("nodes", {"workflow_id": page.workflow_id})
     step_s = (data["to"] - data["from"]) / 1000 / max(20, width - 34)
     rows = [Row([(f"One cell is {format_duration(step_s)}; blank is idle; "
-                  f"{glyph(state, 'failed')} a job ended badly", "dim")])]
+                  f"{glyph(state, 'failed')} a job failed", "dim")])]
     for runner in data["runners"]:
         line = [(shorten(runner["name"], 14).ljust(15), ""), (f"{runner['busy']:>3} %  ", "dim")]
         style = "running" if runner["active"] else "completed"
@@ -15282,7 +15289,7 @@ def log_window(page, width, height):
 
 
 def broken(line, width):
-    """A line in parts that take at most so many columns."""
+    """A line in parts that take at most this many columns."""
     if line.isascii():
         return [line[at:at + width] for at in range(0, max(1, len(line)), width)]
     parts, room = [""], width
@@ -15697,7 +15704,7 @@ KEYS = read_keys("""
     W             watch          -          watch: look after it until it ends
     v             recover        -          recover: run again what failed, with more memory or time
     C             cancel         cancel     cancel: nothing more starts, what runs is ended
-    S             release        -          settle what dead runners and ended allocations left
+    S             release        -          clean up after dead runners and ended allocations
     H             archive        -          archive: hide the workflow from lists
   everywhere = Everywhere
     ?             help           help       this help
@@ -15706,7 +15713,7 @@ KEYS = read_keys("""
     A             live           -          live: follow what happens, or not
     O             processes      -          what was started here, and its output
     M             mouse          -          wheel and click, or the terminal's own selection
-    Ctrl-L        redraw         -          draw the screen anew
+    Ctrl-L        redraw         -          redraw the screen
     Ctrl-Z        suspend        -          back to the shell; fg returns
     Esc           leave          -          take the filter away, or go back
     q             back           back       back, and quit at the end
@@ -16404,7 +16411,7 @@ class Reading:
         self.find(hit if hit is not None else -1 if step > 0 else self.log_size(), step)
 
 
-class Acting:
+class Operating:
     """What changes something: operations, and processes that are started here."""
 
     def act(self, verb, target):
@@ -16507,7 +16514,7 @@ class Acting:
             "create", os.path.expanduser(text)), "path of a .yaml, .json, ... file")
 
 
-class Terminal(Loading, Moving, Listing, Reading, Acting):
+class Terminal(Loading, Moving, Listing, Reading, Operating):
     """The terminal UI without its terminal: keys and events change the State, which is drawn.
 
     tools: what section 14 lends: plan(verb, client, target), find_output(client, job),
@@ -17164,9 +17171,9 @@ def read_options(texts):
 WORKFLOW = "[WORKFLOW_ID]  default: the only workflow you have, else you are asked"
 ID = "ID"
 LIST_IDS = "ID... -> ids"
-DRY_RUN = "--dry-run  say what would happen, change nothing"
+DRY_RUN = "--dry-run  show what would happen, change nothing"
 FORCE = "--force  do not ask"
-FORCE_INPUTS = "--force  though inputs are missing or jobs run"
+FORCE_INPUTS = "--force  even if inputs are missing or jobs are running"
 NO_PROMPTS = "--no-prompts  do not ask"
 OUTPUT_DIR = f"""
     -o, --output-dir DIR={DEFAULT_OUTPUT_DIR}  where logs and the local database are
@@ -17178,9 +17185,9 @@ WORKER_URL = """
                          (TORC_WORKER_URL); may be repeated
     """
 MAX_PARALLEL = """
-    -m, --max-parallel-jobs N  each worker runs so many at a time, whatever they need
+    -m, --max-parallel-jobs N  each worker runs at most this many at a time
     """
-KEEP_SCRIPTS = "--keep-submission-scripts  leave the batch scripts in the output directory"
+KEEP_SCRIPTS = "--keep-submission-scripts  keep the batch scripts in the output directory"
 POLL = "-p, --poll-interval S  hidden"
 SHARE_PASSWORD = """
     --share-password  jobs find your password in TORC_PASSWORD, not a token that is good for their
@@ -17190,16 +17197,16 @@ WORKERS = (OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, SHARE_PASSWORD, P
 
 
 PAGING = """
-    -l, --limit NUMBER   at most so many
-    --offset NUMBER=0    leave out so many
+    -l, --limit NUMBER   at most this many
+    --offset NUMBER=0    skip this many
     --sort-by FIELD      a field of the JSON output
-    --reverse-sort       largest first
+    --reverse-sort       in descending order
     """
 SHORT_PAGING = """
-    -l, --limit NUMBER       at most so many
-    -o, --offset NUMBER=0    leave out so many
+    -l, --limit NUMBER       at most this many
+    -o, --offset NUMBER=0    skip this many
     -s, --sort-by FIELD      a field of the JSON output
-    -r, --reverse-sort       largest first
+    -r, --reverse-sort       in descending order
     """
 GLOBAL = read_options((f"""
     -f, --format table|json=table   how to print
@@ -17215,10 +17222,10 @@ GLOBAL = read_options((f"""
                                     then read along (TORC_TLS_INSECURE)
     --cookie-header TEXT            a Cookie header for sites behind a login page
                                     (TORC_COOKIE_HEADER)
-    --log-level error|warn|info|debug|trace  what is said on stderr (RUST_LOG; default: info)
-    --skip-version-check            accepted, nothing is checked
+    --log-level error|warn|info|debug|trace  what is logged to stderr (RUST_LOG; default: info)
+    --skip-version-check            accepted for compatibility; nothing is checked
     -V, --version                   print version and hash of this program
-    -h, --help                      print help, also behind a command
+    -h, --help                      print help, also after a command
     """,))
 
 
@@ -17374,11 +17381,11 @@ def overview():
     lines = ["torc: run workflows of many jobs on this machine or a cluster.", "",
              "Usage: torc [OPTIONS] COMMAND ...", ""]
     for title, words in GROUPS:
-        lines += [f"{title}:", *(f"  {word:<24}{summary_of(word)}" for word in words.split()), ""]
-    lines.append("Options, before or behind the command:")
+        lines += [f"{title}:", *(f"  {word:<24} {summary_of(word)}" for word in words.split()), ""]
+    lines.append("Options, before or after the command:")
     for option in GLOBAL:
         text = f"{', '.join(option.flags)} {option.metavar}"
-        lines.append(f"  {text:<24}{option.help}")
+        lines.append(f"  {text:<23} {option.help}")
     return "\n".join([*lines, "", "Example:", "  torc run --example hello"])
 
 
@@ -17527,7 +17534,7 @@ def confirm(question, sure, option="--force", strict=True):
         if ask(f"{question} [y/N]").lower() not in ("y", "yes"):
             raise TorcError("nothing was changed")
     elif strict:
-        raise UsageError(f"{question} Nobody can be asked here: take {option}")
+        raise UsageError(f"{question} There is no terminal to ask on: use {option}")
 
 
 def wishes_of(args):
@@ -17596,18 +17603,18 @@ def choose_workflow(args, client):
     print(listed, file=sys.stderr)
     answer = ask("Which workflow (ID)?")
     if answer not in {str(workflow["id"]) for workflow in found}:
-        raise TorcError(f"{answer!r} is none of these workflows")
+        raise TorcError(f"{answer!r} is not one of these workflows")
     return int(answer)
 
 
 # ---- life of a workflow
 
 SPEC_ENDINGS = (".yaml", ".yml", ".json", ".json5", ".kdl")
-SPEC_OR_ID = "[SPEC|ID] -> spec  specification, or id of a workflow that exists"
+SPEC_OR_ID = "[SPEC|ID] -> spec  specification, or id of an existing workflow"
 SPEC_OPTIONS = """
     --example NAME            a built-in specification: torc examples lists them
     --no-resource-monitoring  do not measure memory and CPU use
-    --skip-checks             leave out checks that are not needed to run
+    --skip-checks             skip checks that are not needed to run
     """
 
 
@@ -17725,7 +17732,7 @@ def names_workflow(args):
 
 
 @command("run", SPEC_OR_ID, SPEC_OPTIONS, """
-         --max-parallel-jobs N  run so many at a time, whatever they need
+         --max-parallel-jobs N  run at most this many at a time, whatever they need
          --num-cpus N           default: those of this machine
          --memory-gb GB
          --num-gpus NUMBER
@@ -17737,7 +17744,7 @@ def names_workflow(args):
          """, WORKER_URL, SHARE_PASSWORD, POLL, client=False,
          example="torc run workflow.yaml --num-cpus 4")
 def do_run(args, client):
-    """Run a specification, or a workflow that exists, on this machine."""
+    """Run a specification, or an existing workflow, on this machine."""
     spec = None if names_workflow(args) else load_spec(args, args.spec)
     os.makedirs(args.output_dir, mode=0o700, exist_ok=True)    # before there is a workflow
     client = open_client(args, make=spec is not None)
@@ -17835,14 +17842,14 @@ def verdict(report, on_slurm):
     new = by_status["uninitialized"]
     start = f"torc slurm schedule-nodes {workflow_id} gets another allocation, torc run " \
             f"{workflow_id} works here" if on_slurm else f"torc run {workflow_id}"
-    return (f"The workflow is not complete{ending}, and no runner is at work: {start}" + (
+    return (f"The workflow is not complete{ending}, and no runner is active: {start}" + (
         f" (and torc workflows reinit {workflow_id} before, for {plural(new, 'job')} that are not "
         "initialized)" if new else ""))
 
 
 @command("status", WORKFLOW, OUTPUT_DIR, WORKER_URL, example="torc status 3")
 def do_status(args, client):
-    """Say how a workflow stands: jobs by status, times, runners."""
+    """Show the status of a workflow: jobs by status, run times, runners."""
     for sentence in look_after(client, args.workflow_id, wishes_of(args)):
         tell(args, sentence)
     report = workflow_report(client, args.workflow_id)
@@ -17923,7 +17930,7 @@ operation_command("delete", LIST_IDS, FORCE, NO_PROMPTS, example="torc delete 3 
 
 @command("ping", example="torc ping")
 def do_ping(args, client):
-    """Say whether the server (or the local database) answers."""
+    """Check that the server (or the local database) answers."""
     answer = client.get("/ping")
     say(args, "The local database can be read" if client.is_local else "Server is running",
         **answer)
@@ -18026,7 +18033,7 @@ def follow_output(client, job_id, attempt, paths):
 
 @command("logs", """
          JOB_ID
-         --follow     go on while the job runs
+         --follow     follow the output while the job runs
          --stdout     only stdout
          --stderr     only stderr
          --attempt N  default: the latest
@@ -18187,7 +18194,7 @@ def update_verb(noun):
         if noun.table == "user_data" else ()
 
     @command(f"{noun.word} update", ID, noun.update, more,
-             summary=f"Change {article(noun.kind.name)}; what is not named stays.",
+             summary=f"Change {article(noun.kind.name)}; fields that are not given are kept.",
              example=f"torc {noun.word} update 17 {read_options(noun.update)[0].flags[-1]} new")
     def update(args, client):
         values = given(args, *noun.update)
@@ -18288,10 +18295,10 @@ NOUNS = (
             --producer-job-id ID
             """,),
          paging="""
-             -l, --limit NUMBER     at most so many
-             -o, --offset NUMBER=0  leave out so many
+             -l, --limit NUMBER     at most this many
+             -o, --offset NUMBER=0  skip this many
              --sort-by FIELD        a field of the JSON output
-             --reverse-sort         largest first
+             --reverse-sort         in descending order
              """),
     Noun("results", "result", "get delete"),
     Noun("events", "event", "create get delete",
@@ -18418,7 +18425,7 @@ operation_command("reinitialize", WORKFLOW, FORCE_INPUTS, ask=False,
 
 @command("workflows list-actions", WORKFLOW, example="torc workflows list-actions 3")
 def do_workflows_list_actions(args, client):
-    """List a workflow's actions and how far they are."""
+    """List a workflow's actions and their progress."""
     records = client.get(f"/workflows/{args.workflow_id}/actions")
     if args.format == "table":
         for action in records:
@@ -18433,7 +18440,7 @@ def do_workflows_list_actions(args, client):
 
 @command("workflows is-complete", WORKFLOW, example="torc workflows is-complete 3")
 def do_workflows_is_complete(args, client):
-    """Say whether a workflow is complete; the exit code is 0 in any case (see torc wait)."""
+    """Tell whether a workflow is complete; the exit code is always 0 (see torc wait)."""
     answer = client.get(f"/workflows/{args.workflow_id}/is_complete")
     state = "canceled" if answer["is_canceled"] else \
         "complete" if answer["is_complete"] else "not complete"
@@ -18483,7 +18490,7 @@ def do_workflows_export(args, client):
          """,
          client="make", example="torc workflows import study.json --name again")
 def do_workflows_import(args, client):
-    """Make an exported workflow anew, with new ids and jobs that are not initialized."""
+    """Recreate an exported workflow, with new ids and uninitialized jobs."""
     if args.file == "-":
         try:
             document = json.loads(sys.stdin.read())
@@ -18568,7 +18575,7 @@ def do_jobs_create_from_file(args, client):
          --upstream-job-id ID  jobs that depend on this one
          """, PAGING, """
          --include-relationships  with the ids of dependencies, files and user data
-         -x, --exclude COLUMN...  leave a column out of the table
+         -x, --exclude COLUMN...  omit a column from the table
          """, example="torc jobs list 3 --status failed")
 def do_jobs_list(args, client):
     """List the jobs of a workflow."""
@@ -18662,7 +18669,7 @@ operation_command("retry", LIST_IDS, "--only  without what depends on them and h
 
 @command("files list-required-existing", WORKFLOW, example="torc files list-required-existing 3")
 def do_files_list_required(args, client):
-    """List the files that must exist: inputs that no job makes, outputs of completed jobs."""
+    """List the files that must exist: inputs that no job writes, outputs of completed jobs."""
     wanted = set(client.get(f"/workflows/{args.workflow_id}/required_existing_files")["files"])
     show_list(args, "files", "file", "file",
               [file for file in client.items("/files", workflow_id=args.workflow_id)
@@ -18671,7 +18678,7 @@ def do_files_list_required(args, client):
 
 @command("user-data list-missing", WORKFLOW, example="torc user-data list-missing 3")
 def do_user_data_list_missing(args, client):
-    """List user data that should have a value and has none."""
+    """List user data that should have a value but has none."""
     wanted = set(client.get(f"/workflows/{args.workflow_id}/missing_user_data")["user_data"])
     show_list(args, "user_data", "user data", "user_data",
               [record for record in client.items("/user_data", workflow_id=args.workflow_id)
@@ -18955,7 +18962,7 @@ def urls_for_workers(urls, how):
          """,
          client=False, example="torc doctor --url http://login1:8080 --from-compute")
 def do_doctor(args, client):
-    """Look for what keeps clients and workers from their server; exit code 1 if something does."""
+    """Find out why clients or workers cannot reach their server; exit code 1 if they cannot."""
     how = client_options(args)
     urls = args.at or doctor_urls(args, how)
     checks = [check for url in urls for check in check_server(url, how)]
@@ -18977,13 +18984,13 @@ def do_doctor(args, client):
 
 
 @command("submit", SPEC_OR_ID, SPEC_OPTIONS, WORKERS, """
-         -i, --ignore-missing-data  though inputs are missing
+         -i, --ignore-missing-data  even if inputs are missing
          --allow-owner NAME...      submit workflows of this user too, whose commands then run as
                                     you; may be repeated
          """, DRY_RUN,
          client=False, example="torc submit workflow.yaml")
 def do_submit(args, client):
-    """Run a workflow in allocations of Slurm, as its on_workflow_start actions ask for them."""
+    """Run a workflow in Slurm allocations, as its on_workflow_start actions request them."""
     spec = None if names_workflow(args) else load_spec(args, args.spec)
     client, wishes = open_client(args, make=spec is not None), wishes_of(args)
     wishes = wishes._replace(force=args.ignore_missing_data)
@@ -18992,10 +18999,21 @@ def do_submit(args, client):
             return submit_spec(args, client, spec, wishes)
         owner = client.get(f"/workflows/{int(args.spec)}")["user"]
         plan = plan_submit(client, int(args.spec), wishes)
+        if args.dry_run:
+            return show_scripts(args, plan.data["scripts"])
         allow_owner(args, client, owner)
         return carry_out(args, client, plan, ask=False)
     finally:
         client.close()
+
+
+def show_scripts(args, scripts):
+    """Print the batch scripts that would be handed to Slurm."""
+    if args.format == "json":
+        print_json({"dry_run": True, "scripts": scripts})
+    for script in scripts if args.format == "table" else ():
+        print(f"# {plural(script['num_allocations'], 'allocation')} of scheduler "
+              f"\"{script['scheduler']}\" would be submitted:\n{script['script']}")
 
 
 def submit_spec(args, client, spec, wishes):
@@ -19004,9 +19022,7 @@ def submit_spec(args, client, spec, wishes):
     scripts = submission(client, {"id": 0, **spec.payload["workflow"]}, spec.payload["actions"],
                          dict(enumerate(spec.payload["slurm_schedulers"], 1)), request)
     if args.dry_run:
-        return carry_out(args, client, Plan(
-            "Create and submit the workflow", submission_lines(scripts), (True,),
-            {"scripts": scripts}))
+        return show_scripts(args, scripts)
     missing = [] if args.ignore_missing_data else missing_inputs(spec.payload)
     if missing:
         raise TorcError(f"input files missing: {named(missing)}. No job makes them, so no "
@@ -19019,7 +19035,7 @@ def submit_spec(args, client, spec, wishes):
             with contextlib.suppress(TorcError):
                 client.delete(f"/workflows/{workflow_id}")
                 error.args = (f"{error}. No allocation was submitted, so workflow {workflow_id} "
-                              "is gone again: mend this, and submit once more",)
+                              "is gone again: fix this and submit again",)
         raise
 
 
@@ -19049,7 +19065,7 @@ def choose_scheduler(args, client):
          """,
          example="torc slurm schedule-nodes 3 -n 2")
 def do_slurm_schedule(args, client):
-    """Get allocations for a workflow that exists, by one of its Slurm schedulers."""
+    """Request allocations for an existing workflow with one of its Slurm schedulers."""
     scheduler = choose_scheduler(args, client)
     if scheduler["workflow_id"] != args.workflow_id:
         raise UsageError(f"scheduler {scheduler['id']} belongs to workflow "
@@ -19074,7 +19090,7 @@ def stats_query(args):
          --attempt-id NUMBER
          """, example="torc slurm stats 3")
 def do_slurm_stats(args, client):
-    """List what Slurm's accounting said of the jobs that ran as steps of srun."""
+    """List Slurm's accounting records of jobs that ran as steps of srun."""
     show_list(args, "slurm_stats", "record", "slurm_stats",
               client.items("/slurm_stats", **stats_query(args)), f"workflow {args.workflow_id}")
 
@@ -19090,7 +19106,7 @@ ACCOUNT_COLUMNS = (("slurm_job", "JobIDRaw"), ("job_step", "JobName"), ("state",
          """,
          example="torc slurm sacct 3")
 def do_slurm_sacct(args, client):
-    """Show what Slurm's accounting says of a workflow's allocations and their steps."""
+    """Show Slurm's accounting of a workflow's allocations and their steps."""
     ids = sorted({record["scheduler_id"] for record in client.items(
         "/scheduled_compute_nodes", workflow_id=args.workflow_id)
         if record["scheduler_type"] == "slurm"})
@@ -19118,7 +19134,7 @@ def do_slurm_sacct(args, client):
                                       its own
          --startup-delay-seconds S=0  wait for a part of that time, so that many workers do not
                                       begin at once
-         --server-id ID               work for no other server
+         --server-id TEXT               work for no other server
          --scheduler-config-id ID
          --strict-scheduler-match     only jobs of that scheduler
          --credentials FILE           a file that `torc submit` has written, where allocations get
@@ -19126,7 +19142,7 @@ def do_slurm_sacct(args, client):
          """, SHARE_PASSWORD, "--program-hash HASH  hidden", client=False,
          example="torc slurm-job-runner http://login1:8080 3 torc_output")
 def do_slurm_job_runner(args, client):
-    """Work on a workflow inside an allocation of Slurm; `torc submit` starts it."""
+    """Work on a workflow inside a Slurm allocation; `torc submit` starts it."""
     import random
     where = read_allocation(os.environ)
     how = client_options(args)
@@ -19234,7 +19250,7 @@ def scheduling(client, workflow_id, make_request):
          """, DRY_RUN,
          example="torc slurm regenerate 3 --submit")
 def do_slurm_regenerate(args, client):
-    """Make Slurm schedulers anew for the jobs that are left to run."""
+    """Recreate Slurm schedulers for the jobs that are left to run."""
     report = regenerate(client, args.workflow_id, wishes_of(args), args.submit, args.dry_run)
     if args.format == "json":
         print_json(report)
@@ -19268,24 +19284,23 @@ RECOVERY = """
 
 
 operation_command("recover", WORKFLOW, WORKERS, RECOVERY,
-                  "--runtime-multiplier X=1.4  for jobs that ran out of time", NO_PROMPTS,
+                  "--runtime-multiplier X=1.4  for jobs that ran out of time", FORCE, NO_PROMPTS,
                   example="torc recover 3 --dry-run")
 
 
 # ---- watching
 
 @command("watch", WORKFLOW, OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, RECOVERY, """
-         -p, --poll-interval S=60.0      Slurm is asked as often (default: 60); the end is seen at
+         -p, --poll-interval S=60        how often Slurm is asked; the end is seen at
                                          once
          -r, --recover                   when it ends with failures, run again what failed, with
                                          more memory or time where that was the cause
-         --max-retries NUMBER            recover so many times (default: no limit)
+         --max-retries NUMBER            recover at most this often (default: no limit)
          --runtime-multiplier X=1.5      for jobs that ran out of time
          -s, --show-job-counts
-         --auto-schedule                 get allocations for ready jobs that nobody runs
-         --auto-schedule-threshold NUMBER=5  also, while others run, for so many jobs that are
-                                         tried again
-         --auto-schedule-cooldown S=1800  that not more often than this
+         --auto-schedule                 request allocations for ready jobs that no runner takes
+         --auto-schedule-threshold NUMBER=5  also while others run, for this many retried jobs
+         --auto-schedule-cooldown S=1800  wait at least this long between such requests
          --auto-schedule-stranded-timeout S=7200  for fewer of them after this time; 0: never
          """,
          example="torc watch 3 --recover")
@@ -19325,7 +19340,7 @@ def show_partitions(args, profile, rows, columns=PARTITION_COLUMNS):
 
 @command("hpc list", client=False, example="torc hpc list")
 def hpc_list(args, client):
-    """List the profiles of HPC systems: yours in ~/.torc/hpc, the built-in ones."""
+    """List the profiles of HPC systems: your own in ~/.torc/hpc and the built-in ones."""
     profiles = known_profiles()
     here = detect_profile(profiles)
     show_list(args, "profiles", "profile", "Name=name, Display Name=display_name,"
@@ -19340,7 +19355,7 @@ def hpc_list(args, client):
 
 @command("hpc detect", client=False, example="torc hpc detect")
 def hpc_detect(args, client):
-    """Say which HPC system this machine belongs to; exit code 1 if none is known."""
+    """Tell which HPC system this machine belongs to; exit code 1 if none is known."""
     import shutil
     found = detect_profile(known_profiles())
     if found:
@@ -19380,7 +19395,7 @@ def hpc_show(args, client):
          """,
          client=False, example="torc hpc partitions kestrel --gpu")
 def hpc_partitions(args, client):
-    """List the partitions of a system: what their nodes have, how long and how wide jobs may be."""
+    """List a system's partitions: what their nodes have, and the limits for jobs."""
     profile = find_profile(args.name)
     show_partitions(args, profile, [
         partition_row(one) for one in profile.partitions
@@ -19396,7 +19411,7 @@ def hpc_partitions(args, client):
          """,
          client=False, example="torc hpc match kestrel --cpus 52 --memory 100g --walltime 06:00:00")
 def hpc_match(args, client):
-    """List the partitions that take a job, the best first."""
+    """List the partitions that fit a job, best first."""
     profile = find_profile(args.name)
     need = Need(args.cpus, slurm_memory(args.memory), args.gpus, args.nodes)
     walltime = parse_walltime(args.walltime)
@@ -19416,9 +19431,9 @@ def host_pattern(hostname):
 
 @command("hpc generate", """
          -n, --name NAME          default: the cluster's own
-         -d, --display-name TEXT  for people
+         -d, --display-name TEXT  shown to people
          -o, --output FILE        default: standard output; one in ~/.torc/hpc is used from then on
-         --skip-stdby             leave out standby partitions
+         --skip-stdby             omit standby partitions
          """,
          client=False, example="torc hpc generate -n mycluster -o ~/.torc/hpc/mycluster.json")
 def hpc_generate(args, client):
@@ -19528,8 +19543,8 @@ def show_plan(args, profile, plan, more=(), columns=""):
 
 @command("slurm generate", PLANNING, """
          -o, --output FILE  default: standard output
-         --no-actions       only schedulers: nothing asks for allocations by itself
-         --dry-run          show the schedulers, write nothing
+         --no-actions       only schedulers, without actions that request allocations
+         --dry-run          show the schedulers, but write nothing
          """,
          client=False, example="torc slurm generate workflow.yaml --account proj -o for_slurm.yaml")
 def slurm_generate(args, client):
@@ -19593,13 +19608,13 @@ def predicted_start(scheduler):
 
 
 @command("slurm plan-allocations", PLANNING, """
-         --offline         do not ask the cluster anything
-         --skip-test-only  do not ask when they would start
+         --offline         do not contact the cluster
+         --skip-test-only  do not ask Slurm when they would start
          """,
          client=False, example="torc slurm plan-allocations workflow.yaml --profile kestrel "
          "--offline")
 def slurm_plan_allocations(args, client):
-    """Show the allocations that slurm generate would ask for, idle nodes, and predicted starts."""
+    """Show the allocations that slurm generate would request, idle nodes, and predicted starts."""
     document, spec, _ = read_for_planning(args)
     if args.offline and args.profile == DYNAMIC_PROFILE:
         raise UsageError(f"--profile {DYNAMIC_PROFILE} asks the cluster, which --offline forbids: "
@@ -19686,7 +19701,7 @@ def after_change(args, sentence):
 @command("htpasswd add", "USER", PASSWORD_FILE, PASSWORD, COST, RELOAD,
          client=False, example="torc htpasswd add --file users.htpasswd alice")
 def do_htpasswd_add(args, client):
-    """Give a user a password, or another one; makes the file (0600) if there is none."""
+    """Add a user, or change a password; creates the file (0600) if there is none."""
     file = open_password_file(args, absent=True)
     known = args.user in file.users
     file.set(args.user, "")               # a bad name is refused before anything is asked
@@ -19699,7 +19714,7 @@ def do_htpasswd_add(args, client):
 @command("htpasswd remove", "USER", PASSWORD_FILE, RELOAD,
          client=False, example="torc htpasswd remove --file users.htpasswd alice")
 def do_htpasswd_remove(args, client):
-    """Take a user out of the file."""
+    """Remove a user from the file."""
     file = open_password_file(args)
     if args.user not in file.users:
         raise NotFound(f"there is no user {args.user} in {args.file}"
@@ -19766,19 +19781,26 @@ def do_group_list(args, client):
     show_list(args, "groups", "group", GROUP_COLUMNS, client.items("/access_groups"))
 
 
-@command("access-groups delete", GROUP_ID, FORCE, example="torc access-groups delete 2")
+@command("access-groups delete", GROUP_ID, FORCE, NO_PROMPTS, DRY_RUN,
+         example="torc access-groups delete 2")
 def do_group_delete(args, client):
-    """Delete a group; what it shared is shared no more."""
-    group = client.get(f"/access_groups/{args.group_id}")
-    confirm(f"Delete access group \"{clean(group['name'])}\"?", args.force)
-    client.delete(f"/access_groups/{args.group_id}")
-    say(args, f"Deleted access group {args.group_id}", **group)
+    """Delete a group; its workflows are no longer shared with its members."""
+    path = f"/access_groups/{args.group_id}"
+    group = client.get(path)
+    name = f"access group {args.group_id} \"{group['name']}\""
+
+    def do(client):
+        client.delete(path)
+        return Outcome(f"Deleted {name}", group)
+
+    return carry_out(args, client, Plan(f"Delete {name}", (), (Choice("y", "delete it", do),),
+                                        group, strict=True))
 
 
 @command("access-groups add-user", GROUP_ID, USER_NAME, "-r, --role member|admin=member",
          example="torc access-groups add-user 2 bob")
 def do_group_add_user(args, client):
-    """Put a user into a group; an admin of a group changes its members."""
+    """Add a user to a group; admins of a group may change its members."""
     member = client.post(f"/access_groups/{args.group_id}/members", {
         "user_name": args.user_name, "role": args.role, "group_id": args.group_id})
     say(args, f"Added {args.user_name} to access group {args.group_id} as {args.role}", **member)
@@ -19787,7 +19809,7 @@ def do_group_add_user(args, client):
 @command("access-groups remove-user", GROUP_ID, USER_NAME,
          example="torc access-groups remove-user 2 bob")
 def do_group_remove_user(args, client):
-    """Take a user out of a group."""
+    """Remove a user from a group."""
     from urllib.parse import quote
     member = client.delete(f"/access_groups/{args.group_id}/members/{quote(args.user_name, '')}")
     say(args, f"Removed {args.user_name} from access group {args.group_id}", **member)
@@ -19803,7 +19825,7 @@ def do_group_members(args, client):
 @command("access-groups list-user-groups", USER_NAME,
          example="torc access-groups list-user-groups bob")
 def do_user_groups(args, client):
-    """List the groups a user is in."""
+    """List the groups a user belongs to."""
     show_list(args, "groups", "group", GROUP_COLUMNS,
               client.items(f"/users/{args.user_name}/groups"))
 
@@ -19827,7 +19849,7 @@ def do_group_add_workflow(args, client):
 @command("access-groups remove-workflow", "WORKFLOW_ID", GROUP_ID,
          example="torc access-groups remove-workflow 3 2")
 def do_group_remove_workflow(args, client):
-    """Share a workflow with a group no more."""
+    """Stop sharing a workflow with a group."""
     link = client.delete(f"/workflows/{args.workflow_id}/access_groups/{args.group_id}")
     say(args, f"Workflow {args.workflow_id} is shared with access group {args.group_id} no more",
         **link)
@@ -19835,7 +19857,7 @@ def do_group_remove_workflow(args, client):
 
 @command("admin reload-auth", example="torc admin reload-auth")
 def do_reload_auth(args, client):
-    """Let the server read its password file again."""
+    """Make the server reload its password file."""
     answer = client.post("/admin/reload-auth")
     say(args, f"{answer['message']}: {plural(answer['user_count'], 'user')}", **answer)
 
@@ -19980,7 +20002,7 @@ class DashActions:
         exported = self.exported(text)
         if exported:
             return {"problems": [], "summary": f"An exported workflow, "
-                    f"{plural(len(exported['jobs']), 'job')}: it is made anew"}
+                    f"{plural(len(exported['jobs']), 'job')}: it will be recreated"}
         try:
             spec = read_spec(self.name_of(text), text)
         except (SpecError, MissingPackage) as error:
@@ -20013,7 +20035,7 @@ class DashActions:
         """The text of a specification file on this machine."""
         path = os.path.expanduser(str(body.get("path", "")))
         if os.path.exists(path) and not os.path.isfile(path):
-            raise BadRequest(f"{path} is no file")
+            raise BadRequest(f"{path} is not a file")
         if os.path.getsize(path) > 16 * 2**20:
             raise TooLarge(f"{path} is larger than 16 MB: create it with torc create")
         with open(path, encoding="utf-8", errors="strict") as file:
@@ -20165,7 +20187,7 @@ class OwnServer:
         elif not args.no_auth:
             words += self._own_password(say)
         say(f"starting a server for {database}" + (
-            "" if self.password or args.auth_file else "; it asks nobody for a password"))
+            "" if self.password or args.auth_file else "; it does not ask for passwords"))
         self.process = subprocess.Popen([*own_command(), *words], stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, text=True)
         line = self.process.stdout.readline()
@@ -20224,13 +20246,13 @@ def dash_client(args, say):
          --host NAME=127.0.0.1           address to listen on
          -p, --port PORT={DASH_PORT}     the next free one if it is in use; 0: any
          --socket PATH                   listen on a UNIX socket that only you can open
-         -a, --api-url URL               as --url
-         --standalone                    start a server, and end it at the end
+         -a, --api-url URL               same as --url
+         --standalone                    start a server for as long as the dashboard runs
          --server-host NAME=0.0.0.0      of that server
          --server-port PORT=0            of that server
          --auth-file FILE=$TORC_AUTH_FILE  passwords for that server
          --require-auth                  it always does, unless --no-auth
-         --no-auth                       that server asks nobody for a password
+         --no-auth                       let that server accept requests without a password
          """, OUTPUT_DIR, client=False, example="torc dash --standalone")
 def do_dash(args, client):
     """Show workflows in a browser: a dashboard for you, on this machine.
@@ -20351,7 +20373,7 @@ def doctor_urls_of(client, how):
          --port NUMBER={DEFAULT_PORT}  of that server, 0 for any free one
          """, OUTPUT_DIR, client=False, example="torc tui --standalone --port 0")
 def do_tui(args, client):
-    """Look after workflows in the terminal, with a server or a local database.
+    """Monitor and manage workflows in the terminal, with a server or a local database.
 
     ? shows every key.
     """
@@ -20484,7 +20506,7 @@ SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completio
 @command("completions", "bash|zsh|fish -> shell", client=False,
          example="source <(torc completions bash)")
 def do_completions(args, client):
-    """Print a script that completes commands and options with the tab key."""
+    """Print a completion script for a shell."""
     print(SHELLS[args.shell]())
 
 
@@ -20498,16 +20520,16 @@ SERVER_OPTIONS = f"""
     -t, --threads N=8               requests served at a time
     -l, --log-level error|warn|info|debug|trace  RUST_LOG; default: info
     --log-dir DIR                   log to files there too (TORC_LOG_DIR)
-    --json-logs                     a JSON object a line
+    --json-logs                     one JSON object per line
     --auth-file FILE=$TORC_AUTH_FILE  user names and password hashes as of torc-htpasswd
-    --require-auth                  answer nobody without a good password
+    --require-auth                  refuse requests without a valid password
     --enforce-access-control        workflows are for their owners, and for the groups they are
                                     shared with
     --credential-cache-ttl-secs S=$TORC_CREDENTIAL_CACHE_TTL_SECS:60  how long a checked password is
                                     believed
     --admin-user NAME...            may do everything; may be repeated (TORC_ADMIN_USERS, with
                                     commas)
-    --https                         speak TLS
+    --https                         serve over TLS
     --tls-cert FILE=$TORC_TLS_CERT  certificate chain, PEM
     --tls-key FILE=$TORC_TLS_KEY    its private key, PEM
     -c, --completion-check-interval-secs S  accepted and not used: jobs are freed at once
@@ -20519,7 +20541,7 @@ SERVER_OPTIONS = f"""
 PID_FILE = """
     --pid-file FILE  of a server in the background (default: ~/.torc/torc-server.pid)
     """
-DAEMON = ("--daemon  go on in the background, when it serves", PID_FILE)
+DAEMON = ("--daemon  run in the background once it serves", PID_FILE)
 
 
 @command("server run", SERVER_OPTIONS, DAEMON, client=False,
@@ -20543,7 +20565,7 @@ COMMANDS["server"] = COMMANDS["server run"]._replace(name="server")
 
 @command("server stop", PID_FILE, client=False, example="torc server stop")
 def do_server_stop(args, client):
-    """End a server that runs in the background."""
+    """Stop a server that runs in the background."""
     import signal
     import socket
     path = args.pid_file or default_pid_file()
@@ -20562,7 +20584,7 @@ def do_server_stop(args, client):
 
 @command("server status", PID_FILE, client=False, example="torc server status")
 def do_server_status(args, client):
-    """Say whether a server runs in the background, and where; exit code 1 if none does."""
+    """Show whether a server runs in the background, and where; exit code 1 if none does."""
     found = running_server(args.pid_file or default_pid_file())
     if not found:
         say(args, "No server runs in the background", running=False)
@@ -20613,7 +20635,7 @@ def server_words(args):
          example="torc server service install --user --host 0.0.0.0 --auth-file users "
                  "--require-auth")
 def do_service_install(args, client):
-    """Let systemd run the server, also after a restart of the machine."""
+    """Make systemd run the server, also after a reboot."""
     if not sys.platform.startswith("linux"):
         raise TorcError("services are for Linux with systemd: take torc server run --daemon")
     if not args.user and os.geteuid() != 0 and not args.dry_run:
@@ -20641,7 +20663,7 @@ def do_service_install(args, client):
 @command("server service uninstall", USER_UNIT, DRY_RUN, client=False,
          example="torc server service uninstall --user")
 def do_service_uninstall(args, client):
-    """End the service and remove its unit; database and logs stay."""
+    """Stop the service and remove its unit; database and logs are kept."""
     path = unit_path(args.user)
     if not os.path.exists(path):
         raise NotFound(f"there is no {path}: nothing is installed")
@@ -20669,8 +20691,8 @@ def service_verb(verb, summary):
 
 
 service_verb("start", "Start the service.")
-service_verb("stop", "End the service until the next start.")
-service_verb("status", "Say how the service stands.")
+service_verb("stop", "Stop the service until the next start.")
+service_verb("status", "Show the status of the service.")
 
 BUNDLED = ("bottle", "waitress", "yaml")
 BUNDLED_DISTRIBUTIONS = ("bottle", "waitress", "PyYAML")
@@ -20760,7 +20782,7 @@ def bundle(path):
 @command("bundle", "[FILE=torc.pyz] -> path", client=False,
          example="torc bundle torc.pyz && ./torc.pyz run --example hello")
 def do_bundle(args, client):
-    """Write one executable file with torc and all it needs, for machines with bare Python."""
+    """Write one executable file with torc and its packages, for machines with bare Python."""
     bundle(args.path)
     say(args, f"Wrote {args.path} ({format_bytes(os.path.getsize(args.path))})", path=args.path,
         size=os.path.getsize(args.path), hash=own_hash())
@@ -21691,8 +21713,6 @@ function pagedTable({label, columns, load, none, pick, change, size = 50}) {
       body.replaceChildren(...[...rows.values()].map(entry => entry.tr));
       table.classList.remove("bare");
       if (!rows.size) cover(none());
-      for (const id of picked) if (!rows.has(Number(id))) picked.delete(id);    // what is not seen is not chosen
-      pick?.(picked);
       pager.replaceChildren(rows.size ? `${num(offset + 1)}–${num(offset + rows.size)} of ${num(all)}` : "",
         ...(all > size ? [turn("[", page - 1, "Previous page", "‹"), turn("]", page + 1, "Next page", "›")] : []));
       moved = 0;
@@ -21966,7 +21986,7 @@ function headline(summary) {         // how far, how fast, what to do
   const speed = rate < 2 ? `${num(rate * 60)} an hour` : `${num(rate)} a minute`;
   const pace = !total ? "no jobs" : done === total ? `took ${span(summary.elapsed_s)}, ended ${clock(summary.ended_ms)}`
     : left ? `${speed}, about ${span(left)} left (until ${until})`
-    : summary.runners ? "too early for a forecast" : "no runner is at work";
+    : summary.runners ? "too early for a forecast" : "no runner is active";
   const how = h("div.grow", h("p", h("b", num(done)), ` of ${many(total, "job")} done`), h("p.muted", pace));
   return [h("div.headline", h("span.percent", share(done, total)), how, actionBar(summary.state)),
     bar(counts, true), legend(counts, s => `#/w/${store.workflow.id}/jobs?status=${s}`)];
@@ -22370,7 +22390,7 @@ const ACTIONS = {                    // verb: [label, states with a button, stat
   recover: ["Recover…", "failed", "running", "Rerun what ran out of memory or time, with more of it"],
   cancel: ["Cancel…", "running", "waiting stuck", "End running jobs, start no more"],
   watch: ["Watch here…", "", "waiting running stuck", "Look after it on this machine until it ends"],
-  release: ["Settle…", "", "running stuck", "Take back what dead runners and ended allocations left"],
+  release: ["Clean up…", "", "running stuck", "Take back the jobs of runners that died and allocations that ended"],
   reinitialize: ["Reinitialize…", "", "done failed canceled", "Rerun only what changed inputs touch"],
   reset: ["Reset…", "", "waiting done failed canceled stuck", "All jobs back to the start; earlier results stay"],
   export: ["Export", "", "waiting running done failed canceled stuck", "Save one JSON file with jobs, results and events"],
