@@ -2475,6 +2475,12 @@ def test_a_job_that_runs_without_a_compute_node_breaks_no_timeline(api):
         assert api.get(f"/workflows/{workflow_id}/timeline", jobs=jobs)["runners"] == []
 
 
+@pytest.mark.parametrize("begin, end", [("-" + "9" * 16, "9" * 16), ("9" * 15, "9" * 16), ("0", "1")])
+def test_usage_and_timeline_of_any_stretch_of_time_are_answered(past, begin, end):
+    for path in ("/usage", "/timeline"):
+        assert past.get(path, **{"from": begin, "to": end, "bins": torc.MAX_BINS})
+
+
 def test_a_summary_of_a_workflow_that_has_just_gone_is_not_found(store):
     with pytest.raises(torc.NotFound):
         torc.summary(store, 999, 0)

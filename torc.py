@@ -4963,6 +4963,8 @@ def stretch(store, workflow_id, begin, end, nodes, now, bins):
     ends = [node.end for node in nodes]
     begin = int(begin if begin is not None else min(starts, default=now * 1000 - 60_000))
     end = int(end if end is not None else max(ends, default=now * 1000))
+    # SQLite multiplies times by bins in 64 bits.
+    begin, end = (max(0, min(moment, 2**48)) for moment in (begin, end))
     return Window(begin, max(end, begin + 1000), bins)
 
 
