@@ -993,6 +993,12 @@ def test_the_built_in_specs_are_valid(name):
     assert torc.read_spec(f"{name}.json", torc.SPEC_EXAMPLES[name]).warnings == []
 
 
+@pytest.mark.parametrize("name, text", [("s.yaml", "name: a\n# \ud800\njobs: []"), ("s.json", '{"name":\n"\ud800"}')])
+def test_half_a_letter_in_a_specification_is_named_with_its_line(name, text):
+    with pytest.raises(torc.SpecError, match=rf"{name} line 2: '.ud800' is text that is not Unicode"):
+        torc.read_spec(name, text)
+
+
 def test_what_is_empty_in_a_specification_is_as_if_it_were_not_there(store, api):
     text = {"name": "w", "jobs": [{"name": "a", "command": "true", "invocation_script": "", "depends_on": []}],
             "actions": [{"trigger_type": "on_workflow_start", "action_type": "run_commands", "commands": ["true"],
@@ -7271,7 +7277,7 @@ PAGE_TEXTS = (                            # keys that lead there, what is to be 
     ("g n", ("here", "Active")), ("g s", ("4711", "complete")), ("g m", ("4711", "1.0 GB")),
     ("g i", ("raw.txt",)), ("g a", ("seed", '{"x":1}')), ("g e", ("Time", "noted")),
     ("g j Enter", ("It completed with return code 0", "Attempts", "Frees", "Command")),
-    ("g j l", ("There is not a file",)), ("g i Enter", ("raw.txt", "workflow_id")),
+    ("g j l", ("There is no file",)), ("g i Enter", ("raw.txt", "workflow_id")),
     ("g p", ("Nothing was started from here",)), ("g x", ("output directory",)),
     ("?", ("Workflows", "open the workflow", "Moving")))
 
@@ -7591,7 +7597,7 @@ def test_the_log_viewer_follows_finds_wraps_and_names_its_file(api, tmp_path):
         file.write("another line\n")
     assert "another line" in hands.press("r")
     assert os.path.basename(path) in hands.press("y").replace("\n   ", "")
-    assert "There is not a file" in hands.press("n", "Tab")
+    assert "There is no file" in hands.press("n", "Tab")
 
 
 def test_a_wrapped_log_loses_no_letter_and_no_hit(api, tmp_path):
@@ -8765,7 +8771,7 @@ def test_a_workflow_at_work_is_not_half_reset(cli, local, words):
     talk.step(limit=1)
     before = statuses(local, 1), local.get("/workflows/1/status")
     code, _, err = cli("workflows", *words.split())
-    assert code == 1 and "at work" in err
+    assert code == 1 and "is active" in err
     assert (statuses(local, 1), local.get("/workflows/1/status")) == before
 
 

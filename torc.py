@@ -1050,6 +1050,10 @@ def parse_spec_text(path, text):
                          "YAML or JSON"])
     if not text.strip():
         raise SpecError([f"{path}: the file is empty"])
+    alone = re.search("[\ud800-\udfff]", text)
+    if alone:
+        line = text.count("\n", 0, alone.start()) + 1
+        raise SpecError([f"{path} line {line}: {alone[0]!r} is text that is not Unicode"])
     as_json = ending == ".json" or (ending not in (".yaml", ".yml") and text.lstrip()[0] == "{")
     value = (parse_json if as_json else parse_yaml)(path, text)
     if not as_json or not is_json(value):
