@@ -8603,6 +8603,17 @@ def test_retry_names_what_runs_again_with_it(cli, local):
     assert code == 1 and "job 2 is blocked: only a job that has ended can be retried" in err
 
 
+def test_the_json_of_what_was_done_says_that_it_was_no_dry_run(cli, local, tmp_path):
+    (tmp_path / "w.json").write_text(json.dumps({"name": "w", "jobs": [{"name": "a", "command": "true"}]}))
+    made = cli_json(cli, "create", "w.json")
+    assert made["message"] == "Created workflow 1" and made["status"] == "success"
+    make(local, {"b": []})
+    for words in (["workflows", "reinit", 2], ["workflows", "reset-status", 2, "--no-prompts"],
+                  ["workflows", "sync-status", 2], ["jobs", "delete-all", 2, "--force"]):
+        assert cli_json(cli, *words, "--dry-run")["dry_run"] is True
+        assert cli_json(cli, *words)["dry_run"] is False
+
+
 def test_a_job_changes_no_user_data_of_another_workflow_by_mistake(cli, local, monkeypatch):
     mine, theirs = (make(local, {"a": []})[0] for _ in range(2))
     data = local.post("/user_data", {"workflow_id": theirs, "name": "u", "data": 1})["id"]

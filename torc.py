@@ -12385,8 +12385,6 @@ SUMMARY_LINES = (("Jobs", "job_count"), ("Files", "file_count"),
                  ("Resource requirements", "resource_requirements_count"),
                  ("Slurm schedulers", "slurm_scheduler_count"),
                  ("Workflow actions", "action_count"))
-MISSING_TITLES = (("Missing input files", "missing_input_files"),
-                  ("Missing user data", "missing_user_data"))
 
 
 def plan_initialize(client, workflow_id, wishes):
@@ -12396,7 +12394,9 @@ def plan_initialize(client, workflow_id, wishes):
     ran = counted["total"] - counted["uninitialized"] - counted["disabled"]
     lines = [f"{plural(ran, 'job')} are reset and run again; results of earlier runs are kept."
              ] if ran else []
-    for title, name in (*MISSING_TITLES, ("Output files that exist", "existing_output_files")):
+    for title, name in (("Missing input files", "missing_input_files"),
+                        ("Missing user data", "missing_user_data"),
+                        ("Output files that exist", "existing_output_files")):
         if report[name]:
             lines.append(f"{title}: {named(report[name])}")
 
@@ -12415,8 +12415,8 @@ def plan_initialize(client, workflow_id, wishes):
 
 def rerun_report(workflow_id, again):
     """A Rerun as JSON."""
-    return {"workflow_id": workflow_id, "jobs": again.jobs, "job_count": len(again.jobs),
-            "missing_input_files": again.missing}
+    return {"workflow_id": workflow_id, "dry_run": False, "jobs": again.jobs,
+            "job_count": len(again.jobs), "missing_input_files": again.missing}
 
 
 def rerun_lines(again):
@@ -12490,16 +12490,16 @@ def plan_reset(client, workflow_id, wishes):
                 strict=True, obstacle=obstacle)
 
 
-def owned(client, workflow_id, verb):
+def owned(client, workflow_id):
     """A workflow's record, and the Plan's lines if it is another user's."""
     workflow = client.get(f"/workflows/{workflow_id}")
     return workflow, () if workflow["user"] == client.user else (
-        f"It belongs to {workflow['user']}; its commands would {verb} as you, {client.user}.",)
+        f"It belongs to {workflow['user']}; its commands would run as you, {client.user}.",)
 
 
 def plan_run(client, workflow_id, wishes):
     """Run a workflow on this machine."""
-    workflow, lines = owned(client, workflow_id, "run")
+    workflow, lines = owned(client, workflow_id)
     counted = client.get(f"/workflows/{workflow_id}/counts")
     refuse_canceled(workflow_id, counted)
     if counted["is_complete"] and counted["total"]:
@@ -12527,7 +12527,7 @@ def plan_watch(client, workflow_id, wishes):
 
 def plan_submit(client, workflow_id, wishes):
     """Start a workflow in Slurm allocations, as its on_workflow_start actions request them."""
-    workflow, lines = owned(client, workflow_id, "run")
+    workflow, lines = owned(client, workflow_id)
     request = worker_request(client, wishes)
     refuse_canceled(workflow_id, client.get(f"/workflows/{workflow_id}/counts"))
     scripts = submission(client, workflow, client.get(f"/workflows/{workflow_id}/actions"), {
@@ -12549,14 +12549,14 @@ def plan_submit(client, workflow_id, wishes):
 def plan_recover(client, workflow_id, wishes):
     """Run again what failed, with more memory or time where that was the cause, in allocations
     where the workflow has had some."""
-    said = settle_dead(client, workflow_id, wishes.output_dir)
+    cleaned_up = settle_dead(client, workflow_id, wishes.output_dir)
     check_recoverable(client, workflow_id)
     found = diagnose_all(client, workflow_id, wishes.memory_multiplier, wishes.runtime_multiplier)
     known = [one for one in found if one.cause != "unknown"]
     on_slurm = had_allocations(client, workflow_id)
 
     def report(chosen):
-        return {"workflow_id": workflow_id, "slurm_jobs": [], **{
+        return {"workflow_id": workflow_id, "dry_run": False, "slurm_jobs": [], **{
             key: [{"job_id": one.job["id"], "job_name": one.job["name"], "cause": one.cause,
                    "text": one.text, **one.need} for one in some]
             for key, some in (("jobs", chosen),
@@ -12600,7 +12600,7 @@ def plan_recover(client, workflow_id, wishes):
                      "memory or time does not fix.")
     if on_slurm:
         lines.append("New Slurm allocations are submitted for them.")
-    return Plan(f"Recover workflow {workflow_id}", (*said, *lines), tuple(choices),
+    return Plan(f"Recover workflow {workflow_id}", (*cleaned_up, *lines), tuple(choices),
                 report(found if every else known))
 
 
@@ -12708,7 +12708,7 @@ def plan_release(client, workflow_id, wishes):
         done += settle_allocations(client, workflow_id)
         done += look_after(client, workflow_id, wishes)
         return Outcome("\n".join(done) or f"Workflow {workflow_id}: nothing to clean up",
-                       {"workflow_id": workflow_id, "changes": done})
+                       {"workflow_id": workflow_id, "dry_run": False, "changes": done})
 
     return Plan(f"Clean up after runners and allocations of workflow {workflow_id} that have ended",
                 tuple(lines) or ("There is nothing to clean up.",), (Choice("y", "clean up", do),),
@@ -12727,7 +12727,8 @@ def plan_create(client, spec, wishes):
             **payload, "workflow": {**payload["workflow"], "user": client.user}})
         return Outcome(f"Created workflow {made['id']} \"{made['name']}\" "
                        f"({plural(made['jobs'], 'job')})",
-                       {"workflow_id": made["id"], "jobs": made["jobs"], "status": "success"})
+                       {"workflow_id": made["id"], "jobs": made["jobs"], "status": "success",
+                        "message": f"Created workflow {made['id']}"})
 
     return Plan(f"Create workflow \"{payload['workflow']['name']}\"", tuple(lines),
                 (Choice("y", "create it", do),), {"summary": summary, "warnings": warnings},
@@ -17580,11 +17581,11 @@ def carry_out(args, client, plan, ask=True):
     return 1 if done.errors else 0
 
 
-def operation_command(name, *texts, example, ask=True, dry_run=DRY_RUN):
+def operation_command(name, *texts, example, ask=True):
     """Add the command of an operation."""
     operation = OPERATIONS[name]
 
-    @command(operation.command, *texts, dry_run, example=example, summary=operation.help)
+    @command(operation.command, *texts, DRY_RUN, example=example, summary=operation.help)
     def act(args, client):
         target = args.workflow_id if operation.target == "workflow" else flat(args.ids)
         return carry_out(args, client, operation.plan(client, target, wishes_of(args)), ask)
@@ -17646,12 +17647,16 @@ def load_spec(args, path):
     return spec
 
 
-def create_workflow_from(args, client, spec):
-    """Create the workflow of a Spec and say so; returns its id."""
-    plan = plan_create(client, spec, None)
+def creation(args, client, spec):
+    """The Plan of creating a Spec's workflow; its warnings are told."""
     for warning in spec.warnings:
         tell(args, f"warning: {warning}", "warn")
-    done = plan.choices[0].do(client)
+    return plan_create(client, spec, None)
+
+
+def create_workflow_from(args, client, spec):
+    """Create the workflow of a Spec and say so; returns its id."""
+    done = creation(args, client, spec).choices[0].do(client)
     tell(args, lower_first(done.sentence))
     return done.data["workflow_id"]
 
@@ -17694,9 +17699,7 @@ def do_create(args, client):
     spec = load_spec(args, args.file)
     client = open_client(args, make=True)
     try:
-        for warning in spec.warnings:
-            tell(args, f"warning: {warning}", "warn")
-        return carry_out(args, client, plan_create(client, spec, None), ask=False)
+        return carry_out(args, client, creation(args, client, spec), ask=False)
     finally:
         client.close()
 
@@ -18253,7 +18256,8 @@ def delete_all_verb(noun):
 
         def do(_):
             gone = client.delete(noun.kind.path, workflow_id=args.workflow_id)["count"]
-            return Outcome(f"Deleted {what}", {"count": gone, "workflow_id": args.workflow_id})
+            return Outcome(f"Deleted {what}", {
+                "count": gone, "workflow_id": args.workflow_id, "dry_run": False})
 
         return carry_out(args, client, Plan(f"Delete {what}", (), (Choice("y", "delete", do),), {
             "count": number, "workflow_id": args.workflow_id}, strict=True))
