@@ -315,6 +315,7 @@ TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d+))?
                   r"(?:Z|([-+])(\d\d):(\d\d))?", re.I)
 
 
+@functools.lru_cache(maxsize=1024)        # checked, and then worked with
 def parse_time(text):
     """Milliseconds since the epoch of a time such as 2026-01-02T03:04:05.678Z (RFC 3339); one that
     names no zone is UTC. Raises ValueError."""
