@@ -2,21 +2,21 @@
 """torc: a workflow manager for HPC clusters in one file.
 
 REST server on SQLite, client, command line and job runner. It speaks the REST API of Torc 0.22
-(/torc-service/v1), so clients made for Torc work against it. Python 3.9 or newer; the server also
-needs bottle and waitress, YAML specifications need PyYAML.
+(/torc-service/v1), so clients written for Torc work with it. It needs Python 3.9 or newer; the
+server also needs bottle and waitress, and YAML specifications need PyYAML.
 
     python torc.py run --example hello        run something now, nothing to configure
     python torc.py run spec.yaml              run a workflow on this machine
     python torc.py server --help              serve several machines or users
 
-Map of this file. Code uses only what stands above it.
+Map of this file. Code uses only what is defined above it.
   1 Head                     constants of the protocol, defaults
-  2 Errors and values        error classes; durations, sizes and times to and from text
-  3 Records                  job statuses and KINDS, one row for each kind of record
+  2 Errors and values        error classes; durations, sizes and times to and from strings
+  3 Records                  job statuses and KINDS, one row per kind of record
   4 Workflow specification   a spec file to plain records: parse, expand, check
-  5 Store                    schema, migrations, transactions, the generic six operations
+  5 Store                    schema, migrations, transactions, the six generic operations
   6 Engine                   what changes the state of jobs and workflows, and nothing else
-  7 Views                    what only looks: why, summary, graph, failures, timeline, usage
+  7 Views                    what only reads: why, summary, graph, failures, timeline, usage
   8 Access                   password files, credentials of requests, groups
   9 API                      every operation as a function of a Request; ROUTES
   10 Client                  over HTTP or on a database file: the same methods and errors
@@ -25,7 +25,7 @@ Map of this file. Code uses only what stands above it.
   13 Operations              what a person does to a workflow or job, as Plans
   14 Server                  bottle and waitress; sockets, logging, shutdown
   15 Terminal UI             state to lines, keys, curses
-  16 Command line            commands with their options, tables and JSON, main
+  16 Command line            commands and their options, tables and JSON, main
   17 Pages                   HTML, CSS and JavaScript of the dashboard
 """
 from __future__ import annotations
@@ -33,8 +33,8 @@ from __future__ import annotations
 # ==================================================================================================
 # 1 Head
 # ==================================================================================================
-# Standard library only, and only what every command needs: --version must stay quick. Modules that
-# one part alone needs (http.client, sqlite3, subprocess) are imported by the functions there.
+# Standard library only, and only what every command needs, so that --version stays fast. Modules
+# that a single part needs (http.client, sqlite3, subprocess) are imported by its functions.
 import contextlib
 import errno
 import functools
@@ -50,16 +50,16 @@ import time
 from typing import Any, NamedTuple
 
 VERSION = "0.1.0"
-SPOKEN_VERSION = "0.22.1"                 # the release of Torc whose clients we serve
-API_VERSION = "0.12.0"                    # clients refuse another major, warn at another minor
+SPOKEN_VERSION = "0.22.1"                 # the release of Torc whose clients are served
+API_VERSION = "0.12.0"                    # clients refuse another major, warn on another minor
 API_PREFIX = "/torc-service/v1"
 DEFAULT_PORT = 8080
 DEFAULT_URL = f"http://localhost:{DEFAULT_PORT}{API_PREFIX}"
 DEFAULT_OUTPUT_DIR = "torc_output"
 LOCAL_DATABASE = "torc.db"                # below the output directory, when no server is named
-MAX_LIMIT = 100_000                       # records a list answers at most, and the default
+MAX_LIMIT = 100_000                       # of records in a list, and the default
 MAX_BODY_BYTES = 64 * 2**20
-STDERR_TAIL_BYTES = 4096                  # of a failed job, travels with its completion
+STDERR_TAIL_BYTES = 4096                  # of a failed job, sent with its completion
 ORPHAN_RETURN_CODE = -128                 # result of an attempt whose runner died
 LEASE_MARGIN_S = 60.0
 BUSY = "too many passwords wait to be checked"
@@ -69,7 +69,7 @@ EXTENSIONS = ("runner_step", "changes", "server_info", "workflow_specs", "unfini
 
 
 def own_hash():
-    """First 12 hex digits of the SHA-256 of this program's text: people copy this file."""
+    """The first 12 hex digits of this file's SHA-256, since people copy this file."""
     try:
         with open(__file__, "rb") as file:
             return hashlib.sha256(file.read()).hexdigest()[:12]
@@ -82,27 +82,27 @@ def own_hash():
 # ==================================================================================================
 # 2 Errors and values
 # ==================================================================================================
-# Nothing here has state. An error is raised anywhere and shown once: by the server as a status and
-# a body, by the command line as one line. str(error) is the whole message.
+# Nothing here has state. An error may be raised anywhere and is shown once: by the server as a
+# status and a body, by the command line as one line. str(error) is the complete message.
 
 
 class TorcError(Exception):
-    """A failure the user is meant to read: str(error) is the whole message."""
+    """A failure that the user is meant to read: str(error) is the complete message."""
 
     status = 500
     exit_code = 1
-    title = "InternalServerError"         # the word that clients see beside the message
+    title = "InternalServerError"         # what clients get beside the message
     plain = False                         # True: the body is plain text, not JSON
 
 
 class BadRequest(TorcError):
-    """A path value or query parameter cannot be read, or a body is not JSON."""
+    """A path value or query parameter is malformed, or a body is not JSON."""
 
     status, title, plain = 400, "BadRequest", True
 
 
 class Unauthorized(TorcError):
-    """Credentials are needed, or those given are wrong."""
+    """Credentials are missing or wrong."""
 
     status, title, plain = 401, "Unauthorized", True
 
@@ -114,19 +114,19 @@ class Forbidden(TorcError):
 
 
 class NotFound(TorcError):
-    """The record named does not exist, or the caller may not know that it does."""
+    """The record does not exist, or the caller may not know that it does."""
 
     status, title = 404, "NotFound"
 
 
 class Conflict(TorcError):
-    """Somebody else was first."""
+    """The change conflicts with another one, or with what exists already."""
 
     status, title = 409, "Conflict"
 
 
 class TooLarge(TorcError):
-    """The request body is larger than the server takes."""
+    """The request body is larger than the server accepts."""
 
     status, title, plain = 413, "PayloadTooLarge", True
 
@@ -138,19 +138,19 @@ class UnsupportedMedia(TorcError):
 
 
 class Invalid(TorcError):
-    """The request can be read, but its values make no sense in this state."""
+    """The request is well-formed, but its values are invalid in the present state."""
 
     status, title = 422, "UnprocessableEntity"
 
 
 class BadShape(Invalid):
-    """A JSON body lacks a required field or has one of the wrong type."""
+    """A JSON body lacks a required field or has a field of the wrong type."""
 
     plain = True
 
 
 class Internal(TorcError):
-    """A constraint of the store is violated, or a state forbids the change (upstream: 500)."""
+    """A constraint of the store is violated, or the state forbids the change (upstream: 500)."""
 
 
 class Unreachable(TorcError):
@@ -160,7 +160,7 @@ class Unreachable(TorcError):
 
 
 class UsageError(TorcError):
-    """The command line makes no sense."""
+    """The command line is invalid."""
 
     exit_code = 2
     title = "UsageError"
@@ -175,7 +175,7 @@ class MissingPackage(TorcError):
 
 
 class SpecError(TorcError):
-    """A workflow specification has errors; `errors` lists them all, one sentence each."""
+    """A workflow specification is invalid; `errors` lists all errors, one sentence each."""
 
     status = 422
 
@@ -196,7 +196,7 @@ WALLTIME = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?"         # D-H, D-H:M,
 
 
 def parse_memory(text):
-    """Bytes of a memory size: an integer and at most one letter k, m, g, t (1024 steps).
+    """Bytes of a memory size: an integer and at most one letter k, m, g, t (powers of 1024).
 
     A bare number is bytes. Raises ValueError. "1.5g", "1gb" and negative sizes are refused.
     """
@@ -211,7 +211,7 @@ def parse_memory(text):
 def parse_duration(text):
     """Whole seconds of an ISO 8601 duration such as PT30M, P1DT2H, P2W, P0003-01-02T01:02:03.
 
-    A year counts 365.25 days, a month a twelfth of that; fractions of a second are cut off.
+    A year has 365.25 days, a month a twelfth of that; fractions of a second are dropped.
     Raises ValueError.
     """
     seconds = None
@@ -249,7 +249,7 @@ def slurm_memory(text):
 
 
 def format_duration(seconds):
-    """A duration for people: 0.4s, 12s, 3m20s, 2h05m, 3d04h."""
+    """Format seconds for people: 0.4s, 12s, 3m20s, 2h05m, 3d04h."""
     seconds = max(0.0, seconds)
     if seconds < 9.95:
         return f"{seconds:.1f}s"
@@ -264,7 +264,7 @@ def format_duration(seconds):
 
 
 def format_bytes(size):
-    """A size for people: 512 B, 1.5 MB, 2.0 GB (1024 steps)."""
+    """Format bytes for people: 512 B, 1.5 MB, 2.0 GB (powers of 1024)."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -273,14 +273,14 @@ def format_bytes(size):
 
 
 def plural(number, noun):
-    """1 job, 2 jobs; nouns that end in data or requirements have no plural."""
+    """A number and its noun: 1 job, 2 jobs. Nouns ending in data or requirements have no plural."""
     if number == 1 or noun.endswith(("data", "requirements")):
         return f"{number} {noun}"
     return f"{number} {noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
 
 
 def plain_names(names, most=3):
-    """Names as a list in a sentence: "a, b and 4 more"."""
+    """Join names as a sentence does: "a, b and 4 more"."""
     names = list(names)
     if len(names) > most:
         names = [*names[:most - 1], f"{len(names) - most + 1:,} more"]
@@ -288,12 +288,12 @@ def plain_names(names, most=3):
 
 
 def clean(text):
-    """A text that cannot move the terminal's cursor or break a line."""
+    """Replace control characters, so that a string cannot move the cursor or break a line."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text).strip()
 
 
 def text_width(text):
-    """Columns that a text takes on a terminal."""
+    """The number of columns that a string takes on a terminal."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -302,7 +302,7 @@ def text_width(text):
 
 
 def shorten(text, width):
-    """A text cut to a width, marked where it was cut."""
+    """Cut a string to a width, and mark the cut."""
     if text_width(text) <= width:
         return text
     kept = text[:max(0, width - 2)]
@@ -315,10 +315,10 @@ TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d+))?
                   r"(?:Z|([-+])(\d\d):(\d\d))?", re.I)
 
 
-@functools.lru_cache(maxsize=1024)        # checked, and then worked with
+@functools.lru_cache(maxsize=1024)        # each is checked first, then used
 def parse_time(text):
-    """Milliseconds since the epoch of a time such as 2026-01-02T03:04:05.678Z (RFC 3339); one that
-    names no zone is UTC. Raises ValueError."""
+    """Milliseconds since the epoch of a time such as 2026-01-02T03:04:05.678Z (RFC 3339), in UTC if
+    it names no zone. Raises ValueError."""
     import datetime
     match = TIME.fullmatch(text)
     if not match:
@@ -330,13 +330,13 @@ def parse_time(text):
 
 
 def iso_time(seconds):
-    """UTC with milliseconds of seconds since the epoch: 2026-01-02T03:04:05.678Z."""
+    """Format seconds since the epoch as UTC with milliseconds: 2026-01-02T03:04:05.678Z."""
     whole, millis = divmod(int(seconds * 1000), 1000)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
 
 
 def local_time(value):
-    """Seconds since the epoch (or milliseconds, or a text) as local time."""
+    """Format seconds or milliseconds since the epoch as local time; a string stays as it is."""
     if isinstance(value, str):
         return value
     seconds = value / 1000 if value > 1e11 else value
@@ -344,8 +344,8 @@ def local_time(value):
 
 
 def without_collector(function):
-    """A function that makes many objects which live on: Python's collector of circular garbage
-    would walk them again and again, which takes a third of the time."""
+    """Decorate a function that creates many long-lived objects: Python's cyclic garbage collector
+    would traverse them again and again, which takes a third of the time."""
     @functools.wraps(function)
     def run(*args, **kwargs):
         import gc
@@ -360,7 +360,7 @@ def without_collector(function):
 
 
 def nearest(word, known):
-    """The name in `known` most like `word`, as ' (did you mean "x"?)', or ''."""
+    """The closest match for `word` in `known`, as ' (did you mean "x"?)', or ''."""
     import difflib
     names = [str(name) for name in known]
     if len(names) > 20_000:               # difflib compares with every name
@@ -373,12 +373,12 @@ ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=
 
 
 def compact(value):
-    """JSON text without blanks."""
-    return ENCODER.encode(value)          # json.dumps would make an encoder each time
+    """Encode a value as JSON without spaces."""
+    return ENCODER.encode(value)          # json.dumps would create an encoder each time
 
 
 def read_bytes(path):
-    """A file's bytes, or none if it cannot be read."""
+    """The contents of a file, or b"" if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -387,15 +387,15 @@ def read_bytes(path):
 
 
 def read_text(path):
-    """A small file's text without the last newline, or "" if it cannot be read."""
+    """The stripped text of a small file, or "" if it cannot be read."""
     return read_bytes(path).decode("utf-8", "replace").strip()
 
 
 # ==================================================================================================
 # 3 Records
 # ==================================================================================================
-# What the program keeps, as tables: the statuses of a job, and a row of KINDS for every kind of
-# record with all there is to know of its fields. Specifications, store, API and command line are
+# What the program stores, as tables: the statuses of a job, and for every kind of record a row of
+# KINDS that describes its fields completely. Specifications, store, API and command line are
 # written against these rows: a new field is a line here and a column in the schema.
 
 (UNINITIALIZED, BLOCKED, READY, PENDING, RUNNING, COMPLETED, FAILED, CANCELED, TERMINATED, DISABLED,
@@ -1849,8 +1849,8 @@ SPEC_EXAMPLES = {
 # ==================================================================================================
 # 5 Store
 # ==================================================================================================
-# SQL lives in this section and the next one only. Values are always parameters; names in SQL come
-# from KINDS and RELATIONS. Statements avoid what SQLite before 3.35 lacks (RETURNING).
+# SQL occurs only in this section and the next three. Values are always parameters; names in SQL
+# come from KINDS and RELATIONS. Statements avoid what SQLite before 3.35 lacks (RETURNING).
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -1868,7 +1868,7 @@ CREATE TABLE workflow (
     run_id INTEGER NOT NULL DEFAULT 0,
     is_canceled INTEGER NOT NULL DEFAULT 0, is_archived INTEGER NOT NULL DEFAULT 0,
     has_detected_need_to_run_completion_script INTEGER NOT NULL DEFAULT 0,
-    generation INTEGER NOT NULL DEFAULT 1      -- raised by what a waiting client wants to know
+    generation INTEGER NOT NULL DEFAULT 1      -- raised by news for waiting clients
 );
 CREATE TABLE resource_requirements (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1898,8 +1898,8 @@ CREATE TABLE compute_node (
     is_active INTEGER NOT NULL DEFAULT 0, num_cpus INTEGER NOT NULL, memory_gb REAL NOT NULL,
     num_gpus INTEGER NOT NULL, num_nodes INTEGER NOT NULL, time_limit TEXT,
     scheduler_config_id INTEGER, compute_node_type TEXT NOT NULL, scheduler TEXT,
-    boot_id TEXT, pid_started INTEGER,         -- with hostname and pid: whether its runner lives
-    output_dir TEXT,                           -- absolute, where the logs of its jobs are
+    boot_id TEXT, pid_started INTEGER,         -- with hostname and pid: is its runner alive?
+    output_dir TEXT,                           -- absolute; contains the logs of its jobs
     beats INTEGER NOT NULL DEFAULT 0           -- it has sent a runner_step, so it holds a lease
 );
 CREATE INDEX compute_node_workflow ON compute_node (workflow_id, is_active);
@@ -2061,10 +2061,10 @@ CLUSTER_SCHEMA = """
 ALTER TABLE scheduled_compute_node ADD COLUMN cluster TEXT      -- whose Slurm job it is
 """
 COUNTER_SCHEMA = """
--- The database keeps its own counters: whoever changes a status need not think of them.
+-- The database keeps its own counters, so that code which changes a status need not.
 ALTER TABLE job ADD COLUMN result_id INTEGER;                   -- the result that a list shows
-ALTER TABLE job ADD COLUMN dooms INTEGER NOT NULL DEFAULT 0;    -- it ended so that dependents which
-                                           -- want that are canceled
+ALTER TABLE job ADD COLUMN dooms INTEGER NOT NULL DEFAULT 0;    -- its end cancels the dependents
+                                           -- that ask for that
 ALTER TABLE job ADD COLUMN outdated INTEGER;                    -- what has changed since its last
                                            -- attempt was claimed, as bits: see OUTDATED
 UPDATE job SET outdated = 0 WHERE id IN (SELECT job_id FROM job_input_hash);
@@ -2072,8 +2072,8 @@ DROP TABLE job_input_hash;
 ALTER TABLE compute_node ADD COLUMN step INTEGER;               -- its last runner_step
 ALTER TABLE result ADD COLUMN start_ms INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE result ADD COLUMN end_ms INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE result ADD COLUMN asked_id INTEGER;                 -- its requirements then,
-ALTER TABLE result ADD COLUMN asked_cpus INTEGER NOT NULL DEFAULT 0;    -- and what they asked for
+ALTER TABLE result ADD COLUMN asked_id INTEGER;                 -- its requirements at that time,
+ALTER TABLE result ADD COLUMN asked_cpus INTEGER NOT NULL DEFAULT 0;    -- and what they were
 ALTER TABLE result ADD COLUMN asked_memory INTEGER NOT NULL DEFAULT 0;
 UPDATE job SET result_id = (SELECT result_id FROM latest_result WHERE job_id = job.id);
 DROP TABLE latest_result;
@@ -2082,7 +2082,7 @@ UPDATE job SET dooms = status IN (7, 8) OR status = 6
 UPDATE result SET end_ms =
     coalesce(CAST(round((julianday(completion_time) - 2440587.5) * 86400000) AS INTEGER), 0);
 UPDATE result SET start_ms = end_ms - CAST(round(exec_time_minutes * 60000) AS INTEGER);
-CREATE VIEW asked AS                       -- what a job asks for on all its nodes
+CREATE VIEW asked AS                       -- what a job requires, on all its nodes
     SELECT j.id AS job_id, q.id AS id, q.num_cpus * q.num_nodes AS cpus,
         CASE q.name WHEN 'default' THEN 0 ELSE q.memory_bytes * q.num_nodes END AS memory
     FROM job j JOIN resource_requirements q ON q.id = j.resource_requirements_id;
@@ -2091,14 +2091,14 @@ UPDATE result SET (asked_id, asked_cpus, asked_memory) =
 DROP INDEX result_workflow;
 CREATE INDEX result_end ON result (workflow_id, end_ms);
 CREATE INDEX result_start ON result (workflow_id, start_ms, run_id, end_ms, compute_node_id,
-    asked_cpus, status);                   -- all that a timeline reads
+    asked_cpus, status);                   -- everything that a timeline reads
 CREATE INDEX job_name ON job (name, workflow_id);
 CREATE INDEX job_unsettled ON job (workflow_id)
     WHERE status = 1 AND unfinished = 0 OR status = 2 AND unfinished > 0;
 UPDATE job SET unfinished = (SELECT count(*) FROM job_dependency d JOIN job p
     ON p.id = d.depends_on_job_id WHERE d.job_id = job.id AND p.status NOT IN (5, 6, 7, 8));
 
--- 5 to 8 is the complete set; BETWEEN, since IN would make a table of four at each row.
+-- 5 to 8 is the complete set; BETWEEN, since IN would build a table of four for each row.
 CREATE TRIGGER job_ends_or_begins_anew AFTER UPDATE OF status ON job
 WHEN (OLD.status BETWEEN 5 AND 8) <> (NEW.status BETWEEN 5 AND 8) BEGIN
     UPDATE job SET
@@ -2136,7 +2136,7 @@ END;
 CREATE TRIGGER input_user_data_goes AFTER DELETE ON job_input_user_data BEGIN
     UPDATE job SET outdated = outdated | 8 WHERE id = OLD.job_id;
 END;
-CREATE TRIGGER job_goes BEFORE DELETE ON job BEGIN     -- while its status can still be looked up
+CREATE TRIGGER job_goes BEFORE DELETE ON job BEGIN     -- while its status can still be read
     DELETE FROM job_dependency WHERE depends_on_job_id = OLD.id;
     DELETE FROM action_job WHERE job_id = OLD.id;
 END;
@@ -2144,7 +2144,7 @@ CREATE TRIGGER result_goes BEFORE DELETE ON result BEGIN
     UPDATE job SET result_id = NULL WHERE id = OLD.job_id AND result_id = OLD.id;
 END;
 
--- An action of jobs counts those that are past its moment, each once however often it runs.
+-- An action on jobs counts those that have passed its trigger, each once, however often it runs.
 CREATE TABLE moment (trigger_type TEXT, status INTEGER, PRIMARY KEY (trigger_type, status))
     WITHOUT ROWID;
 INSERT INTO moment VALUES ('on_jobs_ready', 2), ('on_jobs_ready', 3), ('on_jobs_ready', 4),
@@ -2189,7 +2189,7 @@ ALTER TABLE workflow_action ADD COLUMN submitted INTEGER NOT NULL DEFAULT 0;    
 ALTER TABLE workflow_action ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;        -- that failed
 ALTER TABLE workflow_action ADD COLUMN wait_until INTEGER NOT NULL DEFAULT 0;   -- s since the epoch
 UPDATE workflow_action SET done = executed;
--- Digests of what jobs and actions at work may use as a password: see Access.
+-- Digests of the passwords given to running jobs and actions: see Access.
 ALTER TABLE job ADD COLUMN token TEXT;
 CREATE INDEX job_token ON job (token) WHERE token IS NOT NULL;
 CREATE TABLE action_token (               -- several runners may carry out a persistent action
@@ -2205,14 +2205,14 @@ ALTER TABLE scheduled_compute_node ADD COLUMN action_id INTEGER      -- that ask
 MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
               COUNTER_SCHEMA, EVIDENCE_SCHEMA)
 
-# File systems on which several hosts may have the file open, so that WAL's shared memory is unsafe.
+# File systems where several hosts may open the file, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
     r"nfs|lustre|gpfs|beegfs|cifs|smb|ceph|afs|fuse|panfs|9p|glusterfs")
-CHUNK = 900                               # variables in a statement: SQLite before 3.32 takes 999
+CHUNK = 900                               # variables in a statement: SQLite before 3.32 allows 999
 
 
 def statements(script):
-    """The statements of an SQL script; a trigger has semicolons inside."""
+    """Split an SQL script into statements; triggers contain semicolons."""
     import sqlite3
     statement = ""
     for part in re.sub(r"--[^\n]*", "", script).split(";"):
@@ -2223,7 +2223,7 @@ def statements(script):
 
 
 def file_system(path):
-    """Type of the file system that holds `path`, as /proc/self/mountinfo names it, or ''."""
+    """The type of the file system of `path`, as /proc/self/mountinfo names it, or ''."""
     try:
         device = os.stat(path).st_dev
         wanted = f"{os.major(device)}:{os.minor(device)}"
@@ -2238,10 +2238,10 @@ def file_system(path):
 
 
 class HostLock:
-    """A lock beside a database on a network file system, which only one host may have open.
+    """A lock next to a database on a network file system, which only one host may open.
 
-    Processes of one host share it unless one is a server, which excludes all others. The file
-    names host and pid of whoever locked it first.
+    The processes of a host share it, unless one of them is a server, which excludes all others. The
+    file holds the host and pid of the process that locked it first.
     """
 
     def __init__(self, path, exclusive):
@@ -2255,7 +2255,7 @@ class HostLock:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.truncate(self.fd, 0)
                 os.pwrite(self.fd, compact({"host": host, "pid": os.getpid()}).encode(), 0)
-            except BlockingIOError:       # who is here already may share it with us
+            except BlockingIOError:       # its holder may share it with us
                 with contextlib.suppress(ValueError):
                     holder = json.loads(os.pread(self.fd, 1000, 0))
                 if exclusive or holder.get("host") != host:
@@ -2268,7 +2268,7 @@ class HostLock:
             raise Unreachable(
                 f"database {path[:-5]} is in use on host {holder.get('host', 'unknown')} "
                 f"(pid {holder.get('pid', 'unknown')}): work there, or start a server there and "
-                "take --url") from None
+                "use --url") from None
         except OSError as error:
             os.close(self.fd)
             raise Unreachable(f"file locks do not work in {os.path.dirname(path)} "
@@ -2280,14 +2280,14 @@ class HostLock:
 
 
 SEVERITIES = ("debug", "info", "warning", "error")
-EVENT_QUEUE = 512                         # events that may wait for one who listens
+EVENT_QUEUE = 512                         # the most events that wait for a subscriber
 
 
 class Subscription:
-    """The events of a workflow as one client is to see them, in the form of server-sent events.
+    """The events of a workflow for one client, as server-sent events.
 
-    severity: of SEVERITIES, the least that is shown. At most EVENT_QUEUE events wait; what is more
-    is counted, and told by an event of type warning.
+    severity: the lowest of SEVERITIES to deliver. At most EVENT_QUEUE events wait; further ones are
+    counted, and reported by an event of type warning.
     """
 
     def __init__(self, store, workflow_id, severity):
@@ -2297,7 +2297,7 @@ class Subscription:
         self.changed = threading.Condition()
 
     def put(self, severity, text, number=1):
-        """Add an event; text None: so many that are not worth writing."""
+        """Add an event; text None: only count so many of them."""
         if severity < self.least:
             return
         with self.changed:
@@ -2308,7 +2308,7 @@ class Subscription:
             self.changed.notify()
 
     def take(self, seconds):
-        """What has come, as bytes, b"" if nothing did in so many seconds; None at the end."""
+        """Wait up to so many seconds; returns events as bytes, or b""; None at the end."""
         with self.changed:
             if not self.texts and not self.dropped and not self.store.closing:
                 self.changed.wait(seconds)
@@ -2319,12 +2319,12 @@ class Subscription:
         return "".join(texts).encode() if texts or not self.store.closing else None
 
     def close(self):
-        """Listen no more."""
+        """End the subscription."""
         self.store.unsubscribe(self)
 
 
 def refusal(error):
-    """The error of ours for a constraint that sqlite3 says is violated."""
+    """The TorcError for an IntegrityError of sqlite3."""
     what, _, names = str(error).partition(": ")
     if what.startswith("UNIQUE"):
         fields = ", ".join(name.rpartition(".")[2] for name in names.split(", "))
@@ -2334,11 +2334,11 @@ def refusal(error):
 
 
 class Store:
-    """A database file: one writer at a time, readers beside it, and news for those who wait.
+    """A database file with one writer at a time, concurrent readers, and news for waiting clients.
 
-    path: the file, created (mode 0600) if absent. server: True excludes other hosts and processes
-    on a network file system. shared: other processes may write, so waiting looks once a second.
-    Raises Unreachable when the file cannot be used.
+    path: the file, created (mode 0600) if it does not exist. server: True excludes other hosts and
+    processes on a network file system. shared: other processes may write, so that waiting polls
+    once a second. Raises Unreachable when the file cannot be used.
     """
 
     def __init__(self, path, server=False, shared=False, network=None):
@@ -2348,12 +2348,12 @@ class Store:
         self.heard = {}                   # compute node: time.monotonic() of its last step
         self.closing = False
         self.keeping = threading.Lock()   # one at a time works out the families of a workflow
-        self._lock = threading.RLock()    # before SQLite's own: nobody sleeps in its handler
+        self._lock = threading.RLock()    # before SQLite's own, whose busy handler sleeps
         self._writer_thread = None
         self._news = set()
-        self._events = []                 # of this transaction, for those who listen
+        self._events = []                 # of this transaction, for subscribers
         self._listening = ()              # Subscriptions
-        self._waiting = weakref.WeakValueDictionary()  # workflow: Condition, while somebody waits
+        self._waiting = weakref.WeakValueDictionary()  # workflow: Condition, while a client waits
         self._waiting_lock = threading.Lock()
         self._readers = []
         self._host_lock = self._served = None
@@ -2378,8 +2378,8 @@ class Store:
         self.id = self.one("SELECT value FROM meta WHERE key = 'id'")[0]
 
     def _lock_file(self):
-        """Hold a lock (flock(2), which is none of SQLite's) on the database as long as this server
-        lives. Raises Conflict when another server has it."""
+        """Hold a lock on the database (by flock(2), which SQLite does not use) for the lifetime of
+        this server. Raises Conflict when another server holds it."""
         import fcntl
         self._served = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -2405,8 +2405,8 @@ class Store:
             raise self._trouble(error) from None
 
     def _check_owner(self, connection):
-        """Raise Unreachable for a database of another program, or of a newer one of ours, before
-        anything is written to it."""
+        """Raise Unreachable for a database of another program, or of a newer version of this one,
+        before anything is written to it."""
         version, = connection.execute("PRAGMA user_version").fetchone()
         names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
         if names and not {"meta", "workflow_action"} <= names:
@@ -2417,8 +2417,8 @@ class Store:
                               f"{version}, this program knows {len(MIGRATIONS)}): use that one")
 
     def _set_journal_mode(self, connection):
-        """WAL on a local disk. Two who open a new file at once: SQLite tells one of them "locked"
-        without its busy handler's waiting (sqlite.org/wal.html), so we wait here."""
+        """Use WAL on a local disk. When two processes open a new file at once, SQLite fails one of
+        them with "locked" without calling its busy handler (sqlite.org/wal.html), so wait here."""
         import sqlite3
         deadline = time.monotonic() + 45
         while True:
@@ -2431,7 +2431,7 @@ class Store:
             time.sleep(0.01)
 
     def _trouble(self, error):
-        """What an error of SQLite means to the user."""
+        """The TorcError that tells the user what an error of SQLite means."""
         text = str(error)
         if "locked" in text or "busy" in text:
             text = ("locked by another process for 45 s: end that process, or name another "
@@ -2442,7 +2442,7 @@ class Store:
             text = "the disk is full, so nothing was changed: free some space and try again"
         elif "readonly" in text:
             text = "not writable by you: name another with --database FILE"
-        elif "unable to open" not in text:           # a disk that cannot be read, a damaged file
+        elif "unable to open" not in text:           # an unreadable disk, a damaged file
             return Internal(f"database {self.path}: {text}")
         return Unreachable(f"database {self.path}: {text}")
 
@@ -2459,7 +2459,7 @@ class Store:
             self.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def wake(self):
-        """End all waiting, now and in future: the program is about to stop."""
+        """End all waiting, now and in the future, because the program is about to stop."""
         self.closing = True
         with self._waiting_lock:
             waiting = [*self._waiting.values(), *(one.changed for one in self._listening)]
@@ -2468,7 +2468,7 @@ class Store:
                 condition.notify_all()
 
     def close(self):
-        """Wake all who wait and close the file."""
+        """Wake all waiting clients and close the file."""
         self.wake()
         with self._lock:
             for connection in (*self._readers, self._writer):
@@ -2484,7 +2484,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self):
-        """The only BEGIN IMMEDIATE / COMMIT / ROLLBACK. Not to be nested."""
+        """The only BEGIN IMMEDIATE, COMMIT and ROLLBACK. Do not nest."""
         import sqlite3
         news = set()
         with self._lock:
@@ -2504,7 +2504,7 @@ class Store:
                 raise self._trouble(error) from error
             finally:
                 self._writer_thread = None
-                if self._writer.in_transaction:      # SQLite may have rolled back by itself
+                if self._writer.in_transaction:      # SQLite may have rolled back already
                     self._writer.execute("ROLLBACK")
         for workflow_id in news:
             self._tell(workflow_id)
@@ -2527,7 +2527,7 @@ class Store:
                                  list(itertools.chain.from_iterable(chunk)))
 
     def query(self, sql, params=()):
-        """All rows of a SELECT, as tuples; inside a transaction it sees what that has written."""
+        """All rows of a SELECT, as tuples; a transaction sees what it has written."""
         import sqlite3
         if self._writer_thread == threading.get_ident():
             return self._writer.execute(sql, params).fetchall()
@@ -2548,8 +2548,8 @@ class Store:
         return rows[0] if rows else None
 
     def bulk(self, sql, width, params=()):
-        """All rows of a SELECT of `width` columns, fetched as one row of JSON: with another thread
-        busy, every row fetched by itself would wait for the interpreter's lock. Floats keep 15
+        """All rows of a SELECT of `width` columns, fetched as one row of JSON: while another thread
+        is busy, each row fetched separately would wait for the interpreter's lock. Floats keep 15
         digits."""
         names = ", ".join(f"c{number}" for number in range(width))
         return json.loads(self.one(f"WITH q ({names}) AS ({sql}) SELECT "
@@ -2558,7 +2558,7 @@ class Store:
     # ---- news
 
     def news(self, workflow_id):
-        """Inside a transaction: wake those who wait for this workflow once it is committed."""
+        """In a transaction: wake the clients that wait for this workflow once it is committed."""
         if workflow_id not in self._news:
             self._news.add(workflow_id)
             self.execute("UPDATE workflow SET generation = generation + 1 WHERE id = ?",
@@ -2571,10 +2571,10 @@ class Store:
             with condition:
                 condition.notify_all()
 
-    # ---- events, for those who listen as they happen
+    # ---- live events
 
     def subscribe(self, workflow_id, severity):
-        """A Subscription to the events of a workflow, to be closed by the caller."""
+        """A Subscription to the events of a workflow, which the caller must close."""
         one = Subscription(self, workflow_id, severity)
         with self._waiting_lock:
             self._listening += (one,)
@@ -2586,13 +2586,13 @@ class Store:
             self._listening = tuple(one for one in self._listening if one is not subscription)
 
     def is_heard(self, workflow_id):
-        """Whether anybody listens to the events of a workflow; else none need be told."""
+        """Whether a workflow's events have subscribers; without any, none need be created."""
         return any(one.workflow_id == workflow_id for one in self._listening)
 
     def tell(self, workflow_id, kind, severity, data, number=1):
-        """Inside a transaction: an event, sent to those who listen once it is committed.
+        """In a transaction: send an event to the subscribers once it is committed.
 
-        data: a dict, or None for so many events that would only overflow the queues.
+        data: a dict, or None for `number` events that would only overflow the queues.
         """
         if len(self._events) >= EVENT_QUEUE:
             data = None
@@ -2625,7 +2625,7 @@ class Store:
 
 # ---- records: the generic operations, for any row of KINDS
 
-IDS = "(SELECT value FROM json_each(?))"  # a list of ids as one parameter, of any length
+IDS = "(SELECT value FROM json_each(?))"  # a list of ids of any length as one parameter
 
 
 def columns(kind):
@@ -2635,7 +2635,7 @@ def columns(kind):
 
 
 def to_column(field, value):
-    """A JSON value as SQLite keeps it."""
+    """A JSON value as SQLite stores it."""
     if value is None:
         return None
     if field.type == "status":
@@ -2648,7 +2648,7 @@ FROM_COLUMN = {"bool": bool, "status": STATUS_NAMES.__getitem__, "any": json.loa
 
 
 def to_record(kind_columns, row):
-    """A row as a client sees it: absent values are left out."""
+    """A row as clients see it, without the absent values."""
     record = {}
     for field, value in zip(kind_columns, row):
         if value is not None:
@@ -2658,7 +2658,7 @@ def to_record(kind_columns, row):
 
 
 def not_found(kind, record_id):
-    """The error for a record that is not there."""
+    """The error for a record that does not exist."""
     return NotFound(f"{kind.name[0].upper()}{kind.name[1:]} not found with ID: {record_id}")
 
 
@@ -2673,8 +2673,8 @@ def fetch(store, kind, record_id):
 
 
 def workflow_of(store, kind, record_id):
-    """Id of the workflow that a record belongs to; a workflow, there or not, belongs to itself.
-    Raises NotFound."""
+    """The id of the workflow that a record belongs to; a workflow, existing or not, belongs to
+    itself. Raises NotFound."""
     if kind.table == "workflow":
         return record_id
     row = store.one(f"SELECT workflow_id FROM {kind.table} WHERE id = ?", (record_id,))
@@ -2684,23 +2684,23 @@ def workflow_of(store, kind, record_id):
 
 
 def outsiders(store, table, ids, workflow_id):
-    """[(id, its workflow, or None if there is none such), ...] of ids that are not of a workflow's
-    records."""
+    """[(id, its workflow or None if it does not exist), ...] of the ids that do not belong to a
+    workflow."""
     return ids and store.query(
         f"SELECT v.value, t.workflow_id FROM json_each(?) v LEFT JOIN {table} t ON t.id = v.value"
         " WHERE t.workflow_id IS NOT ?", (compact(list(ids)), workflow_id))
 
 
 def next_id(store, table):
-    """In a transaction: the id that the next insert into a table gets; ids are never reused."""
+    """In a transaction: the id that the next insert into a table will get; ids are never reused."""
     row = store.one("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
     return (row[0] if row else 0) + 1
 
 
 def add_many(store, kind, records):
-    """In a transaction: insert records from checked bodies, with what follows from them, and their
+    """In a transaction: insert records from checked bodies, with their derived columns and
     relations; returns their consecutive ids."""
-    if kind.derive:                       # from what the schema has no defaults for
+    if kind.derive:                       # which needs the defaults, too
         defaults = {field.name: field.default for field in columns(kind)
                     if field.default is not None}
         records = [{**defaults, **record} for record in records]
@@ -2725,14 +2725,14 @@ def add_many(store, kind, records):
 
 
 def relate(store, name, pairs):
-    """In a transaction: add pairs of (job id, other id) to what a list of RELATIONS holds."""
+    """In a transaction: add pairs of (job id, other id) to the table of a list of RELATIONS."""
     table, mine, theirs = RELATIONS[name]
     store.insert_many(f"INSERT OR IGNORE INTO {table} ({mine}, {theirs})", 2, pairs)
 
 
 def change(store, kind, record_id, values):
-    """In a transaction: update the fields that `values` has, relations too, but never the workflow
-    a record belongs to."""
+    """In a transaction: update the fields in `values`, including relations, but never the workflow
+    of a record."""
     row = {field.name: to_column(field, values[field.name]) for field in columns(kind)
            if not field.server and field.name in values and field.name != "workflow_id"}
     row.update(kind.derive({**fetch(store, kind, record_id), **values}) if kind.derive else {})
@@ -2749,13 +2749,13 @@ def change(store, kind, record_id, values):
 
 
 def remove(store, kind, **wanted):
-    """In a transaction: delete the records that have these values; returns how many."""
+    """In a transaction: delete the records with these values; returns how many."""
     where = " AND ".join(f"{name} = ?" for name in wanted)
     return store.execute(f"DELETE FROM {kind.table} WHERE {where}", list(wanted.values()))
 
 
 def with_relations(store, jobs):
-    """Add the lists of related ids, each sorted and left out when empty, to job records."""
+    """Add the lists of related ids, each sorted and omitted if empty, to job records."""
     by_id = {job["id"]: job for job in jobs}
     sql = " UNION ALL ".join(
         f"SELECT '{name}' AS name, {mine} AS job, {theirs} AS other FROM {table}"
@@ -2769,7 +2769,7 @@ def with_relations(store, jobs):
 
 
 class Page(NamedTuple):
-    """Which part of a list is wanted."""
+    """The part of a list that is requested."""
 
     offset: int = 0
     limit: int = MAX_LIMIT
@@ -2778,15 +2778,15 @@ class Page(NamedTuple):
 
 
 def envelope(items, page, total):
-    """The usual answer of a list."""
+    """The answer that all lists share."""
     return {"items": items, "offset": page.offset, "max_limit": MAX_LIMIT, "count": len(items),
             "total_count": total, "has_more": max(page.offset, 0) + len(items) < total}
 
 
-# A user whose name is NULL, which equals nothing, can use none.
+# A user whose name is NULL, which equals nothing, can use none of them.
 USABLE = ("(t.user = ? OR t.id IN (SELECT w.workflow_id FROM workflow_access_group w JOIN"
           " user_group_membership m ON m.group_id = w.group_id WHERE m.user_name = ?))")
-FILTERS = {                               # [table.]filter: condition, where it is not equality
+FILTERS = {                               # [table.]filter: condition, unless it is equality
     "after_id": "t.id > ?",
     "ids": f"t.id IN {IDS}",
     "workflow.description": "instr(lower(t.description), lower(?)) > 0",
@@ -2826,7 +2826,7 @@ FILTERS = {                               # [table.]filter: condition, where it 
 
 
 def contained(words):
-    """Patterns of LIKE for what contains these words. It is twice as fast as comparing lower-case
+    """LIKE patterns for strings that contain these words: twice as fast as comparing lower-case
     copies."""
     return ["%" + re.sub(r"([\\%_])", r"\\\1", word) + "%" for word in words.split()]
 
@@ -2834,7 +2834,7 @@ def contained(words):
 def conditions(kind, wanted):
     """The SQL condition and its parameters of {filter: value}; the table is called t.
 
-    A filter is one of FILTERS or a column; the rest of a query is ignored.
+    A filter is one of FILTERS or a column; anything else in a query is ignored.
     """
     names = {field.name for field in columns(kind)}
     found, params = ["1"], []
@@ -2849,7 +2849,7 @@ def conditions(kind, wanted):
 
 
 def listing(store, kind, page, wanted, without=()):
-    """A list envelope of the records that pass the filters wanted; see conditions."""
+    """A list envelope of the records that pass the filters in `wanted`; see conditions."""
     where, params = conditions(kind, wanted)
     kind_columns = [field for field in columns(kind) if field.name not in without]
     sortable = {field.name: f"julianday(t.{field.name})" if field.type in ("time", "when") else
@@ -2873,24 +2873,24 @@ def listing(store, kind, page, wanted, without=()):
 # 6 Engine
 # ==================================================================================================
 # What changes the state of jobs and workflows. Functions that write say "in a transaction": the
-# caller has opened one. Four rules keep all of it true:
-# - set_status is the only UPDATE of a job's status; triggers keep what is counted (Store).
-# - free_jobs alone makes a job ready, or cancels it for what it depends on. Whatever changes jobs
-#   ends with it, mostly as a part of settle; all else that wants a job to run makes it blocked.
-# - compute_node_id names the node that may still have a process of the job. A ready job that has
-#   one is not handed out, so that no two attempts overlap.
-# - begin_anew takes jobs back, with what only the cascade below them had canceled.
+# caller has opened one. Four rules hold throughout:
+# - set_status has the only UPDATE of a job's status; triggers maintain the counters (Store).
+# - Only free_jobs makes a job ready, or cancels it because of a dependency. Every change of jobs
+#   ends with it, mostly as part of settle; code that wants a job to run makes it blocked.
+# - compute_node_id is the node that may still have a process of the job. A ready job with such a
+#   node is not handed out, so that no two attempts overlap.
+# - begin_anew takes jobs back, together with those that only the cascade below them canceled.
 
 NOT_COMPLETE = f"({UNINITIALIZED}, {BLOCKED}, {READY}, {PENDING}, {RUNNING}, {PENDING_FAILED})"
 COMPLETE = f"({', '.join(str(status) for status in COMPLETE_SET)})"
-KEEP = -1                                 # as owner: whoever may have a process of the job; as
-                                          # result: the one it has
-# Why a blocked job d.job_id (as j) waits for p, or is canceled with it.
+KEEP = -1                                 # as owner: the node that may have a process of the
+                                          # job; as result: the one it has
+# When a blocked job j waits for its dependency p, or is canceled because of it.
 HINDERS = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_job_failure)"
-# Of a workflow: its cancel flag is set, or no job is outside the complete set or disabled.
+# Of a workflow: it is canceled, or all its jobs are in the complete set or disabled.
 IS_COMPLETE = ("(is_canceled OR NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
                f" AND status IN {NOT_COMPLETE}))")
-# An action that is due. One on jobs that all were canceled before they were ready is for nobody.
+# An action that is due. If all of its jobs were canceled before they were ready, it never is.
 DUE_ACTION = (
     "executed = 0 AND CASE trigger_type WHEN 'on_workflow_complete' THEN"
     " EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)"
@@ -2898,12 +2898,12 @@ DUE_ACTION = (
     f" {NOT_COMPLETE}) ELSE trigger_count >= required_triggers AND (trigger_type <> 'on_jobs_ready'"
     " OR job_ids = '[]' OR EXISTS (SELECT 1 FROM action_job x JOIN job j ON j.id = x.job_id WHERE"
     f" x.action_id = a.id AND j.status <> {CANCELED})) END")
-# And one that may be tried now: after a failure it rests.
+# An action that may be tried now: after a failure it backs off.
 PENDING_ACTION = f"wait_until <= CAST(strftime('%s', 'now') AS INTEGER) AND {DUE_ACTION}"
 
 
 class JobRow(NamedTuple):
-    """What the engine needs to know of a job before it changes it."""
+    """What the engine needs to know about a job before it changes it."""
 
     id: int
     workflow_id: int
@@ -2915,7 +2915,7 @@ class JobRow(NamedTuple):
 
 
 def find_jobs(store, where, params):
-    """[JobRow, ...] of the jobs for which an SQL condition holds, by id."""
+    """[JobRow, ...] of the jobs that fulfill an SQL condition, by id."""
     return [JobRow(*row) for row in store.query(
         f"SELECT {', '.join(JobRow._fields)} FROM job WHERE {where} ORDER BY id", params)]
 
@@ -2928,7 +2928,7 @@ def job_row(store, job_id):
 
 
 def job_ids(store, where, params):
-    """Ids of the jobs for which an SQL condition holds."""
+    """Ids of the jobs that fulfill an SQL condition."""
     return [row[0] for row in store.query(f"SELECT id FROM job WHERE {where}", params)]
 
 
@@ -2946,7 +2946,7 @@ def is_complete(store, workflow_id):
 
 
 def counts(store, workflow_id):
-    """Jobs by status (all eleven names) and the flags of the workflow. Raises NotFound."""
+    """The number of jobs per status (all eleven) and the flags of the workflow. Raises NotFound."""
     run_id, canceled, archived, complete = workflow_row(
         store, workflow_id, f"run_id, is_canceled, is_archived, {IS_COMPLETE}")
     number = dict(store.query("SELECT status, count(*) FROM job WHERE workflow_id = ? "
@@ -2957,7 +2957,7 @@ def counts(store, workflow_id):
 
 
 def store_event(store, workflow_id, now, event):
-    """In a transaction: keep an event that clients can list."""
+    """In a transaction: store an event that clients can list; returns its id."""
     return store.insert("INSERT INTO event (workflow_id, timestamp, data) VALUES (?, ?, ?)",
                         (workflow_id, int(now * 1000), compact(event)))
 
@@ -2969,10 +2969,10 @@ def refuse_archived(store, workflow_id):
                       f"{workflow_id} brings it back")
 
 
-# ---- events for those who listen
+# ---- live events
 
 def tell_node(store, node_id, started):
-    """In a transaction: a runner has come or gone."""
+    """In a transaction: send the event that a runner has started or stopped."""
     node = fetch(store, KINDS["compute_node"], node_id)
     names = ("num_cpus", "memory_gb", "num_gpus") if started else ("duration_seconds",)
     store.tell(node["workflow_id"], f"compute_node_{'started' if started else 'stopped'}", "info",
@@ -2984,21 +2984,21 @@ def tell_node(store, node_id, started):
 
 def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=None, started_ms=None,
                result=KEEP):
-    """In a transaction: the one place that changes the status of jobs; see finish for those that
-    end.
+    """In a transaction: change the status of jobs, which happens nowhere else; see finish for jobs
+    that end.
 
-    owner: the compute node that has them, None when no process of them is left. KEEP leaves them to
-    their node if that is at work and one of ours, which will say when it has ended them. cascaded:
-    canceled only for what they depend on. again: 1 for the next attempt. code: the return code of
-    those that failed. result: the id of the one by which they are judged, None when that of the
-    last attempt no longer counts.
+    owner: the compute node that has them, None if no process of them is left. KEEP leaves them with
+    their node if it is active and runs our runner, which will report when they have ended.
+    cascaded: they are canceled only because of a dependency. again: 1 for the next attempt. code:
+    the return code of failed ones. result: the id of the result that counts, None if that of the
+    last attempt no longer does.
     """
     if not ids:
         return
     values = {"status": status, "cascaded": cascaded, "started_ms": started_ms,
               "dooms": status in (CANCELED, TERMINATED) or status == FAILED and code != 0}
     keep = ""
-    if status in (BLOCKED, PENDING):      # an attempt sees all as it is when it is claimed
+    if status in (BLOCKED, PENDING):      # an attempt sees everything as of its claim
         values["outdated"] = 0
     if status != RUNNING:
         values["token"] = None
@@ -3009,7 +3009,7 @@ def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=Non
     elif status not in (PENDING, RUNNING):
         keep = (", compute_node_id = (SELECT n.id FROM compute_node n WHERE n.id ="
                 " job.compute_node_id AND n.beats AND n.is_active)")
-    is_one = len(ids) == 1                # as mostly, and faster so
+    is_one = len(ids) == 1                # the usual case, and faster this way
     store.execute(f"UPDATE job SET {' = ?, '.join(values)} = ?, attempt_id = attempt_id + ?{keep}"
                   f" WHERE id {'= ?' if is_one else f'IN {IDS}'}",
                   (*values.values(), again, ids[0] if is_one else compact(ids)))
@@ -3020,7 +3020,7 @@ ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMI
 
 
 def finish(store, workflow_id, ids, status, code=None, **more):
-    """In a transaction: jobs of a workflow have ended as `status`; more: see set_status."""
+    """In a transaction: end jobs of a workflow with a status; more: see set_status."""
     set_status(store, ids, status, code=code, **more)
     if not ids or not store.is_heard(workflow_id):
         return
@@ -3034,12 +3034,12 @@ def finish(store, workflow_id, ids, status, code=None, **more):
 
 
 def free_jobs(store, workflow_id):
-    """In a transaction: what waits for nothing any more is ready, or canceled.
+    """In a transaction: make jobs that no longer wait for anything ready, or cancel them.
 
-    A blocked job without unfinished dependencies is canceled if it wants that and one of them was
-    canceled, terminated, or failed with a return code other than 0; so on downstream. Else it is
-    ready. A ready one with such is blocked. In a canceled workflow nothing becomes ready. Returns
-    the ids made ready.
+    A blocked job without unfinished dependencies is canceled if it asks for that and one of them
+    was canceled, terminated, or failed with a return code other than 0, and so on downstream.
+    Otherwise it becomes ready. A ready job with unfinished dependencies becomes blocked. In a
+    canceled workflow nothing becomes ready. Returns the ids of the jobs made ready.
     """
     freed = []
     while True:
@@ -3059,21 +3059,21 @@ def free_jobs(store, workflow_id):
         set_status(store, becomes[BLOCKED], BLOCKED)
         set_status(store, becomes[READY], READY)
         freed += becomes[READY]
-        if not becomes[CANCELED]:         # else there may be more below them
+        if not becomes[CANCELED]:         # otherwise there may be more below them
             break
         finish(store, workflow_id, becomes[CANCELED], CANCELED, cascaded=True, result=None)
     return freed
 
 
 def settle(store, workflow_id):
-    """In a transaction: free_jobs after a change, which those who wait for news hear of."""
+    """In a transaction: free_jobs after a change, and news of it for waiting clients."""
     free_jobs(store, workflow_id)
     store.news(workflow_id)
 
 
 def begin_anew(store, ids, status=BLOCKED, **more):
-    """In a transaction: jobs leave the state they are in, and what only their end had canceled is
-    blocked again. more: see set_status."""
+    """In a transaction: take jobs back to a status outside the complete set, and block again the
+    jobs that only their end had canceled. more: see set_status."""
     below = [row[0] for row in store.query(f"""
         WITH RECURSIVE below (id) AS (
             SELECT j.id FROM json_each(?) v CROSS JOIN job p ON p.id = v.value AND p.dooms
@@ -3087,8 +3087,8 @@ def begin_anew(store, ids, status=BLOCKED, **more):
 
 
 def hindrances(store, where, params, limit=-1):
-    """Dependencies for which jobs wait or with which they are canceled: [(job id, job name, id,
-    name and status of the dependency), ...]; those that never end by themselves first.
+    """The dependencies that block or cancel jobs: [(job id, job name, id, name and status of the
+    dependency), ...]; those that never end by themselves come first.
 
     where: an SQL condition on the job j and its dependency p.
     """
@@ -3099,24 +3099,24 @@ def hindrances(store, where, params, limit=-1):
 
 
 def refuse_hindered(store, ids):
-    """Raise Invalid for jobs that cannot run because of a job that is not among them."""
+    """Raise Invalid if one of the jobs cannot run because of a job that is not among them."""
     text = compact(list(ids))
     for row in hindrances(store, f"j.id IN {IDS} AND p.id NOT IN {IDS}", (text, text), 1):
         raise Invalid(f'job "{row[1]}" cannot run again: it depends on "{row[3]}" (job {row[2]}), '
                       f"which is {STATUS_NAMES[row[4]]}. Retry that one, or both together")
 
 
-# ---- what an attempt began with
+# ---- what has changed since an attempt started
 
-# The bits of job.outdated, in words. Triggers set them, a claim clears them. What does not decide
-# the outcome is not among them: resources, priority. Upstream: the job input hash.
+# The bits of job.outdated, in words. Triggers set them, a claim clears them. What does not affect
+# the outcome, such as resources and priority, is not among them. Upstream: the job input hash.
 OUTDATED = {1: "command", 2: "dependencies", 4: "input files", 8: "user data"}
 RAN_AGAIN = 16
 
 
 def changes_since(store, where, params):
-    """{job id: [what has changed since its last attempt was claimed, ...]} of jobs for which an SQL
-    condition on j holds, in words; those that are up to date are left out."""
+    """{job id: [what has changed since its last attempt was claimed, in words, ...]} of the jobs j
+    that fulfill an SQL condition and are out of date."""
     changed = {}
     for job_id, bits, name in store.query(
             f"SELECT j.id, j.outdated & CASE WHEN j.status IN {RAN} THEN -1 ELSE {RAN_AGAIN - 1}"
@@ -3133,7 +3133,7 @@ def changes_since(store, where, params):
 
 
 RAN = f"({COMPLETED}, {FAILED}, {TERMINATED}, {PENDING_FAILED})"
-# Ids of the jobs downstream of those for which a condition on p holds.
+# Ids of the jobs downstream of the jobs p that fulfill a condition.
 DOWNSTREAM = """(WITH RECURSIVE below (id) AS (
     SELECT d.job_id FROM job p JOIN job_dependency d ON d.depends_on_job_id = p.id WHERE {}
     UNION SELECT d.job_id FROM below JOIN job_dependency d ON d.depends_on_job_id = below.id)
@@ -3143,7 +3143,7 @@ SELECT id FROM below)"""
 # ---- initialize and reset
 
 def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemeral=False):
-    """In a transaction: derive dependencies, then make every job blocked or ready that should be.
+    """In a transaction: derive dependencies, then make every open job blocked or ready.
 
     Upstream: initialize_jobs, both modes. Neither run_id nor attempt_id changes.
     """
@@ -3156,7 +3156,7 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
         begin_anew(store, job_ids(store, f"id IN {source} AND status <> {UNINITIALIZED}",
                                   (workflow_id,)), UNINITIALIZED)
     open_jobs = f"status IN ({UNINITIALIZED}, {PENDING}, {RUNNING}, {TERMINATED}, {PENDING_FAILED})"
-    if not only_uninitialized:            # also what has ended but depends on what has not
+    if not only_uninitialized:            # also ended jobs that depend on open ones
         open_jobs = f"({open_jobs} OR unfinished > 0 AND status <> {BLOCKED})"
     begin_anew(store, job_ids(store, f"workflow_id = ? AND {open_jobs}", (workflow_id,)),
                result=None)
@@ -3173,7 +3173,7 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
 
 
 def derive_dependencies(store, workflow_id):
-    """In a transaction: whoever reads a file or user data depends on whoever writes it."""
+    """In a transaction: make the readers of a file or user data depend on its writers."""
     for what, key in (("file", "file_id"), ("user_data", "user_data_id")):
         if store.execute(
                 f"INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM {what} t JOIN"
@@ -3183,15 +3183,15 @@ def derive_dependencies(store, workflow_id):
 
 
 def reshaped(store, workflow_id):
-    """In a transaction: jobs or dependencies have come or gone, or have other names."""
+    """In a transaction: note that jobs or dependencies were added, deleted or renamed."""
     store.execute("UPDATE workflow SET shape = shape + 1 WHERE id = ?", (workflow_id,))
 
 
 def reset_jobs(store, workflow_id, failed_only=False):
-    """In a transaction: back to uninitialized; returns how many (the dependents not counted).
+    """In a transaction: make jobs uninitialized; returns how many (not counting dependents).
 
-    failed_only: failed, canceled, terminated and pending_failed jobs, and what of the complete set
-    lies downstream of them. Else all jobs, disabled ones included. Upstream: reset_job_status.
+    failed_only: failed, canceled, terminated and pending_failed jobs, and completed jobs downstream
+    of them. Otherwise all jobs, including disabled ones. Upstream: reset_job_status.
     """
     refuse_archived(store, workflow_id)
     if failed_only:
@@ -3210,7 +3210,7 @@ def reset_jobs(store, workflow_id, failed_only=False):
 
 
 def cancel_workflow(store, workflow_id, user, now):
-    """In a transaction: set the flag; pending and running jobs are canceled, others untouched."""
+    """In a transaction: cancel a workflow and its pending and running jobs, but no others."""
     store.execute("UPDATE workflow SET is_canceled = 1 WHERE id = ?", (workflow_id,))
     jobs = job_ids(store, f"workflow_id = ? AND status IN ({PENDING}, {RUNNING})", (workflow_id,))
     finish(store, workflow_id, jobs, CANCELED)
@@ -3231,7 +3231,7 @@ def reset_workflow(store, workflow_id, user, now, force):
                      (workflow_id, workflow_id))
     if any(busy) and not force:
         raise Invalid(f"workflow {workflow_id} is active ({busy[0]} jobs pending or running, "
-                      f"{busy[1]} allocations scheduled): cancel it first, or take --force")
+                      f"{busy[1]} allocations scheduled): cancel it first, or use --force")
     store.execute("UPDATE workflow SET is_canceled = 0, is_archived = 0,"
                   " has_detected_need_to_run_completion_script = 0 WHERE id = ?", (workflow_id,))
     settle(store, workflow_id)
@@ -3243,10 +3243,10 @@ def reset_workflow(store, workflow_id, user, now, force):
 # ---- claims
 
 class Capacity:
-    """What is free for claimed jobs: values of one node, times `nodes`.
+    """The free resources of `nodes` equal nodes, as claimed jobs use them up.
 
-    A job of several nodes takes whole ones; single-node jobs share the rest, and only the sum is
-    checked.
+    A job of several nodes takes whole nodes; single-node jobs share the rest, of which only the sum
+    is checked.
     """
 
     def __init__(self, cpus, memory, gpus, nodes):
@@ -3255,7 +3255,7 @@ class Capacity:
         self.shared = (0, 0, 0)
 
     def take(self, need, nodes):
-        """Take (cpus, memory, gpus) on `nodes` nodes if they fit; says whether they did."""
+        """Take (cpus, memory, gpus) on `nodes` nodes; returns whether they fit."""
         whole = nodes if nodes > 1 else 0
         shared = self.shared if whole else tuple(map(sum, zip(self.shared, need)))
         rest = self.nodes - whole
@@ -3266,21 +3266,21 @@ class Capacity:
 
 
 class Bins:
-    """What is free on each node of a runner of ours. Jobs of one node go where they fit first, jobs
-    of several take idle nodes whole.
+    """The free resources of each node of one of our runners. Single-node jobs go to the first node
+    with enough room, jobs of several nodes take whole idle nodes.
 
-    free: [(cpus, memory_bytes, gpus), ...]; node: the same of a whole node.
+    free: [(cpus, memory_bytes, gpus), ...]; node: the same for a whole node.
     """
 
     def __init__(self, free, node):
         self.bins, self.node = [tuple(one) for one in free], tuple(node)
 
     def idle(self):
-        """Indexes of nodes on which nothing runs."""
+        """The indexes of the idle nodes."""
         return [index for index, one in enumerate(self.bins) if one == self.node]
 
     def most(self):
-        """The most that a single-node job could take of each: (cpus, memory_bytes, gpus)."""
+        """The most that a single-node job could take of each resource."""
         return tuple(max(values) for values in zip(*self.bins))
 
     def take(self, need, nodes):
@@ -3312,14 +3312,14 @@ def candidates(store, workflow_id, limit, fit="1", params=()):
 
 
 def take(store, found, node_id=None):
-    """In a transaction: candidates are claimed, by a node if that is known; returns their ids."""
+    """In a transaction: claim candidates, for a node if it is known; returns their ids."""
     ids = [row[0] for row in found]
     set_status(store, ids, PENDING, node_id)
     return ids
 
 
 def claim_next(store, workflow_id, limit):
-    """In a transaction: claim ready jobs whatever they need; ids in claim order.
+    """In a transaction: claim ready jobs, whatever they require; returns ids in claim order.
 
     Upstream: claim_next_jobs.
     """
@@ -3329,8 +3329,8 @@ def claim_next(store, workflow_id, limit):
 
 
 def for_scheduler(store, workflow_id, limit, fit, params, claim):
-    """Candidates of the scheduler of a claim or of none; any if there are none such, unless it is
-    strict about that."""
+    """Candidates of the claim's scheduler or without one; if there are none, and the claim is not
+    strict about it, any."""
     found = candidates(store, workflow_id, limit,
                        f"{fit} AND (j.scheduler_id IS NULL OR j.scheduler_id = ?)",
                        [*params, claim.get("scheduler_config_id")])
@@ -3340,11 +3340,11 @@ def for_scheduler(store, workflow_id, limit, fit, params, claim):
 
 
 def claim_by_resources(store, workflow_id, limit, want):
-    """In a transaction: claim the ready jobs that fit; ids in claim order.
+    """In a transaction: claim the ready jobs that fit; returns ids in claim order.
 
     want: num_cpus, memory_bytes, num_gpus, num_nodes (free, per node), time_left_s,
-    scheduler_config_id, strict_scheduler_match. The limit cuts the candidates before they are
-    packed, as upstream does: claim_jobs_based_on_resources.
+    scheduler_config_id, strict_scheduler_match. The limit applies to the candidates before they
+    are packed, as in upstream's claim_jobs_based_on_resources.
     """
     node = [want["num_cpus"], want["memory_bytes"], want["num_gpus"], want["num_nodes"]]
     found = for_scheduler(
@@ -3355,7 +3355,7 @@ def claim_by_resources(store, workflow_id, limit, want):
 
 
 def claim_for_runner(store, workflow_id, node_id, claim):
-    """In a transaction: claim what fits now, round by round until nothing more does.
+    """In a transaction: claim the jobs that fit now, in rounds until no more do.
 
     claim: see runner_step. Returns (ids of jobs that fit, ids of prefetched ones).
     """
@@ -3382,7 +3382,7 @@ def claim_for_runner(store, workflow_id, node_id, claim):
     return chosen, take(store, extra, node_id)
 
 
-# ---- one conversation per runner
+# ---- the conversation with a runner
 
 RESULT_FIELDS = {field.name for field in KINDS["result"].fields}
 
@@ -3390,7 +3390,7 @@ RESULT_FIELDS = {field.name for field in KINDS["result"].fields}
 def store_result(store, body, replace=False):
     """In a transaction: insert a result from a checked body; returns its id.
 
-    replace: instead of one of the same attempt.
+    replace: delete the result of the same attempt first.
     """
     values = {name: value for name, value in body.items() if name in RESULT_FIELDS}
     values.update(result_times(values), status=STATUS_OF_NAME[values["status"]])
@@ -3404,18 +3404,18 @@ def store_result(store, body, replace=False):
 
 
 def take_completion(store, workflow_id, run_id, node_id, done, job):
-    """In a transaction: apply one completion a runner reports; says whether it ended the attempt.
+    """In a transaction: apply a runner's completion; returns whether it ended the attempt.
 
-    run_id: the workflow's. job: its JobRow, as far as it is known. Counts once: the same (job, run,
-    attempt) again changes nothing, except that it replaces the -128 which stands for a runner
-    believed dead. A completion of an attempt that the job has left behind (canceled, reset, taken
-    over) is kept as a result and changes no status.
+    run_id: the workflow's. job: its JobRow, if known. Reporting the same (job, run, attempt) again
+    changes nothing, except that it replaces the -128 of a runner that was declared dead. The
+    completion of an attempt that no longer counts (canceled, reset, taken over) is kept as a result
+    and changes no status.
     """
     for job in [job] if job else find_jobs(store, "id = ? AND workflow_id = ?",
                                           (done["job_id"], workflow_id)):
         break
     else:
-        return False                      # deleted meanwhile
+        return False                      # it has been deleted
     values = {**done, "workflow_id": workflow_id, "compute_node_id": node_id}
     earlier = store.one("SELECT return_code FROM result WHERE job_id = ? AND run_id = ?"
                         " AND attempt_id = ?", (job.id, done["run_id"], done["attempt_id"]))
@@ -3435,18 +3435,18 @@ def take_completion(store, workflow_id, run_id, node_id, done, job):
         result_id = store_result(store, values, replace=lost)
         if same if not counting else counting == (done["run_id"], done["attempt_id"]):
             judge_by(store, job.id, result_id)
-    if mine and not at_work:              # else the node has its next attempt
+    if mine and not at_work:              # otherwise the node has its next attempt
         disown(store, [job])
     return mine and not at_work
 
 
 def judge_by(store, job_id, result_id):
-    """In a transaction: another result is the one that counts for a job, whose status stays."""
+    """In a transaction: make another result the one that counts, without changing the status."""
     store.execute("UPDATE job SET result_id = ? WHERE id = ?", (result_id, job_id))
 
 
 def apply_completion(store, job, values, result):
-    """In a transaction: the job's status follows its completion."""
+    """In a transaction: set a job's status by its completion."""
     for file in values.get("output_files") or ():
         store.execute("UPDATE file SET st_mtime = ? WHERE id = ? AND workflow_id = ?",
                       (file["st_mtime"], file["id"], job.workflow_id))
@@ -3458,7 +3458,7 @@ def apply_completion(store, job, values, result):
 
 
 def disown(store, jobs):
-    """In a transaction: no process of these jobs is left, so they may be handed out again."""
+    """In a transaction: note that no process of these jobs is left, so that they can be claimed."""
     if jobs:
         store.execute(f"UPDATE job SET compute_node_id = NULL WHERE id IN {IDS}",
                       (compact([job.id for job in jobs]),))
@@ -3534,11 +3534,11 @@ def claimed_jobs(store, ids, run_id, prefetched=()):
 
 
 def runner_step(store, workflow_id, step, now):
-    """In a transaction: take what a runner reports and give it work; never waits.
+    """In a transaction: take a runner's report and give it work; never waits.
 
     step: compute_node_id, step number, starts, completions, returns, held, claim, counts, closing,
     replay. A repeated step (its answer was lost) counts nothing twice and claims nothing new, but
-    hands out again what is assigned to the node and not in `held`. A step older than the last one
+    hands out again the node's jobs that are not in `held`. A step older than the last one
     changes nothing. Raises NotFound.
     """
     run_id, canceled, minutes = workflow_row(
@@ -3579,7 +3579,7 @@ def runner_step(store, workflow_id, step, now):
         if step.get("closing"):
             close_node(store, node_id, now)
     state = situation(store, workflow_id)
-    if (step.get("closing") or freed and state["has_ready"]    # others may want what this one left
+    if (step.get("closing") or freed and state["has_ready"]    # others may take what is left
             or completions and (state["is_complete"] or state["pending_actions"])):
         store.news(workflow_id)
         state = situation(store, workflow_id)
@@ -3590,12 +3590,12 @@ def runner_step(store, workflow_id, step, now):
 
 
 def lease_s(minutes):
-    """How long a runner may be silent before it counts as dead."""
+    """The seconds that a runner may be silent before it is declared dead."""
     return minutes * 60 + LEASE_MARGIN_S
 
 
 def situation(store, workflow_id):
-    """What a waiting client wants to know of a workflow. Raises NotFound."""
+    """What waiting clients want to know about a workflow. Raises NotFound."""
     generation, *flags = workflow_row(store, workflow_id, f"""
         generation,
         EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id AND status = {READY}
@@ -3608,10 +3608,10 @@ def situation(store, workflow_id):
     return {"generation": generation, **dict(zip(names, map(bool, flags)))}
 
 
-# ---- nodes that die
+# ---- dead runners
 
 def close_node(store, node_id, now):
-    """In a transaction: the node's runner has ended; whatever it owned is nobody's."""
+    """In a transaction: a node's runner has ended and owns nothing any more."""
     if store.execute("UPDATE compute_node SET is_active = 0, duration_seconds = ?"
                      " - strftime('%s', start_time) WHERE id = ? AND is_active = 1",
                      (round(now, 3), node_id)):
@@ -3619,7 +3619,7 @@ def close_node(store, node_id, now):
     store.execute(f"UPDATE job SET compute_node_id = NULL WHERE compute_node_id = ? AND status"
                   f" NOT IN ({PENDING}, {RUNNING})", (node_id,))
     store.execute("DELETE FROM action_token WHERE compute_node_id = ?", (node_id,))
-    # Not of Torc's own runners, which never say that they have carried out an action.
+    # Not those of Torc's own runners, which never report that an action is done.
     store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by = NULL"
                   " WHERE executed_by = ? AND executed AND NOT done AND EXISTS (SELECT 1 FROM"
                   " compute_node WHERE id = executed_by AND boot_id <> '')", (node_id,))
@@ -3627,20 +3627,20 @@ def close_node(store, node_id, now):
 
 
 class Evidence(NamedTuple):
-    """How it is known that a runner is dead; its compute node keeps it."""
+    """Why a runner is known to be dead; stored with its compute node."""
 
-    kind: str                             # process, reboot, allocation, lease, or released by hand
+    kind: str                             # process, reboot, allocation, lease, or by hand
     text: str                             # in words
-    step: int | None = None               # the last step of the node when it was gathered
+    step: int | None = None               # the last step of the node at that time
 
 
 def release_node(store, node_id, now, evidence, ended=None):
-    """In a transaction: a node's runner is dead, so its jobs are ready again.
+    """In a transaction: declare a node's runner dead and requeue its jobs.
 
-    Running ones keep a result (-128) of the attempt that was lost; the next attempt has the next
-    number. ended: (status, return code) that running jobs get instead, where it is known what
-    ended them. Returns (requeued ids, number of others). Raises Conflict when the runner has spoken
-    since the evidence was gathered.
+    Running jobs keep a result (-128) for the lost attempt and get the next attempt number. ended:
+    (status, return code) to end running jobs with instead, if it is known what ended them. Returns
+    (requeued ids, number of others). Raises Conflict if the runner has reported since the evidence
+    was gathered.
     """
     workflow_id, step = store.one(
         "SELECT workflow_id, coalesce(step, 0) FROM compute_node WHERE id = ?", (node_id,))
@@ -3672,8 +3672,8 @@ def release_node(store, node_id, now, evidence, ended=None):
 
 
 def expire_node(store, node_id, now, started):
-    """In a transaction: a node's lease ran out, if that is still so. Its running jobs fail with
-    -128, its pending ones are ready again with the next attempt."""
+    """In a transaction: release a node if its lease has really expired. Its running jobs fail with
+    -128, its pending ones are requeued with the next attempt."""
     lease = expired_nodes(store, time.monotonic(), started)[0].get(node_id)
     if lease is not None:
         silent = f"silent for {format_duration(lease)}, longer than the workflow allows"
@@ -3682,10 +3682,10 @@ def expire_node(store, node_id, now, started):
 
 
 def expired_nodes(store, now, started):
-    """{id: lease in seconds} of nodes whose lease has run out, and the seconds until the next one
-    could.
+    """{id: lease in seconds} of nodes whose lease has expired, and the seconds until the next one
+    may expire.
 
-    now: time.monotonic(); started: when this server began, which begins all leases anew.
+    now: time.monotonic(); started: the start of this server, which renews all leases.
     """
     expired, wait = {}, 600.0
     for node_id, minutes in store.query(
@@ -3720,7 +3720,7 @@ def complete_job(store, job_id, status, run_id, body):
     if job.status in (DISABLED, PENDING_FAILED):
         raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}")
     if job.status not in (PENDING, RUNNING):
-        begin_anew(store, [job_id], PENDING)         # nobody has claimed it, or it was cascaded
+        begin_anew(store, [job_id], PENDING)         # unclaimed, or canceled by the cascade
     finish(store, job.workflow_id, [job_id], status, body["return_code"],
            result=store_result(store, body))
     settle(store, job.workflow_id)
@@ -3750,9 +3750,8 @@ def check_run(store, workflow_id, run_id):
 def manage_status(store, job_id, status, run_id):
     """In a transaction: set a status outside the complete set. Upstream: manage_status_change.
 
-    Ready means as soon as nothing hinders it. From the complete set to uninitialized takes direct
-    dependents that are completed or failed along. status: outside the complete set. Raises Invalid,
-    NotFound.
+    Ready means: once nothing blocks it. A job that leaves the complete set for uninitialized takes
+    along its direct dependents that are completed or failed. Raises Invalid, NotFound.
     """
     job = job_row(store, job_id)
     if status == job.status:
@@ -3769,10 +3768,10 @@ def manage_status(store, job_id, status, run_id):
 
 
 def retry_job(store, job_id, run_id, now, max_retries):
-    """In a transaction: ready again with the next attempt. Upstream: retry_job.
+    """In a transaction: requeue a job with the next attempt number. Upstream: retry_job.
 
-    Upstream's runner calls it while the job is running. One of ours keeps the job until it has said
-    that the process is gone. Raises NotFound, Invalid.
+    Upstream's runner calls it while the job is running. Our runner keeps the job until it has
+    reported that the process is gone. Raises NotFound, Invalid.
     """
     job = job_row(store, job_id)
     refuse_archived(store, job.workflow_id)
@@ -3794,7 +3793,7 @@ def retry_job(store, job_id, run_id, now, max_retries):
 def stop_job(store, job_id, status):
     """In a transaction: cancel or terminate a job; its runner is told to end the process.
 
-    Its dependents follow the rules of settle. Raises NotFound, Invalid when it has ended already.
+    Dependents follow the rules of free_jobs. Raises NotFound; Invalid if it has ended already.
     """
     job = job_row(store, job_id)
     refuse_archived(store, job.workflow_id)
@@ -3807,10 +3806,10 @@ def stop_job(store, job_id, status):
 
 
 def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
-    """In a transaction: ended jobs of a workflow run again, a new attempt each, and so does what
-    has run downstream of them, unless `only`. What their failure had canceled is blocked again.
+    """In a transaction: requeue ended jobs, each with a new attempt, and, unless `only`, the jobs
+    that have run downstream of them. Jobs that their failure had canceled are blocked again.
 
-    Returns the JobRows of those that run again, as they were. Raises Invalid.
+    Returns the JobRows of the jobs that will run again, as they were. Raises Invalid.
     """
     refuse_archived(store, workflow_id)
     if workflow_row(store, workflow_id, "is_canceled")[0]:
@@ -3833,24 +3832,24 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
     return jobs
 
 
-# ---- records come and go
+# ---- creating and deleting records
 
 def taken_name(store, workflow_id, names):
-    """A row with one of these names if a job of the workflow has it, else a false value."""
+    """A row with one of the names that a job of the workflow has already, or a false value."""
     return store.one("SELECT 1 FROM job WHERE workflow_id = ? LIMIT 1", (workflow_id,)) and (
         store.one("SELECT j.name FROM json_each(?) v CROSS JOIN job j ON j.name = v.value AND"
                   " j.workflow_id = ?", (compact(names), workflow_id)))
 
 
 def default_requirements(store, workflow_id):
-    """Id of the requirements of jobs that name none."""
+    """The id of the requirements of jobs that name none."""
     return store.one("SELECT min(id) FROM resource_requirements WHERE workflow_id = ? AND name ="
                      " 'default'", (workflow_id,))[0]
 
 
 def insert_jobs(store, jobs):
-    """In a transaction: insert checked jobs of one workflow, whose bodies it completes; returns
-    their ids. Raises Conflict when a name is taken."""
+    """In a transaction: insert checked jobs of one workflow, completing their bodies; returns their
+    ids. Raises Conflict if a name is taken."""
     workflow_id = jobs[0]["workflow_id"] if jobs else 0
     from collections import Counter
     names = Counter(job["name"] for job in jobs)
@@ -3861,7 +3860,7 @@ def insert_jobs(store, jobs):
     default = default_requirements(store, workflow_id)
     for job in jobs:
         job.setdefault("resource_requirements_id", default)
-        job.pop("status", None)           # it is uninitialized
+        job.pop("status", None)           # always uninitialized
         if job.get("scheduler_id") == 0:  # means none
             del job["scheduler_id"]
     ids = add_many(store, KINDS["job"], jobs)
@@ -3871,8 +3870,8 @@ def insert_jobs(store, jobs):
 
 
 def process_changed_job_inputs(store, workflow_id, dry_run):
-    """Jobs that began with other inputs than there are now become uninitialized; `reasons` says
-    what has changed (ours)."""
+    """Make jobs whose inputs have changed since they ran uninitialized; `reasons` says what has
+    changed (ours)."""
     changed = changes_since(store, "j.workflow_id = ?", (workflow_id,))
     if not dry_run:
         begin_anew(store, list(changed), UNINITIALIZED)
@@ -3883,7 +3882,7 @@ def process_changed_job_inputs(store, workflow_id, dry_run):
 
 
 def add_scheduled_node(store, values, once, action_id=None):
-    """Store a scheduled compute node; once=true (ours): the one there is for this Slurm job."""
+    """Store a scheduled compute node; once=true (ours): or return the one of this Slurm job."""
     kind = KINDS["scheduled_compute_node"]
     row = once and store.one(
         "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
@@ -3909,8 +3908,8 @@ def add_scheduled_node(store, values, once, action_id=None):
 
 
 def add_slurm_stats(store, values):
-    """Store what Slurm's accounting says of an attempt; its result, if it lacks them, gets the peak
-    memory and the CPU use."""
+    """Store what Slurm's accounting says about an attempt; its result gets the peak memory and the
+    CPU use if it lacks them."""
     store.execute(
         "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = coalesce(CASE WHEN"
         " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END, avg_cpu_percent)"
@@ -3921,10 +3920,10 @@ def add_slurm_stats(store, values):
 
 
 def delete_records(store, kind, workflow_id, **wanted):
-    """In a transaction: delete the records of a workflow that have these values, with all that
-    hangs on them; what waited for jobs that go waits no more. Returns how many."""
+    """In a transaction: delete the records of a workflow with these values and everything that
+    belongs to them; dependents of deleted jobs no longer wait for them. Returns how many."""
     number = remove(store, kind, workflow_id=workflow_id, **wanted)
-    if kind.table in ("job", "resource_requirements"):       # which take their jobs along
+    if kind.table in ("job", "resource_requirements"):       # whose jobs go, too
         settle(store, workflow_id)
         reshaped(store, workflow_id)
     store.news(workflow_id)
@@ -3932,8 +3931,8 @@ def delete_records(store, kind, workflow_id, **wanted):
 
 
 def remove_workflow(store, workflow_id):
-    """In a transaction: delete a workflow and everything below it."""
-    # Dependencies, then jobs: the cascades then meet empty tables instead of searching for each.
+    """In a transaction: delete a workflow and everything in it."""
+    # Dependencies, then jobs: the cascades then find empty tables instead of searching each.
     store.execute("DELETE FROM job_dependency WHERE job_id IN (SELECT id FROM job WHERE workflow_id"
                   " = ?)", (workflow_id,))
     remove(store, KINDS["job"], workflow_id=workflow_id)
@@ -3961,8 +3960,8 @@ def add_action(store, workflow_id, action):
 
 
 def actions(store, workflow_id, pending=False, triggers=(), waiting=False):
-    """Actions of a workflow by id; pending: triggered and not executed yet; waiting: also those
-    that could not be carried out a short while ago."""
+    """The actions of a workflow by id; pending: only triggered ones that are not executed yet;
+    waiting: including those that back off after a failure."""
     wanted = [*PARTS["new_action"].values(), *fields("submitted int")]
     shown = {"job_ids": "CASE WHEN job_ids IS NOT NULL THEN (SELECT json_group_array(job_id) FROM"
                         " action_job WHERE action_id = a.id) END",
@@ -3987,7 +3986,7 @@ def action_row(store, workflow_id, action_id):
 
 
 def claim_action(store, workflow_id, action_id, node_id, now):
-    """In a transaction: take an action. Raises NotFound, Conflict when another has it."""
+    """In a transaction: claim an action. Raises NotFound; Conflict if another node has it."""
     executed, persistent, _ = action_row(store, workflow_id, action_id)
     if executed and not persistent:
         raise Conflict(f"action {action_id} has been claimed by another compute node")
@@ -3996,9 +3995,9 @@ def claim_action(store, workflow_id, action_id, node_id, now):
 
 
 def leave_action(store, workflow_id, action_id, node_id, now, done):
-    """In a transaction: whoever claimed an action has carried it out, or cannot: then it is pending
-    again after a minute, and twice as long each further time. Raises NotFound; Conflict when it is
-    another's by now."""
+    """In a transaction: mark a claimed action as done or, if it could not be carried out, make it
+    pending again after a minute, doubled each time. Raises NotFound; Conflict if another node has
+    it now."""
     _, persistent, owner = action_row(store, workflow_id, action_id)
     if not persistent and owner != node_id:
         raise Conflict(f"action {action_id} is no longer claimed by this compute node")
