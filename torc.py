@@ -2552,8 +2552,10 @@ class Store:
         is busy, each row fetched separately would wait for the interpreter's lock. Floats keep 15
         digits."""
         names = ", ".join(f"c{number}" for number in range(width))
-        return json.loads(self.one(f"WITH q ({names}) AS ({sql}) SELECT "
-                                   f"json_group_array(json_array({names})) FROM q", params)[0])
+        return json.loads(self.one(f"""
+            WITH q ({names}) AS ({sql})
+            SELECT json_group_array(json_array({names}))
+            FROM q""", params)[0])
 
     # ---- news
 
@@ -2665,8 +2667,9 @@ def not_found(kind, record_id):
 def fetch(store, kind, record_id):
     """One record by id, as a dict. Raises NotFound."""
     kind_columns = columns(kind)
-    row = store.one(f"SELECT {', '.join(field.name for field in kind_columns)} FROM {kind.table} "
-                    "WHERE id = ?", (record_id,))
+    row = store.one(f"""
+        SELECT {', '.join(field.name for field in kind_columns)} FROM {kind.table}
+        WHERE id = ?""", (record_id,))
     if not row:
         raise not_found(kind, record_id)
     return to_record(kind_columns, row)
@@ -2686,9 +2689,10 @@ def workflow_of(store, kind, record_id):
 def outsiders(store, table, ids, workflow_id):
     """[(id, its workflow or None if it does not exist), ...] of the ids that do not belong to a
     workflow."""
-    return ids and store.query(
-        f"SELECT v.value, t.workflow_id FROM json_each(?) v LEFT JOIN {table} t ON t.id = v.value"
-        " WHERE t.workflow_id IS NOT ?", (compact(list(ids)), workflow_id))
+    return ids and store.query(f"""
+        SELECT v.value, t.workflow_id FROM json_each(?) v
+        LEFT JOIN {table} t ON t.id = v.value
+        WHERE t.workflow_id IS NOT ?""", (compact(list(ids)), workflow_id))
 
 
 def next_id(store, table):
@@ -2859,8 +2863,10 @@ def listing(store, kind, page, wanted, without=()):
     names = ", ".join(f"t.{field.name}" for field in kind_columns)
     source = f"FROM {kind.table} t WHERE {where}"
     total = store.one(f"SELECT count(*) {source}", params)[0]
-    sql = (f"SELECT {names} {source} ORDER BY {sortable.get(page.sort_by, 't.id')} {direction},"
-           f" t.id {direction} LIMIT ? OFFSET ?")
+    sql = f"""
+        SELECT {names} {source}
+        ORDER BY {sortable.get(page.sort_by, 't.id')} {direction}, t.id {direction}
+        LIMIT ? OFFSET ?"""
     params = [*params, page.limit, max(page.offset, 0)]
     exact = any(field.type == "float" for field in kind_columns)
     large = min(total, page.limit if page.limit >= 0 else total) > 500
@@ -2891,13 +2897,17 @@ HINDERS = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_job_
 IS_COMPLETE = ("(is_canceled OR NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
                f" AND status IN {NOT_COMPLETE}))")
 # An action that is due. If all of its jobs were canceled before they were ready, it never is.
-DUE_ACTION = (
-    "executed = 0 AND CASE trigger_type WHEN 'on_workflow_complete' THEN"
-    " EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)"
-    f" AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id AND status IN"
-    f" {NOT_COMPLETE}) ELSE trigger_count >= required_triggers AND (trigger_type <> 'on_jobs_ready'"
-    " OR job_ids = '[]' OR EXISTS (SELECT 1 FROM action_job x JOIN job j ON j.id = x.job_id WHERE"
-    f" x.action_id = a.id AND j.status <> {CANCELED})) END")
+DUE_ACTION = f"""executed = 0 AND CASE trigger_type
+    WHEN 'on_workflow_complete' THEN
+        EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)
+        AND NOT EXISTS (SELECT 1 FROM job
+                        WHERE workflow_id = a.workflow_id AND status IN {NOT_COMPLETE})
+    ELSE
+        trigger_count >= required_triggers
+        AND (trigger_type <> 'on_jobs_ready' OR job_ids = '[]'
+             OR EXISTS (SELECT 1 FROM action_job x JOIN job j ON j.id = x.job_id
+                        WHERE x.action_id = a.id AND j.status <> {CANCELED}))
+    END"""
 # An action that may be tried now: after a failure it backs off.
 PENDING_ACTION = f"wait_until <= CAST(strftime('%s', 'now') AS INTEGER) AND {DUE_ACTION}"
 
@@ -2949,8 +2959,10 @@ def counts(store, workflow_id):
     """The number of jobs per status (all eleven) and the flags of the workflow. Raises NotFound."""
     run_id, canceled, archived, complete = workflow_row(
         store, workflow_id, f"run_id, is_canceled, is_archived, {IS_COMPLETE}")
-    number = dict(store.query("SELECT status, count(*) FROM job WHERE workflow_id = ? "
-                              "GROUP BY status", (workflow_id,)))
+    number = dict(store.query("""
+        SELECT status, count(*) FROM job
+        WHERE workflow_id = ?
+        GROUP BY status""", (workflow_id,)))
     return {**{name: number.get(status, 0) for status, name in enumerate(STATUS_NAMES)},
             "total": sum(number.values()), "run_id": run_id, "is_canceled": bool(canceled),
             "is_archived": bool(archived), "is_complete": bool(complete)}
@@ -3010,9 +3022,11 @@ def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=Non
         keep = (", compute_node_id = (SELECT n.id FROM compute_node n WHERE n.id ="
                 " job.compute_node_id AND n.beats AND n.is_active)")
     is_one = len(ids) == 1                # the usual case, and faster this way
-    store.execute(f"UPDATE job SET {' = ?, '.join(values)} = ?, attempt_id = attempt_id + ?{keep}"
-                  f" WHERE id {'= ?' if is_one else f'IN {IDS}'}",
-                  (*values.values(), again, ids[0] if is_one else compact(ids)))
+    store.execute(f"""
+        UPDATE job
+        SET {' = ?, '.join(values)} = ?, attempt_id = attempt_id + ?{keep}
+        WHERE id {'= ?' if is_one else f'IN {IDS}'}""",
+        (*values.values(), again, ids[0] if is_one else compact(ids)))
 
 
 ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMINATED: "warning",
@@ -3092,10 +3106,13 @@ def hindrances(store, where, params, limit=-1):
 
     where: an SQL condition on the job j and its dependency p.
     """
-    return store.query(
-        "SELECT j.id, j.name, p.id, p.name, p.status FROM job j JOIN job_dependency d ON d.job_id ="
-        f" j.id JOIN job p ON p.id = d.depends_on_job_id WHERE {where} AND {HINDERS} ORDER BY j.id,"
-        f" p.status IN ({DISABLED}, {PENDING_FAILED}) DESC, p.id LIMIT ?", (*params, limit))
+    return store.query(f"""
+        SELECT j.id, j.name, p.id, p.name, p.status FROM job j
+        JOIN job_dependency d ON d.job_id = j.id
+        JOIN job p ON p.id = d.depends_on_job_id
+        WHERE {where} AND {HINDERS}
+        ORDER BY j.id, p.status IN ({DISABLED}, {PENDING_FAILED}) DESC, p.id
+        LIMIT ?""", (*params, limit))
 
 
 def refuse_hindered(store, ids):
@@ -3118,12 +3135,15 @@ def changes_since(store, where, params):
     """{job id: [what has changed since its last attempt was claimed, in words, ...]} of the jobs j
     that fulfill an SQL condition and are out of date."""
     changed = {}
-    for job_id, bits, name in store.query(
-            f"SELECT j.id, j.outdated & CASE WHEN j.status IN {RAN} THEN -1 ELSE {RAN_AGAIN - 1}"
-            " END AS bits, (SELECT min(p.name) FROM job_dependency d JOIN job p ON p.id ="
-            " d.depends_on_job_id WHERE d.job_id = j.id AND p.result_id > j.result_id) FROM job j"
-            f" WHERE {where} AND bits AND j.status NOT IN ({BLOCKED}, {READY}) ORDER BY j.id",
-            params):
+    for job_id, bits, name in store.query(f"""
+            SELECT j.id,
+                j.outdated & CASE WHEN j.status IN {RAN} THEN -1 ELSE {RAN_AGAIN - 1} END AS bits,
+                (SELECT min(p.name) FROM job_dependency d
+                 JOIN job p ON p.id = d.depends_on_job_id
+                 WHERE d.job_id = j.id AND p.result_id > j.result_id)
+            FROM job j
+            WHERE {where} AND bits AND j.status NOT IN ({BLOCKED}, {READY})
+            ORDER BY j.id""", params):
         parts = [part for bit, part in OUTDATED.items() if bits & bit]
         changed[job_id] = [f"its {plain_names(parts)} changed"] if parts else []
         if bits & RAN_AGAIN:
@@ -3163,22 +3183,29 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
     settle(store, workflow_id)
     store.execute("DELETE FROM workflow_action WHERE workflow_id = ? AND is_recovery = 1",
                   (workflow_id,))
-    store.execute("DELETE FROM action_token WHERE action_id IN (SELECT id FROM workflow_action"
-                  " WHERE workflow_id = ?)", (workflow_id,))
-    store.execute(
-        "UPDATE workflow_action SET executed = 0, executed_by = NULL, done = 0, submitted = 0,"
-        " tries = 0, wait_until = 0, trigger_count = CASE WHEN"
-        " trigger_type IN ('on_workflow_start', 'on_worker_start', 'on_worker_complete') THEN"
-        " required_triggers ELSE trigger_count END WHERE workflow_id = ?", (workflow_id,))
+    store.execute("""
+        DELETE FROM action_token
+        WHERE action_id IN (SELECT id FROM workflow_action WHERE workflow_id = ?)""",
+        (workflow_id,))
+    store.execute("""
+        UPDATE workflow_action
+        SET executed = 0, executed_by = NULL, done = 0, submitted = 0, tries = 0, wait_until = 0,
+            trigger_count = CASE
+                WHEN trigger_type IN ('on_workflow_start', 'on_worker_start', 'on_worker_complete')
+                THEN required_triggers ELSE trigger_count END
+        WHERE workflow_id = ?""", (workflow_id,))
 
 
 def derive_dependencies(store, workflow_id):
     """In a transaction: make the readers of a file or user data depend on its writers."""
     for what, key in (("file", "file_id"), ("user_data", "user_data_id")):
-        if store.execute(
-                f"INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM {what} t JOIN"
-                f" job_input_{what} i ON i.{key} = t.id JOIN job_output_{what} o ON o.{key} = t.id"
-                " WHERE t.workflow_id = ?", (workflow_id,)):
+        if store.execute(f"""
+                INSERT OR IGNORE INTO job_dependency
+                SELECT i.job_id, o.job_id
+                FROM {what} t
+                JOIN job_input_{what} i ON i.{key} = t.id
+                JOIN job_output_{what} o ON o.{key} = t.id
+                WHERE t.workflow_id = ?""", (workflow_id,)):
             reshaped(store, workflow_id)
 
 
@@ -3202,8 +3229,9 @@ def reset_jobs(store, workflow_id, failed_only=False):
     else:
         chosen, below = job_ids(store, f"workflow_id = ? AND status <> {UNINITIALIZED}",
                                 (workflow_id,)), []
-        store.execute("UPDATE workflow_action SET trigger_count = 0 WHERE workflow_id = ? AND"
-                      " executed = 0 AND job_ids IS NULL", (workflow_id,))
+        store.execute("""
+            UPDATE workflow_action SET trigger_count = 0
+            WHERE workflow_id = ? AND executed = 0 AND job_ids IS NULL""", (workflow_id,))
     begin_anew(store, chosen + below, UNINITIALIZED)
     settle(store, workflow_id)
     return len(chosen)
@@ -3225,15 +3253,20 @@ def reset_workflow(store, workflow_id, user, now, force):
     Upstream: reset_workflow_status.
     """
     refuse_archived(store, workflow_id)
-    busy = store.one("SELECT (SELECT count(*) FROM job WHERE workflow_id = ? AND status IN"
-                     f" ({PENDING}, {RUNNING})), (SELECT count(*) FROM scheduled_compute_node"
-                     " WHERE workflow_id = ? AND status IN ('pending', 'active'))",
-                     (workflow_id, workflow_id))
+    busy = store.one(f"""
+        SELECT
+            (SELECT count(*) FROM job
+             WHERE workflow_id = ? AND status IN ({PENDING}, {RUNNING})),
+            (SELECT count(*) FROM scheduled_compute_node
+             WHERE workflow_id = ? AND status IN ('pending', 'active'))
+        """, (workflow_id, workflow_id))
     if any(busy) and not force:
         raise Invalid(f"workflow {workflow_id} is active ({busy[0]} jobs pending or running, "
                       f"{busy[1]} allocations scheduled): cancel it first, or use --force")
-    store.execute("UPDATE workflow SET is_canceled = 0, is_archived = 0,"
-                  " has_detected_need_to_run_completion_script = 0 WHERE id = ?", (workflow_id,))
+    store.execute("""
+        UPDATE workflow
+        SET is_canceled = 0, is_archived = 0, has_detected_need_to_run_completion_script = 0
+        WHERE id = ?""", (workflow_id,))
     settle(store, workflow_id)
     store_event(store, workflow_id, now, {
         "category": "user_action", "action": "reset_workflow_status", "user": user,
@@ -3304,11 +3337,13 @@ def candidates(store, workflow_id, limit, fit="1", params=()):
 
     fit: SQL condition on r (the requirement) and j (the job). Uses the index job_claim.
     """
-    return store.query(
-        "SELECT j.id, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes FROM job j"
-        " CROSS JOIN resource_requirements r ON r.id = j.resource_requirements_id"
-        f" WHERE j.workflow_id = ? AND j.status = {READY} AND j.compute_node_id IS NULL AND {fit}"
-        " ORDER BY j.priority DESC, j.id LIMIT ?", (workflow_id, *params, limit))
+    return store.query(f"""
+        SELECT j.id, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes FROM job j
+        CROSS JOIN resource_requirements r ON r.id = j.resource_requirements_id
+        WHERE j.workflow_id = ? AND j.status = {READY} AND j.compute_node_id IS NULL
+            AND {fit}
+        ORDER BY j.priority DESC, j.id
+        LIMIT ?""", (workflow_id, *params, limit))
 
 
 def take(store, found, node_id=None):
@@ -3397,10 +3432,10 @@ def store_result(store, body, replace=False):
     if replace:
         store.execute("DELETE FROM result WHERE job_id = ? AND run_id = ? AND attempt_id = ?",
                       [values[name] for name in ("job_id", "run_id", "attempt_id")])
-    return store.insert(
-        f"INSERT INTO result ({', '.join(values)}, asked_id, asked_cpus, asked_memory) SELECT"
-        f" {', '.join('?' * len(values))}, id, cpus, memory FROM asked WHERE job_id = ?",
-        (*values.values(), values["job_id"]))
+    return store.insert(f"""
+        INSERT INTO result ({', '.join(values)}, asked_id, asked_cpus, asked_memory)
+        SELECT {', '.join('?' * len(values))}, id, cpus, memory FROM asked
+        WHERE job_id = ?""", (*values.values(), values["job_id"]))
 
 
 def take_completion(store, workflow_id, run_id, node_id, done, job):
@@ -3417,8 +3452,10 @@ def take_completion(store, workflow_id, run_id, node_id, done, job):
     else:
         return False                      # it has been deleted
     values = {**done, "workflow_id": workflow_id, "compute_node_id": node_id}
-    earlier = store.one("SELECT return_code FROM result WHERE job_id = ? AND run_id = ?"
-                        " AND attempt_id = ?", (job.id, done["run_id"], done["attempt_id"]))
+    earlier = store.one("""
+        SELECT return_code FROM result
+        WHERE job_id = ? AND run_id = ? AND attempt_id = ?""",
+        (job.id, done["run_id"], done["attempt_id"]))
     mine = job.compute_node_id == node_id
     same = job.attempt_id == done["attempt_id"] and (not earlier or done["run_id"] == run_id)
     at_work = job.status in (PENDING, RUNNING)
@@ -3430,8 +3467,10 @@ def take_completion(store, workflow_id, run_id, node_id, done, job):
         apply_completion(store, job, values, store_result(store, values, replace=bool(earlier)))
         return True
     if lost or not earlier:
-        counting = store.one("SELECT r.run_id, r.attempt_id FROM job j JOIN result r ON r.id ="
-                             " j.result_id WHERE j.id = ?", (job.id,))
+        counting = store.one("""
+            SELECT r.run_id, r.attempt_id FROM job j
+            JOIN result r ON r.id = j.result_id
+            WHERE j.id = ?""", (job.id,))
         result_id = store_result(store, values, replace=lost)
         if same if not counting else counting == (done["run_id"], done["attempt_id"]):
             judge_by(store, job.id, result_id)
@@ -3521,14 +3560,17 @@ def claimed_jobs(store, ids, run_id, prefetched=()):
         jobs[row[0]]["run_id"] = run_id
     for job_id in prefetched:
         jobs[job_id]["prefetched"] = True
-    for job_id, file_id, path in store.query(
-            "SELECT o.job_id, f.id, f.path FROM job_output_file o JOIN file f ON f.id = o.file_id"
-            f" WHERE o.job_id IN {IDS} ORDER BY f.id", (text,)):
+    for job_id, file_id, path in store.query(f"""
+            SELECT o.job_id, f.id, f.path FROM job_output_file o
+            JOIN file f ON f.id = o.file_id
+            WHERE o.job_id IN {IDS}
+            ORDER BY f.id""", (text,)):
         jobs[job_id].setdefault("output_files", []).append({"id": file_id, "path": path})
     wanted = columns(KINDS["resource_requirements"])
-    requirements = store.query(
-        f"SELECT {', '.join(field.name for field in wanted)} FROM resource_requirements WHERE id IN"
-        f" (SELECT resource_requirements_id FROM job WHERE id IN {IDS})", (text,))
+    requirements = store.query(f"""
+        SELECT {', '.join(field.name for field in wanted)}
+        FROM resource_requirements
+        WHERE id IN (SELECT resource_requirements_id FROM job WHERE id IN {IDS})""", (text,))
     return [jobs[job_id] for job_id in ids], {
         str(row[0]): to_record(wanted, row) for row in requirements}
 
@@ -3612,17 +3654,22 @@ def situation(store, workflow_id):
 
 def close_node(store, node_id, now):
     """In a transaction: a node's runner has ended and owns nothing any more."""
-    if store.execute("UPDATE compute_node SET is_active = 0, duration_seconds = ?"
-                     " - strftime('%s', start_time) WHERE id = ? AND is_active = 1",
-                     (round(now, 3), node_id)):
+    if store.execute("""
+            UPDATE compute_node
+            SET is_active = 0, duration_seconds = ? - strftime('%s', start_time)
+            WHERE id = ? AND is_active = 1""", (round(now, 3), node_id)):
         tell_node(store, node_id, started=False)
-    store.execute(f"UPDATE job SET compute_node_id = NULL WHERE compute_node_id = ? AND status"
-                  f" NOT IN ({PENDING}, {RUNNING})", (node_id,))
+    store.execute(f"""
+        UPDATE job SET compute_node_id = NULL
+        WHERE compute_node_id = ? AND status NOT IN ({PENDING}, {RUNNING})""", (node_id,))
     store.execute("DELETE FROM action_token WHERE compute_node_id = ?", (node_id,))
     # Not those of Torc's own runners, which never report that an action is done.
-    store.execute("UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by = NULL"
-                  " WHERE executed_by = ? AND executed AND NOT done AND EXISTS (SELECT 1 FROM"
-                  " compute_node WHERE id = executed_by AND boot_id <> '')", (node_id,))
+    store.execute("""
+        UPDATE workflow_action
+        SET executed = 0, executed_at = NULL, executed_by = NULL
+        WHERE executed_by = ? AND executed AND NOT done
+            AND EXISTS (SELECT 1 FROM compute_node WHERE id = executed_by AND boot_id <> '')
+        """, (node_id,))
     store.heard.pop(node_id, None)
 
 
@@ -3688,9 +3735,11 @@ def expired_nodes(store, now, started):
     now: time.monotonic(); started: the start of this server, which renews all leases.
     """
     expired, wait = {}, 600.0
-    for node_id, minutes in store.query(
-            "SELECT n.id, w.compute_node_wait_for_healthy_database_minutes FROM compute_node n"
-            " JOIN workflow w ON w.id = n.workflow_id WHERE n.is_active = 1 AND n.beats = 1"):
+    for node_id, minutes in store.query("""
+            SELECT n.id, w.compute_node_wait_for_healthy_database_minutes
+            FROM compute_node n
+            JOIN workflow w ON w.id = n.workflow_id
+            WHERE n.is_active = 1 AND n.beats = 1"""):
         lease = lease_s(minutes)
         left = max(store.heard.get(node_id, started), started) + lease - now
         if left <= 0:
@@ -3837,14 +3886,17 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
 def taken_name(store, workflow_id, names):
     """A row with one of the names that a job of the workflow has already, or a false value."""
     return store.one("SELECT 1 FROM job WHERE workflow_id = ? LIMIT 1", (workflow_id,)) and (
-        store.one("SELECT j.name FROM json_each(?) v CROSS JOIN job j ON j.name = v.value AND"
-                  " j.workflow_id = ?", (compact(names), workflow_id)))
+        store.one("""
+            SELECT j.name FROM json_each(?) v
+            CROSS JOIN job j ON j.name = v.value AND j.workflow_id = ?""",
+            (compact(names), workflow_id)))
 
 
 def default_requirements(store, workflow_id):
     """The id of the requirements of jobs that name none."""
-    return store.one("SELECT min(id) FROM resource_requirements WHERE workflow_id = ? AND name ="
-                     " 'default'", (workflow_id,))[0]
+    return store.one("""
+        SELECT min(id) FROM resource_requirements
+        WHERE workflow_id = ? AND name = 'default'""", (workflow_id,))[0]
 
 
 def insert_jobs(store, jobs):
@@ -3884,14 +3936,17 @@ def process_changed_job_inputs(store, workflow_id, dry_run):
 def add_scheduled_node(store, values, once, action_id=None):
     """Store a scheduled compute node; once=true (ours): or return the one of this Slurm job."""
     kind = KINDS["scheduled_compute_node"]
-    row = once and store.one(
-        "SELECT id FROM scheduled_compute_node WHERE workflow_id = ? AND scheduler_id = ? AND"
-        " scheduler_type = ? AND (cluster IS ? OR cluster IS NULL) ORDER BY cluster IS NULL",
+    row = once and store.one("""
+        SELECT id FROM scheduled_compute_node
+        WHERE workflow_id = ? AND scheduler_id = ? AND scheduler_type = ?
+            AND (cluster IS ? OR cluster IS NULL)
+        ORDER BY cluster IS NULL""",
         [values.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
                                        "cluster")])
     if row:
-        store.execute("UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?) WHERE id ="
-                      " ?", (values.get("cluster"), row[0]))
+        store.execute("""
+            UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?)
+            WHERE id = ?""", (values.get("cluster"), row[0]))
         made = fetch(store, kind, row[0])
     else:
         made = {**values, "id": add_many(store, kind, [values])[0]}
@@ -3902,18 +3957,22 @@ def add_scheduled_node(store, values, once, action_id=None):
     if action_id is not None and store.execute(
             "UPDATE scheduled_compute_node SET action_id = ? WHERE id = ? AND action_id IS NULL",
             (action_id, made["id"])):
-        store.execute("UPDATE workflow_action SET submitted = submitted + 1 WHERE id = ? AND"
-                      " workflow_id = ?", (action_id, values["workflow_id"]))
+        store.execute("""
+            UPDATE workflow_action SET submitted = submitted + 1
+            WHERE id = ? AND workflow_id = ?""", (action_id, values["workflow_id"]))
     return made
 
 
 def add_slurm_stats(store, values):
     """Store what Slurm's accounting says about an attempt; its result gets the peak memory and the
     CPU use if it lacks them."""
-    store.execute(
-        "UPDATE result SET peak_memory_bytes = ?, avg_cpu_percent = coalesce(CASE WHEN"
-        " exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END, avg_cpu_percent)"
-        " WHERE job_id = ? AND run_id = ? AND attempt_id = ? AND peak_memory_bytes IS NULL",
+    store.execute("""
+        UPDATE result
+        SET peak_memory_bytes = ?,
+            avg_cpu_percent = coalesce(
+                CASE WHEN exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END,
+                avg_cpu_percent)
+        WHERE job_id = ? AND run_id = ? AND attempt_id = ? AND peak_memory_bytes IS NULL""",
         [values.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id", "run_id",
                                        "attempt_id")])
     return {**values, "id": add_many(store, KINDS["slurm_stats"], [values])[0]}
@@ -3933,8 +3992,9 @@ def delete_records(store, kind, workflow_id, **wanted):
 def remove_workflow(store, workflow_id):
     """In a transaction: delete a workflow and everything in it."""
     # Dependencies, then jobs: the cascades then find empty tables instead of searching each.
-    store.execute("DELETE FROM job_dependency WHERE job_id IN (SELECT id FROM job WHERE workflow_id"
-                  " = ?)", (workflow_id,))
+    store.execute("""
+        DELETE FROM job_dependency
+        WHERE job_id IN (SELECT id FROM job WHERE workflow_id = ?)""", (workflow_id,))
     remove(store, KINDS["job"], workflow_id=workflow_id)
     store.news(workflow_id)
     remove(store, KINDS["workflow"], id=workflow_id)
@@ -3946,10 +4006,10 @@ def add_action(store, workflow_id, action):
     """In a transaction: insert an action from a checked body; returns its id."""
     listed = action.get("job_ids")
     on_jobs = action["trigger_type"] in ("on_jobs_ready", "on_jobs_complete") and listed is not None
-    action_id = store.insert(
-        "INSERT INTO workflow_action (workflow_id, trigger_type, action_type, action_config,"
-        " job_ids, trigger_count, required_triggers, executed, persistent, is_recovery)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    action_id = store.insert("""
+        INSERT INTO workflow_action (workflow_id, trigger_type, action_type, action_config,
+            job_ids, trigger_count, required_triggers, executed, persistent, is_recovery)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
         (workflow_id, action["trigger_type"], action["action_type"],
          compact(action["action_config"]), None if listed is None else compact(listed),
          0 if on_jobs else action.get("trigger_count", 0), not on_jobs,
@@ -3969,17 +4029,20 @@ def actions(store, workflow_id, pending=False, triggers=(), waiting=False):
              "trigger_count": "max(trigger_count, trigger_type = 'on_workflow_complete' AND"
                               f" {PENDING_ACTION})"}
     condition = (DUE_ACTION if waiting else PENDING_ACTION) if pending else "1"
-    rows = store.query(
-        f"SELECT {', '.join(shown.get(field.name, field.name) for field in wanted)} FROM"
-        f" workflow_action a WHERE workflow_id = ? AND {condition} ORDER BY id", (workflow_id,))
+    rows = store.query(f"""
+        SELECT {', '.join(shown.get(field.name, field.name) for field in wanted)}
+        FROM workflow_action a
+        WHERE workflow_id = ? AND {condition}
+        ORDER BY id""", (workflow_id,))
     records = [to_record(wanted, row) for row in rows]
     return [record for record in records if not triggers or record["trigger_type"] in triggers]
 
 
 def action_row(store, workflow_id, action_id):
     """(executed, persistent, executed_by) of an action. Raises NotFound."""
-    row = store.one("SELECT executed, persistent, executed_by FROM workflow_action WHERE id = ? AND"
-                    " workflow_id = ?", (action_id, workflow_id))
+    row = store.one("""
+        SELECT executed, persistent, executed_by FROM workflow_action
+        WHERE id = ? AND workflow_id = ?""", (action_id, workflow_id))
     if not row:
         raise NotFound(f"Workflow action not found with ID: {action_id}")
     return row
@@ -3990,8 +4053,10 @@ def claim_action(store, workflow_id, action_id, node_id, now):
     executed, persistent, _ = action_row(store, workflow_id, action_id)
     if executed and not persistent:
         raise Conflict(f"action {action_id} has been claimed by another compute node")
-    store.execute("UPDATE workflow_action SET executed = ?, executed_at = ?, executed_by = ?,"
-                  " done = 0 WHERE id = ?", (not persistent, iso_time(now), node_id, action_id))
+    store.execute("""
+        UPDATE workflow_action
+        SET executed = ?, executed_at = ?, executed_by = ?, done = 0
+        WHERE id = ?""", (not persistent, iso_time(now), node_id, action_id))
 
 
 def leave_action(store, workflow_id, action_id, node_id, now, done):
