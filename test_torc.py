@@ -9678,6 +9678,14 @@ def test_every_page_is_drawn_without_an_error(chromium, dash, server, tmp_path, 
         visit.go(place)
         visit.page.screenshot(path=str(tmp_path / f"{scheme}_{width}{place.replace('/', '_')}.png"))
         assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), place
+        if place == "/w/1/nodes":
+            host = visit.page.locator("tbody .key").first
+            assert host.bounding_box()["width"] > 80
+        if place == "/w/1":               # times of events stay on one line
+            visit.page.locator(".lines .num .muted").first.wait_for()
+            heights = visit.page.evaluate("[...document.querySelectorAll('.lines .num')].map("
+                                          "one => one.offsetHeight)")
+            assert max(heights) < 30
         if axe:
             visit.page.evaluate(axe)      # a string: the pages' policy forbids inline scripts
             found = visit.page.evaluate("axe.run().then(found => found.violations.filter(one => "

@@ -5217,7 +5217,7 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
     series = {what: [{"name": name, "kind": kind, "points": [
         round(value, digits) for value in window.means(changes)]}
         for name, kind, changes in (("used", "used", steps[2 + place]),
-                                    ("asked", "asked", steps[place]),
+                                    ("requested", "asked", steps[place]),
                                     ("available", "limit", there[place]))]
         for what, digits, place in (("cpu", 3, 0), ("memory", None, 1))}
     return {"times": [int(window.begin + window.width * (number + 0.5)) for number in range(bins)],
@@ -20154,7 +20154,7 @@ class DashActions:
             means = found.text or ("workers use this one" if url == best else
                                    "only this machine" if is_loopback(split_url(url)[1]) else "")
             addresses.append({"url": url, "here": here, "means": means,
-                              "there": there.get(url, ["uninitialized", "not looked at"])})
+                              "there": there.get(url, ["uninitialized", "not checked"])})
         version = client.get("/version")
         facts = [["Address", client.where], ["Id", client.server_id()],
                  ["Password", "needed" if info.get("auth_required") else "not needed"],
@@ -21200,7 +21200,7 @@ section { margin-top: 24px; } section > h2 { margin-bottom: 6px; } h1.unseen + d
 .menu > div { position: absolute; right: 0; top: 32px; z-index: 6; min-width: 250px; padding: 5px; background: var(--raised); border: 1px solid var(--line); border-radius: 6px; box-shadow: 0 8px 24px rgb(0 0 0 / .18); }
 .menu > div button { width: 100%; height: auto; padding: 5px 8px; border: 0; background: none; display: block; text-align: left; white-space: normal; }
 .menu > div button:hover { background: var(--sunken); } .menu small { display: block; color: var(--muted); font-size: var(--small); }
-.lines li { display: flex; gap: 12px; margin: 0 -8px; padding: 3px 8px; border-bottom: 1px solid var(--line); } .lines li > :first-child { flex: 0 0 58px; } .lines .mono { overflow-wrap: anywhere; } .lines .st { white-space: normal; align-items: baseline; } .lines .st svg { transform: translateY(2px); }
+.lines li { display: flex; gap: 12px; margin: 0 -8px; padding: 3px 8px; border-bottom: 1px solid var(--line); } .lines li > :first-child { flex: 0 0 58px; white-space: nowrap; } .lines .mono { overflow-wrap: anywhere; } .lines .st { white-space: normal; align-items: baseline; } .lines .st svg { transform: translateY(2px); }
 .stage { border: 1px solid var(--line); border-radius: var(--radius); height: calc(100dvh - 176px); min-height: 360px; overflow: auto; display: grid; place-items: safe center; background: var(--raised); }
 .stage.mini { height: auto; min-height: 0; border: 0; background: none; display: block; }
 .stage svg { display: block; user-select: none; }
@@ -21583,7 +21583,7 @@ function toast(text, bad = false) {
   setTimeout(() => el.remove(), bad ? 15000 : 6000);
 }
 const KEYS = [["/", "go to the filter"], ["j  k", "next, previous row"], ["Enter", "open the row"],
-  ["[  ]", "previous, next page"], ["r", "load again"], ["c", "create a workflow"], ["?", "this help"],
+  ["[  ]", "previous, next page"], ["r", "reload"], ["c", "create a workflow"], ["?", "this help"],
   ["Esc", "leave a field or dialog"]];
 let armed = 0;                       // when g was pressed
 function onKey(event) {
@@ -21650,14 +21650,14 @@ function code(text) {
 }
 function problem({status, message}) {                   // what went wrong and the next step
   if (status === 404) return note("Not found", message + ".", h("p", go("#/", "All workflows")));
-  if (status === 403) return note("Not yours to see", message + ".", h("p", "Its owner can share it with a group:"),
+  if (status === 403) return note("You have no access", message + ".", h("p", "Its owner can share it with a group:"),
     code("torc access-groups add-workflow GROUP ID"));
   if (status) return note("The server refused", message + ".");
   return note("Nothing to show yet", `The server does not answer (${message}). This page fills when it is back.`);
 }
-const noAccess = () => note("This link does not open the dashboard any more",
-  "It was used in another browser, or the dashboard was started again since. Nothing is lost.",
-  h("p", "Open the address that ", h("code", "torc dash"), " printed last: it prints a new one whenever one was used."));
+const noAccess = () => note("This link no longer opens the dashboard",
+  "It was used in another browser, or the dashboard has been restarted. Nothing is lost.",
+  h("p", "Open the address that ", h("code", "torc dash"), " printed last: it prints a new one each time one is used."));
 function fill(el, load, draw) {      // show what `load` brings; "Loading" only if it takes long; else what went wrong
   const slow = setTimeout(() => { if (!el.childNodes.length) el.append(h("p.muted", "Loading…")); }, 150);
   const show = (...nodes) => { clearTimeout(slow); el.replaceChildren(...nodes.flat(9).filter(Boolean)); };
@@ -22029,7 +22029,7 @@ function workflowsPage({query}) {
   const failed = n => n && h("span.c-failed", num(n)), link = flow => h("a.row", {href: `#/w/${flow.id}`}, flow.name);
   const none = () => query.get("q")
     ? note("Nothing matches", `No workflow has “${query.get("q")}” in its name, project or description.`)
-    : note("No workflows yet", "A workflow is a list of commands, with what each needs and what it waits for.",
+    : note("No workflows yet", "A workflow is a list of commands, with the resources each needs and the jobs it depends on.",
       h("p", make()), h("p", "or in a terminal:"), code("torc run --example diamond"));
   const list = pagedTable({
     label: "Workflows", none,
@@ -22079,7 +22079,7 @@ function overviewPage({id}) {
     s.longest.length > 0 && section("Longest running", null, plainTable("Longest running jobs", longest, s.longest)),
     s.failures.length > 0 && section("Failed, by cause", null,
       lines(s.failures, f => h("b.c-failed", num(f.count)), f => [f.cause, f.line && [": ", h("span.mono", f.line)]]),
-      h("p", go(`#/w/${id}/failures`, "All causes, with what to do")))];
+      h("p", go(`#/w/${id}/failures`, "All causes and remedies")))];
   const about = s => facts([["State", state(s.state)], ["About", flow.description], ["User", flow.user],
     ["Run", s.started_ms ? `${s.run_id}, started ${clock(s.started_ms)}` : s.run_id], ["Project", flow.project],
     ["Output", s.output_dir && h("span.mono", s.output_dir)], ["Runners", go(`#/w/${id}/nodes`, s.runners_text)]]);
@@ -22121,7 +22121,7 @@ function latest(n) {
 function jobsPage({id, query}) {
   const family = query.get("family"), picked = () => (query.get("status") || "").split(",").filter(Boolean);
   const none = () => !query.toString() ? note("No jobs", "This workflow was created without jobs.")
-    : note("No job matches", "Nothing has this name, status and family together.",
+    : note("No job matches", "No job has this name, status and family.",
       h("p", go(`#/w/${id}/jobs`, "Show all jobs")));
   const list = pagedTable({
     label: "Jobs", none,
@@ -22209,7 +22209,7 @@ function jobPage({id, job: jobId}) {
     return [top, shown[0], h("div.split",
       h("div", section("Command", null, code(job.command)), section("Output", `attempt ${job.attempt_id}`, output),
         section("Attempts", null, shown[1])),
-      h("div", section("Facts", null, about), section("Waits for, then frees", near.more, map.el)))];
+      h("div", section("Facts", null, about), section("Dependencies and dependents", near.more, map.el)))];
   });
 }
 
@@ -22221,7 +22221,7 @@ function graphPage({id, query}) {
     const map = graph(data, {readout}), more = !data.families && toggle("Files and user data", withData,
       on => { setQuery({data: on ? "1" : ""}); render(); });
     const families = data.families
-      ? `, ${data.nodes.length} families: the jobs made from one entry of the spec` : "";
+      ? `, ${data.nodes.length} families: the jobs created from one entry of the specification` : "";
     watch("event", event => map.change(event.job_id, event.data));
     watch("missed", async () => (await api(`/workflows/${id}/graph`, {data: withData || ""})).nodes.forEach(
       node => map.change(node.id, node)));
@@ -22263,7 +22263,7 @@ function lanes({from, to, runners}, width, id) {
   });
   const times = ticks(from, to, width / 90).map(t => [box("tick", x(t), 16, 1, 6),
     x(t) < width - 44 && text(x(t) + 4, 14, clock(t, to - from < 600000))]);
-  const label = "Timeline: the table below says the same";
+  const label = "Timeline: the table below shows the same";
   return h("svg", {width, height: bottom, role: "group", "aria-label": label}, times, rows);
 }
 const RUNNERS = [["Runner", r => r.name, "key"], ["Busy", r => r.busy + " %", "num", "6rem"],
@@ -22320,8 +22320,8 @@ function resourcesPage({id}) {
   return asked(() => api(`/workflows/${id}/usage`, {bins: 240}), ({times, cpu, memory: used, requirements}) => [
     section("CPUs", "of all runners together", chart({label: "CPUs", times, text: num, series: cpu})),
     section("Memory", null, chart({label: "Memory", times, text: bytes, series: used})),
-    section("Asked and used", "by resource requirement; the tick is what was asked",
-      plainTable("Asked and used", REQUIREMENTS, requirements))]);
+    section("Requested and used", "by resource requirement; the tick marks what was requested",
+      plainTable("Requested and used", REQUIREMENTS, requirements))]);
 }
 
 function failuresPage({id}) {
@@ -22337,8 +22337,8 @@ function failuresPage({id}) {
       h("p.muted", when, jobs, more > 0 && ` and ${num(more)} more`), tail);
   }
   return asked(() => api(`/workflows/${id}/failures`), ({groups, total, downstream}) => {
-    if (!total) return note("Nothing failed", "Every job that has ended did well.");
-    const also = downstream > 0 && `${num(downstream)} more were canceled because they wait for these.`;
+    if (!total) return note("Nothing failed", "No job that has ended has failed.");
+    const also = downstream > 0 && `${many(downstream, "dependent")} ${downstream === 1 ? "was" : "were"} canceled.`;
     return [h("div.tools", h("span", h("b", num(total)), ` failed, from ${many(groups.length, "cause")}. `, also),
       h("div.far", h("button", {"data-verb": "recover"}, "Recover…"))), h("ol", groups.map(draw))];
   });
@@ -22346,13 +22346,13 @@ function failuresPage({id}) {
 
 const NODES = [
   ["Host", n => n.hostname, "key"],
-  ["State", n => chip(n.glyph, n.state), "", "12rem"],
+  ["State", n => chip(n.glyph, n.state), "", "8rem"],
   ["Kind", n => n.kind, "wide", "10.5rem"],
-  ["CPUs", n => n.num_cpus, "num", "6rem"],
+  ["CPUs", n => n.num_cpus, "num", "4.5rem"],
   ["GPUs", n => n.num_gpus || "", "num wide", "6rem"],
   ["Memory", n => bytes(n.memory), "num wide", "8rem"],
   ["Since", n => clock(Date.parse(n.start_time), false), "num wide", "9.5rem"],
-  ["Up for", n => span(n.up_s), "num", "7.5rem"]];
+  ["Up for", n => span(n.up_s), "num", "6.5rem"]];
 const ALLOCATIONS = [
   ["Slurm job", a => a.scheduler_id, "key", "7rem"],
   ["State", a => chip(a.glyph, a.status), "", "10rem"],
@@ -22375,7 +22375,7 @@ function shownAllocation(record, schedulers) {
 function nodesPage({id}) {
   const all = ["/compute_nodes", "/scheduled_compute_nodes", "/slurm_schedulers"].map(path =>
     api(path, {workflow_id: id, limit: 1000, sort_by: "id", reverse_sort: true}));
-  const none = note("No runner is up", "Ready jobs wait until there is one:",
+  const none = note("No runner is active", "Ready jobs wait until there is one:",
     code(`torc run ${id}`), code(`torc submit ${id}`));
   return asked(() => Promise.all(all).then(lists => lists.map(list => list.items)), ([records, scheduled, schedulers]) => {
     const nodes = records.map(shownNode), allocations = scheduled.map(one => shownAllocation(one, schedulers));
@@ -22388,7 +22388,7 @@ function nodesPage({id}) {
       said => draw(said.lines), error => draw([error.message]));
     return [section("Compute nodes", `${nodes.filter(node => node.is_active).length} active`,
       nodes.length ? plainTable("Compute nodes", NODES, nodes) : none),
-    section("Allocations", "Slurm jobs that bring compute nodes", allocations.length ? queue : h("p.muted", "None."))];
+    section("Allocations", "Slurm jobs that provide compute nodes", allocations.length ? queue : h("p.muted", "None."))];
   });
 }
 
@@ -22428,7 +22428,7 @@ function dataPage({id, query}) {
   const el = h("div");
   function draw(kind) {
     const [name, fields] = KINDS[kind];
-    const none = () => note(`No ${name.toLowerCase()}`, "The spec of this workflow names none.");
+    const none = () => note(`No ${name.toLowerCase()}`, "The specification of this workflow lists none.");
     const list = pagedTable({label: name, none, load: page => api("/" + kind, {...page, workflow_id: id}),
       columns: fields.map((field, i) => [FIELDS[field] || field.replace("_", " "), row => shownField(field, row[field]),
         ["key", ""][i] ?? "wide", "", field])});
@@ -22450,7 +22450,7 @@ function networkPage() {
     h("div.tools", h("h2", "Addresses of the server"),
       h("div.far", button("Check from a compute node", () => load("node")))),
     plainTable("Addresses", columns(data.node), data.addresses),
-    h("div.split", section("When a worker does not reach the server", null,
+    h("div.split", section("When workers cannot reach the server", null,
       data.fixes.map(([title, command]) => [h("p", title), code(command)])),
       section("Server", null, facts(data.server)))]);
   return load();
@@ -22458,16 +22458,16 @@ function networkPage() {
 
 // 9 Actions and dialogs ----------------------------------------------------------------------------------------
 const ACTIONS = {                    // verb: [label, states with a button, states with a menu entry, what it does]
-  initialize: ["Initialize", "not initialized", "", "Work out what waits for what, make the first jobs ready"],
+  initialize: ["Initialize", "not initialized", "", "Derive the dependencies and make the first jobs ready"],
   run: ["Run here…", "waiting", "running stuck", "Start a runner on this machine and watch its output"],
-  submit: ["Submit to Slurm…", "waiting running stuck", "", "Ask Slurm for nodes that run jobs of this workflow"],
-  rerun: ["Rerun failed…", "failed", "running canceled", "Reset failed jobs and what waits for them, keep the rest"],
-  recover: ["Recover…", "failed", "running", "Rerun what ran out of memory or time, with more of it"],
+  submit: ["Submit to Slurm…", "waiting running stuck", "", "Request allocations that run jobs of this workflow"],
+  rerun: ["Rerun failed…", "failed", "running canceled", "Reset failed jobs and their dependents, keep the rest"],
+  recover: ["Recover…", "failed", "running", "Rerun jobs that ran out of memory or time, with more of it"],
   cancel: ["Cancel…", "running", "waiting stuck", "End running jobs, start no more"],
   watch: ["Watch here…", "", "waiting running stuck", "Look after it on this machine until it ends"],
-  release: ["Clean up…", "", "running stuck", "Take back the jobs of runners that died and allocations that ended"],
-  reinitialize: ["Reinitialize…", "", "done failed canceled", "Rerun only what changed inputs touch"],
-  reset: ["Reset…", "", "waiting done failed canceled stuck", "All jobs back to the start; earlier results stay"],
+  release: ["Clean up…", "", "running stuck", "Requeue the jobs of dead runners and ended allocations"],
+  reinitialize: ["Reinitialize…", "", "done failed canceled", "Rerun only jobs whose inputs changed, and their dependents"],
+  reset: ["Reset…", "", "waiting done failed canceled stuck", "Reset all jobs; earlier results are kept"],
   export: ["Export", "", "waiting running done failed canceled stuck", "Save one JSON file with jobs, results and events"],
   archive: ["Archive", "", "done failed canceled", "Hide it from lists; nothing is deleted"],
   delete: ["Delete…", "", Object.keys(STATES).join(" "), "Remove jobs and results; output files stay"],
@@ -22587,7 +22587,7 @@ function createDialog() {            // every source ends in the same editor: wh
   }
   const sources = {
     "Paste": () => paper,
-    "Upload": () => h("div.drop", h("p", "A YAML, JSON, JSON5 or KDL file; it opens in the editor first."),
+    "Upload": () => h("div.drop", h("p", "A YAML or JSON file; it opens in the editor first."),
       h("input", {type: "file", "aria-label": "Specification file", accept: ".yaml,.yml,.json,.json5,.kdl",
         onchange: async ({target}) => edit({spec: await target.files[0].text()})})),
     "Server path": () => form({path: ["Path on the server’s machine", ""]}, "Open", "/dash/open"),
