@@ -771,25 +771,25 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
         start_one_worker_per_node   bool
         max_parallel_jobs           int"""),
     "resource_monitor": fields("""
-        enabled                     bool
+        enabled                     bool = true
         granularity                 enum:summary|time_series
-        sample_interval_seconds     positive
+        sample_interval_seconds     positive = 10
         generate_plots              bool"""),
     "execution_config": fields("""
         mode                        enum:direct|slurm|auto
-        sigkill_headroom_seconds    count
-        timeout_exit_code           byte
-        staggered_start             bool
-        limit_resources             bool
-        termination_signal          signal
-        sigterm_lead_seconds        count
-        oom_exit_code               byte
+        sigkill_headroom_seconds    count = 60
+        timeout_exit_code           byte = 152
+        staggered_start             bool = true
+        limit_resources             bool = true
+        termination_signal          signal = "SIGTERM"
+        sigterm_lead_seconds        count = 30
+        oom_exit_code               byte = 137
         srun_termination_signal     str
         enable_cpu_bind             bool
         stdio                       part:stdio"""),
     "stdio": fields(f"""
-        mode                        enum:{'|'.join(STDIO_ENDINGS)}
-        delete_on_success           bool"""),
+        mode                        enum:{'|'.join(STDIO_ENDINGS)} = "separate"
+        delete_on_success           bool = false"""),
     "slurm_defaults": (),
     "rule": fields("""
         exit_codes                  ints
@@ -8235,35 +8235,23 @@ def opened(paths):
             os.close(fd)
 
 
-class Limits(NamedTuple):
-    """execution_config and resource_monitor_config of a workflow, with defaults."""
-
-    sigkill_headroom_s: float
-    sigterm_lead_s: float
-    timeout_exit_code: int
-    oom_exit_code: int
-    termination_signal: int
-    limit_resources: bool
-    stdio: dict
-    monitor: bool
-    time_series: bool
-    sample_interval_s: float
+def with_defaults(part, given):
+    """The values of an object by PARTS, with defaults for those that are absent."""
+    known = {field.name: field.default for field in PARTS[part].values()}
+    known.update((name, value) for name, value in given.items() if value is not None)
+    return known
 
 
 def read_limits(workflow):
-    """Limits from a workflow record."""
-    import signal
-    config = json.loads(workflow.get("execution_config") or "{}")
-    monitor = json.loads(workflow.get("resource_monitor_config") or "{}")
-    name = config.get("termination_signal", "SIGTERM")
-    enabled = monitor.get("enabled", True)
-    return Limits(
-        config.get("sigkill_headroom_seconds", 60), config.get("sigterm_lead_seconds", 30),
-        config.get("timeout_exit_code", 152), config.get("oom_exit_code", 137),
-        getattr(signal, name, signal.SIGTERM), config.get("limit_resources", True),
-        {"mode": "separate", "delete_on_success": False, **config.get("stdio", {})},
-        enabled, enabled and str(monitor.get("granularity", "")).lower() == "time_series",
-        monitor.get("sample_interval_seconds", 10))
+    """What execution_config and resource_monitor_config of a workflow record say, as attributes
+    that a runner may change."""
+    import types
+    config, monitor = (json.loads(workflow.get(name) or "{}")
+                       for name in ("execution_config", "resource_monitor_config"))
+    limits = types.SimpleNamespace(**with_defaults("execution_config", config),
+                                   **with_defaults("resource_monitor", monitor))
+    limits.stdio = with_defaults("stdio", limits.stdio or {})
+    return limits
 
 
 # ---- what the jobs use
@@ -8309,7 +8297,8 @@ class Sampler:
         for child, (anonymous, shared, ticks, _) in used.items():
             self.note(child, anonymous + shared, ticks, now)
         limits = self.runner.limits
-        if limits.time_series and now - self.series_at >= limits.sample_interval_s:
+        if limits.granularity == "time_series" and (
+                now - self.series_at >= limits.sample_interval_seconds):
             self.series_at = now
             self.write_series(used)
 
@@ -8351,7 +8340,7 @@ class Sampler:
             self.series.commit()
         except (sqlite3.Error, OSError) as error:
             runner.say(f"time series of resources are not written: {error}")
-            runner.limits = runner.limits._replace(time_series=False)
+            runner.limits.granularity = "summary"
 
     def open_series(self):
         """The database of samples, made with the tables that Torc's plots read."""
@@ -8516,7 +8505,7 @@ class Starting:
         child.gpus = self.free_gpus[:need.gpus]
         del self.free_gpus[:need.gpus]
         self.last_kind = job["resource_requirements_id"]
-        if self.limits.limit_resources and self.limits.monitor and need.name != "default":
+        if self.limits.limit_resources and self.limits.enabled and need.name != "default":
             child.limit = need.memory
         self.number += 1
         child.start = self.number
@@ -8667,11 +8656,12 @@ class Stopping:
     def _end(self, children, verdict, lead=STOP_LEAD_S):
         """Ask jobs to end; SIGKILL follows after the lead, or that of the workflow if it is
         shorter."""
+        import signal
         asked = [child for child in children if not child.verdict and not has_exited(child.pid)]
         for child in asked:
             child.verdict = verdict
-            child.kill_at = time.monotonic() + min(lead, self.limits.sigterm_lead_s)
-        self._signal(asked, self.limits.termination_signal)
+            child.kill_at = time.monotonic() + min(lead, self.limits.sigterm_lead_seconds)
+        self._signal(asked, getattr(signal, self.limits.termination_signal, signal.SIGTERM))
 
     def _signal(self, children, number):
         """Signal the process groups of jobs, and what has left those but bears their mark: one look
@@ -8716,7 +8706,11 @@ class Stopping:
         """When jobs must be ended to be gone at the end; inf without one, or once they were."""
         if self.draining or not self.end_time:
             return math.inf
-        return self.end_time - self.limits.sigkill_headroom_s - self.limits.sigterm_lead_s
+        return self.end_time - self._leads_s()
+
+    def _leads_s(self):
+        """Seconds before the end at which jobs are asked to end."""
+        return self.limits.sigkill_headroom_seconds + self.limits.sigterm_lead_seconds
 
     def _check_end(self):
         """Ask once more when the end is."""
@@ -8725,9 +8719,9 @@ class Stopping:
         """There are so many seconds left."""
         self.end_time = time.monotonic() + left
         share = max(left, 0) / 4          # a short limit must leave time to work
-        self.limits = self.limits._replace(
-            sigkill_headroom_s=min(self.limits.sigkill_headroom_s, share),
-            sigterm_lead_s=min(self.limits.sigterm_lead_s, share))
+        limits = self.limits
+        limits.sigkill_headroom_seconds = min(limits.sigkill_headroom_seconds, share)
+        limits.sigterm_lead_seconds = min(limits.sigterm_lead_seconds, share)
 
     def out_of_memory(self, child, used):
         """Called by the sampler: a job is over its memory limit."""
@@ -8884,7 +8878,7 @@ class Reaping:
         done = {"job_id": job["id"], "run_id": job["run_id"], "attempt_id": job["attempt_id"],
                 "status": status, "return_code": code, "exec_time_minutes": child.elapsed / 60,
                 "completion_time": iso_time(child.ended or time.time())}
-        if self.limits.monitor:
+        if self.limits.enabled:
             done.update(self._usage(child))
         done.update(child.figures)
         if child.present:
@@ -9659,7 +9653,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.lease_at = time.monotonic()
         self.waiting = self.client.clone()
         targets = [self._talker, self._listener]
-        if self.limits.monitor:
+        if self.limits.enabled:
             targets.append(Sampler(self).loop)
         threads = [threading.Thread(target=target, daemon=True) for target in targets]
         for thread in threads:
@@ -10023,7 +10017,7 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
     # A second warning beside the worker's own clock. Slurm may send it a minute early; and srun,
     # which stands before several workers, would end them at once.
     if not request.one_worker_per_node and parse_walltime(scheduler["walltime"]) >= 300:
-        headroom_s = read_limits(workflow).sigkill_headroom_s
+        headroom_s = read_limits(workflow).sigkill_headroom_seconds
         options["signal"] = f"B:TERM@{max(1, int(headroom_s))}"
     options.update({str(key).lstrip("-"): value for key, value in defaults.items()
                     if options.get(str(key).lstrip("-")) is None or key == "signal"})
@@ -10055,9 +10049,8 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
 
 def worker_words(client, workflow, scheduler, request, number):
     """The command line of an allocation's worker. number: of allocations asked for together."""
-    config = json.loads(workflow.get("execution_config") or "{}")
     runners = number * (scheduler["nodes"] if request.one_worker_per_node else 1)
-    staggered = config.get("staggered_start", True) and runners > 50
+    staggered = read_limits(workflow).staggered_start and runners > 50
     tls = client.tls or {}
     return [*own_command(), "slurm-job-runner", ",".join(request.urls), str(workflow["id"]),
             request.output_dir, *option_words({
@@ -10083,8 +10076,7 @@ def needs_whole_nodes(client, workflow_id):
 
 def by_steps(workflow):
     """Whether the workflow wants its jobs as steps of srun."""
-    config = json.loads(workflow.get("execution_config") or "{}")
-    return config.get("mode") in ("slurm", "auto")
+    return read_limits(workflow).mode in ("slurm", "auto")
 
 
 def submission_environment(client):
@@ -10454,7 +10446,7 @@ class SlurmRunner(Runner):
                           os.environ.get("SLURM_JOB_NODELIST", self.host)).split()
             self.hosts = names[:where.nodes]
             # Memory and CPUs of steps are Slurm's business, and what is measured here is srun.
-            self.limits = self.limits._replace(monitor=False, limit_resources=False)
+            self.limits.enabled = False
             self.accounts = Accounts(self)
             self.free_gpus = []           # srun gives each step its own
             self.room = Room(where.nodes, self.room.node, self.room.most)
@@ -10482,7 +10474,7 @@ class SlurmRunner(Runner):
         if self.from_slurm and not self.interrupted:
             self.from_slurm = False       # asked once, and not for long: every second counts
             left = self._ask_time_left(again=0, timeout=5)
-        if left is not None and left > self.limits.sigterm_lead_s:
+        if left is not None and left > self.limits.sigterm_lead_seconds:
             self.from_slurm = True
             self.end_time = max(self.end_time, time.monotonic() + left)
 
@@ -10513,8 +10505,7 @@ class SlurmRunner(Runner):
 
     def _handle_signals(self):
         import signal
-        limits, now = self.limits, time.monotonic()
-        lead = limits.sigkill_headroom_s + limits.sigterm_lead_s
+        now, lead = time.monotonic(), self._leads_s()
         if signal.SIGTERM in self.received and not self.interrupted and self.end_time and (
                 self.end_time - now < lead + TIME_LIMIT_SLACK_S):
             self.received.remove(signal.SIGTERM)
@@ -10569,24 +10560,23 @@ class SlurmRunner(Runner):
         need = child.need
         if not self.steps or need.nodes > 1:
             return self.bash, words
-        config = json.loads(self.workflow.get("execution_config") or "{}")
+        limits = self.limits
         child.step = "wf{}_j{}_r{}_a{}".format(self.workflow_id, *child.key)
-        memory = "0" if need.name == "default" else f"{max(1, need.memory >> 20)}M"
-        options = [f"--jobid={self.allocation.job_id}", "--nodes=1", "--ntasks=1", "--exact",
-                   "--quiet", f"--job-name={child.step}", f"--cpus-per-task={need.cpus}",
-                   f"--mem={memory}"]
-        if child.places:
-            options.append(f"--nodelist={self.hosts[child.places[0]]}")
-        if need.gpus:
-            options.append(f"--gpus={need.gpus}")
-        if not config.get("enable_cpu_bind"):
-            options.append("--cpu-bind=none")
-        if self.end_time:
-            left = self.end_time - time.monotonic() - self.limits.sigkill_headroom_s
-            options.append(f"--time={max(1, math.ceil(left / 60))}")
-        if config.get("srun_termination_signal"):
-            options.append(f"--signal={config['srun_termination_signal']}")
-        return self.srun, ["srun", *options, *words]
+        left_s = (self.end_time or math.inf) - time.monotonic() - limits.sigkill_headroom_seconds
+        return self.srun, ["srun", *option_words({
+            "jobid": self.allocation.job_id,
+            "nodes": 1,
+            "ntasks": 1,
+            "exact": True,
+            "quiet": True,
+            "job-name": child.step,
+            "cpus-per-task": need.cpus,
+            "mem": 0 if need.name == "default" else f"{max(1, need.memory >> 20)}M",
+            "nodelist": self.hosts[child.places[0]] if child.places else None,
+            "gpus": need.gpus or None,
+            "cpu-bind": None if limits.enable_cpu_bind else "none",
+            "time": max(1, math.ceil(left_s / 60)) if self.end_time else None,
+            "signal": limits.srun_termination_signal or None}), *words]
 
     def _signal(self, children, number):
         """srun ends its step at once when it is signalled itself, so Slurm is asked to signal."""
