@@ -8221,6 +8221,12 @@ def attempts(children):
     return [dict(zip(("job_id", "attempt_id"), child.attempt)) for child in children]
 
 
+def own_peak():
+    """Peak resident memory of this process in KB, which never falls."""
+    match = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))
+    return int(match[1]) + 256 if match else 2**40         # the kernel counts in lumps
+
+
 @contextlib.contextmanager
 def opened(paths):
     """{path: a new file's descriptor}, without None; opened in Python, since posix_spawn would hold
@@ -8752,7 +8758,7 @@ class Reaping:
     status, what was used, outputs, failure handlers."""
 
     bury_at = 0.0                         # when to look for dead orphans
-    peak_since = -math.inf                # when peak_kb was looked up
+    peak_kb = 0                           # of this process itself, when it was looked up
 
     def _reap(self):
         """Take the exits of our own processes, never anybody else's."""
@@ -8972,7 +8978,9 @@ class Reaping:
             seconds = usage.ru_utime + usage.ru_stime
             known["avg_cpu_percent"] = round(100 * seconds / child.elapsed, 1)
             # exec hands the spawner's own peak down, so no more than that says nothing.
-            above = usage.ru_maxrss > self._own_peak() and usage.ru_maxrss > self._own_peak(0)
+            if usage.ru_maxrss > self.peak_kb:
+                self.peak_kb = own_peak()
+            above = usage.ru_maxrss > self.peak_kb
             peak = max([usage.ru_maxrss * 1024 if above else 0, *child.memory])
             if peak:
                 known["peak_memory_bytes"] = peak
@@ -8981,15 +8989,6 @@ class Reaping:
         if child.cpu:
             known["peak_cpu_percent"] = round(max(child.cpu), 1)
         return known
-
-    def _own_peak(self, age_s=1):
-        """Peak resident memory of this process in KB, looked up if it is known for so long."""
-        now = time.monotonic()
-        if now >= self.peak_since + age_s:
-            match = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))
-            self.peak_kb = int(match[1]) + 256 if match else 2**40      # the kernel counts in lumps
-            self.peak_since = now
-        return self.peak_kb
 
 
 class Talking:
