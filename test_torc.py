@@ -4968,9 +4968,9 @@ def test_the_ok_of_a_start_confirms_no_other_start_of_the_attempt(tmp_path, api)
     records = [{"header": {"workflow_id": workflow_id, "compute_node_id": runner.node}},
                {"start": key, "n": 1}, {"ok": [1]},           # it could not be made a process
                {"start": key, "n": 2}, {"end": runner.done(job), "n": 2}]
-    assert torc.replay_journal(api, records) == 1
+    assert torc.replay_journal(api, tmp_path / "none", records) == 1
     assert statuses(api, workflow_id) == {"a": "completed"}
-    assert torc.replay_journal(api, [*records, {"ok": [2]}]) == 0
+    assert torc.replay_journal(api, tmp_path / "none", [*records, {"ok": [2]}]) == 0
 
 
 # ---- the machine's faults, and the job's

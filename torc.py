@@ -8004,8 +8004,9 @@ def read_journal(path):
     return records, bad
 
 
-def replay_journal(client, records):
-    """Tell the server what a dead runner did not get to say; returns the number of completions."""
+def replay_journal(client, path, records):
+    """Tell the server what a dead runner did not get to say, and remove its journal; returns the
+    number of completions."""
     header, starts, ends = records[0]["header"], {}, {}
     for record in records:                # by numbers of starts; older journals have attempts only
         if "start" in record:
@@ -8017,11 +8018,30 @@ def replay_journal(client, records):
             number = tuple(number) if isinstance(number, list) else number
             starts.pop(number, None)
             ends.pop(number, None)
-    client.post(f"/workflows/{header['workflow_id']}/runner_step", {
+    step = {
         "compute_node_id": header["compute_node_id"], "step": 0, "replay": True, "held": [],
         "starts": [{"job_id": job, "attempt_id": attempt} for job, _, attempt in starts.values()],
-        "completions": list(ends.values())})
+        "completions": list(ends.values())}
+    try:
+        client.post(f"/workflows/{header['workflow_id']}/runner_step", step)
+    except NotFound:
+        ends.clear()                      # workflow or node was deleted: nobody wants it
+    with contextlib.suppress(OSError):    # another successor was as quick, or it is not ours
+        os.unlink(path)
     return len(ends)
+
+
+def journal_path(directory, server_id, workflow_id, node_id):
+    """Path of the journal of a compute node's runner, of this very database."""
+    return os.path.join(directory, "journal", f"{server_id}_wf{workflow_id}_n{node_id}.jsonl")
+
+
+def dead_nodes(client, workflow_id):
+    """[(compute node, Evidence)] of active ones whose runner is dead, as far as this machine
+    knows."""
+    nodes = client.items("/compute_nodes", workflow_id=workflow_id, is_active=True)
+    found = ((node, death_here(node)) for node in nodes)
+    return [(node, evidence) for node, evidence in found if evidence]
 
 
 def release_dead_nodes(client, workflow_id, output_dir):
@@ -8029,16 +8049,13 @@ def release_dead_nodes(client, workflow_id, output_dir):
 
     Ends what lives of their jobs, replays their journals, makes their jobs ready again.
     """
-    said = []
-    dead = []
-    for node in client.items("/compute_nodes", workflow_id=workflow_id, is_active=True):
-        evidence = death_here(node)
-        if evidence:
-            dead.append((node, evidence))
+    import glob
+    said, dead = [], dead_nodes(client, workflow_id)
     directories = {os.path.abspath(output_dir), *(node.get("output_dir") for node, _ in dead)}
     server_id = client.server_id()
     for directory in sorted(filter(None, directories)):
-        for path in journals_in(directory, server_id, workflow_id):
+        paths = journal_path(glob.escape(directory), server_id, workflow_id, "*")
+        for path in sorted(glob.glob(paths)):          # none if it is another user's
             said += clean_up(client, path)
     for node, evidence in dead:
         try:
@@ -8057,16 +8074,6 @@ def release(client, node, evidence, **ended):
                        reason=evidence.text, step=node.get("step", 0), **ended)
 
 
-def journals_in(directory, server_id, workflow_id):
-    """Paths of the journals of a workflow of this very database; none if the directory is another
-    user's."""
-    folder, start = os.path.join(directory, "journal"), f"{server_id}_wf{workflow_id}_n"
-    with contextlib.suppress(OSError):
-        return sorted(os.path.join(folder, name) for name in os.listdir(folder)
-                      if name.startswith(start))
-    return []
-
-
 def clean_up(client, path):
     """One journal: if its runner is dead, end its processes, replay it and remove it."""
     records, _ = read_journal(path)
@@ -8078,12 +8085,7 @@ def clean_up(client, path):
     said = [f"{plural(bad, 'line')} of the journal {path} cannot be read"] if bad else []
     if evidence.kind != "reboot":         # else its numbers are other processes' now
         kill_leftovers(header["token"], records)
-    try:
-        number = replay_journal(client, records)
-    except NotFound:
-        number = 0                        # workflow or node was deleted: nobody wants it
-    with contextlib.suppress(OSError):    # another successor was as quick, or it is not ours
-        os.unlink(path)
+    number = replay_journal(client, path, records)
     return said + ([f"{plural(number, 'result')} of the runner with pid {header['pid']}, which had "
                     f"died, {'was' if number == 1 else 'were'} handed in"] if number else [])
 
@@ -9613,8 +9615,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             **self._node_values()})["id"]
         server_id = self.client.server_id()
         self.journal = Journal(
-            os.path.join(self.directory, "journal",
-                         f"{server_id}_wf{self.workflow_id}_n{self.node_id}.jsonl"),
+            journal_path(self.directory, server_id, self.workflow_id, self.node_id),
             {**me, "server_id": server_id, "workflow_id": self.workflow_id,
              "compute_node_id": self.node_id, "run_id": self.run_id, "token": self.token})
         self.guardian, self.guardian_pipe = start_guardian(self.journal.path, self.token)
@@ -10311,15 +10312,10 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
 def bury_node(client, node, state, **ended):
     """Settle what a compute node's dead runner left, whichever host it was on: its journal and its
     jobs; returns that in words."""
-    number = 0
-    for path in journals_in(node.get("output_dir") or DEFAULT_OUTPUT_DIR, client.server_id(),
-                            node["workflow_id"]):
-        records, _ = read_journal(path)
-        header = records[0].get("header", {}) if records else {}
-        if header.get("compute_node_id") == node["id"]:
-            number += replay_journal(client, records)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+    path = journal_path(node.get("output_dir") or DEFAULT_OUTPUT_DIR, client.server_id(),
+                        node["workflow_id"], node["id"])
+    records, _ = read_journal(path)
+    number = replay_journal(client, path, records) if records and "header" in records[0] else 0
     try:
         freed = release(client, node, Evidence("allocation", f"its allocation ended: {state}"),
                         **ended)
@@ -12753,9 +12749,7 @@ def plan_archive(client, ids, wishes):
 def plan_release(client, workflow_id, wishes):
     """Clean up after runners that died and allocations that ended: jobs, results, records."""
     lines = settle_allocations(client, workflow_id, dry_run=True) + [
-        evidence.text for node in client.items("/compute_nodes", workflow_id=workflow_id,
-                                               is_active=True)
-        for evidence in (death_here(node),) if evidence]
+        evidence.text for _, evidence in dead_nodes(client, workflow_id)]
 
     def do(client):
         done = release_dead_nodes(client, workflow_id, wishes.output_dir)
