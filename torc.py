@@ -8291,19 +8291,16 @@ class Sampler:
             if words:
                 stats[int(name)] = int(words[1]), int(words[3]), int(words[11]) + int(words[12])
         owner = {child.pid: child for child in children}
-        used = {}                         # child: [anonymous bytes, largest shared, ticks, number]
+        used = {}                         # child: [(anonymous pages, shared pages, CPU ticks), ...]
         for pid, (parent, session, ticks) in stats.items():
             child = owner.get(session) or self.ancestor(pid, stats, owner)
             if child:
-                total = used.setdefault(child, [0, 0, 0, 0])
                 words = read_text(f"/proc/{pid}/statm").split() or (0, 0, 0)     # it has ended
-                resident, shared = int(words[1]) * self.page, int(words[2]) * self.page
-                total[0] += resident - shared
-                total[1] = max(total[1], shared)
-                total[2] += ticks
-                total[3] += 1
-        for child, (anonymous, shared, ticks, _) in used.items():
-            self.note(child, anonymous + shared, ticks, now)
+                resident, shared = int(words[1]), int(words[2])
+                used.setdefault(child, []).append((resident - shared, shared, ticks))
+        for child, processes in used.items():
+            anonymous, shared, ticks = zip(*processes)
+            self.note(child, (sum(anonymous) + max(shared)) * self.page, sum(ticks), now)
         limits = self.runner.limits
         if limits.granularity == "time_series" and (
                 now - self.series_at >= limits.sample_interval_seconds):
@@ -8338,11 +8335,11 @@ class Sampler:
             if self.series is None:
                 self.series = self.open_series()
             now = time.time()
-            for child, (anonymous, shared, _, number) in used.items():
+            for child, processes in used.items():
                 job = child.job
                 self.series.execute("INSERT OR REPLACE INTO job_resource_samples VALUES"
                                     " (?, ?, ?, ?, ?)", (job["id"], now, (child.cpu or [0.0])[-1],
-                                                         anonymous + shared, number))
+                                                         child.memory[-1], len(processes)))
                 self.series.execute("INSERT OR IGNORE INTO job_metadata VALUES (?, ?)",
                                     (job["id"], job["name"]))
             self.series.commit()
@@ -8577,7 +8574,11 @@ class Starting:
             command = f"{job['invocation_script']} {command}"
         words = ["bash", "-c", command]
         if len(command.encode()) >= TOO_LONG:
-            child.script = self._script(child, command)
+            name = "job_{}_{}_{}.sh".format(*child.key)
+            child.script = os.path.join(self.directory, "journal", name)
+            with open(os.open(child.script, APPEND | os.O_TRUNC, 0o600), "w",
+                      encoding="utf-8") as file:
+                file.write(command)
             words = ["bash", child.script]
         program, words = self._program(child, words)
         with opened(child.outputs) as files:
@@ -8605,14 +8606,6 @@ class Starting:
     def _program(self, child, words):
         """(path of the program, its arguments) that run a job's `words`."""
         return self.bash, words
-
-    def _script(self, child, command):
-        """A command too long for an argument, as a script file; returns its path."""
-        path = os.path.join(self.directory, "journal", "job_{}_{}_{}.sh".format(*child.key))
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700), "w",
-                  encoding="utf-8") as file:
-            file.write(command)
-        return path
 
 
 class Stopping:
