@@ -9822,8 +9822,8 @@ class Queued(NamedTuple):
     """What Slurm says of an allocation."""
 
     state: str                            # as squeue(1) and sacct(1) name it
-    time_left_s: float | None = None      # of its walltime
     where: str = ""                       # its nodes, or in brackets why it waits
+    time_left_s: float | None = None      # of its walltime
 
     @property
     def phase(self):
@@ -9850,36 +9850,35 @@ def slurm_number(text, kilo=1000):
     return int(float(match[1]) * kilo ** " KMGTP".index(match[2] or " ")) if match else None
 
 
+def ask_slurm(ids, columns, *words, **how):
+    """{id: Queued} of allocations by a program that prints their id, state, perhaps the time left,
+    and where they are."""
+    numbers = ",".join(map(str, sorted(ids)))
+    rows = slurm_rows(columns, *words, "-j", numbers, **how) if ids else ()
+    return {int(number): Queued((state.split() or ["UNKNOWN"])[0], where, *map(slurm_seconds, left))
+            for number, state, *left, where in rows if number.isdigit()}
+
+
 def ask_queue(ids, **how):
     """{id: Queued} of the allocations that squeue knows; those that ended long ago are absent.
 
     how: see slurm(). Raises TorcError if Slurm cannot be asked, which says nothing about the
     allocations.
     """
-    if not ids:
-        return {}
     try:
-        rows = slurm_rows(4, "squeue", "-h", "-t", "all", "-j", ",".join(map(str, sorted(ids))),
-                          "-o", "%i|%T|%L|%R", **how)
+        return ask_slurm(ids, 4, "squeue", "-h", "-t", "all", "-o", "%i|%T|%L|%R", **how)
     except TorcError as error:
         if "Invalid job id" in str(error):           # it knows none of them
             return {}
         raise
-    return {int(number): Queued(state, slurm_seconds(left), where)
-            for number, state, left, where in rows if number.isdigit()}
 
 
 def ask_accounting(ids):
     """{id: Queued} of allocations by sacct; {} where there is no accounting."""
-    if not ids:
-        return {}
-    try:
-        rows = slurm_rows(3, "sacct", "-X", "-n", "-P", "-j", ",".join(map(str, sorted(ids))),
-                          "-o", "JobIDRaw,State,NodeList", again=0)
-    except TorcError:
-        return {}
-    return {int(number): Queued(state.split()[0] if state else "UNKNOWN", None, nodes)
-            for number, state, nodes in rows if number.isdigit()}
+    with contextlib.suppress(TorcError):
+        return ask_slurm(ids, 3, "sacct", "-X", "-n", "-P", "-o", "JobIDRaw,State,NodeList",
+                         again=0)
+    return {}
 
 
 class Watch:
