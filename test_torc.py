@@ -5604,10 +5604,10 @@ def test_the_best_partition_for_a_job(profile, need, name):
 
 def test_why_no_partition_names_what_is_too_much():
     assert torc.why_no_partition(torc.DANE, *want(200, 2 * GB, 48 * HOURS)) == (
-        "no partition of dane takes 200 CPUs and 2.0 GB for 2d00h (pserial, pall: only 112 CPUs a "
-        "node; pdebug: only 112 CPUs a node, at most 1h00m; pbatch, pci, pjupyter: only 112 CPUs a "
+        "no partition of dane takes 200 CPUs and 2.0 GB for 2d00h (pserial and pall: only 112 CPUs a "
+        "node; pdebug: only 112 CPUs a node, at most 1h00m; pbatch, pci and pjupyter: only 112 CPUs a "
         "node, at most 1d00h)")
-    assert "(pserial, pall would, but only if it is named; pdebug: at most 1h00m; " in \
+    assert "(pserial and pall would, but only if it is named; pdebug: at most 1h00m; " in \
         torc.why_no_partition(torc.DANE, *want(4, 2 * GB, 48 * HOURS))
 
 
@@ -5703,7 +5703,7 @@ def test_a_default_qos_is_asked_for():
 
 @pytest.mark.parametrize("requirement, options, text", [
     ({**HALF, "num_cpus": 400}, {}, '2 jobs with the resource requirements "half": no partition of '
-     "kestrel takes 400 CPUs and 100.0 GB for 3h00m (short, standard, long, medmem and 5 more: "
+     "kestrel takes 400 CPUs and 100.0 GB for 3h00m (short, standard, long and 6 more: "
      "only 104 CPUs a node; "),
     ({**HALF, "runtime": "PT5H"}, {"partition": "short"}, "they need 52 CPUs and 100.0 GB for "
      "5h00m; partition short: at most 4h00m"),
@@ -5854,7 +5854,7 @@ def test_jobs_of_one_name_with_different_requirements_are_bound_to_no_scheduler(
         "jobs": [{"name": "j{i}", "parameters": {"i": "1:2"}, "command": "true",
                   "resource_requirements": "r{i}"}]}))
     _, out, errors = cli("slurm", "generate", "s.json", "-a", "x", "--profile", "kestrel", ok=0)
-    assert 'the jobs of "j{i}" belong to 2 schedulers (r1_scheduler, r2_scheduler)' in errors
+    assert 'the jobs of "j{i}" belong to 2 schedulers (r1_scheduler and r2_scheduler)' in errors
     assert "scheduler" not in json.loads(out)["jobs"][0]
     assert len(torc.read_spec("s.json", out).payload["actions"]) == 2
 
@@ -10789,7 +10789,7 @@ def test_the_cluster_describes_itself(cluster):
     assert "profile torctest, 2 partitions, for hosts like kl1" in done.stdout, done.stderr
     assert cluster.torc("hpc", "detect").stdout == "torctest (torctest)\n"
     done = cluster.torc("hpc", "match", "--cpus", "8")
-    assert "no partition of torctest takes 8 CPUs (debug, short: only 4 CPUs a node)" in done.stderr
+    assert "no partition of torctest takes 8 CPUs (debug and short: only 4 CPUs a node)" in done.stderr
     cluster.run("rm", "-r", ".torc/hpc")
 
 

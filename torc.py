@@ -11078,19 +11078,13 @@ def why_no_partition(profile, need, walltime_s):
             rows.setdefault(", ".join(found), []).append(one.name)
         elif one.on_request:
             special.append(one.name)
-    said = [f"{some(names)}: {text}" for text, names in
+    said = [f"{plain_names(dict.fromkeys(names), 4)}: {text}" for text, names in
             sorted(rows.items(), key=lambda row: row[0].count(","))]
     more = f"; {len(said) - 4} more" if len(said) > 4 else ""
-    asked = f"{some(special)} would, but only if it is named; " if special else ""
+    named = plain_names(dict.fromkeys(special), 4)
+    asked = f"{named} would, but only if it is named; " if special else ""
     return (f"no partition of {profile.name} takes {need_text(need, walltime_s)} ({asked}"
             f"{'; '.join(said[:4])}{more})")
-
-
-def some(names, most=4):
-    """The first of some names and how many more there are."""
-    names = list(dict.fromkeys(names))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # ---- planning allocations
@@ -11198,7 +11192,7 @@ def group_jobs(jobs, requirements):
     if bare:
         raise TorcError(f"without resource_requirements it is unknown what to request from Slurm: "
                         f"{plural(len(bare), 'job')} {'has' if len(bare) == 1 else 'have'} none "
-                        f"({some(bare)})")
+                        f"({plain_names(bare, 4)})")
     levels, parents = dependency_levels(jobs)
     keys = list(zip(levels, (job["resource_requirements_id"] for job in jobs)))
     parts = {}
@@ -11444,8 +11438,8 @@ def with_allocations(document, plan, actions=True):
         bound = {"scheduler": schedulers[0]} if len(schedulers) == 1 else {}
         if not bound:
             notes.append(f'the jobs of "{job["name"]}" belong to {len(schedulers)} schedulers '
-                         f"({some(schedulers)}): they are bound to none and run in any allocation "
-                         "they fit into")
+                         f"({plain_names(schedulers, 4)}): they are bound to none and run in any "
+                         "allocation they fit into")
         jobs.append({**without(job, "scheduler"), **bound})
     done = {**without(document, "slurm_schedulers", "actions"), "jobs": jobs,
             "slurm_schedulers": [one["scheduler"] for one in plan]}
