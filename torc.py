@@ -8104,9 +8104,9 @@ class Need(NamedTuple):
 
 
 def read_need(record):
-    """The Need of a record of resource requirements."""
-    return Need(record["num_cpus"], parse_memory(record["memory"]), record["num_gpus"],
-                record["num_nodes"], record["name"])
+    """The Need of a record of resource requirements, which may come from a specification."""
+    return Need(record["num_cpus"], parse_memory(record["memory"]), record.get("num_gpus") or 0,
+                record.get("num_nodes") or 1, record["name"])
 
 
 class Room(Bins):
@@ -11115,9 +11115,8 @@ class Part(NamedTuple):
     """Jobs of one requirement: of one level of dependencies, or of several that run one after the
     other in the same allocations."""
 
-    name: str                             # of the requirement,
-    number: int                           # and its place among them
     need: Need
+    number: int                           # of the requirement among all
     runtime_s: int                        # of a job
     level: int                            # of the first; 0: they wait for nothing
     levels: list                          # names of the jobs of each level
@@ -11198,18 +11197,13 @@ def group_jobs(jobs, requirements):
     parts = {}
     for job, key, others in zip(jobs, keys, parents):
         if key not in parts:
-            parts[key] = first_part(requirements[key[1] - 1], *key)
+            level, number = key
+            record = requirements[number - 1]
+            runtime_s = max(1, parse_duration(record.get("runtime") or "PT1H"))
+            parts[key] = Part(read_need(record), number, runtime_s, level, [[]], set())
         parts[key].levels[0].append(job["name"])
         parts[key].after.update(keys[other] for other in others)
     return [parts[key] for key in sorted(parts)]
-
-
-def first_part(record, level, number):
-    """A Part of one level, without its jobs, from a record of resource requirements."""
-    need = Need(record["num_cpus"], parse_memory(record["memory"]), record.get("num_gpus") or 0,
-                record.get("num_nodes") or 1)
-    runtime_s = max(1, parse_duration(record.get("runtime") or "PT1H"))
-    return Part(record["name"], number, need, runtime_s, level, [[]], set())
 
 
 def choose_partition(profile, name, wish, need, runtime_s):
@@ -11235,7 +11229,7 @@ def on_partition(part, choose):
         return part._replace(partition=choose(part.need, part.runtime_s))
     except TorcError as error:
         raise type(error)(f"{plural(part.width, 'job')} with the resource requirements "
-                          f'"{part.name}": {error}') from None
+                          f'"{part.need.name}": {error}') from None
 
 
 def join_levels(parts):
@@ -11341,7 +11335,7 @@ def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
     plan, taken = [], {}
     for some_parts in merge_parts(join_levels(parts), wish, by_partition):
         first = some_parts[0]
-        base = first.partition.name if len(some_parts) > 1 else first.name
+        base = first.partition.name if len(some_parts) > 1 else first.need.name
         base = f"{prefix}{base}{'_deferred' if first.level else ''}"
         name = base
         while name in taken:
