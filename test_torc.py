@@ -4641,8 +4641,7 @@ def test_a_ready_job_that_is_for_another_scheduler_makes_nobody_run_hot(tmp_path
     script = textwrap.dedent(f"""
         import torc, os
         class Strict(torc.Runner):
-            def _claim_values(self):
-                return {{"scheduler_config_id": {schedulers[1]}, "strict_scheduler_match": True}}
+            claim_values = {{"scheduler_config_id": {schedulers[1]}, "strict_scheduler_match": True}}
         raise SystemExit(Strict(torc.Client(os.environ["URL"]), {workflow_id}).run())""")
     with gateway(server, lambda path, _: steps.append(path)) as url:
         done = subprocess.run([PYTHON, "-c", script], cwd=tmp_path, timeout=60, capture_output=True, text=True,

@@ -8567,7 +8567,6 @@ class Starting:
                            TORC_ATTEMPT_ID=str(job["attempt_id"]), TORC_RUN_ID=str(job["run_id"]))
         if child.gpus:
             environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
-        environment.update(self._job_values(child))
         child.environment = environment
         command = job["command"]
         if job.get("invocation_script"):
@@ -8599,12 +8598,9 @@ class Starting:
             known.update(TORC_USERNAME=self.client.user, TORC_PASSWORD=record.get("token", ""))
         return known
 
-    def _job_values(self, child):
-        """What else a job gets in its environment."""
-        return {}
-
     def _program(self, child, words):
-        """(path of the program, its arguments) that run a job's `words`."""
+        """(path of the program, its arguments) that run a job's `words`; may change its
+        environment."""
         return self.bash, words
 
 
@@ -9124,7 +9120,7 @@ class Talking:
         room = self.room.copy()
         waiting = sum(room.place(child.need) is None for child in self.queue)
         prefetch = self._prefetch()
-        claim = {**self._claim_values(), "limit": 0}
+        claim = {**self.claim_values, "limit": 0}
         if room.most:
             claim["limit"] = max(0, room.most - room.number - waiting)
         elif not waiting:                 # else what is free now is meant for those
@@ -9135,10 +9131,6 @@ class Talking:
         if self.end_time:
             claim["time_left_s"] = self._time_left()
         return claim if claim["limit"] or prefetch else None
-
-    def _claim_values(self):
-        """What else a claim says."""
-        return {}
 
     def _time_left(self):
         """Seconds for which new jobs may ask: what is left, and as upstream two minutes' grace."""
@@ -9434,7 +9426,8 @@ class Leaving:
         stopping = any(entry["stopping"] for entry in report["ready"])
         waited = idle_since is not None and time.monotonic() - idle_since >= self._patience_s()
         ignoring = answer["is_complete"] and not answer["is_canceled"]
-        if (others or self._coming(report) or stopping or ignoring or fitting) and not waited:
+        coming = report["scheduled"] > self.own_allocations
+        if (others or coming or stopping or ignoring or fitting) and not waited:
             return None
         if ignoring:
             return self._verdict()
@@ -9448,11 +9441,8 @@ class Leaving:
 
     def _is_hopeless(self):
         """Whether a machine that cannot start jobs has been tried for long enough."""
-        return time.monotonic() - self.fault_since >= self._patience_s()
-
-    def _coming(self, report):
-        """How many allocations may bring other runners."""
-        return report["scheduled"]
+        return self.tries >= self.most_tries or (
+            time.monotonic() - self.fault_since >= self._patience_s())
 
     def _ask_for(self, what):
         """GET something of the workflow, however long it takes."""
@@ -9521,6 +9511,12 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     started in `queue`, those with a process in `children`. run() must be called in the main thread,
     since it receives signals.
     """
+
+    claim_values = {}                     # what else its claims,
+    node_values = {}                      # and the record of its compute node say
+    hidden = ()                           # variables that jobs do not get
+    most_tries = math.inf                 # starts that may fail, one after the other
+    own_allocations = 0                   # scheduled ones that bring no other runner
 
     def __init__(self, client, workflow_id, options=RunOptions()):
         import collections
@@ -9605,14 +9601,22 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             "num_cpus": self.cpus, "memory_gb": round(self.memory / 2**30, 3),
             "num_gpus": len(self.gpus), "num_nodes": len(self.room.bins),
             "compute_node_type": "local", "is_active": True, "output_dir": self.directory,
-            **self._node_values()})["id"]
+            **self.node_values})["id"]
         server_id = self.client.server_id()
         self.journal = Journal(
             journal_path(self.directory, server_id, self.workflow_id, self.node_id),
             {**me, "server_id": server_id, "workflow_id": self.workflow_id,
              "compute_node_id": self.node_id, "run_id": self.run_id, "token": self.token})
         self.guardian, self.guardian_pipe = start_guardian(self.journal.path, self.token)
-        self._environment()
+        self.base_environment = {
+            **{name: value for name, value in os.environ.items() if name not in self.hidden},
+            "TORC_WORKFLOW_ID": str(self.workflow_id), "TORC_OUTPUT_DIR": self.directory,
+            "TORC_RUNNER": self.token}
+        if not self.client.is_local:
+            self.base_environment.pop("TORC_DATABASE", None)
+        # Torc's own servers have no tokens.
+        self.tokens = bool(not self.client.is_local and self.client.password and self.client.id
+                           and not self.options.share_password)
         slots = (f"{self.options.max_parallel_jobs} jobs at a time" if
                  self.options.max_parallel_jobs else
                  f"{self.cpus} CPUs, {format_bytes(self.memory)}, {len(self.gpus)} GPUs")
@@ -9620,21 +9624,6 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             slots = f"{len(self.room.bins)} nodes of {slots}"
         self.say(f"running workflow {self.workflow_id} \"{self.workflow['name']}\" with {slots}; "
                  f"output in {self.options.output_dir}")
-
-    def _node_values(self):
-        """What else the record of this compute node says."""
-        return {}
-
-    def _environment(self):
-        """What all jobs get in their environment."""
-        self.base_environment = {
-            **os.environ, "TORC_WORKFLOW_ID": str(self.workflow_id),
-            "TORC_OUTPUT_DIR": self.directory, "TORC_RUNNER": self.token}
-        if not self.client.is_local:
-            self.base_environment.pop("TORC_DATABASE", None)
-        # Torc's own servers have no tokens.
-        self.tokens = bool(not self.client.is_local and self.client.password and self.client.id
-                           and not self.options.share_password)
 
     def _work(self):
         """The threads, then the loop."""
@@ -10401,10 +10390,15 @@ class SlurmRunner(Runner):
     for jobs of several nodes, which run on the first one and start their own steps.
     """
 
+    hidden = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU")       # srun takes one of three
+    most_tries = 3                        # a node that cannot start jobs takes no more of them
+    own_allocations = 1
+
     def __init__(self, client, workflow_id, options, allocation, config_id=None, strict=False,
                  alone=False):
         super().__init__(client, workflow_id, options)
-        self.allocation, self.config_id, self.strict = allocation, config_id, strict
+        self.allocation = allocation
+        self.claim_values = {"scheduler_config_id": config_id, "strict_scheduler_match": strict}
         self.alone = alone                # one of several runners in the allocation, each on a node
         self.steps, self.to_signal, self.signalling = False, [], threading.Event()
         self.hosts = [self.host]
@@ -10422,6 +10416,12 @@ class SlurmRunner(Runner):
             num_cpus=self.options.num_cpus or where.cpus,
             memory_gb=self.options.memory_gb or where.memory_bytes / 2**30)
         super()._detect()
+        self.node_values = {
+            "compute_node_type": "slurm",
+            "scheduler_config_id": self.claim_values["scheduler_config_id"],
+            "scheduler": {"type": "slurm", "scheduler_id": where.job_id,
+                          "node_index": where.node_index, "restarts": where.restarts,
+                          "cluster": cluster_name()}}
         self.steps = not self.alone and (where.nodes > 1 or by_steps(self.workflow))
         if self.steps:
             import shutil
@@ -10465,23 +10465,6 @@ class SlurmRunner(Runner):
             self.from_slurm = True
             self.end_time = max(self.end_time, time.monotonic() + left)
 
-    def _node_values(self):
-        where = self.allocation
-        return {"compute_node_type": "slurm", "scheduler_config_id": self.config_id, "scheduler": {
-            "type": "slurm", "scheduler_id": where.job_id, "node_index": where.node_index,
-            "restarts": where.restarts, "cluster": cluster_name()}}
-
-    def _coming(self, report):
-        return max(0, report["scheduled"] - 1)       # one of them is this one
-
-    def _environment(self):
-        super()._environment()
-        for name in ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU"):      # srun takes one of three
-            self.base_environment.pop(name, None)
-
-    def _claim_values(self):
-        return {"scheduler_config_id": self.config_id, "strict_scheduler_match": self.strict}
-
     def _leave(self):
         self.ended.set()
         if self.steps:
@@ -10524,16 +10507,11 @@ class SlurmRunner(Runner):
                 self.progress.note(f"allocations were not looked at: {error}\n")
         return said
 
-    def _is_hopeless(self):
-        """A node on which not one of three jobs could be started takes no more of them."""
-        return self.tries >= 3 or super()._is_hopeless()
-
     # -- steps
 
-    def _job_values(self, child):
-        """A job of several nodes starts steps of its own, on its nodes and no others."""
-        if child.need.nodes == 1 or not child.places:
-            return {}
+    def _nodes_of(self, child):
+        """The environment of a job of several nodes, which starts steps of its own: on its nodes
+        and no others."""
         names = ",".join(self.hosts[index] for index in child.places)
         values = {"TORC_NODELIST": names}
         if len(child.places) < len(self.hosts):
@@ -10545,6 +10523,8 @@ class SlurmRunner(Runner):
 
     def _program(self, child, words):
         need = child.need
+        if need.nodes > 1 and child.places:
+            child.environment.update(self._nodes_of(child))
         if not self.steps or need.nodes > 1:
             return self.bash, words
         limits = self.limits
