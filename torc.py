@@ -10703,57 +10703,54 @@ def least(*values):
     return min((value for value in values if value is not None), default=None)
 
 
-def record_class(name, wanted):
-    """A NamedTuple with these Fields and their defaults."""
+def record_class(name, text):
+    """A NamedTuple with the Fields of a text and their defaults; its `wanted` has them by name."""
     import collections
-    return collections.namedtuple(name, [field.name for field in wanted],
-                                  defaults=[field.default for field in wanted])
+    wanted = {field.name: field for field in fields(text)}
+    made = collections.namedtuple(name, wanted, defaults=[one.default for one in wanted.values()])
+    made.wanted = wanted
+    return made
 
 
-DETECTION_FIELDS = fields("""
-    type enum:env|hostname|file required
-    value name required
-    name str""")
-# shared: a job gets what it asks for, not the whole node.
-PARTITION_FIELDS = fields("""
-    name name required
-    cpus_per_node positive required
-    memory_mb positive
-    max_walltime_secs positive
-    max_nodes positive
-    max_nodes_per_user positive
-    min_nodes count
-    gpus_per_node count
-    gpu_type str
-    gpu_memory_gb positive
-    local_disk_gb count
-    shared bool = false
-    requires_explicit_request bool = false
-    default_qos str
-    features strs
-    description str""")
-PROFILE_FIELDS = fields("""
-    name str required
-    display_name str
-    description str
-    detection list
-    partitions list required
-    default_account str
-    charge_factor_cpu float
-    charge_factor_gpu float
-    metadata map = {}""")
-
-
-class Detection(record_class("Detection", DETECTION_FIELDS)):
+class Detection(record_class("Detection", """
+        type enum:env|hostname|file required
+        value name required
+        name str""")):
     """A sign of being on a cluster: env (name = value), hostname (a regex), or file (a path)."""
 
 
-class Profile(record_class("Profile", PROFILE_FIELDS)):
+class Profile(record_class("Profile", """
+        name str required
+        display_name str
+        description str
+        detection list
+        partitions list required
+        default_account str
+        charge_factor_cpu float
+        charge_factor_gpu float
+        metadata map = {}""")):
     """What is known of a cluster."""
 
 
-class Partition(record_class("Partition", PARTITION_FIELDS)):
-    """Nodes of one kind in a partition of a cluster; None: no limit, or not known.
+class Partition(record_class("Partition", """
+        name name required
+        cpus_per_node positive required
+        memory_mb positive
+        max_walltime_secs positive
+        max_nodes positive
+        max_nodes_per_user positive
+        min_nodes count
+        gpus_per_node count
+        gpu_type str
+        gpu_memory_gb positive
+        local_disk_gb count
+        shared bool = false
+        requires_explicit_request bool = false
+        default_qos str
+        features strs
+        description str""")):
+    """Nodes of one kind in a partition of a cluster; None: no limit, or not known. Those that are
+    shared give a job what it asks for, not the whole node.
 
     A partition with nodes of several kinds has a Partition for each of them.
     """
@@ -10832,10 +10829,10 @@ def profile_json(profile):
             "partitions": [one._asdict() for one in profile.partitions]}
 
 
-def checked_record(record, wanted, what):
+def checked_record(record, kind, what):
     """The fields of a record of a profile that are not null. Raises TorcError."""
     place = Place([], (), what)
-    good = place.check(record, {field.name: field for field in wanted})
+    good = place.check(record, kind.wanted)
     for _, sentence in place.faults:
         raise TorcError(sentence)
     return good
@@ -10843,11 +10840,11 @@ def checked_record(record, wanted, what):
 
 def read_profile(path):
     """The Profile in a JSON file, as `torc hpc generate` writes it. Raises TorcError."""
-    record = checked_record(parse_json(path, read_spec_text(path)), PROFILE_FIELDS, path)
+    record = checked_record(parse_json(path, read_spec_text(path)), Profile, path)
     signs, partitions = [], []
     for number, one in enumerate(record.get("detection", ())):
         what = f"{path}: detection {number + 1}"
-        sign = Detection(**checked_record(one, DETECTION_FIELDS, what))
+        sign = Detection(**checked_record(one, Detection, what))
         if sign.type == "env" and not sign.name:
             raise TorcError(f"{what}: the field name, of the environment variable, is missing")
         try:
@@ -10856,7 +10853,7 @@ def read_profile(path):
             raise TorcError(f"{what}: {sign.value!r} is not a valid regular expression") from None
         signs.append(sign)
     for number, one in enumerate(record["partitions"]):
-        good = checked_record(one, PARTITION_FIELDS, f"{path}: " + (
+        good = checked_record(one, Partition, f"{path}: " + (
             f'partition "{one["name"]}"' if isinstance(one, dict) and isinstance(
                 one.get("name"), str) else f"partition number {number + 1}"))
         partitions.append(Partition(**{**good, "features": tuple(good.get("features", ()))}))
