@@ -1628,15 +1628,8 @@ class Reader:
     def _circles(self):
         """Jobs must not wait for themselves, directly or through files and user data."""
         from graphlib import CycleError, TopologicalSorter
-        waits_for = {}                    # jobs are their ids, the others ("file", id) and its like
-        for number, job in enumerate(self.jobs, 1):
-            before = waits_for[number] = list(job.get("depends_on_job_ids", ()))
-            for table in ("file", "user_data"):
-                before += [(table, one) for one in job.get(f"input_{table}_ids", ())]
-                for one in job.get(f"output_{table}_ids", ()):
-                    waits_for.setdefault((table, one), []).append(number)
         try:
-            TopologicalSorter(waits_for).prepare()
+            TopologicalSorter(waits_for(self.jobs)).prepare()
         except CycleError as error:       # its circle begins and ends with the same
             circle = [one for one in error.args[1][1:] if isinstance(one, int)]
             names = [self.jobs[one - 1]["name"] for one in (*circle, circle[0])]
@@ -1648,6 +1641,19 @@ class Reader:
 
 
 # ---- the whole specification
+
+def waits_for(jobs):
+    """{job: what it waits for, file or user data: the jobs that write it}; jobs are their ids, from
+    1 on, the others ("file", id) and its like."""
+    graph = {}
+    for number, job in enumerate(jobs, 1):
+        before = graph[number] = list(job.get("depends_on_job_ids", ()))
+        for table in ("file", "user_data"):
+            before += [(table, one) for one in job.get(f"input_{table}_ids", ())]
+            for one in job.get(f"output_{table}_ids", ()):
+                graph.setdefault((table, one), []).append(number)
+    return graph
+
 
 def check_top(place, top):
     """Checks of the workflow's own maps; returns what of them goes into its record."""
@@ -11133,19 +11139,12 @@ def dependency_levels(jobs):
     above the highest they wait for; what waits for itself in a circle stays at 0.
     """
     import graphlib
-
-    def named(job, way):
-        return [(what, number) for what in ("file", "user_data")
-                for number in job.get(f"{way}_{what}_ids", ())]
-
-    writers, parents = {}, []
-    for place, job in enumerate(jobs):
-        for one in named(job, "output"):
-            writers.setdefault(one, []).append(place)
-    for place, job in enumerate(jobs):
-        found = {other - 1 for other in job.get("depends_on_job_ids", ())}
-        found.update(*(writers.get(one, ()) for one in named(job, "input")))
-        parents.append(found - {place})
+    graph, parents = waits_for(jobs), []
+    for place in range(len(jobs)):
+        found = set()
+        for one in graph[place + 1]:
+            found.update(graph.get(one, ()) if isinstance(one, tuple) else [one])
+        parents.append({number - 1 for number in found} - {place})
     sorter = graphlib.TopologicalSorter(dict(enumerate(parents)))
     with contextlib.suppress(graphlib.CycleError):
         sorter.prepare()
