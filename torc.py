@@ -7679,7 +7679,6 @@ HEARTBEAT_S = 20.0                        # a runner that has nothing to say say
 REST_S = 5.0                              # after a start that failed by the machine's fault
 LEAVE_S = 1.5                             # how long a server that is away is waited for at the end
 DOUBT_S = 0.2                             # a failure waits so long: was it meant for all?
-INTERRUPTED_S = 1.0                       # what fails so soon after a signal was interrupted
 JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete")
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
@@ -7723,20 +7722,18 @@ def cgroup_values(controller, name_v1, name_v2):
         if controllers and controller not in controllers.split(","):
             continue
         folder, name = (f"{CGROUPS}/{controller}", name_v1) if controllers else (CGROUPS, name_v2)
-        while True:
-            yield read_text(f"{folder}{path.rstrip('/')}/{name}")
-            if path in ("", "/"):
-                break
-            path = os.path.dirname(path)
+        steps = path.split("/")
+        for depth in range(len(steps), 0, -1):
+            yield read_text("/".join([folder, *steps[1:depth], name]))
 
 
 def usable_cpus():
     """CPUs this process may use: affinity, then the quota of its cgroups."""
     cpus = float(len(os.sched_getaffinity(0)))
     for text in cgroup_values("cpu", "cpu.cfs_quota_us", "cpu.max"):
-        words = text.split()
-        if words and words[0].isdigit():
-            cpus = min(cpus, int(words[0]) / int(words[1] if len(words) > 1 else 100_000))
+        quota = re.match(r"(\d+)(?: (\d+))?", text)
+        if quota:
+            cpus = min(cpus, int(quota[1]) / int(quota[2] or 100_000))
     return max(1, int(cpus))
 
 
@@ -7804,8 +7801,7 @@ def is_gone(pid, started):
         return True
     except PermissionError:
         return False
-    words = process_stat(pid)
-    return bool(words) and (words[0] in (b"Z", b"X") or int(words[19]) != started)
+    return bool(process_stat(pid)) and process_start(pid) != started
 
 
 def death_here(record):
@@ -8614,8 +8610,7 @@ class Stopping:
     """The part of a Runner that ends jobs: by a signal to it, at the time limit, over their memory,
     at the server's word. SIGKILL follows what asks them to end."""
 
-    interrupted = 0                       # signal number,
-    interrupted_at = math.inf             # and when it came
+    interrupted = 0                       # signal number
     draining = False                      # no more starts
     leave_at = None                       # then the server is waited for no more:
     tired = False
@@ -8635,7 +8630,7 @@ class Stopping:
                 with self.lock:
                     self.scripts = dict.fromkeys(self.scripts, time.monotonic())
             else:
-                self.interrupted, self.interrupted_at = number, time.monotonic()
+                self.interrupted = number
                 self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
                          "ready again")
                 self._end_all("interrupt")
@@ -8795,14 +8790,11 @@ class Reaping:
         self._give_back(child)
         with self.lock:
             del self.children[child.pid]
-        if child.code != 0 and not child.verdict and self.interrupted_at <= now <= (
-                self.interrupted_at + INTERRUPTED_S):
-            child.verdict = "interrupt"
         self._completed(child)
 
     def _tell_doubts(self, now):
-        """Failures that have waited long enough are told; a signal to this runner in the meantime
-        was meant for their jobs as well."""
+        """Failures that have waited long enough are told; a signal to this runner, before it ended
+        their jobs itself or in the meantime, was meant for these as well."""
         with self.lock:
             told = [one for one in self.doubts
                     if now >= one[0] or self.interrupted or self.draining]
@@ -9032,11 +9024,9 @@ class Talking:
             if self._busy() or self.news and not self.interrupted:
                 idle_since = None
                 continue
-            if self.interrupted:
-                return self._close(128 + self.interrupted)
-            verdict = self._idle(answer, idle_since)
+            verdict = 0 if self.interrupted else self._idle(answer, idle_since)
             if verdict is not None:
-                return self._close(128 + self.interrupted if self.interrupted else verdict)
+                return self._close(verdict)
             idle_since = idle_since or now
 
     def _busy(self):
@@ -9406,14 +9396,14 @@ class Leaving:
                 "compute_node_ignore_workflow_completion"):
             self.run_actions(self.client, ("on_workflow_complete",))
             return self._verdict()
-        if self.fault and not self.draining:
+        if self.draining:
+            return self._verdict()
+        if self.fault:
             if not self._is_hopeless():
                 return None
             self.say(f"jobs cannot be started on this machine: {self.fault}; `torc run "
                      f"{self.workflow_id}` continues from here once that is fixed")
             return 1
-        if self.draining:
-            return self._verdict()
         report = self._ask_for("unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
         settled = self._patiently(self._settle, others)
@@ -9495,8 +9485,10 @@ class Leaving:
         bad = sum(now[name] for name in ("failed", "canceled", "terminated", "pending_failed"))
         return 1 if bad or now["is_canceled"] else 0
 
-    def _close(self, code):
-        """Last words to the server: the node is done."""
+    def _close(self, verdict):
+        """Last words to the server: the node is done. verdict: the exit code, unless a signal came.
+        """
+        code = 128 + self.interrupted if self.interrupted else verdict
         self.run_actions(self.client, ("on_worker_complete",))
         answer = self._patiently(self._post, self._step(counts=True, closing=True))
         self.progress.update(answer["counts"])
@@ -9736,6 +9728,7 @@ QUEUE_EVERY_S = 60.0                      # how often squeue is asked by those w
 WORKER_PATIENCE_S = 600.0                 # for which a worker looks for its server
 TIME_LIMIT_SLACK_S = 75.0                 # by which Slurm's warning may come early, and more
 DEATH_NOTICE_S = 3.0                      # from the jobs' end to ours when an allocation is ended
+OTHER_NOTICE_S = 1.0                      # the same, where no signal has ended the jobs
 CONTROLLER_AWAY = re.compile(r"Unable to contact slurm controller|Socket timed out|Connection "
                              r"refused|Zero Bytes were transmitted|Transport endpoint|has not "
                              r"answered", re.I)
@@ -10499,7 +10492,7 @@ class SlurmRunner(Runner):
     def _doubt_s(self, code):
         """Slurm signals the jobs of an allocation that ends as well as us, and not at once."""
         import signal
-        return DEATH_NOTICE_S if code - 128 in (signal.SIGTERM, signal.SIGKILL) else INTERRUPTED_S
+        return DEATH_NOTICE_S if code - 128 in (signal.SIGTERM, signal.SIGKILL) else OTHER_NOTICE_S
 
     def _settle(self, others):
         """See Runner; of a runner that has been silent, Slurm is asked as well."""
