@@ -5049,7 +5049,7 @@ def test_a_recovery_script_that_this_machine_cannot_start_is_tried_again(tmp_pat
     runner.draining, runner.ended = False, threading.Event()
     runner.workflow = {"compute_node_wait_for_new_jobs_seconds": 90}
     runner.ended.wait = lambda seconds: calls.append("rests")
-    runner._hand_in = lambda child, done: calls.append(done.get("requeue"))
+    runner._hand_in = lambda child: calls.append(child.done.get("requeue"))
     def script(*_):
         calls.append("tries")
         if len(calls) < 3:
@@ -5057,8 +5057,8 @@ def test_a_recovery_script_that_this_machine_cannot_start_is_tried_again(tmp_pat
         return 0
     runner._run_script = script
     child = torc.Child({}, None)
-    child.environment = {}
-    runner._recover(child, {"return_code": 1}, {"recovery_script": "x"})
+    child.environment, child.done = {}, {"return_code": 1}
+    runner._recover(child, {"recovery_script": "x"})
     assert calls == ["tries", "rests", "tries", True]
 
 

@@ -7682,6 +7682,7 @@ DOUBT_S = 0.2                             # a failure waits so long: was it mean
 JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete")
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
+ATTEMPT_KEY = ("job_id", "run_id", "attempt_id")
 TOO_LONG = 131_071                        # bytes of one argument: MAX_ARG_STRLEN, execve(2)
 
 
@@ -8015,7 +8016,7 @@ def replay_journal(client, path, records):
             starts[record.get("n") or tuple(record["start"])] = record["start"]
         if "end" in record:
             end = record["end"]
-            ends[record.get("n") or (end["job_id"], end["run_id"], end["attempt_id"])] = end
+            ends[record.get("n") or tuple(map(end.get, ATTEMPT_KEY))] = end
         for number in record.get("ok", ()):
             number = tuple(number) if isinstance(number, list) else number
             starts.pop(number, None)
@@ -8176,6 +8177,7 @@ class Child:
     status = None                         # of the attempt, which may differ from the process's,
     return_code = None
     present = ()                          # [{id, st_mtime}] of its output files
+    done = None                           # its completion, as the server takes it
     verdict = None                        # why we end it: timeout, oom, interrupt, or the status
                                           # that the server wants: canceled, terminated
     kill_at = None                        # monotonic time of SIGKILL
@@ -8195,6 +8197,11 @@ class Child:
     def key(self):
         """(job, run, attempt)."""
         return self.job["id"], self.job["run_id"], self.job["attempt_id"]
+
+    @property
+    def stderr(self):
+        """Path of what it writes to stderr."""
+        return self.outputs[1] or os.devnull
 
     @property
     def attempt(self):
@@ -8870,21 +8877,17 @@ class Reaping:
     def _report(self, child):
         """Make the completion; a failure goes through its failure handler first."""
         job, status, code = child.job, child.status, child.return_code
-        done = {"job_id": job["id"], "run_id": job["run_id"], "attempt_id": job["attempt_id"],
-                "status": status, "return_code": code, "exec_time_minutes": child.elapsed / 60,
-                "completion_time": iso_time(child.ended or time.time())}
-        if self.limits.enabled:
-            done.update(self._usage(child))
-        done.update(child.figures)
+        usage = self._usage(child) if self.limits.enabled else {}
+        child.done = done = {
+            **dict(zip(ATTEMPT_KEY, child.key)), "status": status, "return_code": code,
+            "exec_time_minutes": child.elapsed / 60,
+            "completion_time": iso_time(child.ended or time.time()), **usage, **child.figures}
         if child.present:
             done["output_files"] = child.present
-        path = child.outputs[1]
-        if path:
-            append(path, child.note)
-        if status not in ("completed", "canceled"):
-            tail = (tail_of(path) if path else "") or child.note
-            if tail:
-                done["stderr_tail"] = tail
+        append(child.stderr, child.note)
+        tail = status not in ("completed", "canceled") and (tail_of(child.stderr) or child.note)
+        if tail:
+            done["stderr_tail"] = tail
         if status == "completed" and child.stdio["delete_on_success"]:
             for path in {*child.outputs} - {None}:
                 with contextlib.suppress(OSError):
@@ -8895,14 +8898,14 @@ class Reaping:
         rule = self._rule(job, code) if failed else None
         if rule and rule.get("recovery_script"):
             self._ask()
-            if not start_thread(self._recover, child, done, rule):
+            if not start_thread(self._recover, child, rule):
                 child.note = ""           # it has been written
                 with self.lock:           # once more, later
                     self.doubts.append((time.monotonic() + REST_S, child))
             return
         if rule:
             done["requeue"] = True
-        self._hand_in(child, done)
+        self._hand_in(child)
 
     def _rule(self, job, code):
         """The failure handler's rule for a return code, if there are attempts left."""
@@ -8911,13 +8914,13 @@ class Reaping:
         match = match or next((rule for rule in rules if rule.get("match_all_exit_codes")), None)
         return match if match and job["attempt_id"] < match.get("max_retries", 3) else None
 
-    def _recover(self, child, done, rule):
+    def _recover(self, child, rule):
         """Run a recovery script; only if it succeeds is the job ready again (a thread)."""
-        path, code = child.outputs[1] or os.devnull, None
+        done, code = child.done, None
         until = time.monotonic() + self._patience_s()
         while not self.draining:
             try:
-                code = self._run_script(rule["recovery_script"], path, {
+                code = self._run_script(rule["recovery_script"], child.stderr, {
                     **child.environment, "TORC_RETURN_CODE": str(done["return_code"])})
                 break
             except (OSError, ValueError) as error:
@@ -8930,13 +8933,13 @@ class Reaping:
             done["requeue"] = True
         else:
             text = f"torc: the recovery script failed: return code {code}\n"
-            append(path, text)
+            append(child.stderr, text)
             done["stderr_tail"] = (done.get("stderr_tail", "") + text)[-STDERR_TAIL_BYTES:]
-        self._hand_in(child, done)
+        self._hand_in(child)
 
-    def _hand_in(self, child, done):
+    def _hand_in(self, child):
         """Journal a completion and give it to the talker."""
-        job = child.job
+        job, done = child.job, child.done
         if (done["status"] == "failed" and not done.get("requeue")
                 and self.workflow.get("use_pending_failed")
                 and not self.handlers.get(job.get("failure_handler_id"))):
@@ -8946,7 +8949,7 @@ class Reaping:
             self.journal.flush()          # the loop does so itself, for all of a round
         with self.talk:
             self.held.discard(child)
-            self.done.append((child, done))
+            self.done.append(child)
             if len(self.done) == 1:
                 self.done_since = time.monotonic()
             if len(self.done) == 1 or len(self.queue) < ENOUGH_AHEAD:
@@ -9081,12 +9084,11 @@ class Talking:
         """One step of the conversation, repeated until it is answered."""
         with self.lock:
             told, starts, returns = list(self.done), list(self.starts), list(self.returns)
-            ended = {child for child, _ in told}
             claim = None if self.draining or self.retry_at else self._claim()
             self.news = False
             step = self._step(
-                completions=[completion for _, completion in told],
-                starts=attempts(child for child in starts if child not in ended),
+                completions=[child.done for child in told],
+                starts=attempts({*starts} - {*told}),
                 returns=attempts(returns), claim=claim, counts=count, tokens=self.tokens)
         answer = self._patiently(self._post, step)
         self._take(answer, told, starts, returns, claim)
@@ -9208,7 +9210,7 @@ class Talking:
             self.situation = answer
             self.run_id = answer["run_id"]
         if told:
-            self.journal.add({"ok": [child.start for child, _ in told]})
+            self.journal.add({"ok": [child.start for child in told]})
         self._stop(answer["stop"])
         if answer.get("counts"):
             self.progress.update(answer["counts"])
@@ -9532,7 +9534,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.queue = collections.deque()  # those not started
         self.children = {}                # pid: those that run; only the loop adds and removes any
         self.starts, self.returns = [], []           # to be told,
-        self.done = []                    # (Child, completion that the server has not confirmed)
+        self.done = []                    # whose completion the server has not confirmed
         self.doubts = []                  # (when to tell, child that failed)
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
         self.situation = {}               # the server's last answer
