@@ -10401,7 +10401,7 @@ class SlurmRunner(Runner):
         self.allocation = allocation
         self.claim_values = {"scheduler_config_id": config_id, "strict_scheduler_match": strict}
         self.alone = alone                # one of several runners in the allocation, each on a node
-        self.steps, self.to_signal, self.signalling = False, [], threading.Event()
+        self.steps, self.signalling = False, threading.Lock()
         self.hosts = [self.host]
         self.watch = Watch()
 
@@ -10550,34 +10550,25 @@ class SlurmRunner(Runner):
         """srun ends its step at once when it is signalled itself, so Slurm is asked to signal."""
         steps = [child for child in children if child.step and not has_exited(child.pid)]
         super()._signal([child for child in children if child not in steps], number)
-        self.to_signal.extend((child, number) for child in steps)
-        if steps and not self.signalling.is_set():
-            self.signalling.set()
-            if not start_thread(self._signal_steps):
-                self._signal_steps()
+        if steps and not start_thread(self._signal_steps, steps, number):
+            self._signal_steps(steps, number)
 
-    def _signal_steps(self):
-        """Have Slurm signal the steps of to_signal, all of them at once (a thread)."""
-        time.sleep(0.05)                  # canceled together, they are signalled together
-        self.signalling.clear()
-        chosen = {}
-        while self.to_signal:
-            child, number = self.to_signal.pop()
-            chosen.setdefault(number, {})[child.step] = child
-        for number, children in chosen.items():
-            try:
+    def _signal_steps(self, children, number):
+        """Have Slurm signal steps (a thread)."""
+        try:
+            with self.signalling:         # Slurm is asked one thing at a time
                 ids = {name: step for step, name in slurm_rows(
-                    2, "squeue", "-h", "-s", "-j", self.allocation.job_id, "-o", "%i|%j")
-                    if name in children}
-                if ids:
-                    slurm("scancel", f"--signal={int(number)}", *ids.values())
-            except TorcError as error:
-                if "Invalid job id" in str(error):           # Slurm ends them with the allocation
-                    continue
-                self.say(f"{plural(len(children), 'step')} to be signalled: {error}")
-                ids = {}
-            super()._signal([child for name, child in children.items()    # not begun yet, or Slurm
-                             if name not in ids and not has_exited(child.pid)], number)   # is away
+                    2, "squeue", "-h", "-s", "-j", self.allocation.job_id, "-o", "%i|%j")}
+                found = [ids[child.step] for child in children if child.step in ids]
+                if found:
+                    slurm("scancel", f"--signal={int(number)}", *found)
+        except TorcError as error:
+            if "Invalid job id" in str(error):       # Slurm ends them with the allocation
+                return
+            self.say(f"{plural(len(children), 'step')} to be signalled: {error}")
+            ids = {}
+        super()._signal([child for child in children       # not begun yet, or Slurm is away
+                         if child.step not in ids and not has_exited(child.pid)], number)
 
 
 # ---- what Slurm's accounting says of steps
@@ -10590,13 +10581,6 @@ STEP_BYTES = {
 STEP_COLUMNS = ("JobName", "State", "AveCPU", "NodeList", *STEP_BYTES.values())
 
 
-def step_figures(row):
-    """Fields of slurm_stats from a row of STEP_COLUMNS; what is not known is left out."""
-    known = {name: slurm_number(row[column], 1024) for name, column in STEP_BYTES.items()}
-    known.update(ave_cpu_seconds=slurm_seconds(row["AveCPU"]), node_list=row["NodeList"] or None)
-    return {name: value for name, value in known.items() if value is not None}
-
-
 class Accounts:
     """Asks sacct, for all steps that have ended meanwhile, what became of them and what they used,
     in a thread of its own; a failed job is reported when that is known."""
@@ -10604,39 +10588,37 @@ class Accounts:
     PAUSES = (0.3, 1.0, 2.0, 4.0, 8.0)    # accounts are written a moment after the end
 
     def __init__(self, runner):
-        import queue
         self.runner = runner
-        self.ended = queue.Queue()        # what Runner._completed takes; None at the end
-        self.thread = None
+        self.ended = []                   # what Runner._completed takes
+        self.thread = None                # while there are any
         self.off = False                  # there is no accounting here
 
     def add(self, child):
         """A step has ended; a success is reported at once, its figures follow."""
         if child.code == 0:
             Runner._completed(self.runner, child)
-        self.thread = self.thread or start_thread(self._loop)
-        if self.thread:
-            self.ended.put(child)
-        else:
-            self._report(None, child)
+        with self.runner.lock:
+            self.thread = self.thread or start_thread(self._loop)
+            if self.thread:
+                self.ended.append(child)
+                return
+        self._report(None, child)
 
     def finish(self):
         """Wait for the figures of the last steps; the runner has ended."""
-        if self.thread:
-            self.ended.put(None)
-            self.thread.join(2 * sum(self.PAUSES))
+        thread = self.thread
+        if thread:
+            thread.join(2 * sum(self.PAUSES))
 
     def _loop(self):
-        """Until the runner has ended and nothing is open."""
-        going = True
+        """Until nothing is open."""
         with contextlib.closing(self.runner.client.clone()) as client:
-            while going:
-                waiting = [self.ended.get()]
-                while not self.ended.empty():
-                    waiting.append(self.ended.get())
-                if waiting[-1] is None:
-                    waiting.pop()
-                    going = False
+            while True:
+                with self.runner.lock:
+                    waiting, self.ended = self.ended, []
+                    if not waiting:
+                        self.thread = None
+                        return
                 for pause in self.PAUSES:
                     if self.off or not waiting:
                         break
@@ -10665,24 +10647,20 @@ class Accounts:
         row = rows.get(child.step)
         if row is None:
             return False
-        figures = step_figures(row)
-        if figures.get("max_rss_bytes"):
-            child.figures["peak_memory_bytes"] = figures["max_rss_bytes"]
-        if child.elapsed > 0 and "ave_cpu_seconds" in figures:
-            child.figures["avg_cpu_percent"] = round(
-                100 * figures["ave_cpu_seconds"] / child.elapsed, 1)
+        known = {name: slurm_number(row[column], 1024) for name, column in STEP_BYTES.items()}
+        seconds = slurm_seconds(row["AveCPU"])
+        if known["max_rss_bytes"]:
+            child.figures["peak_memory_bytes"] = known["max_rss_bytes"]
+        if child.elapsed > 0 and seconds is not None:
+            child.figures["avg_cpu_percent"] = round(100 * seconds / child.elapsed, 1)
         self._report(row["State"].split()[0], child)
-        job_id, run_id, attempt_id = child.key
+        known.update(zip(ATTEMPT_KEY, child.key), workflow_id=self.runner.workflow_id,
+                     slurm_job_id=str(self.runner.allocation.job_id), ave_cpu_seconds=seconds,
+                     node_list=row["NodeList"] or None)
         try:
-            client.post("/slurm_stats", {
-                "workflow_id": self.runner.workflow_id,
-                "job_id": job_id,
-                "run_id": run_id,
-                "attempt_id": attempt_id,
-                "slurm_job_id": str(self.runner.allocation.job_id),
-                **figures})
+            client.post("/slurm_stats", known)
         except TorcError as error:
-            self.runner.say(f"figures of job {job_id} are not kept: {error}")
+            self.runner.say(f"figures of job {child.job['id']} are not kept: {error}")
         return True
 
     def _report(self, state, child):
