@@ -9962,7 +9962,8 @@ def exports_nothing(scheduler, defaults):
     return any("ALL" not in word.upper().split(",") for word in words)
 
 
-SCRIPT_BODY = """
+SCRIPT = """#!/bin/bash
+{options}
 # Allocation of workflow {workflow_id}, written by torc {version}.
 export SLURM_EXPORT_ENV=ALL{user}
 trouble() {{
@@ -9981,7 +9982,7 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
     words: the worker's command line; user: for whom, else as the environment says. The worker takes
     the shell's place, so that Slurm's signals reach it.
     """
-    import shlex
+    from shlex import quote
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
     if "\\" in request.output_dir:        # switches off %j in Slurm's names of files
         raise UsageError(f"{request.output_dir}: Slurm takes no backslash in the paths of logs; "
@@ -9995,20 +9996,23 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
                "chdir": request.work_dir, "account": scheduler.get("account"),
                "time": scheduler["walltime"], "nodes": scheduler["nodes"],
                "ntasks-per-node": scheduler.get("ntasks_per_node")}
-    options.update({key: scheduler.get(key) for key in ("partition", "qos", "mem", "gres", "tmp")})
+    for key in ("partition", "qos", "mem", "gres", "tmp"):
+        options[key] = scheduler.get(key)
     # A second warning beside the worker's own clock. Slurm may send it a minute early; and srun,
     # which stands before several workers, would end them at once.
     if not request.one_worker_per_node and parse_walltime(scheduler["walltime"]) >= 300:
         headroom_s = read_limits(workflow).sigkill_headroom_seconds
         options["signal"] = f"B:TERM@{max(1, int(headroom_s))}"
-    options.update({str(key).lstrip("-"): value for key, value in defaults.items()
-                    if options.get(str(key).lstrip("-")) is None or key == "signal"})
+    for key, value in defaults.items():
+        key = str(key).lstrip("-")
+        if options.get(key) is None or key == "signal":
+            options[key] = value
     for key, value in options.items():
         if re.search("[\n\r\0]", str(value)):
             raise UsageError(f"the Slurm option {key} has a line break in its value: {value!r}")
-    lines = option_words(options, shlex.quote)
-    for line in (scheduler.get("extra") or "").splitlines():
-        lines.append(re.sub(r"^\s*#SBATCH\s+", "", line).strip())
+    lines = [*option_words(options, quote),
+             *(re.sub(r"^\s*#SBATCH\s+", "", line).strip()
+               for line in (scheduler.get("extra") or "").splitlines())]
     python, program, *_ = words
     if request.one_worker_per_node:
         number = scheduler["nodes"]       # the allocation may have more tasks
@@ -10016,17 +10020,15 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
                  "--overlap", "--cpu-bind=none", "--mem=0", "--kill-on-bad-exit=0", "--wait=0",
                  *words]
     note = os.path.join(request.output_dir, f"worker_wf{workflow['id']}_sl")
-    body = SCRIPT_BODY.format(
-        workflow_id=workflow["id"], version=VERSION, words=" ".join(map(shlex.quote, words)),
-        user=f" TORC_USERNAME={shlex.quote(user)}" if user else "",
-        note=shlex.quote(note) + '"$SLURM_JOB_ID".note',
-        program=shlex.quote(program), python=shlex.quote(python),
-        unreadable=shlex.quote(f"{program} cannot be read there: put torc on a file system that "
-                               "compute nodes see, and submit again"),
-        unstartable=shlex.quote(f"{python} does not start there: take a Python that compute nodes "
-                                "have, and submit again"))
-    return "".join(["#!/bin/bash\n", *(f"#SBATCH {line}\n" for line in lines if line),
-                    body])
+    return SCRIPT.format(
+        options="".join(f"#SBATCH {line}\n" for line in lines if line),
+        workflow_id=workflow["id"], version=VERSION, words=" ".join(map(quote, words)),
+        user=f" TORC_USERNAME={quote(user)}" if user else "",
+        note=quote(note) + '"$SLURM_JOB_ID".note', program=quote(program), python=quote(python),
+        unreadable=quote(f"{program} cannot be read there: put torc on a file system that compute "
+                         "nodes see, and submit again"),
+        unstartable=quote(f"{python} does not start there: take a Python that compute nodes have, "
+                          "and submit again"))
 
 
 def worker_words(client, workflow, scheduler, request, number):
@@ -10076,7 +10078,7 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
     Each is stored as a scheduled compute node, and counted for the action that asks for them.
     Raises TorcError; one that says how many were submitted before has them in .submitted.
     """
-    import shlex
+    from shlex import quote
     if request.one_worker_per_node is None:
         request = request._replace(one_worker_per_node=(
             scheduler["nodes"] > 1 and not by_steps(workflow)
@@ -10109,7 +10111,7 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
         except BaseException as error:    # also Ctrl-C: nobody would know of the job
             error.submitted = made
             more = (f"allocation {index} of {number}, scheduler \"{scheduler['name']}\"; sbatch "
-                    f"--test-only {shlex.quote(path)} tries it")
+                    f"--test-only {quote(path)} tries it")
             if job_id:
                 more = f"so Slurm job {job_id}, which it does not know of, was canceled again"
                 with contextlib.suppress(TorcError):
