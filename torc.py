@@ -391,6 +391,12 @@ def read_text(path):
     return read_bytes(path).decode("utf-8", "replace").strip()
 
 
+def remove_file(path):
+    """Remove a file, if it is there and may be removed."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 # ==================================================================================================
 # 3 Records
 # ==================================================================================================
@@ -7985,8 +7991,7 @@ class Journal:
         self.flush()
         os.close(self.fd)
         if remove:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+            remove_file(self.path)
 
 
 def read_journal(path):
@@ -8029,8 +8034,7 @@ def replay_journal(client, path, records):
         client.post(f"/workflows/{header['workflow_id']}/runner_step", step)
     except NotFound:
         ends.clear()                      # workflow or node was deleted: nobody wants it
-    with contextlib.suppress(OSError):    # another successor was as quick, or it is not ours
-        os.unlink(path)
+    remove_file(path)                     # another successor may be as quick, or it is not ours
     return len(ends)
 
 
@@ -8236,20 +8240,6 @@ def own_peak():
     """Peak resident memory of this process in KB, which never falls."""
     match = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))
     return int(match[1]) + 256 if match else 2**40         # the kernel counts in lumps
-
-
-@contextlib.contextmanager
-def opened(paths):
-    """{path: a new file's descriptor}, without None; opened in Python, since posix_spawn would hold
-    every thread up while a file system hangs. Raises OSError."""
-    files = {}
-    try:
-        for path in {*paths} - {None}:
-            files[path] = os.open(path, APPEND | os.O_TRUNC, 0o666)
-        yield files
-    finally:
-        for fd in files.values():
-            os.close(fd)
 
 
 def with_defaults(part, given):
@@ -8589,8 +8579,13 @@ class Starting:
                 file.write(command)
             words = ["bash", child.script]
         program, words = self._program(child, words)
-        with opened(child.outputs) as files:
-            actions = [(os.POSIX_SPAWN_DUP2, files.get(path, self.null), number)
+        with contextlib.ExitStack() as opened:
+            # Opened here: posix_spawn would hold up every thread while a file system hangs.
+            files = {None: self.null}
+            for path in {*child.outputs} - {None}:
+                files[path] = os.open(path, APPEND | os.O_TRUNC, 0o666)
+                opened.callback(os.close, files[path])
+            actions = [(os.POSIX_SPAWN_DUP2, files[path], number)
                        for number, path in enumerate([None, *child.outputs])]
             keywords = {"file_actions": actions, "setsigmask": [],
                         "setsigdef": [signal.SIGPIPE, signal.SIGXFSZ]}
@@ -8790,8 +8785,7 @@ class Reaping:
         child.elapsed, child.usage = now - child.started, usage
         child.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
         if child.script:
-            with contextlib.suppress(OSError):
-                os.unlink(child.script)
+            remove_file(child.script)
         self.ends.append(now)
         self.retry_at = min(self.retry_at, now)      # there may be room again for another start
         self._give_back(child)
@@ -8890,8 +8884,7 @@ class Reaping:
             done["stderr_tail"] = tail
         if status == "completed" and child.stdio["delete_on_success"]:
             for path in {*child.outputs} - {None}:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+                remove_file(path)
         if child.verdict == "interrupt" and code != 0:
             done["requeue"], done["status"] = True, "terminated"
         failed = done["status"] == "failed" and not self.interrupted
@@ -9627,7 +9620,9 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
 
     def _work(self):
         """The threads, then the loop."""
-        self._become_subreaper()
+        with contextlib.suppress(OSError, AttributeError, ImportError):
+            import ctypes                 # orphans of jobs become our children: none escapes unseen
+            ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
         handlers = self.client.items(f"/workflows/{self.workflow_id}/failure_handlers")
         self.handlers = {handler["id"]: [rule for rule in json.loads(handler["rules"])
                                          if isinstance(rule, dict)] for handler in handlers}
@@ -9647,12 +9642,6 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             self.waiting.interrupt()
             for thread in threads:        # none may be at work when the interpreter ends
                 thread.join(10)
-
-    def _become_subreaper(self):
-        """Orphans of jobs become our children, so that none escapes unseen (prctl(2))."""
-        with contextlib.suppress(OSError, AttributeError, ImportError):
-            import ctypes
-            ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
 
     def _signals(self):
         """Signals only write a byte to the wake-up pipe; the loop looks what it was."""
@@ -10121,8 +10110,7 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
             raise
         made.append(job_id)
         if not request.keep_script:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            remove_file(path)
     return made
 
 
@@ -10370,8 +10358,7 @@ def reach_server(urls, server_id, how, note, say):
         if probes[-1].state == "ok":
             client = Client(probes[-1].url, **how)
             client.id, client.others = probes[-1].server_id, tuple(places)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(note)
+            remove_file(note)
             return client
         text = "\n".join([f"the worker on {socket.gethostname()} does not reach the server:",
                           *(f"  {found.url}: {found.text}" for found in probes)])
@@ -18927,8 +18914,7 @@ def check_from_compute(args, urls):
         return [Check("a compute node", "srun", "fail", "no node within three minutes",
                       "name another partition with --srun-options, or try again later")]
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(mark)
+        remove_file(mark)
 
 
 def urls_for_workers(urls, how):
@@ -19207,9 +19193,8 @@ def close_allocation(client, workflow_id, where, record):
         client.put(f"/scheduled_compute_nodes/{other['id']}", {
             "status": "canceled", "note": "the workflow was complete before it began"})
     if len(queued) == len(others):
-        with contextlib.suppress(OSError):
-            os.unlink(credentials_path(workflow_id, client.server_id(),
-                                       record.get("output_dir") or ""))
+        remove_file(credentials_path(workflow_id, client.server_id(),
+                                     record.get("output_dir") or ""))
 
 
 def scheduling(client, workflow_id, make_request):
@@ -19462,8 +19447,7 @@ def write_text(path, text):
             file.write(text)
         os.replace(part, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
+        remove_file(part)
         raise TorcError(f"{path} cannot be written: {error.strerror}") from None
 
 
@@ -20288,8 +20272,7 @@ def do_dash(args, client):
         serve_dashboard(dashboard, sockets, ending)
     finally:
         if args.socket and "sockets" in locals():
-            with contextlib.suppress(OSError):
-                os.unlink(args.socket)
+            remove_file(args.socket)
         if own:
             own.stop()
 
