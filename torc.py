@@ -7816,10 +7816,9 @@ def death_here(record):
 
     record: a compute node or the header of a journal, which have the runner's identity().
     """
-    import socket
-    if record.get("hostname") != socket.gethostname() or record.get("pid_started") is None:
-        return None
     mine = identity()
+    if record.get("hostname") != mine["hostname"] or record.get("pid_started") is None:
+        return None
     pid, step = record["pid"], record.get("step")
     if record.get("boot_id") != mine["boot_id"]:
         same = mine["machine_id"] and record.get("machine_id") == mine["machine_id"]
@@ -8129,8 +8128,9 @@ class Room(Bins):
 
     def copy(self):
         """Another Room like this one."""
-        other = Room(0, self.node, self.most)
-        other.bins, other.number = list(self.bins), self.number
+        import copy
+        other = copy.copy(self)
+        other.bins = list(self.bins)
         return other
 
     def place(self, need):
@@ -8184,7 +8184,7 @@ class Child:
     done = None                           # its completion, as the server takes it
     verdict = None                        # why we end it: timeout, oom, interrupt, or the status
                                           # that the server wants: canceled, terminated
-    kill_at = None                        # monotonic time of SIGKILL
+    kill_at = math.inf                    # monotonic time of SIGKILL
     note = ""                             # for the tail of its stderr
     limit = None                          # bytes, enforced by the sampler
     ticks = None                          # (monotonic, CPU ticks) of the last sample
@@ -8561,12 +8561,11 @@ class Starting:
         """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
         import signal
         job = child.job
-        environment = self._environment_of(job)
+        child.environment = environment = self._environment_of(job)
         environment.update(TORC_JOB_ID=str(job["id"]), TORC_JOB_NAME=job["name"],
                            TORC_ATTEMPT_ID=str(job["attempt_id"]), TORC_RUN_ID=str(job["run_id"]))
         if child.gpus:
             environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
-        child.environment = environment
         command = job["command"]
         if job.get("invocation_script"):
             command = f"{job['invocation_script']} {command}"
@@ -8614,7 +8613,7 @@ class Stopping:
 
     interrupted = 0                       # signal number
     draining = False                      # no more starts
-    leave_at = None                       # then the server is waited for no more:
+    leave_at = math.inf                   # then the server is waited for no more:
     tired = False
     gave_up = False                       # it is this runner that failed
 
@@ -8647,7 +8646,7 @@ class Stopping:
             self.draining = True
             self._return(list(self.queue))
             for process, kill_at in self.scripts.items():
-                if not kill_at and process.poll() is None:
+                if kill_at == math.inf and process.poll() is None:
                     self.scripts[process] = time.monotonic() + STOP_LEAD_S
                     signal_group(process.pid, signal.SIGTERM)
         self._end(list(self.children.values()), verdict, lead)
@@ -8677,8 +8676,7 @@ class Stopping:
     def _enforce(self, now):
         """SIGKILL where the lead is over; the time limit; what the server wants ended."""
         import signal
-        due = [child for child in self.children.values()
-               if child.kill_at and now >= child.kill_at]
+        due = [child for child in self.children.values() if now >= child.kill_at]
         for child in due:
             child.kill_at = now + 5       # until it is gone
         self._signal(due, signal.SIGKILL)
@@ -8687,12 +8685,12 @@ class Stopping:
             self._ask()
         with self.lock:
             for process, kill_at in self.scripts.items():
-                if kill_at and now >= kill_at:
+                if now >= kill_at:
                     signal_group(process.pid, signal.SIGKILL)
                     self.scripts[process] = now + 5
             leaving = self.interrupted and not self.children and not self.scripts
-            self.leave_at = (self.leave_at or now + LEAVE_S) if leaving else None
-        if self.leave_at and now >= self.leave_at:
+            self.leave_at = min(self.leave_at, now + LEAVE_S) if leaving else math.inf
+        if now >= self.leave_at:
             self.leave_at, self.tired = now + 1, True
             self.client.interrupt()       # a frozen server must not hold us
         if now >= self._stop_at():
@@ -8783,7 +8781,8 @@ class Reaping:
         """A job's process has ended."""
         now, child.ended = time.monotonic(), time.time()
         child.elapsed, child.usage = now - child.started, usage
-        child.code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        code = os.waitstatus_to_exitcode(status)
+        child.code = code if code >= 0 else 128 - code
         if child.script:
             remove_file(child.script)
         self.ends.append(now)
@@ -9369,7 +9368,7 @@ class Acting:
                 process = subprocess.Popen(
                     [self.bash, "-c", script], cwd=cwd, stdin=subprocess.DEVNULL, stdout=file,
                     stderr=file, start_new_session=True, env=environment)
-                self.scripts[process] = None
+                self.scripts[process] = math.inf
             while True:
                 try:
                     code = process.wait(HEARTBEAT_S)
@@ -9695,11 +9694,11 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     def _patience(self):
         """Milliseconds until something is due by the clock, a day at most."""
         now = time.monotonic()
-        due = [child.kill_at for child in self.children.values() if child.kill_at]
+        due = [child.kill_at for child in self.children.values()]
         with self.lock:
-            due += [when for when, *_ in self.doubts]
-            due += filter(None, [*self.scripts.values(), self.leave_at])
-        due.append(self._stop_at())
+            due += [when for when, _ in self.doubts]
+            due += self.scripts.values()
+        due += self.leave_at, self._stop_at()
         if self.retry_at > now:
             due.append(self.retry_at)
         if self.progress.terminal:
@@ -9868,17 +9867,16 @@ class Watch:
         self._unknown = {}                # id: since when
 
     def look(self, ids, now):
-        """{id: Queued}. Raises TorcError if Slurm does not answer. now: time.monotonic()."""
-        ids = set(ids)
+        """{id: Queued} of these ids, a set, and perhaps of others. now: time.monotonic(). Raises
+        TorcError if Slurm does not answer."""
         if now - self._asked >= QUEUE_EVERY_S or not ids <= set(self._found):
             known = ask_queue(ids)
             known.update(ask_accounting(ids - set(known)))
             self._asked = now
             self._found = {number: known.get(number, Queued("UNKNOWN")) for number in ids}
-        answer = {number: self._found[number] for number in ids}
-        self._unknown = {number: self._unknown.get(number, now) for number, entry in answer.items()
-                         if entry.phase == "unknown"}
-        return answer
+            self._unknown = {number: self._unknown.get(number, now)
+                             for number, entry in self._found.items() if entry.phase == "unknown"}
+        return self._found
 
     def is_forgotten(self, number, now):
         """Whether Slurm has not known an allocation for ten minutes."""
@@ -10031,7 +10029,7 @@ def worker_words(client, workflow, scheduler, request, number):
                 "scheduler-config-id": scheduler["id"],
                 "program-hash": own_hash(),
                 "max-parallel-jobs": request.max_parallel_jobs or None,
-                "tls-ca-cert": os.path.abspath(tls["ca_cert"]) if tls.get("ca_cert") else None,
+                "tls-ca-cert": tls.get("ca_cert") and os.path.abspath(tls["ca_cert"]),
                 "tls-insecure": bool(tls.get("insecure")),
                 "is-subtask": bool(request.one_worker_per_node),
                 "share-password": request.share_password,
@@ -10517,23 +10515,23 @@ class SlurmRunner(Runner):
             child.environment.update(self._nodes_of(child))
         if not self.steps or need.nodes > 1:
             return self.bash, words
-        limits = self.limits
         child.step = "wf{}_j{}_r{}_a{}".format(self.workflow_id, *child.key)
-        left_s = (self.end_time or math.inf) - time.monotonic() - limits.sigkill_headroom_seconds
-        return self.srun, ["srun", *option_words({
-            "jobid": self.allocation.job_id,
-            "nodes": 1,
-            "ntasks": 1,
-            "exact": True,
-            "quiet": True,
-            "job-name": child.step,
-            "cpus-per-task": need.cpus,
-            "mem": 0 if need.name == "default" else f"{max(1, need.memory >> 20)}M",
-            "nodelist": self.hosts[child.places[0]] if child.places else None,
-            "gpus": need.gpus or None,
-            "cpu-bind": None if limits.enable_cpu_bind else "none",
-            "time": max(1, math.ceil(left_s / 60)) if self.end_time else None,
-            "signal": limits.srun_termination_signal or None}), *words]
+        memory = "0" if need.name == "default" else f"{max(1, need.memory >> 20)}M"
+        options = [f"--jobid={self.allocation.job_id}", "--nodes=1", "--ntasks=1", "--exact",
+                   "--quiet", f"--job-name={child.step}", f"--cpus-per-task={need.cpus}",
+                   f"--mem={memory}"]
+        if child.places:
+            options.append(f"--nodelist={self.hosts[child.places[0]]}")
+        if need.gpus:
+            options.append(f"--gpus={need.gpus}")
+        if not self.limits.enable_cpu_bind:
+            options.append("--cpu-bind=none")
+        if self.end_time:
+            left = self.end_time - time.monotonic() - self.limits.sigkill_headroom_seconds
+            options.append(f"--time={max(1, math.ceil(left / 60))}")
+        if self.limits.srun_termination_signal:
+            options.append(f"--signal={self.limits.srun_termination_signal}")
+        return self.srun, ["srun", *options, *words]
 
     def _signal(self, children, number):
         """srun ends its step at once when it is signalled itself, so Slurm is asked to signal."""
@@ -19087,10 +19085,10 @@ def do_slurm_sacct(args, client):
         if record["scheduler_type"] == "slurm"})
     rows = []
     if ids:
-        out = slurm("sacct", "-n", "-P", "-j", ",".join(map(str, ids)), "-o",
-                    ",".join(column for _, column in ACCOUNT_COLUMNS))
-        names = [name for name, _ in ACCOUNT_COLUMNS]
-        rows = [dict(zip(names, line.split("|"))) for line in out.splitlines()]
+        names, columns = zip(*ACCOUNT_COLUMNS)
+        rows = [dict(zip(names, values)) for values in slurm_rows(
+            len(names), "sacct", "-n", "-P", "-j", ",".join(map(str, ids)), "-o",
+            ",".join(columns))]
     for number in ids if args.save_json else ():
         os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
         write_private(os.path.join(args.output_dir, f"sacct_{number}.json"),
