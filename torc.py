@@ -7693,7 +7693,7 @@ TOO_LONG = 131_071                        # bytes of one argument: MAX_ARG_STRLE
 
 
 class RunOptions(NamedTuple):
-    """How a runner is to run. end_time: seconds since the epoch; None for what is detected."""
+    """Options of a runner; None means detect. end_time: seconds since the epoch."""
 
     output_dir: str = DEFAULT_OUTPUT_DIR
     max_parallel_jobs: int | None = None
@@ -7722,8 +7722,8 @@ CGROUPS = "/sys/fs/cgroup"
 
 
 def cgroup_values(controller, name_v1, name_v2):
-    """Values of a limit file from our cgroup up to the root (cgroups(7)). Inside of a container the
-    leaf may not be there, but its parents are."""
+    """Yield the values of a limit file from our cgroup up to the root (cgroups(7)). Inside a
+    container the leaf may be missing while its parents exist."""
     for line in read_text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -7735,7 +7735,7 @@ def cgroup_values(controller, name_v1, name_v2):
 
 
 def usable_cpus():
-    """CPUs this process may use: affinity, then the quota of its cgroups."""
+    """Return the CPUs this process may use: its affinity, limited by the quota of its cgroups."""
     cpus = float(len(os.sched_getaffinity(0)))
     for text in cgroup_values("cpu", "cpu.cfs_quota_us", "cpu.max"):
         quota = re.match(r"(\d+)(?: (\d+))?", text)
@@ -7745,7 +7745,7 @@ def usable_cpus():
 
 
 def usable_memory():
-    """Bytes of memory this process may use: the machine's, then the limits of its cgroups."""
+    """Return the bytes of memory this process may use: the machine's, limited by its cgroups."""
     match = re.search(r"MemTotal:\s+(\d+) kB", read_text("/proc/meminfo"))
     memory = int(match[1]) * 1024 if match else 2**30
     for text in cgroup_values("memory", "memory.limit_in_bytes", "memory.max"):
@@ -7755,13 +7755,13 @@ def usable_memory():
 
 
 def usable_gpus():
-    """Ids of the GPUs this process may use, as texts."""
+    """Return the ids of the GPUs this process may use, as strings."""
     import shutil
     import subprocess
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if os.environ.get(name) is not None:
             words = [word.strip() for word in os.environ[name].split(",")]
-            # CUDA sees the devices before the first that is none: -1, NoDevFiles, an empty word.
+            # CUDA sees only devices before the first invalid one: -1, NoDevFiles, an empty word.
             return list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, words))
     if shutil.which("nvidia-smi"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -7772,25 +7772,25 @@ def usable_gpus():
 
 
 def boot_id():
-    """Identifies this start of this machine's kernel."""
+    """Return the id of this boot of the machine's kernel."""
     return read_text("/proc/sys/kernel/random/boot_id")
 
 
 def process_stat(pid):
-    """Fields of proc(5) stat from the state on (field 3) of a process; [] if it cannot be seen."""
+    """Return the fields of /proc/PID/stat from the state (field 3) on; [] if it is not visible."""
     return read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
 
 
 def process_start(pid):
-    """When a process started, in clock ticks since boot (field 22 of proc(5) stat), or None."""
+    """Return when a live process started, in clock ticks since boot (field 22), or None."""
     words = process_stat(pid)
     return int(words[19]) if words and words[0] not in (b"Z", b"X") else None
 
 
-# ---- who may be called dead
+# ---- evidence of death
 
 def identity():
-    """What tells this process from all others on this and on other machines."""
+    """Return what distinguishes this process from all others, on this and on other machines."""
     import socket
     pid = os.getpid()
     return {"hostname": socket.gethostname(), "machine_id": read_text("/etc/machine-id"),
@@ -7799,9 +7799,9 @@ def identity():
 
 
 def is_gone(pid, started):
-    """Whether a process of this PID namespace has ended: kill(2) says that there is none, or it is
-    a zombie or another one. Not to be seen in /proc says nothing: that may be mounted with
-    hidepid."""
+    """Return whether a process of this PID namespace has ended: kill(2) finds none, or what has its
+    number is a zombie or started at another time. That it is missing in /proc proves nothing: /proc
+    may be mounted with hidepid."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -7812,7 +7812,7 @@ def is_gone(pid, started):
 
 
 def death_here(record):
-    """The Evidence that this machine has of the death of a runner, None without any.
+    """Return the Evidence that this machine has of a runner's death, or None.
 
     record: a compute node or the header of a journal, which have the runner's identity().
     """
@@ -7833,16 +7833,16 @@ def death_here(record):
 # ---- ending processes
 
 def pids():
-    """Numbers of all processes that can be seen, as strings."""
+    """Return the numbers of all visible processes, as strings."""
     try:
         return [name for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:                       # no descriptor is left: there will be
+    except OSError:                       # out of descriptors, for now
         return []
 
 
 def marked_processes(token):
-    """[(pid, (job, run, attempt)), ...] of this user's processes whose environment names the
-    runner; an action's have (0, 0, 0)."""
+    """Return [(pid, (job, run, attempt)), ...] of this user's processes whose environment names the
+    runner; those of actions have (0, 0, 0)."""
     mark, found = f"TORC_RUNNER={token}".encode(), []
     names = (b"TORC_JOB_ID", b"TORC_RUN_ID", b"TORC_ATTEMPT_ID")
     for name in pids():
@@ -7854,7 +7854,7 @@ def marked_processes(token):
 
 
 def has_exited(pid):
-    """Whether a child of ours has ended, reaped or not (waitid(2))."""
+    """Return whether a child of ours has exited, reaped or not (waitid(2))."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
@@ -7862,7 +7862,7 @@ def has_exited(pid):
 
 
 def signal_group(pid, number):
-    """Signal a process group that we made; says whether anything of it lives."""
+    """Signal a process group that we created; returns whether any of it is alive."""
     import signal
     try:
         os.killpg(pid, number)
@@ -7873,32 +7873,32 @@ def signal_group(pid, number):
 
 
 def started_about(pid, seconds):
-    """Whether a process began about then (seconds since boot), or is gone while its group lives."""
+    """Return whether a process started about then (seconds since boot) or has exited."""
     ticks = process_start(pid)
     return ticks is None or abs(ticks / os.sysconf("SC_CLK_TCK") - seconds) < 2
 
 
 def kill_leftovers(token, records):
-    """SIGKILL what is left of a dead runner: the process groups that its journal's records name,
-    and what its mark is found on. A number that another process has taken over is spared."""
+    """SIGKILL what is left of a dead runner: the process groups in its journal's records and all
+    processes that bear its mark. A number that another process has reused is spared."""
     import signal
     deadline = time.monotonic() + 10
     groups = {record["pid"][0] for record in records
               if "pid" in record and started_about(*record["pid"])}
     while time.monotonic() < deadline:
         marked = [pid for pid, _ in marked_processes(token) if pid != os.getpid()]
-        for pid in marked:                # its group too: the runner may have died before noting it
+        for pid in marked:                # its group too: it may not have been recorded yet
             with contextlib.suppress(OSError):
                 groups |= {os.getpgid(pid)} - {os.getpgid(0)}
                 os.kill(pid, signal.SIGKILL)
         alive = {pid for pid in groups if signal_group(pid, signal.SIGKILL)}
         if not marked and not alive & living_groups():
             return
-        time.sleep(0.02)                  # nothing tells us when a stranger's child is gone
+        time.sleep(0.02)                  # there is no event for others' children
 
 
 def living_groups():
-    """The process groups that have a member that is not a zombie."""
+    """Return the process groups with a member that is not a zombie."""
     return {int(words[2]) for words in map(process_stat, pids())
             if words and words[0] not in (b"Z", b"X")}
 
@@ -7906,8 +7906,8 @@ def living_groups():
 def start_guardian(journal_path, token):
     """Fork a process that ends the jobs if this one is killed; returns (its pid, our pipe end).
 
-    It waits for the pipe to hang up, which costs nothing. A byte in the pipe is a clean goodbye.
-    To be called before there are threads.
+    It waits for the pipe to hang up, which costs nothing; a byte in the pipe means a clean exit.
+    Must be called before any thread is started.
     """
     import select
     import signal
@@ -7926,7 +7926,7 @@ def start_guardian(journal_path, token):
         os.dup2(read_end, 3)
         os.closerange(4, 4096)
         poller = select.poll()
-        poller.register(3, 0)             # POLLHUP comes without being asked for
+        poller.register(3, 0)             # POLLHUP is always reported
         poller.poll()
         if not os.read(3, 1):
             kill_leftovers(token, read_journal(journal_path)[0])
@@ -7941,12 +7941,12 @@ APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND              # no child inherits
 
 
 class Journal:
-    """What this runner has started and what has ended, for whoever comes after it if it dies.
+    """Records what this runner has started and what has ended, for its successor if it dies.
 
-    A line of ASCII for each record: the CRC-32 of the rest, a blank, JSON. Records: the header;
-    {"start": [job, run, attempt], "n": n} before a process is made, each with another n; {"pid":
+    Each record is a line of ASCII: the CRC-32 of the rest, a space, JSON. Records: the header;
+    {"start": [job, run, attempt], "n": n} before a process is created, each with another n; {"pid":
     [pid, seconds since boot]} after; {"end": completion, "n": n}; {"ok": [n, ...]} once the server
-    has confirmed these, or no process could be made. 0600. They are gathered until flush().
+    has confirmed these, or no process could be created. Mode 0600. Buffered until flush().
     """
 
     def __init__(self, path, header):
@@ -7959,15 +7959,15 @@ class Journal:
         self.flush()
 
     def add(self, record):
-        """Append a record at the next flush."""
+        """Buffer a record until the next flush."""
         import zlib
         line = ASCII.encode(record)
         with self._lock:
             self._lines.append(f"{zlib.crc32(line.encode()):08x} {line}\n")
 
     def flush(self):
-        """Write what was added, whole or not at all; says whether all of it is in the file. What is
-        not is kept for the next time."""
+        """Write the buffered records, all or nothing; returns whether the buffer is now empty. What
+        could not be written is kept for the next flush."""
         with self._lock:
             if self._lines:
                 data = ("\n" * self._cut + "".join(self._lines)).encode()
@@ -7986,7 +7986,7 @@ class Journal:
             return True
 
     def close(self, remove):
-        """Close it, and remove it when the server knows everything."""
+        """Close the journal; remove it if the server knows everything in it."""
         self.flush()
         os.close(self.fd)
         if remove:
@@ -7994,8 +7994,8 @@ class Journal:
 
 
 def read_journal(path):
-    """(records of a journal, number of lines that cannot be read): a crash or a full disk may have
-    cut or damaged some."""
+    """Return (records of a journal, number of unreadable lines): a crash or a full disk may have
+    truncated or damaged some."""
     import zlib
     records, bad = [], 0
     for line in filter(None, read_bytes(path).split(b"\n")):
@@ -8012,8 +8012,8 @@ def read_journal(path):
 
 
 def replay_journal(client, path, records):
-    """Tell the server what a dead runner did not get to say, and remove its journal; returns the
-    number of completions."""
+    """Report to the server what a dead runner could not, and remove its journal; returns the number
+    of completions."""
     header, starts, ends = records[0]["header"], {}, {}
     for record in records:                # by numbers of starts; older journals have attempts only
         if "start" in record:
@@ -8038,22 +8038,22 @@ def replay_journal(client, path, records):
 
 
 def journal_path(directory, server_id, workflow_id, node_id):
-    """Path of the journal of a compute node's runner, of this very database."""
+    """Return the path of the journal of a compute node's runner; it names the database."""
     return os.path.join(directory, "journal", f"{server_id}_wf{workflow_id}_n{node_id}.jsonl")
 
 
 def dead_nodes(client, workflow_id):
-    """[(compute node, Evidence)] of active ones whose runner is dead, as far as this machine
-    knows."""
+    """Return [(compute node, Evidence), ...] of active nodes whose runner this machine knows to be
+    dead."""
     nodes = client.items("/compute_nodes", workflow_id=workflow_id, is_active=True)
     found = ((node, death_here(node)) for node in nodes)
     return [(node, evidence) for node, evidence in found if evidence]
 
 
 def release_dead_nodes(client, workflow_id, output_dir):
-    """Clean up behind runners of this machine that are dead; returns what was done, in sentences.
+    """Clean up after dead runners of this machine; returns sentences that say what was done.
 
-    Ends what lives of their jobs, replays their journals, makes their jobs ready again.
+    Ends what is left of their jobs, replays their journals, requeues their jobs.
     """
     import glob
     said, dead = [], dead_nodes(client, workflow_id)
@@ -8066,7 +8066,7 @@ def release_dead_nodes(client, workflow_id, output_dir):
     for node, evidence in dead:
         try:
             requeued = release(client, node, evidence)["requeued"]
-        except Conflict:                  # it was alive a moment ago
+        except Conflict:                  # it has spoken in the meantime
             continue
         said.append(evidence.text + (
             f": {plural(len(requeued), 'job')} ready again" if requeued else ""))
@@ -8074,22 +8074,22 @@ def release_dead_nodes(client, workflow_id, output_dir):
 
 
 def release(client, node, evidence, **ended):
-    """Tell the server that a compute node's runner is dead. ended: status and return code of the
-    jobs that ran. Raises Conflict when it is not."""
+    """Report to the server that a compute node's runner is dead. ended: status and return code of
+    its running jobs. Raises Conflict if it is alive."""
     return client.post(f"/compute_nodes/{node['id']}/release", kind=evidence.kind,
                        reason=evidence.text, step=node.get("step", 0), **ended)
 
 
 def clean_up(client, path):
-    """One journal: if its runner is dead, end its processes, replay it and remove it."""
+    """If a journal's runner is dead, end its processes, replay the journal and remove it."""
     records, _ = read_journal(path)
     header = records[0].get("header") if records else None
     evidence = header and death_here(header)
     if not evidence:
         return []
-    records, bad = read_journal(path)     # all of it: nothing comes any more
+    records, bad = read_journal(path)     # again, now that it is complete
     said = [f"{plural(bad, 'line')} of the journal {path} cannot be read"] if bad else []
-    if evidence.kind != "reboot":         # else its numbers are other processes' now
+    if evidence.kind != "reboot":         # after one, other processes have these numbers
         kill_leftovers(header["token"], records)
     number = replay_journal(client, path, records)
     return said + ([f"{plural(number, 'result')} of the runner with pid {header['pid']}, which had "
@@ -8099,8 +8099,7 @@ def clean_up(client, path):
 # ---- room for jobs
 
 class Need(NamedTuple):
-    """What a job takes while it runs; of each node if there are several. Its first three are what
-    Bins take."""
+    """What a job takes while it runs, on each of its nodes. Bins take the first three fields."""
 
     cpus: int
     memory: int                           # bytes
@@ -8110,7 +8109,7 @@ class Need(NamedTuple):
 
 
 def read_need(record):
-    """The Need of a record of resource requirements, which may come from a specification."""
+    """Return the Need of a record of resource requirements, stored or of a specification."""
     return Need(record["num_cpus"], parse_memory(record["memory"]), record.get("num_gpus") or 0,
                 record.get("num_nodes") or 1, record["name"])
 
@@ -8118,7 +8117,7 @@ def read_need(record):
 class Room(Bins):
     """What is free on the nodes of a runner, nearly always one, packed as the server packs it.
 
-    most: so many jobs at a time, whatever they need; None: as many as fit.
+    most: number of jobs that may run at a time, whatever they need; None: as many as fit.
     """
 
     def __init__(self, nodes, whole, most=None):
@@ -8127,14 +8126,14 @@ class Room(Bins):
         self.number = 0                   # of jobs at work
 
     def copy(self):
-        """Another Room like this one."""
+        """Return an independent copy."""
         import copy
         other = copy.copy(self)
         other.bins = list(self.bins)
         return other
 
     def place(self, need):
-        """Take room for a job; returns the indexes of its nodes, or None if there is none."""
+        """Reserve room for a job; returns the indexes of its nodes, or None if it does not fit."""
         if self.most:
             places = [] if self.number < self.most else None
         else:
@@ -8144,7 +8143,7 @@ class Room(Bins):
         return places
 
     def leave(self, need, places):
-        """A job that was placed has ended."""
+        """Free the room of a job that was placed."""
         self.number -= 1
         takes = self.node if need.nodes > 1 else need
         for index in places:
@@ -8154,15 +8153,15 @@ class Room(Bins):
 # ---- one job's process
 
 def why_it_cannot_be_run(error):
-    """What is wrong with a command that can be no process, on any machine; None if it is not the
-    command: all else that fails at a start is the machine's, folders, descriptors, memory."""
+    """Return why a command cannot be run on any machine, or None if the command is not at fault:
+    all other failures to start are the machine's (folders, descriptors, memory)."""
     if isinstance(error, OSError):
         return error.strerror if error.errno == errno.E2BIG else None        # execve(2)
     return str(error)                     # ValueError: a NUL in it
 
 
 class Child:
-    """A claimed job, until its completion is handed in: its process and what is known of it."""
+    """A claimed job until its completion is confirmed: its process and what is known of it."""
 
     places = None                         # the nodes it has
     gpus = ()
@@ -8204,24 +8203,24 @@ class Child:
 
     @property
     def stderr(self):
-        """Path of what it writes to stderr."""
+        """Path of the file with its stderr."""
         return self.outputs[1] or os.devnull
 
     @property
     def attempt(self):
-        """(job, attempt): what the server calls it by."""
+        """(job, attempt), by which the server identifies it."""
         return self.job["id"], self.job["attempt_id"]
 
 
 def append(path, text):
-    """Append text to a job's stderr, if that can be written."""
+    """Append text to a job's stderr file, if it can be written."""
     if text:
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
             file.write(text)
 
 
 def tail_of(path):
-    """The last bytes of a file as text."""
+    """Return the end of a file as a string."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
@@ -8232,26 +8231,26 @@ def tail_of(path):
 
 
 def attempts(children):
-    """Children as a step's `starts` and `returns` name them."""
+    """Return children in the form of a step's `starts` and `returns`."""
     return [dict(zip(("job_id", "attempt_id"), child.attempt)) for child in children]
 
 
 def own_peak():
-    """Peak resident memory of this process in KB, which never falls."""
+    """Return the peak resident memory of this process in KB; it never decreases."""
     match = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))
     return int(match[1]) + 256 if match else 2**40         # the kernel counts in lumps
 
 
 def with_defaults(part, given):
-    """The values of an object by PARTS, with defaults for those that are absent."""
+    """Return the values of an object of PARTS, with defaults for missing ones."""
     known = {field.name: field.default for field in PARTS[part].values()}
     known.update((name, value) for name, value in given.items() if value is not None)
     return known
 
 
 def read_limits(workflow):
-    """What execution_config and resource_monitor_config of a workflow record say, as attributes
-    that a runner may change."""
+    """Return the settings in a workflow's execution_config and resource_monitor_config as
+    attributes, which a runner may change."""
     import types
     config, monitor = (json.loads(workflow.get(name) or "{}")
                        for name in ("execution_config", "resource_monitor_config"))
@@ -8264,7 +8263,7 @@ def read_limits(workflow):
 # ---- what the jobs use
 
 class Sampler:
-    """Looks once a second at memory and CPU of the jobs; ends those over their memory limit."""
+    """Samples memory and CPU of the jobs every second; ends those over their memory limit."""
 
     page = os.sysconf("SC_PAGE_SIZE")
     tick = os.sysconf("SC_CLK_TCK")
@@ -8275,7 +8274,7 @@ class Sampler:
         self.runner = runner
 
     def loop(self):
-        """Until the runner ends."""
+        """Sample until the runner ends."""
         while not self.runner.ended.wait(1.0):
             children = list(self.runner.children.values())
             if children:
@@ -8283,7 +8282,7 @@ class Sampler:
                     self.sample(children, time.monotonic())
 
     def sample(self, children, now):
-        """One look at all processes."""
+        """Take one sample of all processes."""
         stats = {}                        # pid: (parent, session, CPU ticks)
         for name in pids():
             words = process_stat(name)
@@ -8307,7 +8306,7 @@ class Sampler:
             self.write_series(used)
 
     def ancestor(self, pid, stats, owner):
-        """The job among a process's ancestors, or None."""
+        """Return the job among a process's ancestors, or None."""
         for _ in range(64):
             pid = stats.get(pid, (0,))[0]
             if pid <= 1:
@@ -8317,7 +8316,7 @@ class Sampler:
         return None
 
     def note(self, child, memory, ticks, now):
-        """Keep a sample; end the job if it is over its limit."""
+        """Record a sample; end the job if it is over its memory limit."""
         child.memory.append(memory)
         if child.ticks and now > child.ticks[0]:
             spent = (ticks - child.ticks[1]) / self.tick / (now - child.ticks[0])
@@ -8347,7 +8346,7 @@ class Sampler:
             runner.limits.granularity = "summary"
 
     def open_series(self):
-        """The database of samples, made with the tables that Torc's plots read."""
+        """Open the database of samples, with the tables that Torc's plots read."""
         import sqlite3
         runner = self.runner
         folder = os.path.join(runner.directory, "resource_utilization")
@@ -8366,7 +8365,7 @@ class Sampler:
 # ---- progress
 
 class Progress:
-    """What the user sees while a runner works: a redrawn line on a terminal, else lines."""
+    """Shows the user what a runner does: a redrawn line on a terminal, else separate lines."""
 
     counts = {}
     drawn = 0.0
@@ -8383,7 +8382,7 @@ class Progress:
         self.log = os.open(log_path, APPEND, 0o666)
 
     def say(self, text):
-        """A line for the user and the log; that neither can be written ends nothing."""
+        """Write a line for the user and to the log; never fails."""
         self.note(f"[{iso_time(time.time())}] {text}\n")
         if not self.quiet:
             clear = "\r\x1b[K" if self.terminal and self.drawn else ""
@@ -8395,7 +8394,7 @@ class Progress:
             sys.stderr.flush()
 
     def note(self, text):
-        """Text for the log, now or, if the disk is full, with what comes next."""
+        """Write text to the log, now or, if the disk is full, before what comes next."""
         with self.lock, contextlib.suppress(OSError):
             self.unsaid.append(text.encode("utf-8", "replace"))
             while self.unsaid:
@@ -8405,7 +8404,7 @@ class Progress:
                     self.unsaid.appendleft(rest)
 
     def update(self, counts):
-        """New counts by status."""
+        """Take new counts by status."""
         self.counts = counts
         if self.finished_at_start is None:
             self.finished_at_start = self.finished()
@@ -8417,18 +8416,18 @@ class Progress:
                 self.say(text)
 
     def finished(self):
-        """Jobs that need no more work."""
+        """Return the number of jobs in a terminal state, or disabled."""
         return sum(self.counts.get(name, 0) for name in
                    ("completed", "failed", "canceled", "terminated", "disabled"))
 
     def summary(self):
-        """The counts that are not zero, in words."""
+        """Return the nonzero counts in words."""
         parts = [f"{self.counts[name]} {name.replace('_', ' ')}" for name in STATUS_NAMES
                  if self.counts.get(name)]
         return ", ".join(parts) or "no jobs"
 
     def draw(self, force=False):
-        """Redraw the line, at most five times a second."""
+        """Redraw the line, at most five times a second unless forced."""
         now = time.monotonic()
         if not self.terminal or not self.counts or (now - self.drawn < 0.2 and not force):
             return
@@ -8447,14 +8446,14 @@ class Progress:
         self._show("\r\x1b[K[" + bar + text[:max(0, width - room - 2)])
 
     def finish(self):
-        """Draw the line for the last time; what is said from now on stands below it."""
+        """Draw the line for the last time; later messages appear below it."""
         self.draw(force=True)
         if self.terminal and self.drawn:
             self._show("\n")
         self.terminal = False
 
     def close(self):
-        """The end."""
+        """Draw the last line and close the log."""
         self.finish()
         os.close(self.log)
 
@@ -8478,7 +8477,7 @@ class Starting:
     tries = 0                             # starts that failed since one succeeded
 
     def _launch(self):
-        """Start the queued jobs that fit; one that cannot be started holds up no other."""
+        """Start the queued jobs that fit; one that cannot be started does not hold up others."""
         with self.lock:
             ready = list(iter(self._next, None)) if time.monotonic() >= self.retry_at else []
         for child in ready:
@@ -8490,7 +8489,7 @@ class Starting:
                 self._return([child])
 
     def _next(self):
-        """Under the lock: the first queued job that there is room for; it leaves the queue."""
+        """Take the first queued job that fits off the queue. Caller holds the lock."""
         for child in self.queue:
             child.places = self.room.place(child.need)
             if child.places is not None:
@@ -8539,14 +8538,14 @@ class Starting:
                 self.talk.notify_all()    # so that it is told soon, if the job lasts
 
     def _give_back(self, child):
-        """The room of a job that has ended, or could not be started, is free."""
+        """Free the room of a job that has ended or could not be started."""
         self.free_gpus += child.gpus
         with self.lock:
             self.room.leave(child.need, child.places)
 
     def _rest(self, child, reason):
-        """A job could not be started, and not by its own fault: it and all that is claimed go back
-        untouched, and this runner rests a while."""
+        """Return a job that this machine could not start, and all queued ones, to the server; then
+        start nothing for a while."""
         now = time.monotonic()
         self._give_back(child)
         self.journal.add({"ok": [child.start]})         # it has not been started
@@ -8558,7 +8557,7 @@ class Starting:
         self.fault, self.retry_at, self.tries = reason, now + REST_S, self.tries + 1
 
     def _exec(self, child):
-        """posix_spawn of a job in a session of its own; returns the pid. Raises OSError."""
+        """Spawn a job in a session of its own; returns the pid. Raises OSError."""
         import signal
         job = child.job
         child.environment = environment = self._environment_of(job)
@@ -8594,22 +8593,22 @@ class Starting:
                 return os.posix_spawn(program, words, environment, setpgroup=0, **keywords)
 
     def _environment_of(self, record):
-        """The environment of a job, or of an action that was claimed. It reaches its workflow with
-        a token of its own as password where the server gives one."""
+        """Return the environment of a job or a claimed action. Its password is a token of its own
+        where the server issues one."""
         known = {**self.base_environment, **self.client.job_environment()}
         if self.tokens:
             known.update(TORC_USERNAME=self.client.user, TORC_PASSWORD=record.get("token", ""))
         return known
 
     def _program(self, child, words):
-        """(path of the program, its arguments) that run a job's `words`; may change its
-        environment."""
+        """Return (path of the program, its arguments) that runs a job's `words`. May change the
+        environment of the child."""
         return self.bash, words
 
 
 class Stopping:
-    """The part of a Runner that ends jobs: by a signal to it, at the time limit, over their memory,
-    at the server's word. SIGKILL follows what asks them to end."""
+    """The part of a Runner that ends jobs: on a signal, at the time limit, over their memory limit,
+    or when the server asks. SIGKILL follows if they do not end."""
 
     interrupted = 0                       # signal number
     draining = False                      # no more starts
@@ -8640,7 +8639,7 @@ class Stopping:
                 self.talk.notify_all()
 
     def _end_all(self, verdict, lead=STOP_LEAD_S):
-        """Start nothing more, return what is queued, and ask all jobs and scripts to end."""
+        """Stop starting jobs, return the queued ones, and ask all jobs and scripts to end."""
         import signal
         with self.talk:
             self.draining = True
@@ -8653,7 +8652,7 @@ class Stopping:
         self.wake()
 
     def _end(self, children, verdict, lead=STOP_LEAD_S):
-        """Ask jobs to end; SIGKILL follows after the lead, or that of the workflow if it is
+        """Ask jobs to end; SIGKILL follows after the lead time, or the workflow's if that is
         shorter."""
         import signal
         asked = [child for child in children if not child.verdict and not has_exited(child.pid)]
@@ -8663,8 +8662,8 @@ class Stopping:
         self._signal(asked, getattr(signal, self.limits.termination_signal, signal.SIGTERM))
 
     def _signal(self, children, number):
-        """Signal the process groups of jobs, and what has left those but bears their mark: one look
-        at all processes for all of them."""
+        """Signal the process groups of jobs, and processes that have left them but bear their mark;
+        scans all processes once."""
         for child in children:
             signal_group(child.pid, number)
         groups = {child.key: child.pid for child in children}
@@ -8674,7 +8673,7 @@ class Stopping:
                     os.kill(pid, number)
 
     def _enforce(self, now):
-        """SIGKILL where the lead is over; the time limit; what the server wants ended."""
+        """Send SIGKILL where the lead time is over, and enforce the time limit."""
         import signal
         due = [child for child in self.children.values() if now >= child.kill_at]
         for child in due:
@@ -8701,20 +8700,20 @@ class Stopping:
             self._end_all("timeout", lead=math.inf)
 
     def _stop_at(self):
-        """When jobs must be ended to be gone at the end; inf without one, or once they were."""
+        """Return when jobs must be asked to end; inf without a time limit, or once they were."""
         if self.draining or not self.end_time:
             return math.inf
         return self.end_time - self._leads_s()
 
     def _leads_s(self):
-        """Seconds before the end at which jobs are asked to end."""
+        """Return how many seconds before the time limit jobs are asked to end."""
         return self.limits.sigkill_headroom_seconds + self.limits.sigterm_lead_seconds
 
     def _check_end(self):
-        """Ask once more when the end is."""
+        """Look up the time limit once more; see SlurmRunner."""
 
     def _end_in(self, left):
-        """There are so many seconds left."""
+        """Set the time limit, in seconds from now."""
         self.end_time = time.monotonic() + left
         share = max(left, 0) / 4          # a short limit must leave time to work
         limits = self.limits
@@ -8722,7 +8721,7 @@ class Stopping:
         limits.sigterm_lead_seconds = min(limits.sigterm_lead_seconds, share)
 
     def out_of_memory(self, child, used):
-        """Called by the sampler: a job is over its memory limit."""
+        """Kill a job that is over its memory limit; called by the sampler."""
         import signal
         child.note = (f"torc: killed: used {format_bytes(used)}, the limit is "
                       f"{format_bytes(child.limit)} (resource requirements "
@@ -8732,7 +8731,7 @@ class Stopping:
         self._signal([child], signal.SIGKILL)
 
     def _give_up(self, reason):
-        """End the jobs and leave with 1; the journal keeps what the server does not know."""
+        """End the jobs and exit with 1; the journal keeps what the server does not know."""
         self.gave_up = not self.interrupted
         self.say(f"{reason}: ending {len(self.children)} running jobs")
         self._end_all("interrupt")
@@ -8746,14 +8745,14 @@ class Stopping:
 
 
 class Reaping:
-    """The part of a Runner that takes the exits of its processes and makes completions of them:
-    status, what was used, outputs, failure handlers."""
+    """The part of a Runner that reaps its processes and turns their exits into completions: status,
+    resources used, output files, failure handlers."""
 
     bury_at = 0.0                         # when to look for dead orphans
     peak_kb = 0                           # of this process itself, when it was looked up
 
     def _reap(self):
-        """Take the exits of our own processes, never anybody else's."""
+        """Reap our own processes, and no others."""
         import signal
         ended = []
         for pid, child in self.children.items():
@@ -8769,7 +8768,7 @@ class Reaping:
             self._bury()
 
     def _bury(self):
-        """Reap dead orphans of jobs, which are our children now; nobody else waits for them."""
+        """Reap orphans of jobs, which have become our children."""
         with self.lock:
             own = {self.guardian, *self.children, *(process.pid for process in self.scripts)}
             for word in read_text(f"/proc/self/task/{os.getpid()}/children").split():
@@ -8778,7 +8777,7 @@ class Reaping:
                         os.waitpid(int(word), os.WNOHANG)
 
     def _exited(self, child, status, usage):
-        """A job's process has ended."""
+        """Take the exit of a job's process."""
         now, child.ended = time.monotonic(), time.time()
         child.elapsed, child.usage = now - child.started, usage
         code = os.waitstatus_to_exitcode(status)
@@ -8793,8 +8792,8 @@ class Reaping:
         self._completed(child)
 
     def _tell_doubts(self, now):
-        """Failures that have waited long enough are told; a signal to this runner, before it ended
-        their jobs itself or in the meantime, was meant for these as well."""
+        """Report failures that have waited long enough; if the runner was signaled just before or
+        meanwhile, so were their jobs."""
         with self.lock:
             told = [one for one in self.doubts
                     if now >= one[0] or self.interrupted or self.draining]
@@ -8805,11 +8804,11 @@ class Reaping:
             self._report(child)
 
     def _doubt_s(self, code):
-        """How long a failure waits for a signal that was meant for all."""
+        """Return how long a failure waits for a signal that was meant for the whole runner."""
         return DOUBT_S
 
     def _completed(self, child):
-        """Work out status and result of an ended attempt and hand it to the talker."""
+        """Determine the status and return code of an attempt that has ended."""
         job, code, limits = child.job, child.code, self.limits
         status = "completed" if code == 0 else "failed"
         if child.verdict == "oom":
@@ -8831,7 +8830,7 @@ class Reaping:
             self._report(child)
 
     def _outputs(self, job):
-        """([{id, st_mtime}], [missing paths]) of a job's output files."""
+        """Return ([{id, st_mtime}], [missing paths]) of a job's output files."""
         present, missing = [], []
         for file in job["output_files"]:
             try:
@@ -8841,7 +8840,7 @@ class Reaping:
         return present, missing
 
     def _look_again(self, child, missing):
-        """Outputs are missing: on a network file system they may appear within a minute."""
+        """Wait for missing output files: a network file system may show them a minute late."""
         folders = {os.path.dirname(os.path.abspath(path)) for path in missing}
         slow = any(NETWORK_FILE_SYSTEMS.search(file_system(folder)) for folder in folders
                    if os.path.isdir(folder))
@@ -8868,7 +8867,7 @@ class Reaping:
             look()
 
     def _report(self, child):
-        """Make the completion; a failure goes through its failure handler first."""
+        """Create the completion; a failure goes through its failure handler first."""
         job, status, code = child.job, child.status, child.return_code
         usage = self._usage(child) if self.limits.enabled else {}
         child.done = done = {
@@ -8900,14 +8899,14 @@ class Reaping:
         self._hand_in(child)
 
     def _rule(self, job, code):
-        """The failure handler's rule for a return code, if there are attempts left."""
+        """Return the failure handler's rule for a return code if retries are left, else None."""
         rules = self.handlers.get(job.get("failure_handler_id"), ())
         match = next((rule for rule in rules if code in (rule.get("exit_codes") or ())), None)
         match = match or next((rule for rule in rules if rule.get("match_all_exit_codes")), None)
         return match if match and job["attempt_id"] < match.get("max_retries", 3) else None
 
     def _recover(self, child, rule):
-        """Run a recovery script; only if it succeeds is the job ready again (a thread)."""
+        """Run a recovery script and requeue the job if it succeeds (a thread)."""
         done, code = child.done, None
         until = time.monotonic() + self._patience_s()
         while not self.draining:
@@ -8930,7 +8929,7 @@ class Reaping:
         self._hand_in(child)
 
     def _hand_in(self, child):
-        """Journal a completion and give it to the talker."""
+        """Write a completion to the journal and pass it to the talker."""
         job, done = child.job, child.done
         if (done["status"] == "failed" and not done.get("requeue")
                 and self.workflow.get("use_pending_failed")
@@ -8956,7 +8955,7 @@ class Reaping:
                      f"{cause}{then}")
 
     def _usage(self, child):
-        """Peak and average memory and CPU of an attempt; what is not known is left out."""
+        """Return peak and average memory and CPU of an attempt, without what is unknown."""
         known, usage = {}, child.usage
         if usage and child.elapsed > 0:
             seconds = usage.ru_utime + usage.ru_stime
@@ -8976,9 +8975,9 @@ class Reaping:
 
 
 class Talking:
-    """The part of a Runner that talks to the server, in a thread of its own: it tells what has
-    happened, takes new jobs, and goes on while the server is away. Another thread listens for
-    news."""
+    """The part of a Runner that talks to the server, in a thread of its own: it reports what has
+    happened, takes new jobs, and keeps going while the server is unreachable. Another thread
+    listens for news."""
 
     news = True                           # worth asking for jobs
     step = 0
@@ -8988,7 +8987,7 @@ class Talking:
     fitted_at = None                      # generation at which something ready was to fit here
 
     def _talker(self):
-        """Send what has happened, take new jobs, decide when to leave."""
+        """Run the conversation with the server; whatever ends it, the loop ends too."""
         self.talker = threading.current_thread()
         try:
             self._converse()
@@ -9025,12 +9024,12 @@ class Talking:
             idle_since = idle_since or now
 
     def _busy(self):
-        """Whether anything is held or to be said."""
+        """Return whether any job is held or anything is left to report."""
         with self.lock:
             return bool(self.held or self.done or self.returns or self.acting)
 
     def _wait_for_cause(self, idle_since):
-        """Sleep until there is something to tell or to ask, or the heartbeat is due."""
+        """Sleep until there is something to report or to ask, or the heartbeat is due."""
         lease = self.situation.get("lease_s", 120.0)
         deadline = time.monotonic() + min(HEARTBEAT_S, lease / 4)
         with self.talk:
@@ -9056,24 +9055,24 @@ class Talking:
                 self.ends.clear()         # the rate that they were claimed at is no longer true
 
     def _return(self, children):
-        """Under the lock: these go back to the server, untouched."""
+        """Return jobs that were not started to the server. Caller holds the lock."""
         self.returns += children
         self._forget(children)
         self.talk.notify_all()
 
     def _forget(self, children):
-        """Under the lock: these are here no longer."""
+        """Drop children from what is held and queued. Caller holds the lock."""
         self.held.difference_update(children)
         for child in self.queue.copy():
             if child not in self.held:
                 self.queue.remove(child)
 
     def _patience_s(self):
-        """How long to wait for new jobs when others may make some."""
+        """Return how long to wait for new jobs while others may make some ready."""
         return self.workflow["compute_node_wait_for_new_jobs_seconds"]
 
     def _exchange(self, count):
-        """One step of the conversation, repeated until it is answered."""
+        """Send one step and repeat it until it is answered."""
         with self.lock:
             told, starts, returns = list(self.done), list(self.starts), list(self.returns)
             claim = None if self.draining or self.retry_at else self._claim()
@@ -9087,26 +9086,26 @@ class Talking:
         return answer
 
     def _beat(self):
-        """Tell the server that we are alive, and nothing else."""
+        """Send a heartbeat."""
         with self.lock:
             step = self._step()
         with contextlib.suppress(TorcError):
             self._post(step)
 
     def _step(self, **fields):
-        """Under the lock: the next step."""
+        """Return the next step to send. Caller holds the lock."""
         self.step += 1
         return {"compute_node_id": self.node_id, "step": self.step,
                 "held": [list(child.attempt) for child in self.held], **fields}
 
     def _post(self, step):
-        """Tell the server a step; may be repeated until it is answered."""
+        """Send a step, which may be repeated until it is answered."""
         answer = self.client.post(f"/workflows/{self.workflow_id}/runner_step", step)
         self.lease_at = time.monotonic()
         return answer
 
     def _claim(self):
-        """What this runner could take now, None for nothing."""
+        """Return what this runner could take now, or None."""
         room = self.room.copy()
         waiting = sum(room.place(child.need) is None for child in self.queue)
         prefetch = self._prefetch()
@@ -9123,11 +9122,11 @@ class Talking:
         return claim if claim["limit"] or prefetch else None
 
     def _time_left(self):
-        """Seconds for which new jobs may ask: what is left, and as upstream two minutes' grace."""
+        """Return the longest runtime of new jobs in seconds: the time left and upstream's grace."""
         return max(0.0, self.end_time - time.monotonic()) + RUNTIME_GRACE_S
 
     def _prefetch(self):
-        """As many jobs of the requirement at work here as will end within 100 ms, at most 16."""
+        """Return the claim to prefetch as many jobs like those running as end within 100 ms."""
         now = time.monotonic()
         kinds = {child.job["resource_requirements_id"] for child in self.held}
         if not kinds and self.ends and now - self.ends[-1] < PREFETCH_S:
@@ -9140,7 +9139,7 @@ class Talking:
         return {"resource_requirements_id": kinds.pop(), "limit": number} if number > 0 else None
 
     def _patiently(self, ask, *args, **keywords):
-        """What `ask` returns; while the server is away or in trouble, the jobs go on."""
+        """Call `ask` until the server answers; jobs keep running in the meantime."""
         import random
         pause, away = 0.2, None
         while True:
@@ -9162,13 +9161,13 @@ class Talking:
                 pause = min(10.0, pause * random.uniform(1.5, 2))
 
     def _is_leaving(self):
-        """Whether a signal came and all jobs have ended."""
+        """Return whether a signal was received and all jobs have ended."""
         return self.interrupted and not self.children
 
     def _check_lease(self, now, error):
-        """While the server is away, what runs goes on, however long that takes. Once others may
-        have been given the jobs that have not begun, these are forgotten; when nothing is left to
-        do, raise Unreachable: the results wait in the journal."""
+        """Raise Unreachable if the server is away and nothing is left to do; results stay in the
+        journal. Running jobs continue, however long that takes; jobs not started are dropped once
+        the lease has expired, since others may have got them."""
         lease = self.situation.get("lease_s", 20 * 60 + LEASE_MARGIN_S) - LEASE_MARGIN_S
         away = now - self.lease_at
         if away > lease:
@@ -9182,7 +9181,7 @@ class Talking:
             raise Unreachable("the server is away, the results wait in the journal")
 
     def _take(self, answer, told, starts, returns, claim):
-        """Take over what an answer brings."""
+        """Process the answer to a step."""
         now = time.monotonic()
         needs = {int(key): read_need(record) for key, record in answer["requirements"].items()}
         claimed = [Child(job, needs[job["resource_requirements_id"]],
@@ -9211,7 +9210,7 @@ class Talking:
         self.wake()
 
     def _stop(self, stops):
-        """The server wants jobs ended (or has given them to somebody else)."""
+        """End jobs that the server wants ended or has reassigned."""
         wanted = {(stop["job_id"], stop["attempt_id"]): stop["status"] for stop in stops}
         with self.lock:
             self._forget([child for child in self.queue if child.attempt in wanted])
@@ -9221,7 +9220,7 @@ class Talking:
         self._end([child for child in ending if child not in terminated], "canceled")
 
     def _listener(self):
-        """Keep one question open: has anything changed? (a thread)"""
+        """Keep a request for changes open and wake the talker at news (a thread)."""
         client = self.waiting
         since, pause = 0, 0.0
         while not self.ended.is_set():
@@ -9242,15 +9241,15 @@ class Talking:
         client.close()
 
     def _ask(self):
-        """Make the talker send a step now."""
+        """Make the talker send a step now and ask for jobs."""
         with self.talk:
             self.news = True
             self.talk.notify_all()
 
 
 class Acting:
-    """The part of a Runner that carries out actions: claimed, they are done when they have been
-    carried out, and given back otherwise."""
+    """The part of a Runner that carries out actions: it claims them, and confirms them when done or
+    gives them back."""
 
     acting = False                        # a thread runs actions
     said_action = False                   # that another must carry out what this one cannot
@@ -9280,8 +9279,8 @@ class Acting:
             self._ask()                   # the workflow may be complete, or have made more
 
     def _runnable(self, client, triggers):
-        """Pending actions of these triggers that this runner can carry out; others are mentioned
-        once. Allocations at the start of a workflow are for `torc submit`."""
+        """Return the pending actions of these triggers that this runner can carry out; others are
+        mentioned once. Allocations at the start of a workflow are left to `torc submit`."""
         pending = self._patiently(client.get, f"/workflows/{self.workflow_id}/actions/pending",
                                   trigger_type=list(triggers))
         runnable = []
@@ -9297,7 +9296,7 @@ class Acting:
         return runnable
 
     def run_actions(self, client, triggers):
-        """Claim and carry out the actions that these triggers have made pending."""
+        """Claim and carry out the pending actions of these triggers."""
         for action in self._runnable(client, triggers):
             if self.draining and triggers == JOB_TRIGGERS:
                 return                    # left for the next runner
@@ -9312,8 +9311,8 @@ class Acting:
                     self._patiently(client.put, path, compute_node_id=self.node_id)
 
     def _schedule_nodes(self, client, action):
-        """Submit the allocations of an action; says whether all of them are there. The rest is for
-        whoever tries next, after a while."""
+        """Submit the allocations of an action; returns whether all were submitted. The rest is left
+        to whoever tries next."""
         try:
             self.say(self.options.schedule(client, action))
             return True
@@ -9325,7 +9324,7 @@ class Acting:
             return False
 
     def _claim_action(self, client, action):
-        """Make an action ours; False if another runner has it."""
+        """Claim an action; returns False if another runner has it."""
         actions = f"/workflows/{self.workflow_id}/actions"
         body = {"compute_node_id": self.node_id, "tokens": self.tokens}
         try:
@@ -9337,8 +9336,8 @@ class Acting:
                        for one in self._patiently(client.get, actions))
 
     def _run_commands(self, client, action):
-        """The commands of an action one after another; the first failure ends it. Says whether it
-        has been carried out, so far as it can be, and not cut short by our own end."""
+        """Run the commands of an action one after another, up to the first failure. Returns False
+        if the end of this runner cut it short."""
         log = os.path.join(self.directory, f"action_{action['id']}.log")
         last = action["trigger_type"] in ("on_worker_complete", "on_workflow_complete")
         for command in action["action_config"]["commands"]:
@@ -9356,9 +9355,9 @@ class Acting:
         return True
 
     def _run_script(self, script, path, environment, last=False, cwd=None):
-        """Run a script of the workflow's with its output appended to a file; its return code.
+        """Run a script with its output appended to a file; returns its return code.
 
-        None: not begun, since the runner is about to leave and it is not one of the last words.
+        None: not started, since the runner is leaving and the script is not one of the last.
         """
         import subprocess
         with open(path, "ab") as file:
@@ -9382,10 +9381,10 @@ class Acting:
 
 
 class Leaving:
-    """The part of a Runner that decides when there is nothing left to do here, and says why."""
+    """The part of a Runner that decides when nothing is left to do here, and says why."""
 
     def _idle(self, answer, idle_since):
-        """Exit code when it is time to leave, None to wait for news."""
+        """Return the exit code if it is time to leave, or None to wait for news."""
         if answer["is_complete"] and not self.workflow.get(
                 "compute_node_ignore_workflow_completion"):
             self.run_actions(self.client, ("on_workflow_complete",))
@@ -9425,21 +9424,21 @@ class Leaving:
         return 3
 
     def _settle(self, others):
-        """Settle what dead runners among these nodes left; returns what was done, in sentences."""
+        """Clean up after dead runners among these nodes; returns what was done, in sentences."""
         return release_dead_nodes(self.client, self.workflow_id, self.directory) if any(
             map(death_here, others)) else []
 
     def _is_hopeless(self):
-        """Whether a machine that cannot start jobs has been tried for long enough."""
+        """Return whether this machine has failed to start jobs for long enough to give up."""
         return self.tries >= self.most_tries or (
             time.monotonic() - self.fault_since >= self._patience_s())
 
     def _ask_for(self, what):
-        """GET something of the workflow, however long it takes."""
+        """GET something of the workflow, waiting for the server if necessary."""
         return self._patiently(self.client.get, f"/workflows/{self.workflow_id}/{what}")
 
     def _lacks(self, need):
-        """What a job with these requirements lacks on this machine when nothing else runs."""
+        """Return what this machine lacks for a job with these requirements, even when idle."""
         lacks = [] if self.options.max_parallel_jobs else [
             f"{want} (this runner has {have})" for want, have in misfits(
                 need, self.cpus, self.memory, len(self.gpus), len(self.room.bins))]
@@ -9449,7 +9448,7 @@ class Leaving:
         return lacks
 
     def _why_stuck(self, report, others):
-        """Which jobs are unfinished and why nobody here can run them."""
+        """Return a sentence on which jobs are unfinished and why no runner can run them."""
         parts = []
         for entry in report["ready"][:3]:
             lacks = self._lacks(entry["resource_requirements"]) or ["no more than this runner has"]
@@ -9470,7 +9469,7 @@ class Leaving:
                 + "; ".join(parts or ["nothing is ready"]))
 
     def _verdict(self):
-        """0 or 1 by how the jobs of a complete workflow ended, 3 if the time limit came before."""
+        """Return the exit code: 0 or 1 by the jobs' statuses, 3 if the time limit came first."""
         now = self._ask_for("counts")
         self.progress.update(now)
         if self.draining and not now["is_complete"]:
@@ -9480,8 +9479,7 @@ class Leaving:
         return 1 if bad or now["is_canceled"] else 0
 
     def _close(self, verdict):
-        """Last words to the server: the node is done. verdict: the exit code, unless a signal came.
-        """
+        """Close the compute node and set the exit code: `verdict` unless there was a signal."""
         code = 128 + self.interrupted if self.interrupted else verdict
         self.run_actions(self.client, ("on_worker_complete",))
         answer = self._patiently(self._post, self._step(counts=True, closing=True))
@@ -9501,7 +9499,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
 
     Its parts share the jobs, under one lock: all in `held` until they are handed in, those not
     started in `queue`, those with a process in `children`. run() must be called in the main thread,
-    since it receives signals.
+    since it handles signals.
     """
 
     claim_values = {}                     # what else its claims,
@@ -9536,7 +9534,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.wake_pipe = os.pipe()
 
     def run(self):
-        """Run; returns the exit code: 0, 1, 3, or 128 + signal."""
+        """Run the workflow; returns the exit code: 0, 1, 3, or 128 + signal."""
         import shutil
         sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
         for name, mode in (("", 0o700), ("job_stdio", 0o777), ("journal", 0o700)):
@@ -9566,12 +9564,12 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         return self.code
 
     def labels(self):
-        """What tells this runner's log and its time series from those of others."""
+        """Return what distinguishes this runner's log and its time series from those of others."""
         return (f"{self.host}_wf{self.workflow_id}_r{self.run_id}",
                 f"wf{self.workflow_id}_h{self.host}_r{self.run_id}")
 
     def _detect(self):
-        """What may be used here, and until when."""
+        """Determine the resources of this machine and the time limit."""
         options = self.options
         self.cpus = options.num_cpus or usable_cpus()
         self.memory = int((options.memory_gb * 2**30) if options.memory_gb else usable_memory())
@@ -9586,7 +9584,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             self._end_in(options.end_time - time.time())
 
     def _register(self):
-        """The compute node's record, the journal and the guardian; no thread exists yet."""
+        """Create the compute node, the journal and the guardian, before any thread."""
         me = identity()
         self.node_id = self.client.post("/compute_nodes", {
             **me, "workflow_id": self.workflow_id, "start_time": iso_time(time.time()),
@@ -9618,7 +9616,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
                  f"output in {self.options.output_dir}")
 
     def _work(self):
-        """The threads, then the loop."""
+        """Start the threads and run the loop."""
         with contextlib.suppress(OSError, AttributeError, ImportError):
             import ctypes                 # orphans of jobs become our children: none escapes unseen
             ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
@@ -9643,7 +9641,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
                 thread.join(10)
 
     def _signals(self):
-        """Signals only write a byte to the wake-up pipe; the loop looks what it was."""
+        """Set up signals: they write a byte to the wake-up pipe, and the loop handles them."""
         import signal
         for end in self.wake_pipe:
             os.set_blocking(end, False)
@@ -9661,7 +9659,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             os.write(self.wake_pipe[1], b"\0")
 
     def _leave(self):
-        """Good-bye to guardian and journal."""
+        """Dismiss the guardian and close the journal."""
         import signal
         signal.set_wakeup_fd(-1)
         complete = self.gone or self.code is not None and not self.done and not self.held
@@ -9674,7 +9672,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.progress.close()
 
     def _loop(self):
-        """Until the talker has decided and no process is left."""
+        """Loop until the talker has set the exit code and no process is left."""
         import select
         poller = select.poll()
         poller.register(self.wake_pipe[0], select.POLLIN)
@@ -9692,7 +9690,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
                     pass
 
     def _patience(self):
-        """Milliseconds until something is due by the clock, a day at most."""
+        """Return the milliseconds until something is due, a day at most."""
         now = time.monotonic()
         due = [child.kill_at for child in self.children.values()]
         with self.lock:
@@ -9710,8 +9708,8 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
 # ==================================================================================================
 # 12 Slurm
 # ==================================================================================================
-# What is known of Slurm: its programs and what they print, the batch script of an allocation, the
-# worker inside it, partitions of clusters. The programs are those of Slurm 20.11 and newer.
+# All knowledge of Slurm: its programs and their output, the batch script of an allocation, the
+# worker inside it, partitions of clusters. Works with Slurm 20.11 and newer.
 
 SLURM_TIMEOUT_S = 60                      # for one call of a Slurm program
 QUEUE_EVERY_S = 60.0                      # how often squeue is asked by those who watch
@@ -9727,7 +9725,7 @@ CONTROLLER_AWAY = re.compile(r"Unable to contact slurm controller|Socket timed o
 # ---- programs
 
 def run_program(words, timeout=SLURM_TIMEOUT_S, env=None):
-    """(exit code, stdout, stderr) of a program. Raises TorcError: not on the PATH, hangs."""
+    """Return (exit code, stdout, stderr) of a program. Raises TorcError if it cannot run it."""
     import subprocess
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -9744,9 +9742,9 @@ def run_program(words, timeout=SLURM_TIMEOUT_S, env=None):
 
 
 def slurm(*words, env=None, again=3, timeout=SLURM_TIMEOUT_S):
-    """Output of a Slurm program. Raises TorcError with its own words, or for what run_program does.
+    """Return the output of a Slurm program. Raises TorcError with its error message.
 
-    again: how often it is tried again while the controller cannot be reached at all.
+    again: number of retries while the controller is unreachable.
     """
     words = [str(word) for word in words]
     for pause in (*range(2, 2 + 4 * again, 4), None):
@@ -9762,14 +9760,14 @@ def slurm(*words, env=None, again=3, timeout=SLURM_TIMEOUT_S):
 
 
 def slurm_rows(columns, *words, **how):
-    """Lists of `columns` values, which a Slurm program prints with | between them; see slurm()."""
+    """Return the rows of `columns` values that a Slurm program prints with |; see slurm()."""
     lines = (line.split("|", columns - 1) for line in slurm(*words, **how).splitlines())
     return [list(map(str.strip, values)) for values in lines if len(values) == columns]
 
 
 def cluster_name():
-    """The name of the cluster whose Slurm answers here: ClusterName in slurm.conf(5), or None. A
-    server may be used from several, each with its own job ids."""
+    """Return the name of this cluster: ClusterName in slurm.conf(5), or None. A server may be used
+    from several, each with its own job ids."""
     inside = "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_CLUSTER_NAME")
     if not inside and not _cluster["name"] and time.monotonic() >= _cluster["again"]:
         _cluster["again"] = time.monotonic() + 10         # a controller that is away comes back
@@ -9805,14 +9803,14 @@ class Queued(NamedTuple):
 
     @property
     def phase(self):
-        """pending, active, over, or unknown: Slurm forgets what has ended, and some sites keep no
-        accounts, so that it knows nothing of an allocation is no word on it."""
+        """pending, active, over, or unknown, which proves nothing: Slurm forgets what has ended,
+        and some sites have no accounting."""
         return PHASES.get(self.state, "unknown")
 
 
 def slurm_seconds(text):
-    """Seconds of a time that Slurm prints: 4:05, 1-02:00:00, 00:00.120; None for UNLIMITED, n/a and
-    the like."""
+    """Return the seconds of a time as Slurm prints it: 4:05, 1-02:00:00, 00:00.120; None for
+    UNLIMITED, n/a and the like."""
     whole, _, fraction = text.partition(".")
     with contextlib.suppress(ValueError):
         return parse_walltime(whole) + (float(f"0.{fraction}") if fraction else 0)
@@ -9820,7 +9818,7 @@ def slurm_seconds(text):
 
 
 def slurm_number(text, kilo=1000):
-    """The number at the beginning of what Slurm prints: 4, 4000+, 1.5K; None if there is none.
+    """Return the number that a string of Slurm begins with: 4, 4000+, 1.5K; None without one.
 
     kilo: 1024 for bytes.
     """
@@ -9829,8 +9827,8 @@ def slurm_number(text, kilo=1000):
 
 
 def ask_slurm(ids, columns, *words, **how):
-    """{id: Queued} of allocations by a program that prints their id, state, perhaps the time left,
-    and where they are."""
+    """Return {id: Queued} by a program that prints the id, state, perhaps the time left, and the
+    nodes of allocations."""
     numbers = ",".join(map(str, sorted(ids)))
     rows = slurm_rows(columns, *words, "-j", numbers, **how) if ids else ()
     return {int(number): Queued((state.split() or ["UNKNOWN"])[0], where, *map(slurm_seconds, left))
@@ -9838,7 +9836,7 @@ def ask_slurm(ids, columns, *words, **how):
 
 
 def ask_queue(ids, **how):
-    """{id: Queued} of the allocations that squeue knows; those that ended long ago are absent.
+    """Return {id: Queued} of allocations by squeue, without those that ended long ago.
 
     how: see slurm(). Raises TorcError if Slurm cannot be asked, which says nothing about the
     allocations.
@@ -9852,7 +9850,7 @@ def ask_queue(ids, **how):
 
 
 def ask_accounting(ids):
-    """{id: Queued} of allocations by sacct; {} where there is no accounting."""
+    """Return {id: Queued} of allocations by sacct; {} where there is no accounting."""
     with contextlib.suppress(TorcError):
         return ask_slurm(ids, 3, "sacct", "-X", "-n", "-P", "-o", "JobIDRaw,State,NodeList",
                          again=0)
@@ -9860,15 +9858,16 @@ def ask_accounting(ids):
 
 
 class Watch:
-    """What Slurm says of some allocations, asked for all of them together and once a minute."""
+    """Asks Slurm for the state of allocations, all of them together, at most once a minute."""
 
     def __init__(self):
         self._asked, self._found = -math.inf, {}
         self._unknown = {}                # id: since when
 
     def look(self, ids, now):
-        """{id: Queued} of these ids, a set, and perhaps of others. now: time.monotonic(). Raises
-        TorcError if Slurm does not answer."""
+        """Return {id: Queued} of these ids (a set) and perhaps others. now: time.monotonic().
+
+        Raises TorcError if Slurm does not answer."""
         if now - self._asked >= QUEUE_EVERY_S or not ids <= set(self._found):
             known = ask_queue(ids)
             known.update(ask_accounting(ids - set(known)))
@@ -9879,14 +9878,14 @@ class Watch:
         return self._found
 
     def is_forgotten(self, number, now):
-        """Whether Slurm has not known an allocation for ten minutes."""
+        """Return whether Slurm has not known an allocation for ten minutes."""
         return now - self._unknown.get(number, now) >= FORGOTTEN_S
 
 
 # ---- getting allocations
 
 class WorkerRequest(NamedTuple):
-    """How the workers of an allocation are to be started."""
+    """How to start the workers of an allocation."""
 
     output_dir: str
     work_dir: str                         # where their commands run
@@ -9899,7 +9898,7 @@ class WorkerRequest(NamedTuple):
 
 
 def own_command():
-    """The words that start this program elsewhere on the same file systems."""
+    """Return the command that starts this program on any host with the same file systems."""
     path = os.path.abspath(__file__)
     loader = globals().get("__loader__")
     if not os.path.isfile(path) and hasattr(loader, "archive"):
@@ -9908,7 +9907,7 @@ def own_command():
 
 
 def worker_urls(client, named=()):
-    """URLs at which compute nodes are to look for the client's server, the best first.
+    """Return the URLs at which compute nodes can reach the client's server, the best first.
 
     The client's own, unless it leads to this machine's loopback; then where the server says it can
     be reached. named: what the user says instead. Raises UsageError for a local database,
@@ -9942,7 +9941,7 @@ def option_words(values, written=str):
 
 
 def exports_nothing(scheduler, defaults):
-    """Whether the environment of the submitter is known not to reach the allocation."""
+    """Return whether the submitter's environment is known not to reach the allocation."""
     words = re.findall(r"--export[= ](\S+)", scheduler.get("extra") or "")
     words += [str(value) for value in (defaults.get("export"), os.environ.get("SBATCH_EXPORT"))
               if value]
@@ -9964,7 +9963,7 @@ exec {words}
 
 
 def allocation_script(workflow, scheduler, name, request, words, user=None):
-    """Text of the batch script of an allocation: sbatch(1).
+    """Return the batch script of an allocation (sbatch(1)).
 
     words: the worker's command line; user: for whom, else as the environment says. The worker takes
     the shell's place, so that Slurm's signals reach it.
@@ -10019,7 +10018,7 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
 
 
 def worker_words(client, workflow, scheduler, request, number):
-    """The command line of an allocation's worker. number: of allocations asked for together."""
+    """Return the command of an allocation's worker. number: of allocations requested together."""
     runners = number * (scheduler["nodes"] if request.one_worker_per_node else 1)
     staggered = read_limits(workflow).staggered_start and runners > 50
     tls = client.tls or {}
@@ -10037,7 +10036,7 @@ def worker_words(client, workflow, scheduler, request, number):
 
 
 def needs_whole_nodes(client, workflow_id):
-    """Whether the workflow has jobs of several nodes."""
+    """Return whether the workflow has multi-node jobs."""
     wide = {record["id"] for record in client.items("/resource_requirements",
                                                     workflow_id=workflow_id)
             if record["num_nodes"] > 1}
@@ -10046,12 +10045,12 @@ def needs_whole_nodes(client, workflow_id):
 
 
 def by_steps(workflow):
-    """Whether the workflow wants its jobs as steps of srun."""
+    """Return whether the jobs of a workflow run as srun steps."""
     return read_limits(workflow).mode in ("slurm", "auto")
 
 
 def submission_environment(client):
-    """The environment for sbatch: the credentials, nothing of an allocation or job around us."""
+    """Return the environment for sbatch, without that of an enclosing job or allocation."""
     kept = {name: value for name, value in os.environ.items()
             if not name.startswith(("SLURM_", "TORC_")) or name == "SLURM_CONF"}
     given = {"TORC_USERNAME": client.user, "TORC_PASSWORD": client.password,
@@ -10060,7 +10059,7 @@ def submission_environment(client):
 
 
 def submit_allocations(client, workflow, scheduler, number, request, action_id=None):
-    """Ask Slurm for allocations of a scheduler's record; returns the ids of the Slurm jobs.
+    """Submit allocations of a scheduler record; returns the ids of the Slurm jobs.
 
     Each is stored as a scheduled compute node, and counted for the action that asks for them.
     Raises TorcError; one that says how many were submitted before has them in .submitted.
@@ -10160,13 +10159,13 @@ def job_named(name):
 
 
 def credentials_path(workflow_id, server_id, output_dir):
-    """The file (0600) from which workers read the password where sites export no environment."""
+    """Return the file (0600) from which workers read the password if sites export nothing."""
     return os.path.join(output_dir, f".credentials_wf{workflow_id}_{server_id}.json")
 
 
 def schedule_action(client, action, request):
-    """Carry out what is left of a schedule_nodes action that has been claimed; returns the Slurm
-    jobs' ids."""
+    """Submit the remaining allocations of a claimed schedule_nodes action; returns the Slurm job
+    ids."""
     config = action["action_config"]
     if config.get("scheduler_type", "slurm") != "slurm":
         raise UsageError(f"action {action['id']}: there are no allocations of "
@@ -10181,7 +10180,7 @@ def schedule_action(client, action, request):
 
 
 def schedule_pending(client, workflow_id, request, triggers=None, waiting=False):
-    """Carry out the schedule_nodes actions that are pending; returns [(action, ids), ...].
+    """Carry out pending schedule_nodes actions; returns [(action, Slurm job ids), ...].
 
     waiting: also those that failed a short while ago.
     One whose allocations could not all be had is pending again for the rest of them; the error is
@@ -10209,8 +10208,7 @@ def schedule_pending(client, workflow_id, request, triggers=None, waiting=False)
 # ---- allocations that have ended
 
 def is_elsewhere(record):
-    """Whether this is of another cluster than the one that answers here, or may be: none does
-    answer."""
+    """Return whether a record belongs to another cluster, or may: no cluster answers here."""
     cluster = record.get("cluster")
     return bool(cluster) and cluster != cluster_name()
 
@@ -10246,7 +10244,7 @@ def unended_allocations(client, workflow_id):
 
 
 def settle_allocations(client, workflow_id, watch=None, dry_run=False):
-    """Put right what allocations that have ended left behind; returns what was done, in sentences.
+    """Clean up after allocations that have ended; returns what was done, in sentences.
 
     Results that their runners did not hand in are read from the journals. Jobs that ran are
     terminated if it was the time limit, failed if it was the memory limit, else ready again. An
@@ -10280,8 +10278,8 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
 
 
 def bury_node(client, node, state, **ended):
-    """Settle what a compute node's dead runner left, whichever host it was on: its journal and its
-    jobs; returns that in words."""
+    """Clean up after the dead runner of a compute node on any host: its journal and its jobs;
+    returns what was done, in words."""
     path = journal_path(node.get("output_dir") or DEFAULT_OUTPUT_DIR, client.server_id(),
                         node["workflow_id"], node["id"])
     records, _ = read_journal(path)
@@ -10302,23 +10300,23 @@ def bury_node(client, node, state, **ended):
 # ---- the worker in an allocation
 
 class Allocation(NamedTuple):
-    """Where a worker is, by the variables that Slurm sets: sbatch(1), srun(1)."""
+    """The place of a worker, by the variables that Slurm sets (sbatch(1), srun(1))."""
 
     job_id: int
     node_index: int                       # of this node in the allocation
     nodes: int
     cpus: int                             # of each node
     memory_bytes: int
-    restarts: int                         # how often Slurm has started it anew
+    restarts: int                         # how often Slurm has requeued it
 
 
 def cpus_per_node(text):
-    """The least number in SLURM_JOB_CPUS_PER_NODE, such as "4(x2),8"; None if there is none."""
+    """Return the least number in SLURM_JOB_CPUS_PER_NODE, such as "4(x2),8", or None."""
     return min(map(int, re.findall(r"(?:^|,)(\d+)", text or "")), default=None)
 
 
 def read_allocation(environ):
-    """The Allocation around this process. Raises UsageError outside of one."""
+    """Return the Allocation that this process runs in. Raises UsageError outside of one."""
     job_id = environ.get("SLURM_JOB_ID", "")
     if not job_id.isdigit():
         raise UsageError("there is no SLURM_JOB_ID: this command is for inside of an allocation; "
@@ -10338,15 +10336,15 @@ def read_allocation(environ):
 
 
 def worker_note(output_dir, workflow_id, job_id):
-    """Where a worker that cannot begin says why, for `status` and `why`."""
+    """Return the file in which a worker that cannot start says why, for `status` and `why`."""
     return os.path.join(output_dir, f"worker_wf{workflow_id}_sl{job_id}.note")
 
 
 def reach_server(urls, server_id, how, note, say):
-    """A Client of the server with this id (or any) at the first URL that leads to it.
+    """Return a Client for the server with this id (or any) at the first URL that reaches it.
 
-    Waits while there is none, since it may be started again. note: path of a file that says what
-    is wrong as long as something is. Raises Unreachable with a line for each URL.
+    Waits while there is none, since it may be restarted. note: path of a file that says what is
+    wrong in the meantime. Raises Unreachable with a line for each URL.
     """
     import socket
     deadline, pause, told = time.monotonic() + WORKER_PATIENCE_S, 1.0, None
@@ -10431,7 +10429,7 @@ class SlurmRunner(Runner):
             self._end_in(left)
 
     def _ask_time_left(self, **how):
-        """Seconds until Slurm ends the allocation, None if it never does or does not say."""
+        """Return the seconds until Slurm ends the allocation; None if unlimited or unknown."""
         try:
             entry = ask_queue([self.allocation.job_id], **how).get(self.allocation.job_id)
         except TorcError as error:
@@ -10484,7 +10482,7 @@ class SlurmRunner(Runner):
         return DEATH_NOTICE_S if code - 128 in (signal.SIGTERM, signal.SIGKILL) else OTHER_NOTICE_S
 
     def _settle(self, others):
-        """See Runner; of a runner that has been silent, Slurm is asked as well."""
+        """See Runner; also asks Slurm if a runner has been silent."""
         said = super()._settle(others)
         if any(node.get("silent_s", 0) > SILENT_S for node in others):
             try:
@@ -10534,7 +10532,7 @@ class SlurmRunner(Runner):
         return self.srun, ["srun", *options, *words]
 
     def _signal(self, children, number):
-        """srun ends its step at once when it is signalled itself, so Slurm is asked to signal."""
+        """Signal jobs; steps through Slurm, since srun ends its step when it is signaled itself."""
         steps = [child for child in children if child.step and not has_exited(child.pid)]
         super()._signal([child for child in children if child not in steps], number)
         if steps and not start_thread(self._signal_steps, steps, number):
@@ -10569,8 +10567,8 @@ STEP_COLUMNS = ("JobName", "State", "AveCPU", "NodeList", *STEP_BYTES.values())
 
 
 class Accounts:
-    """Asks sacct, for all steps that have ended meanwhile, what became of them and what they used,
-    in a thread of its own; a failed job is reported when that is known."""
+    """Asks sacct in a thread of its own for the state and resource usage of steps that have ended;
+    a failed job is reported once they are known."""
 
     PAUSES = (0.3, 1.0, 2.0, 4.0, 8.0)    # accounts are written a moment after the end
 
@@ -10581,7 +10579,7 @@ class Accounts:
         self.off = False                  # there is no accounting here
 
     def add(self, child):
-        """A step has ended; a success is reported at once, its figures follow."""
+        """Take a step that has ended; success is reported at once, its figures follow."""
         if child.code == 0:
             Runner._completed(self.runner, child)
         with self.runner.lock:
@@ -10598,7 +10596,7 @@ class Accounts:
             thread.join(2 * sum(self.PAUSES))
 
     def _loop(self):
-        """Until nothing is open."""
+        """Look up steps until none is left."""
         with contextlib.closing(self.runner.client.clone()) as client:
             while True:
                 with self.runner.lock:
@@ -10617,7 +10615,7 @@ class Accounts:
                     self._report(None, child)
 
     def _ask(self):
-        """{step name: row} of the steps of this allocation that have ended."""
+        """Return {step name: row} of the steps of this allocation that have ended."""
         try:
             rows = slurm_rows(len(STEP_COLUMNS), "sacct", "-n", "-P", "-j",
                               self.runner.allocation.job_id, "-o", ",".join(STEP_COLUMNS), again=0)
@@ -10630,7 +10628,7 @@ class Accounts:
                 if step["State"] not in ("", "RUNNING", "PENDING")}
 
     def _settle(self, client, rows, child):
-        """Report a step if its row has come; says whether it had."""
+        """Report a step if it is in the rows; returns whether it was."""
         row = rows.get(child.step)
         if row is None:
             return False
@@ -10651,7 +10649,7 @@ class Accounts:
         return True
 
     def _report(self, state, child):
-        """Hand in a step that did not succeed."""
+        """Report a step that failed."""
         if child.code == 0:
             return
         if self.runner.interrupted:
@@ -10665,12 +10663,12 @@ class Accounts:
 # ---- HPC profiles
 
 def least(*values):
-    """The smallest of values that are not None, or None."""
+    """Return the smallest of the values that are not None, or None."""
     return min((value for value in values if value is not None), default=None)
 
 
 def record_class(name, text):
-    """A NamedTuple with the Fields of a text and their defaults; its `wanted` has them by name."""
+    """Return a named tuple class with the Fields of a string; its `wanted` has them by name."""
     import collections
     wanted = {field.name: field for field in fields(text)}
     made = collections.namedtuple(name, wanted, defaults=[one.default for one in wanted.values()])
@@ -10789,14 +10787,14 @@ DYNAMIC_PROFILE = "slurm"                 # read from the cluster's own programs
 
 
 def profile_json(profile):
-    """A profile as JSON values; read_profile reads it back."""
+    """Return a profile as JSON values, as read_profile reads it."""
     return {**profile._asdict(),
             "detection": [sign._asdict() for sign in profile.detection],
             "partitions": [one._asdict() for one in profile.partitions]}
 
 
 def checked_record(record, kind, what):
-    """The fields of a record of a profile that are not null. Raises TorcError."""
+    """Return the fields of a profile's record that are not null. Raises TorcError."""
     place = Place([], (), what)
     good = place.check(record, kind.wanted)
     for _, sentence in place.faults:
@@ -10805,7 +10803,7 @@ def checked_record(record, kind, what):
 
 
 def read_profile(path):
-    """The Profile in a JSON file, as `torc hpc generate` writes it. Raises TorcError."""
+    """Read a Profile from a JSON file, as `torc hpc generate` writes it. Raises TorcError."""
     record = checked_record(parse_json(path, read_spec_text(path)), Profile, path)
     signs, partitions = [], []
     for number, one in enumerate(record.get("detection", ())):
@@ -10831,7 +10829,7 @@ def read_profile(path):
 
 
 def known_profiles():
-    """{name: Profile}: the user's own in ~/.torc/hpc first, then the built-in ones.
+    """Return {name: Profile}: the user's own in ~/.torc/hpc first, then the built-in ones.
 
     Raises TorcError for a file that is wrong.
     """
@@ -10845,7 +10843,7 @@ def known_profiles():
 
 
 def is_here(sign, hostname):
-    """Whether a sign of a cluster is found on this machine."""
+    """Return whether this machine shows a sign of a cluster."""
     if sign.type == "env":
         return os.environ.get(sign.name) == sign.value
     if sign.type == "hostname":
@@ -10854,7 +10852,7 @@ def is_here(sign, hostname):
 
 
 def detect_profile(profiles):
-    """The first of {name: Profile} that has a sign here, or None."""
+    """Return the first of {name: Profile} that is detected here, or None."""
     import socket
     hostname = socket.gethostname()
     return next((profile for profile in profiles.values()
@@ -10862,7 +10860,7 @@ def detect_profile(profiles):
 
 
 def find_profile(name=None):
-    """The Profile of a name; without one the one detected here, else what this cluster says.
+    """Return the named Profile; without a name the detected one, else that of this cluster.
 
     Raises TorcError.
     """
@@ -10934,7 +10932,7 @@ def read_partitions(sinfo, scontrol):
 
 
 def slurm_profile(name=DYNAMIC_PROFILE, display_name=None):
-    """The profile of this cluster, as its Slurm describes it. Raises TorcError."""
+    """Return the profile of this cluster as Slurm describes it. Raises TorcError."""
     partitions = read_partitions(slurm("sinfo", "-e", "-h", "-o", "%P|%c|%m|%l|%G|%D"),
                                  slurm("scontrol", "-o", "show", "partition"))
     if not partitions:
@@ -10944,7 +10942,7 @@ def slurm_profile(name=DYNAMIC_PROFILE, display_name=None):
 
 
 def partitions_named(profile, name):
-    """The Partitions of a name. Raises NotFound."""
+    """Return the Partitions with this name. Raises NotFound."""
     found = [one for one in profile.partitions if one.name == name]
     if not found:
         names = dict.fromkeys(one.name for one in profile.partitions)
@@ -10957,7 +10955,7 @@ SMALL_CPUS, SMALL_MEMORY_MB = 26, 60_000  # a job up to this prefers nodes share
 
 
 def lacks_of(one, need, walltime_s, named=False):
-    """What of a job's Need and time a Partition does not have, as texts.
+    """Return what a Partition lacks for a job's Need and time, as strings.
 
     A job without GPUs does not take nodes that have them, unless they are named.
     """
@@ -10981,7 +10979,7 @@ def lacks_of(one, need, walltime_s, named=False):
 
 
 def matching_partitions(profile, need, walltime_s):
-    """The Partitions that take a job, the best first; those only on request come last.
+    """Return the Partitions that accept a job, the best first; those on request come last.
 
     Small jobs prefer nodes shared with others; then the least memory, then the closest time limit.
     """
@@ -10995,13 +10993,13 @@ def matching_partitions(profile, need, walltime_s):
 
 
 def best_partition(profile, need, walltime_s):
-    """The Partition for a job that names none, or None if there is none for it."""
+    """Return the best Partition for a job that names none, or None."""
     found = matching_partitions(profile, need, walltime_s)
     return found[0] if found and not found[0].on_request else None
 
 
 def need_text(need, walltime_s):
-    """What a job needs, as in "4 CPUs, 2.0 GB and 1 GPU for 2h00m"."""
+    """Return what a job needs, as in "4 CPUs, 2.0 GB and 1 GPU for 2h00m"."""
     words = [plural(need.cpus, "CPU")]
     if need.memory:
         words.append(format_bytes(need.memory))
@@ -11013,7 +11011,7 @@ def need_text(need, walltime_s):
 
 
 def why_no_partition(profile, need, walltime_s):
-    """One sentence: what of a job is too much for which partition, the nearest first."""
+    """Return a sentence on why no partition accepts a job, the closest ones first."""
     rows, special = {}, []
     for one in profile.partitions:
         found = lacks_of(one, need, walltime_s)
@@ -11038,14 +11036,14 @@ WORKER_MB = 256                           # the worker's own, where a job gets w
 
 
 class Wish(NamedTuple):
-    """How long allocations are to be."""
+    """The wanted length of allocations."""
 
     strategy: str
     multiplier: float                     # walltime over runtime, for max-job-runtime
     walltime_s: int | None                # what the user says, lengthened where jobs need more
 
     def walltime(self, need_s, limit):
-        """Walltime in seconds, whole minutes, for jobs that need need_s <= limit (None: none)."""
+        """Return the walltime in seconds, whole minutes, for jobs of need_s <= limit (or None)."""
         wanted = self.walltime_s
         if wanted is None and self.strategy == "max-partition-time":
             wanted = limit
@@ -11068,17 +11066,17 @@ class Part(NamedTuple):
 
     @property
     def width(self):
-        """Most jobs of a level."""
+        """Largest number of jobs in a level."""
         return max(map(len, self.levels))
 
     @property
     def length_s(self):
-        """Seconds that its levels take one after the other."""
+        """Seconds that its levels take, one after the other."""
         return self.runtime_s * len(self.levels)
 
     @property
     def at_once(self):
-        """Jobs that run at the same time in an allocation as small as one job allows."""
+        """Number of jobs that run at a time in the smallest allocation for one of them."""
         one, need = self.partition, self.need
         if need.nodes > 1:
             return 1
@@ -11087,13 +11085,13 @@ class Part(NamedTuple):
                             one.memory_mb and one.memory_mb * 2**20 // max(1, need.memory)))
 
     def share(self, walltime_s):
-        """Allocations of that length it fills, as a fraction."""
+        """Return how many allocations of this length it fills, as a fraction."""
         rounds = max(1, (walltime_s - SPARE_S) // self.length_s)
         return self.width / (self.at_once * rounds)
 
 
 def dependency_levels(jobs):
-    """([level of each job], [places of the jobs that each waits for]).
+    """Return ([level of each job], [indexes of the jobs that each waits for]).
 
     jobs: as in a payload, where the first has the id 1. Level 0 waits for nothing; others are one
     above the highest they wait for; what waits for itself in a circle stays at 0.
@@ -11118,7 +11116,7 @@ def dependency_levels(jobs):
 
 
 def group_jobs(jobs, requirements):
-    """Parts for plan_allocations: jobs of one requirement and one level of dependencies.
+    """Return the Parts for plan_allocations: jobs of one requirement and level.
 
     jobs, requirements: records as in a payload; the first requirement has the id 1.
     Raises TorcError for jobs without requirements.
@@ -11143,7 +11141,7 @@ def group_jobs(jobs, requirements):
 
 
 def choose_partition(profile, name, wish, need, runtime_s):
-    """The Partition for jobs, by name or the best one. Raises TorcError with the reason."""
+    """Return the Partition for jobs, by name or the best one. Raises TorcError with the reason."""
     if not name:
         one = best_partition(profile, need, wish.walltime(runtime_s, None)) or best_partition(
             profile, need, runtime_s)
@@ -11160,7 +11158,7 @@ def choose_partition(profile, name, wish, need, runtime_s):
 
 
 def on_partition(part, choose):
-    """A Part with its partition. Raises TorcError if there is none for it."""
+    """Return a Part with its partition. Raises TorcError if none accepts it."""
     try:
         return part._replace(partition=choose(part.need, part.runtime_s))
     except TorcError as error:
@@ -11247,7 +11245,7 @@ def what_to_ask(parts, number, walltime_s):
 
 
 def slurm_time(seconds):
-    """A time as Slurm writes it: HH:MM:SS or D-HH:MM:SS."""
+    """Return a time as Slurm writes it: HH:MM:SS or D-HH:MM:SS."""
     days, rest = divmod(int(seconds), 86_400)
     text = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
     return f"{days}-{text}" if days else text
@@ -11256,7 +11254,7 @@ def slurm_time(seconds):
 def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
                      strategy=STRATEGIES[0], multiplier=1.5, single_allocation=False,
                      by_partition=False, prefix=""):
-    """The Slurm schedulers that some jobs need, and how many allocations of each.
+    """Plan the Slurm schedulers for jobs, and the number of allocations of each.
 
     parts: those of group_jobs. partition, walltime (text): instead of chosen ones; a walltime that
     is too short for the jobs is lengthened. by_partition: a scheduler for each.
@@ -11284,7 +11282,7 @@ def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
 
 
 def plan_scheduler(parts, wish, name, account, single_allocation):
-    """An entry of a plan: the scheduler of some Parts, its allocations and jobs."""
+    """Return an entry of a plan: the scheduler of some Parts, its allocations and jobs."""
     first = parts[0]
     number, walltime_s = allocations_for(parts, wish)
     asked = what_to_ask(parts, number, walltime_s)
@@ -11307,17 +11305,17 @@ def plan_scheduler(parts, wish, name, account, single_allocation):
 # ---- a specification with its allocations
 
 def schedules_nodes(action):
-    """Whether an action of a specification asks for allocations."""
+    """Return whether an action of a specification requests allocations."""
     return isinstance(action, dict) and action.get("action_type") == "schedule_nodes"
 
 
 def without(record, *names):
-    """A mapping without these names."""
+    """Return a dict without these keys."""
     return {name: value for name, value in record.items() if name not in names}
 
 
 def expanded_names(document):
-    """The names of the jobs that each job of a correct specification stands for, in order."""
+    """Return the names that each job of a valid specification expands to, in order."""
     shared = document.get("parameters") or {}
     return [[one["name"] for one in
              expand(Place([]), {name: value for name, value in job.items()
@@ -11329,13 +11327,13 @@ PLACEHOLDER = r"(?<!\\\$)\\\{[^{}]+\\\}"
 
 
 def name_pattern(name):
-    """A regular expression for the names that a job's name with placeholders stands for."""
+    """Return a regular expression for the names that a name with placeholders expands to."""
     # As it is when escaped: \{i:03d\} stands for a value, \$\{i\} is the shell's.
     return f"^{re.sub(PLACEHOLDER, '.+', re.escape(name))}$"
 
 
 def naming(wanted, document, names):
-    """The fields jobs and job_name_regexes of an action for the jobs `wanted`.
+    """Return the fields jobs and job_name_regexes of an action for the jobs `wanted`.
 
     names: of expanded_names. Many jobs with one name pattern become that pattern, if it finds no
     others; there are at most a hundred, since each is tried on all names.
@@ -11386,7 +11384,7 @@ def with_allocations(document, plan, actions=True):
 
 
 def specification_text(document, as_json):
-    """The text of a specification, JSON or YAML that YAML 1.1 and 1.2 read alike."""
+    """Return a specification as JSON, or as YAML that YAML 1.1 and 1.2 read alike."""
     if as_json:
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     try:
@@ -11397,7 +11395,7 @@ def specification_text(document, as_json):
     old, new = (kind.yaml_implicit_resolvers for kind in (yaml.SafeDumper, core_loader(yaml)))
 
     class Dumper(yaml.SafeDumper):
-        """Quotes what either version takes for something else than a text; blocks for lines."""
+        """Quotes what either version would not read as a string; multi-line strings are blocks."""
         yaml_implicit_resolvers = {letter: [*old.get(letter, ()), *new.get(letter, ())]
                                    for letter in {*old, *new}}
 
