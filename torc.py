@@ -13059,16 +13059,31 @@ WAITING_CLIENTS = 56                      # that may hold a thread while they wa
 STREAMING_CLIENTS = 40                    # of those; the rest is for runners, which wait for work
 GONE_CLIENT_S = 2.0                       # how often a silent stream looks whether anybody listens
 SECURITY_HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"))
+HTML = "text/html; charset=utf-8"
 FRONT_PAGE = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title>"
               f"<p>A torc server. Its API is at <code>{API_PREFIX}</code>.</html>")
 
 
-class Streaming(Exception):
-    """Not an error: takes the headers and the Subscription of a stream past bottle."""
+class Refused(TorcError):
+    """A refusal with a status that no error of section 2 has for that reason."""
 
-    def __init__(self, headers, subscription):
-        super().__init__()
-        self.headers, self.subscription = headers, subscription
+    plain = True
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+class EventStream(NamedTuple):
+    """An answer that goes on."""
+
+    pieces: Any                           # an iterator of bytes, b"" where nothing came for a while
+    held: contextlib.ExitStack            # what is released at its end
+
+
+def channel_of(http):
+    """The connection that a request came over."""
+    return http.environ["waitress.client_disconnected"].__self__
 
 
 def has_hung_up(channel):
@@ -13082,8 +13097,64 @@ def has_hung_up(channel):
         return True
 
 
-class Application:
+class Site:
+    """A WSGI application with bottle's requests and responses, but without its routes and hooks:
+    answer() gives the body, an error is told as JSON, a stream begins before its first event."""
+
+    headers = ()                          # of every answer
+
+    def __call__(self, environ, start_response):
+        """WSGI: answer one request; no exception leaves this."""
+        import bottle
+        environ["PATH_INFO"] = environ["PATH_INFO"].encode("latin-1").decode("utf-8", "ignore")
+        http = bottle.BaseRequest(environ)
+        response = bottle.HTTPResponse(headers=self.headers)
+        response.content_type = "application/json"
+        body = self.reply(http, response)
+        if isinstance(body, EventStream):
+            response.content_type = "text/event-stream"
+            response.set_header("Cache-Control", "no-cache")
+            response.set_header("X-Accel-Buffering", "no")
+            write = start_response(response.status_line, response.headerlist)
+            return self.stream(body, http, write)
+        body = body.encode() if isinstance(body, str) else body
+        response.content_length = len(body)
+        start_response(response.status_line, response.headerlist)
+        return [b"" if http.method == "HEAD" else body]
+
+    def reply(self, http, response):
+        """The body of an answer or of an error, whose status and headers are set in response."""
+        try:
+            return self.answer(http, response)
+        except TorcError as error:
+            return self.refusal(error, response)
+        except Exception as error:        # a defect of ours
+            return self.refusal(Internal(self.defect(error, http)), response)
+
+    def refusal(self, error, response):
+        """The body that tells an error."""
+        response.status = error.status
+        inner = {"message": str(error)}
+        if error.status in (403, 404, 500):
+            inner["error"] = error.title
+        return compact({"error": inner})
+
+    def stream(self, stream, http, write):
+        """The pieces of a stream as they come, until it ends or the client goes."""
+        with stream.held:
+            write(b"")                    # the headers, before the first piece
+            for piece in stream.pieces if http.method != "HEAD" else ():
+                if has_hung_up(channel_of(http)):
+                    return
+                if piece:
+                    yield piece
+                    time.sleep(0.02)      # a flood is sent in lumps
+
+
+class Application(Site):
     """The API as a WSGI application around one store."""
+
+    headers = SECURITY_HEADERS
 
     def __init__(self, store, threads, log, access=Access()):
         self.store = store
@@ -13094,150 +13165,106 @@ class Application:
         self.waiting = threading.BoundedSemaphore(WAITING_CLIENTS)
         self.streaming = threading.BoundedSemaphore(STREAMING_CLIENTS)
 
-    def wsgi(self):
-        """The WSGI application: bottle with one route, since it compiles each route it has.
-
-        A stream goes around bottle, which would hold its headers until the first event.
-        """
-        import bottle
-        app = bottle.Bottle()
-        app.catchall = False
-        app.route("<path:re:.*>", "ANY", self.handle)
-
-        def serve(environ, start_response):
-            try:
-                return app(environ, start_response)
-            except Streaming as stream:
-                write = start_response("200 OK", stream.headers)
-                return self.stream(stream.subscription, environ, write)
-        return serve
-
-    def stream(self, subscription, environ, write):
-        """Events as they come, until the client goes or the server stops."""
-        channel = environ["waitress.client_disconnected"].__self__
-        try:
-            write(b"")                    # the headers, before the first event
-            while environ["REQUEST_METHOD"] != "HEAD":
-                text = subscription.take(GONE_CLIENT_S)
-                if text is None or has_hung_up(channel):
-                    return
-                if text:
-                    yield text
-                    time.sleep(0.02)      # a flood is sent in lumps
-        finally:
-            subscription.close()
-            self.streaming.release()
-            self.waiting.release()
-
-    def begin_stream(self, endpoint, texts, request):
-        """A Subscription that holds places of those who wait. Raises Unreachable without any."""
-        if not self.streaming.acquire(blocking=False):
-            raise Unreachable(f"{STREAMING_CLIENTS} clients follow events already: try later")
-        if not self.waiting.acquire(blocking=False):
-            self.streaming.release()
-            raise Unreachable(f"{WAITING_CLIENTS} clients wait for news already: try later")
-        try:
-            return call_endpoint(endpoint, texts, request._replace(streams=True))
-        except BaseException:
-            self.streaming.release()
-            self.waiting.release()
-            raise
-
-    def handle(self, path):
-        """Answer one request."""
-        import bottle
-        response = bottle.response
-        for name, value in SECURITY_HEADERS:
-            response.set_header(name, value)
-        response.set_header("X-Torc-Server", self.store.id)
-        response.set_header("X-Span-Id", bottle.request.get_header("X-Span-ID")
-                            or str(time.time_ns()))
+    def reply(self, http, response):
+        """See Site.reply; logs it."""
         started = time.perf_counter()
-        status, content_type, text = self.answer(bottle.request, path, response)
-        if isinstance(text, Subscription):
-            response.content_type = content_type
-            response.set_header("Cache-Control", "no-cache")
-            response.set_header("X-Accel-Buffering", "no")
-            raise Streaming(response.headerlist, text)
-        response.status = status
-        if content_type:
-            response.content_type = content_type
-        self.log.debug("%s %s %d %.1f ms", bottle.request.method, path, status,
+        response.set_header("X-Torc-Server", self.store.id)
+        response.set_header("X-Span-Id", http.get_header("X-Span-ID") or str(time.time_ns()))
+        body = super().reply(http, response)
+        self.log.debug("%s %s %d %.1f ms", http.method, http.path, response.status_code,
                        1000 * (time.perf_counter() - started))
-        return text
+        return body
 
-    def answer(self, http, path, response):
-        """(status, content type, body) of a request; no exception leaves this."""
-        verdict = verdict_on(http) if self.access.gate else NOBODY
+    def answer(self, http, response):
+        """The body of an answer. Raises TorcError."""
+        gate, path = self.access.gate, http.path
+        verdict = channel_of(http).judged[1] if gate else NOBODY
         if verdict.state == "busy":
-            response.set_header("Retry-After", "1")
-            return 503, "text/plain; charset=utf-8", BUSY
-        if self.access.gate and self.access.gate.required and verdict.state != "known":
-            response.set_header("WWW-Authenticate", 'Basic realm="Torc"')
-            return 401, "text/plain; charset=utf-8", "Unauthorized"
+            raise Refused(503, BUSY)
+        if gate and gate.required and verdict.state != "known":
+            raise Unauthorized("Unauthorized")
         if path in ("/", "/dashboard", "/dashboard/"):
-            return 200, "text/html; charset=utf-8", FRONT_PAGE
+            response.content_type = HTML
+            return FRONT_PAGE
         wanted = http.get_header("X-Torc-Server")
         if wanted and wanted != self.store.id:       # the client's server was here before
-            return 421, "text/plain; charset=utf-8", f"this is the Torc server {self.store.id}"
-        try:
-            if not path.startswith(API_PREFIX + "/"):
-                raise NoSuchPath
-            method = "GET" if http.method == "HEAD" else http.method
-            endpoint, texts = find_endpoint(method, path[len(API_PREFIX):])
-            value = self.call(http, endpoint, texts, verdict)
-            if isinstance(value, Subscription):
-                return 200, "text/event-stream", value
-            return 200, "application/json", json.dumps(value, separators=(",", ":"))
-        except NoSuchPath:
-            return 404, None, ""
-        except WrongMethod as error:
-            response.set_header("Allow", ", ".join(error.allow))
-            return 405, None, ""
-        except TorcError as error:
-            if error.status == 503:
-                response.set_header("Retry-After", "15")
-            if error.plain:
-                return error.status, "text/plain; charset=utf-8", str(error)
-            inner = {"message": str(error)}
-            if error.status in (403, 404, 500):
-                inner["error"] = error.title
-            return error.status, "application/json", compact({"error": inner})
-        except Exception:                 # a defect of ours: its traceback belongs in the log
-            self.log.exception("unexpected error in %s %s", http.method, path)
-            message = "unexpected error, see the server's log"
-            return 500, "application/json", compact({"error": {
-                "error": "InternalServerError", "message": message}})
+            raise Refused(421, f"this is the Torc server {self.store.id}")
+        if not path.startswith(API_PREFIX + "/"):
+            raise NoSuchPath
+        method = "GET" if http.method == "HEAD" else http.method
+        endpoint, texts = find_endpoint(method, path[len(API_PREFIX):])
+        value = self.call(endpoint, texts, self.request(http, endpoint, verdict))
+        return value if isinstance(value, EventStream) else json.dumps(value, separators=(",", ":"))
 
-    def call(self, http, endpoint, texts, verdict):
-        """Run an operation; those that wait take a place of their own, so they starve nobody."""
+    def request(self, http, endpoint, verdict):
+        """The Request of an operation. Raises UnsupportedMedia, TooLarge, BadRequest."""
         from urllib.parse import parse_qs
+        body = None
+        if endpoint.body is not None:
+            kind = (http.get_header("Content-Type") or "").partition(";")[0].strip().lower()
+            if kind != "application/json" and not kind.endswith("+json"):
+                raise UnsupportedMedia("expected a request with `Content-Type: application/json`")
+            body = read_json(http)
         query = parse_qs(http.query_string, keep_blank_values=True)
-        body = read_json(http) if endpoint.body is not None else None
-        request = Request(self.store, verdict.user, query, body, time.time(), self.urls,
-                          self.access, "unknown" if verdict.state == "wrong" else "anonymous",
-                          only=verdict.only)
+        return Request(self.store, verdict.user, query, body, time.time(), self.urls, self.access,
+                       "unknown" if verdict.state == "wrong" else "anonymous", streams=True,
+                       only=verdict.only)
+
+    def call(self, endpoint, texts, request):
+        """Run an operation; those that wait take a place of their own, so they starve nobody."""
         if endpoint.function is stream_events:
-            return self.begin_stream(endpoint, texts, request)
-        if endpoint.function is changes and query.get("wait_s", ["0"]) != ["0"]:
-            if not self.waiting.acquire(blocking=False):
-                query["wait_s"] = ["0"]
-                return {**call_endpoint(endpoint, texts, request), "retry_after_s": 5}
-            try:
-                return call_endpoint(endpoint, texts, request)
-            finally:
-                self.waiting.release()
-        with self.serving:
+            return self.follow(endpoint, texts, request)
+        waits = endpoint.function is changes and request.query.get("wait_s", ["0"]) != ["0"]
+        places = self.waiting if waits else self.serving
+        if not places.acquire(blocking=not waits):
+            request.query["wait_s"] = ["0"]
+            return {**call_endpoint(endpoint, texts, request), "retry_after_s": 5}
+        try:
             return call_endpoint(endpoint, texts, request)
+        finally:
+            places.release()
+
+    def follow(self, endpoint, texts, request):
+        """The EventStream of a workflow. Raises Unreachable when too many wait already."""
+        with contextlib.ExitStack() as held:
+            for places, number, what in ((self.streaming, STREAMING_CLIENTS, "follow events"),
+                                         (self.waiting, WAITING_CLIENTS, "wait for news")):
+                if not places.acquire(blocking=False):
+                    raise Unreachable(f"{number} clients {what} already: try later")
+                held.callback(places.release)
+            subscription = call_endpoint(endpoint, texts, request)
+            held.callback(subscription.close)
+            pieces = iter(lambda: subscription.take(GONE_CLIENT_S), None)
+            return EventStream(pieces, held.pop_all())
+
+    def refusal(self, error, response):
+        """See Site.refusal; with the headers and plain texts that clients of Torc expect."""
+        body = super().refusal(error, response)
+        if error.status == 401:
+            response.set_header("WWW-Authenticate", 'Basic realm="Torc"')
+        if error.status == 503:
+            response.set_header("Retry-After", "1" if isinstance(error, Refused) else "15")
+        if error.status == 405:
+            response.set_header("Allow", ", ".join(error.allow))
+        if isinstance(error, (NoSuchPath, WrongMethod)):
+            response.content_type = HTML
+            return ""
+        if error.plain:
+            response.content_type = "text/plain; charset=utf-8"
+            return str(error)
+        return body
+
+    def defect(self, error, http):
+        """Log an unexpected error; returns what its client is told."""
+        self.log.exception("unexpected error in %s %s", http.method, http.path)
+        return "unexpected error, see the server's log"
 
 
 def read_json(http):
-    """The decoded JSON body of a request. Raises UnsupportedMedia, TooLarge, BadRequest."""
-    kind = (http.get_header("Content-Type") or "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise UnsupportedMedia("expected a request with `Content-Type: application/json`")
+    """The decoded JSON body of a request. Raises TooLarge, BadRequest."""
     if http.content_length > MAX_BODY_BYTES:
         raise TooLarge(f"the body is larger than {format_bytes(MAX_BODY_BYTES)}")
+
     def constant(name):                   # Python writes NaN, which no other reader of JSON takes
         raise ValueError(f"{name} is not JSON")
 
@@ -13275,12 +13302,6 @@ class Later:
                     continue
                 function = heapq.heappop(self.calls)[2]
             function()
-
-
-def verdict_on(http):
-    """The gate's Verdict on a request, which its channel keeps."""
-    channel = http.environ["waitress.client_disconnected"].__self__
-    return channel.judged[1]
 
 
 def peer_uid(sock):
@@ -14017,7 +14038,7 @@ def serve(args):
     limit = raise_file_limit()
     loop = {}                             # waitress registers its listeners here
     server = create_server(
-        application.wsgi(), loop, sockets=sockets, threads=args.threads + WAITING_CLIENTS,
+        application, loop, sockets=sockets, threads=args.threads + WAITING_CLIENTS,
         connection_limit=max(50, min(limit - 100, 4000)), asyncore_use_poll=True, ident=None,
         channel_timeout=130, max_request_body_size=MAX_BODY_BYTES + 2**20,
         log_socket_errors=False, recv_bytes=65_536, url_scheme="https" if tls else "http")
@@ -14090,7 +14111,7 @@ def split_host(url):
         return "", ""
 
 
-class Dashboard:
+class Dashboard(Site):
     """The pages and a door to the server for one user's browser: a WSGI application.
 
     client: a Client of the server, whose credentials the browser never sees. names: host names and
@@ -14098,6 +14119,8 @@ class Dashboard:
     {path: function(client, method, query, body) that returns JSON}. trusted: requests come over a
     socket that only this user can open, so no link is needed. say: called with sentences.
     """
+
+    headers = DASH_HEADERS
 
     def __init__(self, client, names, actions, port=0, trusted=False, say=lambda text: None):
         import secrets
@@ -14109,7 +14132,7 @@ class Dashboard:
         self.local = threading.local()
         self.streams = threading.BoundedSemaphore(DASH_STREAMS)
         self.stopping = threading.Event()
-        self.files = {path: (kind, text.encode(), hashlib.sha256(text.encode()).hexdigest()[:16])
+        self.files = {path: (kind, text, hashlib.sha256(text.encode()).hexdigest()[:16])
                       for path, kind, text in (("/", "text/html", DASH_HTML),
                                                ("/dash.css", "text/css", DASH_CSS),
                                                ("/dash.js", "text/javascript", DASH_JS))}
@@ -14122,104 +14145,78 @@ class Dashboard:
                     if name in self.names)
         return make_url("http", host, self.port, f"/?token={self.token}")
 
-    def __call__(self, environ, start_response):
-        """WSGI: answer one request; no exception leaves this."""
-        headers = list(DASH_HEADERS)
-        try:
-            answer = self.refusal(environ, headers) or self.answer(environ, headers)
-        except TorcError as error:
-            # What the server cannot do for the dashboard is no fault of the browser's.
-            away = isinstance(error, (Unreachable, Unauthorized))
-            answer = self.failed("502 Bad Gateway" if away else f"{error.status} {error.title}",
-                                 str(error))
-        except OSError as error:
-            answer = self.failed("500 Internal Server Error", str(error))
-        except Exception as error:        # a defect of ours: its traceback belongs in the terminal
-            import traceback
-            traceback.print_exc()
-            answer = self.failed("500 Internal Server Error",
-                                 f"unexpected error, see the dashboard's terminal: {error!r}")
-        status, kind, body = answer
-        if callable(body):                # an event stream
-            return body(start_response, headers)
-        headers += [("Content-Type", kind), ("Content-Length", str(len(body)))]
-        start_response(status, headers)
-        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body]
-
-    @staticmethod
-    def line(status):
-        """A status as WSGI wants it."""
-        from http.client import responses
-        return f"{status} {responses.get(status, 'Status')}"
-
-    @staticmethod
-    def failed(status, message):
-        """A refusal as the pages read it."""
-        return status, "application/json", compact({"error": {"message": message}}).encode()
-
     # -- who may
 
-    def refusal(self, environ, headers):
-        """What is answered to those who may not, None for those who may."""
-        from urllib.parse import parse_qs
-        host, origin = environ.get("HTTP_HOST", ""), environ.get("HTTP_ORIGIN")
+    def check_place(self, http):
+        """Raise Forbidden for a name that is not ours, and for what another site's page asks."""
+        host, origin = http.get_header("Host", ""), http.get_header("Origin")
         if split_host(f"//{host}")[1] not in self.names:
-            return self.failed("403 Forbidden", f"this dashboard is not called {host!r}")
-        reads = environ["REQUEST_METHOD"] in ("GET", "HEAD")
-        if not (reads and environ["PATH_INFO"] == "/"):  # other sites may lead there, no more
-            site = environ.get("HTTP_SEC_FETCH_SITE")
+            raise Forbidden(f"this dashboard is not called {host!r}")
+        reads = http.method in ("GET", "HEAD")
+        if not (reads and http.path == "/"):             # other sites may lead there, no more
+            site = http.get_header("Sec-Fetch-Site")
             same = split_host(origin)[0] == host if origin else reads or site == "same-origin"
             if not same or site not in (None, "same-origin") and not (reads and site == "none"):
-                return self.failed("403 Forbidden", "requests from other sites are refused")
-        if self.trusted or self.knows(environ):
-            return None
-        token = parse_qs(environ.get("QUERY_STRING", "")).get("token", [""])[0]
-        if environ["PATH_INFO"] == "/" and self.use(token):
-            headers += [("Set-Cookie", f"{self.cookie}={self.secret}; Path=/; HttpOnly; "
-                                       "SameSite=Strict")]
-            # No redirect: behind one, a browser that came from another site sends no such cookie.
-            return "200 OK", "text/html; charset=utf-8", ENTRY.encode()
-        if environ["PATH_INFO"] == "/":
-            return "403 Forbidden", "text/html; charset=utf-8", NO_ENTRY.encode()
-        return self.failed("401 Unauthorized", "open the dashboard with a new link")
+                raise Forbidden("requests from other sites are refused")
 
-    def knows(self, environ):
+    def knows(self, http):
         """Whether a request carries the cookie."""
         import hmac
-        for part in environ.get("HTTP_COOKIE", "").split(";"):
+        for part in http.get_header("Cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
             if name == self.cookie and hmac.compare_digest(value.encode(), self.secret.encode()):
                 return True
         return False
 
-    def use(self, token):
-        """Whether a link's token is the one that has not been used; then it is."""
+    def enter(self, http, response):
+        """The page for a browser that has not been let in: a link that has not been used does."""
         import hmac
-        wanted, good = self.token, False
-        if wanted and hmac.compare_digest(token.encode(), wanted.encode()):
-            good = True
-            self.say(f"a browser was let in; another one takes {self.new_link()}")
-        return good
+        if http.path != "/":
+            raise Refused(401, "open the dashboard with a new link")
+        response.content_type = HTML
+        token = http.query.get("token", "")
+        if not self.token or not hmac.compare_digest(token.encode(), self.token.encode()):
+            response.status = 403
+            return NO_ENTRY
+        self.say(f"a browser was let in; another one takes {self.new_link()}")
+        response.set_header("Set-Cookie", f"{self.cookie}={self.secret}; Path=/; HttpOnly; "
+                                          "SameSite=Strict")
+        return ENTRY                      # no redirect: behind one, a browser that came from
+                                          # another site sends no such cookie
 
     # -- answers
 
-    def answer(self, environ, headers):
-        """(status, content type, body) of a request of the user's."""
-        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
-        if path in self.files and method in ("GET", "HEAD"):
-            kind, body, tag = self.files[path]
-            headers += [("ETag", f'"{tag}"'), ("Cache-Control", "no-cache")]
-            if environ.get("HTTP_IF_NONE_MATCH") == f'"{tag}"':
-                return "304 Not Modified", kind, b""
-            return "200 OK", f"{kind}; charset=utf-8", body
-        if path == "/favicon.ico":
-            return "204 No Content", "image/x-icon", b""
-        data = environ["wsgi.input"].read() if method in ("POST", "PUT") else None
-        if path.startswith(API_PREFIX + "/"):
-            return self.forward(environ, method, path[len(API_PREFIX):], data)
-        if path.startswith("/dash/"):
-            return self.own(environ, method, path[len("/dash/"):], data)
-        return self.failed("404 Not Found", f"there is no {path} here")
+    def answer(self, http, response):
+        """The body of an answer. Raises TorcError."""
+        self.check_place(http)
+        if not self.trusted and not self.knows(http):
+            return self.enter(http, response)
+        if http.path in self.files and http.method in ("GET", "HEAD"):
+            kind, body, tag = self.files[http.path]
+            response.content_type = f"{kind}; charset=utf-8"
+            response.set_header("ETag", f'"{tag}"')
+            response.set_header("Cache-Control", "no-cache")
+            if http.get_header("If-None-Match") == f'"{tag}"':
+                response.status = 304
+                return ""
+            return body
+        if http.path == "/favicon.ico":
+            response.status = 204
+            return ""
+        try:
+            if http.path.startswith(API_PREFIX + "/"):
+                return self.forward(http, response)
+            if http.path.startswith("/dash/"):
+                return compact(self.own(http))
+        except (Unreachable, Unauthorized) as error:     # which is no fault of the browser's
+            raise Refused(502, str(error)) from None
+        raise NotFound(f"there is no {http.path} here")
+
+    def defect(self, error, http):
+        """Tell an unexpected error in the terminal; returns what the browser is told."""
+        import traceback
+        traceback.print_exc()
+        return f"unexpected error, see the dashboard's terminal: {error!r}"
 
     def mine(self):
         """This thread's client."""
@@ -14227,73 +14224,66 @@ class Dashboard:
             self.local.client = self.client.clone()
         return self.local.client
 
-    def own(self, environ, method, name, data):
-        """An action of the dashboard's own."""
+    def own(self, http):
+        """What an action of the dashboard's own answers."""
         from urllib.parse import parse_qs
-        name, _, rest = name.partition("/")
+        name, _, rest = http.path[len("/dash/"):].partition("/")
         if name not in self.actions:
             raise NotFound(f"there is no /dash/{name} here")
-        query = {key: values[-1] for key, values in
-                 parse_qs(environ.get("QUERY_STRING", "")).items()}
-        try:
-            body = json.loads(data) if data else {}
-        except ValueError as error:
-            raise BadRequest(f"the body is not JSON: {error}") from None
+        query = {key: values[-1] for key, values in parse_qs(http.query_string).items()}
+        body = read_json(http) if http.content_length > 0 else {}
         if not isinstance(body, dict):
             raise BadRequest("the body is not a JSON object")
+        client = self.mine()
         try:
-            value = self.actions[name](self.mine(), {**query, "rest": rest, "method": method}, body)
+            return self.actions[name](client, {**query, "rest": rest, "method": http.method}, body)
         except Unreachable as error:
-            self.mine().get("/ping")      # or it is the server that is away
+            client.get("/ping")           # or it is the server that is away
             raise Invalid(str(error)) from None
+        except OSError as error:
+            raise Internal(str(error)) from None
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadRequest(f"/dash/{name} cannot use this: {error}") from None
-        return "200 OK", "application/json", compact(value).encode()
 
-    def forward(self, environ, method, path, data):
+    def forward(self, http, response):
         """Hand a request on to the server, with the dashboard's credentials."""
+        path = http.path[len(API_PREFIX):]
         if path.endswith("/events/stream"):
-            if not self.streams.acquire(blocking=False):
-                return self.failed("503 Service Unavailable", "too many event streams are open")
-            return "200 OK", None, lambda start, headers: self.stream(environ, path, start, headers)
-        status, kind, body = self.mine().forward(method, path, environ.get("QUERY_STRING", ""),
-                                                 data)
+            return self.follow(path, http, response)
+        data = http.environ["wsgi.input"].read() if http.method in ("POST", "PUT") else None
+        status, kind, body = self.mine().forward(http.method, path, http.query_string, data)
         if status == 401:
             raise Unauthorized(f"the server {self.client.where} refuses the dashboard's user name "
                                "and password: start it again with the right TORC_PASSWORD")
-        return self.line(status), kind or "application/json", body
+        response.status = status
+        response.content_type = kind or response.content_type
+        return body
 
-    def stream(self, environ, path, start_response, headers):
-        """Hand an event stream on, piece by piece, until one of both sides ends it."""
+    def follow(self, path, http, response):
+        """Hand an event stream on, until one of both sides ends it."""
+        with contextlib.ExitStack() as held:
+            if not self.streams.acquire(blocking=False):
+                raise Refused(503, "too many event streams are open")
+            held.callback(self.streams.release)
+            source, answer = self.mine().open_stream(path, http.query_string)
+            held.callback(answer.close)
+            if answer.status == 200:
+                return EventStream(self.pieces(answer, source, channel_of(http)), held.pop_all())
+            response.status = answer.status
+            return answer.read()
+
+    def pieces(self, answer, source, channel):
+        """What comes of the server's stream; something every few seconds, so that a browser that
+        has gone is noticed."""
         import http.client
-        channel = environ["waitress.client_disconnected"].__self__
-        response = None
-        try:
-            source, response = self.mine().open_stream(path, environ.get("QUERY_STRING", ""))
-            if response.status != 200:
-                start_response(self.line(response.status), [*headers, (
-                    "Content-Type", "application/json")])
-                yield response.read()
-                return
-            start_response("200 OK", [*headers, ("Content-Type", "text/event-stream"),
-                                      ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")])
-            yield b": live\n\n"           # so that the browser knows at once
+        yield b": live\n\n"               # so that the browser knows at once
+        with contextlib.suppress(OSError, http.client.HTTPException):
             while not self.stopping.is_set():
-                there = has_part(response, source, channel.socket)
-                if has_hung_up(channel):
+                there = has_part(answer, source, channel.socket)
+                piece = answer.read1(65_536) if there else b": quiet\n\n"
+                if not piece:
                     return
-                part = response.read1(65_536) if there else b": quiet\n\n"
-                if not part:
-                    return
-                yield part
-        except (TorcError, OSError, http.client.HTTPException) as error:
-            with contextlib.suppress(AssertionError):
-                start_response("502 Bad Gateway", [*headers, ("Content-Type", "application/json")])
-            yield compact({"error": {"message": str(error)}}).encode()
-        finally:
-            self.streams.release()
-            if response:
-                response.close()
+                yield piece
 
 
 def has_part(response, source, reader, wait_s=2.0):
