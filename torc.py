@@ -13280,28 +13280,20 @@ class Later:
     """Calls functions after a time, all in one thread."""
 
     def __init__(self):
-        self.calls = []                   # heap of (when, number, function)
-        self.numbers = itertools.count()
-        self.condition = threading.Condition()
+        import sched
+        self.calls = sched.scheduler(time.monotonic)
+        self.added = threading.Event()
         threading.Thread(target=self._loop, daemon=True).start()
 
     def add(self, delay_s, function):
         """Call function() after so many seconds."""
-        import heapq
-        with self.condition:
-            heapq.heappush(self.calls, (time.monotonic() + delay_s, next(self.numbers), function))
-            self.condition.notify()
+        self.calls.enter(delay_s, 0, function)
+        self.added.set()
 
     def _loop(self):
-        import heapq
         while True:
-            with self.condition:
-                now = time.monotonic()
-                if not self.calls or self.calls[0][0] > now:
-                    self.condition.wait(self.calls[0][0] - now if self.calls else None)
-                    continue
-                function = heapq.heappop(self.calls)[2]
-            function()
+            self.added.wait(self.calls.run(blocking=False))       # until the next one is due
+            self.added.clear()
 
 
 def peer_uid(sock):
