@@ -13812,22 +13812,10 @@ def open_served(database):
 
 def wait_for_end(pid, seconds):
     """Whether a process, which need not be our child, ends within so many seconds."""
-    import select
     deadline = time.monotonic() + seconds
-    try:
-        handle = os.pidfd_open(pid)
-        try:
-            poller = select.poll()
-            poller.register(handle, select.POLLIN)
-            return bool(poller.poll(1000 * seconds))
-        finally:
-            os.close(handle)
-    except ProcessLookupError:
-        return True
-    except (OSError, AttributeError):     # a kernel before 5.3
-        while process_start(pid) is not None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return process_start(pid) is None
+    while process_start(pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process_start(pid) is None
 
 
 def go_to_background(args):
