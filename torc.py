@@ -13655,29 +13655,20 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
 
 
-def write_note(store, urls, password_file=None):
-    """Tell clients on the same home where this server is; returns the note's path, or None.
-
-    password_file: where a password for it is kept, which only this user can read.
-    """
-    import socket
-    path = server_note(store.id)
-    try:
+def write_note(note):
+    """Tell clients on the same home where this server is. A home that cannot be written is no
+    fault: they do without."""
+    path = server_note(note["id"])
+    with contextlib.suppress(OSError, Unreachable):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        write_private(path, compact({
-            "id": store.id, "urls": urls, "pid": os.getpid(), "host": socket.gethostname(),
-            "database": store.path, "password_file": password_file}))
-        return path
-    except (OSError, Unreachable):
-        return None                       # a home that cannot be written: clients do without
+        write_private(path, compact(note))
 
 
-def remove_note(path):
+def remove_note(note):
     """Remove the note, unless a newer server has written it."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        with open(path, encoding="utf-8") as file:
-            if json.load(file)["pid"] == os.getpid():
-                os.unlink(path)
+    if read_note(note["id"]) == note:
+        with contextlib.suppress(OSError):
+            os.unlink(server_note(note["id"]))
 
 
 def raise_file_limit():
@@ -13767,45 +13758,30 @@ def hold_pid_file(path):
 
 
 def running_server(pid_file):
-    """The ServerProcess that a pid file names, None if that has ended.
-
-    The file has the pid, and in a second line the server's identity() and when it began.
-    """
-    import socket
-    pid, _, text = read_text(pid_file).partition("\n")
+    """The ServerProcess that a pid file names, None if that has ended. The file has the pid, and
+    in a second line the server's note."""
     try:
-        known = json.loads(text)
-    except ValueError:                    # empty, or of an earlier release, which wrote the pid
-        if not pid.isdigit() or b"--daemon" not in read_bytes(f"/proc/{pid}/cmdline"):
-            return None
-        known = {"hostname": socket.gethostname(), "since": os.stat(pid_file).st_mtime}
-    if death_here({**known, "pid": int(pid)}):
+        note = json.loads(read_text(pid_file).partition("\n")[2])
+    except ValueError:                    # it has not begun yet
         return None
-    note = next((note for note in server_notes() if note["pid"] == int(pid)), {})
-    return ServerProcess(int(pid), known["hostname"], known["since"], tuple(note.get("urls", ())),
-                         note.get("database", ""))
-
-
-def server_notes():
-    """The notes of this user's servers on this host, of those that have ended too."""
-    import socket
-    folder, found = os.path.join(torc_home(), "servers"), []
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        note = read_note(name.rpartition(".")[0])
-        if note.get("host") == socket.gethostname() and {"pid", "urls", "database"} <= set(note):
-            found.append(note)
-    return found
+    return None if death_here(note) else ServerProcess(
+        note["pid"], note["hostname"], note["since"], tuple(note.get("urls", ())),
+        note.get("database", ""))
 
 
 def open_served(database):
     """The Store of a server. Raises Conflict, with what is known of the other one, if the database
     is served already: two servers would take each other's runners for dead."""
+    import socket
     try:
         return Store(database, server=True)
     except Conflict as error:
-        path = os.path.realpath(database)
-        other = next((f" (pid {note['pid']}, at {note['urls'][0]})" for note in server_notes()
-                      if os.path.realpath(note["database"]) == path), "")
+        folder, other = os.path.dirname(server_note("")), ""
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            note = read_note(name.rpartition(".")[0])
+            if note.get("hostname") == socket.gethostname() and os.path.realpath(
+                    note["database"]) == os.path.realpath(database):
+                other = f" (pid {note['pid']}, at {note['urls'][0]})"
         raise Conflict(f"{error}{other}: use that server, or end it, or name another --database"
                        ) from None
 
@@ -13852,10 +13828,9 @@ def go_to_background(args):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     held = hold_pid_file(args.pid_file)
 
-    def ready():
+    def ready(note):
         os.truncate(held, 0)
-        known = compact({**identity(), "since": time.time()})
-        os.pwrite(held, f"{os.getpid()}\n{known}".encode(), 0)
+        os.pwrite(held, f"{os.getpid()}\n{compact(note)}".encode(), 0)
         print(f"torc: the server runs in the background (pid {os.getpid()}), its log is "
               f"{os.path.join(args.log_dir, 'torc-server.log')}; torc server stop ends it"
               + logout_hint(), file=sys.stderr, flush=True)
@@ -14030,7 +14005,10 @@ def serve(args):
     port = sockets[0].getsockname()[1]
     scheme = "https" if tls else "http"
     application.urls = public_urls(scheme, args.host, port, sockets)
-    note = write_note(store, [local_url(scheme, sockets), *application.urls], args.password_note)
+    urls = [local_url(scheme, sockets), *application.urls]
+    note = {**identity(), "since": time.time(), "id": store.id, "urls": urls,
+            "database": store.path, "password_file": args.password_note}
+    write_note(note)
     if args.end_with_parent:
         end_with_parent()
     stop = threading.Event()
@@ -14038,9 +14016,9 @@ def serve(args):
 
     ending = Ending()
     try:
-        announce(args, port, application, [local_url(scheme, sockets), *application.urls])
+        announce(args, port, application, urls)
         if ready:
-            ready()
+            ready(note)
             log.handlers = [handler for handler in log.handlers if hasattr(handler, "baseFilename")]
         ending.serve(server, loop, sockets, lambda: (stop.set(), store.wake()))
     except SystemExit:
