@@ -13735,28 +13735,6 @@ def default_pid_file():
     return os.path.join(torc_home(), "torc-server.pid")
 
 
-def hold_pid_file(path):
-    """The descriptor of a pid file, which is locked until this process ends, and goes with it.
-    Raises Conflict if another server holds it."""
-    import atexit
-    import fcntl
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise Conflict(f"another server starts or runs with {path}: torc server status shows "
-                           "it, --pid-file FILE is for one more") from None
-        except OSError:                   # a file system without locks: its text has to do
-            pass
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(fd)):
-                atexit.register(os.unlink, path)
-                return fd
-        os.close(fd)                      # its former holder has just removed it
-
-
 def running_server(pid_file):
     """The ServerProcess that a pid file names, None if that has ended. The file has the pid, and
     in a second line the server's note."""
@@ -13794,39 +13772,56 @@ def wait_for_end(pid, seconds):
     return process_start(pid) is None
 
 
-def go_to_background(args):
-    """Fork for --daemon: returns (None, exit code) in the process that was started by the user,
-    and (function to call when the server is ready, None) in the one that is to serve.
-
-    The first waits until the second is ready or has failed; until then both write to the same
-    stderr, so that a failure looks like one in the foreground. Raises Conflict if the pid file
-    names a server that runs.
-    """
-    import signal
-    args.pid_file = os.path.abspath(args.pid_file or default_pid_file())
-    other = running_server(args.pid_file)
+def hold_pid_file(path):
+    """The descriptor of a pid file, which is locked until this process ends, and goes with it.
+    Raises Conflict if another server has it."""
+    import atexit
+    import fcntl
+    other = running_server(path)
     if other:
         where = f" at {other.urls[0]}" if other.urls else ""
         raise Conflict(f"a server runs in the background already (pid {other.pid}{where}, since "
                        f"{local_time(other.since)}): torc server stop ends it, --pid-file FILE is "
                        "for one more")
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise Conflict(f"another server starts or runs with {path}: torc server status shows "
+                           "it, --pid-file FILE is for one more") from None
+        except OSError:                   # a file system without locks: its text has to do
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
+                atexit.register(os.unlink, path)
+                return fd
+        os.close(fd)                      # its former holder has just removed it
+
+
+def go_to_background(args):
+    """Fork for --daemon. The process that was started by the user ends here, when the other one is
+    ready or has failed; in that one, returns the function to call when the server is ready.
+
+    Until then both write to the same stderr, so that a failure looks like one in the foreground.
+    Raises Conflict if the pid file names a server that runs.
+    """
+    import signal
     args.log_dir = os.path.abspath(args.log_dir or os.path.join(torc_home(), "logs"))
-    os.makedirs(os.path.dirname(args.pid_file), mode=0o700, exist_ok=True)
-    os.makedirs(args.log_dir, mode=0o700, exist_ok=True)
     read_end, write_end = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         os.close(write_end)
-        with open(read_end, "rb") as pipe:
-            ready = pipe.read(1)
-        if ready:
-            return None, 0
-        return None, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if os.read(read_end, 1):
+            raise SystemExit(0)
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     os.close(read_end)
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    held = hold_pid_file(args.pid_file)
+    held = hold_pid_file(os.path.abspath(args.pid_file or default_pid_file()))
 
     def ready(note):
         os.truncate(held, 0)
@@ -13840,7 +13835,7 @@ def go_to_background(args):
         os.write(write_end, b"r")
         os.close(write_end)
 
-    return ready, None
+    return ready
 
 
 def logout_hint():
@@ -13962,11 +13957,7 @@ def serve(args):
     options on passwords and TLS.
     """
     os.umask(0o077)                       # logs and notes are the user's own
-    ready = None
-    if args.daemon:
-        ready, code = go_to_background(args)
-        if not ready:
-            return code
+    ready = go_to_background(args) if args.daemon else None
     try:
         from waitress.server import create_server
     except ImportError:
