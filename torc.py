@@ -13156,14 +13156,18 @@ class Application(Site):
 
     headers = SECURITY_HEADERS
 
-    def __init__(self, store, threads, log, access=Access()):
-        self.store = store
-        self.log = log
-        self.access = access
-        self.urls = ()
+    def __init__(self, store, threads, log, access, urls):
+        self.store, self.log, self.access, self.urls = store, log, access, urls
+        if access.gate:
+            access.gate.workflow_of_token = self.workflow_of_token
         self.serving = threading.BoundedSemaphore(threads)
         self.waiting = threading.BoundedSemaphore(WAITING_CLIENTS)
         self.streaming = threading.BoundedSemaphore(STREAMING_CLIENTS)
+
+    def workflow_of_token(self, user, token):
+        """The function of section 8 for the Gate, which is asked by a thread that must not fail."""
+        with contextlib.suppress(TorcError):
+            return workflow_of_token(self.store, user, token)
 
     def reply(self, http, response):
         """See Site.reply; logs it."""
@@ -13323,13 +13327,13 @@ def peer_uid(sock):
         return None
 
 
-def channel_class(gate):
+def channel_class(gate, tls):
     """The class of the server's connections: who calls is judged before a request is served.
 
     A request whose password must be hashed first waits without a thread: service() returns, the
     request stays the first of its channel, and the answer of the gate makes a task of it again.
     The same holds for wrong passwords, which are answered late. This rests on waitress 3 (service,
-    requests, add_task). gate: a Gate, or None.
+    requests, add_task). gate: a Gate, or None. tls: an ssl.SSLContext, or None.
     """
     from waitress.channel import HTTPChannel
     later = Later() if gate else None
@@ -13360,7 +13364,7 @@ def channel_class(gate):
             self.liar = self.liar or verdict.state == "wrong"
             later.add(verdict.delay_s, lambda: self.server.add_task(self))
 
-    return Channel
+    return tls_channel(Channel, tls) if tls else Channel
 
 
 def tls_channel(base, tls):
@@ -13542,21 +13546,19 @@ def own_names(addresses, seconds=2.0):
         address in addresses for address in resolved(name))]
 
 
-def public_urls(scheme, host, port, sockets):
-    """URLs that other machines can use, the most useful first; none if only this one can."""
-    bound = {sock.getsockname()[0] for sock in sockets}
-    if bound & {"0.0.0.0", "::"}:
+def server_urls(scheme, host, sockets):
+    """URLs of a server: the one for this machine itself, then those that other machines can use,
+    the most useful first."""
+    port = sockets[0].getsockname()[1]
+    bound = [sock.getsockname()[0] for sock in sockets]
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound[0], bound[0])
+    if local != bound[0]:
         addresses = [address for address in own_addresses() if ":" not in address or "::" in bound]
-        hosts = own_names(addresses) + addresses
+        others = own_names(addresses) + addresses
     else:
-        hosts = [] if all(map(is_loopback, bound)) else [host, *sorted(bound)]
-    return [make_url(scheme, name, port) for name in dict.fromkeys(hosts) if not is_loopback(name)]
-
-
-def local_url(scheme, sockets):
-    """The URL for this machine itself."""
-    address, port = sockets[0].getsockname()[:2]
-    return make_url(scheme, {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), port)
+        others = [] if all(map(is_loopback, bound)) else [host, *sorted(bound)]
+    others = [name for name in dict.fromkeys(others) if not is_loopback(name)]
+    return [make_url(scheme, name, port) for name in (local, *others)]
 
 
 # ---- logging
@@ -13674,31 +13676,33 @@ def remove_note(note):
 def raise_file_limit():
     """Take all the file descriptors we may have; returns how many."""
     import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
-        soft = min(hard, 65_536)
-    return soft
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def announce(args, port, application, urls):
+def announce(args, application, urls):
     """The one line on stdout, and for people where the server is and who could reach it."""
-    log, access, path = application.log, application.access, application.store.path
+    log, access, port = application.log, application.access, split_url(urls[0])[2]
+    gate = access.gate
     with contextlib.suppress(OSError, ValueError):
         print(f"TORC_SERVER_PORT={port}", flush=True)
-    users = len(access.gate.file.users) if access.gate else 0
-    if not is_loopback(args.host) and not (access.gate and access.gate.required):
+    open_to_others = not is_loopback(args.host)
+    if open_to_others and not (gate and gate.required):
         log.warning("whoever reaches port %d on %s can read and change all workflows, and so run "
                     "commands as the users whose runners work here: --auth-file FILE "
                     "--require-auth asks for passwords, --host 127.0.0.1 keeps it to this machine",
                     port, args.host)
-    elif not is_loopback(args.host) and not args.https:
+    elif open_to_others and not args.https:
         log.warning("passwords travel as they are to port %d on %s: --https --tls-cert FILE "
                     "--tls-key FILE hides them from the network", port, args.host)
-    if users > 1 and not access.enforced:
+    if gate and len(gate.file.users) > 1 and not access.enforced:
         log.warning("each of the %d users can read and change the workflows of all, and so run "
-                    "commands in their names: --enforce-access-control keeps them apart", users)
-    log.info("torc %s serves %s at %s", VERSION, path, ", ".join(dict.fromkeys(urls)))
+                    "commands in their names: --enforce-access-control keeps them apart",
+                    len(gate.file.users))
+    log.info("torc %s serves %s at %s", VERSION, application.store.path,
+             ", ".join(dict.fromkeys(urls)))
 
 
 def server_access(args, log):
@@ -13950,6 +13954,37 @@ class Ending:
 LAST_WORDS_S = 5.0
 
 
+def import_web(purpose):
+    """Import bottle and waitress, before anything is made. Raises MissingPackage."""
+    import importlib
+    for name in ("waitress.server", "bottle"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise MissingPackage(name.partition(".")[0], purpose) from None
+
+
+def web_server(application, sockets, **adjustments):
+    """(waitress's server, its map of sockets) of a WSGI application."""
+    from waitress.server import create_server
+    loop = {}
+    return create_server(application, loop, sockets=sockets, asyncore_use_poll=True, ident=None,
+                         channel_timeout=130, log_socket_errors=False, **adjustments), loop
+
+
+def api_server(application, sockets, threads, tls):
+    """The web_server of the API. tls: an ssl.SSLContext, or None."""
+    server, loop = web_server(
+        application, sockets, threads=threads + WAITING_CLIENTS, recv_bytes=65_536,
+        connection_limit=max(50, min(raise_file_limit() - 100, 4000)),
+        max_request_body_size=MAX_BODY_BYTES + 2**20)
+    connection_class = channel_class(application.access.gate, tls)
+    for listener in loop.values():
+        if hasattr(listener, "channel_class"):
+            listener.channel_class = connection_class
+    return server, loop
+
+
 def serve(args):
     """Run the server until SIGINT or SIGTERM; returns the exit code.
 
@@ -13958,14 +13993,7 @@ def serve(args):
     """
     os.umask(0o077)                       # logs and notes are the user's own
     ready = go_to_background(args) if args.daemon else None
-    try:
-        from waitress.server import create_server
-    except ImportError:
-        raise MissingPackage("waitress", "the server") from None
-    try:
-        import bottle                     # noqa: F401  (missing: say so before anything is made)
-    except ImportError:
-        raise MissingPackage("bottle", "the server") from None
+    import_web("the server")
     sys.setswitchinterval(0.0001)         # SQLite gives up the interpreter's lock at every step
     log = make_log(args.log_level, args.log_dir, args.json_logs)
     access = server_access(args, log)
@@ -13975,28 +14003,9 @@ def serve(args):
     store = open_served(args.database or "torc.db")
     sockets = bind_sockets(args.host, args.port)
     set_admins(store, args.admin_user)
-    if access.gate:
-        def known(user, token):           # called in waitress's own thread, which must not fail
-            with contextlib.suppress(TorcError):
-                return workflow_of_token(store, user, token)
-        access.gate.workflow_of_token = known
-    application = Application(store, args.threads, log, access)
-    limit = raise_file_limit()
-    loop = {}                             # waitress registers its listeners here
-    server = create_server(
-        application, loop, sockets=sockets, threads=args.threads + WAITING_CLIENTS,
-        connection_limit=max(50, min(limit - 100, 4000)), asyncore_use_poll=True, ident=None,
-        channel_timeout=130, max_request_body_size=MAX_BODY_BYTES + 2**20,
-        log_socket_errors=False, recv_bytes=65_536, url_scheme="https" if tls else "http")
-    connection_class = channel_class(access.gate)
-    if tls:
-        connection_class = tls_channel(connection_class, tls)
-    for listener in [entry for entry in loop.values() if hasattr(entry, "channel_class")]:
-        listener.channel_class = connection_class
-    port = sockets[0].getsockname()[1]
-    scheme = "https" if tls else "http"
-    application.urls = public_urls(scheme, args.host, port, sockets)
-    urls = [local_url(scheme, sockets), *application.urls]
+    urls = server_urls("https" if tls else "http", args.host, sockets)
+    application = Application(store, args.threads, log, access, urls[1:])
+    server, loop = api_server(application, sockets, args.threads, tls)
     note = {**identity(), "since": time.time(), "id": store.id, "urls": urls,
             "database": store.path, "password_file": args.password_note}
     write_note(note)
@@ -14007,7 +14016,7 @@ def serve(args):
 
     ending = Ending()
     try:
-        announce(args, port, application, urls)
+        announce(args, application, urls)
         if ready:
             ready(note)
             log.handlers = [handler for handler in log.handlers if hasattr(handler, "baseFilename")]
@@ -14303,14 +14312,10 @@ def private_socket(path):
 
 def serve_dashboard(dashboard, sockets, ending):
     """Serve a Dashboard on listening sockets until the Ending."""
-    from waitress.server import create_server
-    loop = {}
-    server = create_server(
-        dashboard, loop, sockets=sockets, threads=8 + DASH_STREAMS, connection_limit=500,
-        asyncore_use_poll=True, ident=None, channel_timeout=130, send_bytes=1,
-        max_request_body_size=MAX_BODY_BYTES, log_socket_errors=False,
-        channel_request_lookahead=1, clear_untrusted_proxy_headers=True)
-
+    server, loop = web_server(
+        dashboard, sockets, threads=8 + DASH_STREAMS, connection_limit=500, send_bytes=1,
+        max_request_body_size=MAX_BODY_BYTES, channel_request_lookahead=1,
+        clear_untrusted_proxy_headers=True)
     ending.serve(server, loop, sockets, dashboard.stopping.set)
 
 
@@ -20175,10 +20180,7 @@ def do_dash(args, client):
     if args.no_auth and args.standalone:
         tell(args, "whoever reaches the server's port can read and change all workflows, and run "
              "commands as you: leave --no-auth out", "warn")
-    try:
-        import waitress.server            # noqa: F401  (no import may be at work when signals come)
-    except ImportError:
-        raise MissingPackage("waitress", "the dashboard") from None
+    import_web("the dashboard")           # no import may be at work when signals come
     ending = Ending()                     # what was made until then is taken away again
     client, own = dash_client(args, speak)
     try:
