@@ -13310,7 +13310,7 @@ def peer_uid(sock):
     import struct
     try:
         here, there = sock.getsockname(), sock.getpeername()
-        hosts = [re.sub("^::ffff:(?=[0-9.]+$)", "", name[0]) for name in (there, here)]
+        hosts = [name[0].removeprefix("::ffff:") for name in (there, here)]
         family = socket.AF_INET6 if ":" in hosts[0] else socket.AF_INET
         peer = struct.pack("!HH16s16s", there[1], here[1],
                            *(socket.inet_pton(family, host) for host in hosts))
@@ -13472,13 +13472,9 @@ def bind_sockets(host, port):
     sockets = []
     try:
         for family, address in dict.fromkeys((row[0], row[4]) for row in found):
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock = socket.create_server((address[0], port, *address[2:]), family=family,
+                                        backlog=1024, dualstack_ipv6=host == "::")
             sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
-            sock.bind((address[0], port, *address[2:]))
-            sock.listen(1024)
             port = sock.getsockname()[1]  # further addresses take the port the first one got
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     except OSError as error:
@@ -13498,7 +13494,7 @@ def bind_trouble(error, host, port):
                            "--port 0 for any free one")
     if error.errno == errno.EADDRNOTAVAIL:
         return Unreachable(f"{host} is not an address of this machine: take 127.0.0.1 or 0.0.0.0")
-    return Unreachable(f"port {port} on {host} cannot be used: {error.strerror}")
+    return Unreachable(f"port {port} on {host} cannot be used: {os.strerror(error.errno)}")
 
 
 BRIDGES = re.compile(r"(docker|podman|br-|virbr|veth|cni|flannel|cali|lxc|lxd|vmnet|tun|tap)")
@@ -13515,16 +13511,15 @@ def own_addresses():
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
         for _, name in socket.if_nameindex():
-            if not BRIDGES.match(name):
-                with contextlib.suppress(OSError):           # SIOCGIFADDR
-                    data = fcntl.ioctl(asker, 0x8915, struct.pack("256s", name.encode()[:15]))
-                    found.append(socket.inet_ntoa(data[20:24]))
+            with contextlib.suppress(OSError):               # SIOCGIFADDR
+                data = fcntl.ioctl(asker, 0x8915, struct.pack("256s", name.encode()[:15]))
+                found.append((name, socket.inet_ntoa(data[20:24])))
     for row in read_text("/proc/net/if_inet6").splitlines():
         digits, _, _, scope, _, name = row.split()
-        if scope == "00" and not BRIDGES.match(name):        # global
-            found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
-    return [address for address in dict.fromkeys(found)
-            if not address.startswith(("127.", "169.254."))]
+        if scope == "00":                                    # global
+            found.append((name, socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))))
+    return [address for name, address in found
+            if not BRIDGES.match(name) and not address.startswith(("127.", "169.254."))]
 
 
 def own_names(addresses, seconds=2.0):
@@ -13598,8 +13593,7 @@ def make_log(level, directory, as_json):
     """
     import logging
     import logging.handlers
-    names = {"trace": "DEBUG", "warn": "WARNING"}
-    number = logging.getLevelName(names.get(level.lower(), level.upper()))
+    number = logging.getLevelName(level.upper().replace("TRACE", "DEBUG"))
     if not isinstance(number, int):
         raise UsageError(f"log level {level!r}: take error, warn, info, debug or trace")
     logging.raiseExceptions = False       # a closed stderr must not disturb the server
@@ -13708,9 +13702,8 @@ def announce(args, application, urls):
 def server_access(args, log):
     """The Access that the options ask for. Raises UsageError, Unreachable."""
     if not args.auth_file:
-        for option, wanted in (("--require-auth", args.require_auth),
-                               ("--enforce-access-control", args.enforce_access_control)):
-            if wanted:
+        for option in ("--require-auth", "--enforce-access-control"):
+            if getattr(args, option[2:].replace("-", "_")):
                 raise TorcError(f"{option} needs --auth-file FILE with the users' passwords: "
                                 "torc-htpasswd add --file FILE USER makes one")
         return Access()
@@ -14288,15 +14281,13 @@ def private_socket(path):
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
             raise Unreachable(f"{path} exists and is not a socket of yours: name another --socket")
         with socket.socket(socket.AF_UNIX) as probe_socket:
-            try:
-                probe_socket.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)           # whoever made it is gone
-            except OSError as error:
-                raise Unreachable(f"{path}: {error.strerror}: name another --socket") from None
-            else:
-                raise Unreachable(f"a dashboard listens on {path} already: use it, or name another "
-                                  "--socket")
+            trouble = probe_socket.connect_ex(path)
+        if not trouble:
+            raise Unreachable(f"a dashboard listens on {path} already: use it, or name another "
+                              "--socket")
+        if trouble != errno.ECONNREFUSED:
+            raise Unreachable(f"{path}: {os.strerror(trouble)}: name another --socket")
+        os.unlink(path)                   # whoever made it is gone
     made = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
