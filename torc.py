@@ -7194,28 +7194,19 @@ MEANINGS = {                              # state of a Probe: what it is, what i
     "certificate": "its certificate is not accepted",
     "broken": "the connection broke",
 }
-STATE_OF_ERRNO = {
-    errno.ETIMEDOUT: "no answer", errno.EHOSTUNREACH: "no route", errno.ENETUNREACH: "no route",
-    errno.EADDRNOTAVAIL: "no route"}
+STATES = {                                # class of an error, by name, or its errno: state
+    "SSLCertVerificationError": "certificate", "SSLError": "not HTTP", "BadStatusLine": "not HTTP",
+    "RemoteDisconnected": "broken", "ConnectionRefusedError": "refused",
+    "gaierror": "unknown name", "UnicodeError": "unknown name",
+    "timeout": "no answer", "TimeoutError": "no answer", errno.EHOSTUNREACH: "no route",
+    errno.ENETUNREACH: "no route", errno.EADDRNOTAVAIL: "no route"}
 
 
 def state_of(error):
     """The state of MEANINGS that an error of a connection stands for."""
-    import http.client
-    import socket
-    import ssl
-    states = (
-        (ssl.SSLCertVerificationError, "certificate"),
-        (ssl.SSLError, "not HTTP"),
-        (ConnectionRefusedError, "refused"),
-        ((socket.gaierror, UnicodeError), "unknown name"),
-        ((socket.timeout, TimeoutError), "no answer"),
-        (http.client.RemoteDisconnected, "broken"),
-        (http.client.BadStatusLine, "not HTTP"))
-    for kinds, state in states:
-        if isinstance(error, kinds):
-            return state
-    return STATE_OF_ERRNO.get(getattr(error, "errno", None), "broken")
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((STATES[name] for name in (*names, getattr(error, "errno", None))
+                 if name in STATES), "broken")
 
 
 def split_url(url):
