@@ -3505,7 +3505,7 @@ def test_a_server_that_moved_to_another_port_is_found_again(tmp_path):
     first.kill()
     second = Server(tmp_path / "x.db")
     assert second.port != first.port
-    assert client.page("/workflows")["total_count"] == 1 and client.port == second.port
+    assert client.page("/workflows")["total_count"] == 1 and client.address.port == second.port
     second.stop()
     with pytest.raises(torc.Unreachable):
         client.get("/ping")
@@ -7031,9 +7031,9 @@ def test_a_key_that_is_not_the_certificates_is_said(tmp_path, certificates, cli)
 def test_a_client_does_not_follow_a_note_from_https_to_http(server, monkeypatch):
     client = server.client()
     client.get("/ping")
-    client.scheme = "https"
+    client.address = client.address._replace(scheme="https")
     assert not client._elsewhere(5)
-    client.scheme = "http"
+    client.address = client.address._replace(scheme="http")
     assert not client._elsewhere(5)       # it is where the note says
 
 

@@ -7209,8 +7209,17 @@ def state_of(error):
                  if name in STATES), "broken")
 
 
+class Address(NamedTuple):
+    """Where a server is, as its URL says."""
+
+    scheme: str
+    host: str
+    port: int
+    prefix: str
+
+
 def split_url(url):
-    """(scheme, host, port, path prefix) of a server's URL. Raises UsageError."""
+    """The Address in a server's URL. Raises UsageError."""
     from urllib.parse import urlsplit
     url = url if "//" in url else f"http://{url}"
     parts = urlsplit(url)
@@ -7223,7 +7232,7 @@ def split_url(url):
         raise UsageError(f"{hide_password(url)!r} is not a server URL: expected something like "
                          f"{DEFAULT_URL}" + (", without a user name: that is TORC_USERNAME, with "
                                              "TORC_PASSWORD" if parts.username else ""))
-    return parts.scheme, host, port, parts.path.rstrip("/") or API_PREFIX
+    return Address(parts.scheme, host, port, parts.path.rstrip("/") or API_PREFIX)
 
 
 def hide_password(url):
@@ -7231,27 +7240,34 @@ def hide_password(url):
     return re.sub(r"//[^/@]*@", "//...@", url)
 
 
-def open_connection(scheme, host, port, timeout, tls=None):
-    """An http.client connection, connected. tls: {"ca_cert": FILE or None, "insecure": bool}.
+def tls_context(tls):
+    """The SSLContext of a client. tls: {"ca_cert": FILE or None, "insecure": bool}, or None.
+    Raises UsageError for a bad CA file."""
+    import ssl
+    tls = tls or {}
+    try:
+        context = ssl.create_default_context(cafile=tls.get("ca_cert") or None)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"the CA certificate {tls['ca_cert']} cannot be read: "
+                         f"{getattr(error, 'strerror', error)}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if tls.get("insecure"):
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def open_connection(address, timeout, tls=None):
+    """An http.client connection, connected. tls: see tls_context.
 
     Proxy variables such as http_proxy are not looked at: compute nodes and login nodes reach each
     other directly. Raises OSError (certificates included), UsageError for a bad CA file.
     """
     import http.client
-    if scheme == "https":
-        import ssl
-        tls = tls or {}
-        try:
-            context = ssl.create_default_context(cafile=tls.get("ca_cert") or None)
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(f"the CA certificate {tls['ca_cert']} cannot be read: "
-                             f"{getattr(error, 'strerror', error)}") from None
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if tls.get("insecure"):
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
+    if address.scheme == "https":
+        connection = http.client.HTTPSConnection(address.host, address.port, timeout=timeout,
+                                                 context=tls_context(tls))
     else:
-        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout)
     try:
         connection.connect()
     except OSError as error:
@@ -7264,9 +7280,8 @@ def open_connection(scheme, host, port, timeout, tls=None):
     return connection
 
 
-def certificate_trouble(error, host, port, tls):
+def certificate_trouble(error, address, tls):
     """What is wrong with a server's certificate, and what to do."""
-    import ssl
     code = getattr(error, "verify_code", 0)
     if code in (9, 10):                   # X509_V_ERR_CERT_NOT_YET_VALID, ..._HAS_EXPIRED
         return (f"its certificate {'has expired' if code == 10 else 'is not valid yet'}: renew it, "
@@ -7275,14 +7290,22 @@ def certificate_trouble(error, host, port, tls):
         names = "others"
         with contextlib.suppress(OSError):           # the chain is good, so its names can be read
             import socket
-            context = ssl.create_default_context(cafile=(tls or {}).get("ca_cert") or None)
+            context = tls_context(tls)
             context.check_hostname = False
-            with socket.create_connection((host, port), 5) as sock, context.wrap_socket(
-                    sock, server_hostname=host) as inner:
+            with socket.create_connection((address.host, address.port), 5) as sock, \
+                    context.wrap_socket(sock, server_hostname=address.host) as inner:
                 names = ", ".join(name for _, name in inner.getpeercert()["subjectAltName"])
-        return f"its certificate is not for {host} but for {names}: use such a name in the URL"
+        return (f"its certificate is not for {address.host} but for {names}: use such a name in "
+                "the URL")
     return (f"the signer of its certificate is unknown here ({error.verify_message}): name the CA "
             "with --tls-ca-cert FILE (TORC_TLS_CA_CERT)")
+
+
+def explained(error, address, tls):
+    """(state of MEANINGS, what it means and what to do) of an error of a connection."""
+    state = state_of(error)
+    return state, (certificate_trouble(error, address, tls) if state == "certificate" else
+                   MEANINGS[state])
 
 
 class Probe(NamedTuple):
@@ -7297,24 +7320,18 @@ class Probe(NamedTuple):
 def probe(url, server_id=None, timeout=5.0, tls=None):
     """Look whether the server with this id (or any) answers at a URL; sends no credentials."""
     import http.client
-    scheme, host, port, prefix = split_url(url)
-    state, text, found, connection = "ok", "", None, None
+    address, state = split_url(url), "ok"
     try:
-        connection = open_connection(scheme, host, port, timeout, tls)
-        connection.request("GET", prefix + "/ping")
-        found = connection.getresponse().headers.get("X-Torc-Server")
-        if not found:
-            state = "not Torc"
-        elif server_id and found != server_id:
-            state = "other server"
+        with contextlib.closing(open_connection(address, timeout, tls)) as connection:
+            connection.request("GET", address.prefix + "/ping")
+            found = connection.getresponse().headers.get("X-Torc-Server")
     except (OSError, http.client.HTTPException, UnicodeError) as error:
-        state = state_of(error)
-        if state == "certificate":
-            text = certificate_trouble(error, host, port, tls)
-    finally:
-        if connection:
-            connection.close()
-    return Probe(url, state, text or MEANINGS.get(state, ""), found)
+        return Probe(url, *explained(error, address, tls))
+    if not found:
+        state = "not Torc"
+    elif server_id and found != server_id:
+        state = "other server"
+    return Probe(url, state, MEANINGS.get(state, ""), found)
 
 
 def race(urls, server_id=None, timeout=5.0, tls=None):
@@ -7336,14 +7353,14 @@ def race(urls, server_id=None, timeout=5.0, tls=None):
 class Client(Calls):
     """The operations over HTTP: one kept-alive connection, Basic credentials if there are any.
 
-    url: base URL with the path prefix (added when missing). tls: see open_connection. cookie: a
+    url: base URL with the path prefix (added when missing). tls: see tls_context. cookie: a
     Cookie header, for sites behind a login page. After a loss the client looks into the note that
     its server keeps in the user's home, so a restart on another port is survived; it tells every
     server which one it means, so that another one on the same port does nothing.
     """
 
     def __init__(self, url, user=None, password=None, tls=None, cookie=None):
-        self.scheme, self.host, self.port, self.prefix = split_url(url)
+        self.address = split_url(url)
         self.user = user or user_name()
         self.password, self.tls, self.cookie = password, tls, cookie
         self.root = self                  # of clones: what they know of the server is told to it
@@ -7359,7 +7376,7 @@ class Client(Calls):
     @property
     def where(self):
         """The URL in use."""
-        return make_url(self.scheme, self.host, self.port, self.prefix)
+        return make_url(*self.address)
 
     def job_environment(self):
         """What a job needs to reach its workflow."""
@@ -7421,7 +7438,7 @@ class Client(Calls):
     def _target(self, path, query):
         """What a request asks for; query: the text behind the question mark."""
         from urllib.parse import quote
-        return quote(self.prefix + path) + (f"?{query}" if query else "")
+        return quote(self.address.prefix + path) + (f"?{query}" if query else "")
 
     def _headers(self):
         """What every request says of us."""
@@ -7452,7 +7469,7 @@ class Client(Calls):
         headers = {**self._headers(), "Accept": "text/event-stream"}
         for again in (True, False):
             try:
-                connection = open_connection(self.scheme, self.host, self.port, 30, self.tls)
+                connection = open_connection(self.address, 30, self.tls)
                 connection.request("GET", self._target(path, query), headers=headers)
                 source, response = connection.sock, connection.getresponse()
                 if response.status != 421 or not again or not self._elsewhere(30):
@@ -7509,8 +7526,7 @@ class Client(Calls):
         return True
 
     def _open(self, timeout):
-        self._connection = open_connection(self.scheme, self.host, self.port, min(timeout, 20),
-                                           self.tls)
+        self._connection = open_connection(self.address, min(timeout, 20), self.tls)
         self._connection.sock.settimeout(timeout)
 
     def _elsewhere(self, timeout):
@@ -7519,34 +7535,31 @@ class Client(Calls):
         Never from https to http, which would tell everybody the password.
         """
         urls = [url for url in dict.fromkeys([*noted_urls(self.id), *self.others])
-                if url != self.where and url.split(":")[0] in ("https", self.scheme)]
+                if url != self.where and url.split(":")[0] in ("https", self.address.scheme)]
         found = race(urls, self.id, 5.0, self.tls) if self.id else None
         if not found or found[-1].state != "ok":
             return False
-        self.scheme, self.host, self.port, self.prefix = split_url(found[-1].url)
+        self.address = split_url(found[-1].url)
         try:
             self._open(timeout)
         except OSError:
             return False
-        if self.root is not self:         # so that later clones begin there
-            self.root.scheme, self.root.host, self.root.port, self.root.prefix = (
-                self.scheme, self.host, self.port, self.prefix)
+        self.root.address = self.address      # so that later clones begin there
         return True
 
     def _trouble(self, error):
         """What went wrong, and what to do, as Unreachable."""
-        state = state_of(error)
-        place = f"{self.host}:{self.port}"
+        state, text = explained(error, self.address, self.tls)
+        at = f"{self.address.host}:{self.address.port}"
         if state == "certificate":
-            text = f"{place}: " + certificate_trouble(error, self.host, self.port, self.tls)
-        elif state == "refused" and is_loopback(self.host):
-            text = (f"no server answers at {place} (connection refused): start one with `torc "
-                    "server`, or name another with --url or TORC_API_URL")
-        elif state == "broken":
-            text = f"the connection to {place} broke: {error}"
-        else:
-            text = f"no server answers at {place}: {MEANINGS[state]}"
-        return Unreachable(text)
+            return Unreachable(f"{at}: {text}")
+        if state == "broken":
+            return Unreachable(f"the connection to {at} broke: {error}")
+        if state == "refused" and is_loopback(self.address.host):
+            return Unreachable(
+                f"no server answers at {at} (connection refused): start one with `torc server`, or "
+                "name another with --url or TORC_API_URL")
+        return Unreachable(f"no server answers at {at}: {text}")
 
     def _decode(self, status, content_type, answer, path):
         """The JSON of an answer. Raises the error that its status stands for."""
@@ -9911,7 +9924,7 @@ def worker_urls(client, named=()):
             "--url or TORC_API_URL")
     if named:
         return tuple(make_url(*split_url(url)) for url in named)
-    addresses = resolved(client.host)
+    addresses = resolved(client.address.host)
     urls = [] if all(map(is_loopback, addresses)) else [client.where]
     with contextlib.suppress(NotFound):              # a server that has no such operation
         urls += client.get("/server_info")["urls"]
@@ -9919,8 +9932,8 @@ def worker_urls(client, named=()):
         raise Unreachable(
             f"the server at {client.where} listens on this machine only, so workers on compute "
             f"nodes could not reach it: start it with `torc-server run --host 0.0.0.0 --port "
-            f"{client.port}` (or --host NAME that compute nodes know), or name an address that "
-            "leads to it with --worker-url URL")
+            f"{client.address.port}` (or --host NAME that compute nodes know), or name an address "
+            "that leads to it with --worker-url URL")
     return tuple(dict.fromkeys(urls))
 
 
@@ -16444,7 +16457,7 @@ class Terminal(Loading, Moving, Listing, Reading, Operating):
     def show_place(self):
         """Say where the workflows are."""
         self.state.where = os.path.basename(self.client.where) if self.client.is_local else \
-            f"{self.client.host}:{self.client.port}"
+            f"{self.client.address.host}:{self.client.address.port}"
 
     def close(self):
         """End the threads, the server that was started for us, and children if so wished."""
