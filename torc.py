@@ -7409,21 +7409,17 @@ class Client(Calls):
     def request(self, method, path, query=None, body=None):
         """See Calls.request. Raises Unreachable when no server answers."""
         from urllib.parse import urlencode
-        target = self._target(path, urlencode(query_lists(query or {}), doseq=True))
-        headers, data = self._headers(), None
-        if body is not None:
-            data = json.dumps(body, separators=(",", ":")).encode()
-            headers["Content-Type"] = "application/json"
-            if len(data) > MAX_BODY_BYTES:
-                raise TooLarge(f"the request is {format_bytes(len(data))}, a server takes at most "
-                               f"{format_bytes(MAX_BODY_BYTES)}: split the workflow")
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        if data and len(data) > MAX_BODY_BYTES:
+            raise TooLarge(f"the request is {format_bytes(len(data))}, a server takes at most "
+                           f"{format_bytes(MAX_BODY_BYTES)}: split the workflow")
+        words = urlencode(query_lists(query or {}), doseq=True)
         wait_s = int((query or {}).get("wait_s") or 0)
         step = path.endswith("/runner_step")
         timeout = wait_s + 30 if wait_s or step else 300
         deadline, pause = time.monotonic() + BUSY_PATIENCE_S, 0.004
         while True:
-            status, content_type, answer = self._send(
-                method, target, data, headers, timeout, step or method == "GET")
+            status, content_type, answer = self.forward(method, path, words, data, timeout, step)
             if status != 503 or answer != BUSY.encode() or time.monotonic() > deadline:
                 break
             time.sleep(pause)             # it has not even looked at the request
@@ -7435,14 +7431,11 @@ class Client(Calls):
                 return self.request(method, path, query, body)
         return self._decode(status, content_type, answer, path)
 
-    def _target(self, path, query):
-        """What a request asks for; query: the text behind the question mark."""
-        from urllib.parse import quote
-        return quote(self.address.prefix + path) + (f"?{query}" if query else "")
-
-    def _headers(self):
-        """What every request says of us."""
-        headers = {"Accept": "application/json"}
+    def _headers(self, accept, data):
+        """What a request says of us and of itself."""
+        headers = {"Accept": accept}
+        if data is not None:
+            headers["Content-Type"] = "application/json"
         if self.password is not None:
             import base64
             word = f"{self.user}:{self.password}".encode()
@@ -7453,55 +7446,50 @@ class Client(Calls):
             headers["X-Torc-Server"] = self.id
         return headers
 
-    def forward(self, method, path, query, data=None):
+    def forward(self, method, path, query, data=None, timeout=300, repeatable=False):
         """(status, content type, body) of a request that is handed on as it is.
 
         path: without prefix; query: the text behind the question mark. Raises Unreachable.
         """
-        headers = self._headers()
-        if data is not None:
-            headers["Content-Type"] = "application/json"
-        return self._send(method, self._target(path, query), data, headers, 300, method == "GET")
+        response, _, answer = self._send(method, path, query, data, timeout,
+                                         repeatable or method == "GET")
+        return response.status, response.headers.get("Content-Type", ""), answer
 
     def open_stream(self, path, query):
         """(socket, response) of an event stream, on a connection of its own; a read waits 30 s at
         most. Raises Unreachable."""
-        headers = {**self._headers(), "Accept": "text/event-stream"}
-        for again in (True, False):
-            try:
-                connection = open_connection(self.address, 30, self.tls)
-                connection.request("GET", self._target(path, query), headers=headers)
-                source, response = connection.sock, connection.getresponse()
-                if response.status != 421 or not again or not self._elsewhere(30):
-                    return source, response
-            except OSError as error:
-                if not again or not self._elsewhere(30):
-                    raise self._trouble(error) from None
+        response, source, _ = self.clone()._send("GET", path, query, None, 30, True,
+                                                 "text/event-stream")
+        return source, response
 
-    def _send(self, method, target, data, headers, timeout, repeatable):
-        """Send on the kept connection; again on a new one if that cannot do harm."""
+    def _send(self, method, path, query, data, timeout, repeatable, accept="application/json"):
+        """(response, socket, body) of a request, without the body of an event stream. It goes over
+        the kept connection, and again over a new one if that cannot do harm."""
         import http.client
+        from urllib.parse import quote
         for again in (repeatable, False):
             fresh = self._connect(timeout)
+            target = quote(self.address.prefix + path) + (f"?{query}" if query else "")
             try:
-                self._connection.request(method, target, data, headers)
+                source = self._connection.sock
+                self._connection.request(method, target, data, self._headers(accept, data))
                 response = self._connection.getresponse()
-                answer = response.read()
                 told = response.headers.get("X-Torc-Server")
                 if self.id and told != self.id:      # somebody else has taken its port
                     self.close()
                     if self._elsewhere(timeout) and (repeatable or response.status == 421):
-                        return self._send(method, target, data, headers, timeout, repeatable)
+                        return self._send(method, path, query, data, timeout, repeatable, accept)
                     now = "another Torc server" if told else "no Torc server"
                     raise Unreachable(f"{self.where} is {now} now: is ours gone? Name where it is "
                                       "with --url")
                 self.id = told
                 self.root.id = self.root.id or told
+                answer = response.read() if accept == "application/json" else None
                 self.date = response.headers.get("Date")
                 self._used = time.monotonic()
                 if response.will_close:
                     self.close()
-                return response.status, response.headers.get("Content-Type", ""), answer
+                return response, source, answer
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 if not again or fresh or self._interrupted:
