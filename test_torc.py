@@ -7032,9 +7032,9 @@ def test_a_client_does_not_follow_a_note_from_https_to_http(server, monkeypatch)
     client = server.client()
     client.get("/ping")
     client.address = client.address._replace(scheme="https")
-    assert not client._elsewhere(5)
+    assert not client._elsewhere()
     client.address = client.address._replace(scheme="http")
-    assert not client._elsewhere(5)       # it is where the note says
+    assert not client._elsewhere()       # it is where the note says
 
 
 def test_a_server_that_took_the_port_is_asked_nothing(tmp_path):

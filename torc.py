@@ -7037,11 +7037,10 @@ def server_note(server_id):
 def read_note(server_id):
     """What the server with this id says of itself in the user's home; {} if it does not."""
     try:
-        with open(server_note(server_id or ""), encoding="utf-8") as file:
-            note = json.load(file)
-        return note if isinstance(note, dict) else {}
-    except (OSError, ValueError):
+        note = json.loads(read_text(server_note(server_id or "")))
+    except ValueError:
         return {}
+    return note if isinstance(note, dict) else {}
 
 
 def noted_urls(server_id):
@@ -7118,14 +7117,14 @@ class Calls:
         with an offset or an order of its own, or from a server that does not know after_id, behind
         as many records as were read.
         """
-        left = query.pop("limit", None)
+        limit = query.pop("limit", None)
+        left = math.inf if limit is None else limit
         offset = query.pop("offset", None) or 0
         by_id = not offset and not any(query.get(name) for name in ("sort_by", "reverse_sort"))
         last = None
-        while left is None or left > 0:
-            size = PAGE_SIZE if left is None else min(left, PAGE_SIZE)
+        while left > 0:
             where = {"after_id": last} if by_id and last is not None else {"offset": offset}
-            page = self.get(path, **query, limit=size, **where)
+            page = self.get(path, **query, limit=min(left, PAGE_SIZE), **where)
             items = page["items"]
             if "after_id" in where and items and items[0]["id"] <= last:
                 by_id = False
@@ -7135,7 +7134,7 @@ class Calls:
                 return
             offset += len(items)
             last = items[-1].get("id")
-            left = None if left is None else left - len(items)
+            left -= len(items)
 
     def server_id(self):
         """Id of the database behind this client; it survives restarts."""
@@ -7467,34 +7466,33 @@ class Client(Calls):
         the kept connection, and again over a new one if that cannot do harm."""
         import http.client
         from urllib.parse import quote
-        for again in (repeatable, False):
-            fresh = self._connect(timeout)
-            target = quote(self.address.prefix + path) + (f"?{query}" if query else "")
-            try:
-                source = self._connection.sock
-                self._connection.request(method, target, data, self._headers(accept, data))
-                response = self._connection.getresponse()
-                told = response.headers.get("X-Torc-Server")
-                if self.id and told != self.id:      # somebody else has taken its port
-                    self.close()
-                    if self._elsewhere(timeout) and (repeatable or response.status == 421):
-                        return self._send(method, path, query, data, timeout, repeatable, accept)
-                    now = "another Torc server" if told else "no Torc server"
-                    raise Unreachable(f"{self.where} is {now} now: is ours gone? Name where it is "
-                                      "with --url")
-                self.id = told
-                self.root.id = self.root.id or told
-                answer = response.read() if accept == "application/json" else None
-                self.date = response.headers.get("Date")
-                self._used = time.monotonic()
-                if response.will_close:
-                    self.close()
-                return response, source, answer
-            except (OSError, http.client.HTTPException) as error:
+        fresh = self._connect(timeout)
+        target = quote(self.address.prefix + path) + (f"?{query}" if query else "")
+        try:
+            source = self._connection.sock
+            self._connection.request(method, target, data, self._headers(accept, data))
+            response = self._connection.getresponse()
+            told = response.headers.get("X-Torc-Server")
+            if self.id and told != self.id:          # somebody else has taken its port
                 self.close()
-                if not again or fresh or self._interrupted:
-                    raise self._trouble(error) from None
-        raise AssertionError("unreachable code")
+                if self._elsewhere() and (repeatable or response.status == 421):
+                    return self._send(method, path, query, data, timeout, repeatable, accept)
+                now = "another Torc server" if told else "no Torc server"
+                raise Unreachable(f"{self.where} is {now} now: is ours gone? Name where it is with "
+                                  "--url")
+            self.id = told
+            self.root.id = self.root.id or told
+            answer = response.read() if accept == "application/json" else None
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            if fresh or not repeatable or self._interrupted:
+                raise self._trouble(error) from None
+            return self._send(method, path, query, data, timeout, repeatable, accept)
+        self.date = response.headers.get("Date")
+        self._used = time.monotonic()
+        if response.will_close:
+            self.close()
+        return response, source, answer
 
     def _connect(self, timeout):
         """Make sure there is a connection that the server has not closed; says if it is new."""
@@ -7507,18 +7505,16 @@ class Client(Calls):
                 return False
         self.close()
         try:
-            self._open(timeout)
+            self._connection = open_connection(self.address, min(timeout, 20), self.tls)
         except OSError as error:
-            if not self._elsewhere(timeout):
+            if not self._elsewhere():
                 raise self._trouble(error) from None
+            return self._connect(timeout)
+        self._connection.sock.settimeout(timeout)
         return True
 
-    def _open(self, timeout):
-        self._connection = open_connection(self.address, min(timeout, 20), self.tls)
-        self._connection.sock.settimeout(timeout)
-
-    def _elsewhere(self, timeout):
-        """Connect to where our server may be now, by the note it keeps; says if that worked.
+    def _elsewhere(self):
+        """Find where our server is now, by the note it keeps; says if it answers there.
 
         Never from https to http, which would tell everybody the password.
         """
@@ -7528,11 +7524,7 @@ class Client(Calls):
         if not found or found[-1].state != "ok":
             return False
         self.address = split_url(found[-1].url)
-        try:
-            self._open(timeout)
-        except OSError:
-            return False
-        self.root.address = self.address      # so that later clones begin there
+        self.root.address = self.address  # so that later clones begin there
         return True
 
     def _trouble(self, error):
@@ -7569,11 +7561,12 @@ class Client(Calls):
                                "TORC_USERNAME for another)")
         if not self.id and status == 404:
             raise Unreachable(f"{self.where}: {PROXY_HINT} (404): name another with --url")
-        inner = value.get("error") if isinstance(value, dict) else None
-        message = inner.get("message") if isinstance(inner, dict) else None
-        text = answer.decode("utf-8", "replace").strip()[:500]
+        try:
+            message = value["error"]["message"]
+        except (TypeError, LookupError):
+            message = answer.decode("utf-8", "replace").strip()[:500]
         raise ERROR_OF_STATUS.get(status, Internal)(
-            message or text or f"{self.where} answers {path} with status {status}")
+            message or f"{self.where} answers {path} with status {status}")
 
 
 # ---- which database or server a command works on
@@ -7608,12 +7601,11 @@ def default_server(how):
     server: using it must be said, and so must not using it.
     """
     candidates = listeners(DEFAULT_PORT)
-    tls = how.get("tls")
-    for scheme in ("http", "https") if candidates else ():
+    for scheme in ("http", "https"):
         for address, uid in candidates:
             host = "localhost" if address in ("0.0.0.0", "::") or is_loopback(address) else address
             url = make_url(scheme, host, DEFAULT_PORT)
-            found = probe(url, None, 5.0, tls)
+            found = probe(url, None, 5.0, how.get("tls"))
             if not found.server_id:
                 continue                  # some other program
             if uid != os.getuid():
