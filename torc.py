@@ -13086,15 +13086,19 @@ class Site:
     answer() gives the body, an error is told as JSON, a stream begins before its first event."""
 
     headers = ()                          # of every answer
+    defect = ""                           # what a client is told of an unexpected error
 
     def __call__(self, environ, start_response):
         """WSGI: answer one request; no exception leaves this."""
         import bottle
+        started = time.perf_counter()
         environ["PATH_INFO"] = environ["PATH_INFO"].encode("latin-1").decode("utf-8", "ignore")
         http = bottle.BaseRequest(environ)
         response = bottle.HTTPResponse(headers=self.headers)
         response.content_type = "application/json"
         body = self.reply(http, response)
+        self.log.debug("%s %s %d %.1f ms", http.method, http.path, response.status_code,
+                       1000 * (time.perf_counter() - started))
         if isinstance(body, EventStream):
             response.content_type = "text/event-stream"
             response.set_header("Cache-Control", "no-cache")
@@ -13112,8 +13116,9 @@ class Site:
             return self.answer(http, response)
         except TorcError as error:
             return self.refusal(error, response)
-        except Exception as error:        # a defect of ours
-            return self.refusal(Internal(self.defect(error, http)), response)
+        except Exception as error:        # a defect of ours: its traceback belongs in the log
+            self.log.exception("unexpected error in %s %s", http.method, http.path)
+            return self.refusal(Internal(self.defect.format(error)), response)
 
     def refusal(self, error, response):
         """The body that tells an error."""
@@ -13139,6 +13144,7 @@ class Application(Site):
     """The API as a WSGI application around one store."""
 
     headers = SECURITY_HEADERS
+    defect = "unexpected error, see the server's log"
 
     def __init__(self, store, threads, log, access, urls):
         self.store, self.log, self.access, self.urls = store, log, access, urls
@@ -13153,18 +13159,10 @@ class Application(Site):
         with contextlib.suppress(TorcError):
             return workflow_of_token(self.store, user, token)
 
-    def reply(self, http, response):
-        """See Site.reply; logs it."""
-        started = time.perf_counter()
-        response.set_header("X-Torc-Server", self.store.id)
-        response.set_header("X-Span-Id", http.get_header("X-Span-ID") or str(time.time_ns()))
-        body = super().reply(http, response)
-        self.log.debug("%s %s %d %.1f ms", http.method, http.path, response.status_code,
-                       1000 * (time.perf_counter() - started))
-        return body
-
     def answer(self, http, response):
         """The body of an answer. Raises TorcError."""
+        response.set_header("X-Torc-Server", self.store.id)
+        response.set_header("X-Span-Id", http.get_header("X-Span-ID") or str(time.time_ns()))
         gate, path = self.access.gate, http.path
         verdict = channel_of(http).judged[1] if gate else NOBODY
         if verdict.state == "busy":
@@ -13241,11 +13239,6 @@ class Application(Site):
             response.content_type = "text/plain; charset=utf-8"
             return str(error)
         return body
-
-    def defect(self, error, http):
-        """Log an unexpected error; returns what its client is told."""
-        self.log.exception("unexpected error in %s %s", http.method, http.path)
-        return "unexpected error, see the server's log"
 
 
 def read_json(http):
@@ -13432,13 +13425,12 @@ def server_tls(certificate, key):
 def port_holder(port):
     """Who listens on a port, as " (pid 4242, python)", or "" when that cannot be seen."""
     inodes = {f"socket:[{words[9]}]" for words in listening(port)}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for pid in pids():
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
                     if os.readlink(f"/proc/{pid}/fd/{fd}") in inodes:
-                        with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
-                            return f" (pid {pid}, {file.read().strip()})"
+                        return f" (pid {pid}, {read_text(f'/proc/{pid}/comm')})"
     return " (by another user's process)" if inodes else ""
 
 
@@ -14056,9 +14048,12 @@ class Dashboard(Site):
     """
 
     headers = DASH_HEADERS
+    defect = "unexpected error, see the dashboard's terminal: {!r}"
 
     def __init__(self, client, names, actions, port=0, trusted=False, say=lambda text: None):
+        import logging
         import secrets
+        self.log = logging.getLogger("torc.dash")           # without a handler: to stderr
         self.client, self.actions = client, actions
         self.names = {name.lower() for name in names}
         self.trusted, self.say, self.port = trusted, say, port
@@ -14097,11 +14092,9 @@ class Dashboard(Site):
     def knows(self, http):
         """Whether a request carries the cookie."""
         import hmac
-        for part in http.get_header("Cookie", "").split(";"):
-            name, _, value = part.strip().partition("=")
-            if name == self.cookie and hmac.compare_digest(value.encode(), self.secret.encode()):
-                return True
-        return False
+        wanted = f"{self.cookie}={self.secret}".encode()
+        return any(hmac.compare_digest(part.strip().encode(), wanted)
+                   for part in http.get_header("Cookie", "").split(";"))
 
     def enter(self, http, response):
         """The page for a browser that has not been let in: a link that has not been used does."""
@@ -14147,12 +14140,6 @@ class Dashboard(Site):
             raise Refused(502, str(error)) from None
         raise NotFound(f"there is no {http.path} here")
 
-    def defect(self, error, http):
-        """Tell an unexpected error in the terminal; returns what the browser is told."""
-        import traceback
-        traceback.print_exc()
-        return f"unexpected error, see the dashboard's terminal: {error!r}"
-
     def mine(self):
         """This thread's client."""
         if not hasattr(self.local, "client"):
@@ -14161,11 +14148,11 @@ class Dashboard(Site):
 
     def own(self, http):
         """What an action of the dashboard's own answers."""
-        from urllib.parse import parse_qs
+        from urllib.parse import parse_qsl
         name, _, rest = http.path[len("/dash/"):].partition("/")
         if name not in self.actions:
             raise NotFound(f"there is no /dash/{name} here")
-        query = {key: values[-1] for key, values in parse_qs(http.query_string).items()}
+        query = dict(parse_qsl(http.query_string))
         body = read_json(http) if http.content_length > 0 else {}
         if not isinstance(body, dict):
             raise BadRequest("the body is not a JSON object")
