@@ -7013,7 +7013,7 @@ PROXY_HINT = "is a Torc server there? the answer is not one of its"
 
 
 def user_name():
-    """The user in whose name we act: TORC_USERNAME, USER, USERNAME, or the login name."""
+    """Return the user's name: TORC_USERNAME, USER, USERNAME, or the login name."""
     for name in ("TORC_USERNAME", "USER", "USERNAME"):
         if os.environ.get(name):
             return os.environ[name]
@@ -7025,17 +7025,17 @@ def user_name():
 
 
 def torc_home():
-    """The directory in the user's home where servers leave a note of where they are."""
+    """Return the directory in the user's home where servers leave their notes."""
     return os.path.join(os.path.expanduser("~"), ".torc")
 
 
 def server_note(server_id):
-    """Path of the note that the server with this id keeps up to date (0600)."""
+    """Return the path of the note in which a server says where it is (0600)."""
     return os.path.join(torc_home(), "servers", f"{server_id}.json")
 
 
 def read_note(server_id):
-    """What the server with this id says of itself in the user's home; {} if it does not."""
+    """Return the note of the server with this id, {} if there is none."""
     try:
         note = json.loads(read_text(server_note(server_id or "")))
     except ValueError:
@@ -7044,17 +7044,17 @@ def read_note(server_id):
 
 
 def noted_urls(server_id):
-    """Where the server with this id says it is, by the note it keeps in the user's home."""
+    """Return the URLs in the note of the server with this id."""
     return list(read_note(server_id).get("urls") or ())
 
 
 def is_loopback(host):
-    """Whether a host name or address means this machine only."""
+    """Return whether a host name or address is a loopback one."""
     return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def resolved(host):
-    """The addresses that a host name leads to here; none if it is unknown."""
+    """Return the addresses of a host name; none if it is unknown."""
     import socket
     try:
         return [row[4][0] for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
@@ -7063,12 +7063,12 @@ def resolved(host):
 
 
 def make_url(scheme, host, port, prefix=API_PREFIX):
-    """The base URL of a server."""
+    """Return the base URL of a server."""
     return f"{scheme}://{'[' + host + ']' if ':' in host else host}:{port}{prefix}"
 
 
 def query_lists(query):
-    """Query parameters as lists of texts: None is absent, True is "true", a list repeats."""
+    """Return a query as lists of strings: None is omitted, True is "true", a list repeats."""
     lists = {}
     for name, value in query.items():
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -7107,14 +7107,14 @@ class Calls:
         return self.request("DELETE", path, query)
 
     def page(self, path, **query):
-        """One page of a list, with its envelope."""
+        """Return one page of a list, with its envelope."""
         return self.get(path, **query)
 
     def items(self, path, **query):
-        """All records of a list, page by page; limit and offset in the query are honoured.
+        """Yield all records of a list, page by page; limit and offset in the query are honored.
 
-        Pages begin behind the last id, so that nothing is passed over while records come and go;
-        with an offset or an order of its own, or from a server that does not know after_id, behind
+        Pages begin after the last id, so that nothing is skipped while records come and go;
+        with an offset or an order of its own, or from a server that does not know after_id, after
         as many records as were read.
         """
         limit = query.pop("limit", None)
@@ -7137,7 +7137,7 @@ class Calls:
             left -= len(items)
 
     def server_id(self):
-        """Id of the database behind this client; it survives restarts."""
+        """Return the id of the server's database; it survives restarts."""
         return self.get("/server_info")["id"]
 
 
@@ -7202,7 +7202,7 @@ STATES = {                                # class of an error, by name, or its e
 
 
 def state_of(error):
-    """The state of MEANINGS that an error of a connection stands for."""
+    """Return the state in MEANINGS that an error of a connection stands for."""
     names = [kind.__name__ for kind in type(error).__mro__]
     return next((STATES[name] for name in (*names, getattr(error, "errno", None))
                  if name in STATES), "broken")
@@ -7218,7 +7218,7 @@ class Address(NamedTuple):
 
 
 def split_url(url):
-    """The Address in a server's URL. Raises UsageError."""
+    """Parse a server's URL into its Address. Raises UsageError."""
     from urllib.parse import urlsplit
     url = url if "//" in url else f"http://{url}"
     parts = urlsplit(url)
@@ -7235,12 +7235,12 @@ def split_url(url):
 
 
 def hide_password(url):
-    """A URL without what stands before an @, which is no business of logs."""
+    """Return a URL without user name and password, which do not belong in logs."""
     return re.sub(r"//[^/@]*@", "//...@", url)
 
 
 def tls_context(tls):
-    """The SSLContext of a client. tls: {"ca_cert": FILE or None, "insecure": bool}, or None.
+    """Make the SSLContext of a client. tls: {"ca_cert": FILE or None, "insecure": bool}, or None.
     Raises UsageError for a bad CA file."""
     import ssl
     tls = tls or {}
@@ -7256,9 +7256,9 @@ def tls_context(tls):
 
 
 def open_connection(address, timeout, tls=None):
-    """An http.client connection, connected. tls: see tls_context.
+    """Open an http.client connection. tls: see tls_context.
 
-    Proxy variables such as http_proxy are not looked at: compute nodes and login nodes reach each
+    Proxy variables such as http_proxy are ignored: compute nodes and login nodes reach each
     other directly. Raises OSError (certificates included), UsageError for a bad CA file.
     """
     import http.client
@@ -7280,7 +7280,7 @@ def open_connection(address, timeout, tls=None):
 
 
 def certificate_trouble(error, address, tls):
-    """What is wrong with a server's certificate, and what to do."""
+    """Explain what is wrong with a server's certificate, and what to do."""
     code = getattr(error, "verify_code", 0)
     if code in (9, 10):                   # X509_V_ERR_CERT_NOT_YET_VALID, ..._HAS_EXPIRED
         return (f"its certificate {'has expired' if code == 10 else 'is not valid yet'}: renew it, "
@@ -7301,14 +7301,14 @@ def certificate_trouble(error, address, tls):
 
 
 def explained(error, address, tls):
-    """(state of MEANINGS, what it means and what to do) of an error of a connection."""
+    """Return (state in MEANINGS, what it means and what to do) for an error of a connection."""
     state = state_of(error)
     return state, (certificate_trouble(error, address, tls) if state == "certificate" else
                    MEANINGS[state])
 
 
 class Probe(NamedTuple):
-    """What came of looking for a server at a URL."""
+    """The result of looking for a server at a URL."""
 
     url: str
     state: str                            # ok, or of MEANINGS
@@ -7317,7 +7317,7 @@ class Probe(NamedTuple):
 
 
 def probe(url, server_id=None, timeout=5.0, tls=None):
-    """Look whether the server with this id (or any) answers at a URL; sends no credentials."""
+    """Check whether the server with this id (or any) answers at a URL; send no credentials."""
     import http.client
     address, state = split_url(url), "ok"
     try:
@@ -7334,7 +7334,7 @@ def probe(url, server_id=None, timeout=5.0, tls=None):
 
 
 def race(urls, server_id=None, timeout=5.0, tls=None):
-    """The Probes of some URLs, made at the same time: up to the first good one, which comes last,
+    """Probe URLs in parallel; return the Probes up to the first good one, which comes last,
     or all of them."""
     import queue
     answers = queue.Queue()
@@ -7431,7 +7431,7 @@ class Client(Calls):
         return self._decode(status, content_type, answer, path)
 
     def _headers(self, accept, data):
-        """What a request says of us and of itself."""
+        """Return the headers of a request."""
         headers = {"Accept": accept}
         if data is not None:
             headers["Content-Type"] = "application/json"
@@ -7462,8 +7462,8 @@ class Client(Calls):
         return source, response
 
     def _send(self, method, path, query, data, timeout, repeatable, accept="application/json"):
-        """(response, socket, body) of a request, without the body of an event stream. It goes over
-        the kept connection, and again over a new one if that cannot do harm."""
+        """Send a request; return (response, socket, body), with body None for a stream. Uses the
+        kept connection, and a new one if that has failed and a repetition does no harm."""
         import http.client
         from urllib.parse import quote
         fresh = self._connect(timeout)
@@ -7495,7 +7495,7 @@ class Client(Calls):
         return response, source, answer
 
     def _connect(self, timeout):
-        """Make sure there is a connection that the server has not closed; says if it is new."""
+        """Make sure that a connection is open; return whether it is a new one."""
         import select
         if self._connection and self._connection.sock:
             idle = time.monotonic() - self._used
@@ -7514,7 +7514,7 @@ class Client(Calls):
         return True
 
     def _elsewhere(self):
-        """Find where our server is now, by the note it keeps; says if it answers there.
+        """Look for our server at the URLs in its note; return whether it answers at one.
 
         Never from https to http, which would tell everybody the password.
         """
@@ -7528,7 +7528,7 @@ class Client(Calls):
         return True
 
     def _trouble(self, error):
-        """What went wrong, and what to do, as Unreachable."""
+        """Return an Unreachable that says what went wrong and what to do."""
         state, text = explained(error, self.address, self.tls)
         at = f"{self.address.host}:{self.address.port}"
         if state == "certificate":
@@ -7542,7 +7542,7 @@ class Client(Calls):
         return Unreachable(f"no server answers at {at}: {text}")
 
     def _decode(self, status, content_type, answer, path):
-        """The JSON of an answer. Raises the error that its status stands for."""
+        """Decode the JSON of an answer. Raises the error that its status stands for."""
         try:
             value = json.loads(answer) if "json" in content_type else None
         except ValueError:
@@ -7572,7 +7572,7 @@ class Client(Calls):
 # ---- which database or server a command works on
 
 def listening(port):
-    """The rows of /proc/net/tcp and tcp6 (proc(5)), in words, of what listens on a TCP port."""
+    """Yield the rows, split, of /proc/net/tcp and tcp6 (proc(5)) that listen on a TCP port."""
     for name in ("tcp", "tcp6"):
         for row in read_text(f"/proc/net/{name}").splitlines()[1:]:
             words = row.split()
@@ -7595,7 +7595,7 @@ def listeners(port):
 
 
 def default_server(how):
-    """A Client for this user's own server on the default port, or None.
+    """Return a Client for this user's own server on the default port, or None.
 
     It may listen on one address of this machine only. Raises Unreachable for another user's Torc
     server: using it must be said, and so must not using it.
@@ -7620,7 +7620,7 @@ def default_server(how):
 
 def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, tell=None,
             create=True):
-    """The client of a command: database, url, this user's server at the default URL, local file.
+    """Return a command's client: database, url, the user's own server, or the local file.
 
     how: keyword arguments of Client. tell: called with one sentence that says which it was.
     create: make the local file if there is none. Raises UsageError when both are given,
@@ -13049,7 +13049,7 @@ FRONT_PAGE = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</tit
 
 
 class Refused(TorcError):
-    """A refusal with a status that no error of section 2 has for that reason."""
+    """A refusal whose status stands for another reason than the errors of section 2."""
 
     plain = True
 
@@ -13059,19 +13059,19 @@ class Refused(TorcError):
 
 
 class EventStream(NamedTuple):
-    """An answer that goes on."""
+    """A response that goes on: an event stream."""
 
     pieces: Any                           # an iterator of bytes, b"" where nothing came for a while
     held: contextlib.ExitStack            # what is released at its end
 
 
 def channel_of(http):
-    """The connection that a request came over."""
+    """The waitress channel of a request."""
     return http.environ["waitress.client_disconnected"].__self__
 
 
 def has_hung_up(channel):
-    """Whether the other end of a connection has closed it; waitress tells only who reads on."""
+    """Whether the peer has closed a connection; waitress notices only while it reads."""
     import select
     poll = select.poll()
     try:
@@ -13082,14 +13082,14 @@ def has_hung_up(channel):
 
 
 class Site:
-    """A WSGI application with bottle's requests and responses, but without its routes and hooks:
-    answer() gives the body, an error is told as JSON, a stream begins before its first event."""
+    """A WSGI application that uses bottle's requests and responses, but not its router or hooks:
+    answer() returns the body, errors become JSON, a stream sends its headers before any event."""
 
     headers = ()                          # of every answer
-    defect = ""                           # what a client is told of an unexpected error
+    defect = ""                           # what a client is told about an unexpected error
 
     def __call__(self, environ, start_response):
-        """WSGI: answer one request; no exception leaves this."""
+        """WSGI entry point: answer one request; never raises."""
         import bottle
         started = time.perf_counter()
         environ["PATH_INFO"] = environ["PATH_INFO"].encode("latin-1").decode("utf-8", "ignore")
@@ -13111,7 +13111,7 @@ class Site:
         return [b"" if http.method == "HEAD" else body]
 
     def reply(self, http, response):
-        """The body of an answer or of an error, whose status and headers are set in response."""
+        """Return the body of an answer or an error; set status and headers in response."""
         try:
             return self.answer(http, response)
         except TorcError as error:
@@ -13121,7 +13121,7 @@ class Site:
             return self.refusal(Internal(self.defect.format(error)), response)
 
     def refusal(self, error, response):
-        """The body that tells an error."""
+        """Set the status of an error; return its body."""
         response.status = error.status
         inner = {"message": str(error)}
         if error.status in (403, 404, 500):
@@ -13129,7 +13129,7 @@ class Site:
         return compact({"error": inner})
 
     def stream(self, stream, http, write):
-        """The pieces of a stream as they come, until it ends or the client goes."""
+        """Yield the pieces of a stream as they come, until it ends or the client hangs up."""
         with stream.held:
             write(b"")                    # the headers, before the first piece
             for piece in stream.pieces if http.method != "HEAD" else ():
@@ -13155,7 +13155,7 @@ class Application(Site):
         self.streaming = threading.BoundedSemaphore(STREAMING_CLIENTS)
 
     def workflow_of_token(self, user, token):
-        """The function of section 8 for the Gate, which is asked by a thread that must not fail."""
+        """See the function of that name; for the Gate, whose thread must not fail."""
         with contextlib.suppress(TorcError):
             return workflow_of_token(self.store, user, token)
 
@@ -13197,7 +13197,7 @@ class Application(Site):
                        only=verdict.only)
 
     def call(self, endpoint, texts, request):
-        """Run an operation; those that wait take a place of their own, so they starve nobody."""
+        """Run an operation; requests that wait use slots of their own, so they starve nobody."""
         if endpoint.function is stream_events:
             return self.follow(endpoint, texts, request)
         waits = endpoint.function is changes and request.query.get("wait_s", ["0"]) != ["0"]
@@ -13211,7 +13211,7 @@ class Application(Site):
             places.release()
 
     def follow(self, endpoint, texts, request):
-        """The EventStream of a workflow. Raises Unreachable when too many wait already."""
+        """Return a workflow's EventStream. Raises Unreachable if too many clients wait."""
         with contextlib.ExitStack() as held:
             for places, number, what in ((self.streaming, STREAMING_CLIENTS, "follow events"),
                                          (self.waiting, WAITING_CLIENTS, "wait for news")):
@@ -13224,7 +13224,7 @@ class Application(Site):
             return EventStream(pieces, held.pop_all())
 
     def refusal(self, error, response):
-        """See Site.refusal; with the headers and plain texts that clients of Torc expect."""
+        """See Site.refusal; adds the headers and plain strings that Torc's clients expect."""
         body = super().refusal(error, response)
         if error.status == 401:
             response.set_header("WWW-Authenticate", 'Basic realm="Torc"')
@@ -13242,7 +13242,7 @@ class Application(Site):
 
 
 def read_json(http):
-    """The decoded JSON body of a request. Raises TooLarge, BadRequest."""
+    """Decode the JSON body of a request. Raises TooLarge, BadRequest."""
     if http.content_length > MAX_BODY_BYTES:
         raise TooLarge(f"the body is larger than {format_bytes(MAX_BODY_BYTES)}")
 
@@ -13258,7 +13258,7 @@ def read_json(http):
 # ---- connections
 
 class Later:
-    """Calls functions after a time, all in one thread."""
+    """Calls functions after a delay, all in one thread."""
 
     def __init__(self):
         import sched
@@ -13278,7 +13278,7 @@ class Later:
 
 
 def peer_uid(sock):
-    """uid of the process on this machine at the other end of a connection, None if elsewhere.
+    """Return the uid of the peer of a connection, None if it is not on this machine.
 
     Asks the kernel for that one socket (sock_diag(7)); /proc/net/tcp lists thousands that are
     long closed while somebody floods us.
@@ -13305,7 +13305,7 @@ def peer_uid(sock):
 
 
 def channel_class(gate, tls):
-    """The class of the server's connections: who calls is judged before a request is served.
+    """Return the class of the server's connections, which check credentials before serving.
 
     A request whose password must be hashed first waits without a thread: service() returns, the
     request stays the first of its channel, and the answer of the gate makes a task of it again.
@@ -13336,7 +13336,7 @@ def channel_class(gate, tls):
             super().service()
 
         def decided(self, request, verdict):
-            """The verdict on a request has come: serve it, a wrong one later."""
+            """Serve a request whose verdict is known; one with wrong credentials is served late."""
             self.judged = request, verdict
             self.liar = self.liar or verdict.state == "wrong"
             later.add(verdict.delay_s, lambda: self.server.add_task(self))
@@ -13345,8 +13345,8 @@ def channel_class(gate, tls):
 
 
 def tls_channel(base, tls):
-    """A class of connections that speaks TLS without ever waiting for the other side: a handshake
-    that hangs or is broken concerns nobody else.
+    """Return a class of connections that speaks TLS without waiting for its peer: a handshake that
+    hangs or fails concerns nobody else.
 
     base: of channel_class(); tls: an ssl.SSLContext. This rests on waitress 3 (handle_read, send).
     """
@@ -13392,7 +13392,7 @@ def tls_channel(base, tls):
 
 
 def server_tls(certificate, key):
-    """The SSLContext of the server's certificate: TLS 1.2 and newer. Raises UsageError,
+    """Return the SSLContext of the server's certificate: TLS 1.2 or newer. Raises UsageError,
     Unreachable for files that are missing or do not belong together."""
     import ssl
     if not certificate or not key:
@@ -13423,7 +13423,7 @@ def server_tls(certificate, key):
 # ---- sockets
 
 def port_holder(port):
-    """Who listens on a port, as " (pid 4242, python)", or "" when that cannot be seen."""
+    """Return who listens on a port, as " (pid 4242, python)", or "" if that cannot be seen."""
     inodes = {f"socket:[{words[9]}]" for words in listening(port)}
     for pid in pids():
         with contextlib.suppress(OSError):
@@ -13435,7 +13435,7 @@ def port_holder(port):
 
 
 def bind_sockets(host, port):
-    """Listening sockets on all local addresses of a host name, all on one port; 0 takes a free one.
+    """Listen on all addresses of a host name, on the same port; 0 takes a free one.
 
     Raises Unreachable: host unknown or not of this machine, port in use or not allowed.
     """
@@ -13461,7 +13461,7 @@ def bind_sockets(host, port):
 
 
 def bind_trouble(error, host, port):
-    """Why a socket could not be bound, and the option that helps."""
+    """Explain why a socket could not be bound, and which option helps."""
     if error.errno == errno.EADDRINUSE:
         return Unreachable(f"port {port} on {host} is in use{port_holder(port)}: stop it, or take "
                            f"--port {port + 1}, or --port 0 for any free one")
@@ -13477,7 +13477,7 @@ BRIDGES = re.compile(r"(docker|podman|br-|virbr|veth|cni|flannel|cali|lxc|lxd|vm
 
 
 def own_addresses():
-    """Addresses of this machine's interfaces by which others can reach it, IPv4 first.
+    """Return the addresses by which other machines can reach this one, IPv4 first.
 
     Without loopback, link-local ones, and the bridges of containers (netdevice(7), proc(5)).
     """
@@ -13499,7 +13499,7 @@ def own_addresses():
 
 
 def own_names(addresses, seconds=2.0):
-    """Names of this machine that do not lead to loopback, as far as they are found in time."""
+    """Return the names of this machine that lead to these addresses, as far as found in time."""
     import socket
     found = []
 
@@ -13518,8 +13518,8 @@ def own_names(addresses, seconds=2.0):
 
 
 def server_urls(scheme, host, sockets):
-    """URLs of a server: the one for this machine itself, then those that other machines can use,
-    the most useful first."""
+    """Return the URLs of a server: the one for this machine, then those for other machines,
+    most useful first."""
     port = sockets[0].getsockname()[1]
     bound = [sock.getsockname()[0] for sock in sockets]
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound[0], bound[0])
@@ -13548,7 +13548,7 @@ class JsonLines:
 
 
 def quiet_stderr():
-    """stderr as a stream that neither blocks nor fails when nobody reads it any more.
+    """Return stderr as a stream that neither blocks nor fails once nobody reads it.
 
     A pipe is opened anew without blocking: that leaves the flags of others who share it alone.
     """
@@ -13563,7 +13563,7 @@ def quiet_stderr():
 
 
 def make_log(level, directory, as_json):
-    """The server's logger: stderr, and <directory>/torc-server.log (10 MiB, 5 kept).
+    """Make the server's logger: stderr, and <directory>/torc-server.log (10 MiB, 5 kept).
 
     Raises UsageError for an unknown level, Unreachable for a directory that cannot be written.
     """
@@ -13597,7 +13597,7 @@ def make_log(level, directory, as_json):
 # ---- life of the server
 
 def watch_leases(store, log, stop):
-    """Fail the jobs of runners that have been silent for longer than their lease (a thread)."""
+    """Fail the jobs of runners whose lease has expired (runs in a thread)."""
     started = time.monotonic()
     wait = 1.0
     while True:
@@ -13620,7 +13620,7 @@ def watch_leases(store, log, stop):
 
 
 def end_with_parent():
-    """Let the kernel send us SIGTERM when our parent ends (PR_SET_PDEATHSIG, prctl(2))."""
+    """Have the kernel send us SIGTERM when our parent exits (PR_SET_PDEATHSIG, prctl(2))."""
     import signal
     with contextlib.suppress(OSError, AttributeError, ImportError):
         import ctypes
@@ -13628,8 +13628,8 @@ def end_with_parent():
 
 
 def write_note(note):
-    """Tell clients on the same home where this server is. A home that cannot be written is no
-    fault: they do without."""
+    """Tell clients with the same home directory where this server is. Without write access to it
+    they do without."""
     path = server_note(note["id"])
     with contextlib.suppress(OSError, Unreachable):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -13637,14 +13637,14 @@ def write_note(note):
 
 
 def remove_note(note):
-    """Remove the note, unless a newer server has written it."""
+    """Remove the note, unless a newer server has replaced it."""
     if read_note(note["id"]) == note:
         with contextlib.suppress(OSError):
             os.unlink(server_note(note["id"]))
 
 
 def raise_file_limit():
-    """Take all the file descriptors we may have; returns how many."""
+    """Raise the limit of open files as far as we may; return it."""
     import resource
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
@@ -13653,7 +13653,7 @@ def raise_file_limit():
 
 
 def announce(args, application, urls):
-    """The one line on stdout, and for people where the server is and who could reach it."""
+    """Print the port, and log where the server is and who could reach it."""
     log, access, port = application.log, application.access, split_url(urls[0])[2]
     gate = access.gate
     with contextlib.suppress(OSError, ValueError):
@@ -13676,7 +13676,7 @@ def announce(args, application, urls):
 
 
 def server_access(args, log):
-    """The Access that the options ask for. Raises UsageError, Unreachable."""
+    """Return the Access that the options ask for. Raises TorcError, Unreachable."""
     if not args.auth_file:
         for option in ("--require-auth", "--enforce-access-control"):
             if getattr(args, option[2:].replace("-", "_")):
@@ -13704,13 +13704,13 @@ class ServerProcess(NamedTuple):
 
 
 def default_pid_file():
-    """Where the pid of a server in the background is kept, unless --pid-file says otherwise."""
+    """Return the default of --pid-file."""
     return os.path.join(torc_home(), "torc-server.pid")
 
 
 def running_server(pid_file):
-    """The ServerProcess that a pid file names, None if that has ended. The file has the pid, and
-    in a second line the server's note."""
+    """Return the ServerProcess that a pid file names, None if it has exited. The first line is the
+    pid, the second the server's note."""
     try:
         note = json.loads(read_text(pid_file).partition("\n")[2])
     except ValueError:                    # it has not begun yet
@@ -13721,8 +13721,8 @@ def running_server(pid_file):
 
 
 def open_served(database):
-    """The Store of a server. Raises Conflict, with what is known of the other one, if the database
-    is served already: two servers would take each other's runners for dead."""
+    """Open the Store of a server. Raises Conflict, naming the other server if its note is found, if
+    the database is served already: two servers would take each other's runners for dead."""
     import socket
     try:
         return Store(database, server=True)
@@ -13738,7 +13738,7 @@ def open_served(database):
 
 
 def wait_for_end(pid, seconds):
-    """Whether a process, which need not be our child, ends within so many seconds."""
+    """Wait for a process, not necessarily our child, to exit; return whether it did in time."""
     deadline = time.monotonic() + seconds
     while process_start(pid) is not None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -13746,8 +13746,8 @@ def wait_for_end(pid, seconds):
 
 
 def hold_pid_file(path):
-    """The descriptor of a pid file, which is locked until this process ends, and goes with it.
-    Raises Conflict if another server has it."""
+    """Lock a pid file until this process exits, and remove it then; return its descriptor.
+    Raises Conflict if another server holds it."""
     import atexit
     import fcntl
     other = running_server(path)
@@ -13775,8 +13775,8 @@ def hold_pid_file(path):
 
 
 def go_to_background(args):
-    """Fork for --daemon. The process that was started by the user ends here, when the other one is
-    ready or has failed; in that one, returns the function to call when the server is ready.
+    """Fork for --daemon. The process that the user started exits here, once the server is ready or
+    has failed; in the server, return the function to call when it is ready.
 
     Until then both write to the same stderr, so that a failure looks like one in the foreground.
     Raises Conflict if the pid file names a server that runs.
@@ -13812,7 +13812,7 @@ def go_to_background(args):
 
 
 def logout_hint():
-    """What to do where logging out ends what a user has started (logind.conf(5)), or ""."""
+    """Return a hint where logging out kills a user's processes (logind.conf(5)), else ""."""
     import shutil
     if not os.path.isdir("/run/systemd/system") or not shutil.which("loginctl"):
         return ""
@@ -13846,27 +13846,27 @@ WantedBy={target}
 
 
 def unit_word(word):
-    """A word of ExecStart as systemd reads it back: systemd.syntax(7), systemd.service(5)."""
+    """Quote a word of ExecStart for systemd: systemd.syntax(7), systemd.service(5)."""
     word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{word}"' if re.search(r"[^\w@%+=:,./$-]", word) or not word else word
 
 
 def unit_text(words, directory, user):
-    """The unit that starts a server with these words. user: for one user, not for the system."""
+    """Return the unit that runs these words. user: a user unit, not a system unit."""
     return UNIT.format(command=" ".join(map(unit_word, words)),
                        directory=directory.replace("%", "%%"),
                        target="default.target" if user else "multi-user.target")
 
 
 def unit_path(user):
-    """Where the unit is kept."""
+    """Return the path of the unit."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     return os.path.join(home, "systemd", "user", UNIT_NAME) if user else \
         os.path.join("/etc/systemd/system", UNIT_NAME)
 
 
 def systemctl(user, *words):
-    """(exit code, what it said) of systemctl; (None, why) where systemd does not run."""
+    """Run systemctl; return (exit code, output), or (None, reason) where systemd does not run."""
     import shutil
     if not shutil.which("systemctl") or not os.path.isdir("/run/systemd/system"):
         return None, "systemd does not run here"
@@ -13878,8 +13878,8 @@ def systemctl(user, *words):
 
 
 class Ending:
-    """The end by SIGINT, SIGTERM or SIGHUP (which stays ignored under nohup(1)): the first of them
-    raises SystemExit, or ends serve(); later ones would only break into that."""
+    """Shutdown by SIGINT, SIGTERM or SIGHUP (which stays ignored under nohup(1)): the first signal
+    raises SystemExit, or ends serve(); later ones are ignored."""
 
     def __init__(self):
         import signal
@@ -13900,7 +13900,7 @@ class Ending:
                 break
 
     def serve(self, server, loop, sockets, end):
-        """Serve until the end; call end() and answer the requests at work. loop: waitress's map."""
+        """Serve until a signal; then call end() and finish requests. loop: waitress's map."""
         from waitress import wasyncore
         self.loop = loop
         while not self.signalled:
@@ -13934,7 +13934,7 @@ def import_web(purpose):
 
 
 def web_server(application, sockets, **adjustments):
-    """(waitress's server, its map of sockets) of a WSGI application."""
+    """Return (waitress's server, its map of sockets) for a WSGI application."""
     from waitress.server import create_server
     loop = {}
     return create_server(application, loop, sockets=sockets, asyncore_use_poll=True, ident=None,
@@ -13942,7 +13942,7 @@ def web_server(application, sockets, **adjustments):
 
 
 def api_server(application, sockets, threads, tls):
-    """The web_server of the API. tls: an ssl.SSLContext, or None."""
+    """Return the web_server of the API. tls: an ssl.SSLContext, or None."""
     server, loop = web_server(
         application, sockets, threads=threads + WAITING_CLIENTS, recv_bytes=65_536,
         connection_limit=max(50, min(raise_file_limit() - 100, 4000)),
@@ -14001,7 +14001,7 @@ def serve(args):
 
 
 def environment_database():
-    """The path that DATABASE_URL (sqlite:PATH) names, None without it. Raises UsageError."""
+    """Return the path in DATABASE_URL (sqlite:PATH), None without it. Raises UsageError."""
     url = os.environ.get("DATABASE_URL", "")
     if not url:
         return None
@@ -14029,7 +14029,7 @@ NO_ENTRY = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title
 
 
 def split_host(url):
-    """(host and port, host in small letters) of a URL; two empty texts if it is none."""
+    """Return (host and port, host in lower case) of a URL; two empty strings if it is invalid."""
     from urllib.parse import urlsplit
     try:
         parts = urlsplit(url)
@@ -14068,7 +14068,7 @@ class Dashboard(Site):
                                                ("/dash.js", "text/javascript", DASH_JS))}
 
     def new_link(self):
-        """A URL that lets one browser in, once."""
+        """Return a URL that lets one browser in, once."""
         import secrets
         self.token = secrets.token_urlsafe(24)
         host = next(name for name in ("127.0.0.1", "::1", *sorted(self.names))
@@ -14078,7 +14078,7 @@ class Dashboard(Site):
     # -- who may
 
     def check_place(self, http):
-        """Raise Forbidden for a name that is not ours, and for what another site's page asks."""
+        """Raise Forbidden for a foreign host name and for requests of other sites' pages."""
         host, origin = http.get_header("Host", ""), http.get_header("Origin")
         if split_host(f"//{host}")[1] not in self.names:
             raise Forbidden(f"this dashboard is not called {host!r}")
@@ -14097,7 +14097,7 @@ class Dashboard(Site):
                    for part in http.get_header("Cookie", "").split(";"))
 
     def enter(self, http, response):
-        """The page for a browser that has not been let in: a link that has not been used does."""
+        """Return the page for a browser without the cookie; an unused link's token lets it in."""
         import hmac
         if http.path != "/":
             raise Refused(401, "open the dashboard with a new link")
@@ -14141,13 +14141,13 @@ class Dashboard(Site):
         raise NotFound(f"there is no {http.path} here")
 
     def mine(self):
-        """This thread's client."""
+        """Return this thread's client."""
         if not hasattr(self.local, "client"):
             self.local.client = self.client.clone()
         return self.local.client
 
     def own(self, http):
-        """What an action of the dashboard's own answers."""
+        """Run one of the dashboard's own actions; return its answer."""
         from urllib.parse import parse_qsl
         name, _, rest = http.path[len("/dash/"):].partition("/")
         if name not in self.actions:
@@ -14168,7 +14168,7 @@ class Dashboard(Site):
             raise BadRequest(f"/dash/{name} cannot use this: {error}") from None
 
     def forward(self, http, response):
-        """Hand a request on to the server, with the dashboard's credentials."""
+        """Forward a request to the server with the dashboard's credentials; return the body."""
         path = http.path[len(API_PREFIX):]
         if path.endswith("/events/stream"):
             return self.follow(path, http, response)
@@ -14182,7 +14182,7 @@ class Dashboard(Site):
         return body
 
     def follow(self, path, http, response):
-        """Hand an event stream on, until one of both sides ends it."""
+        """Forward an event stream until either side closes it."""
         with contextlib.ExitStack() as held:
             if not self.streams.acquire(blocking=False):
                 raise Refused(503, "too many event streams are open")
@@ -14195,8 +14195,8 @@ class Dashboard(Site):
             return answer.read()
 
     def pieces(self, answer, source, channel):
-        """What comes of the server's stream; something every few seconds, so that a browser that
-        has gone is noticed."""
+        """Yield what the server's stream sends, or a comment every few seconds, so that a browser
+        that has gone is noticed."""
         import http.client
         yield b": live\n\n"               # so that the browser knows at once
         with contextlib.suppress(OSError, http.client.HTTPException):
@@ -14209,7 +14209,7 @@ class Dashboard(Site):
 
 
 def has_part(response, source, reader, wait_s=2.0):
-    """Whether a response goes on; waits until then, or until its reader hangs up, but not long."""
+    """Wait briefly for more of a response or for its reader to hang up; is there more?"""
     import select
     source.setblocking(False)             # what is buffered already makes no socket readable
     try:
@@ -14226,7 +14226,7 @@ def has_part(response, source, reader, wait_s=2.0):
 
 
 def dash_sockets(host, port, say):
-    """Listening sockets for the dashboard: on this port, or on the next one that is free."""
+    """Listen for the dashboard on this port, or on the next free one."""
     for number in range(port, min(port + 100, 65_536)):
         try:
             sockets = bind_sockets(host, number)
@@ -14241,7 +14241,7 @@ def dash_sockets(host, port, say):
 
 
 def private_socket(path):
-    """A listening UNIX socket that nobody but this user can open, from its first instant.
+    """Return a listening UNIX socket that from the start only this user can open.
 
     Replaces nothing but a socket of this user to which nobody listens any more. Raises Unreachable.
     """
