@@ -7193,7 +7193,7 @@ class Hands:
     def __init__(self, client, directory, size=(80, 24), plain=False):
         args = torc.parse_command(torc.COMMANDS["tui"], [], ["-o", str(directory / "out")])
         self.terminal = torc.Terminal(client, torc.TerminalTools(args), size, plain)
-        self.state = self.terminal.state
+        self.state = self.terminal
         self.terminal.watcher.stop()      # its news come when they come
         self.settle()
 
@@ -7370,7 +7370,7 @@ def test_every_key_of_the_help_can_be_pressed_on_every_page(client, ui, name, mo
             hands.settle()
             hands.state.question = hands.state.prompt = None
             if key in ("x", "W"):         # these start a process at once
-                hands.terminal.state.away = "no", 0.0, time.time() + 1000, 1
+                hands.terminal.away = "no", 0.0, time.time() + 1000, 1
             hands.terminal.press(key)
             hands.text()
             hands.state.away = None

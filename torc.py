@@ -14285,8 +14285,8 @@ def serve_dashboard(dashboard, sockets, ending):
 # 15 Terminal UI
 # ==================================================================================================
 # draw() turns a State into styled lines of any size: a pure function that knows nothing of curses.
-# Terminal takes keys and events and changes the State; a Worker thread asks the server (or the
-# database file), a Listener waits for news. What changes a workflow comes from section 14 as Plans:
+# Terminal is the State that keys and events change; a Worker thread asks the server (or the
+# database file), a Listener waits for news. What changes a workflow comes from section 13 as Plans:
 # a dry run in sentences, and a function that carries it out.
 
 class Look(NamedTuple):
@@ -14451,10 +14451,10 @@ class State:
         self.going = False                # g was pressed, a page's letter is to follow
         self.away = None                  # (why, since, time of the next try, tries)
         self.live, self.everybody, self.mouse = True, False, False
-        self.where, self.output_dir = "", DEFAULT_OUTPUT_DIR
+        self.where = ""
         self.busy = ""                    # the action under way
         self.children = []
-        self.now = 0.0
+        self.now = time.time()
 
     @property
     def page(self):
@@ -15777,7 +15777,7 @@ class Loading:
     def key_of(self, page):
         """What the data of a page depends on, besides the window."""
         return (page.filter, page.order, page.stream if page.kind.lines else 0,
-                self.state.everybody, self.state.width if page.name == "timeline" else 0)
+                self.everybody, self.width if page.name == "timeline" else 0)
 
     def covered(self, page):
         """Whether the rows in view are there."""
@@ -15785,7 +15785,7 @@ class Loading:
             return bool(page.data)
         first, rows = page.data["offset"], page.data["rows"]
         return first <= page.top and first + len(rows) >= min(
-            page.data["total"], page.top + room_of(self.state, page))
+            page.data["total"], page.top + room_of(self, page))
 
     def pause(self, page):
         """Seconds after which a page is loaded again though nothing was heard."""
@@ -15801,38 +15801,38 @@ class Loading:
         """Seconds until a page is to be loaded; 0: now."""
         if page.loading:
             return math.inf
-        if self.state.away:
-            return max(0.0, self.state.away[2] - time.time())
+        if self.away:
+            return max(0.0, self.away[2] - time.time())
         since = now - page.asked_at
         if page.key != self.key_of(page) or not page.data and not page.error:
             return 0.0
         if not self.covered(page) and not page.error:
             return max(0.0, 0.2 - since)
-        if not self.state.live:
+        if not self.live:
             return math.inf
         wait_s = self.pause(page) - (now - page.loaded_at)
         return max(0.0, min(wait_s, 1.0 - since) if page.stale else wait_s)
 
     def tick(self):
         """Load what is due; returns the seconds until something is."""
-        self.state.now = time.time()
-        page, now = self.state.page, time.monotonic()
+        self.now = time.time()
+        page, now = self.page, time.monotonic()
         wait_s = self.due(page, now)
         if wait_s <= 0:
             self.load(page)
             wait_s = 1.0
         self.ask_hint(page)
-        watched = page.workflow_id if self.state.live and not self.state.away else None
+        watched = page.workflow_id if self.live and not self.away else None
         self.watcher.aim(self.client, watched)
-        return min(wait_s, 1.0 if self.state.away or page.loading else 30.0)
+        return min(wait_s, 1.0 if self.away or page.loading else 30.0)
 
     def load(self, page):
         """Let the worker load a page: its window and as much on either side."""
-        room = room_of(self.state, page)
+        room = room_of(self, page)
         offset = max(0, page.top - room)
         ask = Ask(page.workflow_id, page.job_id, offset, page.top + 2 * room - offset,
-                  page.filter, page.order, page.stream, self.state.width, page.data,
-                  self.state.everybody, page.record, self.tools)
+                  page.filter, page.order, page.stream, self.width, page.data,
+                  self.everybody, page.record, self.tools)
         key, started = self.key_of(page), time.monotonic()
         page.loading, page.stale, page.asked_at = True, False, started
 
@@ -15844,7 +15844,7 @@ class Loading:
             return page.kind.load(client, ask), time.monotonic() - begun
 
         self.worker.ask("load", task, lambda result, error: self.loaded(page, key, result, error))
-        for other in self.state.pages:    # a load that was not begun is none
+        for other in self.pages:    # a load that was not begun is none
             if other is not page:
                 other.loading = False
 
@@ -15855,8 +15855,8 @@ class Loading:
         if isinstance(error, Unreachable):
             self.lost(error)
             return
-        if self.state.away:
-            self.state.away = None
+        if self.away:
+            self.away = None
             self.say("The server answers again.")
         page.error = error
         if not error:
@@ -15870,7 +15870,7 @@ class Loading:
         """Keep focus and window of a page within what there is."""
         total = self.total(page)
         page.cursor = max(0, min(page.cursor, total - 1))
-        room = room_of(self.state, page)
+        room = room_of(self, page)
         page.top = max(0, min(page.top, page.cursor, total - room))
         page.top = max(page.top, page.cursor - room + 1)
 
@@ -15878,12 +15878,12 @@ class Loading:
         """How many rows a page has."""
         if page.kind.columns:
             return page.data.get("total", 0)
-        return len(page_rows(self.state, page)) if page.kind.rows else 0
+        return len(page_rows(self, page)) if page.kind.rows else 0
 
     def ask_hint(self, page):
         """Let the worker find out what is to be said of the row in focus."""
         record = focused(page) if page.kind.hint and page.data else None
-        if not record or self.state.away:
+        if not record or self.away:
             return
         key = hint_key(record)
         if key in page.hints or self.hint_asked == (page, key):
@@ -15900,8 +15900,8 @@ class Loading:
     def heard(self, news):
         """An event: something has happened in the workflow in view."""
         self.complete = news["is_complete"]
-        self.state.page.stale = True
-        self.state.page.hints.clear()
+        self.page.stale = True
+        self.page.hints.clear()
         self.hint_asked = None
 
     def lost(self, error):
@@ -15909,11 +15909,11 @@ class Loading:
         if not isinstance(error, Unreachable):
             return                        # the page itself says it
         now = time.time()
-        _, since, _, tries = self.state.away or ("", now, 0, 0)
-        if self.state.away and self.state.away[2] > now:
+        _, since, _, tries = self.away or ("", now, 0, 0)
+        if self.away and self.away[2] > now:
             return                        # the other thread has told it
         pause = RETRY_S[min(tries, len(RETRY_S) - 1)]
-        self.state.away = str(error).rstrip(".") + ".", since, now + pause, tries + 1
+        self.away = str(error).rstrip(".") + ".", since, now + pause, tries + 1
 
 
 class Moving:
@@ -15924,14 +15924,14 @@ class Moving:
         page = View(name, **about)
         if PAGES[name].tab and about.get("workflow_id") is not None and not page.title:
             page.title = self.title_of(about["workflow_id"])
-        self.state.pages.append(page)
+        self.pages.append(page)
         if page.kind.load is load_nothing:
             page.data = {"there": True}
             page.key = self.key_of(page)
 
     def title_of(self, workflow_id):
         """The name of a workflow that one has come by."""
-        for page in reversed(self.state.pages):
+        for page in reversed(self.pages):
             if page.workflow_id == workflow_id and page.kind.tab:
                 return page.title
             record = focused(page) if page.name == "workflows" and page.data else None
@@ -15941,9 +15941,9 @@ class Moving:
 
     def turn(self, name):
         """Show another page of the same workflow in place of this one."""
-        if name == self.state.page.name:
+        if name == self.page.name:
             return
-        pages = self.state.pages
+        pages = self.pages
         if PAGES[name].tab:
             workflow_id = self.workflow_id()
             if workflow_id is None:
@@ -15959,16 +15959,16 @@ class Moving:
 
     def workflow_id(self):
         """The workflow that one is in, or that is in focus."""
-        page = self.state.page
+        page = self.page
         if page.name == "workflows":
             record = focused(page)
             return record["id"] if record else None
-        return next((page.workflow_id for page in reversed(self.state.pages)
+        return next((page.workflow_id for page in reversed(self.pages)
                      if page.workflow_id is not None), None)
 
     def job_id(self):
         """The job that one is at, or that is in focus."""
-        page = self.state.page
+        page = self.page
         record = focused(page) if page.name == "jobs" else None
         return record["id"] if record else page.job_id
 
@@ -15976,15 +15976,15 @@ class Moving:
         """Put the focus on a row."""
         total = self.total(page)
         page.cursor = max(0, min(cursor, total - 1))
-        room = room_of(self.state, page)
+        room = room_of(self, page)
         page.top = max(min(page.top, page.cursor), page.cursor - room + 1, 0)
 
     def scroll(self, rows):
         """Move the focus by so many rows; it passes over blank lines and headings."""
-        page = self.state.page
+        page = self.page
         if abs(rows) > 1:
-            page.top = max(0, min(page.top + rows, self.total(page) - room_of(self.state, page)))
-        shown = page_rows(self.state, page) if page.kind.rows else ()
+            page.top = max(0, min(page.top + rows, self.total(page) - room_of(self, page)))
+        shown = page_rows(self, page) if page.kind.rows else ()
         place = max(0, min(page.cursor + rows, self.total(page) - 1))
         while 0 <= place < len(shown) and is_heading(shown[place]):
             place += 1 if rows > 0 else -1
@@ -15999,24 +15999,24 @@ class Moving:
 
     def do_page(self, pages):
         """Move the focus by so many screens."""
-        self.scroll(pages * max(2, room_of(self.state, self.state.page) - 1))
+        self.scroll(pages * max(2, room_of(self, self.page) - 1))
 
     def do_edge(self, end):
         """Put the focus on the first row, or on the last one."""
-        self.move(self.state.page, end * self.total(self.state.page))
+        self.move(self.page, end * self.total(self.page))
 
     def do_tab(self, step):
         """The next or last page of the workflow."""
-        if self.state.page.workflow_id is None:
-            if step > 0 and self.state.page.name == "workflows":
+        if self.page.workflow_id is None:
+            if step > 0 and self.page.name == "workflows":
                 self.do_enter()
             return
         tabs = [name for name, kind in PAGES.items() if kind.tab]
-        name = self.state.page.name if self.state.page.kind.tab else "jobs"
+        name = self.page.name if self.page.kind.tab else "jobs"
         self.turn(tabs[(tabs.index(name) + step) % len(tabs)])
 
     def do_enter(self):
-        page = self.state.page
+        page = self.page
         if page.kind.columns:
             record = focused(page)
             if not record:
@@ -16032,7 +16032,7 @@ class Moving:
             else:
                 self.open("record", workflow_id=page.workflow_id, record=record)
             return
-        rows = page_rows(self.state, page)
+        rows = page_rows(self, page)
         to = rows[page.cursor].to if page.cursor < len(rows) else None
         if to:
             self.open(to[0], **to[1])
@@ -16040,11 +16040,11 @@ class Moving:
             self.do_log()
 
     def do_back(self):
-        if len(self.state.pages) > 1:
-            self.state.pages.pop()
-            self.state.page.stale = True
+        if len(self.pages) > 1:
+            self.pages.pop()
+            self.page.stale = True
             return
-        running = [child for child in self.state.children if child.running]
+        running = [child for child in self.children if child.running]
         if not running:
             self.ended = True
             return
@@ -16054,7 +16054,7 @@ class Moving:
         if self.server:
             choices = choices[1:]
             lines.append("The server that they use was started for this program and ends with it.")
-        self.state.question = Question(Plan(
+        self.question = Question(Plan(
             f"Leave torc while {plural(len(running), 'process')} started here still "
             f"{'runs' if len(running) == 1 else 'run'}", lines, tuple(choices)), self.leave)
 
@@ -16063,40 +16063,40 @@ class Moving:
         self.ended, self.keep_children = True, keep
 
     def do_leave(self):
-        page = self.state.page
+        page = self.page
         if page.filter and page.kind.columns:
             self.set_filter(page, "")
-        elif len(self.state.pages) > 1:
+        elif len(self.pages) > 1:
             self.do_back()
 
     def do_help(self):
-        if self.state.page.name != "help":
+        if self.page.name != "help":
             self.open("help")
 
     def do_go(self):
-        self.state.going = True
+        self.going = True
 
     def do_processes(self):
-        if self.state.page.name != "processes":
+        if self.page.name != "processes":
             self.open("processes")
 
     def wheel(self, rows):
         """The wheel was turned by so many rows."""
-        if self.state.question or self.state.prompt:
+        if self.question or self.prompt:
             return
-        if self.state.page.kind.lines:
+        if self.page.kind.lines:
             self.log_scroll(rows)
         else:
-            self.move(self.state.page, self.state.page.cursor + rows)
+            self.move(self.page, self.page.cursor + rows)
 
     def click(self, x, y):
         """A click: on a tab, or on a row; a second one on it opens it."""
-        state, page = self.state, self.state.page
-        if state.question or state.prompt:
+        page = self.page
+        if self.question or self.prompt:
             return
         if y == 1 and page.workflow_id is not None:
             at = 0
-            for text, _ in tabs_line(state, state.width):
+            for text, _ in tabs_line(self, self.width):
                 at += text_width(text)
                 if x < at:
                     name = next((name for name, kind in PAGES.items()
@@ -16104,8 +16104,8 @@ class Moving:
                     if name:
                         self.turn(name)
                     return
-        row = page.top + y - 2 - len(away_lines(state, state.width)) - bool(page.kind.columns)
-        if page.top <= row < min(self.total(page), page.top + room_of(state, page)):
+        row = page.top + y - 2 - len(away_lines(self, self.width)) - bool(page.kind.columns)
+        if page.top <= row < min(self.total(page), page.top + room_of(self, page)):
             if row == page.cursor:
                 self.do_enter()
             else:
@@ -16113,8 +16113,8 @@ class Moving:
 
     def resize(self, width, height):
         """The terminal has another size."""
-        self.state.width, self.state.height = width, height
-        for page in self.state.pages:
+        self.width, self.height = width, height
+        for page in self.pages:
             if page.data and not page.kind.lines:
                 self.settle(page)
 
@@ -16123,28 +16123,28 @@ class Listing:
     """What a list shows, and where it comes from."""
 
     def do_reload(self):
-        page = self.state.page
-        if self.state.away:
-            self.state.away = (*self.state.away[:2], 0.0, 0)
+        page = self.page
+        if self.away:
+            self.away = (*self.away[:2], 0.0, 0)
         page.stale, page.asked_at, page.loaded_at = True, -math.inf, -math.inf
         page.error, page.hints = None, {}
         if not page.loading and page.kind.load is not load_nothing:
             self.load(page)
 
     def do_live(self):
-        self.state.live = not self.state.live
-        self.say("Follows what happens." if self.state.live else
+        self.live = not self.live
+        self.say("Follows what happens." if self.live else
                  "Paused: r loads again, A goes on.")
 
     def do_everybody(self):
-        self.state.everybody = not self.state.everybody
-        self.move(self.state.page, 0)
+        self.everybody = not self.everybody
+        self.move(self.page, 0)
 
     def do_filter(self):
-        page = self.state.page
+        page = self.page
         hint = "words of the name; failed, running, ...; family:NAME" if page.name == "jobs" \
             else "words of name, project, description"
-        self.prompt("Filter", page.filter, lambda text: self.set_filter(page, text), hint)
+        self.ask_line("Filter", page.filter, lambda text: self.set_filter(page, text), hint)
 
     def set_filter(self, page, text):
         """Show only what matches."""
@@ -16152,7 +16152,7 @@ class Listing:
         page.data = {}
 
     def do_order(self):
-        page = self.state.page
+        page = self.page
         page.order = (page.order + 1) % len(JOB_ORDERS_SHOWN)
         page.cursor = page.top = 0
         page.data = {}
@@ -16166,28 +16166,28 @@ class Listing:
             except TorcError as error:
                 self.say(str(error), "alarm")
 
-        self.prompt("Server", "" if self.client.is_local else self.client.where, take,
+        self.ask_line("Server", "" if self.client.is_local else self.client.where, take,
                     f"as in {DEFAULT_URL}")
 
     def connect(self, client):
         """Show another server's workflows."""
-        if self.state.children and any(child.running for child in self.state.children):
+        if self.children and any(child.running for child in self.children):
             self.say("What was started here goes on with the server it was started with.")
         self.watcher.aim(None, None)
         self.worker.stop()
-        self.client, self.checked, self.state.away = client, False, None
+        self.client, self.checked, self.away = client, False, None
         self.worker = Worker(client.clone(), self.post)
         self.events.clear()
-        self.state.pages[:] = [View("workflows")]
+        self.pages[:] = [View("workflows")]
         self.show_place()
 
     def do_output_dir(self):
         def take(text):
             if text:
-                self.tools.output_dir = self.state.output_dir = text
+                self.tools.output_dir = text
                 self.say(f"What is started here writes to {os.path.abspath(text)}")
 
-        self.prompt("Output directory", self.state.output_dir, take)
+        self.ask_line("Output directory", self.tools.output_dir, take)
 
 
 class Reading:
@@ -16195,16 +16195,16 @@ class Reading:
 
     def log_size(self):
         """How many lines of the log are here, 0 if it is not loaded."""
-        page = self.state.page
+        page = self.page
         return len(log_lines(page.data["streams"][page.stream])) if page.data else 0
 
     def log_scroll(self, lines):
         """Move in a log by so many lines; the end is followed."""
-        page, height = self.state.page, self.state.height - 4
+        page, height = self.page, self.height - 4
         if not page.data:
             return
         if page.follow:
-            page.top = log_window(page, self.state.width, height)[0]
+            page.top = log_window(page, self.width, height)[0]
         bottom = max(0, self.log_size() - height)
         page.top = max(0, min(page.top + lines, bottom if not page.wrap else max(
             0, self.log_size() - 1)))
@@ -16213,20 +16213,20 @@ class Reading:
     def do_log(self):
         job_id = self.job_id()
         if job_id is not None:
-            record = focused(self.state.page) if self.state.page.name == "jobs" else None
-            self.open("log", workflow_id=self.state.page.workflow_id, job_id=job_id,
-                      title=record["name"] if record else self.state.page.title)
+            record = focused(self.page) if self.page.name == "jobs" else None
+            self.open("log", workflow_id=self.page.workflow_id, job_id=job_id,
+                      title=record["name"] if record else self.page.title)
 
     def do_stream(self):
-        page = self.state.page
+        page = self.page
         if page.data:
             page.stream, page.top, page.follow, page.hit = 1 - page.stream, 0, True, None
 
     def do_follow(self):
-        page = self.state.page
+        page = self.page
         page.follow = not page.follow
         if not page.follow and page.data:
-            page.top = max(0, self.log_size() - self.state.height + 4)
+            page.top = max(0, self.log_size() - self.height + 4)
 
     def do_log_step(self, lines):
         """Move in a log by so many lines."""
@@ -16234,38 +16234,38 @@ class Reading:
 
     def do_log_page(self, pages):
         """Move in a log by so many screens."""
-        self.log_scroll(pages * (self.state.height - 5))
+        self.log_scroll(pages * (self.height - 5))
 
     def do_log_edge(self, end):
         """To the start of a log, or to its end, which is followed then."""
-        self.state.page.follow, self.state.page.top = bool(end), 0
+        self.page.follow, self.page.top = bool(end), 0
 
     def do_shift(self, columns):
         """Show columns of long lines further to the right, or to the left."""
-        self.state.page.column = max(0, self.state.page.column + columns)
+        self.page.column = max(0, self.page.column + columns)
 
     def do_wrap(self):
-        page = self.state.page
+        page = self.page
         page.wrap, page.column = not page.wrap, 0
 
     def do_path(self):
-        page = self.state.page
+        page = self.page
         if page.data:
             path = page.data["streams"][page.stream].path
-            self.state.question = Question(Plan("The file", (path or "none is kept",), ()), None)
+            self.question = Question(Plan("The file", (path or "none is kept",), ()), None)
 
     def do_search(self):
-        page = self.state.page
+        page = self.page
 
         def take(text):
             page.wanted, page.hit = text, None
             self.find(-1 if page.follow else page.top - 1, 1)
 
-        self.prompt("Find", page.wanted, take)
+        self.ask_line("Find", page.wanted, take)
 
     def find(self, start, step):
         """Show the next line behind `start` that holds what is searched for."""
-        page = self.state.page
+        page = self.page
         if not page.data or not page.wanted:
             return
         lines = log_lines(page.data["streams"][page.stream])
@@ -16278,11 +16278,11 @@ class Reading:
                      f"{page.wanted!r} {'below' if step > 0 else 'above'}.", "alarm")
             return
         page.hit, page.follow = found, False
-        page.top = max(0, found - (self.state.height - 4) // 3)
+        page.top = max(0, found - (self.height - 4) // 3)
 
     def do_hit(self, step):
         """The next place of what is searched for, or the one before."""
-        hit = self.state.page.hit
+        hit = self.page.hit
         self.find(hit if hit is not None else -1 if step > 0 else self.log_size(), step)
 
 
@@ -16293,18 +16293,18 @@ class Operating:
         """Find out what an operation would do, then ask."""
         if target is None:
             self.say("Nothing is in focus.", "alarm")
-        elif self.state.busy:
-            self.say(f"One thing at a time: {self.state.busy}.", "alarm")
-        elif self.state.away:
+        elif self.busy:
+            self.say(f"One thing at a time: {self.busy}.", "alarm")
+        elif self.away:
             self.say("The server does not answer.", "alarm")
         else:
-            self.state.busy = f"Looking what this would do: {said(verb)}"
+            self.busy = f"Looking what this would do: {said(verb)}"
             self.worker.ask("act", lambda client: self.tools.plan(verb, client, target),
                             self.planned)
 
     def planned(self, plan, error):
         """An event: a dry run is here."""
-        self.state.busy = ""
+        self.busy = ""
         if error:
             self.failed(error)
         elif not plan.choices:
@@ -16312,17 +16312,17 @@ class Operating:
         elif plan.sure:
             self.carry_out(plan.choices[0].do)
         else:
-            self.state.question = Question(plan, self.carry_out)
+            self.question = Question(plan, self.carry_out)
 
     def carry_out(self, function):
         """Let the worker do what was chosen."""
-        self.state.busy = "At work"
+        self.busy = "At work"
         self.worker.ask("act", function, self.done)
 
     def done(self, result, error):
         """An event: an action has ended."""
-        self.state.busy = ""
-        for page in self.state.pages:
+        self.busy = ""
+        for page in self.pages:
             page.stale, page.asked_at = True, -math.inf
             page.hints, self.hint_asked = {}, None
         if error:
@@ -16339,38 +16339,38 @@ class Operating:
         text = str(error)
         if isinstance(error, Unreachable):
             self.lost(error)
-        if text_width(text) < self.state.width - 2 and "\n" not in text:
+        if text_width(text) < self.width - 2 and "\n" not in text:
             self.say(text, "alarm")
         else:
-            self.state.question = Question(Plan("That does not work", tuple(
+            self.question = Question(Plan("That does not work", tuple(
                 text.splitlines()), ()), None)
 
     def start(self, wanted):
         """Start a child process of our own command line."""
         try:
-            child = Started(wanted, self.client, self.state.output_dir,
-                            tui_name(len(self.state.children) + 1))
+            child = Started(wanted, self.client, self.tools.output_dir,
+                            tui_name(len(self.children) + 1))
         except OSError as error:
             self.say(f"{error.filename or 'torc'}: {error.strerror}", "alarm")
             return
-        self.state.children.append(child)
+        self.children.append(child)
         self.say(f"Started {wanted.title} (pid {child.process.pid}); O shows what it writes.")
 
     def children_changed(self):
         """Say which child has ended."""
-        for child in self.state.children:
+        for child in self.children:
             if child.process.poll() is not None and not getattr(child, "told", False):
                 child.told = True
                 code = child.process.returncode
                 self.say(f"{child.title} has ended" + (f" with {code}; O shows why" if code else
                                                        ""), "alarm" if code else "")
-                self.state.page.stale = True
+                self.page.stale = True
 
     def do_end_process(self):
-        page = self.state.page
-        child = next((one for one in self.state.children if one.log == page.record), None) \
-            if page.name == "output" else self.state.children[page.cursor] \
-            if page.cursor < len(self.state.children) else None
+        page = self.page
+        child = next((one for one in self.children if one.log == page.record), None) \
+            if page.name == "output" else self.children[page.cursor] \
+            if page.cursor < len(self.children) else None
         if not child or not child.running:
             self.say("It has ended already.")
             return
@@ -16379,18 +16379,18 @@ class Operating:
             child.process.terminate()
             self.say(f"Told {child.title} to end.")
 
-        self.state.question = Question(Plan(
+        self.question = Question(Plan(
             f"End {child.title} (pid {child.process.pid})",
             ("It gets SIGTERM. A runner ends its jobs, which are ready again then.",),
             (Choice("y", "end it", None),)), take)
 
     def do_create(self):
-        self.prompt("Specification file", "", lambda text: text and self.act(
+        self.ask_line("Specification file", "", lambda text: text and self.act(
             "create", os.path.expanduser(text)), "path of a .yaml, .json, ... file")
 
 
-class Terminal(Loading, Moving, Listing, Reading, Operating):
-    """The terminal UI without its terminal: keys and events change the State, which is drawn.
+class Terminal(State, Loading, Moving, Listing, Reading, Operating):
+    """The terminal UI without its terminal: the State, which is drawn, with what changes it.
 
     tools: what section 14 lends: plan(verb, client, target), find_output(client, job),
     allocations(client, workflow_id), checks(client), connect(url), and output_dir. wake: called
@@ -16399,13 +16399,11 @@ class Terminal(Loading, Moving, Listing, Reading, Operating):
 
     def __init__(self, client, tools, size=SMALLEST, plain=False, wake=None, server=None):
         import collections
+        super().__init__(size, plain)
         self.client, self.tools, self.server = client, tools, server
         self.wake = wake or (lambda: None)
         self.events, self.typed = collections.deque(), collections.deque()
-        self.state = State(size, plain)
-        self.state.output_dir = tools.output_dir
-        self.state.pages.append(View("workflows"))
-        self.state.now = time.time()
+        self.pages.append(View("workflows"))
         self.checked = False              # that the server knows what the pages ask for
         self.complete = False             # the workflow in view goes on no more
         self.hint_asked = None
@@ -16423,7 +16421,7 @@ class Terminal(Loading, Moving, Listing, Reading, Operating):
 
     def show_place(self):
         """Say where the workflows are."""
-        self.state.where = os.path.basename(self.client.where) if self.client.is_local else \
+        self.where = os.path.basename(self.client.where) if self.client.is_local else \
             f"{self.client.address.host}:{self.client.address.port}"
 
     def close(self):
@@ -16431,10 +16429,10 @@ class Terminal(Loading, Moving, Listing, Reading, Operating):
         self.watcher.stop()
         self.worker.stop()
         if self.server or not self.keep_children:
-            for child in self.state.children:            # all of them at once, then wait
+            for child in self.children:   # all of them at once, then wait
                 if child.running:
                     child.process.terminate()
-            for child in self.state.children:
+            for child in self.children:
                 child.end()
         if self.server:
             self.server.end()
@@ -16446,23 +16444,22 @@ class Terminal(Loading, Moving, Listing, Reading, Operating):
 
     def say(self, text, style=""):
         """Show a message until the next key."""
-        self.state.message, self.state.message_style = printable(text), style
+        self.message, self.message_style = printable(text), style
 
     def press(self, key):
         """A key: its name as in KEYS, or a character."""
-        state = self.state
-        state.message = ""
-        if state.question:
+        self.message = ""
+        if self.question:
             self.answer(key)
-        elif state.prompt:
+        elif self.prompt:
             self.type(key)
-        elif state.going:
-            state.going = False
+        elif self.going:
+            self.going = False
             name = next((name for name, kind in PAGES.items() if kind.go == key), None)
             if name:
                 self.turn(name)
         else:
-            action = action_of(state.page, key)
+            action = action_of(self.page, key)
             if action in OPERATIONS and action != "create":
                 self.act(action, self.job_id() if OPERATIONS[action].target == "jobs" else
                          self.workflow_id())
@@ -16475,20 +16472,20 @@ class Terminal(Loading, Moving, Listing, Reading, Operating):
     def take_keys(self):
         """Press the keys that were typed; those for a page that is about to come wait for it."""
         while self.typed and not self.ended:
-            page = self.state.page
-            empty = not page.data and not page.error and not self.state.away
+            page = self.page
+            empty = not page.data and not page.error and not self.away
             if empty and self.typed[0] not in ("q", "Esc", "?", "r") and not (
-                    self.state.prompt or self.state.question) and (
+                    self.prompt or self.question) and (
                     time.monotonic() - page.asked_at < 2.0 or page.asked_at == -math.inf):
                 return
             self.press(self.typed.popleft())
 
     def answer(self, key):
         """A key while a question is asked."""
-        question = self.state.question
+        question = self.question
         chosen = next((choice for choice in question.plan.choices if choice.key == key), None)
         if chosen or key in ("n", "Enter", "Esc", "q"):
-            self.state.question = None
+            self.question = None
             if chosen:
                 question.take(chosen.do)
             elif question.plan.choices:
@@ -16496,12 +16493,12 @@ class Terminal(Loading, Moving, Listing, Reading, Operating):
 
     def type(self, key):
         """A key while a line is typed."""
-        prompt = self.state.prompt
+        prompt = self.prompt
         if key == "Enter":
-            self.state.prompt = None
+            self.prompt = None
             prompt.take(prompt.text.strip())
         elif key == "Esc":
-            self.state.prompt = None
+            self.prompt = None
         elif key == "Backspace":
             prompt.text = prompt.text[:-1]
         elif key == "Ctrl-U":
@@ -16511,13 +16508,13 @@ class Terminal(Loading, Moving, Listing, Reading, Operating):
         elif len(key) == 1 and key.isprintable():
             prompt.text += key
 
-    def prompt(self, label, text, take, hint=""):
+    def ask_line(self, label, text, take, hint=""):
         """Let a line be typed."""
-        self.state.prompt = Prompt(label, text, take, hint)
+        self.prompt = Prompt(label, text, take, hint)
 
     def do_mouse(self):
-        self.state.mouse = not self.state.mouse
-        self.say("Wheel and click work; hold Shift to select text." if self.state.mouse else
+        self.mouse = not self.mouse
+        self.say("Wheel and click work; hold Shift to select text." if self.mouse else
                  "The mouse is the terminal's again.")
 
     def do_redraw(self):
@@ -16760,7 +16757,7 @@ def run_terminal(client, tools, server=None):
         elif server:
             server.end()
         signals.restore()
-    for child in terminal.state.children:
+    for child in terminal.children:
         if child.running:
             print(f"torc: {child.title} goes on (pid {child.process.pid}), its output is in "
                   f"{child.log}", file=sys.stderr)
@@ -16770,11 +16767,11 @@ def run_terminal(client, tools, server=None):
 def loop(terminal, canvas, signals):
     """Draw, wait, take keys and events, until the end; returns the exit code."""
     import signal
-    state, silent = terminal.state, 0
+    silent = 0
     while not terminal.ended:
         wait_s = terminal.tick()
-        canvas.set_mouse(state.mouse)
-        canvas.draw(draw(state))
+        canvas.set_mouse(terminal.mouse)
+        canvas.draw(draw(terminal))
         ready = signals.wait(wait_s)
         pressed = False
         for key in canvas.keys():
@@ -16792,7 +16789,7 @@ def loop(terminal, canvas, signals):
         if signal.SIGTSTP in seen or terminal.suspending:
             terminal.suspending = False
             canvas.suspend()
-        if canvas.size() != (state.width, state.height):
+        if canvas.size() != (terminal.width, terminal.height):
             terminal.resize(*canvas.size())
         if terminal.redrawing:
             terminal.redrawing = False
