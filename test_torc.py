@@ -23,6 +23,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7360,13 +7361,14 @@ def test_every_key_of_the_help_can_be_pressed_on_every_page(client, ui, name, mo
     monkeypatch.setattr(torc, "Started", lambda *args: pytest.fail("nothing is to be started"))
     workflow_id, ids = small(client)
     hands = ui()
+    job = {"id": ids["fetch"], "name": "fetch"}
+    gone = types.SimpleNamespace(log="/nonexistent", running=False)
+    subjects = {"job": job, "log": job, "record": job, "output": {"name": "run", "child": gone}}
     for names, _, _, _ in torc.keys_of(torc.View(name)):
         for key in names.split():
             del hands.state.pages[1:]
             if name != "workflows":
-                record = {"id": 1} if name == "record" else "/nonexistent"
-                hands.terminal.open(name, workflow_id=workflow_id, job_id=ids["fetch"],
-                                    record=record)
+                hands.terminal.open(name, subjects.get(name))
             hands.settle()
             hands.state.question = hands.state.prompt = None
             if key in ("x", "W"):         # these start a process at once

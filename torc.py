@@ -14367,51 +14367,31 @@ def percent(done, total):
     return f"{100 * done // total if total else 0} %"
 
 
-class Search(NamedTuple):
-    """What the filter of a list of jobs asks for."""
-
-    statuses: tuple = ()
-    words: tuple = ()
-    family: str = ""
-
-
 def read_filter(text):
-    """The Search of a filter: words that are a status, family:NAME, and words of the name."""
+    """The query of a list of jobs from a filter: statuses, family:NAME, and words of the name."""
     words = text.split()
-    statuses = tuple(word for word in words if word in STATUS_OF_NAME)
+    statuses = [word for word in words if word in STATUS_OF_NAME]
     family = next((word[7:] for word in words if word.startswith("family:")), "")
-    return Search(statuses, tuple(word for word in words if word not in STATUS_OF_NAME
-                                  and not word.startswith("family:")), family)
+    names = [word for word in words if word not in statuses and not word.startswith("family:")]
+    return {"status": ",".join(statuses) or None, "search": " ".join(names) or None,
+            "family": family or None}
 
 
 # ---- state
 
-class Ask(NamedTuple):
-    """What a page wants to be loaded with."""
-
-    workflow_id: int | None
-    job_id: int | None
-    offset: int
-    limit: int
-    filter: str
-    order: int
-    stream: int
-    width: int
-    known: dict                           # what was loaded last, not to be changed
-    everybody: bool
-    record: Any
-    tools: Any
-
-
 class View:
-    """A page that is open: where one is on it, and what was loaded for it."""
+    """A page that is open: where one is on it, and what was loaded for it.
 
-    def __init__(self, name, workflow_id=None, job_id=None, title="", filter="", record=None):
-        self.name, self.workflow_id, self.job_id, self.title = name, workflow_id, job_id, title
-        self.record = record              # of a list, or the path of a log
-        self.filter, self.order = filter, 0
+    workflow: the record of the one it belongs to. subject: the record that it shows, such as a job;
+    of a list of jobs, its filter; of the output of a process, its name and the Started.
+    """
+
+    def __init__(self, name, workflow=None, subject=None):
+        self.name, self.workflow, self.subject = name, workflow, subject
+        self.filter, self.order = subject if name == "jobs" and subject else "", 0
         self.cursor = self.top = 0
-        self.data, self.error = {}, None
+        self.offset = self.limit = 0      # of the records that are loaded for a list
+        self.data, self.error = {}, None  # data: never changed, only replaced
         self.loaded_at, self.asked_at = -math.inf, -math.inf
         self.loading, self.stale = False, True
         self.cost_s, self.key = 0.0, None           # of the last load, and what it was for
@@ -14585,7 +14565,7 @@ def cells_line(columns, cells, width):
     return line[:-1]
 
 
-# ---- what is loaded for a page: functions of (client, Ask), run by the Worker
+# ---- what is loaded for a page: functions of (client, a copy of the View, Terminal), run by Worker
 
 def require_views(client):
     """Raise TorcError for a server that lacks what the pages ask for, such as upstream's."""
@@ -14601,21 +14581,21 @@ def list_window(page):
     return {"rows": page["items"], "offset": page["offset"], "total": page["total_count"]}
 
 
-def load_workflows(client, ask):
+def load_workflows(client, page, terminal):
     """The window of the list of workflows."""
     window = list_window(client.page(
         "/workflows", is_archived=False, sort_by="id", reverse_sort=True, include_counts=True,
-        user=None if ask.everybody else client.user, search=ask.filter.strip() or None,
-        offset=ask.offset, limit=ask.limit))
+        user=None if terminal.everybody else client.user, search=page.filter.strip() or None,
+        offset=page.offset, limit=page.limit))
     for record in window["rows"]:
         record["share"] = percent(record["done"], record["total"])
         record["failed"] = record["counts"].get("failed") or None
     return window
 
 
-def load_overview(client, ask):
+def load_overview(client, page, terminal):
     """How far a workflow is, and why not further."""
-    path = f"/workflows/{ask.workflow_id}"
+    path = f"/workflows/{page.workflow['id']}"
     return {**client.get(path + "/summary"), "workflow": client.get(path)}
 
 
@@ -14625,30 +14605,34 @@ JOB_ORDERS_SHOWN = (                      # words, sort_by, in descending order
     ("latest id", "id", True))
 
 
-def load_jobs(client, ask):
+def load_jobs(client, page, terminal):
     """The window of the list of jobs."""
-    search = read_filter(ask.filter)
-    words, sort_by, reverse = JOB_ORDERS_SHOWN[ask.order % len(JOB_ORDERS_SHOWN)]
+    words, sort_by, reverse = JOB_ORDERS_SHOWN[page.order]
     return {"order": words, **list_window(client.page(
-        "/jobs", workflow_id=ask.workflow_id, sort_by=sort_by, reverse_sort=reverse or None,
-        status=",".join(search.statuses) or None, search=" ".join(search.words) or None,
-        family=search.family or None, include_results=True, offset=ask.offset,
-        limit=ask.limit))}
+        "/jobs", workflow_id=page.workflow["id"], sort_by=sort_by, reverse_sort=reverse or None,
+        include_results=True, offset=page.offset, limit=page.limit, **read_filter(page.filter)))}
 
 
-def load_job(client, ask):
+def why_sentence(client, job_id):
+    """Why a job is where it is, as a sentence."""
+    sentence = client.get(f"/jobs/{job_id}/why")["sentence"]
+    return sentence[:1].upper() + sentence[1:]
+
+
+def load_job(client, page, terminal):
     """A job with why, attempts, neighbours."""
-    job = client.get(f"/jobs/{ask.job_id}", include_results=True)
-    results = list(client.items("/results", workflow_id=job["workflow_id"], job_id=ask.job_id,
+    job_id = page.subject["id"]
+    job = client.get(f"/jobs/{job_id}", include_results=True)
+    results = list(client.items("/results", workflow_id=job["workflow_id"], job_id=job_id,
                                 all_runs=True, include_stderr=True))
     needs = {}
     with contextlib.suppress(NotFound):
         needs = client.get(f"/resource_requirements/{job['resource_requirements_id']}")
     before = []
-    for job_id in job.get("depends_on_job_ids", ())[:HINT_LINES]:
+    for other in job.get("depends_on_job_ids", ())[:HINT_LINES]:
         with contextlib.suppress(NotFound):
-            before.append(client.get(f"/jobs/{job_id}"))
-    after = client.page("/jobs", workflow_id=job["workflow_id"], upstream_job_id=ask.job_id,
+            before.append(client.get(f"/jobs/{other}"))
+    after = client.page("/jobs", workflow_id=job["workflow_id"], upstream_job_id=job_id,
                         limit=HINT_LINES)
     hosts = {}
     for result in results:
@@ -14656,22 +14640,22 @@ def load_job(client, ask):
         if node_id not in hosts:
             with contextlib.suppress(NotFound):
                 hosts[node_id] = client.get(f"/compute_nodes/{node_id}")["hostname"]
-    return {"job": job, "why": client.get(f"/jobs/{ask.job_id}/why")["sentence"],
-            "results": results, "needs": needs, "before": before, "after": after["items"],
+    return {"job": job, "why": why_sentence(client, job_id), "results": results, "needs": needs,
+            "before": before, "after": after["items"],
             "more_before": len(job.get("depends_on_job_ids", ())) - len(before),
             "more_after": after["total_count"] - len(after["items"]), "hosts": hosts}
 
 
-def load_log(client, ask):
+def load_log(client, page, terminal):
     """Where the output of a job is, and what is new in the stream in view."""
-    job = client.get(f"/jobs/{ask.job_id}")
+    job, known = client.get(f"/jobs/{page.subject['id']}"), page.data
     key = job["attempt_id"], job["status"] in ("pending", "ready", "blocked")
-    attempt = ask.known.get("attempt") if ask.known.get("key") == key else None
+    attempt = known.get("attempt") if known.get("key") == key else None
     if attempt is None:
-        attempt = ask.tools.find_output(client, job)
+        attempt = terminal.tools.find_output(client, job)
     paths = [attempt.stdout, attempt.stderr]
-    streams = [read_log(path, ask.known.get("streams", [None, None])[number],
-                        ask.stream in (None, number) or paths[0] == paths[1])
+    streams = [read_log(path, known.get("streams", [None, None])[number],
+                        page.stream in (None, number) or paths[0] == paths[1])
                for number, path in enumerate(paths)]
     wanted = int(job["status"] in BAD_ENDS)          # stderr first, unless it is empty
     if streams[wanted].size <= 0 < streams[1 - wanted].size:
@@ -14679,9 +14663,9 @@ def load_log(client, ask):
     return {"job": job, "attempt": attempt, "streams": streams, "key": key, "first": wanted}
 
 
-def load_file(client, ask):
+def load_file(client, page, terminal):
     """What is new in the output of a child process of ours."""
-    stream = read_log(ask.record, ask.known.get("streams", [None])[0], True)
+    stream = read_log(page.subject["child"].log, page.data.get("streams", [None])[0], True)
     return {"streams": [stream, stream], "job": None, "first": 1}
 
 
@@ -14728,215 +14712,9 @@ def log_lines(stream):
     return [*stream.lines, last] if last else list(stream.lines)
 
 
-def load_failures(client, ask):
-    """Jobs that ended badly, grouped by cause."""
-    return client.get(f"/workflows/{ask.workflow_id}/failures")
-
-
-def load_graph(client, ask):
-    """Nodes and edges of a workflow's jobs, or of their families if there are many."""
-    return client.get(f"/workflows/{ask.workflow_id}/graph")
-
-
-def load_timeline(client, ask):
-    """For each runner how busy it was in each of some bins, and why it idled."""
-    return client.get(f"/workflows/{ask.workflow_id}/timeline", bins=max(20, ask.width - 34),
-                      jobs=False)
-
-
-def load_list(path, **query):
-    """A loader for the records of a workflow at a path."""
-    def load(client, ask):
-        data = list_window(client.page(path, workflow_id=ask.workflow_id, offset=ask.offset,
-                                  limit=ask.limit, **query))
-        if path in ("/results", "/slurm_stats"):
-            names = dict(ask.known.get("names", {}))
-            for record in data["rows"]:
-                if record["job_id"] not in names:
-                    with contextlib.suppress(NotFound):
-                        names[record["job_id"]] = client.get(f"/jobs/{record['job_id']}")["name"]
-                record["job_name"] = names.get(record["job_id"], "")
-            data["names"] = names
-        for record in data["rows"] if path == "/events" else ():
-            what = record["data"] if isinstance(record["data"], dict) else {}
-            record["what"] = what.get("category") or what.get("event_type")
-        return data
-    return load
-
-
-def load_network(client, ask):
-    """The checks of `torc doctor`."""
-    return {"checks": ask.tools.checks(client)}
-
-
-def load_nothing(client, ask):
-    """For pages that show what is here anyway."""
-    return {"there": True}
-
-
-def workflow_hint(client, record, tools):
-    """Why a workflow in focus is not further."""
-    if record["done"] == record["total"] or record["state"] in ("not initialized", "canceled"):
-        return record.get("description") or ""
-    rows = client.get(f"/workflows/{record['id']}/summary")["waiting"]
-    return f"{rows[0]['count']:,} {said(rows[0]['status'])}: {rows[0]['why']}" if rows else ""
-
-
-def job_hint(client, record, tools):
-    """Why a job in focus is where it is."""
-    sentence = client.get(f"/jobs/{record['id']}/why")["sentence"]
-    return sentence[:1].upper() + sentence[1:]
-
-
-def allocation_hint(client, record, tools):
-    """What Slurm says of an allocation in focus."""
-    start = f"Slurm job {record['scheduler_id']} "
-    return next((line for line in tools.allocations(client, record["workflow_id"])
-                 if line.startswith(start)), f"{start}has ended: {record.get('note') or 'no note'}")
-
-
-# ---- pages as lines
-
-class Row(NamedTuple):
-    """A line of a page that is no list, and where Enter leads from it."""
-
-    line: list
-    to: Any = None                        # (name of a page, what View takes)
-    hint: str = ""
-
-
-def text_rows(text, style="", width=0):
-    """Rows of a text, folded to a width."""
-    return [Row([(line, style)]) for line in (folded(text, width) if width else [text])]
-
-
-def overview_rows(state, page, width):
-    """The overview of a workflow."""
-    data = page.data
-    counted, total, done = data["counts"], data["total"], data["done"]
-    workflow = data["workflow"]
-    word = data["state"]
-    head = [(percent(done, total), "title"), (f"  {done:,} of {total:,} done  ", ""),
-            (f"{glyph(state, STATE_LOOKS[word])} {word}", STATE_LOOKS[word])]
-    if data.get("rate") and data.get("left_s"):
-        left = data["left_s"]
-        rate = f"{data['rate']:,.0f}" if data["rate"] >= 100 else f"{data['rate']:.3g}"
-        head.append((f"  {rate} a minute, about {format_duration(left)} left" + (
-            f" (until {clock(state.now + left, state.now)})" if width >= 100 else ""), ""))
-    rows = [Row(head), Row([("", ""), *bar(state, counted, total, width - 2)])]
-    rows += [Row(line, ("jobs", {})) for line in wrapped(legend(state, counted), width - 2)]
-    target = page.workflow_id
-    sections = (
-        ("Why not", [(one["count"], one["status"], one["why"], ("jobs", {"filter": one["status"]}))
-                     for one in data["waiting"]]),
-        ("Failures", [(one["count"], one.get("status", "failed"),
-                       one["cause"] + (f": {one['line']}" if one.get("line") else ""),
-                       ("failures", {})) for one in data["failures"]]),
-        ("Running longest", [(None, "running", " ".join(filter(None, [
-            job["name"], format_duration(job["ran_s"]) if job.get("ran_s") is not None else "",
-            f"on {job['host']}" if job.get("host") else ""])),
-            ("job", {"job_id": job["id"], "title": job["name"]})) for job in data["longest"]]))
-    for title, entries in sections:
-        if entries:
-            rows += [Row([]), Row([(title, "title")])]
-        for number, status, text, to in entries:
-            count = "" if number is None else f"{number:>7,} "
-            rows.append(Row([(count, ""), (glyph(state, status) + " ", status), (text, "")], to,
-                            text))
-    if any(data.get("history") or ()):
-        rows += [Row([]), Row([("Jobs that ended, each minute of the last hour (at most "
-                                f"{max(data['history']):,})", "title")]),
-                 Row([("        ", ""), (spark(data["history"]), "completed")])]
-    facts = [("Runners", data.get("runners_text")), ("Owner", workflow["user"]),
-             ("Created", clock(moment(workflow.get("timestamp")), state.now)),
-             ("Run", data.get("run_id")), ("Description", workflow.get("description")),
-             ("Output", data.get("output_dir"))]
-    rows.append(Row([]))
-    rows += [Row([(f"{name:<12} ", "dim"), (str(value), "")],
-                 ("nodes", {}) if name == "Runners" else None, str(value))
-             for name, value in facts if value not in (None, "")]
-    return [row._replace(to=row.to and (row.to[0], {"workflow_id": target, **row.to[1]}))
-            for row in rows]
-
-
-def job_rows(state, page, width):
-    """The page of a job."""
-    data, job = page.data, page.data["job"]
-    rows = [Row([status_span(state, job["status"]),
-                 (f"    job {job['id']}, attempt {job.get('attempt_id', 1)}", "")])]
-    rows += text_rows(data["why"][:1].upper() + data["why"][1:], "", width - 2)
-    rows += [Row([]), Row([("Attempts", "title")], None)]
-    for result in reversed(data["results"]):
-        code = exit_text(result["return_code"])
-        peak, cpu = result.get("peak_memory_bytes"), result.get("avg_cpu_percent")
-        rows.append(Row([
-            (f"  run {result['run_id']} attempt {result.get('attempt_id', 1)}  ", ""),
-            status_span(state, result["status"]), (
-                f"  {code}  {format_duration(result['exec_time_minutes'] * 60)}"
-                + (f"  {format_bytes(peak)}" if peak else "")
-                + (f"  {cpu:.0f} % CPU" if cpu is not None else "")
-                + f"  {clock(moment(result['completion_time']), state.now)}"
-                + f"  {data['hosts'].get(result['compute_node_id'], '')}", "")],
-            ("log", {"job_id": job["id"], "title": job["name"]})))
-    if not data["results"]:
-        rows.append(Row([("  none has ended", "dim")]))
-    tail = next((result["stderr_tail"] for result in reversed(data["results"])
-                 if result.get("stderr_tail")), "")
-    if tail.strip() and job["status"] != "completed":
-        rows += [Row([]), Row([("Last lines of stderr", "title")])]
-        rows += [Row([("  " + line, "")], ("log", {"job_id": job["id"], "title": job["name"]}),
-                     line) for line in tail.rstrip().splitlines()[-12:]]
-    for title, jobs, more in (("Waits for", data["before"], data["more_before"]),
-                              ("Frees", data["after"], data["more_after"])):
-        if jobs:
-            rows += [Row([]), Row([(title, "title")])]
-        for other in jobs:
-            rows.append(Row([("  ", ""), status_span(state, other["status"]),
-                             (f"  {other['name']}", "")],
-                            ("job", {"job_id": other["id"], "title": other["name"]})))
-        if more > 0:
-            rows.append(Row([(f"  and {more:,} more", "dim")]))
-    needs = data["needs"]
-    facts = [("Command", job["command"]),
-             ("Needs", ", ".join(filter(None, [
-                 plural(needs.get("num_cpus", 0), "CPU"),
-                 plural(needs["num_gpus"], "GPU") if needs.get("num_gpus") else "",
-                 plural(needs["num_nodes"], "node") if needs.get("num_nodes", 1) > 1 else "",
-                 needs.get("memory", ""), needs.get("runtime", "")]))
-              + f" ({needs.get('name', '')})" if needs else ""),
-             ("Priority", job.get("priority")), ("Reads", job.get("inputs")),
-             ("Writes", job.get("outputs")), ("Script", job.get("invocation_script"))]
-    rows.append(Row([]))
-    for name, value in facts:
-        if value not in (None, "", 0):
-            lines = folded(str(value), width - 14) or [""]
-            rows += [Row([(f"{name if not number else '':<10} ", "dim"), (line, "")])
-                     for number, line in enumerate(lines)]
-    return [row._replace(to=row.to and (row.to[0], {"workflow_id": page.workflow_id, **row.to[1]}))
-            for row in rows]
-
-
-def failure_rows(state, page, width):
-    """Failures grouped by cause."""
-    data, rows = page.data, []
-    for group in data["groups"]:
-        status, family = group["status"], family_name(group["jobs"][0]["name"])
-        rows.append(Row([(f"{group['count']:>6,} ", "title"), (glyph(state, status) + " ", status),
-                         (group["cause"], status), (f"  {group['family']}", "dim")],
-                        ("jobs", {"workflow_id": page.workflow_id, "filter": status + (
-                            f" family:{family}" if group["family"] == family else "")}),
-                        group.get("advice") or group["line"]))
-        text = [group["line"]] if group["line"] else []
-        text += [group["advice"]] if group.get("advice") else []
-        rows += [Row([("         " + line, "")]) for one in text
-                 for line in folded(one, width - 12)[:3]]
-        rows += [Row([("         ", ""), (f"{job.get('name', '')}", "live"),
-                      (f"  job {job['id']}", "dim")],
-                     ("job", {"workflow_id": page.workflow_id, "job_id": job["id"],
-                              "title": job.get("name", "")}), "Enter opens this job")
-                 for job in group["jobs"]]
-        rows.append(Row([]))
-    return rows
+def load_failures(client, page, terminal):
+    """Jobs that failed, grouped by cause."""
+    return client.get(f"/workflows/{page.workflow['id']}/failures")
 
 
 def tree(nodes, edges):
@@ -14987,35 +14765,223 @@ def tree(nodes, edges):
     return drawn
 
 
+def load_graph(client, page, terminal):
+    """The jobs of a workflow, or their families if there are many, as a tree."""
+    graph = client.get(f"/workflows/{page.workflow['id']}/graph")
+    return {"families": graph["families"], "tree": tree(graph["nodes"], graph["edges"])}
+
+
+def load_timeline(client, page, terminal):
+    """For each runner how busy it was in each of some bins, and why it idled."""
+    return client.get(f"/workflows/{page.workflow['id']}/timeline", jobs=False,
+                      bins=max(20, terminal.width - 34))
+
+
+def load_list(client, page, terminal):
+    """The window of the list of those records of a workflow that the page shows."""
+    data = list_window(client.page(
+        KINDS[page.kind.columns].path, workflow_id=page.workflow["id"], offset=page.offset,
+        limit=page.limit, **page.kind.query))
+    data["names"] = names = dict(page.data.get("names", {}))
+    for record in data["rows"]:
+        if "job_id" in record:
+            if record["job_id"] not in names:
+                with contextlib.suppress(NotFound):
+                    names[record["job_id"]] = client.get(f"/jobs/{record['job_id']}")["name"]
+            record["job_name"] = names.get(record["job_id"], "")
+        if page.name == "events" and isinstance(record["data"], dict):
+            record["what"] = record["data"].get("category") or record["data"].get("event_type")
+    return data
+
+
+def load_network(client, page, terminal):
+    """The checks of `torc doctor`."""
+    return {"checks": terminal.tools.checks(client)}
+
+
+def load_nothing(client, page, terminal):
+    """For pages that show what is here anyway."""
+    return {"there": True}
+
+
+def workflow_hint(client, record, tools):
+    """Why a workflow in focus is not further."""
+    if record["done"] == record["total"] or record["state"] in ("not initialized", "canceled"):
+        return record.get("description") or ""
+    rows = client.get(f"/workflows/{record['id']}/summary")["waiting"]
+    return f"{rows[0]['count']:,} {said(rows[0]['status'])}: {rows[0]['why']}" if rows else ""
+
+
+def job_hint(client, record, tools):
+    """Why a job in focus is where it is."""
+    return why_sentence(client, record["id"])
+
+
+def allocation_hint(client, record, tools):
+    """What Slurm says of an allocation in focus."""
+    start = f"Slurm job {record['scheduler_id']} "
+    return next((line for line in tools.allocations(client, record["workflow_id"])
+                 if line.startswith(start)), f"{start}has ended: {record.get('note') or 'no note'}")
+
+
+# ---- pages as lines
+
+class Row(NamedTuple):
+    """A line of a page that is no list, and where Enter leads from it."""
+
+    line: list
+    to: Any = None                        # (name of a page, its subject)
+    hint: str = ""
+
+
+def text_rows(text, style="", width=0):
+    """Rows of a text, folded to a width."""
+    return [Row([(line, style)]) for line in (folded(text, width) if width else [text])]
+
+
+def overview_rows(state, page, width):
+    """The overview of a workflow."""
+    data = page.data
+    counted, total, done = data["counts"], data["total"], data["done"]
+    workflow = data["workflow"]
+    word = data["state"]
+    head = [(percent(done, total), "title"), (f"  {done:,} of {total:,} done  ", ""),
+            (f"{glyph(state, STATE_LOOKS[word])} {word}", STATE_LOOKS[word])]
+    if data.get("rate") and data.get("left_s"):
+        left = data["left_s"]
+        rate = f"{data['rate']:,.0f}" if data["rate"] >= 100 else f"{data['rate']:.3g}"
+        head.append((f"  {rate} a minute, about {format_duration(left)} left" + (
+            f" (until {clock(state.now + left, state.now)})" if width >= 100 else ""), ""))
+    rows = [Row(head), Row([("", ""), *bar(state, counted, total, width - 2)])]
+    rows += [Row(line, ("jobs", "")) for line in wrapped(legend(state, counted), width - 2)]
+    sections = (
+        ("Why not", [(one["count"], one["status"], one["why"], ("jobs", one["status"]))
+                     for one in data["waiting"]]),
+        ("Failures", [(one["count"], one.get("status", "failed"),
+                       one["cause"] + (f": {one['line']}" if one.get("line") else ""),
+                       ("failures", None)) for one in data["failures"]]),
+        ("Running longest", [(None, "running", " ".join(filter(None, [
+            job["name"], format_duration(job["ran_s"]) if job.get("ran_s") is not None else "",
+            f"on {job['host']}" if job.get("host") else ""])), ("job", job))
+            for job in data["longest"]]))
+    for title, entries in sections:
+        if entries:
+            rows += [Row([]), Row([(title, "title")])]
+        for number, status, text, to in entries:
+            count = "" if number is None else f"{number:>7,} "
+            rows.append(Row([(count, ""), (glyph(state, status) + " ", status), (text, "")], to,
+                            text))
+    if any(data.get("history") or ()):
+        rows += [Row([]), Row([("Jobs that ended, each minute of the last hour (at most "
+                                f"{max(data['history']):,})", "title")]),
+                 Row([("        ", ""), (spark(data["history"]), "completed")])]
+    facts = [("Runners", data.get("runners_text")), ("Owner", workflow["user"]),
+             ("Created", clock(moment(workflow.get("timestamp")), state.now)),
+             ("Run", data.get("run_id")), ("Description", workflow.get("description")),
+             ("Output", data.get("output_dir"))]
+    rows.append(Row([]))
+    return rows + [Row([(f"{name:<12} ", "dim"), (str(value), "")],
+                       ("nodes", None) if name == "Runners" else None, str(value))
+                   for name, value in facts if value not in (None, "")]
+
+
+def job_rows(state, page, width):
+    """The page of a job."""
+    data, job = page.data, page.data["job"]
+    rows = [Row([status_span(state, job["status"]),
+                 (f"    job {job['id']}, attempt {job.get('attempt_id', 1)}", "")])]
+    rows += text_rows(data["why"], "", width - 2)
+    rows += [Row([]), Row([("Attempts", "title")], None)]
+    for result in reversed(data["results"]):
+        code = exit_text(result["return_code"])
+        peak, cpu = result.get("peak_memory_bytes"), result.get("avg_cpu_percent")
+        rows.append(Row([
+            (f"  run {result['run_id']} attempt {result.get('attempt_id', 1)}  ", ""),
+            status_span(state, result["status"]), (
+                f"  {code}  {format_duration(result['exec_time_minutes'] * 60)}"
+                + (f"  {format_bytes(peak)}" if peak else "")
+                + (f"  {cpu:.0f} % CPU" if cpu is not None else "")
+                + f"  {clock(moment(result['completion_time']), state.now)}"
+                + f"  {data['hosts'].get(result['compute_node_id'], '')}", "")], ("log", job)))
+    if not data["results"]:
+        rows.append(Row([("  none has ended", "dim")]))
+    tail = next((result["stderr_tail"] for result in reversed(data["results"])
+                 if result.get("stderr_tail")), "")
+    if tail.strip() and job["status"] != "completed":
+        rows += [Row([]), Row([("Last lines of stderr", "title")])]
+        rows += [Row([("  " + line, "")], ("log", job), line)
+                 for line in tail.rstrip().splitlines()[-12:]]
+    for title, jobs, more in (("Waits for", data["before"], data["more_before"]),
+                              ("Frees", data["after"], data["more_after"])):
+        if jobs:
+            rows += [Row([]), Row([(title, "title")])]
+        for other in jobs:
+            rows.append(Row([("  ", ""), status_span(state, other["status"]),
+                             (f"  {other['name']}", "")], ("job", other)))
+        if more > 0:
+            rows.append(Row([(f"  and {more:,} more", "dim")]))
+    needs = data["needs"]
+    facts = [("Command", job["command"]),
+             ("Needs", ", ".join(filter(None, [
+                 plural(needs.get("num_cpus", 0), "CPU"),
+                 plural(needs["num_gpus"], "GPU") if needs.get("num_gpus") else "",
+                 plural(needs["num_nodes"], "node") if needs.get("num_nodes", 1) > 1 else "",
+                 needs.get("memory", ""), needs.get("runtime", "")]))
+              + f" ({needs.get('name', '')})" if needs else ""),
+             ("Priority", job.get("priority")), ("Reads", job.get("inputs")),
+             ("Writes", job.get("outputs")), ("Script", job.get("invocation_script"))]
+    rows.append(Row([]))
+    for name, value in facts:
+        if value not in (None, "", 0):
+            lines = folded(str(value), width - 14) or [""]
+            rows += [Row([(f"{name if not number else '':<10} ", "dim"), (line, "")])
+                     for number, line in enumerate(lines)]
+    return rows
+
+
+def failure_rows(state, page, width):
+    """Failures grouped by cause."""
+    data, rows = page.data, []
+    for group in data["groups"]:
+        status, family = group["status"], family_name(group["jobs"][0]["name"])
+        rows.append(Row([(f"{group['count']:>6,} ", "title"), (glyph(state, status) + " ", status),
+                         (group["cause"], status), (f"  {group['family']}", "dim")],
+                        ("jobs", status + (
+                            f" family:{family}" if group["family"] == family else "")),
+                        group.get("advice") or group["line"]))
+        text = [group["line"]] if group["line"] else []
+        text += [group["advice"]] if group.get("advice") else []
+        rows += [Row([("         " + line, "")]) for one in text
+                 for line in folded(one, width - 12)[:3]]
+        rows += [Row([("         ", ""), (f"{job.get('name', '')}", "live"),
+                      (f"  job {job['id']}", "dim")], ("job", job), "Enter opens this job")
+                 for job in group["jobs"]]
+        rows.append(Row([]))
+    return rows
+
+
 def graph_rows(state, page, width):
     """The graph as a tree."""
-    data = page.data
-    if "tree" not in data:                # worked out once for what was loaded
-        data["tree"] = tree(data["nodes"], data["edges"])
-    rows = []
+    data, rows = page.data, []
     for mark, node, others in data["tree"]:
-        status = node.get("status") or next(iter(
-            [name for name in ("failed", "terminated", "running", "pending", "ready", "blocked",
-                               "uninitialized", "canceled", "completed", "disabled")
-             if node["counts"].get(name)]))
+        status = node["status"]
         line = [(mark, "dim"), (glyph(state, status) + " ", status), (node["name"], "")]
         if data["families"]:
             line.append(("  ", ""))
             line += legend(state, node["counts"])
-            to = "jobs", {"workflow_id": page.workflow_id, "filter": f"family:{node['family']}"}
+            to = "jobs", f"family:{node['family']}"
         else:
-            to = "job", {"workflow_id": page.workflow_id, "job_id": node["id"],
-                         "title": node["name"]}
+            to = "job", node
         more = f"  after {', '.join(others[:3])}" + (
             f" and {len(others) - 3} more" if len(others) > 3 else "") + " too" if others else ""
         line.append((("  " + node["sub"] if node.get("sub") else "") + more, "dim"))
-        rows.append(Row(line, to, node.get("why") or f"{node['name']}: {said(status)}"))
+        rows.append(Row(line, to, node["why"]))
     return rows
 
 
 def timeline_rows(state, page, width):
     """How busy each runner was, and its longest gaps."""
-    data, to = page.data, ("nodes", {"workflow_id": page.workflow_id})
+    data, to = page.data, ("nodes", None)
     step_s = (data["to"] - data["from"]) / 1000 / max(20, width - 34)
     rows = [Row([(f"One cell is {format_duration(step_s)}; blank is idle; "
                   f"{glyph(state, 'failed')} a job failed", "dim")])]
@@ -15050,7 +15016,7 @@ def network_rows(state, page, width):
 def record_rows(state, page, width):
     """All fields of a record."""
     rows = []
-    for name, value in page.record.items():
+    for name, value in page.subject.items():
         text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
         lines = [part for line in text.splitlines() or [""]
                  for part in ([line] if line.startswith(" ") else folded(line, width - 30) or [""])]
@@ -15069,7 +15035,7 @@ def process_rows(state, page, width):
                          (f"pid {child.process.pid:<9}", "dim"),
                          (f"since {clock(child.started, state.now)}  " if code is None else
                           f"ended with {code}  ", "")],
-                        ("output", {"record": child.log, "title": child.title}), child.log))
+                        ("output", {"name": child.title, "child": child}), child.log))
     return rows
 
 
@@ -15215,7 +15181,7 @@ def log_view_lines(state, page, width, height):
 def tabs_line(state, width):
     """The tabs of a workflow, the present one in view; the list's filter and order beside it."""
     page = state.page
-    if page.workflow_id is None or page.name in ("record", "output"):
+    if not page.kind.inside or page.name == "record":
         return [(" " + page.kind.title, "title"), *filter_spans(state, page)]
     here = page.name if page.kind.tab else "jobs"
     tabs = [(name, kind.title) for name, kind in PAGES.items() if kind.tab]
@@ -15261,10 +15227,11 @@ def path_line(state, width):
     for page in state.pages:
         if page.name == "workflows":
             parts.append("workflows" + (" of all users" if state.everybody else ""))
-        elif page.kind.tab and page.workflow_id is not None:
-            parts[1:] = [f"{page.workflow_id} {page.title}", page.kind.title.lower()]
+        elif page.kind.tab:
+            parts[1:] = [f"{page.workflow['id']} {page.workflow['name']}", page.kind.title.lower()]
         elif page.name in ("job", "log", "output"):
-            parts += [page.title] if parts[-1] != page.title else []
+            name = page.subject["name"]
+            parts += [name] if parts[-1] != name else []
             parts += ["log"] if page.name == "log" else []
         else:
             parts.append(page.kind.title.lower())
@@ -15437,69 +15404,73 @@ class PageKind(NamedTuple):
     """A page: its tab, its letter behind g, how it is loaded and drawn, its keys."""
 
     title: str
-    go: str
-    load: Any
-    keys: tuple                           # of KEYS; the first that has a key wins
-    columns: str = ""                     # of COLUMNS: a list, of which a window is loaded
-    rows: Any = None                      # or rows worked out of the data
+    go: str = ""
+    load: Any = load_list
+    rows: Any = None                      # worked out of the data
+    columns: str = ""                     # or of COLUMNS: a list, of which a window is loaded,
+    query: dict = {}                      # by this query,
+    enter: str = "record"                 # and the page to which Enter leads
     lines: Any = None                     # or lines of its own
-    tab: bool = False
+    keys: tuple = ("moves", "workflow", "everywhere")    # of KEYS; the first that has a key wins
+    inside: bool = True                   # a workflow
     every_s: float = 5.0                  # loaded again so often while something goes on
     hint: Any = None
     empty: str = "Nothing is here yet."
 
+    @property
+    def tab(self):
+        """Whether it is one of the tabs of a workflow."""
+        return bool(self.inside and self.go)
 
-IN_WORKFLOW = ("moves", "workflow", "everywhere")
+
+NEWEST = {"sort_by": "id", "reverse_sort": True}
 PAGES = {
     "workflows": PageKind(
-        "Workflows", "w", load_workflows, ("workflows", "moves", "workflow", "everywhere"),
-        "workflow", hint=workflow_hint,
+        "Workflows", "w", load_workflows, columns="workflow", enter="overview", inside=False,
+        keys=("workflows", "moves", "workflow", "everywhere"), hint=workflow_hint,
         empty="You have no workflow here: n creates one from a specification file, and a shows "
               "those of all users."),
-    "overview": PageKind("Overview", "o", load_overview, IN_WORKFLOW, rows=overview_rows,
-                         tab=True, every_s=2.0),
-    "jobs": PageKind("Jobs", "j", load_jobs, ("jobs", *IN_WORKFLOW), "job", tab=True,
-                     every_s=2.0, hint=job_hint, empty="This workflow has no jobs."),
-    "graph": PageKind("Graph", "d", load_graph, IN_WORKFLOW, rows=graph_rows, tab=True,
-                      every_s=10.0, empty="This workflow has no jobs."),
-    "timeline": PageKind("Timeline", "t", load_timeline, IN_WORKFLOW, rows=timeline_rows, tab=True,
-                         every_s=10.0),
-    "failures": PageKind("Failures", "f", load_failures, IN_WORKFLOW, rows=failure_rows, tab=True,
-                         empty="Nothing has failed."),
-    "results": PageKind("Results", "r", load_list("/results", sort_by="id", reverse_sort=True,
-                                                  all_runs=True), IN_WORKFLOW,
-                        "result", tab=True, empty="No job has ended yet."),
-    "nodes": PageKind("Nodes", "n", load_list("/compute_nodes", sort_by="id", reverse_sort=True),
-                      IN_WORKFLOW, "compute_node", tab=True,
+    "overview": PageKind("Overview", "o", load_overview, overview_rows, every_s=2.0),
+    "jobs": PageKind("Jobs", "j", load_jobs, columns="job", enter="job", every_s=2.0,
+                     keys=("jobs", "moves", "workflow", "everywhere"), hint=job_hint,
+                     empty="This workflow has no jobs."),
+    "graph": PageKind("Graph", "d", load_graph, graph_rows, every_s=10.0,
+                      empty="This workflow has no jobs."),
+    "timeline": PageKind("Timeline", "t", load_timeline, timeline_rows, every_s=10.0),
+    "failures": PageKind("Failures", "f", load_failures, failure_rows, empty="Nothing has failed."),
+    "results": PageKind("Results", "r", columns="result", query={**NEWEST, "all_runs": True},
+                        enter="job", empty="No job has ended yet."),
+    "nodes": PageKind("Nodes", "n", columns="compute_node", query=NEWEST,
                       empty="No runner has worked on this workflow: x starts one here."),
-    "allocations": PageKind("Allocations", "s", load_list(
-        "/scheduled_compute_nodes", sort_by="id", reverse_sort=True), IN_WORKFLOW,
-        "scheduled_compute_node", tab=True, hint=allocation_hint,
-        empty="No allocation was asked for: s submits to Slurm."),
-    "slurm": PageKind("Slurm", "m", load_list("/slurm_stats"), IN_WORKFLOW, "slurm_stats",
-                      tab=True, empty="Slurm's accounting has told nothing of this workflow."),
-    "files": PageKind("Files", "i", load_list("/files"), IN_WORKFLOW, "file", tab=True,
-                      empty="This workflow names no files."),
-    "data": PageKind("Data", "a", load_list("/user_data"), IN_WORKFLOW, "user_data", tab=True,
-                     empty="This workflow has no user data."),
-    "events": PageKind("Events", "e", load_list("/events", sort_by="timestamp", reverse_sort=True),
-                       IN_WORKFLOW, "event", tab=True, every_s=2.0,
+    "allocations": PageKind("Allocations", "s", columns="scheduled_compute_node", query=NEWEST,
+                            hint=allocation_hint,
+                            empty="No allocation was asked for: s submits to Slurm."),
+    "slurm": PageKind("Slurm", "m", columns="slurm_stats",
+                      empty="Slurm's accounting has told nothing of this workflow."),
+    "files": PageKind("Files", "i", columns="file", empty="This workflow names no files."),
+    "data": PageKind("Data", "a", columns="user_data", empty="This workflow has no user data."),
+    "events": PageKind("Events", "e", columns="event", every_s=2.0,
+                       query={"sort_by": "timestamp", "reverse_sort": True},
                        empty="Nothing was noted yet."),
-    "job": PageKind("Job", "", load_job, ("job", *IN_WORKFLOW), rows=job_rows, every_s=2.0),
-    "log": PageKind("Log", "", load_log, ("log", "everywhere"), lines=log_view_lines, every_s=0.5),
-    "record": PageKind("Record", "", load_nothing, ("moves", "everywhere"), rows=record_rows,
-                       every_s=math.inf),
-    "network": PageKind("Network", "x", load_network, ("moves", "everywhere"), rows=network_rows,
-                        every_s=math.inf),
-    "processes": PageKind("Processes", "p", load_nothing, ("processes", "moves", "everywhere"),
-                          rows=process_rows, every_s=1.0,
+    "job": PageKind("Job", "", load_job, job_rows, every_s=2.0,
+                    keys=("job", "moves", "workflow", "everywhere")),
+    "log": PageKind("Log", "", load_log, lines=log_view_lines, every_s=0.5,
+                    keys=("log", "everywhere")),
+    "record": PageKind("Record", "", load_nothing, record_rows, every_s=math.inf,
+                       keys=("moves", "everywhere")),
+    "network": PageKind("Network", "x", load_network, network_rows, every_s=math.inf,
+                        keys=("moves", "everywhere"), inside=False),
+    "processes": PageKind("Processes", "p", load_nothing, process_rows, every_s=1.0,
+                          keys=("processes", "moves", "everywhere"), inside=False,
                           empty="Nothing was started from here: x runs a workflow on this machine, "
                                 "s submits it to Slurm, W watches it."),
-    "output": PageKind("Output", "", load_file, ("process output", "log", "everywhere"),
-                       lines=log_view_lines, every_s=0.5),
-    "help": PageKind("Help", "", load_nothing, ("moves", "everywhere"), rows=help_rows,
-                     every_s=math.inf),
+    "output": PageKind("Output", "", load_file, lines=log_view_lines, every_s=0.5,
+                       keys=("process output", "log", "everywhere"), inside=False),
+    "help": PageKind("Help", "", load_nothing, help_rows, every_s=math.inf,
+                     keys=("moves", "everywhere"), inside=False),
 }
+
+
 def read_keys(text):
     """{group: (title, [(keys, action, help, word in the last line), ...])} of lines such as those
     below. An action is an operation, or a method do_... of Terminal with its number; - is no word.
@@ -15789,11 +15760,11 @@ class Loading:
 
     def pause(self, page):
         """Seconds after which a page is loaded again though nothing was heard."""
-        rest = page.every_s if hasattr(page, "every_s") else page.kind.every_s
+        rest = page.kind.every_s
         if page.name == "log" and page.data and page.data["job"]["status"] not in (
                 "running", "pending"):
             rest = 10.0
-        elif page.workflow_id is not None and self.complete and not page.kind.lines:
+        elif page.workflow and self.complete and not page.kind.lines:
             rest = max(rest, 30.0)
         return max(rest, 10 * page.cost_s)
 
@@ -15822,26 +15793,25 @@ class Loading:
             self.load(page)
             wait_s = 1.0
         self.ask_hint(page)
-        watched = page.workflow_id if self.live and not self.away else None
+        watched = page.workflow and page.workflow["id"] if self.live and not self.away else None
         self.watcher.aim(self.client, watched)
         return min(wait_s, 1.0 if self.away or page.loading else 30.0)
 
     def load(self, page):
         """Let the worker load a page: its window and as much on either side."""
+        import copy
         room = room_of(self, page)
-        offset = max(0, page.top - room)
-        ask = Ask(page.workflow_id, page.job_id, offset, page.top + 2 * room - offset,
-                  page.filter, page.order, page.stream, self.width, page.data,
-                  self.everybody, page.record, self.tools)
-        key, started = self.key_of(page), time.monotonic()
-        page.loading, page.stale, page.asked_at = True, False, started
+        page.offset = max(0, page.top - room)
+        page.limit = page.top + 2 * room - page.offset
+        page.loading, page.stale, page.asked_at = True, False, time.monotonic()
+        key, asked = self.key_of(page), copy.copy(page)
 
         def task(client):
             if not self.checked:
                 require_views(client)
                 self.checked = True
             begun = time.monotonic()
-            return page.kind.load(client, ask), time.monotonic() - begun
+            return page.kind.load(client, asked, self), time.monotonic() - begun
 
         self.worker.ask("load", task, lambda result, error: self.loaded(page, key, result, error))
         for other in self.pages:    # a load that was not begun is none
@@ -15919,58 +15889,35 @@ class Loading:
 class Moving:
     """Pages, and the focus on them."""
 
-    def open(self, name, **about):
+    def open(self, name, subject=None):
         """Show another page, on top of this one."""
-        page = View(name, **about)
-        if PAGES[name].tab and about.get("workflow_id") is not None and not page.title:
-            page.title = self.title_of(about["workflow_id"])
+        page = View(name, self.workflow() if PAGES[name].inside else None, subject)
         self.pages.append(page)
         if page.kind.load is load_nothing:
             page.data = {"there": True}
             page.key = self.key_of(page)
 
-    def title_of(self, workflow_id):
-        """The name of a workflow that one has come by."""
-        for page in reversed(self.pages):
-            if page.workflow_id == workflow_id and page.kind.tab:
-                return page.title
-            record = focused(page) if page.name == "workflows" and page.data else None
-            if record and record["id"] == workflow_id:
-                return record["name"]
-        return ""
-
     def turn(self, name):
         """Show another page of the same workflow in place of this one."""
         if name == self.page.name:
             return
-        pages = self.pages
-        if PAGES[name].tab:
-            workflow_id = self.workflow_id()
-            if workflow_id is None:
-                self.say("Choose a workflow first.", "alarm")
-                return
-            title = self.title_of(workflow_id)
-            del pages[1:]
-            self.open(name, workflow_id=workflow_id, title=title)
+        if PAGES[name].inside and not self.workflow():
+            self.say("Choose a workflow first.", "alarm")
+        elif name == "workflows":
+            del self.pages[1:]
         else:
-            del pages[1:]
-            if name != "workflows":
-                self.open(name)
+            self.open(name)
+            del self.pages[1:-1]
 
-    def workflow_id(self):
-        """The workflow that one is in, or that is in focus."""
-        page = self.page
-        if page.name == "workflows":
-            record = focused(page)
-            return record["id"] if record else None
-        return next((page.workflow_id for page in reversed(self.pages)
-                     if page.workflow_id is not None), None)
+    def workflow(self):
+        """The record of the workflow that one is in, or that is in focus; None if there is none."""
+        if self.page.name == "workflows":
+            return focused(self.page)
+        return next((page.workflow for page in reversed(self.pages) if page.workflow), None)
 
-    def job_id(self):
-        """The job that one is at, or that is in focus."""
-        page = self.page
-        record = focused(page) if page.name == "jobs" else None
-        return record["id"] if record else page.job_id
+    def job(self):
+        """The record of the job that one is at, or that is in focus; None if there is none."""
+        return focused(self.page) if self.page.kind.columns else self.page.subject
 
     def move(self, page, cursor):
         """Put the focus on a row."""
@@ -16007,7 +15954,7 @@ class Moving:
 
     def do_tab(self, step):
         """The next or last page of the workflow."""
-        if self.page.workflow_id is None:
+        if not self.page.kind.inside:
             if step > 0 and self.page.name == "workflows":
                 self.do_enter()
             return
@@ -16019,23 +15966,14 @@ class Moving:
         page = self.page
         if page.kind.columns:
             record = focused(page)
-            if not record:
-                return
-            if page.name == "workflows":
-                self.open("overview", workflow_id=record["id"], title=record["name"])
-            elif page.name == "jobs":
-                self.open("job", workflow_id=page.workflow_id, job_id=record["id"],
-                          title=record["name"])
-            elif page.name == "results":
-                self.open("job", workflow_id=page.workflow_id, job_id=record["job_id"],
-                          title=record["job_name"])
-            else:
-                self.open("record", workflow_id=page.workflow_id, record=record)
+            if record:
+                self.open(page.kind.enter, record if page.name != "results" else {
+                    "id": record["job_id"], "name": record["job_name"]})
             return
         rows = page_rows(self, page)
         to = rows[page.cursor].to if page.cursor < len(rows) else None
         if to:
-            self.open(to[0], **to[1])
+            self.open(*to)
         elif page.name == "job":
             self.do_log()
 
@@ -16094,7 +16032,7 @@ class Moving:
         page = self.page
         if self.question or self.prompt:
             return
-        if y == 1 and page.workflow_id is not None:
+        if y == 1:
             at = 0
             for text, _ in tabs_line(self, self.width):
                 at += text_width(text)
@@ -16211,11 +16149,8 @@ class Reading:
         page.follow = lines > 0 and page.top >= bottom
 
     def do_log(self):
-        job_id = self.job_id()
-        if job_id is not None:
-            record = focused(self.page) if self.page.name == "jobs" else None
-            self.open("log", workflow_id=self.page.workflow_id, job_id=job_id,
-                      title=record["name"] if record else self.page.title)
+        if self.job():
+            self.open("log", self.job())
 
     def do_stream(self):
         page = self.page
@@ -16368,8 +16303,7 @@ class Operating:
 
     def do_end_process(self):
         page = self.page
-        child = next((one for one in self.children if one.log == page.record), None) \
-            if page.name == "output" else self.children[page.cursor] \
+        child = page.subject["child"] if page.name == "output" else self.children[page.cursor] \
             if page.cursor < len(self.children) else None
         if not child or not child.running:
             self.say("It has ended already.")
@@ -16461,8 +16395,8 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
         else:
             action = action_of(self.page, key)
             if action in OPERATIONS and action != "create":
-                self.act(action, self.job_id() if OPERATIONS[action].target == "jobs" else
-                         self.workflow_id())
+                record = self.job() if OPERATIONS[action].target == "jobs" else self.workflow()
+                self.act(action, record and record["id"])
             elif action:
                 name, *numbers = action.split()
                 getattr(self, "do_" + name)(*map(int, numbers))
