@@ -14442,17 +14442,22 @@ class State:
         return self.pages[-1]
 
 
-# ---- lines: lists of (text, style)
+# ---- lines: lists of spans, each a text or (text, style)
+
+def styled(line):
+    """The spans of a line as (text, style)."""
+    return [(span, "") if isinstance(span, str) else span for span in line]
+
 
 def line_width(line):
     """Columns that a line takes."""
-    return sum(text_width(text) for text, _ in line)
+    return sum(text_width(text) for text, _ in styled(line))
 
 
 def fit(line, width, fill=False):
     """A line cut to a width; filled up with blanks if wanted."""
     found, left = [], width
-    for text, style in line:
+    for text, style in styled(line):
         text = printable(text)
         cut = text_width(text) > left
         text = text if not cut else shorten(text, left) if left > 1 else "." * left
@@ -14468,7 +14473,7 @@ def both_ends(left, right, width):
     """A line with a part at each end; the left one gives way."""
     right = fit(right, 3 * width // 5)
     room = width - line_width(right) - 1
-    return [*fit(left, room, True), (" ", ""), *right]
+    return [*fit(left, room, True), " ", *right]
 
 
 def glyph(state, status):
@@ -14476,9 +14481,9 @@ def glyph(state, status):
     return LOOKS[status].plain if state.plain else LOOKS[status].glyph
 
 
-def status_span(state, status):
-    """Glyph and word of a status."""
-    return f"{glyph(state, status)} {said(status)}", status
+def status_span(state, status, words=None):
+    """Glyph and word of a status, or other words."""
+    return f"{glyph(state, status)} {said(status) if words is None else words}", status
 
 
 def bar(state, counted, total, width):
@@ -14501,15 +14506,14 @@ def legend(state, counted):
     spans = []
     for status in LOOKS:
         if counted.get(status):
-            spans += [(f"{glyph(state, status)} {counted[status]:,} {said(status)}", status),
-                      ("   ", "")]
+            spans += [status_span(state, status, f"{counted[status]:,} {said(status)}"), "   "]
     return spans[:-1]
 
 
 def wrapped(spans, width):
     """Spans as lines, broken between spans."""
     lines, line = [], []
-    for text, style in spans:
+    for text, style in styled(spans):
         if line and line_width(line) + text_width(text) > width:
             lines.append(line)
             line = []
@@ -14547,7 +14551,7 @@ def shown_cell(state, record, column):
     if column.field == "status" and value in LOOKS:
         return status_span(state, value)
     if column.field == "state":
-        return f"{glyph(state, STATE_LOOKS[value])} {value}", STATE_LOOKS[value]
+        return status_span(state, STATE_LOOKS[value], value)
     text = cell(record, column.field, lambda value: clock(moment(value), state.now))
     return text, "failed" if column.field == "failed" else ""
 
@@ -14560,8 +14564,8 @@ def cells_line(columns, cells, width):
         room = column.width or max(4, width - fixed)
         text = shorten(printable(text), room)
         pad = " " * (room - text_width(text))
-        line += [(pad, ""), (text, style)] if column.right else [(text, style), (pad, "")]
-        line.append(("  ", ""))
+        line += [pad, (text, style)] if column.right else [(text, style), pad]
+        line.append("  ")
     return line[:-1]
 
 
@@ -14834,274 +14838,282 @@ class Row(NamedTuple):
     hint: str = ""
 
 
-def text_rows(text, style="", width=0):
-    """Rows of a text, folded to a width."""
-    return [Row([(line, style)]) for line in (folded(text, width) if width else [text])]
+def section(title, rows):
+    """Rows under a heading; nothing without rows."""
+    return [Row([]), Row([(title, "title")]), *rows] if rows else []
+
+
+def beside(label, lines, style="dim"):
+    """Rows of lines beside a label, which the first of them shows."""
+    for line in lines or [""]:
+        yield Row([(label, style), line])
+        label = " " * len(label)
 
 
 def overview_rows(state, page, width):
     """The overview of a workflow."""
-    data = page.data
-    counted, total, done = data["counts"], data["total"], data["done"]
-    workflow = data["workflow"]
-    word = data["state"]
-    head = [(percent(done, total), "title"), (f"  {done:,} of {total:,} done  ", ""),
-            (f"{glyph(state, STATE_LOOKS[word])} {word}", STATE_LOOKS[word])]
-    if data.get("rate") and data.get("left_s"):
-        left = data["left_s"]
+    data, workflow = page.data, page.data["workflow"]
+    head = [(percent(data["done"], data["total"]), "title"),
+            f"  {data['done']:,} of {data['total']:,} done  ",
+            status_span(state, STATE_LOOKS[data["state"]], data["state"])]
+    if data["rate"] and data["left_s"]:
         rate = f"{data['rate']:,.0f}" if data["rate"] >= 100 else f"{data['rate']:.3g}"
-        head.append((f"  {rate} a minute, about {format_duration(left)} left" + (
-            f" (until {clock(state.now + left, state.now)})" if width >= 100 else ""), ""))
-    rows = [Row(head), Row([("", ""), *bar(state, counted, total, width - 2)])]
-    rows += [Row(line, ("jobs", "")) for line in wrapped(legend(state, counted), width - 2)]
-    sections = (
-        ("Why not", [(one["count"], one["status"], one["why"], ("jobs", one["status"]))
-                     for one in data["waiting"]]),
-        ("Failures", [(one["count"], one.get("status", "failed"),
-                       one["cause"] + (f": {one['line']}" if one.get("line") else ""),
-                       ("failures", None)) for one in data["failures"]]),
-        ("Running longest", [(None, "running", " ".join(filter(None, [
-            job["name"], format_duration(job["ran_s"]) if job.get("ran_s") is not None else "",
-            f"on {job['host']}" if job.get("host") else ""])), ("job", job))
-            for job in data["longest"]]))
-    for title, entries in sections:
-        if entries:
-            rows += [Row([]), Row([(title, "title")])]
-        for number, status, text, to in entries:
-            count = "" if number is None else f"{number:>7,} "
-            rows.append(Row([(count, ""), (glyph(state, status) + " ", status), (text, "")], to,
-                            text))
-    if any(data.get("history") or ()):
-        rows += [Row([]), Row([("Jobs that ended, each minute of the last hour (at most "
-                                f"{max(data['history']):,})", "title")]),
-                 Row([("        ", ""), (spark(data["history"]), "completed")])]
-    facts = [("Runners", data.get("runners_text")), ("Owner", workflow["user"]),
-             ("Created", clock(moment(workflow.get("timestamp")), state.now)),
-             ("Run", data.get("run_id")), ("Description", workflow.get("description")),
-             ("Output", data.get("output_dir"))]
-    rows.append(Row([]))
-    return rows + [Row([(f"{name:<12} ", "dim"), (str(value), "")],
-                       ("nodes", None) if name == "Runners" else None, str(value))
-                   for name, value in facts if value not in (None, "")]
+        head.append(f"  {rate} a minute, about {format_duration(data['left_s'])} left")
+        if width >= 100:
+            head.append(f" (until {clock(state.now + data['left_s'], state.now)})")
+    yield Row(head)
+    yield Row(["", *bar(state, data["counts"], data["total"], width - 2)])
+    for line in wrapped(legend(state, data["counts"]), width - 2):
+        yield Row(line, ("jobs", ""))
+    sections = {
+        "Why not": [(f"{one['count']:>7,} ", one["status"], one["why"], ("jobs", one["status"]))
+                    for one in data["waiting"]],
+        "Failures": [(f"{one['count']:>7,} ", "failed",
+                      ": ".join(filter(None, [one["cause"], one["line"]])), ("failures", None))
+                     for one in data["failures"]],
+        "Running longest": [("", "running", " ".join(filter(None, [
+            job["name"], cell(job, "ran_s"), job["host"] and f"on {job['host']}"])), ("job", job))
+            for job in data["longest"]]}
+    for title, entries in sections.items():
+        yield from section(title, [Row([count, status_span(state, status, ""), text], to, text)
+                                   for count, status, text, to in entries])
+    if any(data["history"]):
+        yield from section("Jobs that ended, each minute of the last hour (at most "
+                           f"{max(data['history']):,})",
+                           [Row(["        ", (spark(data["history"]), "completed")])])
+    facts = {"Runners": data["runners_text"], "Owner": workflow["user"],
+             "Created": clock(moment(workflow["timestamp"]), state.now), "Run": data["run_id"],
+             "Description": workflow.get("description"), "Output": data["output_dir"]}
+    yield Row([])
+    for name, value in facts.items():
+        if value not in (None, ""):
+            to = ("nodes", None) if name == "Runners" else None
+            yield Row([(f"{name:<12} ", "dim"), str(value)], to, str(value))
 
 
 def job_rows(state, page, width):
     """The page of a job."""
     data, job = page.data, page.data["job"]
-    rows = [Row([status_span(state, job["status"]),
-                 (f"    job {job['id']}, attempt {job.get('attempt_id', 1)}", "")])]
-    rows += text_rows(data["why"], "", width - 2)
-    rows += [Row([]), Row([("Attempts", "title")], None)]
+    yield Row([status_span(state, job["status"]),
+               f"    job {job['id']}, attempt {job['attempt_id']}"])
+    for line in folded(data["why"], width - 2):
+        yield Row([line])
+    attempts, tail = [], ""
     for result in reversed(data["results"]):
-        code = exit_text(result["return_code"])
         peak, cpu = result.get("peak_memory_bytes"), result.get("avg_cpu_percent")
-        rows.append(Row([
-            (f"  run {result['run_id']} attempt {result.get('attempt_id', 1)}  ", ""),
-            status_span(state, result["status"]), (
-                f"  {code}  {format_duration(result['exec_time_minutes'] * 60)}"
-                + (f"  {format_bytes(peak)}" if peak else "")
-                + (f"  {cpu:.0f} % CPU" if cpu is not None else "")
-                + f"  {clock(moment(result['completion_time']), state.now)}"
-                + f"  {data['hosts'].get(result['compute_node_id'], '')}", "")], ("log", job)))
-    if not data["results"]:
-        rows.append(Row([("  none has ended", "dim")]))
-    tail = next((result["stderr_tail"] for result in reversed(data["results"])
-                 if result.get("stderr_tail")), "")
-    if tail.strip() and job["status"] != "completed":
-        rows += [Row([]), Row([("Last lines of stderr", "title")])]
-        rows += [Row([("  " + line, "")], ("log", job), line)
-                 for line in tail.rstrip().splitlines()[-12:]]
+        facts = (exit_text(result["return_code"]),
+                 format_duration(result["exec_time_minutes"] * 60),
+                 format_bytes(peak) if peak else "", "" if cpu is None else f"{cpu:.0f} % CPU",
+                 clock(moment(result["completion_time"]), state.now),
+                 data["hosts"].get(result["compute_node_id"]))
+        attempts.append(Row([f"  run {result['run_id']} attempt {result['attempt_id']}  ",
+                             status_span(state, result["status"]),
+                             "  " + "  ".join(filter(None, facts))], ("log", job)))
+        tail = tail or result.get("stderr_tail") or ""
+    yield from section("Attempts", attempts or [Row([("  none has ended", "dim")])])
+    if job["status"] != "completed":
+        yield from section("Last lines of stderr", [
+            Row(["  " + line], ("log", job), line) for line in tail.rstrip().splitlines()[-12:]])
     for title, jobs, more in (("Waits for", data["before"], data["more_before"]),
                               ("Frees", data["after"], data["more_after"])):
-        if jobs:
-            rows += [Row([]), Row([(title, "title")])]
-        for other in jobs:
-            rows.append(Row([("  ", ""), status_span(state, other["status"]),
-                             (f"  {other['name']}", "")], ("job", other)))
-        if more > 0:
-            rows.append(Row([(f"  and {more:,} more", "dim")]))
+        rest = [Row([(f"  and {more:,} more", "dim")])] if more > 0 else []
+        yield from section(title, [
+            Row(["  ", status_span(state, other["status"]), f"  {other['name']}"], ("job", other))
+            for other in jobs] + rest)
     needs = data["needs"]
-    facts = [("Command", job["command"]),
-             ("Needs", ", ".join(filter(None, [
-                 plural(needs.get("num_cpus", 0), "CPU"),
-                 plural(needs["num_gpus"], "GPU") if needs.get("num_gpus") else "",
-                 plural(needs["num_nodes"], "node") if needs.get("num_nodes", 1) > 1 else "",
-                 needs.get("memory", ""), needs.get("runtime", "")]))
-              + f" ({needs.get('name', '')})" if needs else ""),
-             ("Priority", job.get("priority")), ("Reads", job.get("inputs")),
-             ("Writes", job.get("outputs")), ("Script", job.get("invocation_script"))]
-    rows.append(Row([]))
-    for name, value in facts:
-        if value not in (None, "", 0):
-            lines = folded(str(value), width - 14) or [""]
-            rows += [Row([(f"{name if not number else '':<10} ", "dim"), (line, "")])
-                     for number, line in enumerate(lines)]
-    return rows
+    amounts = [plural(needs[field], noun) for field, noun, least in (
+        ("num_cpus", "CPU", 0), ("num_gpus", "GPU", 1), ("num_nodes", "node", 2))
+        if needs and needs[field] >= least]
+    facts = {"Command": job["command"],
+             "Needs": needs and ", ".join([*amounts, needs["memory"], needs["runtime"]])
+             + f" ({needs['name']})",
+             "Priority": job["priority"], "Reads": job["inputs"], "Writes": job["outputs"],
+             "Script": job.get("invocation_script")}
+    yield Row([])
+    for name, value in facts.items():
+        if value:
+            yield from beside(f"{name:<10} ", folded(str(value), width - 14))
 
 
 def failure_rows(state, page, width):
     """Failures grouped by cause."""
-    data, rows = page.data, []
-    for group in data["groups"]:
+    for group in page.data["groups"]:
         status, family = group["status"], family_name(group["jobs"][0]["name"])
-        rows.append(Row([(f"{group['count']:>6,} ", "title"), (glyph(state, status) + " ", status),
-                         (group["cause"], status), (f"  {group['family']}", "dim")],
-                        ("jobs", status + (
-                            f" family:{family}" if group["family"] == family else "")),
-                        group.get("advice") or group["line"]))
-        text = [group["line"]] if group["line"] else []
-        text += [group["advice"]] if group.get("advice") else []
-        rows += [Row([("         " + line, "")]) for one in text
-                 for line in folded(one, width - 12)[:3]]
-        rows += [Row([("         ", ""), (f"{job.get('name', '')}", "live"),
-                      (f"  job {job['id']}", "dim")], ("job", job), "Enter opens this job")
-                 for job in group["jobs"]]
-        rows.append(Row([]))
-    return rows
+        wanted = status + (f" family:{family}" if group["family"] == family else "")
+        yield Row([(f"{group['count']:>6,} ", "title"), status_span(state, status, ""),
+                   (group["cause"], status), (f"  {group['family']}", "dim")], ("jobs", wanted),
+                  group["advice"])
+        for text in (group["line"], group["advice"]):
+            for line in folded(text, width - 12)[:3]:
+                yield Row(["         " + line])
+        for job in group["jobs"]:
+            yield Row(["         ", (job["name"], "live"), (f"  job {job['id']}", "dim")],
+                      ("job", job), "Enter opens this job")
+        yield Row([])
 
 
 def graph_rows(state, page, width):
     """The graph as a tree."""
-    data, rows = page.data, []
-    for mark, node, others in data["tree"]:
-        status = node["status"]
-        line = [(mark, "dim"), (glyph(state, status) + " ", status), (node["name"], "")]
-        if data["families"]:
-            line.append(("  ", ""))
-            line += legend(state, node["counts"])
+    for mark, node, others in page.data["tree"]:
+        line = [(mark, "dim"), status_span(state, node["status"], ""), node["name"]]
+        to = "job", node
+        if page.data["families"]:
+            line += ["  ", *legend(state, node["counts"])]
             to = "jobs", f"family:{node['family']}"
-        else:
-            to = "job", node
-        more = f"  after {', '.join(others[:3])}" + (
-            f" and {len(others) - 3} more" if len(others) > 3 else "") + " too" if others else ""
-        line.append((("  " + node["sub"] if node.get("sub") else "") + more, "dim"))
-        rows.append(Row(line, to, node["why"]))
-    return rows
+        if node["sub"]:
+            line.append(("  " + node["sub"], "dim"))
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            line.append((f"  after {', '.join(others[:3])}{more} too", "dim"))
+        yield Row(line, to, node["why"])
 
 
 def timeline_rows(state, page, width):
     """How busy each runner was, and its longest gaps."""
     data, to = page.data, ("nodes", None)
     step_s = (data["to"] - data["from"]) / 1000 / max(20, width - 34)
-    rows = [Row([(f"One cell is {format_duration(step_s)}; blank is idle; "
-                  f"{glyph(state, 'failed')} a job failed", "dim")])]
+    yield Row([(f"One cell is {format_duration(step_s)}; blank is idle; "
+                f"{glyph(state, 'failed')} a job failed", "dim")])
     for runner in data["runners"]:
-        line = [(shorten(runner["name"], 14).ljust(15), ""), (f"{runner['busy']:>3} %  ", "dim")]
+        line = [shorten(runner["name"], 14).ljust(15), (f"{runner['busy']:>3} %  ", "dim")]
         style = "running" if runner["active"] else "completed"
         for part, bad in runner["bins"]:
             cell = " " if part <= 0.02 else LEVELS[min(7, int(8 * part))]
             line.append((glyph(state, "failed"), "failed") if bad else (cell, style))
-        rows.append(Row(line, to, f"{runner['name']}: {runner['ran']:,} jobs on "
-                        f"{plural(runner['cpus'], 'CPU')}, idle {span(runner['idle_s'])}"))
-        rows += [Row([(" " * 22 + f"{clock(gap['from'] / 1000, state.now)} {gap['text']}", "dim")],
-                     to) for gap in runner["gaps"][:2]]
+        yield Row(line, to, f"{runner['name']}: {runner['ran']:,} jobs on "
+                  f"{plural(runner['cpus'], 'CPU')}, idle {span(runner['idle_s'])}")
+        for gap in runner["gaps"][:2]:
+            yield Row([(" " * 22 + f"{clock(gap['from'] / 1000, state.now)} {gap['text']}",
+                        "dim")], to)
     left, right = (clock(data[name] / 1000, state.now) for name in ("from", "to"))
-    rows.append(Row([(" " * 22 + left + " " * max(2, width - 34 - len(left) - len(right)) + right,
-                      "dim")]))
-    return rows
+    yield Row([(" " * 22 + left + " " * max(2, width - 34 - len(left) - len(right)) + right,
+                "dim")])
 
 
 def network_rows(state, page, width):
     """The doctor's checks."""
-    rows = []
     for check in page.data["checks"]:
         status = {"ok": "completed", "warn": "pending_failed", "fail": "failed"}[check.verdict]
-        rows.append(Row([(glyph(state, status) + " ", status),
-                         (f"{shorten(check.check, 34):<35}", ""), (check.detail, "")],
-                        None, check.next_step or check.detail))
-        rows += [Row([("    " + line, "dim")]) for line in folded(check.next_step, width - 8)]
-    return rows
+        yield Row([status_span(state, status, ""), f"{shorten(check.check, 34):<35}",
+                   check.detail], None, check.next_step or check.detail)
+        for line in folded(check.next_step, width - 8):
+            yield Row([("    " + line, "dim")])
 
 
 def record_rows(state, page, width):
     """All fields of a record."""
-    rows = []
     for name, value in page.subject.items():
         text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
-        lines = [part for line in text.splitlines() or [""]
-                 for part in ([line] if line.startswith(" ") else folded(line, width - 30) or [""])]
-        rows += [Row([(f"{name if not number else '':<26} ", "dim"), (line, "")])
-                 for number, line in enumerate(lines)]
-    return rows
+        yield from beside(f"{name:<26} ", [
+            part for line in text.splitlines()
+            for part in ([line] if line.startswith(" ") else folded(line, width - 30) or [""])])
 
 
 def process_rows(state, page, width):
     """The processes that were started here."""
-    rows = []
     for child in state.children:
         code = child.process.poll()
         status = "running" if code is None else "failed" if code else "completed"
-        rows.append(Row([(glyph(state, status) + " ", status), (f"{child.title:<34}", ""),
-                         (f"pid {child.process.pid:<9}", "dim"),
-                         (f"since {clock(child.started, state.now)}  " if code is None else
-                          f"ended with {code}  ", "")],
-                        ("output", {"name": child.title, "child": child}), child.log))
-    return rows
+        when = f"since {clock(child.started, state.now)}" if code is None else f"ended with {code}"
+        yield Row([status_span(state, status, ""), f"{child.title:<34}",
+                   (f"pid {child.process.pid:<9}", "dim"), when],
+                  ("output", {"name": child.title, "child": child}), child.log)
 
 
 def help_rows(state, page, width):
     """Every key, page by page; this page's own first."""
     before = state.pages[-2].name if len(state.pages) > 1 else "workflows"
-    rows, groups = [], dict.fromkeys([*PAGES[before].keys, *KEYS])
-    for group in groups:
+    for group in dict.fromkeys([*PAGES[before].keys, *KEYS]):
         title, keys = KEYS[group]
-        rows.append(Row([(title, "title")]))
+        yield Row([(title, "title")])
         for names, _, text, _ in keys:
-            lines = folded(text, width - 26) or [""]
-            rows.append(Row([(f"  {', '.join(names.split()):<22}", "key"), (lines[0], "")]))
-            rows += [Row([(" " * 24 + line, "")]) for line in lines[1:]]
-        rows.append(Row([]))
-    rows.append(Row([("g and a letter", "title")]))
-    rows += [Row([(f"  {'g ' + kind.go:<22}", "key"), (kind.title, "")])
-             for kind in PAGES.values() if kind.go]
-    rows += [Row([]), Row([("Status", "title")]), Row([("  ", ""), *[
-        span for status in list(LOOKS)[:6] for span in (status_span(state, status), ("  ", ""))]]),
-        Row([("  ", ""), *[span for status in list(LOOKS)[6:]
-                           for span in (status_span(state, status), ("  ", ""))]])]
-    return rows
+            yield from beside(f"  {', '.join(names.split()):<22}", folded(text, width - 26), "key")
+        yield Row([])
+    yield Row([("g and a letter", "title")])
+    for kind in PAGES.values():
+        if kind.go:
+            yield from beside(f"  {'g ' + kind.go:<22}", [kind.title], "key")
+    names = list(LOOKS)
+    yield from section("Status", [
+        Row(["  ", *[span for status in part for span in (status_span(state, status), "  ")]])
+        for part in (names[:6], names[6:])])
 
 
-def list_lines(state, page, width, height):
-    """A list: heads, then the rows in view."""
-    columns = [column for column in read_columns(COLUMNS[page.kind.columns])
-               if column.least <= width]
-    heads = cells_line(columns, [(column.title, "") for column in columns], width - 2)
-    lines = [[("  ", ""), *[(text, "dim") for text, _ in heads]]]
-    data, mark = page.data, "*" if state.plain else "▌"
-    for index in range(page.top, min(page.top + height - 1, data["total"])):
-        place = index - data["offset"]
-        if 0 <= place < len(data["rows"]):
-            record = data["rows"][place]
-            line = cells_line(columns, [shown_cell(state, record, column) for column in columns],
-                              width - 2)
+def record_at(page, index):
+    """The record of a list at a place, None if it is not loaded."""
+    place = index - page.data.get("offset", 0)
+    rows = page.data.get("rows", ())
+    return rows[place] if 0 <= place < len(rows) else None
+
+
+def focused(page):
+    """The record in focus of a list, None if it is not loaded."""
+    return record_at(page, page.cursor)
+
+
+def hint_key(record):
+    """What a hint belongs to: a record, as long as it does not change."""
+    return record["id"], record.get("status"), record.get("attempt_id"), record.get("done")
+
+
+def list_columns(page, width):
+    """The Columns of a list that a width has room for."""
+    return [column for column in read_columns(COLUMNS[page.kind.columns])
+            if column.least <= width]
+
+
+def list_rows(state, page, first, last):
+    """The rows of a list from `first` on, before `last`."""
+    width = state.width
+    columns = list_columns(page, width)
+    for index in range(first, min(last, page.data["total"])):
+        record = record_at(page, index)
+        if record:
+            cells = [shown_cell(state, record, column) for column in columns]
+            job = {"id": record["job_id"], "name": record["job_name"]} \
+                if page.name == "results" else record
+            hint = page.hints.get(hint_key(record))
+            yield Row(cells_line(columns, cells, width - 2), (page.kind.enter, job),
+                      record.get("note", "") if hint is None else hint)
         else:
-            line = [("...", "dim")]
-        here = index == page.cursor
-        lines.append([(mark + " " if here else "  ", "live" if here else ""), *line,
-                      *([("", "focus")] if here else [])])
-    return lines
+            yield Row([("...", "dim")])
 
 
-def text_lines(state, page, width, height):
-    """The rows in view of a page that is no list."""
-    rows = page_rows(state, page)
-    mark = "*" if state.plain else "▌"
+def page_rows(state, page, first=0, last=sys.maxsize):
+    """The rows of a page from `first` on, before `last`."""
+    if not page.data or page.kind.lines:
+        return []
+    if page.kind.columns:
+        return list(list_rows(state, page, first, last))
+    return list(page.kind.rows(state, page, state.width))[first:last]
+
+
+def row_in_focus(state):
+    """The Row in focus, None if there is none."""
+    page = state.page
+    return next(iter(page_rows(state, page, page.cursor, page.cursor + 1)), None)
+
+
+def row_lines(state, page, width, height):
+    """The rows in view; a list has its heads above them."""
     lines = []
-    for index, row in enumerate(rows[page.top:page.top + height], page.top):
+    if page.kind.columns:
+        columns = list_columns(page, width)
+        heads = cells_line(columns, [(column.title, "dim") for column in columns], width - 2)
+        lines = [["  ", *heads]]
+    last = page.top + height - len(lines)
+    for index, row in enumerate(page_rows(state, page, page.top, last), page.top):
         here = index == page.cursor
-        lines.append([(mark + " " if here else "  ", "live" if here else ""), *row.line,
-                      *([("", "focus")] if here and row.to else [])])
+        line = [("▌ ", "live") if here else "  ", *row.line]
+        if here and (row.to or page.kind.columns):
+            line = [(text, style + " focus") for text, style in fit(line, width, True)]
+        lines.append(line)
     return lines
 
 
 def is_heading(row):
     """Whether a Row is a heading or a blank line."""
-    return not row.line or [style for _, style in row.line] == ["title"]
-
-
-def page_rows(state, page):
-    """All rows of a page that is no list."""
-    return page.kind.rows(state, page, state.width) if page.data else []
+    return all(style == "title" for _, style in styled(row.line))
 
 
 def log_window(page, width, height):
@@ -15146,13 +15158,13 @@ def broken(line, width):
 def marked(line, words):
     """A line as spans, with the places where `words` occur marked."""
     if not words:
-        return [(line, "")]
+        return [line]
     spans, at, low = [], 0, line.lower()
     while True:
         found = low.find(words.lower(), at)
         if found < 0 or len(low) != len(line):
-            return [*spans, (line[at:], "")]
-        spans += [(line[at:found], ""), (line[found:found + len(words)], "hit")]
+            return [*spans, line[at:]]
+        spans += [line[at:found], (line[found:found + len(words)], "hit")]
         at = found + len(words)
 
 
@@ -15196,7 +15208,7 @@ def tabs_line(state, width):
         last += 1
     spans = [("‹" if first else " ", "dim")]
     for name, title in tabs[first:last]:
-        spans += [(title, "here" if name == here else ""), ("  ", "")]
+        spans += [(title, "here" if name == here else ""), "  "]
     return both_ends([*spans, ("›" if last < len(tabs) else "", "dim")], right, width)
 
 
@@ -15253,13 +15265,11 @@ def body_lines(state, width, height):
             folded(str(page.error), width - 4))]]
     if not page.data:
         return [[]] if state.now - page.asked_at < 0.3 else [[], [(" loading...", "dim")]]
-    if page.kind.columns and not page.data["total"] or \
-            page.kind.rows and not page_rows(state, page):
+    if not page.kind.lines and not row_count(state, page):
         empty = page.kind.empty if not page.filter else \
             f"Nothing matches {page.filter}: f takes another filter, Esc takes it away."
         return [[], *[[(" " + line, "dim")] for line in folded(empty, width - 4)]]
-    return (page.kind.lines or (list_lines if page.kind.columns else text_lines))(
-        state, page, width, height)
+    return (page.kind.lines or row_lines)(state, page, width, height)
 
 
 def away_lines(state, width):
@@ -15280,11 +15290,10 @@ def question_lines(state, width, most):
     if len(body) > most - 3:
         body = [*body[:most - 4], f"and {plural(len(body) - most + 4, 'line')} more"]
     choices = [span for key, words, _ in plan.choices
-               for span in ((f" {key} ", "key"), (f"{words}   ", ""))]
-    rule = "-" if state.plain else "─"
-    return [[(rule * width, "dim")], [(f" {plan.title}{'?' if choices else ''}", "title")],
-            *[[("   " + line, "")] for line in body],
-            [*choices, (" n ", "hit"), ("keep as it is" if choices else "close", "")]]
+               for span in ((f" {key} ", "key"), f"{words}   ")]
+    return [[("─" * width, "dim")], [(f" {plan.title}{'?' if choices else ''}", "title")],
+            *[["   " + line] for line in body],
+            [*choices, (" n ", "hit"), "keep as it is" if choices else "close"]]
 
 
 def message_line(state, width):
@@ -15295,7 +15304,7 @@ def message_line(state, width):
         text = prompt.text
         while text_width(text) > room:
             text = text[1:]
-        return [(f" {prompt.label}: ", "key"), (text, ""), ("_", "hit"),
+        return [(f" {prompt.label}: ", "key"), text, ("_", "hit"),
                 ("  " + prompt.hint if not text else "", "dim")]
     if state.going:
         pages = [kind for kind in PAGES.values() if kind.go]
@@ -15307,7 +15316,7 @@ def message_line(state, width):
         return [(f" {state.busy}...", "live")]
     if state.message:
         return [(" " + state.message, state.message_style)]
-    return [(" " + hint_of(state), "")]
+    return [" " + hint_of(state)]
 
 
 def hint_of(state):
@@ -15315,26 +15324,8 @@ def hint_of(state):
     page = state.page
     if page.error and page.data:
         return str(page.error)
-    if page.kind.columns:
-        record = focused(page)
-        text = page.hints.get(hint_key(record)) if record else None
-        return text if text is not None else record.get("note", "") if record else ""
-    if page.kind.rows and page.data:
-        rows = page_rows(state, page)
-        return rows[page.cursor].hint if page.cursor < len(rows) else ""
-    return ""
-
-
-def focused(page):
-    """The record in focus of a list, None if it is not there."""
-    place = page.cursor - page.data.get("offset", 0)
-    rows = page.data.get("rows", ())
-    return rows[place] if 0 <= place < len(rows) else None
-
-
-def hint_key(record):
-    """What a hint belongs to: a record, as long as it does not change."""
-    return record["id"], record.get("status"), record.get("attempt_id"), record.get("done")
+    row = row_in_focus(state)
+    return row.hint if row else ""
 
 
 def keys_line(state, width):
@@ -15342,16 +15333,17 @@ def keys_line(state, width):
     if state.prompt:
         return [(" Enter ", "key"), ("takes it  ", "dim"), ("Esc ", "key"), ("leaves it", "dim")]
     pairs = [(names.split()[0], label) for names, _, _, label in keys_of(state.page) if label]
-    end = [(key, label) for key, label in pairs if label in ("help", "back")]
-    room = width - 1 - sum(len(key) + len(label) + 3 for key, label in end)
-    spans = [(" ", "")]
-    for key, label in [pair for pair in pairs if pair not in end]:
-        room -= len(key) + len(label) + 3
-        if room >= 0:
-            spans += [(key, "key"), (f" {label}  ", "dim")]
-    for key, label in end:
-        spans += [(key, "key"), (f" {label}  ", "dim")]
-    return spans
+    pairs.sort(key=lambda pair: pair[1] in ("help", "back"))
+    while sum(len(key) + len(label) + 3 for key, label in pairs) >= width:
+        del pairs[-3]                     # help and back stay
+    return [" ", *[span for key, label in pairs for span in ((key, "key"), (f" {label}  ", "dim"))]]
+
+
+def row_count(state, page):
+    """How many rows a page has."""
+    if page.kind.columns:
+        return page.data.get("total", 0)
+    return len(page_rows(state, page))
 
 
 def room_of(state, page):
@@ -15365,7 +15357,7 @@ def draw(state):
     if width < SMALLEST[0] or height < SMALLEST[1]:
         text = (f"torc needs {SMALLEST[0]} columns and {SMALLEST[1]} lines; here are {width} and "
                 f"{height}.", "Make the window larger, or press q.")
-        lines = [[(part, "")] for one in text for part in folded(one, max(1, width))]
+        lines = [[part] for one in text for part in folded(one, max(1, width))]
         return [fit(line, width) for line in (lines + [[]] * height)[:height]]
     lines = [path_line(state, width), tabs_line(state, width), *away_lines(state, width)]
     body = body_lines(state, width, height - 2 - len(lines))[:height - 2 - len(lines)]
@@ -15374,14 +15366,7 @@ def draw(state):
         panel = question_lines(state, width, height - 6)
         lines[-len(panel):] = panel
     lines += [message_line(state, width), keys_line(state, width)]
-    return [whole_line(line, width) for line in lines]
-
-
-def whole_line(line, width):
-    """A line cut to the width; one in focus is filled up and reversed."""
-    if line and line[-1][1] == "focus":
-        return [(text, style + " focus") for text, style in fit(line[:-1], width, True)]
-    return fit(line, width)
+    return [fit(line, width) for line in lines]
 
 
 def screen_text(state):
@@ -15834,24 +15819,10 @@ class Loading:
             if page.stream is None and page.kind.lines:
                 page.stream = page.data["first"]
                 page.key = self.key_of(page)
-            self.settle(page)
-
-    def settle(self, page):
-        """Keep focus and window of a page within what there is."""
-        total = self.total(page)
-        page.cursor = max(0, min(page.cursor, total - 1))
-        room = room_of(self, page)
-        page.top = max(0, min(page.top, page.cursor, total - room))
-        page.top = max(page.top, page.cursor - room + 1)
-
-    def total(self, page):
-        """How many rows a page has."""
-        if page.kind.columns:
-            return page.data.get("total", 0)
-        return len(page_rows(self, page)) if page.kind.rows else 0
+            self.move(page, page.cursor)
 
     def ask_hint(self, page):
-        """Let the worker find out what is to be said of the row in focus."""
+        """Let the worker find out what is to be said of the record in focus."""
         record = focused(page) if page.kind.hint and page.data else None
         if not record or self.away:
             return
@@ -15920,22 +15891,21 @@ class Moving:
         return focused(self.page) if self.page.kind.columns else self.page.subject
 
     def move(self, page, cursor):
-        """Put the focus on a row."""
-        total = self.total(page)
+        """Put the focus on a row, or the nearest there is, and keep it in view."""
+        total, room = row_count(self, page), room_of(self, page)
         page.cursor = max(0, min(cursor, total - 1))
-        room = room_of(self, page)
-        page.top = max(min(page.top, page.cursor), page.cursor - room + 1, 0)
+        page.top = max(0, min(page.top, page.cursor, total - room), page.cursor - room + 1)
 
     def scroll(self, rows):
         """Move the focus by so many rows; it passes over blank lines and headings."""
         page = self.page
         if abs(rows) > 1:
-            page.top = max(0, min(page.top + rows, self.total(page) - room_of(self, page)))
+            page.top = max(0, min(page.top + rows, row_count(self, page) - room_of(self, page)))
         shown = page_rows(self, page) if page.kind.rows else ()
-        place = max(0, min(page.cursor + rows, self.total(page) - 1))
+        place = max(0, min(page.cursor + rows, row_count(self, page) - 1))
         while 0 <= place < len(shown) and is_heading(shown[place]):
             place += 1 if rows > 0 else -1
-        if not 0 <= place < self.total(page):        # only headings are left: show them
+        if not 0 <= place < row_count(self, page):        # only headings are left: show them
             page.top = 0 if rows < 0 else page.top
             return
         self.move(page, place)
@@ -15950,7 +15920,7 @@ class Moving:
 
     def do_edge(self, end):
         """Put the focus on the first row, or on the last one."""
-        self.move(self.page, end * self.total(self.page))
+        self.move(self.page, end * row_count(self, self.page))
 
     def do_tab(self, step):
         """The next or last page of the workflow."""
@@ -15963,18 +15933,10 @@ class Moving:
         self.turn(tabs[(tabs.index(name) + step) % len(tabs)])
 
     def do_enter(self):
-        page = self.page
-        if page.kind.columns:
-            record = focused(page)
-            if record:
-                self.open(page.kind.enter, record if page.name != "results" else {
-                    "id": record["job_id"], "name": record["job_name"]})
-            return
-        rows = page_rows(self, page)
-        to = rows[page.cursor].to if page.cursor < len(rows) else None
-        if to:
-            self.open(*to)
-        elif page.name == "job":
+        row = row_in_focus(self)
+        if row and row.to:
+            self.open(*row.to)
+        elif self.page.name == "job":
             self.do_log()
 
     def do_back(self):
@@ -16034,7 +15996,7 @@ class Moving:
             return
         if y == 1:
             at = 0
-            for text, _ in tabs_line(self, self.width):
+            for text, _ in fit(tabs_line(self, self.width), self.width):
                 at += text_width(text)
                 if x < at:
                     name = next((name for name, kind in PAGES.items()
@@ -16043,7 +16005,7 @@ class Moving:
                         self.turn(name)
                     return
         row = page.top + y - 2 - len(away_lines(self, self.width)) - bool(page.kind.columns)
-        if page.top <= row < min(self.total(page), page.top + room_of(self, page)):
+        if page.top <= row < min(row_count(self, page), page.top + room_of(self, page)):
             if row == page.cursor:
                 self.do_enter()
             else:
@@ -16054,7 +16016,7 @@ class Moving:
         self.width, self.height = width, height
         for page in self.pages:
             if page.data and not page.kind.lines:
-                self.settle(page)
+                self.move(page, page.cursor)
 
 
 class Listing:
