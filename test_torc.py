@@ -7195,7 +7195,7 @@ class Hands:
         args = torc.parse_command(torc.COMMANDS["tui"], [], ["-o", str(directory / "out")])
         self.terminal = torc.Terminal(client, torc.TerminalTools(args), size, plain)
         self.state = self.terminal
-        self.terminal.watcher.stop()      # its news come when they come
+        self.terminal.watcher.ask = lambda *args: None     # its news come when they come
         self.settle()
 
     def settle(self):

@@ -14285,9 +14285,9 @@ def serve_dashboard(dashboard, sockets, ending):
 # 15 Terminal UI
 # ==================================================================================================
 # draw() turns a State into styled lines of any size: a pure function that knows nothing of curses.
-# Terminal is the State that keys and events change; a Worker thread asks the server (or the
-# database file), a Listener waits for news. What changes a workflow comes from section 13 as Plans:
-# a dry run in sentences, and a function that carries it out.
+# Terminal is the State that keys and events change; of two Workers, which are threads, one asks the
+# server (or the database file), the other one waits for news. What changes a workflow comes from
+# section 13 as Plans: a dry run in sentences, and a function that carries it out.
 
 class Look(NamedTuple):
     """How a status looks: glyph and cell of a bar, both also in ASCII; colour of 256, of 8."""
@@ -15631,77 +15631,6 @@ class Worker:
         self.client.close()
 
 
-class Listener:
-    """A thread that waits for news of the workflow in view, with one open question."""
-
-    def __init__(self, heard, lost):
-        self.heard, self.lost = heard, lost         # called with the answer, or the error
-        self.goal = None                  # (client, workflow id)
-        self.asking = None
-        self.changed, self.ending = threading.Condition(), False
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def aim(self, client, workflow_id):
-        """Wait for news of this workflow from now on; None: of none."""
-        goal = None if workflow_id is None or client is None else (client, workflow_id)
-        with self.changed:
-            if goal == self.goal:
-                return
-            self.goal = goal
-            self.changed.notify()
-            if self.asking and not self.asking.is_local:     # a local one asks once a second anyway
-                self.asking.interrupt()
-
-    def run(self):
-        """What the thread does until stop()."""
-        while not self.ending:
-            with self.changed:
-                while self.goal is None and not self.ending:
-                    self.changed.wait()
-                if self.ending:
-                    return
-                goal, self.asking = self.goal, self.goal[0].clone()
-            try:
-                self.watch(goal)
-            except Exception as error:    # also what a store says that is closed meanwhile
-                with self.changed:
-                    current = self.goal is goal and not self.ending
-                if current:
-                    self.lost(error)
-                    with self.changed:
-                        if self.goal is goal and not self.ending:
-                            self.changed.wait(RETRY_S[-1])
-            finally:
-                self.asking.close()
-
-    def watch(self, goal):
-        """Tell of news as long as the goal is this."""
-        client, generation = self.asking, None
-        path = f"/workflows/{goal[1]}/changes"
-        while self.goal is goal and not self.ending:
-            news = client.get(path, since=generation, wait_s=None if generation is None else
-                              1 if client.is_local else 30)
-            if news["generation"] != generation:
-                generation = news["generation"]
-                self.heard(news)
-                with self.changed:        # a busy workflow has news all the time
-                    if self.goal is goal and not self.ending:
-                        self.changed.wait(0.5)
-            if "retry_after_s" in news:   # too many wait already
-                with self.changed:
-                    self.changed.wait(max(1.0, news["retry_after_s"]))
-
-    def stop(self):
-        """End the thread."""
-        with self.changed:
-            self.ending = True
-            self.changed.notify()
-            if self.asking:
-                self.asking.interrupt()
-        self.thread.join(2)
-
-
 def tui_name(number):
     """Name of the output of a process that was started from here."""
     return f"tui_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}_{number}"
@@ -15778,9 +15707,29 @@ class Loading:
             self.load(page)
             wait_s = 1.0
         self.ask_hint(page)
-        watched = page.workflow and page.workflow["id"] if self.live and not self.away else None
-        self.watcher.aim(self.client, watched)
-        return min(wait_s, 1.0 if self.away or page.loading else 30.0)
+        return min(wait_s, self.listen(), 1.0 if self.away or page.loading else 30.0)
+
+    def listen(self):
+        """Let the watcher wait for news of the workflow in view; returns the seconds until it can.
+        """
+        workflow = self.page.workflow if self.live and not self.away else None
+        goal = workflow and workflow["id"]
+        if goal != self.goal:
+            self.goal, self.generation, self.listen_at = goal, None, 0.0
+            if self.listening and not self.client.is_local:  # a local one asks once a second anyway
+                self.watcher.client.interrupt()
+                self.watcher.client = self.client.clone()
+        if goal is None or self.listening:
+            return math.inf
+        rest = self.listen_at - time.monotonic()
+        if rest > 0:
+            return rest
+        since, most = self.generation, 1 if self.client.is_local else 30
+        self.listening = True
+        self.watcher.ask("news", lambda client: client.get(
+            f"/workflows/{goal}/changes", since=since, wait_s=None if since is None else most),
+            lambda news, error: self.heard(goal, news, error))
+        return math.inf
 
     def load(self, page):
         """Let the worker load a page: its window and as much on either side."""
@@ -15838,12 +15787,23 @@ class Loading:
 
         self.worker.ask("hint", lambda client: page.kind.hint(client, record, self.tools), answer)
 
-    def heard(self, news):
-        """An event: something has happened in the workflow in view."""
-        self.complete = news["is_complete"]
-        self.page.stale = True
-        self.page.hints.clear()
-        self.hint_asked = None
+    def heard(self, goal, news, error):
+        """An event: the answer to a question for news of a workflow."""
+        self.listening, now = False, time.monotonic()
+        if goal != self.goal:
+            return
+        if error:
+            self.lost(error)
+            self.listen_at = now + RETRY_S[-1]
+            return
+        if news["generation"] != self.generation:
+            self.generation, self.complete = news["generation"], news["is_complete"]
+            self.page.stale = True
+            self.page.hints.clear()
+            self.hint_asked = None
+            self.listen_at = now + 0.5    # a busy workflow has news all the time
+        if "retry_after_s" in news:       # too many wait already
+            self.listen_at = now + max(1.0, news["retry_after_s"])
 
     def lost(self, error):
         """An event: the server does not answer, or not to this question."""
@@ -16071,15 +16031,11 @@ class Listing:
 
     def connect(self, client):
         """Show another server's workflows."""
-        if self.children and any(child.running for child in self.children):
+        if any(child.running for child in self.children):
             self.say("What was started here goes on with the server it was started with.")
-        self.watcher.aim(None, None)
+        self.watcher.stop()
         self.worker.stop()
-        self.client, self.checked, self.away = client, False, None
-        self.worker = Worker(client.clone(), self.post)
-        self.events.clear()
-        self.pages[:] = [View("workflows")]
-        self.show_place()
+        self.attach(client)
 
     def do_output_dir(self):
         def take(text):
@@ -16296,29 +16252,30 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
     def __init__(self, client, tools, size=SMALLEST, plain=False, wake=None, server=None):
         import collections
         super().__init__(size, plain)
-        self.client, self.tools, self.server = client, tools, server
+        self.tools, self.server = tools, server
         self.wake = wake or (lambda: None)
         self.events, self.typed = collections.deque(), collections.deque()
-        self.pages.append(View("workflows"))
-        self.checked = False              # that the server knows what the pages ask for
-        self.complete = False             # the workflow in view goes on no more
         self.hint_asked = None
         self.ended = self.suspending = self.redrawing = False
         self.keep_children = True
-        self.worker = Worker(client.clone(), self.post)
-        self.watcher = Listener(lambda news: self.post(lambda: self.heard(news)),
-                               lambda error: self.post(lambda: self.lost(error)))
-        self.show_place()
+        self.attach(client)
+
+    def attach(self, client):
+        """Show the workflows of a server or a database file."""
+        self.client, self.away = client, None
+        self.where = os.path.basename(client.where) if client.is_local else \
+            f"{client.address.host}:{client.address.port}"
+        self.checked = False              # that the server knows what the pages ask for
+        self.complete = False             # the workflow in view goes on no more
+        self.goal, self.listening = None, False    # id of the workflow whose news are wanted
+        self.events.clear()
+        self.pages[:] = [View("workflows")]
+        self.worker, self.watcher = (Worker(client.clone(), self.post) for _ in range(2))
 
     def post(self, event):
         """From any thread: a function to be called by the main one."""
         self.events.append(event)
         self.wake()
-
-    def show_place(self):
-        """Say where the workflows are."""
-        self.where = os.path.basename(self.client.where) if self.client.is_local else \
-            f"{self.client.address.host}:{self.client.address.port}"
 
     def close(self):
         """End the threads, the server that was started for us, and children if so wished."""
