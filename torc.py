@@ -14727,45 +14727,35 @@ def tree(nodes, edges):
     A node hangs below the parent that is farthest from a root; others are named. An only child
     stays in its parent's column, so that long chains do not run out of the screen.
     """
+    import graphlib
     by_id = {node["id"]: node for node in nodes}
-    parents, children, missing = {}, {}, {}
+    parents = {node: [] for node in by_id}
+    sorter = graphlib.TopologicalSorter(parents)
     for one, other in edges:
         if one in by_id and other in by_id and one != other:
-            parents.setdefault(other, []).append(one)
-            children.setdefault(one, []).append(other)
-    missing = {node: len(set(above)) for node, above in parents.items()}
-    depth = {node["id"]: 0 for node in nodes if node["id"] not in parents}
-    queue = list(depth)
-    for node in queue:                    # it grows while it is read
-        for below in dict.fromkeys(children.get(node, ())):
-            missing[below] -= 1
-            depth[below] = max(depth.get(below, 0), depth[node] + 1)
-            if not missing[below]:
-                queue.append(below)
-    place = {node: number for number, node in enumerate(queue)}
-    main = {node: max(above, key=lambda one: (depth[one], -place[one]))
-            for node, above in parents.items() if node in place}
-    hanging = {}
-    for node, above in main.items():
-        hanging.setdefault(above, []).append(node)
+            parents[other].append(one)
+            sorter.add(other, one)
+    order, depth, main, hanging = {}, {}, {}, {node: [] for node in by_id}
+    for number, node in enumerate(sorter.static_order()):
+        order[node] = number
+        depth[node] = 1 + max((depth[one] for one in parents[node]), default=-1)
+        if parents[node]:
+            main[node] = min(parents[node], key=lambda one: (-depth[one], order[one]))
+            hanging[main[node]].append(node)
     drawn = []
-    stack = [(node["id"], "", "") for node in reversed(nodes)
-             if node["id"] not in main]
+    stack = [(node, "", "") for node in reversed(list(by_id)) if node not in main]
     while stack:
         node, mark, below = stack.pop()
-        others = [by_id[one]["name"] for one in dict.fromkeys(parents.get(node, ()))
-                  if one != main.get(node)] if node in main else []
-        drawn.append((mark, by_id[node], others))
-        found = sorted(hanging.get(node, ()), key=place.get)
-        if len(found) == 1:
-            chained = mark.endswith("↓ ")
-            inner = mark[:-2] if chained else below
-            stack.append((found[0], inner + "↓ ", inner + "  "))
+        drawn.append((mark, by_id[node],
+                      [by_id[one]["name"] for one in parents[node] if one != main[node]]))
+        if len(hanging[node]) == 1:
+            inner = mark[:-2] if mark.endswith("↓ ") else below
+            stack.append((hanging[node][0], inner + "↓ ", inner + "  "))
             continue
-        for number, child in reversed(list(enumerate(found))):
-            last = number == len(found) - 1
-            stack.append((child, below + ("└─ " if last else "├─ "),
-                          below + ("   " if last else "│  ")))
+        branch, more = "└─ ", "   "       # of the last one, which is drawn last
+        for child in reversed(hanging[node]):
+            stack.append((child, below + branch, below + more))
+            branch, more = "├─ ", "│  "
     return drawn
 
 
