@@ -16570,22 +16570,12 @@ class Signals:
 def run_terminal(client, tools, server=None):
     """Run the terminal UI until it is left; returns the exit code. Raises TorcError."""
     curses = need_terminal()
+    import io
     signals = Signals()
     canvas = terminal = None
-    said = []
-
-    class Said:
-        """Stands for stdout and stderr, on which nobody may write now."""
-
-        def write(self, text):
-            said.extend(line for line in text.splitlines() if line.strip())
-            return len(text)
-
-        def flush(self):
-            """As a file has it."""
-
+    nowhere = io.StringIO()               # nobody may write to the terminal now
     try:
-        with contextlib.redirect_stdout(Said()), contextlib.redirect_stderr(Said()):
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             try:
                 canvas = Canvas(curses)
                 terminal = Terminal(client, tools, canvas.size(), canvas.plain, signals.wake,
