@@ -14290,37 +14290,34 @@ def serve_dashboard(dashboard, sockets, ending):
 # section 13 as Plans: a dry run in sentences, and a function that carries it out.
 
 class Look(NamedTuple):
-    """How a status looks: glyph and cell of a bar, both also in ASCII; colour of 256, of 8."""
+    """How a status looks: glyph and cell of a bar, in Unicode and in ASCII; style as in STYLES."""
 
-    glyph: str
-    plain: str
-    cell: str
-    plain_cell: str
-    colour: int
-    basic: int                            # of curses: 1 red, 2 green, 3 yellow, 5 magenta, 6 cyan
-    bold: bool = False
+    glyphs: str
+    cells: str
+    style: tuple
 
 
 LOOKS = {                                 # in the order of bars and legends
-    "completed": Look("✓", "+", "█", "#", 78, 2),
-    "failed": Look("✗", "x", "✗", "x", 209, 1, True),
-    "pending_failed": Look("!", "!", "!", "!", 179, 3, True),
-    "canceled": Look("⊘", "/", "⊘", "/", 183, 5),
-    "terminated": Look("■", "#", "■", "X", 175, 5, True),
-    "running": Look("►", ">", "▒", ">", 111, 6, True),
-    "pending": Look("◐", "~", "▒", "~", 110, 6),
-    "ready": Look("○", "o", "░", "o", 80, 6),
-    "blocked": Look("◇", ":", "░", ":", 247, -1),
-    "uninitialized": Look("·", ".", "·", ".", 247, -1),
-    "disabled": Look("–", "-", "–", "-", 247, -1),
+    "completed": Look("✓+", "█#", (78, 2, "")),
+    "failed": Look("✗x", "✗x", (209, 1, "bold")),
+    "pending_failed": Look("!!", "!!", (179, 3, "bold")),
+    "canceled": Look("⊘/", "⊘/", (183, 5, "")),
+    "terminated": Look("■#", "■X", (175, 5, "bold")),
+    "running": Look("►>", "▒>", (111, 6, "bold")),
+    "pending": Look("◐~", "▒~", (110, 6, "")),
+    "ready": Look("○o", "░o", (80, 6, "")),
+    "blocked": Look("◇:", "░:", (247, -1, "")),
+    "uninitialized": Look("·.", "·.", (247, -1, "")),
+    "disabled": Look("–-", "–-", (247, -1, "")),
 }
 STATE_LOOKS = {"not initialized": "uninitialized", "waiting": "ready", "running": "running",
                "done": "completed", "failed": "failed", "stuck": "pending_failed",
                "canceled": "canceled"}
-# Of a style that is no status: colour of 256, of 8, attributes of curses.
-STYLES = {"": (-1, -1, ""), "title": (-1, -1, "bold"), "dim": (247, -1, ""),
-          "live": (111, 6, "bold"), "here": (111, 6, "bold underline"), "key": (-1, -1, "bold"),
-          "alarm": (209, 1, "bold"), "hit": (-1, -1, "reverse")}
+# Of a style that is no status: colour of 256; of 8, which are those of curses (1 red, 2 green,
+# 3 yellow, 5 magenta, 6 cyan); attributes of curses.
+STYLES = {"title": (-1, -1, "bold"), "dim": (247, -1, ""), "live": (111, 6, "bold"),
+          "here": (111, 6, "bold underline"), "key": (-1, -1, "bold"), "alarm": (209, 1, "bold"),
+          "hit": (-1, -1, "reverse"), "focus": (-1, -1, "reverse")}
 ASCII_MARKS = {"▌": "*", "│": "|", "├": "|", "└": "`", "─": "-", "↓": "v", "·": "-", "█": "#",
                "–": "-", "→": ">", "‹": "<", "›": ">", **dict(zip("▁▂▃▄▅▆▇", "__.-=+*"))}
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -14478,7 +14475,7 @@ def both_ends(left, right, width):
 
 def glyph(state, status):
     """The glyph of a status."""
-    return LOOKS[status].plain if state.plain else LOOKS[status].glyph
+    return LOOKS[status].glyphs[state.plain]
 
 
 def status_span(state, status, words=None):
@@ -14497,8 +14494,7 @@ def bar(state, counted, total, width):
         largest = max(present, key=lambda status: counted[status] / total * width - cells[status]
                       if step > 0 else cells[status])
         cells[largest] += step
-    return [((LOOKS[status].plain_cell if state.plain else LOOKS[status].cell) * cells[status],
-             status) for status in present]
+    return [(LOOKS[status].cells[state.plain] * cells[status], status) for status in present]
 
 
 def legend(state, counted):
@@ -16432,9 +16428,7 @@ class Canvas:
                 if curses.has_colors():
                     curses.use_default_colors()
                     number = curses.COLORS
-        wanted = {name: (look.colour, look.basic, "bold" if look.bold else "")
-                  for name, look in LOOKS.items()}
-        wanted.update(STYLES)
+        wanted = {**{name: look.style for name, look in LOOKS.items()}, **STYLES}
         found = {}
         for pair, (name, (colour, basic, words)) in enumerate(wanted.items(), 1):
             attribute = sum(getattr(curses, "A_" + word.upper()) for word in words.split())
@@ -16465,10 +16459,9 @@ class Canvas:
             with contextlib.suppress(curses.error):      # also for the last cell, which is drawn
                 window.move(y, 0)
                 for text, style in line:
-                    word = style[:-6] if style.endswith(" focus") else style
-                    attribute = self.attributes[word]
-                    if word != style:
-                        attribute |= curses.A_REVERSE
+                    attribute = 0
+                    for word in style.split():
+                        attribute |= self.attributes[word]
                     window.addstr(to_ascii(text) if self.plain else text, attribute)
         window.refresh()
 
