@@ -14406,7 +14406,7 @@ class Question(NamedTuple):
     """A Plan that waits for a key."""
 
     plan: Plan
-    take: Any                             # called with the function chosen
+    take: Any = None                      # called with the function chosen
 
 
 class Prompt:
@@ -15181,21 +15181,23 @@ def tabs_line(state, width):
     page = state.page
     if not page.kind.inside or page.name == "record":
         return [(" " + page.kind.title, "title"), *filter_spans(state, page)]
-    here = page.name if page.kind.tab else "jobs"
-    tabs = [(name, kind.title) for name, kind in PAGES.items() if kind.tab]
     right = fit(filter_spans(state, page), 3 * width // 5)
     room = width - 4 - line_width(right)
-    place = next(number for number, (name, _) in enumerate(tabs) if name == here)
-    first = 0
-    while first < place and sum(len(title) + 2 for _, title in tabs[first:place + 1]) > room:
+    names = list(TABS)
+    here = names.index(page.name if page.name in TABS else "jobs")
+
+    def too_wide(first, last):
+        return sum(len(TABS[name]) + 2 for name in names[first:last]) > room
+
+    first, last = 0, len(names)
+    while first < here and too_wide(first, here + 1):
         first += 1
-    last = place + 1
-    while last < len(tabs) and sum(len(title) + 2 for _, title in tabs[first:last + 1]) <= room:
-        last += 1
+    while last > here + 1 and too_wide(first, last):
+        last -= 1
     spans = [("‹" if first else " ", "dim")]
-    for name, title in tabs[first:last]:
-        spans += [(title, "here" if name == here else ""), "  "]
-    return both_ends([*spans, ("›" if last < len(tabs) else "", "dim")], right, width)
+    for name in names[first:last]:
+        spans += [(TABS[name], "here" if name == names[here] else ""), "  "]
+    return both_ends([*spans, ("›" if last < len(names) else "", "dim")], right, width)
 
 
 def filter_spans(state, page):
@@ -15225,7 +15227,7 @@ def path_line(state, width):
     for page in state.pages:
         if page.name == "workflows":
             parts.append("workflows" + (" of all users" if state.everybody else ""))
-        elif page.kind.tab:
+        elif page.name in TABS:
             parts[1:] = [f"{page.workflow['id']} {page.workflow['name']}", page.kind.title.lower()]
         elif page.name in ("job", "log", "output"):
             name = page.subject["name"]
@@ -15233,13 +15235,13 @@ def path_line(state, width):
             parts += ["log"] if page.name == "log" else []
         else:
             parts.append(page.kind.title.lower())
-    right = [(state.where, "dim")]
-    right += [("  away", "alarm")] if state.away else [("  live", "live")] if state.live else \
-        [("  paused", "dim")]
+    link = ("  away", "alarm") if state.away else ("  live", "live") if state.live else \
+        ("  paused", "dim")
+    right = [(state.where, "dim"), link]
     if state.children:
-        running = sum(child.process.poll() is None for child in state.children)
-        right.insert(0, (f"{plural(running, 'process') if running == 1 else f'{running} processes'}"
-                         "  ", "running" if running else "dim"))
+        running = sum(child.running for child in state.children)
+        noun = "process" if running == 1 else "processes"
+        right.insert(0, (f"{running} {noun}  ", "running" if running else "dim"))
     return both_ends([(" " + " / ".join(parts), "title")], right, width)
 
 
@@ -15388,11 +15390,6 @@ class PageKind(NamedTuple):
     hint: Any = None
     empty: str = "Nothing is here yet."
 
-    @property
-    def tab(self):
-        """Whether it is one of the tabs of a workflow."""
-        return bool(self.inside and self.go)
-
 
 NEWEST = {"sort_by": "id", "reverse_sort": True}
 PAGES = {
@@ -15440,6 +15437,7 @@ PAGES = {
     "help": PageKind("Help", "", load_nothing, help_rows, every_s=math.inf,
                      keys=("moves", "everywhere"), inside=False),
 }
+TABS = {name: kind.title for name, kind in PAGES.items() if kind.inside and kind.go}
 
 
 def read_keys(text):
@@ -15545,17 +15543,13 @@ def keys_of(page):
             free = [name for name in names.split() if name not in taken]
             if free:
                 found.append((" ".join(free), action, text, label))
-        taken.update(name for row in KEYS[group][1] for name in row[0].split())
+            taken.update(free)
     return found
 
 
 def action_of(page, key):
     """The action of a key on a page, or None."""
-    for group in page.kind.keys:
-        for names, action, _, _ in KEYS[group][1]:
-            if key in names.split():
-                return action
-    return None
+    return next((action for names, action, _, _ in keys_of(page) if key in names.split()), None)
 
 
 # ---- threads that ask
@@ -15842,27 +15836,23 @@ class Moving:
         page.cursor = max(0, min(cursor, total - 1))
         page.top = max(0, min(page.top, page.cursor, total - room), page.cursor - room + 1)
 
-    def scroll(self, rows):
+    def do_step(self, rows):
         """Move the focus by so many rows; it passes over blank lines and headings."""
-        page = self.page
+        page, total = self.page, row_count(self, self.page)
         if abs(rows) > 1:
-            page.top = max(0, min(page.top + rows, row_count(self, page) - room_of(self, page)))
+            page.top = max(0, min(page.top + rows, total - room_of(self, page)))
         shown = page_rows(self, page) if page.kind.rows else ()
-        place = max(0, min(page.cursor + rows, row_count(self, page) - 1))
+        place = max(0, min(page.cursor + rows, total - 1))
         while 0 <= place < len(shown) and is_heading(shown[place]):
             place += 1 if rows > 0 else -1
-        if not 0 <= place < row_count(self, page):        # only headings are left: show them
-            page.top = 0 if rows < 0 else page.top
-            return
-        self.move(page, place)
-
-    def do_step(self, rows):
-        """Move the focus by so many rows."""
-        self.scroll(rows)
+        if 0 <= place < total:
+            self.move(page, place)
+        elif rows < 0:                    # only headings are left: show them
+            page.top = 0
 
     def do_page(self, pages):
         """Move the focus by so many screens."""
-        self.scroll(pages * max(2, room_of(self, self.page) - 1))
+        self.do_step(pages * max(2, room_of(self, self.page) - 1))
 
     def do_edge(self, end):
         """Put the focus on the first row, or on the last one."""
@@ -15874,9 +15864,9 @@ class Moving:
             if step > 0 and self.page.name == "workflows":
                 self.do_enter()
             return
-        tabs = [name for name, kind in PAGES.items() if kind.tab]
-        name = self.page.name if self.page.kind.tab else "jobs"
-        self.turn(tabs[(tabs.index(name) + step) % len(tabs)])
+        names = list(TABS)
+        here = names.index(self.page.name if self.page.name in TABS else "jobs")
+        self.turn(names[(here + step) % len(names)])
 
     def do_enter(self):
         row = row_in_focus(self)
@@ -15909,9 +15899,8 @@ class Moving:
         self.ended, self.keep_children = True, keep
 
     def do_leave(self):
-        page = self.page
-        if page.filter and page.kind.columns:
-            self.set_filter(page, "")
+        if self.page.filter:
+            self.set_filter(self.page, "")
         elif len(self.pages) > 1:
             self.do_back()
 
@@ -15941,14 +15930,11 @@ class Moving:
         if self.question or self.prompt:
             return
         if y == 1:
-            at = 0
+            at, names = 0, {title: name for name, title in TABS.items()}
             for text, _ in fit(tabs_line(self, self.width), self.width):
                 at += text_width(text)
                 if x < at:
-                    name = next((name for name, kind in PAGES.items()
-                                 if kind.tab and kind.title == text), None)
-                    if name:
-                        self.turn(name)
+                    self.turn(names.get(text, page.name))
                     return
         row = page.top + y - 2 - len(away_lines(self, self.width)) - bool(page.kind.columns)
         if page.top <= row < min(row_count(self, page), page.top + room_of(self, page)):
@@ -15972,7 +15958,7 @@ class Listing:
         page = self.page
         if self.away:
             self.away = (*self.away[:2], 0.0, 0)
-        page.stale, page.asked_at, page.loaded_at = True, -math.inf, -math.inf
+        page.stale, page.asked_at = True, -math.inf
         page.error, page.hints = None, {}
         if not page.loading and page.kind.load is not load_nothing:
             self.load(page)
@@ -16176,13 +16162,11 @@ class Operating:
     def failed(self, error):
         """Show an error; in full if it does not fit into a line."""
         text = str(error)
-        if isinstance(error, Unreachable):
-            self.lost(error)
+        self.lost(error)
         if text_width(text) < self.width - 2 and "\n" not in text:
             self.say(text, "alarm")
         else:
-            self.question = Question(Plan("That does not work", tuple(
-                text.splitlines()), ()), None)
+            self.question = Question(Plan("That does not work", tuple(text.splitlines())))
 
     def start(self, wanted):
         """Start a child process of our own command line."""
@@ -16206,9 +16190,9 @@ class Operating:
                 self.page.stale = True
 
     def do_end_process(self):
-        page = self.page
-        child = page.subject["child"] if page.name == "output" else self.children[page.cursor] \
-            if page.cursor < len(self.children) else None
+        row = row_in_focus(self)
+        subject = row.to[1] if row else self.page.subject
+        child = subject and subject["child"]
         if not child or not child.running:
             self.say("It has ended already.")
             return
@@ -16294,9 +16278,9 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
             self.type(key)
         elif self.going:
             self.going = False
-            name = next((name for name, kind in PAGES.items() if kind.go == key), None)
-            if name:
-                self.turn(name)
+            for name, kind in PAGES.items():
+                if kind.go == key:
+                    self.turn(name)
         else:
             action = action_of(self.page, key)
             if action in OPERATIONS and action != "create":
