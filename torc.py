@@ -14401,6 +14401,11 @@ class View:
         """Its row of PAGES."""
         return PAGES[self.name]
 
+    @property
+    def log(self):
+        """The Stream of a log that is in view."""
+        return self.data["streams"][self.stream]
+
 
 class Question(NamedTuple):
     """A Plan that waits for a key."""
@@ -14653,20 +14658,20 @@ def load_log(client, page, terminal):
     attempt = known.get("attempt") if known.get("key") == key else None
     if attempt is None:
         attempt = terminal.tools.find_output(client, job)
-    paths = [attempt.stdout, attempt.stderr]
-    streams = [read_log(path, known.get("streams", [None, None])[number],
-                        page.stream in (None, number) or paths[0] == paths[1])
-               for number, path in enumerate(paths)]
-    wanted = int(job["status"] in BAD_ENDS)          # stderr first, unless it is empty
-    if streams[wanted].size <= 0 < streams[1 - wanted].size:
-        wanted = 1 - wanted
-    return {"job": job, "attempt": attempt, "streams": streams, "key": key, "first": wanted}
+    names = ["stderr", "stdout"] if job["status"] in BAD_ENDS else ["stdout", "stderr"]
+    streams = {}
+    for name, path in (("stdout", attempt.stdout), ("stderr", attempt.stderr)):
+        in_view = page.stream in (None, name) or attempt.stdout == attempt.stderr
+        streams[name] = read_log(path, known.get("streams", {}).get(name), in_view)
+    first = next((name for name in names if streams[name].size > 0), names[0])
+    return {"job": job, "attempt": attempt, "streams": streams, "key": key, "first": first}
 
 
 def load_file(client, page, terminal):
     """What is new in the output of a child process of ours."""
-    stream = read_log(page.subject["child"].log, page.data.get("streams", [None])[0], True)
-    return {"streams": [stream, stream], "job": None, "first": 1}
+    known = page.data.get("streams", {}).get("output")
+    return {"streams": {"output": read_log(page.subject["child"].log, known, True)},
+            "first": "output"}
 
 
 class Stream(NamedTuple):
@@ -14693,9 +14698,8 @@ def read_log(path, known, wanted):
             if not wanted:
                 return known._replace(size=size)
             start, lines, rest = known.start, list(known.lines), known.rest
-            if size - known.end > LOG_BYTES or known.size < 0 and not known.lines:
-                start = max(known.end, size - LOG_BYTES)
-                lines, rest = [], b""
+            if size - known.end > LOG_BYTES:
+                start, lines, rest = size - LOG_BYTES, [], b""
             file.seek(max(start, known.end))
             data = rest + file.read(LOG_BYTES)
             end = file.tell()
@@ -15104,27 +15108,24 @@ def is_heading(row):
 
 def log_window(page, width, height):
     """(number of the first line, lines) of a log that are in view."""
-    lines = log_lines(page.data["streams"][page.stream])
-    if not page.wrap:
-        top = max(0, len(lines) - height) if page.follow else min(page.top, max(
-            0, len(lines) - 1))
-        return top, [(number, line[page.column:]) for number, line in enumerate(
-            lines[top:top + height], top)]
+    lines = log_lines(page.log)
 
-    def parts(number):                    # a column less than there is: the mark of a hit takes it
-        return [(number, part) for part in broken(lines[number], width - 1)]
+    def parts(number):
+        line = lines[number]              # a column less than there is: the mark of a hit takes it
+        pieces = broken(line, width - 1) if page.wrap else [line[page.column:]]
+        return [(number, piece) for piece in pieces]
 
-    shown, number = [], page.top
+    shown, number = [], len(lines)
     if page.follow:
-        number = len(lines)
         while number > 0 and len(shown) < height:
             number -= 1
             shown = parts(number) + shown
         return number, shown[-height:]
+    top = number = max(0, min(page.top, len(lines) - 1))
     while number < len(lines) and len(shown) < height:
         shown += parts(number)
         number += 1
-    return page.top, shown[:height]
+    return top, shown[:height]
 
 
 def broken(line, width):
@@ -15156,21 +15157,20 @@ def marked(line, words):
 
 def log_view_lines(state, page, width, height):
     """A log: the part in view, with what was searched for marked."""
-    stream = page.data["streams"][page.stream]
+    stream = page.log
     if stream.path is None:
         return [[("This job keeps no such output (its stdio mode says so)", "dim")]]
     if stream.size < 0:
-        attempt = page.data.get("attempt")
+        host = getattr(page.data.get("attempt"), "host", None) or "unknown"
         return [[(part, "dim")] for part in folded(
             f"There is no file {stream.path} here: it was deleted after success, or it is on "
-            f"another machine ({attempt.host if attempt and attempt.host else 'unknown'}), or the "
-            "path means another directory here.", width)]
-    shown = log_window(page, width, height - bool(stream.start))[1]
-    lines = [[("the last ", "dim"), (format_bytes(stream.end - stream.start), "dim"),
-              (f" of {format_bytes(stream.size)} are here", "dim")]] if stream.start else []
+            f"another machine ({host}), or the path means another directory here.", width)]
+    lines = [[(f"the last {format_bytes(stream.end - stream.start)} of "
+               f"{format_bytes(stream.size)} are here", "dim")]] if stream.start else []
+    shown = log_window(page, width, height - len(lines))[1]
     if not shown:
         return [*lines, [("nothing was written", "dim")]]
-    return lines + [[(("→" if number == page.hit else ""), "live"), *marked(line, page.wanted)]
+    return lines + [[("→" if number == page.hit else "", "live"), *marked(line, page.wanted)]
                     for number, line in shown]
 
 
@@ -15211,12 +15211,10 @@ def filter_spans(state, page):
         total = page.data["total"]
         last = min(total, page.top + room_of(state, page))
         spans.append((f"  {min(page.top + 1, total):,}-{last:,} of {total:,}", "dim"))
-    if page.kind.lines is log_view_lines and page.data:
-        for number, (word, stream) in enumerate(zip(("stdout", "stderr"), page.data["streams"])):
-            text = "none" if stream.path is None or stream.size < 0 else format_bytes(stream.size)
-            if page.data.get("attempt") or number:
-                spans.append((f"  {word if page.data.get('attempt') else 'output'} {text}",
-                              "here" if number == page.stream else "dim"))
+    if page.kind.lines and page.data:
+        for name, stream in page.data["streams"].items():
+            size = "none" if stream.size < 0 else format_bytes(stream.size)
+            spans.append((f"  {name} {size}", "here" if name == page.stream else "dim"))
         spans.append(("  follows" if page.follow else f"  line {page.top + 1:,}", "dim"))
     return spans
 
@@ -15920,7 +15918,7 @@ class Moving:
         if self.question or self.prompt:
             return
         if self.page.kind.lines:
-            self.log_scroll(rows)
+            self.do_log_step(rows)
         else:
             self.move(self.page, self.page.cursor + rows)
 
@@ -16024,19 +16022,7 @@ class Reading:
     def log_size(self):
         """How many lines of the log are here, 0 if it is not loaded."""
         page = self.page
-        return len(log_lines(page.data["streams"][page.stream])) if page.data else 0
-
-    def log_scroll(self, lines):
-        """Move in a log by so many lines; the end is followed."""
-        page, height = self.page, self.height - 4
-        if not page.data:
-            return
-        if page.follow:
-            page.top = log_window(page, self.width, height)[0]
-        bottom = max(0, self.log_size() - height)
-        page.top = max(0, min(page.top + lines, bottom if not page.wrap else max(
-            0, self.log_size() - 1)))
-        page.follow = lines > 0 and page.top >= bottom
+        return len(log_lines(page.log)) if page.data else 0
 
     def do_log(self):
         if self.job():
@@ -16045,21 +16031,30 @@ class Reading:
     def do_stream(self):
         page = self.page
         if page.data:
-            page.stream, page.top, page.follow, page.hit = 1 - page.stream, 0, True, None
+            names = list(page.data["streams"])
+            page.stream = names[names.index(page.stream) - 1]
+            page.top, page.follow, page.hit = 0, True, None
 
     def do_follow(self):
         page = self.page
         page.follow = not page.follow
         if not page.follow and page.data:
-            page.top = max(0, self.log_size() - self.height + 4)
+            page.top = max(0, self.log_size() - room_of(self, page))
 
     def do_log_step(self, lines):
-        """Move in a log by so many lines."""
-        self.log_scroll(lines)
+        """Move in a log by so many lines; the end is followed."""
+        page, height, size = self.page, room_of(self, self.page), self.log_size()
+        if not page.data:
+            return
+        if page.follow:
+            page.top = log_window(page, self.width, height)[0]
+        bottom = max(0, size - height)
+        page.top = max(0, min(page.top + lines, size - 1 if page.wrap else bottom))
+        page.follow = lines > 0 and page.top >= bottom
 
     def do_log_page(self, pages):
         """Move in a log by so many screens."""
-        self.log_scroll(pages * (self.height - 5))
+        self.do_log_step(pages * (room_of(self, self.page) - 1))
 
     def do_log_edge(self, end):
         """To the start of a log, or to its end, which is followed then."""
@@ -16074,10 +16069,8 @@ class Reading:
         page.wrap, page.column = not page.wrap, 0
 
     def do_path(self):
-        page = self.page
-        if page.data:
-            path = page.data["streams"][page.stream].path
-            self.question = Question(Plan("The file", (path or "none is kept",), ()), None)
+        if self.page.data:
+            self.question = Question(Plan("The file", (self.page.log.path or "none is kept",)))
 
     def do_search(self):
         page = self.page
@@ -16093,7 +16086,7 @@ class Reading:
         page = self.page
         if not page.data or not page.wanted:
             return
-        lines = log_lines(page.data["streams"][page.stream])
+        lines = log_lines(page.log)
         order = range(start + 1, len(lines)) if step > 0 else range(min(start, len(lines)) - 1,
                                                                     -1, -1)
         found = next((number for number in order
@@ -16103,7 +16096,7 @@ class Reading:
                      f"{page.wanted!r} {'below' if step > 0 else 'above'}.", "alarm")
             return
         page.hit, page.follow = found, False
-        page.top = max(0, found - (self.height - 4) // 3)
+        page.top = max(0, found - room_of(self, page) // 3)
 
     def do_hit(self, step):
         """The next place of what is searched for, or the one before."""
