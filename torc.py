@@ -14341,12 +14341,11 @@ def printable(text):
 
 
 def moment(value):
-    """Seconds since the epoch of a time (ISO 8601 in UTC, seconds, ms), None if it is none."""
-    import calendar
+    """Seconds since the epoch of a time (RFC 3339, seconds, ms), None if it is none."""
     if isinstance(value, (int, float)):
         return value / 1000 if value > 1e11 else value
     try:
-        return calendar.timegm(time.strptime(value[:19], "%Y-%m-%dT%H:%M:%S"))
+        return parse_time(value) / 1000
     except (TypeError, ValueError):
         return None
 
