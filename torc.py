@@ -14289,35 +14289,51 @@ def serve_dashboard(dashboard, sockets, ending):
 # server (or the database file), the other one waits for news. What changes a workflow comes from
 # section 13 as Plans: a dry run in sentences, and a function that carries it out.
 
-class Look(NamedTuple):
-    """How a status looks: glyph and cell of a bar, in Unicode and in ASCII; style as in STYLES."""
+class Style(NamedTuple):
+    """How a text looks, and of a status its glyph and the cell of a bar, in Unicode and ASCII."""
 
-    glyphs: str
-    cells: str
-    style: tuple
+    colour: int                           # of 256; -1: the terminal's own
+    basic: int                            # of 8, as in curses: 1 red, 3 yellow, 6 cyan, ...
+    attributes: list                      # of curses
+    glyphs: str = ""
+    cells: str = ""
 
 
-LOOKS = {                                 # in the order of bars and legends
-    "completed": Look("✓+", "█#", (78, 2, "")),
-    "failed": Look("✗x", "✗x", (209, 1, "bold")),
-    "pending_failed": Look("!!", "!!", (179, 3, "bold")),
-    "canceled": Look("⊘/", "⊘/", (183, 5, "")),
-    "terminated": Look("■#", "■X", (175, 5, "bold")),
-    "running": Look("►>", "▒>", (111, 6, "bold")),
-    "pending": Look("◐~", "▒~", (110, 6, "")),
-    "ready": Look("○o", "░o", (80, 6, "")),
-    "blocked": Look("◇:", "░:", (247, -1, "")),
-    "uninitialized": Look("·.", "·.", (247, -1, "")),
-    "disabled": Look("–-", "–-", (247, -1, "")),
-}
+def read_styles(text):
+    """{name: Style} of lines such as those below."""
+    styles = {}
+    for line in text.strip().splitlines():
+        name, colour, basic, attributes, *marks = line.split()
+        styles[name] = Style(int(colour), int(basic), attributes.split("+"), *marks)
+    return styles
+
+
+STYLES = read_styles("""
+    completed        78   2  normal          ✓+  █#
+    failed          209   1  bold            ✗x  ✗x
+    pending_failed  179   3  bold            !!  !!
+    canceled        183   5  normal          ⊘/  ⊘/
+    terminated      175   5  bold            ■#  ■X
+    running         111   6  bold            ►>  ▒>
+    pending         110   6  normal          ◐~  ▒~
+    ready            80   6  normal          ○o  ░o
+    blocked         247  -1  normal          ◇:  ░:
+    uninitialized   247  -1  normal          ·.  ·.
+    disabled        247  -1  normal          –-  –-
+    title            -1  -1  bold
+    key              -1  -1  bold
+    dim             247  -1  normal
+    live            111   6  bold
+    here            111   6  bold+underline
+    alarm           209   1  bold
+    hit              -1  -1  reverse
+    focus            -1  -1  reverse
+    """)
+# The statuses, in the order of bars and legends.
+LOOKS = {name: style for name, style in STYLES.items() if style.glyphs}
 STATE_LOOKS = {"not initialized": "uninitialized", "waiting": "ready", "running": "running",
                "done": "completed", "failed": "failed", "stuck": "pending_failed",
                "canceled": "canceled"}
-# Of a style that is no status: colour of 256; of 8, which are those of curses (1 red, 2 green,
-# 3 yellow, 5 magenta, 6 cyan); attributes of curses.
-STYLES = {"title": (-1, -1, "bold"), "dim": (247, -1, ""), "live": (111, 6, "bold"),
-          "here": (111, 6, "bold underline"), "key": (-1, -1, "bold"), "alarm": (209, 1, "bold"),
-          "hit": (-1, -1, "reverse"), "focus": (-1, -1, "reverse")}
 ASCII_MARKS = {"▌": "*", "│": "|", "├": "|", "└": "`", "─": "-", "↓": "v", "·": "-", "█": "#",
                "–": "-", "→": ">", "‹": "<", "›": ">", **dict(zip("▁▂▃▄▅▆▇", "__.-=+*"))}
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -16404,11 +16420,10 @@ class Canvas:
                 if curses.has_colors():
                     curses.use_default_colors()
                     number = curses.COLORS
-        wanted = {**{name: look.style for name, look in LOOKS.items()}, **STYLES}
         found = {}
-        for pair, (name, (colour, basic, words)) in enumerate(wanted.items(), 1):
-            attribute = sum(getattr(curses, "A_" + word.upper()) for word in words.split())
-            chosen = colour if number >= 256 else basic
+        for pair, (name, style) in enumerate(STYLES.items(), 1):
+            attribute = sum(getattr(curses, "A_" + word.upper()) for word in style.attributes)
+            chosen = style.colour if number >= 256 else style.basic
             if number >= 8 and chosen >= 0:
                 with contextlib.suppress(curses.error, ValueError):
                     curses.init_pair(pair, chosen, -1)
