@@ -14596,6 +14596,15 @@ def require_views(client):
                         "start a server of this program with torc-server run")
 
 
+def fetch_each(client, path, ids):
+    """{id: record} of those records that are still there."""
+    found = {}
+    for record_id in dict.fromkeys(ids):
+        with contextlib.suppress(NotFound):
+            found[record_id] = client.get(f"{path}/{record_id}")
+    return found
+
+
 def list_window(page):
     """The part of a page's data that says which records of a list are there."""
     return {"rows": page["items"], "offset": page["offset"], "total": page["total_count"]}
@@ -14645,25 +14654,16 @@ def load_job(client, page, terminal):
     job = client.get(f"/jobs/{job_id}", include_results=True)
     results = list(client.items("/results", workflow_id=job["workflow_id"], job_id=job_id,
                                 all_runs=True, include_stderr=True))
-    needs = {}
-    with contextlib.suppress(NotFound):
-        needs = client.get(f"/resource_requirements/{job['resource_requirements_id']}")
-    before = []
-    for other in job.get("depends_on_job_ids", ())[:HINT_LINES]:
-        with contextlib.suppress(NotFound):
-            before.append(client.get(f"/jobs/{other}"))
+    needs_id, waits_for = job["resource_requirements_id"], job.get("depends_on_job_ids", ())
+    before = fetch_each(client, "/jobs", waits_for[:HINT_LINES])
     after = client.page("/jobs", workflow_id=job["workflow_id"], upstream_job_id=job_id,
                         limit=HINT_LINES)
-    hosts = {}
-    for result in results:
-        node_id = result["compute_node_id"]
-        if node_id not in hosts:
-            with contextlib.suppress(NotFound):
-                hosts[node_id] = client.get(f"/compute_nodes/{node_id}")["hostname"]
-    return {"job": job, "why": why_sentence(client, job_id), "results": results, "needs": needs,
-            "before": before, "after": after["items"],
-            "more_before": len(job.get("depends_on_job_ids", ())) - len(before),
-            "more_after": after["total_count"] - len(after["items"]), "hosts": hosts}
+    return {"job": job, "why": why_sentence(client, job_id), "results": results,
+            "nodes": fetch_each(client, "/compute_nodes",
+                                [result["compute_node_id"] for result in results]),
+            "needs": fetch_each(client, "/resource_requirements", [needs_id]).get(needs_id),
+            "before": list(before.values()), "more_before": len(waits_for) - len(before),
+            "after": after["items"], "more_after": after["total_count"] - len(after["items"])}
 
 
 def load_log(client, page, terminal):
@@ -14792,11 +14792,11 @@ def load_list(client, page, terminal):
         KINDS[page.kind.columns].path, workflow_id=page.workflow["id"], offset=page.offset,
         limit=page.limit, **page.kind.query))
     data["names"] = names = dict(page.data.get("names", {}))
+    new = [record["job_id"] for record in data["rows"]
+           if "job_id" in record and record["job_id"] not in names]
+    names.update((job["id"], job["name"]) for job in fetch_each(client, "/jobs", new).values())
     for record in data["rows"]:
         if "job_id" in record:
-            if record["job_id"] not in names:
-                with contextlib.suppress(NotFound):
-                    names[record["job_id"]] = client.get(f"/jobs/{record['job_id']}")["name"]
             record["job_name"] = names.get(record["job_id"], "")
         if page.name == "events" and isinstance(record["data"], dict):
             record["what"] = record["data"].get("category") or record["data"].get("event_type")
@@ -14910,7 +14910,7 @@ def job_rows(state, page, width):
                  format_duration(result["exec_time_minutes"] * 60),
                  format_bytes(peak) if peak else "", "" if cpu is None else f"{cpu:.0f} % CPU",
                  clock(moment(result["completion_time"]), state.now),
-                 data["hosts"].get(result["compute_node_id"]))
+                 data["nodes"].get(result["compute_node_id"], {}).get("hostname"))
         attempts.append(Row([f"  run {result['run_id']} attempt {result['attempt_id']}  ",
                              status_span(state, result["status"]),
                              "  " + "  ".join(filter(None, facts))], ("log", job)))
