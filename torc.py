@@ -14356,22 +14356,16 @@ def printable(text):
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def moment(value):
-    """Seconds since the epoch of a time (RFC 3339, seconds, ms), None if it is none."""
-    if isinstance(value, (int, float)):
-        return value / 1000 if value > 1e11 else value
+def clock(value, now):
+    """A time (RFC 3339, or seconds or ms since the epoch) for people: 14:02:31 today, Nov 21 14:02
+    before; nothing if it is not one."""
     try:
-        return parse_time(value) / 1000
+        value = parse_time(value) if isinstance(value, str) else value
+        then = time.localtime(value / 1000 if value > 1e11 else value)
     except (TypeError, ValueError):
-        return None
-
-
-def clock(seconds, now):
-    """A time for people: 14:02:31 today, Nov 21 14:02 before."""
-    if seconds is None:
         return ""
-    then, today = time.localtime(seconds), time.localtime(now)
-    return time.strftime("%H:%M:%S" if then[:3] == today[:3] else "%b %d %H:%M", then)
+    form = "%H:%M:%S" if then[:3] == time.localtime(now)[:3] else "%b %d %H:%M"
+    return time.strftime(form, then)
 
 
 def percent(done, total):
@@ -14568,7 +14562,7 @@ def shown_cell(state, record, column):
         return status_span(state, value)
     if column.field == "state":
         return status_span(state, STATE_LOOKS[value], value)
-    text = cell(record, column.field, lambda value: clock(moment(value), state.now))
+    text = cell(record, column.field, lambda value: clock(value, state.now))
     return text, "failed" if column.field == "failed" else ""
 
 
@@ -14887,7 +14881,7 @@ def overview_rows(state, page, width):
                            f"{max(data['history']):,})",
                            [Row(["        ", (spark(data["history"]), "completed")])])
     facts = {"Runners": data["runners_text"], "Owner": workflow["user"],
-             "Created": clock(moment(workflow["timestamp"]), state.now), "Run": data["run_id"],
+             "Created": clock(workflow["timestamp"], state.now), "Run": data["run_id"],
              "Description": workflow.get("description"), "Output": data["output_dir"]}
     yield Row([])
     for name, value in facts.items():
@@ -14909,7 +14903,7 @@ def job_rows(state, page, width):
         facts = (exit_text(result["return_code"]),
                  format_duration(result["exec_time_minutes"] * 60),
                  format_bytes(peak) if peak else "", "" if cpu is None else f"{cpu:.0f} % CPU",
-                 clock(moment(result["completion_time"]), state.now),
+                 clock(result["completion_time"], state.now),
                  data["nodes"].get(result["compute_node_id"], {}).get("hostname"))
         attempts.append(Row([f"  run {result['run_id']} attempt {result['attempt_id']}  ",
                              status_span(state, result["status"]),
@@ -14988,9 +14982,8 @@ def timeline_rows(state, page, width):
         yield Row(line, to, f"{runner['name']}: {runner['ran']:,} jobs on "
                   f"{plural(runner['cpus'], 'CPU')}, idle {span(runner['idle_s'])}")
         for gap in runner["gaps"][:2]:
-            yield Row([(" " * 22 + f"{clock(gap['from'] / 1000, state.now)} {gap['text']}",
-                        "dim")], to)
-    left, right = (clock(data[name] / 1000, state.now) for name in ("from", "to"))
+            yield Row([(" " * 22 + f"{clock(gap['from'], state.now)} {gap['text']}", "dim")], to)
+    left, right = clock(data["from"], state.now), clock(data["to"], state.now)
     yield Row([(" " * 22 + left + " " * max(2, width - 34 - len(left) - len(right)) + right,
                 "dim")])
 
