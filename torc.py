@@ -14398,9 +14398,8 @@ class View:
         self.cursor = self.top = 0
         self.offset = self.limit = 0      # of the records that are loaded for a list
         self.data, self.error = {}, None  # data: never changed, only replaced
-        self.loaded_at, self.asked_at = -math.inf, -math.inf
-        self.loading, self.stale = False, True
-        self.cost_s, self.key = 0.0, None           # of the last load, and what it was for
+        self.asked_at = self.due_at = -math.inf     # loaded last, and again
+        self.loading, self.key = False, None        # key: what it was loaded for
         self.hints = {}
         self.stream, self.follow, self.wrap, self.column = None, True, False, 0    # of a log
         self.wanted, self.hit = "", None
@@ -14414,6 +14413,10 @@ class View:
     def log(self):
         """The Stream of a log that is in view."""
         return self.data["streams"][self.stream]
+
+    def renew(self):
+        """Something has changed: load it soon, but not more often than once a second."""
+        self.due_at = min(self.due_at, self.asked_at + 1.0)
 
 
 class Question(NamedTuple):
@@ -15647,8 +15650,8 @@ class Loading:
 
     def key_of(self, page):
         """What the data of a page depends on, besides the window."""
-        return (page.filter, page.order, page.stream if page.kind.lines else 0,
-                self.everybody, self.width if page.name == "timeline" else 0)
+        return (page.filter, page.order, page.stream, self.everybody,
+                self.width if page.name == "timeline" else 0)
 
     def covered(self, page):
         """Whether the rows in view are there."""
@@ -15660,13 +15663,11 @@ class Loading:
 
     def pause(self, page):
         """Seconds after which a page is loaded again though nothing was heard."""
-        rest = page.kind.every_s
         if page.name == "log" and page.data and page.data["job"]["status"] not in (
                 "running", "pending"):
-            rest = 10.0
-        elif page.workflow and self.complete and not page.kind.lines:
-            rest = max(rest, 30.0)
-        return max(rest, 10 * page.cost_s)
+            return 10.0
+        at_rest = page.workflow and self.complete and not page.kind.lines
+        return max(page.kind.every_s, 30.0 if at_rest else 0.0)
 
     def due(self, page, now):
         """Seconds until a page is to be loaded; 0: now."""
@@ -15674,15 +15675,11 @@ class Loading:
             return math.inf
         if self.away:
             return max(0.0, self.away[2] - time.time())
-        since = now - page.asked_at
         if page.key != self.key_of(page) or not page.data and not page.error:
             return 0.0
         if not self.covered(page) and not page.error:
-            return max(0.0, 0.2 - since)
-        if not self.live:
-            return math.inf
-        wait_s = self.pause(page) - (now - page.loaded_at)
-        return max(0.0, min(wait_s, 1.0 - since) if page.stale else wait_s)
+            return max(0.0, page.asked_at + 0.2 - now)
+        return max(0.0, page.due_at - now) if self.live else math.inf
 
     def tick(self):
         """Load what is due; returns the seconds until something is."""
@@ -15723,7 +15720,7 @@ class Loading:
         room = room_of(self, page)
         page.offset = max(0, page.top - room)
         page.limit = page.top + 2 * room - page.offset
-        page.loading, page.stale, page.asked_at = True, False, time.monotonic()
+        page.loading, page.asked_at, page.due_at = True, time.monotonic(), math.inf
         key, asked = self.key_of(page), copy.copy(page)
 
         def task(client):
@@ -15734,14 +15731,15 @@ class Loading:
             return page.kind.load(client, asked, self), time.monotonic() - begun
 
         self.worker.ask("load", task, lambda result, error: self.loaded(page, key, result, error))
-        for other in self.pages:    # a load that was not begun is none
-            if other is not page:
+        for other in self.pages:          # a load that was not begun is none
+            if other is not page and other.loading:
                 other.loading = False
+                other.renew()
 
     def loaded(self, page, key, result, error):
         """An event: a page is here, or what went wrong."""
+        cost_s, now = 0.0, time.monotonic()
         page.loading, page.key = False, key
-        page.loaded_at = time.monotonic()
         if isinstance(error, Unreachable):
             self.lost(error)
             return
@@ -15750,11 +15748,12 @@ class Loading:
             self.say("The server answers again.")
         page.error = error
         if not error:
-            page.data, page.cost_s = result
+            page.data, cost_s = result
             if page.stream is None and page.kind.lines:
                 page.stream = page.data["first"]
                 page.key = self.key_of(page)
             self.move(page, page.cursor)
+        page.due_at = min(page.due_at, now + max(self.pause(page), 10 * cost_s))
 
     def ask_hint(self, page):
         """Let the worker find out what is to be said of the record in focus."""
@@ -15767,8 +15766,6 @@ class Loading:
         self.hint_asked = page, key
 
         def answer(text, error):
-            if len(page.hints) > 1000:
-                page.hints.clear()
             page.hints[key] = "" if error else text
 
         self.worker.ask("hint", lambda client: page.kind.hint(client, record, self.tools), answer)
@@ -15784,7 +15781,7 @@ class Loading:
             return
         if news["generation"] != self.generation:
             self.generation, self.complete = news["generation"], news["is_complete"]
-            self.page.stale = True
+            self.page.renew()
             self.page.hints.clear()
             self.hint_asked = None
             self.listen_at = now + 0.5    # a busy workflow has news all the time
@@ -15884,7 +15881,7 @@ class Moving:
     def do_back(self):
         if len(self.pages) > 1:
             self.pages.pop()
-            self.page.stale = True
+            self.page.renew()
             return
         running = [child for child in self.children if child.running]
         if not running:
@@ -15964,9 +15961,8 @@ class Listing:
         page = self.page
         if self.away:
             self.away = (*self.away[:2], 0.0, 0)
-        page.stale, page.asked_at = True, -math.inf
-        page.error, page.hints = None, {}
-        if not page.loading and page.kind.load is not load_nothing:
+        page.error, page.hints, page.due_at = None, {}, -math.inf
+        if not page.loading:
             self.load(page)
 
     def do_live(self):
@@ -16149,8 +16145,7 @@ class Operating:
         """An event: an action has ended."""
         self.busy = ""
         for page in self.pages:
-            page.stale, page.asked_at = True, -math.inf
-            page.hints, self.hint_asked = {}, None
+            page.due_at, page.hints, self.hint_asked = -math.inf, {}, None
         if error:
             self.failed(error)
         elif isinstance(result, Start):
@@ -16188,7 +16183,7 @@ class Operating:
                 code = child.process.returncode
                 self.say(f"{child.title} has ended" + (f" with {code}; O shows why" if code else
                                                        ""), "alarm" if code else "")
-                self.page.stale = True
+                self.page.renew()
 
     def do_end_process(self):
         row = row_in_focus(self)
