@@ -15493,14 +15493,14 @@ KEYS = read_keys("""
     n             hit 1          next       next place
     N             hit -1         -          place before
     F             follow         follow     follow what is written, or not
-    g Home        log_edge 0     start      to the start
-    G End         log_edge 1     end        to the end
+    g Home        edge 0         start      to the start
+    G End         edge 1         end        to the end
     w             wrap           wrap       break long lines, or not
     y             path           path       say the path of the file
-    Down j        log_step 1     -          a line down
-    Up k          log_step -1    -          a line up
-    PgDn Space    log_page 1     -          a page down
-    PgUp b        log_page -1    -          a page up
+    Down j        step 1         -          a line down
+    Up k          step -1        -          a line up
+    PgDn Space    page 1         -          a page down
+    PgUp b        page -1        -          a page up
     Right         shift 20       -          the right of long lines
     Left          shift -20      -          the left of long lines
   processes = Processes
@@ -15842,6 +15842,9 @@ class Moving:
     def do_step(self, rows):
         """Move the focus by so many rows; it passes over blank lines and headings."""
         page, total = self.page, row_count(self, self.page)
+        if page.kind.lines:
+            self.log_step(rows)
+            return
         if abs(rows) > 1:
             page.top = max(0, min(page.top + rows, total - room_of(self, page)))
         shown = page_rows(self, page) if page.kind.rows else ()
@@ -15854,12 +15857,15 @@ class Moving:
             page.top = 0
 
     def do_page(self, pages):
-        """Move the focus by so many screens."""
+        """Move by so many screens."""
         self.do_step(pages * max(2, room_of(self, self.page) - 1))
 
     def do_edge(self, end):
-        """Put the focus on the first row, or on the last one."""
-        self.move(self.page, end * row_count(self, self.page))
+        """To the first row or the last one; to the start of a log or its end, which is followed."""
+        if self.page.kind.lines:
+            self.page.follow, self.page.top = bool(end), 0
+        else:
+            self.move(self.page, end * row_count(self, self.page))
 
     def do_tab(self, step):
         """The next or last page of the workflow."""
@@ -15923,7 +15929,7 @@ class Moving:
         if self.question or self.prompt:
             return
         if self.page.kind.lines:
-            self.do_log_step(rows)
+            self.log_step(rows)
         else:
             self.move(self.page, self.page.cursor + rows)
 
@@ -16045,7 +16051,7 @@ class Reading:
         if not page.follow and page.data:
             page.top = max(0, self.log_size() - room_of(self, page))
 
-    def do_log_step(self, lines):
+    def log_step(self, lines):
         """Move in a log by so many lines; the end is followed."""
         page, height, size = self.page, room_of(self, self.page), self.log_size()
         if not page.data:
@@ -16055,14 +16061,6 @@ class Reading:
         bottom = max(0, size - height)
         page.top = max(0, min(page.top + lines, size - 1 if page.wrap else bottom))
         page.follow = lines > 0 and page.top >= bottom
-
-    def do_log_page(self, pages):
-        """Move in a log by so many screens."""
-        self.do_log_step(pages * (room_of(self, self.page) - 1))
-
-    def do_log_edge(self, end):
-        """To the start of a log, or to its end, which is followed then."""
-        self.page.follow, self.page.top = bool(end), 0
 
     def do_shift(self, columns):
         """Show columns of long lines further to the right, or to the left."""
