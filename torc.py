@@ -15024,7 +15024,7 @@ def process_rows(state, page, width):
 def help_rows(state, page, width):
     """Every key, page by page; this page's own first."""
     before = state.pages[-2].name if len(state.pages) > 1 else "workflows"
-    for group in dict.fromkeys([*PAGES[before].keys, *KEYS]):
+    for group in dict.fromkeys([*PAGES[before].keys.split(", "), *KEYS]):
         title, keys = KEYS[group]
         yield Row([(title, "title")])
         for names, _, text, _ in keys:
@@ -15393,7 +15393,7 @@ class PageKind(NamedTuple):
     query: dict = {}                      # by this query,
     enter: str = "record"                 # and the page to which Enter leads
     lines: Any = None                     # or lines of its own
-    keys: tuple = ("moves", "workflow", "everywhere")    # of KEYS; the first that has a key wins
+    keys: str = "moves, workflow, everywhere"            # of KEYS; the first that has a key wins
     inside: bool = True                   # a workflow
     every_s: float = 5.0                  # loaded again so often while something goes on
     hint: Any = None
@@ -15404,12 +15404,12 @@ NEWEST = {"sort_by": "id", "reverse_sort": True}
 PAGES = {
     "workflows": PageKind(
         "Workflows", "w", load_workflows, columns="workflow", enter="overview", inside=False,
-        keys=("workflows", "moves", "workflow", "everywhere"), hint=workflow_hint,
+        keys="workflows, moves, workflow, everywhere", hint=workflow_hint,
         empty="You have no workflow here: n creates one from a specification file, and a shows "
               "those of all users."),
     "overview": PageKind("Overview", "o", load_overview, overview_rows, every_s=2.0),
     "jobs": PageKind("Jobs", "j", load_jobs, columns="job", enter="job", every_s=2.0,
-                     keys=("jobs", "moves", "workflow", "everywhere"), hint=job_hint,
+                     keys="jobs, moves, workflow, everywhere", hint=job_hint,
                      empty="This workflow has no jobs."),
     "graph": PageKind("Graph", "d", load_graph, graph_rows, every_s=10.0,
                       empty="This workflow has no jobs."),
@@ -15430,21 +15430,21 @@ PAGES = {
                        query={"sort_by": "timestamp", "reverse_sort": True},
                        empty="Nothing was noted yet."),
     "job": PageKind("Job", "", load_job, job_rows, every_s=2.0,
-                    keys=("job", "moves", "workflow", "everywhere")),
+                    keys="job, moves, workflow, everywhere"),
     "log": PageKind("Log", "", load_log, lines=log_view_lines, every_s=0.5,
-                    keys=("log", "everywhere")),
+                    keys="log, everywhere"),
     "record": PageKind("Record", "", load_nothing, record_rows, every_s=math.inf,
-                       keys=("moves", "everywhere")),
+                       keys="moves, everywhere"),
     "network": PageKind("Network", "x", load_network, network_rows, every_s=math.inf,
-                        keys=("moves", "everywhere"), inside=False),
+                        keys="moves, everywhere", inside=False),
     "processes": PageKind("Processes", "p", load_nothing, process_rows, every_s=1.0,
-                          keys=("processes", "moves", "everywhere"), inside=False,
+                          keys="processes, moves, everywhere", inside=False,
                           empty="Nothing was started from here: x runs a workflow on this machine, "
                                 "s submits it to Slurm, W watches it."),
     "output": PageKind("Output", "", load_file, lines=log_view_lines, every_s=0.5,
-                       keys=("process output", "log", "everywhere"), inside=False),
+                       keys="process output, log, everywhere", inside=False),
     "help": PageKind("Help", "", load_nothing, help_rows, every_s=math.inf,
-                     keys=("moves", "everywhere"), inside=False),
+                     keys="moves, everywhere", inside=False),
 }
 TABS = {name: kind.title for name, kind in PAGES.items() if kind.inside and kind.go}
 
@@ -15547,7 +15547,7 @@ KEYS = read_keys("""
 def keys_of(page):
     """The rows of KEYS that hold on a page, those first that win."""
     taken, found = set(), []
-    for group in page.kind.keys:
+    for group in page.kind.keys.split(", "):
         for names, action, text, label in KEYS[group][1]:
             free = [name for name in names.split() if name not in taken]
             if free:
