@@ -14334,8 +14334,8 @@ LOOKS = {name: style for name, style in STYLES.items() if style.glyphs}
 STATE_LOOKS = {"not initialized": "uninitialized", "waiting": "ready", "running": "running",
                "done": "completed", "failed": "failed", "stuck": "pending_failed",
                "canceled": "canceled"}
-ASCII_MARKS = {"▌": "*", "│": "|", "├": "|", "└": "`", "─": "-", "↓": "v", "·": "-", "█": "#",
-               "–": "-", "→": ">", "‹": "<", "›": ">", **dict(zip("▁▂▃▄▅▆▇", "__.-=+*"))}
+ASCII_MARKS = str.maketrans("▌│├└─↓·█–→‹›▁▂▃▄▅▆▇",
+                            "*||`-v-#-><>__.-=+*")
 LEVELS = "▁▂▃▄▅▆▇█"
 SMALLEST = (80, 24)
 RETRY_S = (1, 2, 4, 8, 15)                # pauses before a server that is away is asked again
@@ -15374,10 +15374,7 @@ def screen_text(state):
 
 def to_ascii(text):
     """A text for a terminal that knows ASCII only."""
-    if text.isascii():
-        return text
-    return "".join(letter if letter.isascii() else ASCII_MARKS.get(letter, "?")
-                   for letter in text)
+    return text.translate(ASCII_MARKS).encode("ascii", "replace").decode()
 
 
 # ---- pages and keys as tables
