@@ -15157,13 +15157,8 @@ def marked(line, words):
     """A line as spans, with the places where `words` occur marked."""
     if not words:
         return [line]
-    spans, at, low = [], 0, line.lower()
-    while True:
-        found = low.find(words.lower(), at)
-        if found < 0 or len(low) != len(line):
-            return [*spans, line[at:]]
-        spans += [line[at:found], (line[found:found + len(words)], "hit")]
-        at = found + len(words)
+    parts = re.split(f"({re.escape(words)})", line, flags=re.IGNORECASE)
+    return [(part, "hit") if number % 2 else part for number, part in enumerate(parts)]
 
 
 def log_view_lines(state, page, width, height):
