@@ -14667,9 +14667,8 @@ def load_log(client, page, terminal):
     """Where the output of a job is, and what is new in the stream in view."""
     job, known = client.get(f"/jobs/{page.subject['id']}"), page.data
     key = job["attempt_id"], job["status"] in ("pending", "ready", "blocked")
-    attempt = known.get("attempt") if known.get("key") == key else None
-    if attempt is None:
-        attempt = terminal.tools.find_output(client, job)
+    attempt = known["attempt"] if known.get("key") == key else \
+        terminal.tools.find_output(client, job)
     names = ["stderr", "stdout"] if job["status"] in BAD_ENDS else ["stdout", "stderr"]
     streams = {}
     for name, path in (("stdout", attempt.stdout), ("stderr", attempt.stderr)):
@@ -15299,11 +15298,11 @@ def message_line(state, width):
         return [(f" {prompt.label}: ", "key"), text, ("_", "hit"),
                 ("  " + prompt.hint if not text else "", "dim")]
     if state.going:
-        pages = [kind for kind in PAGES.values() if kind.go]
-        fits = next(size for size in range(20, 0, -1) if size == 1 or sum(
-            len(kind.title[:size]) + 3 for kind in pages) + 3 <= width)
-        return [(" g ", "key"), (" ".join(f"{kind.go} {kind.title[:fits]}" for kind in pages),
-                                 "dim")]
+        for size in range(20, 0, -1):     # titles are cut until all fit
+            text = " ".join(f"{kind.go} {kind.title[:size]}" for kind in PAGES.values() if kind.go)
+            if len(text) + 4 <= width:
+                break
+        return [(" g ", "key"), (text, "dim")]
     if state.busy:
         return [(f" {state.busy}...", "live")]
     if state.message:
