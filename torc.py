@@ -14292,7 +14292,7 @@ def serve_dashboard(dashboard, sockets, ending):
 class Style(NamedTuple):
     """How a text looks, and of a status its glyph and the cell of a bar, in Unicode and ASCII."""
 
-    colour: int                           # of 256; -1: the terminal's own
+    color: int                            # of 256; -1: the terminal's own
     basic: int                            # of 8, as in curses: 1 red, 3 yellow, 6 cyan, ...
     attributes: list                      # of curses
     glyphs: str = ""
@@ -14303,8 +14303,8 @@ def read_styles(text):
     """{name: Style} of lines such as those below."""
     styles = {}
     for line in text.strip().splitlines():
-        name, colour, basic, attributes, *marks = line.split()
-        styles[name] = Style(int(colour), int(basic), attributes.split("+"), *marks)
+        name, color, basic, attributes, *marks = line.split()
+        styles[name] = Style(int(color), int(basic), attributes.split("+"), *marks)
     return styles
 
 
@@ -14343,10 +14343,10 @@ LOG_BYTES = 4 * 2**20                     # of a log's end that the viewer holds
 HINT_LINES = 8
 
 
-# ---- values shown to people
+# ---- formatting
 
 def printable(text):
-    """A text of one line that cannot steer a terminal."""
+    """A string as one line that cannot control a terminal."""
     text = str(text)
     if "\x1b" in text:
         text = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?", "", text)
@@ -14369,7 +14369,7 @@ def clock(value, now):
 
 
 def percent(done, total):
-    """A share as text; 100 % only when all is done."""
+    """A percentage as a string; 100 % only when everything is done."""
     return f"{100 * done // total if total else 0} %"
 
 
@@ -14464,12 +14464,12 @@ def styled(line):
 
 
 def line_width(line):
-    """Columns that a line takes."""
+    """The width of a line in columns."""
     return sum(text_width(text) for text, _ in styled(line))
 
 
 def fit(line, width, fill=False):
-    """A line cut to a width; filled up with blanks if wanted."""
+    """Cut a line to a width; fill: pad it with spaces."""
     found, left = [], width
     for text, style in styled(line):
         text = printable(text)
@@ -14484,7 +14484,7 @@ def fit(line, width, fill=False):
 
 
 def both_ends(left, right, width):
-    """A line with a part at each end; the left one gives way."""
+    """A line with text at both ends; the left part is cut if there is no room."""
     right = fit(right, 3 * width // 5)
     room = width - line_width(right) - 1
     return [*fit(left, room, True), " ", *right]
@@ -14501,7 +14501,7 @@ def status_span(state, status, words=None):
 
 
 def bar(state, counted, total, width):
-    """Counts by status as a bar: each status that occurs has at least a cell."""
+    """Counts by status as a bar; each status that occurs gets at least one cell."""
     if not total:
         return []
     present = [status for status in LOOKS if counted.get(status)]
@@ -14524,7 +14524,7 @@ def legend(state, counted):
 
 
 def wrapped(spans, width):
-    """Spans as lines, broken between spans."""
+    """Wrap spans into lines, breaking between spans."""
     lines, line = [], []
     for text, style in styled(spans):
         if line and line_width(line) + text_width(text) > width:
@@ -14536,7 +14536,7 @@ def wrapped(spans, width):
 
 
 def folded(text, width):
-    """A text as lines of words that fit into a width."""
+    """Wrap a string into lines of at most `width` columns."""
     lines, line = [], ""
     for word in printable(text).split():
         while text_width(word) > width:
@@ -14552,7 +14552,7 @@ def folded(text, width):
 
 
 def spark(numbers):
-    """Numbers as small columns."""
+    """Numbers as a sparkline."""
     most = max(numbers, default=0)
     return "".join(" " if not number else LEVELS[min(7, int(8 * number / most))]
                    for number in numbers)
@@ -14570,7 +14570,7 @@ def shown_cell(state, record, column):
 
 
 def cells_line(columns, cells, width):
-    """The cells of a row side by side."""
+    """Lay out the cells of a row side by side."""
     fixed = sum(column.width for column in columns) + 2 * (len(columns) - 1)
     line = []
     for column, (text, style) in zip(columns, cells):
@@ -14582,10 +14582,10 @@ def cells_line(columns, cells, width):
     return line[:-1]
 
 
-# ---- what is loaded for a page: functions of (client, a copy of the View, Terminal), run by Worker
+# ---- loaders: functions of (client, a copy of the View, Terminal), called by the worker thread
 
 def require_views(client):
-    """Raise TorcError for a server that lacks what the pages ask for, such as upstream's."""
+    """Raise TorcError if the server lacks what the pages need, as upstream's does."""
     lacks = {"summary", "search", "graph", "failures", "include_results"} - set(
         client.get("/version").get("extensions", ()))
     if lacks:
@@ -14594,7 +14594,7 @@ def require_views(client):
 
 
 def fetch_each(client, path, ids):
-    """{id: record} of those records that are still there."""
+    """Fetch records as {id: record}; those that no longer exist are left out."""
     found = {}
     for record_id in dict.fromkeys(ids):
         with contextlib.suppress(NotFound):
@@ -14603,12 +14603,12 @@ def fetch_each(client, path, ids):
 
 
 def list_window(page):
-    """The part of a page's data that says which records of a list are there."""
+    """The loaded records of a list, their offset and the total."""
     return {"rows": page["items"], "offset": page["offset"], "total": page["total_count"]}
 
 
 def load_workflows(client, page, terminal):
-    """The window of the list of workflows."""
+    """Load the visible part of the list of workflows."""
     window = list_window(client.page(
         "/workflows", is_archived=False, sort_by="id", reverse_sort=True, include_counts=True,
         user=None if terminal.everybody else client.user, search=page.filter.strip() or None,
@@ -14620,7 +14620,7 @@ def load_workflows(client, page, terminal):
 
 
 def load_overview(client, page, terminal):
-    """How far a workflow is, and why not further."""
+    """Load the progress of a workflow, and why jobs wait."""
     path = f"/workflows/{page.workflow['id']}"
     return {**client.get(path + "/summary"), "workflow": client.get(path)}
 
@@ -14632,7 +14632,7 @@ JOB_ORDERS_SHOWN = (                      # words, sort_by, in descending order
 
 
 def load_jobs(client, page, terminal):
-    """The window of the list of jobs."""
+    """Load the visible part of the list of jobs."""
     words, sort_by, reverse = JOB_ORDERS_SHOWN[page.order]
     return {"order": words, **list_window(client.page(
         "/jobs", workflow_id=page.workflow["id"], sort_by=sort_by, reverse_sort=reverse or None,
@@ -14640,13 +14640,13 @@ def load_jobs(client, page, terminal):
 
 
 def why_sentence(client, job_id):
-    """Why a job is where it is, as a sentence."""
+    """Explain the status of a job in a sentence."""
     sentence = client.get(f"/jobs/{job_id}/why")["sentence"]
     return sentence[:1].upper() + sentence[1:]
 
 
 def load_job(client, page, terminal):
-    """A job with why, attempts, neighbours."""
+    """Load a job with its explanation, attempts and neighbors."""
     job_id = page.subject["id"]
     job = client.get(f"/jobs/{job_id}", include_results=True)
     results = list(client.items("/results", workflow_id=job["workflow_id"], job_id=job_id,
@@ -14664,7 +14664,7 @@ def load_job(client, page, terminal):
 
 
 def load_log(client, page, terminal):
-    """Where the output of a job is, and what is new in the stream in view."""
+    """Find the output of a job, and read what is new in the stream in view."""
     job, known = client.get(f"/jobs/{page.subject['id']}"), page.data
     key = job["attempt_id"], job["status"] in ("pending", "ready", "blocked")
     attempt = known["attempt"] if known.get("key") == key else \
@@ -14679,14 +14679,14 @@ def load_log(client, page, terminal):
 
 
 def load_file(client, page, terminal):
-    """What is new in the output of a child process of ours."""
+    """Read what is new in the output of a process started here."""
     known = page.data.get("streams", {}).get("output")
     return {"streams": {"output": read_log(page.subject["child"].log, known, True)},
             "first": "output"}
 
 
 class Stream(NamedTuple):
-    """A log file as far as it was read."""
+    """A log file as far as it has been read."""
 
     path: str | None
     size: int = -1                        # -1: no such file
@@ -14697,14 +14697,14 @@ class Stream(NamedTuple):
 
 
 def read_log(path, known, wanted):
-    """The Stream of a file: its last LOG_BYTES, or what `known` lacks of it."""
+    """Read the last LOG_BYTES of a file, or what was appended since `known`, as a Stream."""
     if path is None:
         return Stream(None)
     known = known if known and known.path == path else Stream(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size < known.end:          # another attempt writes it anew
+            if size < known.end:          # another attempt has truncated it
                 known = Stream(path)
             if not wanted:
                 return known._replace(size=size)
@@ -14722,13 +14722,13 @@ def read_log(path, known, wanted):
 
 
 def log_lines(stream):
-    """The lines of a Stream, the unfinished last one included."""
+    """The lines of a Stream, including an unfinished last one."""
     last = printable(stream.rest.decode("utf-8", "replace"))
     return [*stream.lines, last] if last else list(stream.lines)
 
 
 def load_failures(client, page, terminal):
-    """Jobs that failed, grouped by cause."""
+    """Load the failed jobs, grouped by cause."""
     return client.get(f"/workflows/{page.workflow['id']}/failures")
 
 
@@ -14771,19 +14771,19 @@ def tree(nodes, edges):
 
 
 def load_graph(client, page, terminal):
-    """The jobs of a workflow, or their families if there are many, as a tree."""
+    """Load the jobs of a workflow, or their families if there are many, as a tree."""
     graph = client.get(f"/workflows/{page.workflow['id']}/graph")
     return {"families": graph["families"], "tree": tree(graph["nodes"], graph["edges"])}
 
 
 def load_timeline(client, page, terminal):
-    """For each runner how busy it was in each of some bins, and why it idled."""
+    """Load how busy each runner was over time, and why it was idle."""
     return client.get(f"/workflows/{page.workflow['id']}/timeline", jobs=False,
                       bins=max(20, terminal.width - 34))
 
 
 def load_list(client, page, terminal):
-    """The window of the list of those records of a workflow that the page shows."""
+    """Load the visible part of a list of records of a workflow."""
     data = list_window(client.page(
         KINDS[page.kind.columns].path, workflow_id=page.workflow["id"], offset=page.offset,
         limit=page.limit, **page.kind.query))
@@ -14800,17 +14800,17 @@ def load_list(client, page, terminal):
 
 
 def load_network(client, page, terminal):
-    """The checks of `torc doctor`."""
+    """Run the checks of `torc doctor`."""
     return {"checks": terminal.tools.checks(client)}
 
 
 def load_nothing(client, page, terminal):
-    """For pages that show what is here anyway."""
+    """Load nothing: the page shows what is known already."""
     return {"there": True}
 
 
 def workflow_hint(client, record, tools):
-    """Why a workflow in focus is not further."""
+    """Explain why the workflow in focus is not done."""
     if record["done"] == record["total"] or record["state"] in ("not initialized", "canceled"):
         return record.get("description") or ""
     rows = client.get(f"/workflows/{record['id']}/summary")["waiting"]
@@ -14818,12 +14818,12 @@ def workflow_hint(client, record, tools):
 
 
 def job_hint(client, record, tools):
-    """Why a job in focus is where it is."""
+    """Explain the status of the job in focus."""
     return why_sentence(client, record["id"])
 
 
 def allocation_hint(client, record, tools):
-    """What Slurm says of an allocation in focus."""
+    """What Slurm says about the allocation in focus."""
     start = f"Slurm job {record['scheduler_id']} "
     return next((line for line in tools.allocations(client, record["workflow_id"])
                  if line.startswith(start)), f"{start}has ended: {record.get('note') or 'no note'}")
@@ -14832,7 +14832,7 @@ def allocation_hint(client, record, tools):
 # ---- pages as lines
 
 class Row(NamedTuple):
-    """A line of a page that is no list, and where Enter leads from it."""
+    """A line of a page, and the page that Enter opens from it."""
 
     line: list
     to: Any = None                        # (name of a page, its subject)
@@ -14840,12 +14840,12 @@ class Row(NamedTuple):
 
 
 def section(title, rows):
-    """Rows under a heading; nothing without rows."""
+    """Rows under a heading; no heading if there are none."""
     return [Row([]), Row([(title, "title")]), *rows] if rows else []
 
 
 def beside(label, lines, style="dim"):
-    """Rows of lines beside a label, which the first of them shows."""
+    """Rows of lines, with a label beside the first."""
     for line in lines or [""]:
         yield Row([(label, style), line])
         label = " " * len(label)
@@ -15021,7 +15021,7 @@ def process_rows(state, page, width):
 
 
 def help_rows(state, page, width):
-    """Every key, page by page; this page's own first."""
+    """All keys by group, those of the page behind first."""
     before = state.pages[-2].name if len(state.pages) > 1 else "workflows"
     for group in dict.fromkeys([*PAGES[before].keys.split(", "), *KEYS]):
         title, keys = KEYS[group]
@@ -15040,7 +15040,7 @@ def help_rows(state, page, width):
 
 
 def record_at(page, index):
-    """The record of a list at a place, None if it is not loaded."""
+    """The record at an index of a list, None if it is not loaded."""
     place = index - page.data.get("offset", 0)
     rows = page.data.get("rows", ())
     return rows[place] if 0 <= place < len(rows) else None
@@ -15052,18 +15052,18 @@ def focused(page):
 
 
 def hint_key(record):
-    """What a hint belongs to: a record, as long as it does not change."""
+    """Identify a record and the state for which its hint holds."""
     return record["id"], record.get("status"), record.get("attempt_id"), record.get("done")
 
 
 def list_columns(page, width):
-    """The Columns of a list that a width has room for."""
+    """The Columns of a list that fit into a width."""
     return [column for column in read_columns(COLUMNS[page.kind.columns])
             if column.least <= width]
 
 
 def list_rows(state, page, first, last):
-    """The rows of a list from `first` on, before `last`."""
+    """Rows `first` to `last` (exclusive) of a list."""
     width = state.width
     columns = list_columns(page, width)
     for index in range(first, min(last, page.data["total"])):
@@ -15080,7 +15080,7 @@ def list_rows(state, page, first, last):
 
 
 def page_rows(state, page, first=0, last=sys.maxsize):
-    """The rows of a page from `first` on, before `last`."""
+    """Rows `first` to `last` (exclusive) of a page."""
     if not page.data or page.kind.lines:
         return []
     if page.kind.columns:
@@ -15095,7 +15095,7 @@ def row_in_focus(state):
 
 
 def row_lines(state, page, width, height):
-    """The rows in view; a list has its heads above them."""
+    """The visible rows, below the column titles of a list."""
     lines = []
     if page.kind.columns:
         columns = list_columns(page, width)
@@ -15112,12 +15112,12 @@ def row_lines(state, page, width, height):
 
 
 def is_heading(row):
-    """Whether a Row is a heading or a blank line."""
+    """Whether a Row is a heading or blank."""
     return all(style == "title" for _, style in styled(row.line))
 
 
 def log_window(page, width, height):
-    """(number of the first line, lines) of a log that are in view."""
+    """(number of the first line, lines) of the visible part of a log."""
     lines = log_lines(page.log)
 
     def parts(number):
@@ -15139,7 +15139,7 @@ def log_window(page, width, height):
 
 
 def broken(line, width):
-    """A line in parts that take at most this many columns."""
+    """Break a line into parts of at most `width` columns."""
     if line.isascii():
         return [line[at:at + width] for at in range(0, max(1, len(line)), width)]
     parts, room = [""], width
@@ -15153,7 +15153,7 @@ def broken(line, width):
 
 
 def marked(line, words):
-    """A line as spans, with the places where `words` occur marked."""
+    """A line as spans, with each occurrence of `words` highlighted."""
     if not words:
         return [line]
     parts = re.split(f"({re.escape(words)})", line, flags=re.IGNORECASE)
@@ -15161,7 +15161,7 @@ def marked(line, words):
 
 
 def log_view_lines(state, page, width, height):
-    """A log: the part in view, with what was searched for marked."""
+    """The visible part of a log, with search hits highlighted."""
     stream = page.log
     if stream.path is None:
         return [[("This job keeps no such output (its stdio mode says so)", "dim")]]
@@ -15182,7 +15182,7 @@ def log_view_lines(state, page, width, height):
 # ---- the screen
 
 def tabs_line(state, width):
-    """The tabs of a workflow, the present one in view; the list's filter and order beside it."""
+    """The tabs of a workflow, the current one visible, with filter and order of the list."""
     page = state.page
     if not page.kind.inside or page.name == "record":
         return [(" " + page.kind.title, "title"), *filter_spans(state, page)]
@@ -15206,7 +15206,7 @@ def tabs_line(state, width):
 
 
 def filter_spans(state, page):
-    """What a list is filtered and ordered by, and which part of it is in view."""
+    """Filter and order of a list, and which part of it is visible."""
     spans = []
     if page.filter:
         spans.append((f"  filter: {shorten(page.filter, state.width // 5)}", "live"))
@@ -15225,7 +15225,7 @@ def filter_spans(state, page):
 
 
 def path_line(state, width):
-    """Where one is, and how the link is."""
+    """The path to the current page, and the state of the connection."""
     parts = ["torc"]
     for page in state.pages:
         if page.name == "workflows":
@@ -15249,7 +15249,7 @@ def path_line(state, width):
 
 
 def body_lines(state, width, height):
-    """The page between tabs and message."""
+    """The page itself, between tabs and message."""
     page = state.page
     if page.error and not page.data:
         return [[], *[[(" " + line, "alarm" if not number else "")] for number, line in enumerate(
@@ -15275,7 +15275,7 @@ def away_lines(state, width):
 
 
 def question_lines(state, width, most):
-    """The dry run that waits for an answer."""
+    """The plan that waits for an answer."""
     plan = state.question.plan
     body = [line for text in plan.lines for line in folded(text, width - 4) or [""]]
     if len(body) > most - 3:
@@ -15288,7 +15288,7 @@ def question_lines(state, width, most):
 
 
 def message_line(state, width):
-    """A question being typed, a message, or the hint of the row in focus."""
+    """The prompt, a message, or the hint for the row in focus."""
     if state.prompt:
         prompt = state.prompt
         room = width - text_width(prompt.label) - 4
@@ -15311,7 +15311,7 @@ def message_line(state, width):
 
 
 def hint_of(state):
-    """What is said of the row in focus."""
+    """The hint for the row in focus."""
     page = state.page
     if page.error and page.data:
         return str(page.error)
@@ -15320,7 +15320,7 @@ def hint_of(state):
 
 
 def keys_line(state, width):
-    """The keys of this page that matter most."""
+    """The most important keys of this page."""
     if state.prompt:
         return [(" Enter ", "key"), ("takes it  ", "dim"), ("Esc ", "key"), ("leaves it", "dim")]
     pairs = [(names.split()[0], label) for names, _, _, label in keys_of(state.page) if label]
@@ -15338,7 +15338,7 @@ def row_count(state, page):
 
 
 def room_of(state, page):
-    """How many rows of a page are in view."""
+    """How many rows of a page fit on the screen."""
     return max(1, state.height - 4 - len(away_lines(state, state.width)) - bool(page.kind.columns))
 
 
@@ -15367,7 +15367,7 @@ def screen_text(state):
 
 
 def to_ascii(text):
-    """A text for a terminal that knows ASCII only."""
+    """A string for a terminal that knows only ASCII."""
     return text.translate(ASCII_MARKS).encode("ascii", "replace").decode()
 
 
@@ -15536,7 +15536,7 @@ KEYS = read_keys("""
 
 
 def keys_of(page):
-    """The rows of KEYS that hold on a page, those first that win."""
+    """The rows of KEYS that apply to a page, without keys that an earlier group takes."""
     taken, found = set(), []
     for group in page.kind.keys.split(", "):
         for names, action, text, label in KEYS[group][1]:
@@ -15552,10 +15552,10 @@ def action_of(page, key):
     return next((action for names, action, _, _ in keys_of(page) if key in names.split()), None)
 
 
-# ---- threads that ask
+# ---- the worker thread
 
 class Worker:
-    """A thread with a client of its own that carries out what it is asked for, one by one.
+    """A thread with its own client that carries out tasks one by one.
 
     Of each slot only what was asked for last is done. post: called with the events.
     """
@@ -15575,12 +15575,12 @@ class Worker:
 
     @property
     def idle(self):
-        """Whether nothing is to be done."""
+        """Whether there is nothing to do."""
         with self.ready:
             return not self.tasks and not self.at_work
 
     def run(self):
-        """What the thread does until stop()."""
+        """Carry out tasks until stop()."""
         while True:
             with self.ready:
                 self.at_work = False
@@ -15602,7 +15602,7 @@ class Worker:
                 self.post(lambda answer=answer, result=result, error=error: answer(result, error))
 
     def stop(self):
-        """End the thread, when what it does ends."""
+        """End the thread after its current task."""
         with self.ready:
             self.ending = True
             self.ready.notify()
@@ -15612,12 +15612,12 @@ class Worker:
 
 
 def tui_name(number):
-    """Name of the output of a process that was started from here."""
+    """The log name of a process started here."""
     return f"tui_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}_{number}"
 
 
 def start_server(port, database, output_dir):
-    """(Started, URL) of a server for this program alone. Raises TorcError with what it said."""
+    """Start a server for this program; returns (Started, URL). Raises TorcError with its words."""
     words = ["server", "run", "--host", "127.0.0.1", "--port", str(port), "--end-with-parent"]
     child = Started(Start("server", words + (["--database", database] if database else [])), None,
                     output_dir, tui_name(0))
@@ -15637,15 +15637,15 @@ def start_server(port, database, output_dir):
 # ---- keys and events
 
 class Loading:
-    """What is loaded when: the page in front, and what is said of the row in focus."""
+    """When to load what: the page in front, hints, and news of its workflow."""
 
     def key_of(self, page):
-        """What the data of a page depends on, besides the window."""
+        """What the data of a page depends on, besides its offset."""
         return (page.filter, page.order, page.stream, self.everybody,
                 self.width if page.name == "timeline" else 0)
 
     def covered(self, page):
-        """Whether the rows in view are there."""
+        """Whether the visible rows are loaded."""
         if not page.kind.columns or not page.data:
             return bool(page.data)
         first, rows = page.data["offset"], page.data["rows"]
@@ -15653,7 +15653,7 @@ class Loading:
             page.data["total"], page.top + room_of(self, page))
 
     def pause(self, page):
-        """Seconds after which a page is loaded again though nothing was heard."""
+        """Seconds until a page is loaded again if there are no news."""
         if page.name == "log" and page.data and page.data["job"]["status"] not in (
                 "running", "pending"):
             return 10.0
@@ -15706,7 +15706,7 @@ class Loading:
         return math.inf
 
     def load(self, page):
-        """Let the worker load a page: its window and as much on either side."""
+        """Have the worker load a page: the visible rows and as many before and after them."""
         import copy
         room = room_of(self, page)
         page.offset = max(0, page.top - room)
@@ -15722,13 +15722,13 @@ class Loading:
             return page.kind.load(client, asked, self), time.monotonic() - begun
 
         self.worker.ask("load", task, lambda result, error: self.loaded(page, key, result, error))
-        for other in self.pages:          # a load that was not begun is none
+        for other in self.pages:          # whose load this one replaces
             if other is not page and other.loading:
                 other.loading = False
                 other.renew()
 
     def loaded(self, page, key, result, error):
-        """An event: a page is here, or what went wrong."""
+        """Event: a page was loaded, or failed to load."""
         cost_s, now = 0.0, time.monotonic()
         page.loading, page.key = False, key
         if isinstance(error, Unreachable):
@@ -15747,7 +15747,7 @@ class Loading:
         page.due_at = min(page.due_at, now + max(self.pause(page), 10 * cost_s))
 
     def ask_hint(self, page):
-        """Let the worker find out what is to be said of the record in focus."""
+        """Have the worker find the hint for the record in focus."""
         record = focused(page) if page.kind.hint and page.data else None
         if not record or self.away:
             return
@@ -15762,7 +15762,7 @@ class Loading:
         self.worker.ask("hint", lambda client: page.kind.hint(client, record, self.tools), answer)
 
     def heard(self, goal, news, error):
-        """An event: the answer to a question for news of a workflow."""
+        """Event: the answer to a request for news of a workflow."""
         self.listening, now = False, time.monotonic()
         if goal != self.goal:
             return
@@ -15780,7 +15780,7 @@ class Loading:
             self.listen_at = now + max(1.0, news["retry_after_s"])
 
     def lost(self, error):
-        """An event: the server does not answer, or not to this question."""
+        """Event: the server does not answer."""
         if not isinstance(error, Unreachable):
             return                        # the page itself says it
         now = time.time()
@@ -15792,10 +15792,10 @@ class Loading:
 
 
 class Moving:
-    """Pages, and the focus on them."""
+    """Moving between pages, and the focus on them."""
 
     def open(self, name, subject=None):
-        """Show another page, on top of this one."""
+        """Open a page on top of this one."""
         page = View(name, self.workflow() if PAGES[name].inside else None, subject)
         self.pages.append(page)
         if page.kind.load is load_nothing:
@@ -15803,7 +15803,7 @@ class Moving:
             page.key = self.key_of(page)
 
     def turn(self, name):
-        """Show another page of the same workflow in place of this one."""
+        """Replace this page by another one of the same workflow."""
         if name == self.page.name:
             return
         if PAGES[name].inside and not self.workflow():
@@ -15815,23 +15815,23 @@ class Moving:
             del self.pages[1:-1]
 
     def workflow(self):
-        """The record of the workflow that one is in, or that is in focus; None if there is none."""
+        """The record of the current workflow, or of the one in focus; None if there is none."""
         if self.page.name == "workflows":
             return focused(self.page)
         return next((page.workflow for page in reversed(self.pages) if page.workflow), None)
 
     def job(self):
-        """The record of the job that one is at, or that is in focus; None if there is none."""
+        """The record of the current job, or of the one in focus; None if there is none."""
         return focused(self.page) if self.page.kind.columns else self.page.subject
 
     def move(self, page, cursor):
-        """Put the focus on a row, or the nearest there is, and keep it in view."""
+        """Put the focus on a row, or the nearest one, and scroll it into view."""
         total, room = row_count(self, page), room_of(self, page)
         page.cursor = max(0, min(cursor, total - 1))
         page.top = max(0, min(page.top, page.cursor, total - room), page.cursor - room + 1)
 
     def do_step(self, rows):
-        """Move the focus by so many rows; it passes over blank lines and headings."""
+        """Move the focus by a number of rows, skipping blank lines and headings."""
         page, total = self.page, row_count(self, self.page)
         if page.kind.lines:
             self.log_step(rows)
@@ -15848,18 +15848,18 @@ class Moving:
             page.top = 0
 
     def do_page(self, pages):
-        """Move by so many screens."""
+        """Move by a number of screens."""
         self.do_step(pages * max(2, room_of(self, self.page) - 1))
 
     def do_edge(self, end):
-        """To the first row or the last one; to the start of a log or its end, which is followed."""
+        """Go to the first or last row, or to the start or end of a log; the end is followed."""
         if self.page.kind.lines:
             self.page.follow, self.page.top = bool(end), 0
         else:
             self.move(self.page, end * row_count(self, self.page))
 
     def do_tab(self, step):
-        """The next or last page of the workflow."""
+        """Go to the next or previous tab of the workflow."""
         if not self.page.kind.inside:
             if step > 0 and self.page.name == "workflows":
                 self.do_enter()
@@ -15895,7 +15895,7 @@ class Moving:
             f"{'runs' if len(running) == 1 else 'run'}", lines, tuple(choices)), self.leave)
 
     def leave(self, keep):
-        """End the program; keep: what was started here goes on."""
+        """End the program. keep: let the processes started here go on."""
         self.ended, self.keep_children = True, keep
 
     def do_leave(self):
@@ -15916,7 +15916,7 @@ class Moving:
             self.open("processes")
 
     def wheel(self, rows):
-        """The wheel was turned by so many rows."""
+        """Scroll by the mouse wheel."""
         if self.question or self.prompt:
             return
         if self.page.kind.lines:
@@ -15925,7 +15925,7 @@ class Moving:
             self.move(self.page, self.page.cursor + rows)
 
     def click(self, x, y):
-        """A click: on a tab, or on a row; a second one on it opens it."""
+        """Handle a click on a tab or a row; a second click opens the row."""
         page = self.page
         if self.question or self.prompt:
             return
@@ -15944,7 +15944,7 @@ class Moving:
                 self.move(page, row)
 
     def resize(self, width, height):
-        """The terminal has another size."""
+        """Take another size of the terminal."""
         self.width, self.height = width, height
         for page in self.pages:
             if page.data and not page.kind.lines:
@@ -16021,7 +16021,7 @@ class Reading:
     """The log viewer."""
 
     def log_size(self):
-        """How many lines of the log are here, 0 if it is not loaded."""
+        """How many lines of the log are loaded."""
         page = self.page
         return len(log_lines(page.log)) if page.data else 0
 
@@ -16043,7 +16043,7 @@ class Reading:
             page.top = max(0, self.log_size() - room_of(self, page))
 
     def log_step(self, lines):
-        """Move in a log by so many lines; the end is followed."""
+        """Scroll a log by a number of lines; the end is followed."""
         page, height, size = self.page, room_of(self, self.page), self.log_size()
         if not page.data:
             return
@@ -16054,7 +16054,7 @@ class Reading:
         page.follow = lines > 0 and page.top >= bottom
 
     def do_shift(self, columns):
-        """Show columns of long lines further to the right, or to the left."""
+        """Scroll long lines to the right or left."""
         self.page.column = max(0, self.page.column + columns)
 
     def do_wrap(self):
@@ -16075,7 +16075,7 @@ class Reading:
         self.ask_line("Find", page.wanted, take)
 
     def find(self, start, step):
-        """Show the next line behind `start` that holds what is searched for."""
+        """Show the next line after `start` that matches the search."""
         page = self.page
         if not page.data or not page.wanted:
             return
@@ -16092,16 +16092,16 @@ class Reading:
         page.top = max(0, found - room_of(self, page) // 3)
 
     def do_hit(self, step):
-        """The next place of what is searched for, or the one before."""
+        """Go to the next or previous match."""
         hit = self.page.hit
         self.find(hit if hit is not None else -1 if step > 0 else self.log_size(), step)
 
 
 class Operating:
-    """What changes something: operations, and processes that are started here."""
+    """Operations, and the processes started here."""
 
     def act(self, verb, target):
-        """Find out what an operation would do, then ask."""
+        """Plan an operation, then ask."""
         if target is None:
             self.say("Nothing is in focus.", "alarm")
         elif self.busy:
@@ -16114,7 +16114,7 @@ class Operating:
                             self.planned)
 
     def planned(self, plan, error):
-        """An event: a dry run is here."""
+        """Event: a plan is ready."""
         self.busy = ""
         if error:
             self.failed(error)
@@ -16126,12 +16126,12 @@ class Operating:
             self.question = Question(plan, self.carry_out)
 
     def carry_out(self, function):
-        """Let the worker do what was chosen."""
+        """Have the worker carry out the choice."""
         self.busy = "At work"
         self.worker.ask("act", function, self.done)
 
     def done(self, result, error):
-        """An event: an action has ended."""
+        """Event: an operation has ended."""
         self.busy = ""
         for page in self.pages:
             page.due_at, page.hints, self.hint_asked = -math.inf, {}, None
@@ -16145,7 +16145,7 @@ class Operating:
             self.say(result.sentence)
 
     def failed(self, error):
-        """Show an error; in full if it does not fit into a line."""
+        """Show an error, as a question if it does not fit on a line."""
         text = str(error)
         self.lost(error)
         if text_width(text) < self.width - 2 and "\n" not in text:
@@ -16165,7 +16165,7 @@ class Operating:
         self.say(f"Started {wanted.title} (pid {child.process.pid}); O shows what it writes.")
 
     def children_changed(self):
-        """Say which child has ended."""
+        """Say which child processes have ended."""
         for child in self.children:
             if child.process.poll() is not None and not getattr(child, "told", False):
                 child.told = True
@@ -16197,7 +16197,7 @@ class Operating:
 
 
 class Terminal(State, Loading, Moving, Listing, Reading, Operating):
-    """The terminal UI without its terminal: the State, which is drawn, with what changes it.
+    """The terminal UI without its terminal: the State that is drawn, and what changes it.
 
     tools: what section 14 lends: plan(verb, client, target), find_output(client, job),
     allocations(client, workflow_id), checks(client), connect(url), and output_dir. wake: called
@@ -16228,12 +16228,12 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
         self.worker, self.watcher = (Worker(client.clone(), self.post) for _ in range(2))
 
     def post(self, event):
-        """From any thread: a function to be called by the main one."""
+        """From any thread: have the main thread call a function."""
         self.events.append(event)
         self.wake()
 
     def close(self):
-        """End the threads, the server that was started for us, and children if so wished."""
+        """End the threads, the server started for us, and the children if the user chose so."""
         self.watcher.stop()
         self.worker.stop()
         if self.server or not self.keep_children:
@@ -16246,7 +16246,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
             self.server.end()
 
     def take_events(self):
-        """Call what the threads have posted."""
+        """Call the functions that the threads have posted."""
         while self.events:
             self.events.popleft()()
 
@@ -16255,7 +16255,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
         self.message, self.message_style = printable(text), style
 
     def press(self, key):
-        """A key: its name as in KEYS, or a character."""
+        """Handle a key. key: its name as in KEYS, or a character."""
         self.message = ""
         if self.question:
             self.answer(key)
@@ -16278,7 +16278,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
                 self.say(f"{key} does nothing on this page: ? shows its keys.")
 
     def take_keys(self):
-        """Press the keys that were typed; those for a page that is about to come wait for it."""
+        """Handle the keys that were typed; those for a page that is still loading wait."""
         while self.typed and not self.ended:
             page = self.page
             empty = not page.data and not page.error and not self.away
@@ -16289,7 +16289,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
             self.press(self.typed.popleft())
 
     def answer(self, key):
-        """A key while a question is asked."""
+        """Handle a key while a question is open."""
         question = self.question
         chosen = next((choice for choice in question.plan.choices if choice.key == key), None)
         if chosen or key in ("n", "Enter", "Esc", "q"):
@@ -16300,7 +16300,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
                 self.say("Nothing was changed.")
 
     def type(self, key):
-        """A key while a line is typed."""
+        """Handle a key while a line is being typed."""
         prompt = self.prompt
         if key == "Enter":
             self.prompt = None
@@ -16317,7 +16317,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
             prompt.text += key
 
     def ask_line(self, label, text, take, hint=""):
-        """Let a line be typed."""
+        """Have the user type a line."""
         self.prompt = Prompt(label, text, take, hint)
 
     def do_mouse(self):
@@ -16343,7 +16343,7 @@ KEY_NAMES = {"KEY_UP": "Up", "KEY_DOWN": "Down", "KEY_LEFT": "Left", "KEY_RIGHT"
 
 
 def need_terminal():
-    """The curses module, if this terminal can be drawn on. Raises TorcError."""
+    """The curses module. Raises TorcError if this terminal cannot be drawn on."""
     try:
         import curses
     except ImportError:
@@ -16366,7 +16366,7 @@ def need_terminal():
 
 
 class Canvas:
-    """The terminal itself, by curses: draws lines, gives keys, can be left and taken again."""
+    """The terminal itself, through curses: draws lines, yields keys, can be suspended."""
 
     def __init__(self, curses):
         import locale
@@ -16388,7 +16388,7 @@ class Canvas:
         self.mouse = False
 
     def styles(self):
-        """{style: attribute of curses}; with NO_COLOR or without colours only bold and reverse."""
+        """{style: curses attribute}; no colors with NO_COLOR or on a terminal without."""
         curses = self.curses
         number = 0
         if not os.environ.get("NO_COLOR"):
@@ -16400,7 +16400,7 @@ class Canvas:
         found = {}
         for pair, (name, style) in enumerate(STYLES.items(), 1):
             attribute = sum(getattr(curses, "A_" + word.upper()) for word in style.attributes)
-            chosen = style.colour if number >= 256 else style.basic
+            chosen = style.color if number >= 256 else style.basic
             if number >= 8 and chosen >= 0:
                 with contextlib.suppress(curses.error, ValueError):
                     curses.init_pair(pair, chosen, -1)
@@ -16409,7 +16409,7 @@ class Canvas:
         return found
 
     def size(self):
-        """(width, height) of the terminal; curses is told."""
+        """(width, height) of the terminal, also told to curses."""
         with contextlib.suppress(OSError):
             width, height = os.get_terminal_size(sys.__stdout__.fileno())
             if width and height and (height, width) != self.window.getmaxyx():
@@ -16419,7 +16419,7 @@ class Canvas:
         return width, height
 
     def draw(self, lines):
-        """Show lines of spans."""
+        """Draw lines of spans."""
         curses, window = self.curses, self.window
         window.erase()
         height = window.getmaxyx()[0]
@@ -16434,7 +16434,7 @@ class Canvas:
         window.refresh()
 
     def keys(self):
-        """The names of the keys that were pressed meanwhile."""
+        """Yield the names of the keys pressed since the last call."""
         while True:
             try:
                 key = self.window.get_wch()
@@ -16445,7 +16445,7 @@ class Canvas:
                 yield name
 
     def mouse_event(self, terminal):
-        """Hand on what the mouse did."""
+        """Pass a mouse event to the Terminal."""
         curses = self.curses
         with contextlib.suppress(curses.error):
             _, x, y, _, what = curses.getmouse()
@@ -16457,7 +16457,7 @@ class Canvas:
                 terminal.click(x, y)
 
     def set_mouse(self, wanted):
-        """Take the mouse, or leave it to the terminal."""
+        """Capture the mouse, or leave it to the terminal."""
         if wanted != self.mouse:
             curses, self.mouse = self.curses, wanted
             curses.mousemask((curses.BUTTON1_CLICKED | curses.BUTTON1_PRESSED
@@ -16466,17 +16466,17 @@ class Canvas:
             curses.mouseinterval(0)
 
     def redraw(self):
-        """Draw the next time as if the terminal showed anything."""
+        """Repaint the whole screen next time."""
         self.window.clearok(True)
 
     def leave(self):
-        """Give the terminal back as it was."""
+        """Restore the terminal."""
         with contextlib.suppress(self.curses.error):
             self.set_mouse(False)
             self.curses.endwin()
 
     def suspend(self):
-        """Stop as the shell's job control wants it, and come back."""
+        """Stop as the shell's job control expects; return when continued."""
         import signal
         self.leave()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
@@ -16487,7 +16487,7 @@ class Canvas:
 
 
 class Signals:
-    """Signals as events of the loop: the pipe becomes readable, and the numbers are in `seen`."""
+    """Signals as events of the loop: the pipe becomes readable; their numbers are in `seen`."""
 
     def __init__(self):
         import signal
@@ -16501,16 +16501,16 @@ class Signals:
         self.before = signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
 
     def note(self, number, frame):
-        """What Python calls for a signal."""
+        """The signal handler."""
         self.seen.add(number)
 
     def wake(self):
-        """From any thread: let the loop go round."""
+        """From any thread: wake the loop."""
         with contextlib.suppress(OSError):
             os.write(self.writing, b"\0")
 
     def wait(self, seconds):
-        """Wait for a signal, a wake or a key; says whether there is a key."""
+        """Wait for a signal, a wake-up or a key; returns whether there is a key."""
         import select
         ready, _, _ = select.select([sys.__stdin__.fileno(), self.reading], [], [], seconds)
         if self.reading in ready:
@@ -16519,7 +16519,7 @@ class Signals:
         return sys.__stdin__.fileno() in ready
 
     def restore(self):
-        """As it was before."""
+        """Restore the former handlers."""
         import signal
         signal.set_wakeup_fd(self.before)
         for number, handler in self.taken.items():
@@ -16529,7 +16529,7 @@ class Signals:
 
 
 def run_terminal(client, tools, server=None):
-    """Run the terminal UI until it is left; returns the exit code. Raises TorcError."""
+    """Run the terminal UI until the user leaves; returns the exit code. Raises TorcError."""
     curses = need_terminal()
     import io
     signals = Signals()
