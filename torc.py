@@ -14474,7 +14474,8 @@ def fit(line, width, fill=False):
     for text, style in styled(line):
         text = printable(text)
         cut = text_width(text) > left
-        text = text if not cut else shorten(text, left) if left > 1 else "." * left
+        if cut:
+            text = shorten(text, left)[:left]
         if text:
             found.append((text, style))
             left -= text_width(text)
@@ -14986,8 +14987,7 @@ def timeline_rows(state, page, width):
         for gap in runner["gaps"][:2]:
             yield Row([(" " * 22 + f"{clock(gap['from'], state.now)} {gap['text']}", "dim")], to)
     left, right = clock(data["from"], state.now), clock(data["to"], state.now)
-    yield Row([(" " * 22 + left + " " * max(2, width - 34 - len(left) - len(right)) + right,
-                "dim")])
+    yield Row([(f"{'':22}{left}{right:>{width - 34 - len(left)}}", "dim")])
 
 
 def network_rows(state, page, width):
@@ -15351,8 +15351,9 @@ def draw(state):
         lines = [[part] for one in text for part in folded(one, max(1, width))]
         return [fit(line, width) for line in (lines + [[]] * height)[:height]]
     lines = [path_line(state, width), tabs_line(state, width), *away_lines(state, width)]
-    body = body_lines(state, width, height - 2 - len(lines))[:height - 2 - len(lines)]
-    lines += body + [[]] * (height - 2 - len(lines) - len(body))
+    room = height - 2 - len(lines)
+    body = body_lines(state, width, room)[:room]
+    lines += body + [[]] * (room - len(body))
     if state.question:
         panel = question_lines(state, width, height - 6)
         lines[-len(panel):] = panel
@@ -16530,8 +16531,8 @@ class Signals:
 
 def run_terminal(client, tools, server=None):
     """Run the terminal UI until the user leaves; returns the exit code. Raises TorcError."""
-    curses = need_terminal()
     import io
+    curses = need_terminal()
     signals = Signals()
     canvas = terminal = None
     nowhere = io.StringIO()               # nobody may write to the terminal now
