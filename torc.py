@@ -16667,15 +16667,12 @@ def bounded(kind, least, what, most=2**63 - 1):
 
 def parse_moment(text):
     """Seconds since the epoch of a time such as 2026-01-02T03:04:05Z; local without an offset."""
-    import datetime
     try:
-        # Python before 3.11 wants three or six digits of a second, and no Z.
-        match = re.fullmatch(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(\.\d+)?(Z|[-+]\d\d:\d\d)?",
-                             text.strip(), re.I)
-        zone = {"Z": "+00:00", None: ""}.get(match[3] and match[3].upper(), match[3])
-        moment = datetime.datetime.fromisoformat(match[1].upper() + zone)
-        return moment.timestamp() + float(match[2] or 0)
-    except (TypeError, ValueError, OverflowError):
+        seconds = parse_time(text.strip()) / 1000
+        if re.search(r"(Z|[-+]\d\d:\d\d)\s*$", text, re.I):
+            return seconds
+        return time.mktime((*time.gmtime(seconds)[:8], -1)) + seconds % 1
+    except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is not a time such as 2026-01-02T03:04:05Z") from None
 
 
