@@ -16707,20 +16707,6 @@ def checked_text(parse):
     return convert
 
 
-def parse_port(text):
-    """A port; 0 lets the kernel choose a free one."""
-    if not text.isdigit() or int(text) > 65_535:
-        raise ValueError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
-
-
-def bcrypt_cost(text):
-    """A cost of bcrypt."""
-    if not text.isdigit() or not 4 <= int(text) <= 31:
-        raise ValueError(f"{text!r} is not a cost from 4 to 31")
-    return int(text)
-
-
 def slurm_walltime(text):
     """A walltime as Slurm or ISO 8601 writes it, in Slurm's words."""
     try:
@@ -16735,11 +16721,11 @@ NUMBER, AMOUNT = (bounded(kind, 0, "a number from 0 on") for kind in (int, float
 VALUES = {
     "N": bounded(int, 1, "a number from 1 on"), "NUMBER": NUMBER, "CODE": int, "ID": NUMBER,
     "WORKFLOW_ID": NUMBER, "JOB_ID": NUMBER, "GROUP": NUMBER, "ID...": parse_ids, "GB": AMOUNT,
-    "S": AMOUNT, "X": bounded(float, 1, "a factor from 1 to 1000", 1000), "PORT": parse_port,
-    "JSON": json_value,
+    "S": AMOUNT, "X": bounded(float, 1, "a factor from 1 to 1000", 1000),
+    "PORT": bounded(int, 0, "a port from 0 to 65535", 65_535), "JSON": json_value,
     "SIZE": checked_text(parse_memory), "MEM": checked_text(slurm_memory),
     "DURATION": checked_text(parse_duration), "TIME": slurm_walltime, "MOMENT": parse_moment,
-    "4-31": bcrypt_cost, "true|false": parse_truth}
+    "4-31": bounded(int, 4, "a cost from 4 to 31", 31), "true|false": parse_truth}
 
 
 class Option(NamedTuple):
