@@ -16887,16 +16887,11 @@ def default_log_level():
     return level if level in LOG_LEVELS else "info"
 
 
-def branches():
-    """Command words that others follow, such as "jobs"; {word: [words that follow]}."""
-    found = {}
-    for name in COMMANDS:
-        words = name.split()
-        for index in range(1, len(words)):
-            following = found.setdefault(" ".join(words[:index]), [])
-            if words[index] not in following:
-                following.append(words[index])
-    return found
+def words_after(name):
+    """The words that may follow those of a command line, in order; name: "" or "jobs"."""
+    begun = f"{name} ".lstrip()
+    return list(dict.fromkeys(known[len(begun):].partition(" ")[0]
+                              for known in COMMANDS if known.startswith(begun)))
 
 
 def flags_of(options):
@@ -16906,8 +16901,7 @@ def flags_of(options):
 
 def find_command(argv):
     """(global options before the command, the command's words, the rest) of a command line."""
-    known, known_branches = flags_of(GLOBAL), branches()
-    head, name, index = [], "", 0
+    known, head, name, index = flags_of(GLOBAL), [], "", 0
     while index < len(argv):
         word = argv[index]
         if word[:1] == "-" and len(word) > 1:
@@ -16922,10 +16916,9 @@ def find_command(argv):
             head += argv[index:index + long]
             index += long
             continue
-        longer = f"{name} {word}".strip()
-        if longer not in COMMANDS and longer not in known_branches:
+        if word not in words_after(name):
             break
-        name, index = longer, index + 1
+        name, index = f"{name} {word}".strip(), index + 1
     return head, name, argv[index:]
 
 
@@ -17058,10 +17051,9 @@ def unknown_command(name, word):
     """The UsageError for a word that is no command."""
     if not name and word in ABSENT:
         return UsageError(f"torc {word} is not in this version")
-    known = branches()[name] if name else {first.partition(" ")[0] for first in COMMANDS}
     place = f"torc {name}".strip()
-    return UsageError(f"{place} has no command {word!r}{nearest(word, sorted(known))}: see {place} "
-                      "--help")
+    return UsageError(f"{place} has no command {word!r}{nearest(word, sorted(words_after(name)))}: "
+                      f"see {place} --help")
 
 
 # ---- output
@@ -20043,8 +20035,8 @@ def do_tui(args, client):
 def completion_words():
     """{command words so far: [words that may follow]}, options included."""
     common = [option.flags[-1] for option in GLOBAL]
-    words = {"": sorted({name.partition(" ")[0] for name in COMMANDS}) + common}
-    words.update({name: list(rest) for name, rest in branches().items()})
+    words = {"": sorted(words_after("")) + common}
+    words.update({name: words_after(name) for name in ("server", *BRANCH_SUMMARIES)})
     for found in COMMANDS.values():
         shown = [flag for flag, option in flags_of(found.options).items()
                  if flag[:2] == "--" and not option.hidden]
