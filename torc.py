@@ -17058,6 +17058,11 @@ def unknown_command(name, word):
 
 # ---- output
 
+def writes_utf8():
+    """Whether stdout takes every character."""
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+
+
 def fit_widths(widths, room):
     """Column widths that fit into `room`: the widest give way first, none below 8."""
     widths = list(widths)
@@ -17069,7 +17074,7 @@ def fit_widths(widths, room):
 def table_lines(titles, rows):
     """Lines of a table: rules on a UTF-8 terminal, else plain columns; numbers to the right."""
     terminal = sys.stdout.isatty()
-    drawn = terminal and (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    drawn = terminal and writes_utf8()
     between, rule = (" \u2502 ", "\u2500") if drawn else ("  ", "-")
     widths = [max(map(text_width, column)) for column in zip(titles, *rows)]
     if terminal:
@@ -17091,7 +17096,7 @@ def table_lines(titles, rows):
 
 def print_json(value):
     """Print JSON; long lists one record a line, since indenting them takes seconds."""
-    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    plain = not writes_utf8()
     if isinstance(value, dict) and any(isinstance(part, list) and len(part) > 1000
                                        for part in value.values()):
         parts = (f"{json.dumps(key)}: " + (
