@@ -17433,16 +17433,13 @@ def do_examples(args, client):
 
 
 def run_times(results):
-    """(sum of run times, time from first start to last end) in seconds; None without results."""
-    total, first, last = 0.0, None, None
+    """(sum of run times, time from first start to last end) in seconds."""
+    total, first, last = 0.0, math.inf, -math.inf
     for result in results:
-        seconds = max(0.0, result["exec_time_minutes"] * 60)
-        total += seconds
-        with contextlib.suppress(ValueError):
-            end = parse_moment(result["completion_time"])
-            first = end - seconds if first is None else min(first, end - seconds)
-            last = end if last is None else max(last, end)
-    return (None, None) if first is None else (total, last - first)
+        times = result_times(result)
+        total += max(0.0, result["exec_time_minutes"] * 60)
+        first, last = min(first, times["start_ms"]), max(last, times["end_ms"])
+    return total, max(0.0, last - first) / 1000
 
 
 MUTE_S = 75.0                             # a runner that has been silent for longer is not active
@@ -17461,9 +17458,8 @@ def workflow_report(client, workflow_id):
     return {"workflow_id": workflow_id, "workflow_name": workflow["name"],
             "workflow_user": workflow["user"], "total_jobs": counted["total"],
             "jobs_by_status": {name: counted[name] for name in STATUS_NAMES},
-            "total_exec_time_minutes": (total or 0.0) / 60,
-            "total_exec_time_formatted": format_duration(total or 0.0),
-            "walltime_seconds": wall or 0.0, "walltime_formatted": format_duration(wall or 0.0),
+            "total_exec_time_minutes": total / 60, "total_exec_time_formatted": format_duration(total),
+            "walltime_seconds": wall, "walltime_formatted": format_duration(wall),
             "dead_runners": [node["pid"] for node in dead],
             "silent_runners": [node["hostname"] for node in silent],
             "active_compute_nodes": len(active) - len(dead) - len(silent),
