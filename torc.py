@@ -17458,8 +17458,9 @@ def workflow_report(client, workflow_id):
     return {"workflow_id": workflow_id, "workflow_name": workflow["name"],
             "workflow_user": workflow["user"], "total_jobs": counted["total"],
             "jobs_by_status": {name: counted[name] for name in STATUS_NAMES},
-            "total_exec_time_minutes": total / 60, "total_exec_time_formatted": format_duration(total),
-            "walltime_seconds": wall, "walltime_formatted": format_duration(wall),
+            "total_exec_time_minutes": total / 60,
+            "total_exec_time_formatted": format_duration(total), "walltime_seconds": wall,
+            "walltime_formatted": format_duration(wall),
             "dead_runners": [node["pid"] for node in dead],
             "silent_runners": [node["hostname"] for node in silent],
             "active_compute_nodes": len(active) - len(dead) - len(silent),
@@ -17530,30 +17531,29 @@ def do_wait(args, client):
     Exit code 0: all completed; 1: some failed or were canceled; 3: stuck, or not within --timeout.
     """
     path = f"/workflows/{args.workflow_id}"
-    deadline = None if args.timeout is None else time.monotonic() + args.timeout
+    deadline = time.monotonic() + (math.inf if args.timeout is None else args.timeout)
     news = client.get(f"{path}/changes", since=-1)
-    trouble, code, told = None, None, None
+    code, told = None, None
     while not news["is_complete"]:
-        left = 60.0 if deadline is None else deadline - time.monotonic()
         for sentence in look_after(client, args.workflow_id, wishes_of(args)):
             tell(args, sentence)
         trouble, hint = prospects(client, args.workflow_id)
         if hint and hint != told:
             tell(args, hint)
-        told = hint or told
+            told = hint
+        asked = time.monotonic()
+        left = deadline - asked
         if trouble is None and left <= 0:
             trouble = f"workflow {args.workflow_id} has not ended within {args.timeout:g} s"
             code = 3
         if trouble:
             tell(args, trouble, "error")
             break
-        asked = time.monotonic()
         news = client.get(f"{path}/changes", since=news["generation"],
                           wait_s=max(1, math.ceil(min(left, 60))))
-        if "retry_after_s" in news:       # too many wait already
-            time.sleep(min(news["retry_after_s"], left))
-        else:                             # a busy workflow has news all the time
-            time.sleep(max(0.0, min(0.2 - (time.monotonic() - asked), left)))
+        # Too many wait already, or the workflow has news all the time.
+        pause = news.get("retry_after_s", 0.2 - (time.monotonic() - asked))
+        time.sleep(max(0.0, min(pause, left)))
     counted = client.get(f"{path}/counts")
     code = code or end_code(counted)
     sentence = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
