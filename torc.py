@@ -17584,14 +17584,8 @@ def do_ping(args, client):
 # ---- output of jobs
 
 def stdio_mode(job, workflow):
-    """How a job's output is kept: its own setting, else its workflow's, else separate files."""
-    for text, key in ((job.get("stdio"), None), (workflow.get("execution_config"), "stdio")):
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            settings = json.loads(text)
-            mode = (settings.get(key) if key else settings).get("mode")
-            if mode in STDIO_ENDINGS:
-                return mode
-    return "separate"
+    """How a job's output is kept, as its runner reads it."""
+    return {**read_limits(workflow).stdio, **json.loads(job.get("stdio") or "{}")}["mode"]
 
 
 class Attempt(NamedTuple):
@@ -17604,41 +17598,36 @@ class Attempt(NamedTuple):
     host: str
 
 
-def find_attempt(client, job, number):
-    """The Attempt of a job with this number, else the latest. Raises NotFound."""
+def find_attempt(client, job, number, *directories):
+    """The Attempt of a job with this number, else the latest. Raises NotFound.
+
+    directories: where else the output may be, if it is not where its runner put it.
+    """
     workflow_id = job["workflow_id"]
     results = [result for result in client.items("/results", workflow_id=workflow_id,
                                                  job_id=job["id"], all_runs=True)
-               if number is None or result["attempt_id"] == number]
-    results.sort(key=lambda result: (result["run_id"], result["attempt_id"]))
-    present = client.get(f"/workflows/{workflow_id}/status")["run_id"]
+               if number in (None, result["attempt_id"])]
     if job["status"] == "running" and number in (None, job["attempt_id"]):
-        nodes = list(client.items("/compute_nodes", workflow_id=workflow_id, is_active=True))
-        run_id, attempt_id = present, job["attempt_id"]
+        run_id, attempt_id = client.get(f"/workflows/{workflow_id}/status")["run_id"], \
+            job["attempt_id"]
+        node_id = client.get(f"/jobs/{job['id']}/why").get("compute_node_id", 0)
     elif results:
-        nodes = for_each_quiet(client, [f"/compute_nodes/{results[-1]['compute_node_id']}"])
-        run_id, attempt_id = results[-1]["run_id"], results[-1]["attempt_id"]
+        run_id, attempt_id, node_id = max(
+            (result["run_id"], result["attempt_id"], result["compute_node_id"])
+            for result in results)
     else:
         which = "" if number is None else f" attempt {number} of"
         raise NotFound(f"there is no output of{which} job {job['id']} \"{job['name']}\", which is "
                        f"{job['status']}: torc why {job['id']}")
+    node = {}
+    with contextlib.suppress(NotFound):
+        node = client.get(f"/compute_nodes/{node_id}")
     mode = stdio_mode(job, client.get(f"/workflows/{workflow_id}"))
-    places = [(stdio_paths(node.get("output_dir") or DEFAULT_OUTPUT_DIR, mode, job, run_id,
-                           attempt_id), node["hostname"]) for node in nodes]
-    places.append((stdio_paths(DEFAULT_OUTPUT_DIR, mode, job, run_id, attempt_id), ""))
-    # Several runners may be active: the job's files are where one of them made them.
-    paths, host = next((place for place in places
-                        if any(path and os.path.exists(path) for path in place[0])), places[0])
-    return Attempt(run_id, attempt_id, *paths, host)
-
-
-def for_each_quiet(client, paths):
-    """The records at these paths that still exist."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(NotFound):
-            found.append(client.get(path))
-    return found
+    places = [stdio_paths(directory, mode, job, run_id, attempt_id) for directory in (
+        node.get("output_dir") or DEFAULT_OUTPUT_DIR, DEFAULT_OUTPUT_DIR, *directories)]
+    paths = next((paths for paths in places
+                  if any(path and os.path.exists(path) for path in paths)), places[0])
+    return Attempt(run_id, attempt_id, *paths, node.get("hostname", ""))
 
 
 def copy_output(path, position=0):
@@ -19972,13 +19961,7 @@ class TerminalTools:
 
     def find_output(self, client, job):
         """The Attempt whose output is to be shown. Raises NotFound."""
-        attempt = find_attempt(client, job, None)
-        if any(path and os.path.exists(path) for path in (attempt.stdout, attempt.stderr)):
-            return attempt
-        mode = stdio_mode(job, client.get(f"/workflows/{job['workflow_id']}"))
-        paths = stdio_paths(self.output_dir, mode, job, attempt.run_id, attempt.attempt_id)
-        there = any(path and os.path.exists(path) for path in paths)
-        return attempt._replace(stdout=paths[0], stderr=paths[1]) if there else attempt
+        return find_attempt(client, job, None, self.output_dir)
 
     def allocations(self, client, workflow_id):
         """A sentence on each allocation that has not ended."""
