@@ -17273,13 +17273,12 @@ def load_spec(args, path):
         if args.example not in SPEC_EXAMPLES:
             raise UsageError(f"no example {args.example!r}{nearest(args.example, SPEC_EXAMPLES)}: "
                              "torc examples lists them")
-        spec = read_spec(f"{args.example}.json", SPEC_EXAMPLES[args.example])
+        path, text = f"{args.example}.json", SPEC_EXAMPLES[args.example]
     elif not path:
         raise UsageError("name a specification file, or --example hello")
-    elif path == "-":
-        spec = read_spec("-", sys.stdin.read(), skip_checks=args.skip_checks)
     else:
-        spec = read_spec(path, skip_checks=args.skip_checks)
+        text = sys.stdin.read() if path == "-" else None
+    spec = read_spec(path, text, args.skip_checks)
     workflow = spec.payload["workflow"]
     if args.no_resource_monitoring:
         monitor = json.loads(workflow.get("resource_monitor_config") or "{}")
