@@ -17151,6 +17151,12 @@ def say(args, sentence, **values):
         print(sentence)
 
 
+def print_lines(title, lines):
+    """Print a title and, indented, the lines below it."""
+    parts = [part for text in (title, *lines) for part in text.splitlines()]
+    print("\n  ".join(map(clean, parts)))
+
+
 def tell(args, sentence, level="info"):
     """Say something about the way things go, on stderr."""
     if LOG_LEVELS.index(level) <= LOG_LEVELS.index(args.log_level):
@@ -17197,19 +17203,18 @@ def lower_first(text):
 
 def carry_out(args, client, plan, ask=True):
     """Show a Plan, or carry out its first choice, after a question if `ask`; the exit code."""
-    def show(lines, data):
+    def show(title, lines, data):
         if args.format == "json":
             print_json(data)
         else:
-            print("\n  ".join(clean(line) for text in lines for line in text.splitlines()))
+            print_lines(title, lines)
 
-    dry_run = getattr(args, "dry_run", False)
+    dry_run, forced = (getattr(args, name, False) for name in ("dry_run", "force"))
     if dry_run or not plan.choices:
         title = f"Dry run: {lower_first(plan.title)}" if plan.choices else plan.title
-        show([title, *plan.lines], {**plan.data, "dry_run": dry_run} if isinstance(
+        show(title, plan.lines, {**plan.data, "dry_run": dry_run} if isinstance(
             plan.data, dict) else plan.data)
         return 1 if dry_run and plan.obstacle else 0
-    forced = getattr(args, "force", False)
     if plan.obstacle and not forced:
         raise TorcError(plan.obstacle)
     confirm("\n".join([*plan.lines, plan.title + "?"]), not ask or plan.sure or forced or getattr(
@@ -17217,7 +17222,7 @@ def carry_out(args, client, plan, ask=True):
     done = plan.choices[0].do(client)
     for error in done.errors:
         tell(args, error, "error")
-    show([done.sentence], done.data)
+    show(done.sentence, (), done.data)
     return 1 if done.errors else 0
 
 
@@ -17323,7 +17328,7 @@ def check_spec(args):
             "has_schedule_nodes_action") else "local only (no schedule_nodes action)"))
     for title, texts in (("Errors", errors), ("Warnings", warnings)):
         if texts:
-            print("\n  ".join([f"{title}:", *texts]))
+            print_lines(f"{title}:", texts)
     print(f"Validation: {'FAILED' if errors else 'PASSED'}")
     return 1 if errors else 0
 
@@ -17706,32 +17711,26 @@ def do_logs(args, client):
 def do_why(args, client):
     """Say why a job is not running, or how it ended."""
     answer = client.get(f"/jobs/{args.job_id}/why")
-    tail = ""
-    if answer["status"] in ("pending", "running") and "compute_node_id" in answer:
+    workflow_id = client.get(f"/jobs/{args.job_id}")["workflow_id"]
+    status, tail = answer["status"], ""
+    if status in ("pending", "running") and "compute_node_id" in answer:
         node = client.get(f"/compute_nodes/{answer['compute_node_id']}")
         evidence = node["is_active"] and death_here(node)
         if evidence:
-            answer["sentence"] = (f"{evidence.text}: torc run {node['workflow_id']} runs the job "
-                                  "again")
-    if answer["status"] in ("failed", "terminated", "pending_failed"):
-        workflow_id = client.get(f"/jobs/{args.job_id}")["workflow_id"]
+            answer["sentence"] = f"{evidence.text}: torc run {workflow_id} runs the job again"
+    elif status in ("failed", "terminated", "pending_failed"):
         for result in client.items("/results", workflow_id=workflow_id, job_id=args.job_id,
                                    include_stderr=True):
             tail = result.get("stderr_tail") or ""
-    if answer["status"] == "ready":
-        answer["allocations"] = allocation_lines(
-            client, client.get(f"/jobs/{args.job_id}")["workflow_id"])
+    elif status == "ready":
+        answer["allocations"] = allocation_lines(client, workflow_id)
     if args.format == "json":
         print_json({**answer, "stderr_tail": tail} if tail else answer)
         return
-    print(f'Job {answer["job_id"]} "{clean(answer["job_name"])}" is {answer["status"]}: '
-          f'{clean(answer["sentence"])}')
-    if answer.get("next"):
-        print(f"  {clean(answer['next'])}")
-    for line in answer.get("allocations", ()):
-        print(f"  {clean(line)}")
+    print_lines(f'Job {answer["job_id"]} "{answer["job_name"]}" is {status}: {answer["sentence"]}',
+                [answer.get("next", ""), *answer.get("allocations", ())])
     if tail.strip():
-        print("\n  ".join(["Last lines of stderr:", *map(clean, tail.splitlines()[-20:])]))
+        print_lines("Last lines of stderr:", tail.splitlines()[-20:])
 
 
 # ---- records: the same verbs for every kind
