@@ -17108,15 +17108,18 @@ def print_json(value):
         print(json.dumps(value, indent=2, ensure_ascii=plain))
 
 
-def show_list(args, key, noun, columns_text, records, place="", without=()):
+def show_list(args, key, noun, columns_text, records, place=None, without=()):
     """Print records as JSON {key: [...]}, or as a table with heading and total.
 
-    columns_text: a kind of COLUMNS, or columns as described there; without: titles.
+    columns_text: a kind of COLUMNS, or columns as described there; without: titles. place: what
+    they are from, if that is not the command's workflow.
     """
     records = list(records)
     if args.format == "json":
         print_json({key: records})
         return
+    if place is None and hasattr(args, "workflow_id"):
+        place = f"workflow {args.workflow_id}"
     where = f" for {place}" if place else ""
     if not records:
         print(f"No {plural(2, noun)[2:]} found{where}.")
@@ -17738,19 +17741,14 @@ def do_why(args, client):
 class Noun(NamedTuple):
     """A kind of record as commands show it."""
 
-    word: str                             # as typed; with _ for - the key in JSON
+    word: str                             # as typed
     table: str                            # its row of KINDS
     verbs: str
     create: tuple = ()                    # options whose names are fields
     update: tuple = ()
     filters: tuple = ()                   # options of the list, passed on as they are
     paging: tuple = PAGING
-    list_key: str = ""                    # if the word is not it
-
-    @property
-    def key(self):
-        """The key of its lists in JSON."""
-        return self.list_key or self.word.replace("-", "_")
+    before: Any = None                    # of an update, see api_command
 
     @property
     def kind(self):
@@ -17758,21 +17756,54 @@ class Noun(NamedTuple):
         return KINDS[self.table]
 
 
-def given(args, *texts):
-    """{name: value} of the options that have one."""
-    values = {option.dest: getattr(args, option.dest) for option in read_options(texts)}
-    return {name: value for name, value in values.items() if value is not None}
+def options_for(args, wanted):
+    """{name: value} of the options that an operation takes in these Fields of its query or body."""
+    values = {}
+    for field in wanted:
+        value = None if field.server else getattr(args, field.name, None)
+        if value is not None:
+            values[field.name] = flat(value) if field.type == "ids" else value
+    return values
 
 
-def page_query(args, kind=None):
-    """The query of the paging options. Raises UsageError for a field there is not."""
-    if args.sort_by and kind:
-        known = [field.name for field in kind.fields]
-        if args.sort_by not in known:
-            raise UsageError(f"{plural(2, kind.name)[2:]} have no field {args.sort_by!r}"
-                             f"{nearest(args.sort_by, known)}: {', '.join(known)}")
-    return {"limit": args.limit, "offset": args.offset, "sort_by": args.sort_by,
-            "reverse_sort": args.reverse_sort or None}
+def gather(args, client, path, keep=None, **more):
+    """The records of a list that the options ask for. keep: whether one is wanted, if only we can
+    tell. Raises UsageError for an order by a field there is not."""
+    query = {**options_for(args, find_endpoint("GET", path)[0].query), **more}
+    kind = next((kind for kind in KINDS.values() if path.endswith(kind.path)), None)
+    known = [field.name for field in kind.fields] if kind else [args.sort_by]
+    if args.sort_by and args.sort_by not in known:
+        raise UsageError(f"{plural(2, kind.name)[2:]} have no field {args.sort_by!r}"
+                         f"{nearest(args.sort_by, known)}: {', '.join(known)}")
+    if not keep:
+        return client.items(path, **query)
+    return itertools.islice(filter(keep, client.items(path, **{**query, "limit": None})),
+                            args.limit)
+
+
+def api_command(name, place, *texts, summary, example, noun="", columns="", told="", before=None):
+    """Add a command that calls an operation of the API, "METHOD /path/{option}", with its options.
+
+    noun, columns: of a list, as show_list takes them. told: a sentence about the answer; without
+    one the answer is shown as a record. before: function of (args, client, body), gives the body.
+    """
+    @command(name, *texts, summary=summary, example=example)
+    def act(args, client):
+        method, path = place.format(**vars(args)).split()
+        if columns:
+            return show_list(args, path.rpartition("/")[2], noun, columns,
+                             gather(args, client, path))
+        endpoint, _ = find_endpoint(method, path)
+        body = options_for(args, endpoint.body or ())
+        if method == "PUT" and not body:
+            raise UsageError(f"name what to change: see torc {name} --help")
+        if before:
+            body = before(args, client, body)
+        answer = client.request(method, path, options_for(args, endpoint.query), body or None)
+        if told:
+            say(args, told.format(**answer), **answer)
+        else:
+            show_record(args, answer)
 
 
 def article(noun):
@@ -17784,88 +17815,69 @@ def article(noun):
 
 def create_verb(noun):
     """Add `NOUN create`."""
-    @command(f"{noun.word} create", WORKFLOW, noun.create,
-             summary=f"Create {article(noun.kind.name)}.", example=NOUN_EXAMPLES[noun.word])
-    def create(args, client):
-        values = given(args, *noun.create)
-        known = {field.name for field in noun.kind.fields}
-        record = client.post(noun.kind.path, {
-            "workflow_id": args.workflow_id,
-            **{name: value for name, value in values.items() if name in known}},
-            **{name: value for name, value in values.items() if name not in known})
-        say(args, f"Created {noun.kind.name} {record['id']}", **record)
+    api_command(f"{noun.word} create", f"POST {noun.kind.path}", WORKFLOW, noun.create,
+                summary=f"Create {article(noun.kind.name)}.", example=NOUN_EXAMPLES[noun.word],
+                told=f"Created {noun.kind.name} {{id}}")
 
 
 def list_verb(noun):
     """Add `NOUN list`."""
-    @command(f"{noun.word} list", WORKFLOW, noun.filters, noun.paging,
-             summary=f"List the {plural(2, noun.kind.name)[2:]} of a workflow.",
-             example=f"torc {noun.word} list 3")
-    def list_all(args, client):
-        query = {**given(args, *noun.filters), **page_query(args, noun.kind)}
-        path = noun.kind.path
-        if noun.table == "failure_handler":      # upstream lists them below their workflow
-            path = f"/workflows/{args.workflow_id}{path}"
-        else:
-            query["workflow_id"] = args.workflow_id
-        show_list(args, noun.key, noun.kind.name, noun.table, client.items(path, **query),
-                  f"workflow {args.workflow_id}")
+    below = "/workflows/{workflow_id}" if noun.table == "failure_handler" else ""   # as upstream
+    api_command(f"{noun.word} list", f"GET {below}{noun.kind.path}", WORKFLOW, noun.filters,
+                noun.paging, summary=f"List the {plural(2, noun.kind.name)[2:]} of a workflow.",
+                example=f"torc {noun.word} list 3", noun=noun.kind.name, columns=noun.table)
 
 
 def get_verb(noun):
     """Add `NOUN get`."""
-    @command(f"{noun.word} get", ID, summary=f"Show {article(noun.kind.name)}.",
-             example=f"torc {noun.word} get 17")
-    def get(args, client):
-        show_record(args, client.get(f"{noun.kind.path}/{args.id}"))
+    api_command(f"{noun.word} get", f"GET {noun.kind.path}/{{id}}", ID,
+                summary=f"Show {article(noun.kind.name)}.", example=f"torc {noun.word} get 17")
 
 
 def update_verb(noun):
     """Add `NOUN update`."""
-    more = ("--any-workflow  in a job: of another workflow, too",) \
-        if noun.table == "user_data" else ()
+    api_command(f"{noun.word} update", f"PUT {noun.kind.path}/{{id}}", ID, noun.update,
+                summary=f"Change {article(noun.kind.name)}; fields that are not given are kept.",
+                example=f"torc {noun.word} update 17 --name new",
+                told=f"Updated {noun.kind.name} {{id}}", before=noun.before)
 
-    @command(f"{noun.word} update", ID, noun.update, more,
-             summary=f"Change {article(noun.kind.name)}; fields that are not given are kept.",
-             example=f"torc {noun.word} update 17 {read_options(noun.update)[0].flags[-1]} new")
-    def update(args, client):
-        values = given(args, *noun.update)
-        if not values:
-            raise UsageError(f"name what to change: see torc {noun.word} update --help")
-        path = f"{noun.kind.path}/{args.id}"
-        inside = os.environ.get("TORC_WORKFLOW_ID") if noun.table == "user_data" else None
-        owner = inside and client.get(path)["workflow_id"]
-        if inside and str(owner) != inside and not args.any_workflow:
-            raise UsageError(f"user data {args.id} belongs to workflow {owner}, but this job to "
-                             f"workflow {inside} (TORC_WORKFLOW_ID), so nothing was changed: torc "
-                             f"user-data list {inside} shows its own; --any-workflow changes it")
-        if noun.table == "file":          # this PUT forgets st_mtime unless it is sent
-            values = {"st_mtime": client.get(path).get("st_mtime"), **values}
-        record = client.put(path, values)
-        say(args, f"Updated {noun.kind.name} {args.id}", **record)
+
+def keep_time(args, client, values):
+    """The values of a file with its st_mtime: a PUT forgets that unless it is sent."""
+    return {"st_mtime": client.get(f"/files/{args.id}").get("st_mtime"), **values}
+
+
+def keep_to_own_data(args, client, values):
+    """The same values; a job does not change user data of other workflows by mistake."""
+    own = os.environ.get("TORC_WORKFLOW_ID")
+    owner = own and client.get(f"/user_data/{args.id}")["workflow_id"]
+    if own and str(owner) != own and not args.any_workflow:
+        raise UsageError(f"user data {args.id} belongs to workflow {owner}, but this job to "
+                         f"workflow {own} (TORC_WORKFLOW_ID), so nothing was changed: torc "
+                         f"user-data list {own} shows its own; --any-workflow changes it")
+    return values
 
 
 def delete_verb(noun):
     """Add `NOUN delete`."""
+    kind = noun.kind
+
     @command(f"{noun.word} delete", LIST_IDS, FORCE, NO_PROMPTS, DRY_RUN,
-             summary=f"Delete {plural(2, noun.kind.name)[2:]}.",
+             summary=f"Delete {plural(2, kind.name)[2:]}.",
              example=f"torc {noun.word} delete 17 18")
     def delete(args, client):
-        def path(number):
-            return f"{noun.kind.path}/{number}"
-
-        found, errors = each(flat(args.ids), lambda number: client.get(path(number)))
+        found, errors = each(flat(args.ids), lambda number: client.get(f"{kind.path}/{number}"))
         names = ", ".join(str(one["id"]) + (f' "{one["name"]}"' if "name" in one else "")
                           for one in found)
 
         def do(_):
             gone, trouble = each([one["id"] for one in found],
-                                 lambda number: client.delete(path(number)))
-            return Outcome(f"Deleted {noun.kind.name} {names}", one_or_all(noun.key, gone),
+                                 lambda number: client.delete(f"{kind.path}/{number}"))
+            return Outcome(f"Deleted {kind.name} {names}", one_or_all(kind.path[1:], gone),
                            errors + trouble)
 
-        return carry_out(args, client, Plan(f"Delete {noun.kind.name} {names}", errors, (
-            Choice("y", "delete", do),), one_or_all(noun.key, found)))
+        return carry_out(args, client, Plan(f"Delete {kind.name} {names}", errors, (
+            Choice("y", "delete", do),), one_or_all(kind.path[1:], found)))
 
 
 def delete_all_verb(noun):
@@ -17909,7 +17921,7 @@ NOUNS = (
     Noun("files", "file", "create list get update delete",
          create=(NAME, "-p, --path PATH  (required)"),
          update=(NEW_NAME, "-p, --path PATH"),
-         filters=("--produced-by-job-id ID",)),
+         filters=("--produced-by-job-id ID",), before=keep_time),
     Noun("user-data", "user_data", "create list get update delete delete-all",
          create=(NAME, """
             -d, --data JSON
@@ -17920,6 +17932,7 @@ NOUNS = (
          update=(NEW_NAME, """
             -d, --data JSON
             --ephemeral true|false -> is_ephemeral
+            --any-workflow  in a job: of another workflow, too
             """),
          filters=("""
             --name TEXT  part of the name
@@ -17932,7 +17945,7 @@ NOUNS = (
              -o, --offset NUMBER=0  skip this many
              --sort-by FIELD        a field of the JSON output
              --reverse-sort         in descending order
-             """),
+             """, before=keep_to_own_data),
     Noun("results", "result", "get delete"),
     Noun("events", "event", "create get delete",
          create=("-d, --data JSON  (required)",)),
@@ -17948,7 +17961,7 @@ NOUNS = (
             --scheduler-config-id ID
             --status TEXT
             """,)),
-    Noun("slurm", "slurm_scheduler", "create list get update delete", list_key="slurm_schedulers",
+    Noun("slurm", "slurm_scheduler", "create list get update delete",
          create=(NAME, """
             -a, --account NAME            (required)
             -N, --nodes N=1
@@ -17970,7 +17983,6 @@ NOUN_EXAMPLES = {
 }
 NOUN_VERBS = {"create": create_verb, "list": list_verb, "get": get_verb, "update": update_verb,
               "delete": delete_verb, "delete-all": delete_all_verb}
-NOUN_OF = {noun.word: noun for noun in NOUNS}
 for _noun in NOUNS:
     for _verb in _noun.verbs.split():
         NOUN_VERBS[_verb](_noun)
@@ -17985,54 +17997,37 @@ for _noun in NOUNS:
          example="torc workflows new -n study")
 def do_workflows_new(args, client):
     """Create an empty workflow."""
-    body = {"name": args.name, "user": client.user, "description": args.description}
-    record = client.post("/workflows", {name: value for name, value in body.items() if value})
-    if args.format == "json":
-        print_json(record)
-    else:
-        print(f"Created workflow {record['id']} \"{clean(record['name'])}\" of {record['user']}")
+    record = client.post("/workflows", {
+        "user": client.user, **options_for(args, KINDS["workflow"].fields)})
+    say(args, f"Created workflow {record['id']} \"{clean(record['name'])}\" of {record['user']}",
+        **record)
 
 
 @command("workflows list", PAGING, """
          --archived-only
          --include-archived
-         --all-users
+         --all-users -> everybody
          """, example="torc workflows list --include-archived")
 def do_workflows_list(args, client):
     """List your workflows."""
     archived = True if args.archived_only else None if args.include_archived else False
-    records = client.items("/workflows", is_archived=archived,
-                           user=None if args.all_users else client.user,
-                           **page_query(args, KINDS["workflow"]))
+    records = gather(args, client, "/workflows", is_archived=archived,
+                     user=None if args.everybody else client.user)
     show_list(args, "workflows", "workflow", "workflow", records,
-              "" if args.all_users else f"user {client.user}",
-              () if args.all_users else ("user",))
+              "" if args.everybody else f"user {client.user}",
+              () if args.everybody else ("user",))
 
 
-@command("workflows get", WORKFLOW, example="torc workflows get 3")
-def do_workflows_get(args, client):
-    """Show a workflow's settings."""
-    show_record(args, client.get(f"/workflows/{args.workflow_id}"))
-
-
-WORKFLOW_FIELDS = """
-    -n, --name NAME
-    -d, --description TEXT
-    --owner-user USER -> user
-    --project TEXT
-    --metadata JSON
-    """
-
-
-@command("workflows update", WORKFLOW, WORKFLOW_FIELDS,
-         example="torc workflows update 3 -d 'second try'")
-def do_workflows_update(args, client):
-    """Change a workflow's name, description, owner, project or metadata."""
-    values = given(args, WORKFLOW_FIELDS)
-    if not values:
-        raise UsageError("name what to change: see torc workflows update --help")
-    record = client.put(f"/workflows/{args.workflow_id}", values)
-    say(args, f"Updated workflow {args.workflow_id}", **record)
+api_command("workflows get", "GET /workflows/{workflow_id}", WORKFLOW,
+            summary="Show a workflow's settings.", example="torc workflows get 3")
+api_command("workflows update", "PUT /workflows/{workflow_id}", WORKFLOW, """
+            -n, --name NAME
+            -d, --description TEXT
+            --owner-user USER -> user
+            --project TEXT
+            --metadata JSON
+            """, told="Updated workflow {id}", example="torc workflows update 3 -d 'second try'",
+            summary="Change a workflow's name, description, owner, project or metadata.")
 
 
 @command("workflows archive", """
@@ -18068,7 +18063,7 @@ def do_workflows_list_actions(args, client):
                 "Pending" if triggered else "Waiting"
     show_list(args, "actions", "action", "ID=id, Trigger=trigger_type, Action=action_type,"
               " Progress=progress, Status=status, Executed At=executed_at, Job IDs=job_ids",
-              records, f"workflow {args.workflow_id}")
+              records)
 
 
 @command("workflows is-complete", WORKFLOW, example="torc workflows is-complete 3")
@@ -18140,27 +18135,17 @@ def do_workflows_import(args, client):
 
 # ---- jobs
 
-@command("jobs create", WORKFLOW, """
-         -n, --name NAME        (required)
-         -c, --command COMMAND  (required)
-         -r, --resource-requirements-id ID
-         --priority NUMBER
-         -b, --blocking-job-ids ID... -> depends_on_job_ids
-         -i, --input-file-ids ID...
-         -o, --output-file-ids ID...
-         """,
-         example="torc jobs create 3 -n post -c 'python post.py' -b 17,18")
-def do_jobs_create(args, client):
-    """Create a job in a workflow that is not initialized."""
-    body = {"workflow_id": args.workflow_id, "name": args.name, "command": args.command}
-    for name in ("resource_requirements_id", "priority"):
-        if getattr(args, name) is not None:
-            body[name] = getattr(args, name)
-    for name in ("depends_on_job_ids", "input_file_ids", "output_file_ids"):
-        if getattr(args, name):
-            body[name] = flat(getattr(args, name))
-    record = client.post("/jobs", body)
-    say(args, f"Created job {record['id']}", **record)
+api_command("jobs create", "POST /jobs", WORKFLOW, """
+            -n, --name NAME        (required)
+            -c, --command COMMAND  (required)
+            -r, --resource-requirements-id ID
+            --priority NUMBER
+            -b, --blocking-job-ids ID... -> depends_on_job_ids
+            -i, --input-file-ids ID...
+            -o, --output-file-ids ID...
+            """, summary="Create a job in a workflow that is not initialized.",
+            told="Created job {id}",
+            example="torc jobs create 3 -n post -c 'python post.py' -b 17,18")
 
 
 def read_commands(path):
@@ -18203,6 +18188,11 @@ def do_jobs_create_from_file(args, client):
         workflow_id=workflow_id, jobs_created=len(made), job_ids=[job["id"] for job in made])
 
 
+# The last ones are there with --include-relationships.
+JOB_COLUMNS = COLUMNS["job"] + ", Depends On=depends_on_job_ids, Input Files=input_file_ids," \
+                               " Output Files=output_file_ids"
+
+
 @command("jobs list", WORKFLOW, """
          -s, --status STATUS
          --upstream-job-id ID  jobs that depend on this one
@@ -18212,18 +18202,13 @@ def do_jobs_create_from_file(args, client):
          """, example="torc jobs list 3 --status failed")
 def do_jobs_list(args, client):
     """List the jobs of a workflow."""
-    titles = [column.title.lower() for column in read_columns(COLUMNS["job"])]
-    for column in args.exclude or ():
+    without = args.exclude or []
+    titles = [column.title.lower() for column in read_columns(JOB_COLUMNS)]
+    for column in without:
         if column.lower() not in titles:
             raise UsageError(f"the table has no column {column!r}{nearest(column, titles)}")
-    relations = ", Depends On=depends_on_job_ids, Input Files=input_file_ids," \
-                " Output Files=output_file_ids" if args.include_relationships else ""
-    records = client.items("/jobs", workflow_id=args.workflow_id, status=args.status,
-                           upstream_job_id=args.upstream_job_id,
-                           include_relationships=args.include_relationships or None,
-                           **page_query(args, KINDS["job"]))
-    show_list(args, "jobs", "job", COLUMNS["job"] + relations, records,
-              f"workflow {args.workflow_id}", [column.lower() for column in args.exclude or ()])
+    show_list(args, "jobs", "job", JOB_COLUMNS, gather(args, client, "/jobs"),
+              without=[column.lower() for column in without])
 
 
 def own_runtime(client, job, runtime):
@@ -18247,9 +18232,7 @@ def own_runtime(client, job, runtime):
          example="torc jobs update 17 --priority 5")
 def do_jobs_update(args, client):
     """Change a job; name and command only while it is uninitialized."""
-    values = {name: getattr(args, name) for name in ("name", "command", "priority",
-                                                     "resource_requirements_id")
-              if getattr(args, name) is not None}
+    values = options_for(args, KINDS["job"].fields)
     if not values and not args.runtime:
         raise UsageError("name what to change: see torc jobs update --help")
     job = client.put(f"/jobs/{args.id}", values)
@@ -18259,14 +18242,19 @@ def do_jobs_update(args, client):
     say(args, f"Updated job {args.id}", **job)
 
 
+def jobs_of(args, client):
+    """{id: job} of the workflow, or only of the job that was named."""
+    jobs = client.items("/jobs", workflow_id=args.workflow_id) if args.job_id is None else \
+        [client.get(f"/jobs/{args.job_id}")]
+    return {job["id"]: job for job in jobs}
+
+
 def jobs_with(args, client, key, records, columns_text):
     """Print the jobs of a workflow, or one, beside the records that they refer to by `key`."""
-    jobs = [client.get(f"/jobs/{args.job_id}")] if args.job_id is not None else \
-        client.items("/jobs", workflow_id=args.workflow_id)
     by_id = {record["id"]: record for record in records}
-    rows = [{**by_id[job[key]], "id": job[key], "job_id": job["id"], "job_name": job["name"]}
-            for job in jobs if job.get(key) in by_id]
-    show_list(args, "jobs", "job", columns_text, rows, f"workflow {args.workflow_id}")
+    rows = [{**by_id[job[key]], "id": job[key], "job_id": job_id, "job_name": job["name"]}
+            for job_id, job in jobs_of(args, client).items() if job.get(key) in by_id]
+    show_list(args, "jobs", "job", columns_text, rows)
 
 
 JOB_ID = "-j, --job-id ID  only this job"
@@ -18300,22 +18288,23 @@ operation_command("retry", LIST_IDS, "--only  without what depends on them and h
 
 # ---- the lists that differ
 
-@command("files list-required-existing", WORKFLOW, example="torc files list-required-existing 3")
-def do_files_list_required(args, client):
-    """List the files that must exist: inputs that no job writes, outputs of completed jobs."""
-    wanted = set(client.get(f"/workflows/{args.workflow_id}/required_existing_files")["files"])
-    show_list(args, "files", "file", "file",
-              [file for file in client.items("/files", workflow_id=args.workflow_id)
-               if file["id"] in wanted], f"workflow {args.workflow_id}")
+def list_of_some(name, place, table, summary):
+    """Add a command that lists the records whose ids an operation of a workflow answers."""
+    kind = KINDS[table]
+    key = kind.path[1:]
+
+    @command(name, WORKFLOW, summary=summary, example=f"torc {name} 3")
+    def list_some(args, client):
+        ids = set(client.get(f"/workflows/{args.workflow_id}/{place}")[key])
+        records = client.items(kind.path, workflow_id=args.workflow_id)
+        show_list(args, key, kind.name, table,
+                  [record for record in records if record["id"] in ids])
 
 
-@command("user-data list-missing", WORKFLOW, example="torc user-data list-missing 3")
-def do_user_data_list_missing(args, client):
-    """List user data that should have a value but has none."""
-    wanted = set(client.get(f"/workflows/{args.workflow_id}/missing_user_data")["user_data"])
-    show_list(args, "user_data", "user data", "user_data",
-              [record for record in client.items("/user_data", workflow_id=args.workflow_id)
-               if record["id"] in wanted], f"workflow {args.workflow_id}")
+list_of_some("files list-required-existing", "required_existing_files", "file", summary="List the "
+             "files that must exist: inputs that no job writes, outputs of completed jobs.")
+list_of_some("user-data list-missing", "missing_user_data", "user_data",
+             summary="List user data that should have a value but has none.")
 
 
 @command("events list", WORKFLOW,
@@ -18323,14 +18312,13 @@ def do_user_data_list_missing(args, client):
          example="torc events list 3 -t user_action")
 def do_events_list(args, client):
     """List what happened in a workflow."""
-    query = page_query(args, KINDS["event"])
-    records = client.items("/events", workflow_id=args.workflow_id,
-                           **{**query, "limit": None if args.type else args.limit})
-    if args.type:
-        records = [event for event in records if isinstance(event["data"], dict) and args.type in (
-            event["data"].get("category"), event["data"].get("event_type"))][:args.limit]
-    show_list(args, "events", "event", "event", records,
-              f"workflow {args.workflow_id}")
+    def is_wanted(event):
+        data = event["data"]
+        return isinstance(data, dict) and args.type in (
+            data.get("category"), data.get("event_type"))
+
+    show_list(args, "events", "event", "event",
+              gather(args, client, "/events", args.type and is_wanted))
 
 
 @command("events get-latest-event", WORKFLOW, example="torc events get-latest-event 3")
@@ -18343,48 +18331,22 @@ def do_events_latest(args, client):
     show_record(args, found[0])
 
 
-DEPENDENCY_LISTS = (
-    ("job-job", "job_dependencies", "dependency", "Which job waits for which.",
-     "Job ID=job_id, Job Name=job_name, Waits For ID=depends_on_job_id,"
-     " Waits For=depends_on_job_name"),
-    ("job-file", "job_file_relationships", "relationship", "Which job writes and reads which file.",
-     "File ID=file_id, Name=file_name, Path=file_path, Producer ID=producer_job_id,"
-     " Producer=producer_job_name, Consumer ID=consumer_job_id, Consumer=consumer_job_name"),
-    ("job-user-data", "job_user_data_relationships", "relationship",
-     "Which job writes and reads which user data.",
-     "User Data ID=user_data_id, Name=user_data_name, Producer ID=producer_job_id,"
-     " Producer=producer_job_name, Consumer ID=consumer_job_id, Consumer=consumer_job_name"),
-)
-
-
-def dependency_list(word, key, noun, summary, columns_text):
-    """Add `job-dependencies WORD`."""
-    @command(f"job-dependencies {word}", WORKFLOW, PAGING, summary=summary,
-             example=f"torc job-dependencies {word} 3")
-    def list_all(args, client):
-        show_list(args, key, noun, columns_text, client.items(
-            f"/workflows/{args.workflow_id}/{key}", **page_query(args)),
-            f"workflow {args.workflow_id}")
-
-
-for _row in DEPENDENCY_LISTS:
-    dependency_list(*_row)
-
-
-def find_results(args, client):
-    """The results that the options of `results list` ask for."""
-    from itertools import islice
-    query = page_query(args, KINDS["result"])
-    if args.failed:                       # the server cannot filter by "not 0"
-        query["limit"] = None
-    # A run that is named may have been superseded by a later one.
-    found = client.items("/results", workflow_id=args.workflow_id, job_id=args.job_id,
-                         run_id=args.run_id, return_code=args.return_code, status=args.status,
-                         compute_node_id=args.compute_node,
-                         all_runs=args.all_runs or args.run_id is not None, **query)
-    if args.failed:
-        found = islice((result for result in found if result["return_code"] != 0), args.limit)
-    return list(found)
+api_command("job-dependencies job-job", "GET /workflows/{workflow_id}/job_dependencies", WORKFLOW,
+            PAGING, summary="Which job waits for which.", noun="dependency",
+            columns="Job ID=job_id, Job Name=job_name, Waits For ID=depends_on_job_id,"
+                    " Waits For=depends_on_job_name", example="torc job-dependencies job-job 3")
+api_command("job-dependencies job-file", "GET /workflows/{workflow_id}/job_file_relationships",
+            WORKFLOW, PAGING, summary="Which job writes and reads which file.",
+            noun="relationship", columns="File ID=file_id, Name=file_name, Path=file_path,"
+                                         " Producer ID=producer_job_id, Producer=producer_job_name,"
+                                         " Consumer ID=consumer_job_id, Consumer=consumer_job_name",
+            example="torc job-dependencies job-file 3")
+api_command("job-dependencies job-user-data",
+            "GET /workflows/{workflow_id}/job_user_data_relationships", WORKFLOW, PAGING,
+            summary="Which job writes and reads which user data.", noun="relationship",
+            columns="User Data ID=user_data_id, Name=user_data_name, Producer ID=producer_job_id,"
+                    " Producer=producer_job_name, Consumer ID=consumer_job_id,"
+                    " Consumer=consumer_job_name", example="torc job-dependencies job-user-data 3")
 
 
 @command("results list", WORKFLOW, JOB_ID, """
@@ -18394,7 +18356,7 @@ def find_results(args, client):
          -s, --status STATUS
          """, PAGING, """
          --all-runs            not only each job's latest
-         --compute-node ID
+         --compute-node ID -> compute_node_id
          --include-logs        a JSON report with the paths of what the jobs wrote
          -o, --output-dir DIR  with --include-logs: where those files are (default: where each
                                runner put them)
@@ -18402,7 +18364,10 @@ def find_results(args, client):
          example="torc results list 3 --failed")
 def do_results_list(args, client):
     """List the results of jobs: return codes, times, memory."""
-    results = find_results(args, client)
+    # A run that is named may have been superseded by a later one.
+    results = list(gather(args, client, "/results",
+                          args.failed and (lambda result: result["return_code"] != 0),
+                          all_runs=args.all_runs or args.run_id is not None))
     if args.include_logs:
         print_json(log_report(args, client, results))
         return
@@ -18410,15 +18375,7 @@ def do_results_list(args, client):
         jobs = jobs_of(args, client)
         for result in results:
             result["job_name"] = jobs[result["job_id"]]["name"]
-    show_list(args, "results", "result", "result", results,
-              f"workflow {args.workflow_id}")
-
-
-def jobs_of(args, client):
-    """{id: job} of the workflow, or only of the job that was named."""
-    jobs = client.items("/jobs", workflow_id=args.workflow_id) if args.job_id is None else \
-        [client.get(f"/jobs/{args.job_id}")]
-    return {job["id"]: job for job in jobs}
+    show_list(args, "results", "result", "result", results)
 
 
 def log_report(args, client, results):
@@ -18724,7 +18681,7 @@ def stats_query(args):
 def do_slurm_stats(args, client):
     """List Slurm's accounting records of jobs that ran as steps of srun."""
     show_list(args, "slurm_stats", "record", "slurm_stats",
-              client.items("/slurm_stats", **stats_query(args)), f"workflow {args.workflow_id}")
+              client.items("/slurm_stats", **stats_query(args)))
 
 
 ACCOUNT_COLUMNS = (("slurm_job", "JobIDRaw"), ("job_step", "JobName"), ("state", "State"),
@@ -18754,7 +18711,7 @@ def do_slurm_sacct(args, client):
                       slurm("sacct", "-j", number, "--json"))
     show_list(args, "steps", "step", "Slurm Job=slurm_job, Job Step=job_step, State=state,"
               " Exit Code=exit_code, Elapsed=elapsed, Max RSS=max_rss, CPU Time=cpu_time,"
-              " Nodes=nodes", rows, f"workflow {args.workflow_id}")
+              " Nodes=nodes", rows)
 
 
 @command("slurm-job-runner", """
@@ -18888,8 +18845,7 @@ def do_slurm_regenerate(args, client):
         return
     show_list(args, "schedulers", "scheduler", ("" if args.dry_run else "ID=id, ") +
               "Name=name, Partition=partition, Nodes=nodes, Walltime=walltime, Mem=mem,"
-              " Allocations=num_allocations, Jobs=jobs, When=trigger", report["schedulers"],
-              f"workflow {args.workflow_id}")
+              " Allocations=num_allocations, Jobs=jobs, When=trigger", report["schedulers"])
     if report["slurm_jobs"]:
         print(submitted(len(report["slurm_jobs"]), report["slurm_jobs"]))
     for one in report["schedulers"]:
@@ -19465,7 +19421,7 @@ def do_user_groups(args, client):
 def do_workflow_groups(args, client):
     """List the groups a workflow is shared with."""
     show_list(args, "groups", "group", GROUP_COLUMNS,
-              client.items(f"/workflows/{args.workflow_id}/access_groups"))
+              client.items(f"/workflows/{args.workflow_id}/access_groups"), "")
 
 
 @command("access-groups add-workflow", "WORKFLOW_ID", GROUP_ID,
