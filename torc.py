@@ -18413,6 +18413,14 @@ class Check(NamedTuple):
     next_step: str = ""
 
 
+def urls_of(client):
+    """The URL in use, and where the server says that others reach it."""
+    urls = [client.where]
+    with contextlib.suppress(TorcError):
+        urls += [url for url in client.get("/server_info")["urls"] if url != client.where]
+    return urls
+
+
 def doctor_urls(args, how):
     """The URLs to look at: the one named, else those of this user's own server."""
     url = args.url or os.environ.get("TORC_API_URL")
@@ -18422,59 +18430,50 @@ def doctor_urls(args, how):
     if not server:
         raise Unreachable(f"no server is named, and none of yours listens on port {DEFAULT_PORT}: "
                           "say --url, or start one with `torc server`")
-    try:
-        return [server.where, *(url for url in server.get("/server_info")["urls"]
-                                if url != server.where)]
-    except Unauthorized:
-        return [server.where]
+    return urls_of(server)
 
 
-def email_date(text):
-    """Seconds since the epoch of a Date header, None if it cannot be read."""
-    from email.utils import parsedate_to_datetime
-    try:
-        return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError):
-        return None
+def checked(check, good, detail, remedy="", bad="fail"):
+    """The Check that this machine has made; what is not good is `bad` and has a remedy."""
+    import socket
+    return Check(socket.gethostname(), check, "ok" if good else bad, detail,
+                 "" if good else remedy)
 
 
 def check_server(url, how):
     """Checks of a server at a URL from this machine, in the order in which they can fail."""
-    import socket
-    here = socket.gethostname()
+    from email.utils import parsedate_to_datetime
     _, host, _, _ = split_url(url)
     addresses = list(dict.fromkeys(resolved(host)))
+    checks = [checked(f"name {host}", addresses, ", ".join(addresses[:3]) or "unknown here",
+                      MEANINGS["unknown name"])]
     if not addresses:
-        return [Check(here, f"name {host}", "fail", "unknown here", MEANINGS["unknown name"])]
-    checks = [Check(here, f"name {host}", "ok", ", ".join(addresses[:3]))]
+        return checks
     found = probe(url, None, 5.0, how.get("tls"))
     if found.state != "ok":
-        return [*checks, Check(here, url, "fail", found.state, found.text)]
-    checks.append(Check(here, url, "ok", f"a Torc server, id {found.server_id}"))
+        return [*checks, checked(url, False, found.state, found.text)]
+    checks.append(checked(url, True, f"a Torc server, id {found.server_id}"))
     client = Client(url, **how)
     try:
         asked = time.time()
         told = client.get("/version")
         major = str(told.get("api_version", "?")).partition(".")[0]
-        same = major == API_VERSION.partition(".")[0]
-        checks.append(Check(here, "version", "ok" if same else "fail",
-                            f"{told.get('server', told['version'])}, API {told['api_version']}",
-                            "" if same else f"this program speaks API {API_VERSION}"))
+        checks.append(checked("version", major == API_VERSION.partition(".")[0],
+                              f"{told.get('server', told['version'])}, API {told['api_version']}",
+                              f"this program speaks API {API_VERSION}"))
         client.page("/workflows", limit=1)
-        checks.append(Check(here, "credentials", "ok", f"user {client.user}" + (
+        checks.append(checked("credentials", True, f"user {client.user}" + (
             "" if client.password else ", without a password")))
-        date = email_date(client.date)
-        if date:
+        with contextlib.suppress(TypeError, ValueError):         # the answer has no Date
+            date = parsedate_to_datetime(client.date).timestamp()
             apart = abs(date - (asked + time.time()) / 2)
-            near = apart < 5
-            checks.append(Check(
-                here, "clocks", "ok" if near else "warn", f"{apart:.0f} s apart", "" if near else
-                "files may seem older or newer than they are: set the clocks (NTP)"))
+            checks.append(checked(
+                "clocks", apart < 5, f"{apart:.0f} s apart",
+                "files may seem older or newer than they are: set the clocks (NTP)", "warn"))
     except Unauthorized as error:
-        checks.append(Check(here, "credentials", "fail", f"user {client.user} is refused",
-                            str(error)))
+        checks.append(checked("credentials", False, f"user {client.user} is refused", str(error)))
     except TorcError as error:
-        checks.append(Check(here, "operations", "fail", str(error)))
+        checks.append(checked("operations", False, str(error)))
     finally:
         client.close()
     return checks
@@ -18482,23 +18481,20 @@ def check_server(url, how):
 
 def check_directory(directory, token):
     """Whether the output directory can be written, and holds what another host has put there."""
-    import socket
-    here, path = socket.gethostname(), os.path.abspath(directory)
-    mark = os.path.join(path, ".torc_doctor")
+    path, what = os.path.abspath(directory), "output directory"
     try:
         if token:
             os.listdir(path)              # a network file system then asks its server again
-            same = read_text(mark) == token
-            return Check(here, "output directory", "ok" if same else "fail", path + (
-                "" if same else " is not the same directory here"), "" if same else
-                "take an --output-dir on a file system that all hosts share")
-        os.makedirs(path, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "cannot be written by you")
-        return Check(here, "output directory", "ok", path)
+            if read_text(os.path.join(path, ".torc_doctor")) != token:
+                return checked(what, False, f"{path} is not the same directory here",
+                               "take an --output-dir on a file system that all hosts share")
+        else:
+            os.makedirs(path, exist_ok=True)
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, "cannot be written by you")
+        return checked(what, True, path)
     except OSError as error:
-        return Check(here, "output directory", "fail", f"{path}: {error.strerror}",
-                     "take another --output-dir")
+        return checked(what, False, f"{path}: {error.strerror}", "take another --output-dir")
 
 
 def check_from_compute(args, urls):
@@ -19928,20 +19924,12 @@ class TerminalTools:
             client.get("/ping")
             return [Check(place.place, "local database", "ok", client.where), place]
         how = {"password": client.password, "tls": client.tls, "cookie": client.cookie}
-        return [*(check for url in doctor_urls_of(client, how)
+        return [*(check for url in urls_of(client)
                   for check in check_server(url, how)), place]
 
     def connect(self, url):
         """A Client of another server."""
         return Client(url, **client_options(self.args))
-
-
-def doctor_urls_of(client, how):
-    """The URL in use, and where the server says that others reach it."""
-    urls = [client.where]
-    with contextlib.suppress(TorcError):
-        urls += [url for url in client.get("/server_info")["urls"] if url != client.where]
-    return urls
 
 
 @command("tui", f"""
