@@ -17273,15 +17273,20 @@ SPEC_OPTIONS = """
     """
 
 
+def example_text(name):
+    """The text of a built-in specification. Raises UsageError."""
+    if name not in SPEC_EXAMPLES:
+        raise UsageError(f"no example {name!r}{nearest(name, SPEC_EXAMPLES)}: torc examples lists "
+                         "them")
+    return SPEC_EXAMPLES[name]
+
+
 def load_spec(args, path):
     """The Spec that the command line names: a file, - for stdin, or a built-in example."""
     if args.example and path:
         raise UsageError(f"{path} and --example exclude each other: name one of them")
     if args.example:
-        if args.example not in SPEC_EXAMPLES:
-            raise UsageError(f"no example {args.example!r}{nearest(args.example, SPEC_EXAMPLES)}: "
-                             "torc examples lists them")
-        path, text = f"{args.example}.json", SPEC_EXAMPLES[args.example]
+        path, text = f"{args.example}.json", example_text(args.example)
     elif not path:
         raise UsageError("name a specification file, or --example hello")
     else:
@@ -17429,14 +17434,12 @@ def do_run(args, client):
          example="torc examples hello > hello.json")
 def do_examples(args, client):
     """List the built-in specifications, or print one."""
-    if args.name is None:
-        records = [{"name": name, "description": json.loads(text).get("description", "")}
-                   for name, text in SPEC_EXAMPLES.items()]
-        show_list(args, "examples", "example", "Name=name, Description=description", records)
-    elif args.name in SPEC_EXAMPLES:
-        print(SPEC_EXAMPLES[args.name].strip())
-    else:
-        raise UsageError(f"no example {args.name!r}{nearest(args.name, SPEC_EXAMPLES)}")
+    if args.name:
+        print(example_text(args.name).strip())
+        return
+    records = [{"name": name, "description": json.loads(text).get("description", "")}
+               for name, text in SPEC_EXAMPLES.items()]
+    show_list(args, "examples", "example", "Name=name, Description=description", records)
 
 
 def run_times(results):
