@@ -16806,15 +16806,10 @@ def read_options(texts):
         if isinstance(text, tuple):
             found += read_options(text)
             continue
-        lines = text.strip("\n").rstrip().splitlines()
-        margin = min((len(line) - len(line.lstrip()) for line in lines), default=0)
-        whole = []
-        for line in lines:
-            if line[margin:margin + 1] == " ":
-                whole[-1] += " " + line.strip()
-            else:
-                whole.append(line.strip())
-        found += map(read_option, whole)
+        text = text.strip("\n").rstrip()
+        margin = re.match(" *", text)[0]
+        for whole in re.split(rf"\n{margin}(?! )", text[len(margin):]):
+            found.append(read_option(re.sub(r"\n\s+", " ", whole)))
     return found
 
 
