@@ -16750,13 +16750,12 @@ class Option(NamedTuple):
             return STATUS_NAMES
         return tuple(self.metavar.split("|")) if self.metavar.islower() else ()
 
-    def add_to(self, parser, **more):
-        """Give it to one of argparse's parsers. more: settings that take the place of its own."""
+    def add_to(self, parser):
+        """Give it to one of argparse's parsers."""
         import argparse
         settings = {"help": argparse.SUPPRESS if self.hidden else self.help.replace("%", "%%")}
         if not self.metavar:
-            parser.add_argument(*self.flags, dest=self.dest, action="store_true", **{
-                **settings, **more})
+            parser.add_argument(*self.flags, dest=self.dest, action="store_true", **settings)
             return
         many, metavar = self.metavar.endswith("..."), self.metavar.replace("...", "")
         convert = VALUES.get(self.metavar, VALUES.get(metavar, str))
@@ -16770,7 +16769,7 @@ class Option(NamedTuple):
                                 {"action": "extend", "nargs": "+"})
         elif many or not self.needed:
             settings["nargs"] = "?" if not many else "+" if self.needed else "*"
-        parser.add_argument(*(self.flags or [self.dest]), **{**settings, **more})
+        parser.add_argument(*(self.flags or [self.dest]), **settings)
 
 
 def read_option(line):
@@ -16935,8 +16934,8 @@ def build_parser(name, options, description="", example=""):
         option.add_to(parser)
     for option in GLOBAL:
         free = [flag for flag in option.flags if flag not in taken]
-        if free:                          # without a default, which would undo what stood before
-            option._replace(flags=free, help="hidden").add_to(parser, default=argparse.SUPPRESS)
+        if free:                          # argparse's defaults leave what stood before the command
+            option._replace(flags=free, help="hidden").add_to(parser)
     return parser
 
 
