@@ -18147,11 +18147,7 @@ api_command("jobs create", "POST /jobs", WORKFLOW, """
 
 def read_commands(path):
     """The commands in a file: lines that are neither empty nor comments. Raises TorcError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except UnicodeDecodeError:
-        raise TorcError(f"{path} is not UTF-8 text") from None
+    lines = map(str.strip, read_spec_text(path).split("\n"))
     commands = [line for line in lines if line and not line.startswith("#")]
     if not commands:
         raise TorcError(f"{path} holds no commands")
