@@ -16970,9 +16970,7 @@ def wants(words, short, long):
 
 def wants_json(argv):
     """Whether the output is to be JSON, known before anything is parsed."""
-    pairs = list(zip(argv, [*argv[1:], ""]))
-    return ("-f", "json") in pairs or ("--format", "json") in pairs or "--format=json" in argv \
-        or "-fjson" in argv
+    return bool(re.search(r"(^|\0)(-f\0?|--format[=\0])json(\0|$)", "\0".join(argv)))
 
 
 # ---- help
@@ -17079,10 +17077,11 @@ def table_lines(titles, rows):
     right = [all(re.fullmatch(r"-?[\d.]*%?", text) for text in column) for column in zip(*rows)]
 
     def line(texts):
-        padded = [" " * (width - text_width(text)) + text if flush else
-                  text + " " * (width - text_width(text))
-                  for text, width, flush in zip(texts, widths, right)]
-        return between.join(padded).rstrip()
+        cells = []
+        for text, width, flush in zip(texts, widths, right):
+            blank = " " * (width - text_width(text))
+            cells.append(blank + text if flush else text + blank)
+        return between.join(cells).rstrip()
 
     crossing = rule + "\u253c" + rule if drawn else between
     return [line(titles), crossing.join(rule * width for width in widths), *map(line, rows)]
