@@ -17011,26 +17011,32 @@ def summary_of(word):
     return BRANCH_SUMMARIES.get(word) or COMMANDS[word].summary
 
 
+def help_page(title, words, lines, example):
+    """The help of torc itself, or of a word that only begins commands."""
+    return "\n".join([title, "", f"Usage: torc {words} COMMAND ...", "", *lines, "", "Example:",
+                      f"  {example}"])
+
+
 def overview():
     """The help of torc itself."""
-    lines = ["torc: run workflows of many jobs on this machine or a cluster.", "",
-             "Usage: torc [OPTIONS] COMMAND ...", ""]
+    lines = []
     for title, words in GROUPS:
         lines += [f"{title}:", *(f"  {word:<24} {summary_of(word)}" for word in words.split()), ""]
     lines.append("Options, before or after the command:")
     for option in GLOBAL:
         text = f"{', '.join(option.flags)} {option.metavar}"
         lines.append(f"  {text:<23} {option.help}")
-    return "\n".join([*lines, "", "Example:", "  torc run --example hello"])
+    return help_page("torc: run workflows of many jobs on this machine or a cluster.", "[OPTIONS]",
+                     lines, "torc run --example hello")
 
 
 def branch_help(branch):
     """The help of a word that only begins commands."""
     names = [name for name in COMMANDS if name.startswith(branch + " ")]
     width = max(map(len, names)) + 2
-    return "\n".join([summary_of(branch), "", f"Usage: torc {branch} COMMAND ...", "",
-                      *(f"  {name:<{width}}{COMMANDS[name].summary}" for name in names), "",
-                      "Example:", f"  {COMMANDS[names[0]].example}"])
+    return help_page(summary_of(branch), branch,
+                     [f"  {name:<{width}}{COMMANDS[name].summary}" for name in names],
+                     COMMANDS[names[0]].example)
 
 
 def command_help(found):
