@@ -17095,16 +17095,18 @@ def table_lines(titles, rows):
 
 def print_json(value):
     """Print JSON; long lists one record a line, since indenting them takes seconds."""
-    plain = not writes_utf8()
-    if isinstance(value, dict) and any(isinstance(part, list) and len(part) > 1000
-                                       for part in value.values()):
-        parts = (f"{json.dumps(key)}: " + (
-            "[\n" + ",\n".join(json.dumps(item, ensure_ascii=plain) for item in part) + "\n]"
-            if isinstance(part, list) else json.dumps(part, ensure_ascii=plain))
-            for key, part in value.items())
-        print("{" + ",\n".join(parts) + "}")
-    else:
-        print(json.dumps(value, indent=2, ensure_ascii=plain))
+    write = functools.partial(json.dumps, ensure_ascii=not writes_utf8())
+    lists = [part for part in value.values() if isinstance(part, list)] \
+        if isinstance(value, dict) else []
+    if max(map(len, lists), default=0) <= 1000:
+        print(write(value, indent=2))
+        return
+    parts = []
+    for key, part in value.items():
+        text = "[\n" + ",\n".join(map(write, part)) + "\n]" if isinstance(part, list) else \
+            write(part)
+        parts.append(f"{write(key)}: {text}")
+    print("{" + ",\n".join(parts) + "}")
 
 
 def show_list(args, key, noun, columns_text, records, place=None, without=()):
