@@ -17230,16 +17230,6 @@ def carry_out(args, client, plan, ask=True):
     return 1 if done.errors else 0
 
 
-def operation_command(name, *texts, example, ask=True):
-    """Add the command of an operation."""
-    operation = OPERATIONS[name]
-
-    @command(operation.command, *texts, DRY_RUN, example=example, summary=operation.help)
-    def act(args, client):
-        target = args.workflow_id if operation.target == "workflow" else flat(args.ids)
-        return carry_out(args, client, operation.plan(client, target, wishes_of(args)), ask)
-
-
 def choose_workflow(args, client):
     """The id of the user's only non-archived workflow, or of the one that is picked."""
     found = client.page("/workflows", user=client.user, is_archived=False, limit=50,
@@ -17261,6 +17251,17 @@ def choose_workflow(args, client):
     if answer not in {str(workflow["id"]) for workflow in found}:
         raise TorcError(f"{answer!r} is not one of these workflows")
     return int(answer)
+
+
+def operation_command(name, *texts, example, ask=True):
+    """Add the command of an operation."""
+    operation = OPERATIONS[name]
+
+    @command(operation.command, *texts, DRY_RUN, example=example, summary=operation.help)
+    def act(args, client):
+        target = args.workflow_id if operation.target == "workflow" else flat(args.ids) or [
+            choose_workflow(args, client)]
+        return carry_out(args, client, operation.plan(client, target, wishes_of(args)), ask)
 
 
 # ---- life of a workflow
@@ -18034,15 +18035,10 @@ api_command("workflows update", "PUT /workflows/{workflow_id}", WORKFLOW, """
             summary="Change a workflow's name, description, owner, project or metadata.")
 
 
-@command("workflows archive", """
-         true|false -> archived
-         [ID...] -> ids
-         """, DRY_RUN, example="torc workflows archive true 3", summary=OPERATIONS["archive"].help)
-def do_workflows_archive(args, client):
-    ids = flat(args.ids) or [choose_workflow(args, client)]
-    return carry_out(args, client, plan_archive(client, ids, wishes_of(args)), ask=False)
-
-
+operation_command("archive", """
+                  true|false -> archived
+                  [ID...] -> ids
+                  """, example="torc workflows archive true 3", ask=False)
 operation_command("reset", WORKFLOW, """
                   --failed-only       failed, canceled, terminated and pending_failed jobs, and what
                                       depends on them
