@@ -17800,10 +17800,10 @@ def api_command(name, place, *texts, summary, example, noun="", columns="", told
                              gather(args, client, path))
         endpoint, _ = find_endpoint(method, path)
         body = options_for(args, endpoint.body or ())
-        if method == "PUT" and not body:
-            raise UsageError(f"name what to change: see torc {name} --help")
         if before:
             body = before(args, client, body)
+        if method == "PUT" and not body:
+            raise UsageError(f"name what to change: see torc {name} --help")
         answer = client.request(method, path, options_for(args, endpoint.query), body or None)
         if told:
             say(args, told.format(**answer), **answer)
@@ -17849,7 +17849,7 @@ def update_verb(noun):
 
 def keep_time(args, client, values):
     """The values of a file with its st_mtime: a PUT forgets that unless it is sent."""
-    return {"st_mtime": client.get(f"/files/{args.id}").get("st_mtime"), **values}
+    return values and {"st_mtime": client.get(f"/files/{args.id}").get("st_mtime"), **values}
 
 
 def keep_to_own_data(args, client, values):
@@ -18207,35 +18207,30 @@ def do_jobs_list(args, client):
               without=[column.lower() for column in without])
 
 
-def own_runtime(client, job, runtime):
-    """Id of requirements like the job's with another runtime, which no other job uses."""
-    old = client.get(f"/resource_requirements/{job['resource_requirements_id']}")
+def own_runtime(args, client, values):
+    """The values of a job; with --runtime its requirements are copied with another runtime, to some
+    that no other job uses."""
+    if not args.runtime:
+        return values
+    job = {**client.get(f"/jobs/{args.id}"), **values}
+    needs = client.get(f"/resource_requirements/{job['resource_requirements_id']}")
     name = f"{job['name']}_{job['id']}"
-    body = {**old, "name": name, "runtime": runtime}
-    if old["name"] == name:
-        return client.put(f"/resource_requirements/{old['id']}", body)["id"]
-    body.pop("id")
-    return client.post("/resource_requirements", body)["id"]
+    changed = {**needs, "name": name, "runtime": args.runtime}
+    if needs["name"] == name:
+        client.put(f"/resource_requirements/{needs['id']}", changed)
+    else:
+        needs = client.post("/resource_requirements", changed)
+    return {**values, "resource_requirements_id": needs["id"]}
 
 
-@command("jobs update", ID, """
-         -n, --name NAME
-         -c, --command COMMAND
-         --priority NUMBER
-         --resource-requirements-id ID
-         --runtime DURATION  of this job alone, as in PT30M
-         """,
-         example="torc jobs update 17 --priority 5")
-def do_jobs_update(args, client):
-    """Change a job; name and command only while it is uninitialized."""
-    values = options_for(args, KINDS["job"].fields)
-    if not values and not args.runtime:
-        raise UsageError("name what to change: see torc jobs update --help")
-    job = client.put(f"/jobs/{args.id}", values)
-    if args.runtime:
-        job = client.put(f"/jobs/{args.id}", {
-            "resource_requirements_id": own_runtime(client, job, args.runtime)})
-    say(args, f"Updated job {args.id}", **job)
+api_command("jobs update", "PUT /jobs/{id}", ID, """
+            -n, --name NAME
+            -c, --command COMMAND
+            --priority NUMBER
+            --resource-requirements-id ID
+            --runtime DURATION  of this job alone, as in PT30M
+            """, summary="Change a job; name and command only while it is uninitialized.",
+            told="Updated job {id}", before=own_runtime, example="torc jobs update 17 --priority 5")
 
 
 def jobs_of(args, client):
