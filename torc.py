@@ -17644,36 +17644,28 @@ def find_attempt(client, job, number, *directories):
 
 def copy_output(path, position=0):
     """Write a file from a position on to stdout as it is; returns the new position."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(position)
-            while True:
-                block = file.read(2**16)
-                if not block:
-                    return position
-                position += len(block)
-                sys.stdout.write(block.decode("utf-8", "backslashreplace"))
-    except FileNotFoundError:
-        return position
-    finally:
+    import shutil
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(position)
+        sys.stdout.flush()                # what was printed comes first
+        shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.flush()
+        return file.tell()
+    return position
 
 
 def follow_output(client, job_id, attempt, paths):
     """Copy files as they grow until the attempt has ended."""
     positions = dict.fromkeys(paths, 0)
-    asked, running = time.monotonic(), True
-    while True:
-        before = dict(positions)
-        for path in paths:
-            positions[path] = copy_output(path, positions[path])
-        if positions == before and not running:
-            return
-        if running and time.monotonic() - asked > 1.0:
+    asked, running = -math.inf, True
+    while running:
+        if time.monotonic() - asked > 1.0:
+            asked = time.monotonic()
             job = client.get(f"/jobs/{job_id}")
             running = job["status"] == "running" and job["attempt_id"] == attempt.attempt_id
-            asked = time.monotonic()
-        elif running:
+        for path in paths:
+            positions[path] = copy_output(path, positions[path])
+        if running:
             time.sleep(0.2)               # files tell nobody that they have grown
 
 
