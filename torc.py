@@ -17351,11 +17351,8 @@ def do_create(args, client):
     if args.dry_run:
         return check_spec(args)
     spec = load_spec(args, args.file)
-    client = open_client(args, make=True)
-    try:
+    with contextlib.closing(open_client(args, make=True)) as client:
         return carry_out(args, client, creation(args, client, spec), ask=False)
-    finally:
-        client.close()
 
 
 def allow_owner(args, client, owner):
@@ -18512,13 +18509,11 @@ def check_from_compute(args, urls):
 
 def urls_for_workers(urls, how):
     """The URLs that workers would be given for a server at one of these."""
-    client = Client(urls[0], **how)
-    try:
-        return list(worker_urls(client))
-    except TorcError:                     # the compute node's own view says why
-        return urls
-    finally:
-        client.close()
+    with contextlib.closing(Client(urls[0], **how)) as client:
+        try:
+            return list(worker_urls(client))
+        except TorcError:                 # the compute node's own view says why
+            return urls
 
 
 @command("doctor", """
