@@ -16772,15 +16772,15 @@ class Option(NamedTuple):
         parser.add_argument(*(self.flags or [self.dest]), **settings)
 
 
+OPTION = re.compile(r"((?:--?\w[-\w]*,? ?)*)"                       # -m, --memory
+                    r"(\[?)([^ =\]]*)(?:=([^ \]]*))?\]?"           # SIZE=1g or [SIZE]
+                    r"(?: -> (\S+))?(?:  (.*))?")                   # -> mem  what it is for
+
+
 def read_option(line):
     """The Option of a line such as "-m, --memory SIZE=1g -> mem  of each node (required)"."""
-    head, _, text = line.partition("  ")
-    head, _, dest = head.partition(" -> ")
-    words = head.replace(",", "").split()
-    flags = tuple(word for word in words if word[:1] == "-")
-    word = words[-1] if len(flags) < len(words) else ""
-    metavar, _, default = word.strip("[]").partition("=")
-    text = text.strip()
+    flags, optional, metavar, default, dest, text = OPTION.fullmatch(line).groups("")
+    flags, text = tuple(flags.replace(",", "").split()), text.strip()
     if default[:1] == "$":                # a variable of the environment, and what counts without
         name, _, default = default[1:].partition(":")
         default = os.environ.get(name) or default
@@ -16790,7 +16790,7 @@ def read_option(line):
     if not dest:
         long = next((flag for flag in flags if flag[:2] == "--"), metavar.replace("...", ""))
         dest = long.lstrip("-").lower()
-    needed = "(required)" in text if flags else word[:1] != "["
+    needed = "(required)" in text if flags else not optional
     return Option(flags, dest.replace("-", "_"), metavar, needed, default or None, text)
 
 
