@@ -18149,9 +18149,9 @@ def read_commands(path):
 @command("jobs create-from-file", """
          WORKFLOW_ID
          FILE
-         --cpus-per-job N=1
-         --memory-per-job SIZE=1m
-         --runtime-per-job DURATION=PT1M
+         --cpus-per-job N=1 -> num_cpus
+         --memory-per-job SIZE=1m -> memory
+         --runtime-per-job DURATION=PT1M -> runtime
          """,
          example="torc jobs create-from-file 3 commands.txt --memory-per-job 2g")
 def do_jobs_create_from_file(args, client):
@@ -18161,9 +18161,8 @@ def do_jobs_create_from_file(args, client):
                if re.fullmatch(r"job\d{1,9}", job["name"])]
     first = max(numbers, default=0) + 1
     needs = client.post("/resource_requirements", {
-        "workflow_id": workflow_id, "name": f"batch_jobs_req_{int(time.time())}",
-        "num_cpus": args.cpus_per_job, "memory": args.memory_per_job,
-        "runtime": args.runtime_per_job})["id"]
+        "name": f"batch_jobs_req_{int(time.time())}",
+        **options_for(args, KINDS["resource_requirements"].fields)})["id"]
     jobs = [{"workflow_id": workflow_id, "name": f"job{number}", "command": text,
              "resource_requirements_id": needs} for number, text in enumerate(commands, first)]
     made = []
