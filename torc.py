@@ -16964,7 +16964,7 @@ def parse_command(found, head, rest):
 
 def wants(words, short, long):
     """Whether an option without a value is among the words before "--"."""
-    before = words[:words.index("--")] if "--" in words else words
+    before = itertools.takewhile(lambda word: word != "--", words)
     return any(word in (short, long) for word in before)
 
 
@@ -17061,14 +17061,6 @@ def writes_utf8():
     return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
-def fit_widths(widths, room):
-    """Column widths that fit into `room`: the widest give way first, none below 8."""
-    widths = list(widths)
-    while sum(widths) > room and max(widths) > 8:
-        widths[widths.index(max(widths))] -= 1
-    return widths
-
-
 def table_lines(titles, rows):
     """Lines of a table: rules on a UTF-8 terminal, else plain columns; numbers to the right."""
     terminal = sys.stdout.isatty()
@@ -17078,7 +17070,8 @@ def table_lines(titles, rows):
     if terminal:
         import shutil
         room = shutil.get_terminal_size().columns - len(between) * (len(titles) - 1)
-        widths = fit_widths(widths, room)
+        while sum(widths) > room and max(widths) > 8:        # the widest give way first
+            widths[widths.index(max(widths))] -= 1
         rows = [[shorten(text, width) for text, width in zip(row, widths)] for row in rows]
     right = [all(re.fullmatch(r"-?[\d.]*%?", text) for text in column) for column in zip(*rows)]
 
@@ -17329,8 +17322,8 @@ def check_spec(args):
         return 1 if errors else 0
     print(f"Workflow: {summary.get('workflow_name', args.file or args.example)}")
     for title, name in SUMMARY_LINES:
-        before = summary.get(name + "_before_expansion", summary.get(name))
         if name in summary:
+            before = summary.get(name + "_before_expansion", summary[name])
             more = f" (expanded from {before})" if before != summary[name] else ""
             print(f"  {title}: {summary[name]}{more}")
     if summary:
@@ -17481,14 +17474,13 @@ def verdict(report, on_slurm):
     """How a workflow stands, in a sentence. on_slurm: it had allocations."""
     by_status, workflow_id = report["jobs_by_status"], report["workflow_id"]
     bad = ", ".join(f"{by_status[name]} {name}" for name in BAD_ENDS if by_status[name])
+    ending = f" ({bad})" if bad else ""
     if report["is_canceled"]:
         return "The workflow is canceled."
     if report["is_complete"]:
-        return f"The workflow is complete with failures ({bad})." if bad \
-            else "The workflow is complete."
+        return f"The workflow is complete{' with failures' if bad else ''}{ending}."
     if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
         return f"The workflow has not been started: torc run {workflow_id}"
-    ending = f" ({bad})" if bad else ""
     if report["active_compute_nodes"]:
         return f"The workflow is in progress{ending}."
     queued = report["active_scheduled_nodes"] + report["pending_scheduled_nodes"]
