@@ -272,11 +272,16 @@ def format_bytes(size):
     return f"{size:.1f} TB"
 
 
+def several(noun):
+    """The plural of a noun; those that end in data or requirements have none."""
+    if noun.endswith(("data", "requirements")):
+        return noun
+    return noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+
+
 def plural(number, noun):
-    """A number and its noun: 1 job, 2 jobs. Nouns ending in data or requirements have no plural."""
-    if number == 1 or noun.endswith(("data", "requirements")):
-        return f"{number} {noun}"
-    return f"{number} {noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
+    """A number and its noun: 1 job, 2 jobs."""
+    return f"{number} {noun if number == 1 else several(noun)}"
 
 
 def plain_names(names, most=3):
@@ -17116,7 +17121,7 @@ def show_list(args, key, noun, columns_text, records, place=None, without=()):
         place = f"workflow {args.workflow_id}"
     where = f" for {place}" if place else ""
     if not records:
-        print(f"No {plural(2, noun)[2:]} found{where}.")
+        print(f"No {several(noun)} found{where}.")
         return
     kind = KINDS.get(columns_text)
     always = {field.name for field in kind.fields} if kind else ()
@@ -17124,7 +17129,7 @@ def show_list(args, key, noun, columns_text, records, place=None, without=()):
              if column.title.lower() not in without and (column.field in always or any(
                  column.field in record for record in records))]
     rows = [[cell(record, column.field) for column in shown] for record in records]
-    heading = plural(2, noun)[2:]
+    heading = several(noun)
     print(f"{heading[0].upper()}{heading[1:]}{where}:")
     print("\n".join(table_lines([column.title for column in shown], rows)))
     print(f"\nTotal: {plural(len(records), noun)}")
@@ -17759,7 +17764,7 @@ def gather(args, client, path, keep=None, **more):
     kind = next((kind for kind in KINDS.values() if path.endswith(kind.path)), None)
     known = [field.name for field in kind.fields] if kind else [args.sort_by]
     if args.sort_by and args.sort_by not in known:
-        raise UsageError(f"{plural(2, kind.name)[2:]} have no field {args.sort_by!r}"
+        raise UsageError(f"{several(kind.name)} have no field {args.sort_by!r}"
                          f"{nearest(args.sort_by, known)}: {', '.join(known)}")
     if not keep:
         return client.items(path, **query)
@@ -17794,7 +17799,7 @@ def api_command(name, place, *texts, summary, example, noun="", columns="", told
 
 def article(noun):
     """The noun with its article, unless it has a plural's form."""
-    if noun.endswith(("data", "requirements")):
+    if noun == several(noun):
         return noun
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
@@ -17809,9 +17814,12 @@ def create_verb(noun):
 def list_verb(noun):
     """Add `NOUN list`."""
     below = "/workflows/{workflow_id}" if noun.table == "failure_handler" else ""   # as upstream
-    api_command(f"{noun.word} list", f"GET {below}{noun.kind.path}", WORKFLOW, noun.filters,
-                noun.paging, summary=f"List the {plural(2, noun.kind.name)[2:]} of a workflow.",
-                example=f"torc {noun.word} list 3", noun=noun.kind.name, columns=noun.table)
+    api_command(f"{noun.word} list", f"GET {below}{noun.kind.path}",
+                WORKFLOW, noun.filters, noun.paging,
+                summary=f"List the {several(noun.kind.name)} of a workflow.",
+                noun=noun.kind.name,
+                columns=noun.table,
+                example=f"torc {noun.word} list 3")
 
 
 def get_verb(noun):
@@ -17849,7 +17857,7 @@ def delete_verb(noun):
     kind = noun.kind
 
     @command(f"{noun.word} delete", LIST_IDS, FORCE, NO_PROMPTS, DRY_RUN,
-             summary=f"Delete {plural(2, kind.name)[2:]}.",
+             summary=f"Delete {several(kind.name)}.",
              example=f"torc {noun.word} delete 17 18")
     def delete(args, client):
         found, errors = each(flat(args.ids), lambda number: client.get(f"{kind.path}/{number}"))
@@ -17869,7 +17877,7 @@ def delete_verb(noun):
 def delete_all_verb(noun):
     """Add `NOUN delete-all`."""
     @command(f"{noun.word} delete-all", WORKFLOW, FORCE, NO_PROMPTS, DRY_RUN,
-             summary=f"Delete all {plural(2, noun.kind.name)[2:]} of a workflow.",
+             summary=f"Delete all {several(noun.kind.name)} of a workflow.",
              example=f"torc {noun.word} delete-all 3 --dry-run")
     def delete_all(args, client):
         number = count_records(client, noun.kind.path, workflow_id=args.workflow_id)
