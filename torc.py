@@ -16724,13 +16724,27 @@ NUMBER, AMOUNT = (bounded(kind, 0, "a number from 0 on") for kind in (int, float
 # What is taken as the value of an option, by the word that stands for it in the help; other words
 # take any string, or say what they take: yes|no.
 VALUES = {
-    "N": bounded(int, 1, "a number from 1 on"), "NUMBER": NUMBER, "CODE": int, "ID": NUMBER,
-    "WORKFLOW_ID": NUMBER, "JOB_ID": NUMBER, "GROUP": NUMBER, "ID...": parse_ids, "GB": AMOUNT,
-    "S": AMOUNT, "X": bounded(float, 1, "a factor from 1 to 1000", 1000),
-    "PORT": bounded(int, 0, "a port from 0 to 65535", 65_535), "JSON": json_value,
-    "SIZE": checked_text(parse_memory), "MEM": checked_text(slurm_memory),
-    "DURATION": checked_text(parse_duration), "TIME": slurm_walltime, "MOMENT": parse_moment,
-    "4-31": bounded(int, 4, "a cost from 4 to 31", 31), "true|false": parse_truth}
+    "N": bounded(int, 1, "a number from 1 on"),
+    "NUMBER": NUMBER,
+    "CODE": int,
+    "ID": NUMBER,
+    "WORKFLOW_ID": NUMBER,
+    "JOB_ID": NUMBER,
+    "GROUP": NUMBER,
+    "ID...": parse_ids,
+    "GB": AMOUNT,
+    "S": AMOUNT,
+    "X": bounded(float, 1, "a factor from 1 to 1000", 1000),
+    "PORT": bounded(int, 0, "a port from 0 to 65535", 65_535),
+    "JSON": json_value,
+    "SIZE": checked_text(parse_memory),
+    "MEM": checked_text(slurm_memory),
+    "DURATION": checked_text(parse_duration),
+    "TIME": slurm_walltime,
+    "MOMENT": parse_moment,
+    "4-31": bounded(int, 4, "a cost from 4 to 31", 31),
+    "true|false": parse_truth,
+}
 
 
 class Option(NamedTuple):
@@ -17462,17 +17476,23 @@ def workflow_report(client, workflow_id):
     silent = [node for node in active if node not in dead and node.get("silent_s", 0) > MUTE_S]
     nodes = {name: count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id,
                                  status=name) for name in ("active", "pending")}
-    return {"workflow_id": workflow_id, "workflow_name": workflow["name"],
-            "workflow_user": workflow["user"], "total_jobs": counted["total"],
-            "jobs_by_status": {name: counted[name] for name in STATUS_NAMES},
-            "total_exec_time_minutes": total / 60,
-            "total_exec_time_formatted": format_duration(total), "walltime_seconds": wall,
-            "walltime_formatted": format_duration(wall),
-            "dead_runners": [node["pid"] for node in dead],
-            "silent_runners": [node["hostname"] for node in silent],
-            "active_compute_nodes": len(active) - len(dead) - len(silent),
-            "active_scheduled_nodes": nodes["active"], "pending_scheduled_nodes": nodes["pending"],
-            "is_complete": counted["is_complete"], "is_canceled": counted["is_canceled"]}
+    return {
+        "workflow_id": workflow_id,
+        "workflow_name": workflow["name"],
+        "workflow_user": workflow["user"],
+        "total_jobs": counted["total"],
+        "jobs_by_status": {name: counted[name] for name in STATUS_NAMES},
+        "total_exec_time_minutes": total / 60,
+        "total_exec_time_formatted": format_duration(total),
+        "walltime_seconds": wall,
+        "walltime_formatted": format_duration(wall),
+        "dead_runners": [node["pid"] for node in dead],
+        "silent_runners": [node["hostname"] for node in silent],
+        "active_compute_nodes": len(active) - len(dead) - len(silent),
+        "active_scheduled_nodes": nodes["active"],
+        "pending_scheduled_nodes": nodes["pending"],
+        "is_complete": counted["is_complete"],
+        "is_canceled": counted["is_canceled"]}
 
 
 def verdict(report, on_slurm):
@@ -17681,10 +17701,15 @@ def do_logs(args, client):
         if wanted and path))
     present = [path for path in paths if os.path.exists(path)]
     if args.format == "json":
-        print_json({"job_id": job["id"], "job_name": job["name"], "run_id": attempt.run_id,
-                    "attempt_id": attempt.attempt_id, "job_stdout": attempt.stdout,
-                    "job_stderr": attempt.stderr, "existing": present})
-        return 0
+        print_json({
+            "job_id": job["id"],
+            "job_name": job["name"],
+            "run_id": attempt.run_id,
+            "attempt_id": attempt.attempt_id,
+            "job_stdout": attempt.stdout,
+            "job_stderr": attempt.stderr,
+            "existing": present})
+        return
     if not paths:
         raise NotFound(f"job {job['id']} keeps no such output (its stdio mode says so)")
     if not present and not args.follow:
@@ -17693,12 +17718,11 @@ def do_logs(args, client):
                        "directory here")
     if args.follow:
         follow_output(client, job["id"], attempt, paths)
-        return 0
+        return
     for path in present:
         if len(present) > 1 and os.path.getsize(path):
             print(f"==> {path} <==")
         copy_output(path)
-    return 0
 
 
 @command("why", "JOB_ID", example="torc why 17")
@@ -17806,9 +17830,11 @@ def article(noun):
 
 def create_verb(noun):
     """Add `NOUN create`."""
-    api_command(f"{noun.word} create", f"POST {noun.kind.path}", WORKFLOW, noun.create,
-                summary=f"Create {article(noun.kind.name)}.", example=NOUN_EXAMPLES[noun.word],
-                told=f"Created {noun.kind.name} {{id}}")
+    api_command(f"{noun.word} create", f"POST {noun.kind.path}",
+                WORKFLOW, noun.create,
+                summary=f"Create {article(noun.kind.name)}.",
+                told=f"Created {noun.kind.name} {{id}}",
+                example=NOUN_EXAMPLES[noun.word])
 
 
 def list_verb(noun):
@@ -17824,16 +17850,20 @@ def list_verb(noun):
 
 def get_verb(noun):
     """Add `NOUN get`."""
-    api_command(f"{noun.word} get", f"GET {noun.kind.path}/{{id}}", ID,
-                summary=f"Show {article(noun.kind.name)}.", example=f"torc {noun.word} get 17")
+    api_command(f"{noun.word} get", f"GET {noun.kind.path}/{{id}}",
+                ID,
+                summary=f"Show {article(noun.kind.name)}.",
+                example=f"torc {noun.word} get 17")
 
 
 def update_verb(noun):
     """Add `NOUN update`."""
-    api_command(f"{noun.word} update", f"PUT {noun.kind.path}/{{id}}", ID, noun.update,
+    api_command(f"{noun.word} update", f"PUT {noun.kind.path}/{{id}}",
+                ID, noun.update,
                 summary=f"Change {article(noun.kind.name)}; fields that are not given are kept.",
-                example=f"torc {noun.word} update 17 --name new",
-                told=f"Updated {noun.kind.name} {{id}}", before=noun.before)
+                before=noun.before,
+                told=f"Updated {noun.kind.name} {{id}}",
+                example=f"torc {noun.word} update 17 --name new")
 
 
 def keep_time(args, client, values):
@@ -18012,16 +18042,21 @@ def do_workflows_list(args, client):
               () if args.everybody else ("user",))
 
 
-api_command("workflows get", "GET /workflows/{workflow_id}", WORKFLOW,
-            summary="Show a workflow's settings.", example="torc workflows get 3")
-api_command("workflows update", "PUT /workflows/{workflow_id}", WORKFLOW, """
+api_command("workflows get", "GET /workflows/{workflow_id}",
+            WORKFLOW,
+            summary="Show a workflow's settings.",
+            example="torc workflows get 3")
+api_command("workflows update", "PUT /workflows/{workflow_id}",
+            WORKFLOW, """
             -n, --name NAME
             -d, --description TEXT
             --owner-user USER -> user
             --project TEXT
             --metadata JSON
-            """, told="Updated workflow {id}", example="torc workflows update 3 -d 'second try'",
-            summary="Change a workflow's name, description, owner, project or metadata.")
+            """,
+            summary="Change a workflow's name, description, owner, project or metadata.",
+            told="Updated workflow {id}",
+            example="torc workflows update 3 -d 'second try'")
 
 
 operation_command("archive", """
@@ -18124,7 +18159,8 @@ def do_workflows_import(args, client):
 
 # ---- jobs
 
-api_command("jobs create", "POST /jobs", WORKFLOW, """
+api_command("jobs create", "POST /jobs",
+            WORKFLOW, """
             -n, --name NAME        (required)
             -c, --command COMMAND  (required)
             -r, --resource-requirements-id ID
@@ -18132,7 +18168,8 @@ api_command("jobs create", "POST /jobs", WORKFLOW, """
             -b, --blocking-job-ids ID... -> depends_on_job_ids
             -i, --input-file-ids ID...
             -o, --output-file-ids ID...
-            """, summary="Create a job in a workflow that is not initialized.",
+            """,
+            summary="Create a job in a workflow that is not initialized.",
             told="Created job {id}",
             example="torc jobs create 3 -n post -c 'python post.py' -b 17,18")
 
@@ -18211,14 +18248,18 @@ def own_runtime(args, client, values):
     return {**values, "resource_requirements_id": needs["id"]}
 
 
-api_command("jobs update", "PUT /jobs/{id}", ID, """
+api_command("jobs update", "PUT /jobs/{id}",
+            ID, """
             -n, --name NAME
             -c, --command COMMAND
             --priority NUMBER
             --resource-requirements-id ID
             --runtime DURATION  of this job alone, as in PT30M
-            """, summary="Change a job; name and command only while it is uninitialized.",
-            told="Updated job {id}", before=own_runtime, example="torc jobs update 17 --priority 5")
+            """,
+            summary="Change a job; name and command only while it is uninitialized.",
+            before=own_runtime,
+            told="Updated job {id}",
+            example="torc jobs update 17 --priority 5")
 
 
 def jobs_of(args, client):
@@ -18280,8 +18321,9 @@ def list_of_some(name, place, table, summary):
                   [record for record in records if record["id"] in ids])
 
 
-list_of_some("files list-required-existing", "required_existing_files", "file", summary="List the "
-             "files that must exist: inputs that no job writes, outputs of completed jobs.")
+list_of_some("files list-required-existing", "required_existing_files", "file",
+             summary="List the files that must exist: inputs that no job writes, outputs of "
+                     "completed jobs.")
 list_of_some("user-data list-missing", "missing_user_data", "user_data",
              summary="List user data that should have a value but has none.")
 
@@ -18310,22 +18352,30 @@ def do_events_latest(args, client):
     show_record(args, found[0])
 
 
-api_command("job-dependencies job-job", "GET /workflows/{workflow_id}/job_dependencies", WORKFLOW,
-            PAGING, summary="Which job waits for which.", noun="dependency",
-            columns="Job ID=job_id, Job Name=job_name, Waits For ID=depends_on_job_id,"
-                    " Waits For=depends_on_job_name", example="torc job-dependencies job-job 3")
+api_command("job-dependencies job-job", "GET /workflows/{workflow_id}/job_dependencies",
+            WORKFLOW, PAGING,
+            summary="Which job waits for which.",
+            noun="dependency",
+            columns="Job ID=job_id, Job Name=job_name,"
+                    " Waits For ID=depends_on_job_id, Waits For=depends_on_job_name",
+            example="torc job-dependencies job-job 3")
 api_command("job-dependencies job-file", "GET /workflows/{workflow_id}/job_file_relationships",
-            WORKFLOW, PAGING, summary="Which job writes and reads which file.",
-            noun="relationship", columns="File ID=file_id, Name=file_name, Path=file_path,"
-                                         " Producer ID=producer_job_id, Producer=producer_job_name,"
-                                         " Consumer ID=consumer_job_id, Consumer=consumer_job_name",
+            WORKFLOW, PAGING,
+            summary="Which job writes and reads which file.",
+            noun="relationship",
+            columns="File ID=file_id, Name=file_name, Path=file_path,"
+                    " Producer ID=producer_job_id, Producer=producer_job_name,"
+                    " Consumer ID=consumer_job_id, Consumer=consumer_job_name",
             example="torc job-dependencies job-file 3")
 api_command("job-dependencies job-user-data",
-            "GET /workflows/{workflow_id}/job_user_data_relationships", WORKFLOW, PAGING,
-            summary="Which job writes and reads which user data.", noun="relationship",
-            columns="User Data ID=user_data_id, Name=user_data_name, Producer ID=producer_job_id,"
-                    " Producer=producer_job_name, Consumer ID=consumer_job_id,"
-                    " Consumer=consumer_job_name", example="torc job-dependencies job-user-data 3")
+            "GET /workflows/{workflow_id}/job_user_data_relationships",
+            WORKFLOW, PAGING,
+            summary="Which job writes and reads which user data.",
+            noun="relationship",
+            columns="User Data ID=user_data_id, Name=user_data_name,"
+                    " Producer ID=producer_job_id, Producer=producer_job_name,"
+                    " Consumer ID=consumer_job_id, Consumer=consumer_job_name",
+            example="torc job-dependencies job-user-data 3")
 
 
 @command("results list", WORKFLOW, JOB_ID, """
@@ -18369,15 +18419,22 @@ def log_report(args, client, results):
         directory = args.output_dir or node.get("output_dir") or DEFAULT_OUTPUT_DIR
         paths = stdio_paths(directory, stdio_mode(job, workflow), job, result["run_id"],
                             result["attempt_id"])
-        row = {name: result[name] for name in (
-            "job_id", "status", "run_id", "attempt_id", "return_code", "completion_time",
-            "exec_time_minutes")}
-        row.update(job_name=job["name"], compute_node=node.get("hostname"),
-                   job_stdout=paths[0], job_stderr=paths[1])
+        row = {
+            **{name: result[name] for name in (
+                "job_id", "status", "run_id", "attempt_id", "return_code", "completion_time",
+                "exec_time_minutes")},
+            "job_name": job["name"],
+            "compute_node": node.get("hostname"),
+            "job_stdout": paths[0],
+            "job_stderr": paths[1]}
         rows.append({name: value for name, value in row.items() if value is not None})
-    return {"workflow_id": args.workflow_id, "workflow_name": workflow["name"],
-            "workflow_user": workflow["user"], "all_runs": args.all_runs,
-            "total_results": len(rows), "results": rows}
+    return {
+        "workflow_id": args.workflow_id,
+        "workflow_name": workflow["name"],
+        "workflow_user": workflow["user"],
+        "all_runs": args.all_runs,
+        "total_results": len(rows),
+        "results": rows}
 
 
 # ---- finding out why a server is not reached
