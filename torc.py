@@ -16914,9 +16914,9 @@ def flags_of(options):
 
 def find_command(argv):
     """(global options before the command, the command's words, the rest) of a command line."""
-    known, head, name, index = flags_of(GLOBAL), [], "", 0
-    while index < len(argv):
-        word = argv[index]
+    known, head, name, rest = flags_of(GLOBAL), [], "", list(argv)
+    while rest:
+        word = rest[0]
         if word[:1] == "-" and len(word) > 1:
             if name in COMMANDS:
                 break
@@ -16924,15 +16924,15 @@ def find_command(argv):
             if flag not in known:
                 raise UsageError(f"unknown option {flag}{nearest(flag, known)}: see torc --help")
             long = 1 + bool(known[flag].metavar and flag == word)
-            if len(argv) < index + long:
+            if len(rest) < long:
                 raise UsageError(f"option {flag} needs a value: see torc --help")
-            head += argv[index:index + long]
-            index += long
-            continue
-        if word not in words_after(name):
+            head += rest[:long]
+            del rest[:long]
+        elif word in words_after(name):
+            name = f"{name} {rest.pop(0)}".strip()
+        else:
             break
-        name, index = f"{name} {word}".strip(), index + 1
-    return head, name, argv[index:]
+    return head, name, rest
 
 
 def build_parser(name, options, description="", example=""):
@@ -16960,7 +16960,7 @@ def build_parser(name, options, description="", example=""):
 
 def check_options(found, rest):
     """Raise UsageError for an option that the command does not have, with the nearest one."""
-    known = {**flags_of(GLOBAL), **flags_of(found.options)}
+    known = flags_of([*GLOBAL, *found.options])
     for word in rest:
         if word == "--":
             return
@@ -17105,6 +17105,12 @@ def table_lines(titles, rows):
     return [line(titles), crossing.join(rule * width for width in widths), *map(line, rows)]
 
 
+def record_lines(columns, records):
+    """Lines of a table of records. columns: Columns."""
+    return table_lines([column.title for column in columns],
+                       [[cell(record, column.field) for column in columns] for record in records])
+
+
 def print_json(value):
     """Print JSON; long lists one record a line, since indenting them takes seconds."""
     write = functools.partial(json.dumps, ensure_ascii=not writes_utf8())
@@ -17142,10 +17148,9 @@ def show_list(args, key, noun, columns_text, records, place=None, without=()):
     shown = [column for column in read_columns(COLUMNS.get(columns_text, columns_text))
              if column.title.lower() not in without and (column.field in always or any(
                  column.field in record for record in records))]
-    rows = [[cell(record, column.field) for column in shown] for record in records]
     heading = several(noun)
     print(f"{heading[0].upper()}{heading[1:]}{where}:")
-    print("\n".join(table_lines([column.title for column in shown], rows)))
+    print("\n".join(record_lines(shown, records)))
     print(f"\nTotal: {plural(len(records), noun)}")
 
 
@@ -17225,7 +17230,8 @@ def carry_out(args, client, plan, ask=True):
         else:
             print_lines(title, lines)
 
-    dry_run, forced = (getattr(args, name, False) for name in ("dry_run", "force"))
+    dry_run, forced, unasked = (getattr(args, name, False)
+                                for name in ("dry_run", "force", "no_prompts"))
     if dry_run or not plan.choices:
         title = f"Dry run: {lower_first(plan.title)}" if plan.choices else plan.title
         show(title, plan.lines, {**plan.data, "dry_run": dry_run} if isinstance(
@@ -17233,8 +17239,8 @@ def carry_out(args, client, plan, ask=True):
         return 1 if dry_run and plan.obstacle else 0
     if plan.obstacle and not forced:
         raise TorcError(plan.obstacle)
-    confirm("\n".join([*plan.lines, plan.title + "?"]), not ask or plan.sure or forced or getattr(
-        args, "no_prompts", False), "--force" if "force" in args else "--no-prompts", plan.strict)
+    confirm("\n".join([*plan.lines, plan.title + "?"]), not ask or plan.sure or forced or unasked,
+            "--force" if "force" in args else "--no-prompts", plan.strict)
     done = plan.choices[0].do(client)
     for error in done.errors:
         tell(args, error, "error")
@@ -17252,13 +17258,11 @@ def choose_workflow(args, client):
     if len(found) == 1:
         tell(args, f'workflow {found[0]["id"]} "{found[0]["name"]}"')
         return found[0]["id"]
-    lines = table_lines(["ID", "Name", "Description", "Created"], [
-        [cell(workflow, name) for name in ("id", "name", "description", "timestamp")]
-        for workflow in found])
-    listed = "\n".join(lines)
+    columns = read_columns("ID=id, Name=name, Description=description, Created=timestamp")
+    lines = "\n".join(record_lines(columns, found))
     if not can_ask():
-        raise UsageError(f"which workflow? Name its id:\n{listed}")
-    print(listed, file=sys.stderr)
+        raise UsageError(f"which workflow? Name its id:\n{lines}")
+    print(lines, file=sys.stderr)
     answer = ask("Which workflow (ID)?")
     if answer not in {str(workflow["id"]) for workflow in found}:
         raise TorcError(f"{answer!r} is not one of these workflows")
@@ -17271,8 +17275,10 @@ def operation_command(name, *texts, example, ask=True):
 
     @command(operation.command, *texts, DRY_RUN, example=example, summary=operation.help)
     def act(args, client):
-        target = args.workflow_id if operation.target == "workflow" else flat(args.ids) or [
-            choose_workflow(args, client)]
+        if operation.target == "workflow":
+            target = args.workflow_id
+        else:
+            target = flat(args.ids) or [choose_workflow(args, client)]
         return carry_out(args, client, operation.plan(client, target, wishes_of(args)), ask)
 
 
@@ -17634,8 +17640,8 @@ def find_attempt(client, job, number, *directories):
                                                  job_id=job["id"], all_runs=True)
                if number in (None, result["attempt_id"])]
     if job["status"] == "running" and number in (None, job["attempt_id"]):
-        run_id, attempt_id = client.get(f"/workflows/{workflow_id}/status")["run_id"], \
-            job["attempt_id"]
+        run_id = client.get(f"/workflows/{workflow_id}/status")["run_id"]
+        attempt_id = job["attempt_id"]
         node_id = client.get(f"/jobs/{job['id']}/why").get("compute_node_id", 0)
     elif results:
         run_id, attempt_id, node_id = max(
