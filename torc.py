@@ -16606,15 +16606,15 @@ def loop(terminal, canvas, signals):
 # ==================================================================================================
 # A command is a function of (args, client) with its options beside it; COMMANDS holds them all and
 # feeds parser, help and completion. argparse builds only the parser of the command that is called.
-# A command fetches, then prints through show_list, show_record or say: a table or JSON. What goes
-# wrong is raised and shown once, by main.
+# A command fetches data, then prints a table or JSON through show_list, show_record or say. Errors
+# are raised anywhere and shown once, by main.
 
 class Command(NamedTuple):
-    """A command as it is typed, with its options and how it wants its client."""
+    """A command, its options and the client it needs."""
 
     name: str
     function: Any
-    texts: tuple                          # its options, as read_options takes them
+    texts: tuple                          # its options, as for read_options
     text: str                             # what it does; the first line is the summary
     example: str
     client: Any                           # True, False: needs none, "make": makes the local file
@@ -16647,7 +16647,7 @@ def command(name, *texts, example, client=True, summary=None):
 # ---- values of options
 
 def readable(convert):
-    """A converter for argparse whose ValueError is shown as it is."""
+    """Make a converter for argparse that shows the message of a ValueError unchanged."""
     def converted(text):
         import argparse
         try:
@@ -16658,7 +16658,7 @@ def readable(convert):
 
 
 def bounded(kind, least, what, most=2**63 - 1):
-    """A converter for numbers from `least` to `most`."""
+    """Make a converter for numbers from `least` to `most`. what: what an error says is expected."""
     def convert(text):
         try:
             value = kind(text)
@@ -16671,7 +16671,7 @@ def bounded(kind, least, what, most=2**63 - 1):
 
 
 def parse_moment(text):
-    """Seconds since the epoch of a time such as 2026-01-02T03:04:05Z; local without an offset."""
+    """Parse a time such as 2026-01-02T03:04:05Z, local without an offset, to seconds since 1970."""
     try:
         seconds = parse_time(text.strip()) / 1000
         if re.search(r"(Z|[-+]\d\d:\d\d)\s*$", text, re.I):
@@ -16682,30 +16682,30 @@ def parse_moment(text):
 
 
 def json_value(text):
-    """The value of a JSON text."""
+    """Parse a JSON string."""
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is not JSON ({error}); a text needs quotes of its own: "
+        raise ValueError(f"{text!r} is not JSON ({error}); a string needs quotes of its own: "
                          "'\"text\"'") from None
 
 
 def parse_ids(text):
-    """Ids from "3" or "3,4,5"."""
+    """Parse ids such as "3" or "3,4,5"."""
     if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", text):
         raise ValueError(f"{text!r} is not an id or a list such as 3,4,5")
     return [int(word) for word in text.split(",")]
 
 
 def parse_truth(text):
-    """true or false."""
+    """Parse "true" or "false"."""
     if text not in ("true", "false"):
         raise ValueError(f"{text!r} is neither true nor false")
     return text == "true"
 
 
 def checked_text(parse):
-    """A converter that gives the text as it is, if `parse` takes it."""
+    """Make a converter that returns the string unchanged if `parse` accepts it."""
     def convert(text):
         parse(text)
         return text
@@ -16713,7 +16713,7 @@ def checked_text(parse):
 
 
 def slurm_walltime(text):
-    """A walltime as Slurm or ISO 8601 writes it, in Slurm's words."""
+    """Convert a walltime in the format of Slurm or ISO 8601 to that of Slurm."""
     try:
         return slurm_time(parse_duration(text) if text.startswith("P") else parse_walltime(text))
     except ValueError:
@@ -16721,8 +16721,8 @@ def slurm_walltime(text):
 
 
 NUMBER, AMOUNT = (bounded(kind, 0, "a number from 0 on") for kind in (int, float))
-# What is taken as the value of an option, by the word that stands for it in the help; other words
-# take any string, or say what they take: yes|no.
+# Converters of option values, by the placeholder in the help. Other placeholders accept any
+# string, or list the choices: yes|no.
 VALUES = {
     "N": bounded(int, 1, "a number from 1 on"),
     "NUMBER": NUMBER,
@@ -16748,10 +16748,10 @@ VALUES = {
 
 
 class Option(NamedTuple):
-    """An option of a command, or a positional argument: then it has no flags."""
+    """An option of a command, or a positional argument, which has no flags."""
 
     flags: tuple
-    dest: str                             # the name under which argparse keeps its value
+    dest: str                             # the attribute in which argparse stores the value
     metavar: str                          # as in VALUES; "" for an option that takes no value
     needed: bool
     default: str | None
@@ -16759,18 +16759,18 @@ class Option(NamedTuple):
 
     @property
     def hidden(self):
-        """Whether it is accepted and not shown."""
+        """Whether it is accepted but left out of the help."""
         return self.help == "hidden"
 
     @property
     def choices(self):
-        """The values there are to choose from."""
+        """The values it accepts; () if there is no list of them."""
         if self.metavar == "STATUS":
             return STATUS_NAMES
         return tuple(self.metavar.split("|")) if self.metavar.islower() else ()
 
     def add_to(self, parser):
-        """Give it to one of argparse's parsers."""
+        """Add it to an argparse parser."""
         import argparse
         settings = {"help": argparse.SUPPRESS if self.hidden else self.help.replace("%", "%%")}
         if not self.metavar:
@@ -16800,7 +16800,7 @@ def read_option(line):
     """The Option of a line such as "-m, --memory SIZE=1g -> mem  of each node (required)"."""
     flags, optional, metavar, default, dest, text = OPTION.fullmatch(line).groups("")
     flags, text = tuple(flags.replace(",", "").split()), text.strip()
-    if default[:1] == "$":                # a variable of the environment, and what counts without
+    if default[:1] == "$":                # an environment variable, and a fallback
         name, _, default = default[1:].partition(":")
         default = os.environ.get(name) or default
         text = f"{text} ({name})"
@@ -16815,10 +16815,10 @@ def read_option(line):
 
 @functools.lru_cache(maxsize=None)
 def read_options(texts):
-    """Options as the help shows them, one a line: flags, the word for a value, two blanks, what it
-    is for, which may go on in lines that are indented. [FILE] may be left out, ID... takes several,
-    N=1 has a default and FILE=$NAME:x one from the environment, "-> name" says where argparse
-    keeps it. texts: strings, or tuples of such."""
+    """Parse options as the help shows them, one per line: flags, placeholder, two blanks, what it
+    is for, which may continue on indented lines. [FILE] is optional, ID... accepts several values,
+    N=1 has a default and FILE=$NAME:x one from the environment, "-> name" sets the attribute that
+    stores it. texts: strings, or tuples of strings."""
     found = []
     for text in texts:
         if isinstance(text, tuple):
@@ -16895,25 +16895,25 @@ GLOBAL = read_options((f"""
 # ---- parsing
 
 def default_log_level():
-    """RUST_LOG if it is one of our levels."""
+    """The level in RUST_LOG, "info" if that is not one of ours."""
     level = os.environ.get("RUST_LOG", "").lower()
     return level if level in LOG_LEVELS else "info"
 
 
 def words_after(name):
-    """The words that may follow those of a command line, in order; name: "" or "jobs"."""
+    """The words that can follow the beginning of a command ("" or "jobs"), in order."""
     begun = f"{name} ".lstrip()
     return list(dict.fromkeys(known[len(begun):].partition(" ")[0]
                               for known in COMMANDS if known.startswith(begun)))
 
 
 def flags_of(options):
-    """{flag: Option} of options, positional arguments left out."""
+    """Map flags to their Options; positional arguments are left out."""
     return {flag: option for option in options for flag in option.flags}
 
 
 def find_command(argv):
-    """(global options before the command, the command's words, the rest) of a command line."""
+    """Split a command line into (global options before the command, the command, the rest)."""
     known, head, name, rest = flags_of(GLOBAL), [], "", list(argv)
     while rest:
         word = rest[0]
@@ -16936,7 +16936,7 @@ def find_command(argv):
 
 
 def build_parser(name, options, description="", example=""):
-    """argparse's parser of one command; global options are added where they do not collide."""
+    """Build the argparse parser of a command, with the global options that do not collide."""
     import argparse
     epilog = f"Global options, such as -f json and --url, go anywhere: torc --help\n\n" \
              f"Example:\n  {example}"
@@ -16953,13 +16953,13 @@ def build_parser(name, options, description="", example=""):
         option.add_to(parser)
     for option in GLOBAL:
         free = [flag for flag in option.flags if flag not in taken]
-        if free:                          # argparse's defaults leave what stood before the command
+        if free:                          # argparse keeps values given before the command
             option._replace(flags=free, help="hidden").add_to(parser)
     return parser
 
 
 def check_options(found, rest):
-    """Raise UsageError for an option that the command does not have, with the nearest one."""
+    """Raise UsageError for an unknown option of a command, suggesting the nearest one."""
     known = flags_of([*GLOBAL, *found.options])
     for word in rest:
         if word == "--":
@@ -16971,24 +16971,24 @@ def check_options(found, rest):
 
 
 def parse_command(found, head, rest):
-    """The values of a command line as a namespace."""
+    """Parse the options of a command into a namespace."""
     check_options(found, rest)
     args = build_parser("", GLOBAL).parse_args(head)
     if args.log_level is None:
         args.log_level = default_log_level()
     parser = build_parser(found.name, found.options)
-    # Intermixed: an optional WORKFLOW_ID may then stand behind the options too.
+    # Intermixed, so that an optional WORKFLOW_ID may also follow the options.
     return parser.parse_intermixed_args(rest, args)
 
 
 def wants(words, short, long):
-    """Whether an option without a value is among the words before "--"."""
+    """Whether a flag is given before "--"."""
     before = itertools.takewhile(lambda word: word != "--", words)
     return any(word in (short, long) for word in before)
 
 
 def wants_json(argv):
-    """Whether the output is to be JSON, known before anything is parsed."""
+    """Whether JSON is requested, even on a command line that cannot be parsed."""
     return bool(re.search(r"(^|\0)(-f\0?|--format[=\0])json(\0|$)", "\0".join(argv)))
 
 
@@ -17026,12 +17026,12 @@ ABSENT = ("remote", "plot-resources", "ro-crate", "config", "mcp-server")
 
 
 def summary_of(word):
-    """One line about a command or a branch of commands."""
+    """The one-line summary of a command or a group of commands."""
     return BRANCH_SUMMARIES.get(word) or COMMANDS[word].summary
 
 
 def help_page(title, words, lines, example):
-    """The help of torc itself, or of a word that only begins commands."""
+    """Lay out the help of torc itself or of a group of commands."""
     return "\n".join([title, "", f"Usage: torc {words} COMMAND ...", "", *lines, "", "Example:",
                       f"  {example}"])
 
@@ -17050,7 +17050,7 @@ def overview():
 
 
 def branch_help(branch):
-    """The help of a word that only begins commands."""
+    """The help of a group of commands."""
     names = [name for name in COMMANDS if name.startswith(branch + " ")]
     width = max(map(len, names)) + 2
     return help_page(summary_of(branch), branch,
@@ -17065,7 +17065,7 @@ def command_help(found):
 
 
 def unknown_command(name, word):
-    """The UsageError for a word that is no command."""
+    """The UsageError for an unknown command."""
     if not name and word in ABSENT:
         return UsageError(f"torc {word} is not in this version")
     place = f"torc {name}".strip()
@@ -17076,12 +17076,12 @@ def unknown_command(name, word):
 # ---- output
 
 def writes_utf8():
-    """Whether stdout takes every character."""
+    """Whether stdout can encode every character."""
     return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def table_lines(titles, rows):
-    """Lines of a table: rules on a UTF-8 terminal, else plain columns; numbers to the right."""
+    """Format a table, with rules on a UTF-8 terminal; numbers are right-aligned. Returns lines."""
     terminal = sys.stdout.isatty()
     drawn = terminal and writes_utf8()
     between, rule = (" \u2502 ", "\u2500") if drawn else ("  ", "-")
@@ -17089,7 +17089,7 @@ def table_lines(titles, rows):
     if terminal:
         import shutil
         room = shutil.get_terminal_size().columns - len(between) * (len(titles) - 1)
-        while sum(widths) > room and max(widths) > 8:        # the widest give way first
+        while sum(widths) > room and max(widths) > 8:        # the widest column shrinks first
             widths[widths.index(max(widths))] -= 1
         rows = [[shorten(text, width) for text, width in zip(row, widths)] for row in rows]
     right = [all(re.fullmatch(r"-?[\d.]*%?", text) for text in column) for column in zip(*rows)]
@@ -17106,13 +17106,13 @@ def table_lines(titles, rows):
 
 
 def record_lines(columns, records):
-    """Lines of a table of records. columns: Columns."""
+    """Format records as a table with these Columns. Returns lines."""
     return table_lines([column.title for column in columns],
                        [[cell(record, column.field) for column in columns] for record in records])
 
 
 def print_json(value):
-    """Print JSON; long lists one record a line, since indenting them takes seconds."""
+    """Print JSON; long lists take a line per record because indenting them takes seconds."""
     write = functools.partial(json.dumps, ensure_ascii=not writes_utf8())
     lists = [part for part in value.values() if isinstance(part, list)] \
         if isinstance(value, dict) else []
@@ -17130,8 +17130,8 @@ def print_json(value):
 def show_list(args, key, noun, columns_text, records, place=None, without=()):
     """Print records as JSON {key: [...]}, or as a table with heading and total.
 
-    columns_text: a kind of COLUMNS, or columns as described there; without: titles. place: what
-    they are from, if that is not the command's workflow.
+    columns_text: a key of COLUMNS, or columns in that format. without: titles to leave out.
+    place: where the records are from, if not from the command's workflow.
     """
     records = list(records)
     if args.format == "json":
@@ -17155,7 +17155,7 @@ def show_list(args, key, noun, columns_text, records, place=None, without=()):
 
 
 def show_record(args, record):
-    """Print one record as JSON, or a line for each of its fields."""
+    """Print one record as JSON, or with one field per line."""
     if args.format == "json":
         print_json(record)
         return
@@ -17173,13 +17173,13 @@ def say(args, sentence, **values):
 
 
 def print_lines(title, lines):
-    """Print a title and, indented, the lines below it."""
+    """Print a title, and lines indented below it."""
     parts = [part for text in (title, *lines) for part in text.splitlines()]
     print("\n  ".join(map(clean, parts)))
 
 
 def tell(args, sentence, level="info"):
-    """Say something about the way things go, on stderr."""
+    """Print a progress message on stderr."""
     if LOG_LEVELS.index(level) <= LOG_LEVELS.index(args.log_level):
         print(f"torc: {clean(sentence)}", file=sys.stderr, flush=True)
 
@@ -17187,20 +17187,20 @@ def tell(args, sentence, level="info"):
 # ---- asking
 
 def can_ask():
-    """Whether somebody sits at the terminal."""
+    """Whether there is a terminal to ask questions on."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def ask(question):
-    """A line typed as the answer to a question on stderr."""
+    """Ask a question on stderr and return the line typed."""
     print(question, end=" ", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip()
 
 
 def confirm(question, sure, option="--force", strict=True):
-    """Go on only after a yes, or if the user was sure from the start.
+    """Return only if the user is sure or answers yes.
 
-    strict: where nobody can be asked, demand `option`. Raises UsageError, TorcError.
+    strict: without a terminal, require `option`. Raises UsageError, TorcError.
     """
     if sure:
         return
@@ -17212,18 +17212,19 @@ def confirm(question, sure, option="--force", strict=True):
 
 
 def wishes_of(args):
-    """The Wishes that the options of a command say."""
+    """Collect the Wishes given as options of a command."""
     return Wishes(**{name: getattr(args, name) for name in Wishes._fields
                      if getattr(args, name, None) is not None})
 
 
 def lower_first(text):
-    """A sentence as it goes on behind others."""
+    """Change the first letter of a sentence to lower case, so that it can follow other text."""
     return text[:1].lower() + text[1:]
 
 
 def carry_out(args, client, plan, ask=True):
-    """Show a Plan, or carry out its first choice, after a question if `ask`; the exit code."""
+    """Show a Plan, or carry out its first choice, with a question before if `ask`. Returns the exit
+    code."""
     def show(title, lines, data):
         if args.format == "json":
             print_json(data)
@@ -17249,7 +17250,7 @@ def carry_out(args, client, plan, ask=True):
 
 
 def choose_workflow(args, client):
-    """The id of the user's only non-archived workflow, or of the one that is picked."""
+    """Return the id of the user's only non-archived workflow, or ask for one of several."""
     found = client.page("/workflows", user=client.user, is_archived=False, limit=50,
                         sort_by="id", reverse_sort=True)["items"]
     if not found:
@@ -17270,7 +17271,7 @@ def choose_workflow(args, client):
 
 
 def operation_command(name, *texts, example, ask=True):
-    """Add the command of an operation."""
+    """Register the command of an operation."""
     operation = OPERATIONS[name]
 
     @command(operation.command, *texts, DRY_RUN, example=example, summary=operation.help)
@@ -17294,7 +17295,7 @@ SPEC_OPTIONS = """
 
 
 def example_text(name):
-    """The text of a built-in specification. Raises UsageError."""
+    """Return the text of a built-in specification. Raises UsageError."""
     if name not in SPEC_EXAMPLES:
         raise UsageError(f"no example {name!r}{nearest(name, SPEC_EXAMPLES)}: torc examples lists "
                          "them")
@@ -17302,7 +17303,7 @@ def example_text(name):
 
 
 def load_spec(args, path):
-    """The Spec that the command line names: a file, - for stdin, or a built-in example."""
+    """Read the Spec that the command line names: a file, - for stdin, or a built-in example."""
     if args.example and path:
         raise UsageError(f"{path} and --example exclude each other: name one of them")
     if args.example:
@@ -17320,21 +17321,21 @@ def load_spec(args, path):
 
 
 def creation(args, client, spec):
-    """The Plan of creating a Spec's workflow; its warnings are told."""
+    """Plan the creation of a Spec's workflow and print the warnings."""
     for warning in spec.warnings:
         tell(args, f"warning: {warning}", "warn")
     return plan_create(client, spec, None)
 
 
 def create_workflow_from(args, client, spec):
-    """Create the workflow of a Spec and say so; returns its id."""
+    """Create the workflow of a Spec, report it and return its id."""
     done = creation(args, client, spec).choices[0].do(client)
     tell(args, lower_first(done.sentence))
     return done.data["workflow_id"]
 
 
 def check_spec(args):
-    """Print what a specification would make; exit code 1 if it is wrong."""
+    """Print what a specification would create; return exit code 1 if it is invalid."""
     errors, warnings, summary = [], [], {}
     try:
         spec = load_spec(args, args.file)
@@ -17374,7 +17375,7 @@ def do_create(args, client):
 
 
 def allow_owner(args, client, owner):
-    """Ask before another user's commands run as this one. Raises TorcError, UsageError."""
+    """Ask before running another user's commands. Raises TorcError, UsageError."""
     confirm(f"Workflow {args.spec} belongs to {owner}; its commands would run as you, "
             f"{client.user}. Run them?", owner in (client.user, *(args.allow_owner or ())),
             f"--allow-owner {owner}")
@@ -17400,7 +17401,7 @@ def workflow_to_run(args, client, spec):
 
 
 def names_workflow(args):
-    """Whether `run` is given a workflow id, not a specification. Raises UsageError for neither."""
+    """Whether `run` is given a workflow id rather than a specification. Raises UsageError."""
     text = args.spec
     if args.example or not text or text == "-" or os.path.exists(text):
         return False
@@ -17460,7 +17461,7 @@ def do_examples(args, client):
 
 
 def run_times(results):
-    """(sum of run times, time from first start to last end) in seconds."""
+    """Return (sum of run times, time from first start to last end) in seconds."""
     total, first, last = 0.0, math.inf, -math.inf
     for result in results:
         times = result_times(result)
@@ -17469,11 +17470,11 @@ def run_times(results):
     return total, max(0.0, last - first) / 1000
 
 
-MUTE_S = 75.0                             # a runner that has been silent for longer is not active
+MUTE_S = 75.0                             # a runner silent for longer is not counted as active
 
 
 def workflow_report(client, workflow_id):
-    """What `torc status` tells, as its JSON."""
+    """Collect what `torc status` reports, as JSON."""
     workflow = client.get(f"/workflows/{workflow_id}")
     counted = client.get(f"/workflows/{workflow_id}/counts")
     total, wall = run_times(client.items("/results", workflow_id=workflow_id))
@@ -17502,7 +17503,7 @@ def workflow_report(client, workflow_id):
 
 
 def verdict(report, on_slurm):
-    """How a workflow stands, in a sentence. on_slurm: it had allocations."""
+    """Describe the status of a workflow in a sentence. on_slurm: whether it had allocations."""
     by_status, workflow_id = report["jobs_by_status"], report["workflow_id"]
     bad = ", ".join(f"{by_status[name]} {name}" for name in BAD_ENDS if by_status[name])
     ending = f" ({bad})" if bad else ""
@@ -17583,7 +17584,7 @@ def do_wait(args, client):
             break
         news = client.get(f"{path}/changes", since=news["generation"],
                           wait_s=max(1, math.ceil(min(left, 60))))
-        # Too many wait already, or the workflow has news all the time.
+        # Too many clients wait already, or the workflow changes all the time.
         pause = news.get("retry_after_s", 0.2 - (time.monotonic() - asked))
         time.sleep(max(0.0, min(pause, left)))
     counted = client.get(f"{path}/counts")
@@ -17598,7 +17599,7 @@ operation_command("cancel", WORKFLOW, example="torc cancel 3", ask=False)
 
 
 def flat(lists):
-    """The ids of several lists, each once, in order."""
+    """Flatten lists of ids and drop duplicates."""
     return list(dict.fromkeys(number for part in lists or () for number in part))
 
 
@@ -17616,7 +17617,7 @@ def do_ping(args, client):
 # ---- output of jobs
 
 def stdio_mode(job, workflow):
-    """How a job's output is kept, as its runner reads it."""
+    """The mode in which a job's output is kept, determined as its runner does."""
     return {**read_limits(workflow).stdio, **json.loads(job.get("stdio") or "{}")}["mode"]
 
 
@@ -17631,9 +17632,9 @@ class Attempt(NamedTuple):
 
 
 def find_attempt(client, job, number, *directories):
-    """The Attempt of a job with this number, else the latest. Raises NotFound.
+    """Find the Attempt of a job with this number, or the latest. Raises NotFound.
 
-    directories: where else the output may be, if it is not where its runner put it.
+    directories: where else to look if the output is not where its runner put it.
     """
     workflow_id = job["workflow_id"]
     results = [result for result in client.items("/results", workflow_id=workflow_id,
@@ -17663,11 +17664,11 @@ def find_attempt(client, job, number, *directories):
 
 
 def copy_output(path, position=0):
-    """Write a file from a position on to stdout as it is; returns the new position."""
+    """Copy a file from a position on to stdout, unchanged; return the new position."""
     import shutil
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         file.seek(position)
-        sys.stdout.flush()                # what was printed comes first
+        sys.stdout.flush()                # of what was printed before
         shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.flush()
         return file.tell()
@@ -17675,7 +17676,7 @@ def copy_output(path, position=0):
 
 
 def follow_output(client, job_id, attempt, paths):
-    """Copy files as they grow until the attempt has ended."""
+    """Copy files as they grow until the attempt ends."""
     positions = dict.fromkeys(paths, 0)
     asked, running = -math.inf, True
     while running:
@@ -17686,7 +17687,7 @@ def follow_output(client, job_id, attempt, paths):
         for path in paths:
             positions[path] = copy_output(path, positions[path])
         if running:
-            time.sleep(0.2)               # files tell nobody that they have grown
+            time.sleep(0.2)               # nothing notifies us when a file grows
 
 
 @command("logs", """
@@ -17760,10 +17761,10 @@ def do_why(args, client):
 # ---- records: the same verbs for every kind
 
 class Noun(NamedTuple):
-    """A kind of record as commands show it."""
+    """A kind of record, and the commands for it."""
 
     word: str                             # as typed
-    table: str                            # its row of KINDS
+    table: str                            # its key in KINDS
     verbs: str
     create: tuple = ()                    # options whose names are fields
     update: tuple = ()
@@ -17778,7 +17779,7 @@ class Noun(NamedTuple):
 
 
 def options_for(args, wanted):
-    """{name: value} of the options that an operation takes in these Fields of its query or body."""
+    """Map the names of these Fields to the values of the options that have the same names."""
     values = {}
     for field in wanted:
         value = None if field.server else getattr(args, field.name, None)
@@ -17788,8 +17789,8 @@ def options_for(args, wanted):
 
 
 def gather(args, client, path, keep=None, **more):
-    """The records of a list that the options ask for. keep: whether one is wanted, if only we can
-    tell. Raises UsageError for an order by a field there is not."""
+    """Request the records of a list that the options select. keep: a filter that the server lacks.
+    Raises UsageError for an unknown sort field."""
     query = {**options_for(args, find_endpoint("GET", path)[0].query), **more}
     kind = next((kind for kind in KINDS.values() if path.endswith(kind.path)), None)
     known = [field.name for field in kind.fields] if kind else [args.sort_by]
@@ -17803,10 +17804,11 @@ def gather(args, client, path, keep=None, **more):
 
 
 def api_command(name, place, *texts, summary, example, noun="", columns="", told="", before=None):
-    """Add a command that calls an operation of the API, "METHOD /path/{option}", with its options.
+    """Register a command that calls an operation of the API, "METHOD /path/{option}".
 
-    noun, columns: of a list, as show_list takes them. told: a sentence about the answer; without
-    one the answer is shown as a record. before: function of (args, client, body), gives the body.
+    Options become its query and body. noun, columns: of a list, as for show_list. told: a sentence
+    about the answer, which is shown as a record otherwise. before: a function of (args, client,
+    body) that returns the body to send.
     """
     @command(name, *texts, summary=summary, example=example)
     def act(args, client):
@@ -17828,14 +17830,14 @@ def api_command(name, place, *texts, summary, example, noun="", columns="", told
 
 
 def article(noun):
-    """The noun with its article, unless it has a plural's form."""
+    """Put an article before a noun, unless it has no singular."""
     if noun == several(noun):
         return noun
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def create_verb(noun):
-    """Add `NOUN create`."""
+    """Register `NOUN create`."""
     api_command(f"{noun.word} create", f"POST {noun.kind.path}",
                 WORKFLOW, noun.create,
                 summary=f"Create {article(noun.kind.name)}.",
@@ -17844,7 +17846,7 @@ def create_verb(noun):
 
 
 def list_verb(noun):
-    """Add `NOUN list`."""
+    """Register `NOUN list`."""
     below = "/workflows/{workflow_id}" if noun.table == "failure_handler" else ""   # as upstream
     api_command(f"{noun.word} list", f"GET {below}{noun.kind.path}",
                 WORKFLOW, noun.filters, noun.paging,
@@ -17855,7 +17857,7 @@ def list_verb(noun):
 
 
 def get_verb(noun):
-    """Add `NOUN get`."""
+    """Register `NOUN get`."""
     api_command(f"{noun.word} get", f"GET {noun.kind.path}/{{id}}",
                 ID,
                 summary=f"Show {article(noun.kind.name)}.",
@@ -17863,7 +17865,7 @@ def get_verb(noun):
 
 
 def update_verb(noun):
-    """Add `NOUN update`."""
+    """Register `NOUN update`."""
     api_command(f"{noun.word} update", f"PUT {noun.kind.path}/{{id}}",
                 ID, noun.update,
                 summary=f"Change {article(noun.kind.name)}; fields that are not given are kept.",
@@ -17873,12 +17875,12 @@ def update_verb(noun):
 
 
 def keep_time(args, client, values):
-    """The values of a file with its st_mtime: a PUT forgets that unless it is sent."""
+    """Add a file's st_mtime to the values: a PUT clears it unless it is sent."""
     return values and {"st_mtime": client.get(f"/files/{args.id}").get("st_mtime"), **values}
 
 
 def keep_to_own_data(args, client, values):
-    """The same values; a job does not change user data of other workflows by mistake."""
+    """Return the values; refuse to change another workflow's user data from a job by mistake."""
     own = os.environ.get("TORC_WORKFLOW_ID")
     owner = own and client.get(f"/user_data/{args.id}")["workflow_id"]
     if own and str(owner) != own and not args.any_workflow:
@@ -17889,7 +17891,7 @@ def keep_to_own_data(args, client, values):
 
 
 def delete_verb(noun):
-    """Add `NOUN delete`."""
+    """Register `NOUN delete`."""
     kind = noun.kind
 
     @command(f"{noun.word} delete", LIST_IDS, FORCE, NO_PROMPTS, DRY_RUN,
@@ -17911,7 +17913,7 @@ def delete_verb(noun):
 
 
 def delete_all_verb(noun):
-    """Add `NOUN delete-all`."""
+    """Register `NOUN delete-all`."""
     @command(f"{noun.word} delete-all", WORKFLOW, FORCE, NO_PROMPTS, DRY_RUN,
              summary=f"Delete all {several(noun.kind.name)} of a workflow.",
              example=f"torc {noun.word} delete-all 3 --dry-run")
@@ -18181,7 +18183,7 @@ api_command("jobs create", "POST /jobs",
 
 
 def read_commands(path):
-    """The commands in a file: lines that are neither empty nor comments. Raises TorcError."""
+    """Read the commands in a file: lines that are neither empty nor comments. Raises TorcError."""
     lines = map(str.strip, read_spec_text(path).split("\n"))
     commands = [line for line in lines if line and not line.startswith("#")]
     if not commands:
@@ -18215,7 +18217,7 @@ def do_jobs_create_from_file(args, client):
         workflow_id=workflow_id, jobs_created=len(made), job_ids=[job["id"] for job in made])
 
 
-# The last ones are there with --include-relationships.
+# The last three appear with --include-relationships.
 JOB_COLUMNS = COLUMNS["job"] + ", Depends On=depends_on_job_ids, Input Files=input_file_ids," \
                                " Output Files=output_file_ids"
 
@@ -18239,8 +18241,8 @@ def do_jobs_list(args, client):
 
 
 def own_runtime(args, client, values):
-    """The values of a job; with --runtime its requirements are copied with another runtime, to some
-    that no other job uses."""
+    """Return the values; with --runtime they include requirements of the job's own, a copy of its
+    present ones with another runtime."""
     if not args.runtime:
         return values
     job = {**client.get(f"/jobs/{args.id}"), **values}
@@ -18269,14 +18271,14 @@ api_command("jobs update", "PUT /jobs/{id}",
 
 
 def jobs_of(args, client):
-    """{id: job} of the workflow, or only of the job that was named."""
+    """Map ids to jobs: those of the workflow, or only the one given by --job-id."""
     jobs = client.items("/jobs", workflow_id=args.workflow_id) if args.job_id is None else \
         [client.get(f"/jobs/{args.job_id}")]
     return {job["id"]: job for job in jobs}
 
 
 def jobs_with(args, client, key, records, columns_text):
-    """Print the jobs of a workflow, or one, beside the records that they refer to by `key`."""
+    """List jobs with the records that they refer to by `key`."""
     by_id = {record["id"]: record for record in records}
     rows = [{**by_id[job[key]], "id": job[key], "job_id": job_id, "job_name": job["name"]}
             for job_id, job in jobs_of(args, client).items() if job.get(key) in by_id]
@@ -18315,7 +18317,7 @@ operation_command("retry", LIST_IDS, "--only  without what depends on them and h
 # ---- the lists that differ
 
 def list_of_some(name, place, table, summary):
-    """Add a command that lists the records whose ids an operation of a workflow answers."""
+    """Register a command that lists the records whose ids an operation of a workflow returns."""
     kind = KINDS[table]
     key = kind.path[1:]
 
@@ -18399,7 +18401,7 @@ api_command("job-dependencies job-user-data",
          example="torc results list 3 --failed")
 def do_results_list(args, client):
     """List the results of jobs: return codes, times, memory."""
-    # A run that is named may have been superseded by a later one.
+    # Results of a run that is given may have been superseded by later ones.
     results = list(gather(args, client, "/results",
                           args.failed and (lambda result: result["return_code"] != 0),
                           all_runs=args.all_runs or args.run_id is not None))
@@ -18414,7 +18416,7 @@ def do_results_list(args, client):
 
 
 def log_report(args, client, results):
-    """Results with the paths of what the jobs wrote, as their stdio mode names them."""
+    """Report results with the paths of the jobs' output files, by their stdio mode."""
     workflow = client.get(f"/workflows/{args.workflow_id}")
     jobs = jobs_of(args, client)
     nodes = {node["id"]: node for node in client.items("/compute_nodes",
@@ -18448,7 +18450,7 @@ def log_report(args, client, results):
 class Check(NamedTuple):
     """One line of `torc doctor`."""
 
-    place: str                            # the host that looked
+    place: str                            # the host that checked
     check: str
     verdict: str                          # ok, warn or fail
     detail: str
@@ -18456,7 +18458,7 @@ class Check(NamedTuple):
 
 
 def urls_of(client):
-    """The URL in use, and where the server says that others reach it."""
+    """The URL in use, and those at which the server says others can reach it."""
     urls = [client.where]
     with contextlib.suppress(TorcError):
         urls += [url for url in client.get("/server_info")["urls"] if url != client.where]
@@ -18464,7 +18466,7 @@ def urls_of(client):
 
 
 def doctor_urls(args, how):
-    """The URLs to look at: the one named, else those of this user's own server."""
+    """The URLs to check: the one given, or those of the user's own server."""
     url = args.url or os.environ.get("TORC_API_URL")
     if url:
         return [url]
@@ -18476,14 +18478,14 @@ def doctor_urls(args, how):
 
 
 def checked(check, good, detail, remedy="", bad="fail"):
-    """The Check that this machine has made; what is not good is `bad` and has a remedy."""
+    """Make a Check of this machine. bad, remedy: verdict and next step if it is not good."""
     import socket
     return Check(socket.gethostname(), check, "ok" if good else bad, detail,
                  "" if good else remedy)
 
 
 def check_server(url, how):
-    """Checks of a server at a URL from this machine, in the order in which they can fail."""
+    """Check a server at a URL from this machine, in the order in which things can fail."""
     from email.utils import parsedate_to_datetime
     _, host, _, _ = split_url(url)
     addresses = list(dict.fromkeys(resolved(host)))
@@ -18522,11 +18524,11 @@ def check_server(url, how):
 
 
 def check_directory(directory, token):
-    """Whether the output directory can be written, and holds what another host has put there."""
+    """Check that the output directory is writable, or holds the token that another host wrote."""
     path, what = os.path.abspath(directory), "output directory"
     try:
         if token:
-            os.listdir(path)              # a network file system then asks its server again
+            os.listdir(path)              # makes a network file system ask its server again
             if read_text(os.path.join(path, ".torc_doctor")) != token:
                 return checked(what, False, f"{path} is not the same directory here",
                                "take an --output-dir on a file system that all hosts share")
@@ -18540,7 +18542,7 @@ def check_directory(directory, token):
 
 
 def check_from_compute(args, urls):
-    """The checks as a compute node of Slurm makes them."""
+    """Run the checks on a compute node of Slurm."""
     import secrets
     import shlex
     import shutil
@@ -18570,11 +18572,11 @@ def check_from_compute(args, urls):
 
 
 def urls_for_workers(urls, how):
-    """The URLs that workers would be given for a server at one of these."""
+    """The URLs that workers would get for a server at one of these URLs."""
     with contextlib.closing(Client(urls[0], **how)) as client:
         try:
             return list(worker_urls(client))
-        except TorcError:                 # the compute node's own view says why
+        except TorcError:                 # the checks on the compute node say why
             return urls
 
 
