@@ -17178,6 +17178,14 @@ def print_lines(title, lines):
     print("\n  ".join(map(clean, parts)))
 
 
+def show(args, data, title, lines=()):
+    """Print data as JSON, or a title and lines indented below it."""
+    if args.format == "json":
+        print_json(data)
+    else:
+        print_lines(title, lines)
+
+
 def tell(args, sentence, level="info"):
     """Print a progress message on stderr."""
     if LOG_LEVELS.index(level) <= LOG_LEVELS.index(args.log_level):
@@ -17225,18 +17233,12 @@ def lower_first(text):
 def carry_out(args, client, plan, ask=True):
     """Show a Plan, or carry out its first choice, with a question before if `ask`. Returns the exit
     code."""
-    def show(title, lines, data):
-        if args.format == "json":
-            print_json(data)
-        else:
-            print_lines(title, lines)
-
     dry_run, forced, unasked = (getattr(args, name, False)
                                 for name in ("dry_run", "force", "no_prompts"))
     if dry_run or not plan.choices:
         title = f"Dry run: {lower_first(plan.title)}" if plan.choices else plan.title
-        show(title, plan.lines, {**plan.data, "dry_run": dry_run} if isinstance(
-            plan.data, dict) else plan.data)
+        show(args, {**plan.data, "dry_run": dry_run} if isinstance(plan.data, dict) else plan.data,
+             title, plan.lines)
         return 1 if dry_run and plan.obstacle else 0
     if plan.obstacle and not forced:
         raise TorcError(plan.obstacle)
@@ -17245,7 +17247,7 @@ def carry_out(args, client, plan, ask=True):
     done = plan.choices[0].do(client)
     for error in done.errors:
         tell(args, error, "error")
-    show(done.sentence, (), done.data)
+    show(args, done.data, done.sentence)
     return 1 if done.errors else 0
 
 
@@ -17536,11 +17538,10 @@ def do_status(args, client):
     if args.format == "json":
         print_json(report)
         return
-    print(f'Workflow {report["workflow_id"]} "{clean(report["workflow_name"])}" of '
-          f'{report["workflow_user"]}: {plural(report["total_jobs"], "job")}')
-    for name, number in report["jobs_by_status"].items():
-        if number:
-            print(f"  {name:<15}{number:>8}")
+    print_lines(f'Workflow {report["workflow_id"]} "{report["workflow_name"]}" of '
+                f'{report["workflow_user"]}: {plural(report["total_jobs"], "job")}',
+                [f"{name:<15}{number:>8}" for name, number in report["jobs_by_status"].items()
+                 if number])
     if report["walltime_seconds"] or report["total_exec_time_minutes"]:
         print(f"Run time of all jobs: {report['total_exec_time_formatted']}, from first start to "
               f"last end: {report['walltime_formatted']}")
@@ -17749,12 +17750,10 @@ def do_why(args, client):
             tail = result.get("stderr_tail") or ""
     elif status == "ready":
         answer["allocations"] = allocation_lines(client, workflow_id)
-    if args.format == "json":
-        print_json({**answer, "stderr_tail": tail} if tail else answer)
-        return
-    print_lines(f'Job {answer["job_id"]} "{answer["job_name"]}" is {status}: {answer["sentence"]}',
-                [answer.get("next", ""), *answer.get("allocations", ())])
-    if tail.strip():
+    show(args, {**answer, "stderr_tail": tail} if tail else answer,
+         f'Job {answer["job_id"]} "{answer["job_name"]}" is {status}: {answer["sentence"]}',
+         [answer.get("next", ""), *answer.get("allocations", ())])
+    if tail.strip() and args.format == "table":
         print_lines("Last lines of stderr:", tail.splitlines()[-20:])
 
 
