@@ -16660,13 +16660,11 @@ def readable(convert):
 def bounded(kind, least, what, most=2**63 - 1):
     """Make a converter for numbers from `least` to `most`. what: what an error says is expected."""
     def convert(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            raise ValueError(f"{text!r} is not {what}")
-        return value
+            if least <= value <= most:
+                return value
+        raise ValueError(f"{text!r} is not {what}")
     return convert
 
 
@@ -17140,15 +17138,15 @@ def show_list(args, key, noun, columns_text, records, place=None, without=()):
     if place is None and hasattr(args, "workflow_id"):
         place = f"workflow {args.workflow_id}"
     where = f" for {place}" if place else ""
+    heading = several(noun)
     if not records:
-        print(f"No {several(noun)} found{where}.")
+        print(f"No {heading} found{where}.")
         return
     kind = KINDS.get(columns_text)
     always = {field.name for field in kind.fields} if kind else ()
     shown = [column for column in read_columns(COLUMNS.get(columns_text, columns_text))
              if column.title.lower() not in without and (column.field in always or any(
                  column.field in record for record in records))]
-    heading = several(noun)
     print(f"{heading[0].upper()}{heading[1:]}{where}:")
     print("\n".join(record_lines(shown, records)))
     print(f"\nTotal: {plural(len(records), noun)}")
@@ -17917,16 +17915,16 @@ def delete_all_verb(noun):
              summary=f"Delete all {several(noun.kind.name)} of a workflow.",
              example=f"torc {noun.word} delete-all 3 --dry-run")
     def delete_all(args, client):
-        number = count_records(client, noun.kind.path, workflow_id=args.workflow_id)
-        what = f"{plural(number, noun.kind.name)} of workflow {args.workflow_id}"
+        data = {"count": count_records(client, noun.kind.path, workflow_id=args.workflow_id),
+                "workflow_id": args.workflow_id}
+        what = f"{plural(data['count'], noun.kind.name)} of workflow {args.workflow_id}"
 
         def do(_):
             gone = client.delete(noun.kind.path, workflow_id=args.workflow_id)["count"]
-            return Outcome(f"Deleted {what}", {
-                "count": gone, "workflow_id": args.workflow_id, "dry_run": False})
+            return Outcome(f"Deleted {what}", {**data, "count": gone, "dry_run": False})
 
-        return carry_out(args, client, Plan(f"Delete {what}", (), (Choice("y", "delete", do),), {
-            "count": number, "workflow_id": args.workflow_id}, strict=True))
+        return carry_out(args, client, Plan(
+            f"Delete {what}", (), (Choice("y", "delete", do),), data, strict=True))
 
 
 NAME = "-n, --name NAME  (required)"
@@ -18042,11 +18040,10 @@ def do_workflows_new(args, client):
 def do_workflows_list(args, client):
     """List your workflows."""
     archived = True if args.archived_only else None if args.include_archived else False
-    records = gather(args, client, "/workflows", is_archived=archived,
-                     user=None if args.everybody else client.user)
-    show_list(args, "workflows", "workflow", "workflow", records,
-              "" if args.everybody else f"user {client.user}",
-              () if args.everybody else ("user",))
+    user = None if args.everybody else client.user
+    records = gather(args, client, "/workflows", is_archived=archived, user=user)
+    show_list(args, "workflows", "workflow", "workflow", records, user and f"user {user}",
+              ["user"] if user else [])
 
 
 api_command("workflows get", "GET /workflows/{workflow_id}",
