@@ -18938,25 +18938,25 @@ def do_watch(args, client):
 PROFILE_NAME = "[NAME]  a profile: torc hpc list; default: the one of this machine"
 PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory, Walltime=walltime,"
                      " GPUs=gpus, Nodes=nodes, Shared=shared,"
-                     " On Request=requires_explicit_request")
+                     " On Request=requires_explicit_request, Best=best")
 
 
-def partition_row(one):
-    """A Partition as JSON with texts for its table."""
-    bounds = [str(one.min_nodes or 1), str(one.most_nodes or "")]
-    gpus = f"{one.gpus_per_node} {one.gpu_type or ''}".strip() if one.gpus_per_node else ""
-    return {**one._asdict(), "features": list(one.features), "gpus": gpus,
+def partition_texts(one):
+    """What a table says of a Partition in place of its numbers."""
+    return {"gpus": f"{one.gpus_per_node} {one.gpu_type or ''}" if one.gpus_per_node else "",
             "memory": "" if one.memory_mb is None else format_bytes(one.memory_mb * 2**20),
             "walltime": "" if one.max_walltime_secs is None else slurm_time(one.max_walltime_secs),
-            "nodes": f"{bounds[0]}-{bounds[1]}" if bounds[1] else bounds[0] + "-"}
+            "nodes": f"{one.min_nodes or 1}-{one.most_nodes or ''}"}
 
 
-def show_partitions(args, profile, rows, columns=PARTITION_COLUMNS):
-    """Print rows of partitions; JSON has their fields without the texts of the table."""
-    if args.format == "json":
-        texts = ("memory", "walltime", "gpus", "nodes")
-        rows = [{name: value for name, value in row.items() if name not in texts} for row in rows]
-    show_list(args, "partitions", "partition", columns, rows, profile.name)
+def show_partitions(args, profile, partitions, **more):
+    """Print Partitions. more: {name: function of a Partition} for further fields."""
+    rows = [{**one._asdict(), **{name: value(one) for name, value in more.items()}}
+            for one in partitions]
+    if args.format == "table":
+        for row, one in zip(rows, partitions):
+            row.update(partition_texts(one))
+    show_list(args, "partitions", "partition", PARTITION_COLUMNS, rows, profile.name)
 
 
 @command("hpc list", client=False, example="torc hpc list")
@@ -19019,7 +19019,7 @@ def hpc_partitions(args, client):
     """List a system's partitions: what their nodes have, and the limits for jobs."""
     profile = find_profile(args.name)
     show_partitions(args, profile, [
-        partition_row(one) for one in profile.partitions
+        one for one in profile.partitions
         if (one.gpus_per_node or not args.gpu) and (one.shared or not args.shared)])
 
 
@@ -19040,9 +19040,7 @@ def hpc_match(args, client):
     best = best_partition(profile, need, walltime)
     if not found:
         raise TorcError(why_no_partition(profile, need, walltime))
-    show_partitions(args, profile, [
-        {**partition_row(one), "best": one is best} for one in found],
-        PARTITION_COLUMNS + ", Best=best")
+    show_partitions(args, profile, found, best=lambda one: one is best)
 
 
 def host_pattern(hostname):
