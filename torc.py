@@ -19130,33 +19130,32 @@ def read_for_planning(args):
     return document, spec, as_json
 
 
-def make_plan(args, spec, profile, account):
-    """The plan of allocations for a Spec."""
-    payload = spec.payload
+def make_plan(args, document, spec, unpaid=False):
+    """(Profile, plan of allocations) for a specification. unpaid: nobody need be charged."""
+    profile, payload = find_profile(args.profile), spec.payload
+    account = args.account or (document.get("slurm_defaults") or {}).get("account") or \
+        profile.default_account
+    if not account and not unpaid:
+        raise TorcError("no account to charge: say --account NAME, or put account into "
+                        "slurm_defaults of the specification")
     if not payload["jobs"]:
         raise TorcError(f"{args.file} has no jobs")
-    return plan_allocations(
-        group_jobs(payload["jobs"], payload["resource_requirements"]), profile, account,
+    return profile, plan_allocations(
+        group_jobs(payload["jobs"], payload["resource_requirements"]), profile, account or "",
         partition=args.partition, strategy=args.walltime_strategy,
         multiplier=args.walltime_multiplier, single_allocation=args.single_allocation,
         by_partition=args.group_by == "partition")
 
 
-def account_for(args, document, profile):
-    """The account to charge, or None."""
-    return args.account or (document.get("slurm_defaults") or {}).get("account") or \
-        profile.default_account
-
-
-def show_plan(args, profile, plan, more=(), columns=""):
-    """Print a plan as a table or as JSON; more: a dict of further fields for each entry."""
-    rows = [{**one["scheduler"], **one, **extra, "jobs": len(one["jobs"])}
-            for one, extra in itertools.zip_longest(plan, more, fillvalue={})]
+def show_plan(args, profile, plan):
+    """Print a plan as a table or as JSON."""
+    rows = [{**one["scheduler"], **one, "jobs": len(one["jobs"])} for one in plan]
     for row in rows:
         del row["scheduler"], row["trigger_jobs"]
     show_list(args, "schedulers", "scheduler", "Scheduler=name, Partition=partition, Jobs=jobs,"
               " Allocations=num_allocations, Nodes=nodes, Walltime=walltime, Memory=mem,"
-              f" Gres=gres, When=trigger{columns}", rows, f"{args.file} on {profile.name}")
+              " Gres=gres, When=trigger, Idle Nodes=idle_nodes, Start Now=predicted_start", rows,
+              f"{args.file} on {profile.name}")
 
 
 @command("slurm generate", PLANNING, """
@@ -19168,12 +19167,7 @@ def show_plan(args, profile, plan, more=(), columns=""):
 def slurm_generate(args, client):
     """Add to a specification the Slurm schedulers and allocations that its jobs need."""
     document, spec, from_json = read_for_planning(args)
-    profile = find_profile(args.profile)
-    account = account_for(args, document, profile)
-    if not account:
-        raise TorcError("no account to charge: say --account NAME, or put account into "
-                        "slurm_defaults of the specification")
-    plan = make_plan(args, spec, profile, account)
+    profile, plan = make_plan(args, document, spec)
     done, notes = with_allocations(document, plan, not args.no_actions)
     ending = os.path.splitext(args.output or "")[1].lower()
     as_json = {".json": True, ".yaml": False, ".yml": False}.get(
@@ -19211,10 +19205,9 @@ def idle_nodes():
 
 def predicted_start(scheduler):
     """When Slurm would start an allocation now: a local time, or why it would not take it."""
-    words = [f"--{option}={scheduler[name]}" for name, option in (
-        ("account", "account"), ("partition", "partition"), ("nodes", "nodes"),
-        ("walltime", "time"), ("mem", "mem"), ("gres", "gres"), ("qos", "qos"))
-        if scheduler.get(name)]
+    words = option_words({"time": scheduler["walltime"], **{
+        name: scheduler.get(name) or None
+        for name in ("account", "partition", "nodes", "mem", "gres", "qos")}})
     code, out, errors = run_program(
         ["sbatch", "--test-only", *words, *(scheduler.get("extra") or "").split(), "--wrap=true"],
         env={**os.environ, "SLURM_TIME_FORMAT": "standard"})
@@ -19237,22 +19230,17 @@ def slurm_plan_allocations(args, client):
     if args.offline and args.profile == DYNAMIC_PROFILE:
         raise UsageError(f"--profile {DYNAMIC_PROFILE} asks the cluster, which --offline forbids: "
                          "name another profile")
-    profile = detect_profile(known_profiles()) if args.offline and not args.profile else None
-    if args.offline and not args.profile and not profile:
+    if args.offline and not args.profile and not detect_profile(known_profiles()):
         raise UsageError("--offline needs a profile, and none is detected here: --profile NAME, "
                          "see torc hpc list")
-    profile = profile or find_profile(args.profile)
-    plan = make_plan(args, spec, profile, account_for(args, document, profile) or "")
-    more, columns = [{} for _ in plan], ""
+    profile, plan = make_plan(args, document, spec, unpaid=True)
     if not args.offline:
-        idle, columns = idle_nodes(), ", Idle Nodes=idle_nodes"
-        for one, row in zip(plan, more):
-            row["idle_nodes"] = idle.get(one["scheduler"]["partition"])
-    if not args.offline and not args.skip_test_only:
-        columns += ", Start Now=predicted_start"
-        for one, row in zip(plan, more):
-            row["predicted_start"] = predicted_start(one["scheduler"])
-    show_plan(args, profile, plan, more, columns)
+        idle = idle_nodes()
+        for one in plan:
+            one["idle_nodes"] = idle.get(one["scheduler"]["partition"])
+            if not args.skip_test_only:
+                one["predicted_start"] = predicted_start(one["scheduler"])
+    show_plan(args, profile, plan)
 
 
 # ---- passwords, groups
