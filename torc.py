@@ -18676,8 +18676,7 @@ def choose_scheduler(args, client):
     if not can_ask():
         raise UsageError(f"which scheduler? Name it with --scheduler-config-id:\n{listed}")
     answer = ask(f"{listed}\nWhich scheduler (ID)?")
-    return next((record for record in found if str(record["id"]) == answer), None) or \
-        client.get(f"/slurm_schedulers/{answer if answer.isdigit() else 0}")
+    return client.get(f"/slurm_schedulers/{answer if answer.isdigit() else 0}")
 
 
 @command("slurm schedule-nodes", WORKFLOW, WORKERS, """
@@ -18702,12 +18701,6 @@ def do_slurm_schedule(args, client):
     say(args, submitted(len(ids), ids), workflow_id=args.workflow_id, slurm_jobs=ids)
 
 
-def stats_query(args):
-    """The query of `slurm stats`."""
-    return {"workflow_id": args.workflow_id, "job_id": args.job_id, "run_id": args.run_id,
-            "attempt_id": args.attempt_id}
-
-
 @command("slurm stats", WORKFLOW, JOB_ID, """
          --run-id NUMBER
          --attempt-id NUMBER
@@ -18715,12 +18708,13 @@ def stats_query(args):
 def do_slurm_stats(args, client):
     """List Slurm's accounting records of jobs that ran as steps of srun."""
     show_list(args, "slurm_stats", "record", "slurm_stats",
-              client.items("/slurm_stats", **stats_query(args)))
+              client.items("/slurm_stats", workflow_id=args.workflow_id, job_id=args.job_id,
+                           run_id=args.run_id, attempt_id=args.attempt_id))
 
 
-ACCOUNT_COLUMNS = (("slurm_job", "JobIDRaw"), ("job_step", "JobName"), ("state", "State"),
-                   ("exit_code", "ExitCode"), ("elapsed", "Elapsed"), ("max_rss", "MaxRSS"),
-                   ("cpu_time", "CPUTime"), ("nodes", "NodeList"))
+ACCOUNT_COLUMNS = ("Slurm Job=slurm_job, Job Step=job_step, State=state, Exit Code=exit_code,"
+                   " Elapsed=elapsed, Max RSS=max_rss, CPU Time=cpu_time, Nodes=nodes")
+ACCOUNT_FIELDS = "JobIDRaw,JobName,State,ExitCode,Elapsed,MaxRSS,CPUTime,NodeList"  # as sacct's
 
 
 @command("slurm sacct", WORKFLOW, f"""
@@ -18733,19 +18727,16 @@ def do_slurm_sacct(args, client):
     ids = sorted({record["scheduler_id"] for record in client.items(
         "/scheduled_compute_nodes", workflow_id=args.workflow_id)
         if record["scheduler_type"] == "slurm"})
+    names = [column.field for column in read_columns(ACCOUNT_COLUMNS)]
     rows = []
     if ids:
-        names, columns = zip(*ACCOUNT_COLUMNS)
         rows = [dict(zip(names, values)) for values in slurm_rows(
-            len(names), "sacct", "-n", "-P", "-j", ",".join(map(str, ids)), "-o",
-            ",".join(columns))]
+            len(names), "sacct", "-n", "-P", "-j", ",".join(map(str, ids)), "-o", ACCOUNT_FIELDS)]
     for number in ids if args.save_json else ():
         os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
         write_private(os.path.join(args.output_dir, f"sacct_{number}.json"),
                       slurm("sacct", "-j", number, "--json"))
-    show_list(args, "steps", "step", "Slurm Job=slurm_job, Job Step=job_step, State=state,"
-              " Exit Code=exit_code, Elapsed=elapsed, Max RSS=max_rss, CPU Time=cpu_time,"
-              " Nodes=nodes", rows)
+    show_list(args, "steps", "step", ACCOUNT_COLUMNS, rows)
 
 
 @command("slurm-job-runner", """
@@ -18877,9 +18868,9 @@ def do_slurm_regenerate(args, client):
     if args.format == "json":
         print_json(report)
         return
-    show_list(args, "schedulers", "scheduler", ("" if args.dry_run else "ID=id, ") +
-              "Name=name, Partition=partition, Nodes=nodes, Walltime=walltime, Mem=mem,"
-              " Allocations=num_allocations, Jobs=jobs, When=trigger", report["schedulers"])
+    show_list(args, "schedulers", "scheduler", "ID=id, Name=name, Partition=partition,"
+              " Nodes=nodes, Walltime=walltime, Mem=mem, Allocations=num_allocations, Jobs=jobs,"
+              " When=trigger", report["schedulers"])
     if report["slurm_jobs"]:
         print(submitted(len(report["slurm_jobs"]), report["slurm_jobs"]))
     for one in report["schedulers"]:
