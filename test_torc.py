@@ -6112,8 +6112,7 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
     body = {"workflow_id": workflow_id, **({"ids": str(target)} if operation.target == "jobs" else {})}
     if operation.target != "spec":
         try:
-            shown = torc.DashActions(args, None).do(
-                client, {"rest": name, "method": "POST", "dry_run": "true"}, body)
+            shown = torc.DashActions(args).do(client, name, dry_run="true", **body)
             page = [shown["title"][:-1], *shown["lines"]] if "title" in shown else [shown.get("message")]
         except torc.TorcError as error:
             page = [str(error)]
@@ -9065,7 +9064,7 @@ def test_other_sites_lead_to_the_dashboard_and_no_further(dash, path, headers, s
 
 @pytest.mark.parametrize("path, body, status, text", [
     ("/dash/wizard", {"name": "x", "command": "y", "cpus": "two"}, 400, "/dash/wizard cannot use this"),
-    ("/dash/wizard", [], 400, "not a JSON object"), ("/dash/log", {}, 400, "/dash/log cannot use this"),
+    ("/dash/wizard", [], 400, "not a JSON object"), ("/dash/create", {}, 400, "/dash/create cannot use this"),
     ("/dash/open", {"path": "/dev/zero"}, 400, "/dev/zero is not a file")])
 def test_what_the_dashboard_cannot_use_is_no_defect_of_its_own(dash, path, body, status, text):
     dash.enter()
@@ -9128,6 +9127,7 @@ def test_the_dashboard_runs_a_workflow_from_its_text_to_its_output(dash, server,
     assert "No jobs are running" in do("cancel")["lines"][0] and "Canceled" in do("cancel", False)["message"]
     assert do("delete")["typed"] == "mine" and do("delete", False)["gone"] == [made]
     assert dash.ask("/dash/do/nothing", "POST", "{}")[0] == 404
+    assert dash.ask(f"/dash/do/delete?workflow_id={made}")[0] == dash.ask("/dash/create?spec=x")[0] == 404
     client.close()
 
 

@@ -14048,8 +14048,9 @@ class Dashboard(Site):
 
     client: a Client of the server, whose credentials the browser never sees. names: host names and
     addresses under which it may be called, so that no other site's page can call it. actions:
-    {path: function(client, method, query, body) that returns JSON}. trusted: requests come over a
-    socket that only this user can open, so no link is needed. say: called with sentences.
+    {"GET name": function that takes a client and what is asked, and returns JSON}. trusted:
+    requests come over a socket that only this user can open, so no link is needed. say: called with
+    sentences.
     """
 
     headers = DASH_HEADERS
@@ -14154,8 +14155,9 @@ class Dashboard(Site):
     def own(self, http):
         """Run one of the dashboard's own actions; return its answer."""
         from urllib.parse import parse_qsl
-        name, _, rest = http.path[len("/dash/"):].partition("/")
-        if name not in self.actions:
+        name, *rest = http.path[len("/dash/"):].split("/")
+        action = self.actions.get(f"{http.method} {name}")
+        if not action:
             raise NotFound(f"there is no /dash/{name} here")
         query = dict(parse_qsl(http.query_string))
         body = read_json(http) if http.content_length > 0 else {}
@@ -14163,7 +14165,7 @@ class Dashboard(Site):
             raise BadRequest("the body is not a JSON object")
         client = self.mine()
         try:
-            return self.actions[name](client, {**query, "rest": rest, "method": http.method}, body)
+            return action(client, *rest, **{**query, **body})
         except Unreachable as error:
             client.get("/ping")           # or it is the server that is away
             raise Invalid(str(error)) from None
@@ -19519,145 +19521,138 @@ def inside(path, directory):
     return os.path.commonpath([os.path.realpath(path), place]) == place
 
 
+def pasted(text):
+    """The Spec of a text, or the payload of an exported workflow. Raises SpecError, Invalid."""
+    if '"export_version"' in text[:1000]:
+        try:
+            return import_payload(json.loads(text))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Invalid(f"this exported workflow cannot be read: {error!r}") from None
+    return read_spec("spec.json" if text.lstrip()[:1] in "{[" else "spec.yaml", text)
+
+
 class DashActions:
-    """What the pages ask of us besides the API: /dash/NAME. do/OPERATION?dry_run=true answers its
-    Plan ({}: nobody has to be asked; a message: there is nothing to do), without dry_run it is
-    done.
+    """What the pages ask of us besides the API: /dash/NAME, with what its query and body say as
+    keyword arguments. do/OPERATION?dry_run=true answers its Plan ({}: nobody has to be asked; a
+    message: there is nothing to do), without dry_run it is done.
     """
 
-    def __init__(self, args, say):
-        self.args, self.say = args, say
+    def __init__(self, args):
+        self.args = args
         self.output_dir = os.path.abspath(args.output_dir)
         self.children = []                # processes that were started from the pages
 
     def table(self):
-        """{path: function}, as Dashboard takes it."""
-        return {name: getattr(self, name) for name in (
-            "log", "do", "validate", "create", "open", "wizard", "doctor", "export", "user",
-            "allocations")}
+        """{method and name: function}, as Dashboard takes it."""
+        return {f"{method} {name}": getattr(self, name) for method, names in (
+            ("GET", "user log allocations export doctor"),
+            ("POST", "validate create open wizard do")) for name in names.split()}
 
-    def user(self, client, query, body):
+    def user(self, client):
         """In whose name the dashboard asks."""
         return {"user": client.user}
 
     # -- output
 
-    def log(self, client, query, body):
+    def log(self, client, job=None, attempt="", stream="", log="", offset="", find=""):
         """Output of a job's attempt or of a command that was started here."""
-        def part(path):
-            return log_found(path, query["find"]) if query.get("find") else \
-                log_part(path, int(query.get("offset") or 0))
+        number = int(log or 0)
+        if log and not 0 < number <= len(self.children):
+            raise NotFound(f"there is no output {number}")
+        path = self.children[number - 1].log if log else self.job_output(
+            client, client.get(f"/jobs/{int(job)}"), int(attempt) if attempt else None, stream)
+        if find:
+            return log_found(path, find)
+        return log_part(path, int(offset or 0))
 
-        if query.get("log"):
-            number = int(query["log"])
-            if not 0 < number <= len(self.children):
-                raise NotFound(f"there is no output {number}")
-            return part(self.children[number - 1].log)
-        job = client.get(f"/jobs/{int(query['job'])}")
-        number = query.get("attempt")
+    def job_output(self, client, job, number, stream):
+        """The path of what an attempt of a job wrote, "" for none. Raises NotFound, Forbidden."""
         try:
-            attempt = find_attempt(client, job, int(number) if number else None)
+            attempt = find_attempt(client, job, number)
         except NotFound:                  # it has not run
-            return {"text": "", "from": 0, "size": 0}
-        path = attempt.stdout if query.get("stream") == "stdout" else attempt.stderr
+            return ""
+        path = attempt.stdout if stream == "stdout" else attempt.stderr
         if not path:
-            return {"text": "", "from": 0, "size": 0}
+            return ""
         if not inside(path, os.path.dirname(os.path.dirname(path))):
             raise Forbidden(f"{path} leads out of the output directory")
         if not os.path.exists(path) and attempt.host and not os.path.isdir(os.path.dirname(path)):
             raise NotFound(f"{path} is on {attempt.host}, and not to be seen from here")
-        return part(path)
+        return path
 
-    def allocations(self, client, query, body):
+    def allocations(self, client, workflow_id):
         """What Slurm says of the allocations that have not ended, in sentences."""
-        return {"lines": allocation_lines(client, int(query["workflow_id"]))}
+        return {"lines": allocation_lines(client, int(workflow_id))}
 
-    def export(self, client, query, body):
+    def export(self, client, workflow_id):
         """The workflow with its results and events, to be saved by the browser."""
-        return export_workflow(client, int(query["workflow_id"]), True, True)
+        return export_workflow(client, int(workflow_id), True, True)
 
     # -- new workflows
 
-    @staticmethod
-    def name_of(text):
-        """A file name for a specification, by what it looks like."""
-        return "spec.json" if text.lstrip()[:1] in "{[" else "spec.yaml"
-
-    @staticmethod
-    def exported(text):
-        """The payload of an exported workflow, None for another text."""
-        if '"export_version"' not in text[:1000]:
-            return None
-        try:
-            return import_payload(json.loads(text))
-        except (ValueError, KeyError, TypeError) as error:
-            raise Invalid(f"this exported workflow cannot be read: {error!r}") from None
-
-    def validate(self, client, query, body):
+    def validate(self, client, spec):
         """Problems of a specification by line, or what it amounts to."""
-        text = str(body.get("spec", ""))
-        exported = self.exported(text)
-        if exported:
-            return {"problems": [], "summary": f"An exported workflow, "
-                    f"{plural(len(exported['jobs']), 'job')}: it will be recreated"}
         try:
-            spec = read_spec(self.name_of(text), text)
+            found = pasted(spec)
         except (SpecError, MissingPackage) as error:
             problems = []
             for sentence in getattr(error, "errors", None) or [str(error)]:
-                match = re.match(r"spec\.\w+(?: line (\d+))?: (.*?)(?: \((did you mean .*)\))?$",
-                                 sentence, re.S)
-                line, message, hint = match.groups() if match else (None, sentence, None)
+                line, message, hint = re.match(
+                    r"(?:spec\.\w+(?: line (\d+))?: )?(.*?)(?: \((did you mean .*)\))?$",
+                    sentence, re.S).groups()
                 problems.append({"line": int(line or 1), "message": message, "hint": hint or ""})
             return {"problems": problems, "summary": ""}
-        more = f", {plural(len(spec.warnings), 'warning')}: {spec.warnings[0]}" if spec.warnings \
-            else ""
-        return {"problems": [], "summary": f"Valid: {plural(spec.summary['job_count'], 'job')}, "
-                + plural(spec.summary["resource_requirements_count"], "resource requirements")
-                + more}
+        if isinstance(found, dict):
+            summary = f"An exported workflow, {plural(len(found['jobs']), 'job')}: it will be " \
+                      "recreated"
+        else:
+            needs = found.summary["resource_requirements_count"]
+            summary = f"Valid: {plural(found.summary['job_count'], 'job')}, " \
+                      f"{plural(needs, 'resource requirements')}"
+            if found.warnings:
+                summary += f", {plural(len(found.warnings), 'warning')}: {found.warnings[0]}"
+        return {"problems": [], "summary": summary}
 
-    def create(self, client, query, body):
+    def create(self, client, spec, run=False):
         """Create a workflow of a specification, and run it here if that is wished."""
-        text = str(body.get("spec", ""))
-        spec = self.exported(text) or read_spec(self.name_of(text), text)
-        done = plan_create(client, spec, None).choices[0].do(client)
+        done = plan_create(client, pasted(spec), None).choices[0].do(client)
         answer = {"id": done.data["workflow_id"], "message": done.sentence}
-        if body.get("run"):
+        if run:
             plan = plan_run(client, answer["id"], Wishes(self.output_dir))
             self.start(client, plan.choices[0].do(client))
             answer["message"] += "; a runner starts"
         return answer
 
-    def open(self, client, query, body):
+    def open(self, client, path):
         """The text of a specification file on this machine."""
-        path = os.path.expanduser(str(body.get("path", "")))
+        path = os.path.expanduser(path)
         if os.path.exists(path) and not os.path.isfile(path):
             raise BadRequest(f"{path} is not a file")
         if os.path.getsize(path) > 16 * 2**20:
             raise TooLarge(f"{path} is larger than 16 MB: create it with torc create")
-        with open(path, encoding="utf-8", errors="strict") as file:
+        with open(path, encoding="utf-8") as file:
             return {"spec": file.read()}
 
-    def wizard(self, client, query, body):
+    def wizard(self, client, name="", command="", after="", values="1:3", cpus="", memory="",
+               runtime=""):
         """A specification made of a few answers; an example without them."""
-        if not body.get("name"):
+        if not name:
             return {"spec": DASH_EXAMPLE}
-        each = {"name": f"{body['name']}_{{i}}", "command": body.get("command", ""),
-                "resource_requirements": "each", "use_parameters": ["i"]}
-        jobs = [each] if not body.get("after") else [each, {
-            "name": f"{body['name']}_after", "command": body["after"], "use_parameters": ["i"],
-            "resource_requirements": "each", "depends_on": [each["name"]]}]
-        spec = {"name": body["name"], "parameters": {"i": body.get("values", "1:3")},
-                "resource_requirements": [{
-                    "name": "each", "num_cpus": int(body.get("cpus") or 1),
-                    "memory": body.get("memory") or "1g",
-                    "runtime": body.get("runtime") or "PT1H"}], "jobs": jobs}
-        return {"spec": json.dumps(spec, indent=2)}
+        each = {"name": f"{name}_{{i}}", "command": command, "use_parameters": ["i"],
+                "resource_requirements": "each"}
+        jobs = [each]
+        if after:
+            jobs.append({**each, "name": f"{name}_after", "command": after,
+                         "depends_on": [each["name"]]})
+        needs = {"name": "each", "num_cpus": int(cpus or 1), "memory": memory or "1g",
+                 "runtime": runtime or "PT1H"}
+        return {"spec": json.dumps({"name": name, "parameters": {"i": values},
+                                    "resource_requirements": [needs], "jobs": jobs}, indent=2)}
 
     # -- the server
 
-    def doctor(self, client, query, body):
-        """Where the server is, from here and from a compute node."""
+    def doctor(self, client, place=""):
+        """Where the server is, from here and from a compute node (place: node)."""
         info = {}
         with contextlib.suppress(NotFound):
             info = client.get("/server_info")
@@ -19666,7 +19661,7 @@ class DashActions:
             best, trouble = worker_urls(client)[0], ""
         except TorcError as error:
             best, trouble = "", str(error)
-        node, there = self.look_from_node(urls) if query.get("probe") == "node" else ("a node", {})
+        node, there = self.look_from_node(urls) if place == "node" else ("a node", {})
         addresses = []
         for url in urls:
             began = time.monotonic()
@@ -19698,28 +19693,32 @@ class DashActions:
 
     # -- actions
 
-    def do(self, client, query, body):
-        """Carry out an operation, or say what it would do."""
-        verb, workflow_id = query["rest"], int(body.get("workflow_id") or 0)
-        wishes, ids = Wishes(self.output_dir), self.chosen_jobs(client, workflow_id, body)
+    def do(self, client, verb, /, dry_run="", workflow_id=None, ids="", group=None, choice=None):
+        """Carry out an operation, or say what it would do. group: of failures, for its jobs."""
+        workflow_id, wishes = int(workflow_id or 0), Wishes(self.output_dir)
+        if ids:
+            ids = parse_ids(str(ids))
+        elif group is not None:
+            ids = client.get(f"/workflows/{workflow_id}/failures", group=group).get("job_ids")
+            if not ids:
+                raise NotFound("these failures are no longer there: load the page again")
         if verb in ("rerun", "reset"):
             wishes = wishes._replace(failed_only=verb == "rerun", reinitialize=verb == "rerun")
-            verb = "reset" if ids is None else "retry"
+            verb = "retry" if ids else "reset"
         operation = OPERATIONS.get(verb)
-        if not operation or query["method"] != "POST":
+        if not operation:
             raise NotFound(f"there is no operation {verb!r}")
         target = workflow_id if operation.target == "workflow" else ids or [workflow_id]
         plan = operation.plan(client, target, wishes)
         if not plan.choices:
             return {"message": plan.title}
-        if query.get("dry_run") == "true":
+        if dry_run == "true":
             return {} if plan.sure else {
                 "title": plan.title + "?", "lines": plan.lines, "typed": plan.typed,
                 "danger": verb in ("cancel", "cancel_job", "delete", "reset"),
                 "choices": [{"key": choice.key, "verb": choice.verb[:1].upper() + choice.verb[1:]}
                             for choice in plan.choices]}
-        done = next((choice for choice in plan.choices if choice.key == body.get("choice")),
-                    plan.choices[0]).do(client)
+        done = next((one for one in plan.choices if one.key == choice), plan.choices[0]).do(client)
         if isinstance(done, Start):
             return {"title": done.title, "log": self.start(client, done)}
         return {"message": "; ".join([done.sentence, *done.errors]),
@@ -19732,17 +19731,6 @@ class DashActions:
         threading.Thread(target=child.process.wait, daemon=True).start()      # no zombie stays
         self.children.append(child)
         return number
-
-    def chosen_jobs(self, client, workflow_id, body):
-        """Ids of what an operation names, or of a group of failures; None for neither."""
-        if body.get("ids"):
-            return parse_ids(str(body["ids"]))
-        if body.get("group") is None:
-            return None
-        found = client.get(f"/workflows/{workflow_id}/failures", group=body["group"])
-        if not found.get("job_ids"):
-            raise NotFound("these failures are no longer there: load the page again")
-        return found["job_ids"]
 
 
 DASH_EXAMPLE = """\
@@ -19869,7 +19857,7 @@ def do_dash(args, client):
     client, own = dash_client(args, speak)
     try:
         client.get("/ping")
-        actions = DashActions(args, speak).table()
+        actions = DashActions(args).table()
         if args.socket:
             sockets = [private_socket(args.socket)]
             dashboard = Dashboard(client, ("localhost", "127.0.0.1", "::1"), actions, trusted=True)
@@ -21949,7 +21937,7 @@ function networkPage() {
   const el = h("div"), verdict = ([status, text]) => chip(status, text), columns = node => [
     ["Address", a => h("span.mono", a.url), "key verdict"], ["From here", a => verdict(a.here), "wide", "9.5rem"],
     [`From ${node}`, a => verdict(a.there), "", "12rem"], ["What it means", a => a.means, "verdict wide", "52%"]];
-  const load = probe => fill(el, () => api("/dash/doctor", {probe}), data => [
+  const load = probe => fill(el, () => api("/dash/doctor", {place: probe}), data => [
     h("p.why", {class: data.good ? "good" : "bad"}, data.sentence, h("small", data.next)),
     h("div.tools", h("h2", "Addresses of the server"),
       h("div.far", button("Check from a compute node", () => load("node")))),
