@@ -19481,17 +19481,9 @@ def log_part(path, offset):
     except FileNotFoundError:
         return {"text": "", "from": 0, "size": 0}
     # What a writer has begun comes with the rest: a letter, an end of line, a colour.
-    data = re.sub(rb"([\xc2-\xf4][\x80-\xbf]{0,2}|\r|\x1b(\[[0-9;?]{0,20})?)\Z",
-                  lambda cut: cut[0] if is_whole(cut[0]) else b"", data)
+    data = re.sub(rb"([\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2}"
+                  rb"|\r|\x1b(\[[0-9;?]{0,20})?)\Z", b"", data)
     return {"text": readable_text(data), "from": start, "size": start + len(data)}
-
-
-def is_whole(data):
-    """Whether these bytes are whole letters, none of which begins something longer."""
-    try:
-        return data.decode("utf-8") not in ("\r", "\x1b") and data[:1] != b"\x1b"
-    except UnicodeDecodeError:
-        return False
 
 
 def log_found(path, words, block=2**20):
