@@ -14833,7 +14833,7 @@ def job_hint(client, record, tools):
 def allocation_hint(client, record, tools):
     """What Slurm says about the allocation in focus."""
     start = f"Slurm job {record['scheduler_id']} "
-    return next((line for line in tools.allocations(client, record["workflow_id"])
+    return next((line for line in allocation_lines(client, record["workflow_id"])
                  if line.startswith(start)), f"{start}has ended: {record.get('note') or 'no note'}")
 
 
@@ -16207,9 +16207,8 @@ class Operating:
 class Terminal(State, Loading, Moving, Listing, Reading, Operating):
     """The terminal UI without its terminal: the State that is drawn, and what changes it.
 
-    tools: what section 14 lends: plan(verb, client, target), find_output(client, job),
-    allocations(client, workflow_id), checks(client), connect(url), and output_dir. wake: called
-    when there is an event.
+    tools: what section 16 lends: plan(verb, client, target), find_output(client, job),
+    checks(client), connect(url), and output_dir. wake: called when there is an event.
     """
 
     def __init__(self, client, tools, size=SMALLEST, plain=False, wake=None, server=None):
@@ -19885,15 +19884,7 @@ class TerminalTools:
 
     def __init__(self, args):
         self.args = args
-
-    @property
-    def output_dir(self):
-        """Where what is started writes, and where output is looked for."""
-        return self.args.output_dir
-
-    @output_dir.setter
-    def output_dir(self, path):
-        self.args.output_dir = path
+        self.output_dir = args.output_dir      # of what is started, and where output is looked for
 
     def plan(self, verb, client, target):
         """The Plan of an operation; target: id of a workflow or job, or a path."""
@@ -19907,10 +19898,6 @@ class TerminalTools:
     def find_output(self, client, job):
         """The Attempt whose output is to be shown. Raises NotFound."""
         return find_attempt(client, job, None, self.output_dir)
-
-    def allocations(self, client, workflow_id):
-        """A sentence on each allocation that has not ended."""
-        return allocation_lines(client, workflow_id)
 
     def checks(self, client):
         """The checks of `torc doctor`, also for a local database."""
