@@ -19746,62 +19746,55 @@ jobs:
 """
 
 
-class OwnServer:
-    """The server that `dash --standalone` starts and ends."""
+def own_password(say):
+    """(password of a server of our own, the file that keeps it for this user (0600), the server's
+    password file)."""
+    import secrets
+    folder = os.path.join(torc_home(), "dash")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    path, users = os.path.join(folder, "password"), os.path.join(folder, "users")
+    password = read_text(path)
+    if not password or not os.path.exists(users):
+        password = secrets.token_urlsafe(24)
+        file = PasswordFile(users, absent=True)
+        file.set(user_name(), hash_password(password))
+        write_private(path, password + "\n")
+        file.write()
+    say(f"it asks for a password, which is in {path} for you and your workers")
+    return password, path, users
 
-    def __init__(self, args, say):
-        import subprocess
-        home = os.environ.get("XDG_DATA_HOME") or os.path.join(
-            os.path.expanduser("~"), ".local", "share")
-        database = args.database or os.path.join(home, "torc", "torc.db")
-        os.makedirs(os.path.dirname(os.path.abspath(database)), mode=0o700, exist_ok=True)
-        words = ["server", "run", "--host", args.server_host, "--port", str(args.server_port),
-                 "--database", os.path.abspath(database), "--end-with-parent"]
-        self.password = None
-        if args.auth_file:
-            words += ["--auth-file", os.path.abspath(args.auth_file), "--require-auth"]
-        elif not args.no_auth:
-            words += self._own_password(say)
-        say(f"starting a server for {database}" + (
-            "" if self.password or args.auth_file else "; it does not ask for passwords"))
-        self.process = subprocess.Popen([*own_command(), *words], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, text=True)
-        line = self.process.stdout.readline()
-        if not line.startswith("TORC_SERVER_PORT="):
-            raise Unreachable("the server has not started: it says why above (exit code "
-                              f"{self.process.wait()})")
-        host = args.server_host
-        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self.url = make_url("http", local, int(line.split("=")[1]))
 
-    def _own_password(self, say):
-        """Options of the server for a password of our own, which is kept for this user (0600)."""
-        import secrets
-        folder = os.path.join(torc_home(), "dash")
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        path, users = os.path.join(folder, "password"), os.path.join(folder, "users")
-        self.password = read_text(path)
-        if not self.password or not os.path.exists(users):
-            self.password = secrets.token_urlsafe(24)
-            file = PasswordFile(users, absent=True)
-            file.set(user_name(), hash_password(self.password))
-            write_private(path, self.password + "\n")
-            file.write()
-        say(f"it asks for a password, which is in {path} for you and your workers")
-        return ["--auth-file", users, "--require-auth", "--password-note", path]
-
-    def stop(self):
-        """End it, and wait for that."""
-        self.process.terminate()
-        self.process.wait()
+def start_own_server(args, say):
+    """(process, URL, password) of the server that `dash --standalone` starts. Raises Unreachable.
+    """
+    import subprocess
+    home = os.environ.get("XDG_DATA_HOME") or os.path.join(
+        os.path.expanduser("~"), ".local", "share")
+    database = args.database or os.path.join(home, "torc", "torc.db")
+    os.makedirs(os.path.dirname(os.path.abspath(database)), mode=0o700, exist_ok=True)
+    password, note, users = None, None, args.auth_file and os.path.abspath(args.auth_file)
+    if not users and not args.no_auth:
+        password, note, users = own_password(say)
+    say(f"starting a server for {database}" + (
+        "" if users else "; it does not ask for passwords"))
+    process = subprocess.Popen([*own_command(), "server", "run", *option_words({
+        "host": args.server_host, "port": args.server_port, "database": os.path.abspath(database),
+        "end-with-parent": True, "auth-file": users, "require-auth": bool(users),
+        "password-note": note})], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    if not line.startswith("TORC_SERVER_PORT="):
+        raise Unreachable("the server has not started: it says why above (exit code "
+                          f"{process.wait()})")
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.server_host, args.server_host)
+    return process, make_url("http", local, int(line.split("=")[1])), password
 
 
 def dash_client(args, say):
-    """(client, OwnServer or None) that the options of `dash` ask for."""
+    """(client, process of our own server or None) that the options of `dash` ask for."""
     how = client_options(args)
-    args.url = args.api_url or args.url
-    if not args.standalone and (args.url or os.environ.get("TORC_API_URL")):
-        return Client(args.url or os.environ["TORC_API_URL"], **how), None
+    url = args.api_url or args.url or os.environ.get("TORC_API_URL")
+    if url and not args.standalone:
+        return Client(url, **how), None
     server = None if args.standalone or args.database else default_server(how)
     if server:
         return server, None
@@ -19813,9 +19806,9 @@ def dash_client(args, say):
                               f"and there is no {args.database}: name a server with --url, or let "
                               "the dashboard start one with --standalone")
         args.server_host, args.server_port = "127.0.0.1", 0
-    own = OwnServer(args, say)
-    how["password"] = how["password"] or own.password
-    return Client(own.url, **how), own
+    process, url, password = start_own_server(args, say)
+    how["password"] = how["password"] or password
+    return Client(url, **how), process
 
 
 @command("dash", f"""
@@ -19836,10 +19829,7 @@ def do_dash(args, client):
     From elsewhere: ssh -L 8090:localhost:8090 you@this-machine, then open the link.
     """
     import socket
-
-    def speak(sentence):
-        tell(args, sentence)
-
+    speak = functools.partial(tell, args)
     if args.no_auth and args.standalone:
         tell(args, "whoever reaches the server's port can read and change all workflows, and run "
              "commands as you: leave --no-auth out", "warn")
@@ -19874,7 +19864,8 @@ def do_dash(args, client):
         if args.socket and "sockets" in locals():
             remove_file(args.socket)
         if own:
-            own.stop()
+            own.terminate()
+            own.wait()
 
 
 # ---- terminal UI
