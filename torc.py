@@ -19943,62 +19943,51 @@ def completion_words():
     return words
 
 
-def valued_flags():
-    """(command, flag, Option) of every option that is followed by a value."""
-    options = {"": (), **{found.name: found.options for found in COMMANDS.values()}}
-    return [(name, flag, option) for name, own in options.items()
-            for flag, option in {**flags_of(GLOBAL), **flags_of(own)}.items() if option.metavar]
-
-
-def shell_cases():
-    """What bash and zsh share: the pattern of command words, the lines of a case statement."""
-    words = completion_words()
-    values = {}                           # values that may follow: the places where they do
-    for name, flag, option in valued_flags():
-        values.setdefault(" ".join(option.choices), []).append(f'"{name}|{flag}"')
-    pattern = "|".join(f'"{name}"' if " " in name else f'" {name}"' for name in words if name)
-    return (f'            {pattern}) at="${{at:+$at }}$word" ;;',
-            [f'        {"|".join(places)}) list="{text}" ;;' for text, places in values.items()]
-            + ['        *) case "$at" in']
-            + [f'            "{name}") list="{" ".join(rest)}" ;;' for name, rest in words.items()]
-            + ["        esac ;;"])
-
-
 SHELL_FUNCTION = """\
-_torc() {{
+{head}_torc() {{
     local at="" word list="" i
     for ((i = {first}; i < {current}; i++)); do
         word="${{{words}[i]}}"
         case "$at $word" in
-{path}
+            {path}) at="${{at:+$at }}$word" ;;
         esac
     done
     case "$at|${{{words}[{current}-1]}}" in
 {cases}
+        esac ;;
     esac
     {give}
 }}
 {register}"""
 
 
-def bash_completion():
-    """A completion script for bash."""
-    path, cases = shell_cases()
-    return SHELL_FUNCTION.format(
-        first=1, current="COMP_CWORD", words="COMP_WORDS", path=path, cases="\n".join(cases),
-        give="""local word="${COMP_WORDS[COMP_CWORD]}"
+SHELLS = {                                # what is put into it; zsh counts words from 1
+    "bash": {
+        "head": "", "first": 1, "current": "COMP_CWORD", "words": "COMP_WORDS",
+        "give": """local word="${COMP_WORDS[COMP_CWORD]}"
     COMPREPLY=($(compgen -W "$list" -- "$word"))
     # Options only for who begins one: so files are offered where a file may stand.
     [[ $word == -* ]] || COMPREPLY=($(printf '%s\\n' "${COMPREPLY[@]}" | grep -v '^-'))""",
-        register="complete -o default -F _torc torc torc.py")
+        "register": "complete -o default -F _torc torc torc.py"},
+    "zsh": {
+        "head": "#compdef torc torc.py\n", "first": 2, "current": "CURRENT", "words": "words",
+        "give": "compadd -- ${=list} || _files", "register": "compdef _torc torc torc.py"}}
 
 
-def zsh_completion():
-    """A completion script for zsh, which counts words from 1."""
-    path, cases = shell_cases()
-    return "#compdef torc torc.py\n" + SHELL_FUNCTION.format(
-        first=2, current="CURRENT", words="words", path=path, cases="\n".join(cases),
-        give='compadd -- ${=list} || _files', register="compdef _torc torc torc.py")
+def shell_completion(shell):
+    """A completion script for bash or zsh."""
+    words = completion_words()
+    path = "|".join(f'"{name}"' if " " in name else f'" {name}"' for name in words if name)
+    values = {}                           # values that may follow: the places where they do
+    for name in ["", *COMMANDS]:
+        own = COMMANDS[name].options if name else ()
+        for flag, option in flags_of([*GLOBAL, *own]).items():
+            if option.metavar:
+                values.setdefault(" ".join(option.choices), []).append(f'"{name}|{flag}"')
+    cases = [f'        {"|".join(places)}) list="{text}" ;;' for text, places in values.items()]
+    cases.append('        *) case "$at" in')
+    cases += [f'            "{name}") list="{" ".join(rest)}" ;;' for name, rest in words.items()]
+    return SHELL_FUNCTION.format(path=path, cases="\n".join(cases), **SHELLS[shell])
 
 
 def fish_text(text):
@@ -20037,14 +20026,11 @@ def fish_option(name, option):
     return f"complete -c torc{where}{names}{values} -d {fish_text(option.help)}"
 
 
-SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
-
-
 @command("completions", "bash|zsh|fish -> shell", client=False,
          example="source <(torc completions bash)")
 def do_completions(args, client):
     """Print a completion script for a shell."""
-    print(SHELLS[args.shell]())
+    print(fish_completion() if args.shell == "fish" else shell_completion(args.shell))
 
 
 # ---- server and bundle
