@@ -19066,7 +19066,7 @@ def hpc_generate(args, client):
     if not args.output:
         print(text)
         return
-    write_text(args.output, text + "\n")
+    write_whole(args.output, f"{text}\n".encode())
     own = os.path.expanduser("~/.torc/hpc")
     used = os.path.dirname(os.path.abspath(args.output)) == own and args.output.endswith(".json")
     say(args, f"Wrote {args.output}: profile {name}, {plural(len(kept), 'partition')}, for hosts "
@@ -19074,14 +19074,14 @@ def hpc_generate(args, client):
         name=name, file=args.output, partitions=len(kept))
 
 
-def write_text(path, text):
-    """Write a file as a whole or not at all; makes its directory."""
+def write_whole(path, data):
+    """Write bytes to a file as a whole or not at all; makes its directory."""
     directory = os.path.dirname(os.path.abspath(path))
     os.makedirs(directory, exist_ok=True)
     part = os.path.join(directory, f".{os.path.basename(path)}.{os.getpid()}")
     try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(data)
         os.replace(part, path)
     except OSError as error:
         remove_file(part)
@@ -19177,7 +19177,7 @@ def slurm_generate(args, client):
     sentence = f"{plural(len(plan), 'scheduler')} and {plural(total, 'allocation')} on " \
                f"{profile.name} for {plural(len(spec.payload['jobs']), 'job')}"
     if args.output:
-        write_text(args.output, text)
+        write_whole(args.output, text.encode())
         say(args, f"Wrote {args.output}: {sentence}", file=args.output, allocations=total,
             schedulers=[one["scheduler"] for one in plan])
     else:
@@ -20217,8 +20217,7 @@ service_verb("start", "Start the service.")
 service_verb("stop", "Stop the service until the next start.")
 service_verb("status", "Show the status of the service.")
 
-BUNDLED = ("bottle", "waitress", "yaml")
-BUNDLED_DISTRIBUTIONS = ("bottle", "waitress", "PyYAML")
+BUNDLED = {"bottle": "bottle", "waitress": "waitress", "yaml": "PyYAML"}     # module: distribution
 BUNDLE_MAIN = '''\
 """Starts the torc in this archive."""
 import importlib.util
@@ -20241,65 +20240,56 @@ sys.exit(torc.main())
 
 
 def package_files(name):
-    """(name in the archive, path) of the pure Python of an installed module or package."""
+    """(name in the archive, Path) of the pure Python of an installed module or package."""
     import importlib.util
+    from pathlib import Path
     found = importlib.util.find_spec(name)
     if not found or not found.origin or not os.path.isfile(found.origin):
         raise MissingPackage(name, "a bundle")
-    if not found.submodule_search_locations:
-        return [(f"{name}.py", found.origin)]
-    files = []
-    base = os.path.dirname(found.origin)
-    for directory, below, names in os.walk(base):
-        below[:] = sorted(part for part in below if part not in ("__pycache__", "tests"))
-        files += [(os.path.relpath(os.path.join(directory, part), os.path.dirname(base)),
-                   os.path.join(directory, part)) for part in sorted(names)
-                  if part.endswith((".py", ".typed"))]
-    return files
+    origin = Path(found.origin)
+    root, paths = origin.parent, [origin]
+    if found.submodule_search_locations:
+        root, paths = root.parent, sorted(root.rglob("*"))
+    for path in paths:
+        place = path.relative_to(root)
+        if path.suffix in (".py", ".typed") and not {"__pycache__", "tests"} & set(place.parts):
+            yield str(place), path
 
 
-def licence_files():
-    """(name in the archive, path) of the licences of the packages in a bundle."""
+def licence_files(distribution):
+    """(name in the archive, Path) of the licences of a package."""
     from importlib import metadata
-    files = []
-    for name in BUNDLED_DISTRIBUTIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            files += [(f"licenses/{name}/{path.name}", str(path.locate()))
-                      for path in metadata.files(name) or ()
-                      if re.match(r"(?i)(licen[cs]e|copying|authors)", path.name)]
-    return [(name, path) for name, path in files if os.path.isfile(path)]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for path in metadata.files(distribution) or ():
+            if re.match(r"(?i)(licen[cs]e|copying|authors)", path.name) and path.locate().is_file():
+                yield f"licenses/{distribution}/{path.name}", path.locate()
 
 
 def bundle(path):
     """Write an executable archive of torc with bottle, waitress and PyYAML; the same for the same
-    input and Python. Raises TorcError, MissingPackage, OSError."""
+    input and Python. Raises TorcError, MissingPackage."""
     import importlib.util
+    import io
     import marshal
     import zipfile
     if not os.path.isfile(__file__):
         raise TorcError("this torc is a bundle itself: copy it, or make one with torc.py")
-    contents = [("torc.py", __file__), *(file for name in BUNDLED for file in package_files(name)),
-                *licence_files()]
-    temporary = f"{path}.{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(b"#!/usr/bin/env python3\n")
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr(zipfile.ZipInfo("__main__.py"), BUNDLE_MAIN)
-                for name, source in contents:
-                    with open(source, "rb") as text:
-                        archive.writestr(zipfile.ZipInfo(name), text.read(), zipfile.ZIP_DEFLATED)
-                with open(__file__, "rb") as text:
-                    code = compile(text.read(), "torc.py", "exec", dont_inherit=True)
-                # Version 2: later ones depend on what else refers to an object.
-                archive.writestr(zipfile.ZipInfo(f"torc.{importlib.util.MAGIC_NUMBER.hex()}"),
-                                 marshal.dumps(code, 2), zipfile.ZIP_DEFLATED)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with open(__file__, "rb") as file:
+        program = file.read()
+    # Version 2: later ones depend on what else refers to an object.
+    code = marshal.dumps(compile(program, "torc.py", "exec", dont_inherit=True), 2)
+    contents = [("__main__.py", BUNDLE_MAIN), ("torc.py", program),
+                (f"torc.{importlib.util.MAGIC_NUMBER.hex()}", code)]
+    for name, distribution in BUNDLED.items():
+        contents += [(place, source.read_bytes()) for place, source in (
+            *package_files(name), *licence_files(distribution))]
+    data = io.BytesIO()
+    data.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, text in contents:
+            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
+    write_whole(path, data.getvalue())
+    os.chmod(path, 0o755)
 
 
 @command("bundle", "[FILE=torc.pyz] -> path", client=False,
