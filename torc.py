@@ -20147,7 +20147,7 @@ def server_words(args):
         value = getattr(args, name)
         if value is None or value is False or value == usual.get(name):
             continue
-        if name in ("auth_file", "tls_cert", "tls_key", "database", "log_dir"):
+        if option.metavar in ("FILE", "DIR"):
             value = os.path.abspath(value)
         for one in value if isinstance(value, list) else [value]:
             words += [flag] if one is True else [flag, str(one)]
@@ -20396,24 +20396,17 @@ def main(argv=None):
         return report_error(TorcError(f"{place}{error.strerror or error}"), wants_json(argv))
 
 
-def main_server():
-    """The program torc-server: `torc server` under its own name."""
-    return main(["server", *sys.argv[1:]])
+def program(word):
+    """The program torc-WORD: `torc WORD` under its own name."""
+    def run():
+        return main([word, *sys.argv[1:]])
+    return run
 
 
-def main_htpasswd():
-    """The program torc-htpasswd: `torc htpasswd` under its own name."""
-    return main(["htpasswd", *sys.argv[1:]])
-
-
-def main_slurm_job_runner():
-    """The program torc-slurm-job-runner: `torc slurm-job-runner` under its own name."""
-    return main(["slurm-job-runner", *sys.argv[1:]])
-
-
-def main_dash():
-    """The program torc-dash: `torc dash` under its own name."""
-    return main(["dash", *sys.argv[1:]])
+main_server = program("server")
+main_htpasswd = program("htpasswd")
+main_slurm_job_runner = program("slurm-job-runner")
+main_dash = program("dash")
 
 
 # ==================================================================================================
