@@ -6033,6 +6033,7 @@ esac"""
 
 def test_a_generated_profile_is_found_and_wins(cli, programs, monkeypatch):
     programs(sinfo=SINFO, scontrol=SINFO)
+    monkeypatch.setattr(torc, "_cluster", {"name": None, "again": 0})
     home = Path(os.environ["HOME"])
     assert "slurm (no known system, but it has Slurm" in cli("hpc", "detect", ok=0)[1]
     out = cli("hpc", "generate", "-o", home / ".torc/hpc/blue.json", "--skip-stdby", ok=0)[1]

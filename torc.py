@@ -10920,14 +10920,13 @@ def read_partitions(sinfo, scontrol):
                  for one, nodes in found.items())
 
 
-def slurm_profile(name=DYNAMIC_PROFILE, display_name=None):
+def slurm_profile():
     """Return the profile of this cluster as Slurm describes it. Raises TorcError."""
     partitions = read_partitions(slurm("sinfo", "-e", "-h", "-o", "%P|%c|%m|%l|%G|%D"),
                                  slurm("scontrol", "-o", "show", "partition"))
     if not partitions:
         raise TorcError("sinfo names no partition that can be used: look at it with `sinfo`")
-    return Profile(name, display_name or "this cluster", "read from sinfo and scontrol", (),
-                   partitions)
+    return Profile(DYNAMIC_PROFILE, "this cluster", "read from sinfo and scontrol", (), partitions)
 
 
 def partitions_named(profile, name):
@@ -19035,11 +19034,6 @@ def hpc_match(args, client):
     show_partitions(args, profile, found, best=lambda one: one is best)
 
 
-def host_pattern(hostname):
-    """A regular expression for hosts named like this one, which may differ in their number."""
-    return re.sub(r"\d+$", lambda match: r"\d+", re.escape(hostname.partition(".")[0]))
-
-
 @command("hpc generate", """
          -n, --name NAME          default: the cluster's own
          -d, --display-name TEXT  shown to people
@@ -19050,18 +19044,18 @@ def host_pattern(hostname):
 def hpc_generate(args, client):
     """Write a profile of this cluster as JSON, from what its Slurm says; edit it as you like."""
     import socket
-    config = slurm("scontrol", "show", "config")
-    cluster = re.search(r"^ClusterName\s*=\s*(\S+)", config, re.M)
-    name = args.name or (cluster[1] if cluster else "cluster")
+    profile, hostname = slurm_profile(), socket.gethostname()
+    name = args.name or cluster_name() or "cluster"
     if name == DYNAMIC_PROFILE:
         raise UsageError(f"{name} names the profile that is read from the cluster each time: take "
                          "another with --name")
-    profile = slurm_profile(name, args.display_name or name)
     kept = [one for one in profile.partitions
             if not (args.skip_stdby and re.search("stdby|standby", one.name))]
-    sign = Detection("hostname", f"^{host_pattern(socket.gethostname())}(\\.|$)")
+    # Hosts named like this one may differ in their number.
+    hosts = re.sub(r"\d+$", r"\\d+", re.escape(hostname.partition(".")[0]))
     text = json.dumps(profile_json(profile._replace(
-        partitions=tuple(kept), detection=(sign,),
+        name=name, display_name=args.display_name or name, partitions=tuple(kept),
+        detection=(Detection("hostname", f"^{hosts}(\\.|$)"),),
         description=f"read from sinfo and scontrol on {time.strftime('%Y-%m-%d')}")), indent=2)
     if not args.output:
         print(text)
@@ -19070,7 +19064,7 @@ def hpc_generate(args, client):
     own = os.path.expanduser("~/.torc/hpc")
     used = os.path.dirname(os.path.abspath(args.output)) == own and args.output.endswith(".json")
     say(args, f"Wrote {args.output}: profile {name}, {plural(len(kept), 'partition')}, for hosts "
-        f"like {socket.gethostname()}" + ("" if used else f". Put it into {own} to use it"),
+        f"like {hostname}" + ("" if used else f". Put it into {own} to use it"),
         name=name, file=args.output, partitions=len(kept))
 
 
