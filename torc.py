@@ -17440,7 +17440,7 @@ def do_run(args, client):
             output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
             num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
             end_time=end_time, share_password=args.share_password, schedule=scheduling(
-                client, workflow_id, lambda: worker_request(client, wishes_of(args))))).run()
+                client, lambda: worker_request(client, wishes_of(args))))).run()
         if args.format == "json":
             print_json({**workflow_report(client, workflow_id), "exit_code": code})
         return code
@@ -18762,8 +18762,8 @@ def do_slurm_job_runner(args, client):
     how = client_options(args)
     if args.credentials:
         secrets = json_file(args.credentials)
-        how.update(password=how["password"] or secrets.get("password"),
-                   cookie=how["cookie"] or secrets.get("cookie"))
+        for name in ("password", "cookie"):
+            how[name] = how[name] or secrets.get(name)
     if args.program_hash and args.program_hash != own_hash():
         tell(args, f"{own_command()[1]} is another one than when this allocation was submitted",
              "warn")
@@ -18801,10 +18801,9 @@ def work_in_allocation(args, client, where):
             bury_node(client, node, "requeued by Slurm")
     options = RunOptions(
         output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
-        share_password=args.share_password, schedule=scheduling(
-            client, workflow_id, lambda: WorkerRequest(
-                os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others),
-                share_password=args.share_password)))
+        share_password=args.share_password, schedule=scheduling(client, lambda: WorkerRequest(
+            os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others),
+            share_password=args.share_password)))
     runner = SlurmRunner(client, workflow_id, options, where, args.scheduler_config_id,
                          args.strict_scheduler_match, args.is_subtask)
     try:
@@ -18836,7 +18835,7 @@ def close_allocation(client, workflow_id, where, record):
                                      record.get("output_dir") or ""))
 
 
-def scheduling(client, workflow_id, make_request):
+def scheduling(client, make_request):
     """What a runner calls to carry out a schedule_nodes action; None where there is no sbatch.
 
     make_request: called for the WorkerRequest when it is needed.
@@ -18921,7 +18920,7 @@ def do_watch(args, client):
 
     Exit code 0: all completed; 1: some failed or were canceled, or could not be recovered.
     """
-    return Watcher(args, client, wishes_of(args), lambda *said: tell(args, *said)).run()
+    return Watcher(args, client, wishes_of(args), functools.partial(tell, args)).run()
 
 
 # ---- HPC profiles
@@ -19500,12 +19499,6 @@ def log_found(path, words, block=2**20):
     return {"text": "", "from": 0, "size": size}
 
 
-def inside(path, directory):
-    """Whether a file, links followed, lies below a directory."""
-    place = os.path.realpath(directory)
-    return os.path.commonpath([os.path.realpath(path), place]) == place
-
-
 def pasted(text):
     """The Spec of a text, or the payload of an exported workflow. Raises SpecError, Invalid."""
     if '"export_version"' in text[:1000]:
@@ -19559,7 +19552,8 @@ class DashActions:
         path = attempt.stdout if stream == "stdout" else attempt.stderr
         if not path:
             return ""
-        if not inside(path, os.path.dirname(os.path.dirname(path))):
+        place = os.path.realpath(os.path.dirname(os.path.dirname(path)))
+        if os.path.commonpath([os.path.realpath(path), place]) != place:      # links followed
             raise Forbidden(f"{path} leads out of the output directory")
         if not os.path.exists(path) and attempt.host and not os.path.isdir(os.path.dirname(path)):
             raise NotFound(f"{path} is on {attempt.host}, and not to be seen from here")
@@ -20301,7 +20295,7 @@ def open_client(args, make):
     """The client that the options and the environment ask for."""
     directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
     return connect(args.database, args.url, directory, client_options(args),
-                   tell=lambda sentence: tell(args, sentence), create=make)
+                   functools.partial(tell, args), make)
 
 
 def client_options(args):
