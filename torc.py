@@ -18990,13 +18990,9 @@ def hpc_show(args, client):
         return
     signs = [f"{sign.name}={sign.value}" if sign.type == "env" else f"{sign.type} {sign.value}"
              for sign in profile.detection]
-    fields = {
-        "name": profile.name, "display_name": profile.display_name,
-        "description": profile.description, "detection": " or ".join(signs),
-        "default_account": profile.default_account,
-        "charge_factor_cpu": profile.charge_factor_cpu,
-        "charge_factor_gpu": profile.charge_factor_gpu, **profile.metadata,
-        "partitions": ", ".join(dict.fromkeys(one.name for one in profile.partitions))}
+    fields = {**profile._asdict(), "detection": " or ".join(signs), **profile.metadata}
+    del fields["metadata"], fields["partitions"]         # they are shown behind the others
+    fields["partitions"] = ", ".join(dict.fromkeys(one.name for one in profile.partitions))
     show_record(args, {name: value for name, value in fields.items() if value not in (None, "")})
 
 
