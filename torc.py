@@ -2350,6 +2350,12 @@ def refusal(error):
     return Invalid(f"a record that this refers to does not exist ({error})")
 
 
+def dicts_of(cursor):
+    """The rows of a cursor as dicts by the names of their columns."""
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row)) for row in cursor]
+
+
 class Store:
     """A database file with one writer at a time, concurrent readers, and news for waiting clients.
 
@@ -2543,17 +2549,18 @@ class Store:
             self._writer.execute(f"{head} VALUES " + ", ".join([one] * len(chunk)),
                                  list(itertools.chain.from_iterable(chunk)))
 
-    def query(self, sql, params=()):
-        """All rows of a SELECT, as tuples; a transaction sees what it has written."""
+    def query(self, sql, params=(), rows_of=list):
+        """All rows of a SELECT, as tuples, or what rows_of makes of the cursor, such as dicts_of; a
+        transaction sees what it has written."""
         import sqlite3
         if self._writer_thread == threading.get_ident():
-            return self._writer.execute(sql, params).fetchall()
+            return rows_of(self._writer.execute(sql, params))
         try:
             connection = self._readers.pop()
         except IndexError:
             connection = self._connect()
         try:
-            return connection.execute(sql, params).fetchall()
+            return rows_of(connection.execute(sql, params))
         except sqlite3.Error as error:
             raise self._trouble(error) from error
         finally:
@@ -2869,19 +2876,24 @@ def conditions(kind, wanted):
     return " AND ".join(found), params
 
 
-def listing(store, kind, page, wanted, without=()):
-    """A list envelope of the records that pass the filters in `wanted`; see conditions."""
+def listing(store, kind, page, wanted, without=(), joined="", orders=()):
+    """A list envelope of the records that pass the filters in `wanted`; see conditions.
+
+    orders: {name: SQL} by which the list can also be sorted, once `joined` has joined what they
+    need to the table t.
+    """
     where, params = conditions(kind, wanted)
     kind_columns = [field for field in columns(kind) if field.name not in without]
     sortable = {field.name: f"julianday(t.{field.name})" if field.type in ("time", "when") else
                 f"t.{field.name}" for field in kind_columns
                 if field.name not in kind.unsorted.split()}
+    sortable.update(orders)
     direction = "DESC" if page.reverse else "ASC"
     names = ", ".join(f"t.{field.name}" for field in kind_columns)
-    source = f"FROM {kind.table} t WHERE {where}"
-    total = store.one(f"SELECT count(*) {source}", params)[0]
+    total = store.one(f"SELECT count(*) FROM {kind.table} t WHERE {where}", params)[0]
     sql = f"""
-        SELECT {names} {source}
+        SELECT {names} FROM {kind.table} t {joined if page.sort_by in orders else ''}
+        WHERE {where}
         ORDER BY {sortable.get(page.sort_by, 't.id')} {direction}, t.id {direction}
         LIMIT ? OFFSET ?"""
     params = [*params, page.limit, max(page.offset, 0)]
@@ -4105,6 +4117,8 @@ FEW_JOBS = 400                            # up to here a graph shows each job, e
 MAX_FAMILIES = 60
 MS = "round((julianday({0}) - 2440587.5) * 86400000)"           # a text's time, ms since the epoch
 DONE_SET = (*COMPLETE_SET, DISABLED)
+STATUS_NAME = "CASE {}.status %s END" % " ".join(        # SQL for the status of a table, in words
+    f"WHEN {status} THEN '{name}'" for status, name in enumerate(STATUS_NAMES))
 STATUS_PAST = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was terminated"}
 
 
@@ -4243,15 +4257,17 @@ def blocker_text(cause, number, facts):
 
 def unfinished(store, workflow_id):
     """What keeps a workflow from completing: see the API's GET /workflows/{id}/unfinished."""
-    by_status = {STATUS_NAMES[status]: number for status, number in store.query(
-        f"SELECT status, count(*) FROM job WHERE workflow_id = ? AND status IN {NOT_COMPLETE} GROUP"
-        " BY status ORDER BY status", (workflow_id,))}
+    by_status = dict(store.query(
+        f"SELECT {STATUS_NAME.format('job')}, count(*) FROM job WHERE workflow_id = ? AND status IN"
+        f" {NOT_COMPLETE} GROUP BY status ORDER BY status", (workflow_id,)))
     # The name is that of the first: a column beside min() comes from its row.
-    ready = [{"resource_requirements": fetch(store, KINDS["resource_requirements"], need_id),
-              "count": number, "job_id": job_id, "job_name": name, "stopping": stopping}
-             for need_id, number, job_id, name, stopping in store.query(
-        "SELECT resource_requirements_id, count(*), min(id), name, count(compute_node_id) FROM job"
-        f" WHERE workflow_id = ? AND status = {READY} GROUP BY 1 ORDER BY 3", (workflow_id,))]
+    ready = store.query(
+        "SELECT resource_requirements_id AS resource_requirements, count(*) AS count, min(id) AS"
+        " job_id, name AS job_name, count(compute_node_id) AS stopping FROM job WHERE workflow_id ="
+        f" ? AND status = {READY} GROUP BY 1 ORDER BY 3", (workflow_id,), dicts_of)
+    for row in ready:
+        row["resource_requirements"] = fetch(store, KINDS["resource_requirements"],
+                                             row["resource_requirements"])
     nodes = listing(store, KINDS["compute_node"], Page(),
                     {"workflow_id": workflow_id, "is_active": True})["items"]
     for node in nodes:                    # how long a runner of ours has said nothing
@@ -4266,18 +4282,19 @@ def unfinished(store, workflow_id):
 def waiting_for(store, workflow_id):
     """At most 20 jobs that will not end by themselves, and so hold the workflow up; if there are
     none and nothing is at work, those that wait for each other in a circle."""
-    sql = ("SELECT j.id, j.name, j.status, (SELECT count(*) FROM job_dependency d WHERE"
-           " d.depends_on_job_id = j.id) AS dependents FROM job j WHERE j.workflow_id = ? AND {}"
-           " ORDER BY dependents DESC, j.id LIMIT 20")
+    found = []
     stuck = (f"(j.status IN ({UNINITIALIZED}, {PENDING_FAILED}) OR (j.status = {DISABLED} AND"
              " EXISTS (SELECT 1 FROM job_dependency d JOIN job b ON b.id = d.job_id WHERE"
              f" d.depends_on_job_id = j.id AND b.status = {BLOCKED})))")
     circle = (f"j.status = {BLOCKED} AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id ="
               f" j.workflow_id AND status IN ({READY}, {PENDING}, {RUNNING}))")
-    roots = store.query(sql.format(stuck), (workflow_id,)) or store.query(sql.format(circle),
-                                                                         (workflow_id,))
-    return [{"job_id": job_id, "job_name": name, "status": STATUS_NAMES[status],
-             "dependents": dependents} for job_id, name, status, dependents in roots]
+    for condition in (stuck, circle):
+        found = found or store.query(
+            f"SELECT j.id AS job_id, j.name AS job_name, {STATUS_NAME.format('j')} AS status,"
+            " (SELECT count(*) FROM job_dependency d WHERE d.depends_on_job_id = j.id) AS"
+            f" dependents FROM job j WHERE j.workflow_id = ? AND {condition} ORDER BY dependents"
+            " DESC, j.id LIMIT 20", (workflow_id,), dicts_of)
+    return found
 
 
 def why(store, job_id):
@@ -4670,40 +4687,44 @@ def summary(store, workflow_id, now):
 
 # ---- jobs with how they ended
 
-# A job t with the result r that counts and the node n that has it or had it.
-ENDED_JOB = (f"job t LEFT JOIN result r ON r.id = t.result_id AND t.status IN"
-             f" ({', '.join(map(str, FINAL_SET))}) LEFT JOIN compute_node n ON n.id ="
-             " coalesce(r.compute_node_id, t.compute_node_id)")
+# With a job t, the result r that counts and the node n that has it or had it.
+ENDED = (f"LEFT JOIN result r ON r.id = t.result_id AND t.status IN"
+         f" ({', '.join(map(str, FINAL_SET))}) LEFT JOIN compute_node n ON n.id ="
+         " coalesce(r.compute_node_id, t.compute_node_id)")
+
+
+def job_orders(now):
+    """What a list of jobs can be sorted by besides its columns: {name: SQL}."""
+    running = f"CASE WHEN t.status = {RUNNING} THEN"
+    return {"start": f"{running} t.started_ms ELSE r.start_ms END",
+            "ran": f"{running} {int(now * 1000)} - t.started_ms ELSE r.end_ms - r.start_ms END",
+            "memory": "r.peak_memory_bytes", "host": "n.hostname", "note": "r.return_code"}
 
 
 def job_views(store, ids, now):
     """{job id: what a row of the list of jobs shows besides the record}, in the order given."""
-    views, codes, hindered = {job_id: {} for job_id in ids}, {}, []
-    for (job_id, workflow_id, name, status, attempt, started, waits, cascaded, command, need, cpus,
-         memory, runtime, start, end, peak, code, host) in store.query(
-            "SELECT t.id, t.workflow_id, t.name, t.status, t.attempt_id, t.started_ms,"
-            " t.unfinished, t.cascaded, t.command, q.name, q.num_cpus, q.memory_bytes, q.runtime_s,"
-            " r.start_ms, r.end_ms, r.peak_memory_bytes, r.return_code, n.hostname FROM"
-            f" {ENDED_JOB} JOIN resource_requirements q ON q.id = t.resource_requirements_id WHERE"
-            f" t.id IN {IDS}", (compact(list(ids)),)):
+    views, codes, hindered, orders = {job_id: {} for job_id in ids}, {}, [], job_orders(now)
+    for view in store.query(
+            f"SELECT t.id, t.name, '' AS family, t.command, {STATUS_NAME.format('t')} AS status,"
+            " t.attempt_id, q.num_cpus, q.memory_bytes, q.runtime_s, q.name AS requirement,"
+            f" coalesce(n.hostname, '') AS host, {orders['start']} AS start_ms, ({orders['ran']})"
+            " / 1000.0 AS ran_s, r.peak_memory_bytes, '' AS note, t.workflow_id, r.return_code,"
+            f" t.unfinished, t.cascaded FROM job t {ENDED} JOIN resource_requirements q ON q.id ="
+            f" t.resource_requirements_id WHERE t.id IN {IDS}", (compact(list(ids)),), dicts_of):
+        workflow_id, code, waits, cascaded = (view.pop(name) for name in (
+            "workflow_id", "return_code", "unfinished", "cascaded"))
+        status = view["status"]
         if workflow_id not in codes:
             codes[workflow_id] = exit_codes(store, workflow_id)
-        if status == RUNNING:
-            start, end = started, int(now * 1000)
-        note = ""
-        if status in (FAILED, TERMINATED, PENDING_FAILED) and code is not None:
-            note = exit_text(code, codes[workflow_id], status)
-        elif status == BLOCKED:
-            note = f"waits for {waits:,} jobs"
-        elif status == READY:
-            note = "waits for a free place"
-        hindered += [job_id] if cascaded or status == BLOCKED and waits == 1 else []
-        views[job_id] = {
-            "id": job_id, "name": name, "family": family_name(name), "command": command,
-            "status": STATUS_NAMES[status], "attempt_id": attempt, "num_cpus": cpus,
-            "memory_bytes": memory, "runtime_s": runtime, "requirement": need, "host": host or "",
-            "start_ms": start, "ran_s": None if start is None else (end - start) / 1000,
-            "peak_memory_bytes": peak, "note": note}
+        if status in ("failed", "terminated", "pending_failed") and code is not None:
+            view["note"] = exit_text(code, codes[workflow_id], STATUS_OF_NAME[status])
+        elif status == "blocked":
+            view["note"] = f"waits for {waits:,} jobs"
+        elif status == "ready":
+            view["note"] = "waits for a free place"
+        hindered += [view["id"]] if cascaded or status == "blocked" and waits == 1 else []
+        view["family"] = family_name(view["name"])
+        views[view["id"]] = view
     for job_id, _, _, name, status in reversed(hindrances(
             store, f"j.id IN {IDS} AND (j.cascaded OR p.status NOT IN {COMPLETE})",
             (compact(hindered),))):
@@ -4712,39 +4733,17 @@ def job_views(store, ids, now):
     return views
 
 
-JOB_ORDERS = {                            # what a list of jobs can be sorted by besides its columns
-    "start": f"CASE WHEN t.status = {RUNNING} THEN t.started_ms ELSE r.start_ms END",
-    "ran": f"CASE WHEN t.status = {RUNNING} THEN {{now}} - t.started_ms ELSE r.end_ms - r.start_ms"
-           " END",
-    "memory": "r.peak_memory_bytes", "host": "n.hostname", "note": "r.return_code"}
-
-
-def job_page(store, page, wanted, now):
-    """A list envelope of jobs, which a key of JOB_ORDERS may sort, too; see listing."""
-    if page.sort_by not in JOB_ORDERS:
-        return listing(store, KINDS["job"], page, wanted)
-    where, params = conditions(KINDS["job"], wanted)
-    direction = "DESC" if page.reverse else "ASC"
-    order = JOB_ORDERS[page.sort_by].format(now=int(now * 1000))
-    total = store.one(f"SELECT count(*) FROM job t WHERE {where}", params)[0]
-    ids = [row[0] for row in store.query(
-        f"SELECT t.id FROM {ENDED_JOB} WHERE {where} ORDER BY {order} {direction}, t.id {direction}"
-        " LIMIT ? OFFSET ?", (*params, page.limit, max(page.offset, 0)))]
-    records = {record["id"]: record for record in listing(
-        store, KINDS["job"], Page(), {"ids": compact(ids)})["items"]}
-    return envelope([records[job_id] for job_id in ids if job_id in records], page, total)
-
-
 def job_details(store, job_id):
     """What the page of one job shows besides: CPUs used, failure handler, files read, written."""
-    paths = ("(SELECT group_concat(path, ', ') FROM (SELECT f.path FROM job_{}_file x JOIN file f"
-             " ON f.id = x.file_id WHERE x.job_id = t.id ORDER BY f.id LIMIT 100))")
-    used, handler, priority, inputs, outputs = store.one(
-        f"SELECT r.avg_cpu_percent, h.name, t.priority, {paths.format('input')},"
-        f" {paths.format('output')} FROM {ENDED_JOB} LEFT JOIN failure_handler h ON h.id ="
-        " t.failure_handler_id WHERE t.id = ?", (job_id,))
-    return {"cpu_used": None if used is None else f"{used / 100:.1f}", "handler": handler,
-            "priority": priority, "inputs": inputs, "outputs": outputs}
+    paths = ("(SELECT group_concat(path, ', ') FROM (SELECT f.path FROM job_{0}_file x JOIN file f"
+             " ON f.id = x.file_id WHERE x.job_id = t.id ORDER BY f.id LIMIT 100)) AS {0}s")
+    details, = store.query(
+        "SELECT r.avg_cpu_percent / 100 AS cpu_used, h.name AS handler, t.priority,"
+        f" {paths.format('input')}, {paths.format('output')} FROM job t {ENDED} LEFT JOIN"
+        " failure_handler h ON h.id = t.failure_handler_id WHERE t.id = ?", (job_id,), dicts_of)
+    if details["cpu_used"] is not None:
+        details["cpu_used"] = f"{details['cpu_used']:.1f}"
+    return details
 
 
 # ---- graph
@@ -4911,7 +4910,7 @@ def failed_jobs(store, where, params):
     return [Failure(*row) for row in store.query(
         "SELECT t.id, t.name, t.status, r.id, r.return_code, (r.end_ms - r.start_ms) / 1000.0,"
         " r.end_ms, r.peak_memory_bytes, n.hostname, substr(r.stderr_tail, -400), q.memory_bytes,"
-        f" q.runtime_s, q.name FROM {ENDED_JOB} JOIN resource_requirements q ON q.id ="
+        f" q.runtime_s, q.name FROM job t {ENDED} JOIN resource_requirements q ON q.id ="
         f" t.resource_requirements_id WHERE {where} AND t.status IN {BAD_END} ORDER BY r.id DESC"
         " LIMIT ?", params)]
 
@@ -6232,7 +6231,8 @@ def list_jobs(request):
     store, wanted = request.store, {**request.query}
     if "family" in wanted:
         wanted["ids"] = compact(family_members(store, request.workflow_id, wanted["family"]))
-    answer = job_page(store, request.page, wanted, request.now)
+    answer = listing(store, KINDS["job"], request.page, wanted, joined=ENDED,
+                     orders=job_orders(request.now))
     if request.query["include_relationships"]:
         with_relations(store, answer["items"])
     if request.query["include_results"]:
