@@ -3266,17 +3266,17 @@ def reset_jobs(store, workflow_id, failed_only=False):
     return len(chosen)
 
 
-def cancel_workflow(store, workflow_id, user, now):
+def cancel_workflow(store, workflow_id, subject, now):
     """In a transaction: cancel a workflow and its pending and running jobs, but no others."""
     store.execute("UPDATE workflow SET is_canceled = 1 WHERE id = ?", (workflow_id,))
     jobs = job_ids(store, f"workflow_id = ? AND status IN ({PENDING}, {RUNNING})", (workflow_id,))
     finish(store, workflow_id, jobs, CANCELED)
-    store_event(store, workflow_id, now, {"category": "workflow_canceled", "user": user,
+    store_event(store, workflow_id, now, {"category": "workflow_canceled", "user": subject,
                                           "workflow_id": workflow_id})
     store.news(workflow_id)
 
 
-def reset_workflow(store, workflow_id, user, now, force):
+def reset_workflow(store, workflow_id, subject, now, force):
     """In a transaction: clear the workflow's flags. Raises Invalid.
 
     Upstream: reset_workflow_status.
@@ -3298,7 +3298,7 @@ def reset_workflow(store, workflow_id, user, now, force):
         WHERE id = ?""", (workflow_id,))
     settle(store, workflow_id)
     store_event(store, workflow_id, now, {
-        "category": "user_action", "action": "reset_workflow_status", "user": user,
+        "category": "user_action", "action": "reset_workflow_status", "user": subject,
         "workflow_id": workflow_id, "force": force})
 
 
@@ -3962,7 +3962,7 @@ def process_changed_job_inputs(store, workflow_id, dry_run):
             "reasons": {str(job.id): plain_names(changed[job.id]) for job in jobs}}
 
 
-def add_scheduled_node(store, values, once, action_id=None):
+def add_scheduled_node(store, body, once, action_id=None):
     """Store a scheduled compute node; once=true (ours): or return the one of this Slurm job."""
     kind = KINDS["scheduled_compute_node"]
     row = once and store.one("""
@@ -3970,29 +3970,29 @@ def add_scheduled_node(store, values, once, action_id=None):
         WHERE workflow_id = ? AND scheduler_id = ? AND scheduler_type = ?
             AND (cluster IS ? OR cluster IS NULL)
         ORDER BY cluster IS NULL""",
-        [values.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
+        [body.get(name) for name in ("workflow_id", "scheduler_id", "scheduler_type",
                                        "cluster")])
     if row:
         store.execute("""
             UPDATE scheduled_compute_node SET cluster = coalesce(cluster, ?)
-            WHERE id = ?""", (values.get("cluster"), row[0]))
+            WHERE id = ?""", (body.get("cluster"), row[0]))
         made = fetch(store, kind, row[0])
     else:
-        made = {**values, "id": add_many(store, kind, [values])[0]}
-        store.tell(values["workflow_id"], "scheduler_node_created", "info", {
+        made = {**body, "id": add_many(store, kind, [body])[0]}
+        store.tell(body["workflow_id"], "scheduler_node_created", "info", {
             "category": "scheduler", "scheduled_compute_node_id": made["id"],
-            **{name: values[name] for name in ("scheduler_id", "scheduler_config_id",
-                                               "scheduler_type", "status")}})
+            **{name: body[name] for name in ("scheduler_id", "scheduler_config_id",
+                                             "scheduler_type", "status")}})
     if action_id is not None and store.execute(
             "UPDATE scheduled_compute_node SET action_id = ? WHERE id = ? AND action_id IS NULL",
             (action_id, made["id"])):
         store.execute("""
             UPDATE workflow_action SET submitted = submitted + 1
-            WHERE id = ? AND workflow_id = ?""", (action_id, values["workflow_id"]))
+            WHERE id = ? AND workflow_id = ?""", (action_id, body["workflow_id"]))
     return made
 
 
-def add_slurm_stats(store, values):
+def add_slurm_stats(store, body):
     """Store what Slurm's accounting says about an attempt; its result gets the peak memory and the
     CPU use if it lacks them."""
     store.execute("""
@@ -4002,9 +4002,9 @@ def add_slurm_stats(store, values):
                 CASE WHEN exec_time_minutes > 0 THEN round(? / exec_time_minutes / 0.6, 1) END,
                 avg_cpu_percent)
         WHERE job_id = ? AND run_id = ? AND attempt_id = ? AND peak_memory_bytes IS NULL""",
-        [values.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id", "run_id",
+        [body.get(name) for name in ("max_rss_bytes", "ave_cpu_seconds", "job_id", "run_id",
                                        "attempt_id")])
-    return {**values, "id": add_many(store, KINDS["slurm_stats"], [values])[0]}
+    return {**body, "id": add_many(store, KINDS["slurm_stats"], [body])[0]}
 
 
 def delete_records(store, kind, workflow_id, **wanted):
@@ -5863,8 +5863,9 @@ def unshare(store, workflow_id, group_id):
 # ==================================================================================================
 # 9 API
 # ==================================================================================================
-# Every operation is a plain function of a Request and the URL's values; it returns what becomes
-# JSON and raises our errors. Nothing here knows HTTP: the server and LocalClient both call it.
+# Every operation is a plain function that returns what becomes JSON and raises our errors. It gets
+# what its parameters name: things in OFFERED, fields of the query, and values of the path in order.
+# Nothing here knows HTTP: the server and LocalClient both call it.
 # ROUTES say what an operation needs; call_endpoint reads and checks that, in the order path, query,
 # body, existence, access, references, and opens the transaction of all but a GET, so that check and
 # work see the same state.
@@ -5886,6 +5887,11 @@ class Request(NamedTuple):
     only: int | None = None               # the workflow that a job's token is good for
 
     @property
+    def request(self):
+        """All of it."""
+        return self
+
+    @property
     def subject(self):
         """The user's name for events and messages."""
         return self.user or self.nobody
@@ -5897,6 +5903,8 @@ class Request(NamedTuple):
                     self.query.get("sort_by"), self.query["reverse_sort"])
 
 
+# Parameters for which an operation gets what the Request has.
+OFFERED = ("request", "store", "query", "body", "now", "subject", "page")
 PAGE = fields("offset int = 0, limit limit = 100000, sort_by str, reverse_sort bool = false")
 # A limit that is too large is cut here, as upstream.
 CUT_PAGE = fields("offset int = 0, limit int = 100000, sort_by str, reverse_sort bool = false")
@@ -5968,47 +5976,48 @@ def check_body(body, wanted, partial=False):
 
 # ---- the six operations that most kinds share
 
-def list_records(request, *_, kind):
+def list_records(request, kind):
     """The records of a workflow, named by query or path, filtered and paged."""
     return listing(request.store, kind, request.page,
                    {**request.query, "workflow_id": request.workflow_id},
                    () if request.query.get("include_stderr", True) else ("stderr_tail",))
 
 
-def create_record(request, kind):
+def create_record(store, body, kind):
     """Store a record; the answer echoes the request with the new id."""
-    return {**request.body, "id": add_many(request.store, kind, [request.body])[0]}
+    return {**body, "id": add_many(store, kind, [body])[0]}
 
 
-def get_record(request, record_id, kind):
+def get_record(store, record_id, kind):
     """One record by id."""
-    return fetch(request.store, kind, record_id)
+    return fetch(store, kind, record_id)
 
 
-def update_record(request, record_id, kind):
+def update_record(store, record_id, body, kind):
     """Change the fields given; absent ones keep their value."""
-    change(request.store, kind, record_id, request.body)
-    request.store.news(request.workflow_id)
-    return fetch(request.store, kind, record_id)
-
-
-def delete_record(request, record_id, kind):
-    """Delete a record and answer what it was."""
-    record = fetch(request.store, kind, record_id)
-    delete_records(request.store, kind, request.workflow_id, id=record_id)
+    change(store, kind, record_id, body)
+    record = fetch(store, kind, record_id)
+    store.news(record["workflow_id"])
     return record
 
 
-def clear_records(request, kind):
+def delete_record(store, record_id, kind):
+    """Delete a record and answer what it was."""
+    record = fetch(store, kind, record_id)
+    delete_records(store, kind, record["workflow_id"], id=record_id)
+    return record
+
+
+def clear_records(store, workflow_id, kind):
     """Delete all records of a kind in a workflow; `count` is what clients read."""
-    number = delete_records(request.store, kind, request.workflow_id)
+    number = delete_records(store, kind, workflow_id)
     return {"count": number, "deleted_count": number,
             "message": f"deleted {number} {kind.name} records"}
 
 
 # ---- server
 
-def ping(request):
+def ping():
     """Whether the server answers."""
     return {"status": "ok"}
 
@@ -6034,10 +6043,9 @@ def server_info(request):
 DEFAULT_REQUIREMENTS = {"name": "default", "runtime": "P0DT1M"}      # and the kind's defaults
 
 
-def create_workflow(request, values=None):
+def create_workflow(request, body):
     """Store a workflow and its default resource requirements."""
-    values = {**(values or request.body)}
-    values["user"] = request.user or values["user"]
+    values = {**body, "user": request.user or body["user"]}
     timestamp = iso_time(request.now)
     workflow_id, = add_many(request.store, KINDS["workflow"], [{**values, "timestamp": timestamp}])
     add_many(request.store, KINDS["resource_requirements"],
@@ -6045,49 +6053,50 @@ def create_workflow(request, values=None):
     return {**values, "id": workflow_id, "status_id": workflow_id, "timestamp": timestamp}
 
 
-def seen_workflows(request, records):
+def seen_workflows(store, records, include_counts):
     """Workflows as clients see them; include_counts adds how far each is (ours)."""
-    far = progress(request.store, [one["id"] for one in records]) \
-        if request.query.get("include_counts") else {}
+    far = progress(store, [one["id"] for one in records]) if include_counts else {}
     return [{**one, "status_id": one["id"], **far.get(one["id"], {})} for one in records]
 
 
-def get_workflow(request, workflow_id):
+def get_workflow(store, workflow_id, include_counts=False):
     """One workflow."""
-    return seen_workflows(request, [fetch(request.store, KINDS["workflow"], workflow_id)])[0]
+    return seen_workflows(store, [fetch(store, KINDS["workflow"], workflow_id)],
+                          include_counts)[0]
 
 
-def list_workflows(request):
+def list_workflows(request, query):
     """All workflows; sorting by the status columns needs the is_archived filter, as upstream.
 
     Ours: search (in name, project and description), all_users=false (only those of the user whose
     name is given), include_counts.
     """
-    wanted = {**request.query}
-    if not request.query["all_users"] and request.user:
+    wanted = {**query}
+    if not query["all_users"] and request.user:
         wanted["owner"] = request.user
     if request.only is not None:
         wanted["id"] = request.only
     if request.access.enforced and not is_admin(request.store, request.user):
         wanted["usable_by"] = request.user
     answer = listing(request.store, KINDS["workflow"], request.page, wanted)
-    return {**answer, "items": seen_workflows(request, answer["items"])}
+    return {**answer, "items": seen_workflows(request.store, answer["items"],
+                                              query["include_counts"])}
 
 
-def update_workflow(request, workflow_id):
+def update_workflow(request, store, workflow_id, body):
     """Change the fields given."""
-    owner = workflow_row(request.store, workflow_id, "user")[0]
-    if request.body.get("user", owner) != owner and request.user != owner:
+    owner = workflow_row(store, workflow_id, "user")[0]
+    if body.get("user", owner) != owner and request.user != owner:
         require_admin(request)            # a group that shares a workflow cannot take it over
-    change(request.store, KINDS["workflow"], workflow_id, request.body)
-    request.store.news(workflow_id)
-    return get_workflow(request, workflow_id)
+    change(store, KINDS["workflow"], workflow_id, body)
+    store.news(workflow_id)
+    return get_workflow(store, workflow_id)
 
 
-def delete_workflow(request, workflow_id):
+def delete_workflow(store, workflow_id):
     """Delete a workflow and everything below it."""
-    record = get_workflow(request, workflow_id)
-    remove_workflow(request.store, workflow_id)
+    record = get_workflow(store, workflow_id)
+    remove_workflow(store, workflow_id)
     return record
 
 
@@ -6104,47 +6113,44 @@ def workflow_status(store, workflow_id):
     return fetch(store, WORKFLOW_STATUS, workflow_id)
 
 
-def update_workflow_status(request, workflow_id):
+def update_workflow_status(store, workflow_id, body):
     """Set run number and flags; a flag left out becomes false, as upstream."""
-    change(request.store, WORKFLOW_STATUS, workflow_id, {
-        "is_archived": False, "has_detected_need_to_run_completion_script": False, **request.body})
-    settle(request.store, workflow_id)
-    return {**request.body, "id": workflow_id}
+    change(store, WORKFLOW_STATUS, workflow_id, {
+        "is_archived": False, "has_detected_need_to_run_completion_script": False, **body})
+    settle(store, workflow_id)
+    return {**body, "id": workflow_id}
 
 
-def reset_job_status(request, workflow_id):
+def reset_job_status(store, workflow_id, subject, now, failed_only):
     """Jobs back to uninitialized: all, or the failed ones and what lies downstream of them."""
-    failed_only = request.query["failed_only"]
-    updated = reset_jobs(request.store, workflow_id, failed_only)
-    store_event(request.store, workflow_id, request.now, {
-        "category": "user_action", "action": "reset_job_status", "user": request.subject,
+    updated = reset_jobs(store, workflow_id, failed_only)
+    store_event(store, workflow_id, now, {
+        "category": "user_action", "action": "reset_job_status", "user": subject,
         "workflow_id": workflow_id, "failed_only": failed_only, "updated_count": updated})
     answer = {"workflow_id": workflow_id, "updated_count": updated, "status": "uninitialized"}
     return {**answer, "reset_type": "failed_only"} if failed_only else answer
 
 
-def initialize(request, workflow_id):
+def initialize(store, workflow_id, subject, only_uninitialized, clear_ephemeral_user_data):
     """Derive dependencies and make jobs blocked or ready. Upstream: initialize_jobs."""
-    only = request.query["only_uninitialized"]
     message = f"initialized the jobs of workflow {workflow_id}"
-    kind = "workflow_started" if only else "workflow_reinitialized"      # as upstream names them
-    initialize_jobs(request.store, workflow_id, only, request.query["clear_ephemeral_user_data"])
-    request.store.tell(workflow_id, kind, "info", {
-        "category": "workflow", "type": kind, "user": request.subject, "message": message})
+    kind = "workflow_started" if only_uninitialized else "workflow_reinitialized"    # upstream's
+    initialize_jobs(store, workflow_id, only_uninitialized, clear_ephemeral_user_data)
+    store.tell(workflow_id, kind, "info", {
+        "category": "workflow", "type": kind, "user": subject, "message": message})
     return {"message": message}
 
 
 # ---- a whole specification at once
 
 @without_collector
-def create_from_spec(request):
+def create_from_spec(request, store, body):
     """A workflow with all its records from one body, in one transaction (ours).
 
     Each list of SPEC_LISTS has records as their own POST takes them, without workflow_id; the first
     has the id 1, the second 2, and so on, and records refer to each other by these ids. Answers
     id, name and the number of jobs.
     """
-    store, body = request.store, request.body
     workflow = create_workflow(request, body["workflow"])
     workflow_id, ids = workflow["id"], {}
     for name, table in SPEC_LISTS.items():
@@ -6179,33 +6185,33 @@ def give_ids(records, wanted, ids):
 
 # ---- jobs
 
-def create_jobs(request, bodies):
+def create_jobs(store, bodies):
     """Insert jobs of one workflow; returns their echoes."""
     if not bodies:
         return []
-    ids = insert_jobs(request.store, [dict(job) for job in bodies])
-    default = default_requirements(request.store, bodies[0]["workflow_id"])
+    ids = insert_jobs(store, [dict(job) for job in bodies])
+    default = default_requirements(store, bodies[0]["workflow_id"])
     return [{"resource_requirements_id": default, **job, "id": job_id, "status": "uninitialized"}
             for job, job_id in zip(bodies, ids)]
 
 
-def create_job(request):
+def create_job(store, body):
     """Create one job, uninitialized."""
-    return create_jobs(request, [request.body])[0]
+    return create_jobs(store, [body])[0]
 
 
-def create_bulk_jobs(request):
+def create_bulk_jobs(request, body):
     """Create many jobs of one workflow, all or none."""
-    if len(request.body["jobs"]) > MAX_LIMIT:
-        raise Invalid(f"{len(request.body['jobs'])} jobs in one request: at most {MAX_LIMIT}")
-    jobs = request.body["jobs"]
+    jobs = body["jobs"]
+    if len(jobs) > MAX_LIMIT:
+        raise Invalid(f"{len(jobs)} jobs in one request: at most {MAX_LIMIT}")
     owners = sorted({job["workflow_id"] for job in jobs})
     if len(owners) > 1:
         raise Invalid(f"the jobs belong to different workflows: {owners[0]} and {owners[1]}")
     for workflow_id in owners:
         request = admitted(request, workflow_id)
     check_references(request, KINDS["job"].fields, jobs)
-    return {"jobs": create_jobs(request, jobs)}
+    return {"jobs": create_jobs(request.store, jobs)}
 
 
 def show_job(store, job_id):
@@ -6213,30 +6219,28 @@ def show_job(store, job_id):
     return with_relations(store, [fetch(store, KINDS["job"], job_id)])[0]
 
 
-def get_job(request, job_id):
+def get_job(store, job_id, now, include_results):
     """One job with its relations; include_results adds how it ended (ours)."""
-    job = show_job(request.store, job_id)
-    if request.query["include_results"]:
-        job.update(job_views(request.store, [job_id], request.now)[job_id],
-                   **job_details(request.store, job_id))
+    job = show_job(store, job_id)
+    if include_results:
+        job.update(job_views(store, [job_id], now)[job_id], **job_details(store, job_id))
     return job
 
 
-def list_jobs(request):
+def list_jobs(request, store, query, page, now):
     """Jobs of a workflow; include_relationships adds the lists of related ids.
 
     Ours: several statuses (status=failed,terminated), search (words of name or command), family,
     include_results, and sort_by start, ran, memory or host.
     """
-    store, wanted = request.store, {**request.query}
+    wanted = {**query}
     if "family" in wanted:
         wanted["ids"] = compact(family_members(store, request.workflow_id, wanted["family"]))
-    answer = listing(store, KINDS["job"], request.page, wanted, joined=ENDED,
-                     orders=job_orders(request.now))
-    if request.query["include_relationships"]:
+    answer = listing(store, KINDS["job"], page, wanted, joined=ENDED, orders=job_orders(now))
+    if query["include_relationships"]:
         with_relations(store, answer["items"])
-    if request.query["include_results"]:
-        views = job_views(store, [job["id"] for job in answer["items"]], request.now)
+    if query["include_results"]:
+        views = job_views(store, [job["id"] for job in answer["items"]], now)
         for job in answer["items"]:
             job.update(views[job["id"]])
     return answer
@@ -6246,13 +6250,13 @@ LOCKED = ("name", "command", "depends_on_job_ids")       # once the job is initi
 FIXED = {"failure_handler_id", "schedule_compute_nodes"}  # as upstream: a PUT does not change them
 
 
-def update_job(request, job_id):
+def update_job(request, store, job_id, body):
     """Change a job: some fields only while it is uninitialized, relations never.
 
     Values equal to the stored ones are always fine.
     """
-    store, job = request.store, show_job(request.store, job_id)
-    values = {name: value for name, value in request.body.items() if name not in FIXED
+    job = show_job(store, job_id)
+    values = {name: value for name, value in body.items() if name not in FIXED
               and (sorted(value) if isinstance(value, list) else value)
               != job.get(name, [] if isinstance(value, list) else None)}
     status = values.pop("status", None)
@@ -6280,23 +6284,22 @@ def update_job(request, job_id):
     return show_job(store, job_id)
 
 
-def rerun_job_request(request, job_id):
+def rerun_job(store, job_id, only):
     """Run an ended job again, and what has run downstream of it; only=true: just that one
     (ours)."""
-    rerun_jobs(request.store, request.workflow_id, [job_id], request.query["only"])
-    return show_job(request.store, job_id)
+    rerun_jobs(store, job_row(store, job_id).workflow_id, [job_id], only)
 
 
-def rerun_jobs_request(request, workflow_id):
+def rerun_some_jobs(request, store, workflow_id, body, only, dry_run):
     """Run ended jobs of a workflow again, all or none of them, with other resource requirements
-    where these are named; answers which run again (ours). See rerun_job_request."""
-    rows = request.body["jobs"]
+    where these are named; answers which run again (ours). See rerun_job."""
+    rows = body["jobs"]
     check_references(request, PARTS["rerun"].values(), rows)
-    if not request.query["dry_run"]:
+    if not dry_run:
         for row in rows:                  # which may have resource_requirements_id
-            change(request.store, KINDS["job"], row["job_id"], row)
-    jobs = rerun_jobs(request.store, workflow_id, list(dict.fromkeys(
-        row["job_id"] for row in rows)), **request.query)
+            change(store, KINDS["job"], row["job_id"], row)
+    ids = list(dict.fromkeys(row["job_id"] for row in rows))
+    jobs = rerun_jobs(store, workflow_id, ids, only, dry_run)
     return {"count": len(jobs), "jobs": [
         {"id": job.id, "name": job.name, "status": STATUS_NAMES[job.status]} for job in jobs]}
 
@@ -6312,169 +6315,142 @@ def claimed(store, ids):
     return {"jobs": jobs}
 
 
-def runner_step_request(request, workflow_id):
+def take_step(request, store, workflow_id, body, now):
     """In one conversation a runner tells what has happened and takes work; never waits (ours).
 
     tokens: each claimed job comes with what it may use as the caller's password.
     """
-    answer = runner_step(request.store, workflow_id, request.body, request.now)
-    if request.body.get("tokens") and request.access.gate and request.user:
+    answer = runner_step(store, workflow_id, body, now)
+    if body.get("tokens") and request.access.gate and request.user:
         for job in answer["jobs"]:
-            job["token"] = give_token(request.store, request.user, job["id"])
+            job["token"] = give_token(store, request.user, job["id"])
     return answer
 
 
-def claim_next_jobs(request, workflow_id):
+def claim_next_jobs(store, workflow_id, limit):
     """Claim ready jobs by priority, whatever they need."""
-    return claimed(request.store, claim_next(request.store, workflow_id, request.query["limit"]))
+    return claimed(store, claim_next(store, workflow_id, limit))
 
 
-def claim_jobs_based_on_resources(request, workflow_id, limit):
+def claim_jobs_based_on_resources(store, workflow_id, limit, body, query):
     """Claim the ready jobs that fit a node's free resources."""
-    body, store = request.body, request.store
     if workflow_row(store, workflow_id, "is_canceled")[0]:
         return {"jobs": [], "reason": "Workflow is canceled"}
     time_limit = body.get("time_limit")
     return claimed(store, claim_by_resources(store, workflow_id, limit, {
-        **body, **request.query, "memory_bytes": body["memory_gb"] * 2**30,
+        **body, **query, "memory_bytes": body["memory_gb"] * 2**30,
         "time_left_s": 2**53 if time_limit is None else parse_duration(time_limit)}))
 
 
-def changes(request, workflow_id):
+def changes(store, workflow_id, since, wait_s):
     """What a waiting client wants to know; waits for news unless they are there already (ours)."""
-    since, wait_s = request.query["since"], request.query["wait_s"]
-    now = situation(request.store, workflow_id)
+    now = situation(store, workflow_id)
     if now["generation"] == since and wait_s > 0:
-        request.store.wait_news(workflow_id, since, min(wait_s, 60))
-        now = situation(request.store, workflow_id)
+        store.wait_news(workflow_id, since, min(wait_s, 60))
+        now = situation(store, workflow_id)
     return now
 
 
-def stream_events(request, workflow_id):
+def stream_events(request, workflow_id, level):
     """Events as they happen, as server-sent events; level: the least severity to show."""
-    level = request.query["level"].lower()
     if not request.streams:
         raise Invalid("events are streamed over HTTP: start torc-server on this database, or ask "
                       f"GET /workflows/{workflow_id}/changes, which waits for news")
+    level = level.lower()
     return request.store.subscribe(workflow_id, level if level in SEVERITIES else "info")
-
-
-# ---- what is derived
-
-def calls(function, *wanted, show=None):
-    """The operation that calls a function of the sections above with the store, the values of the
-    path, what it wants of the request (body, now, subject), and the query. It answers what `show`
-    shows of the record that the path names, or what the function returns."""
-    def operation(request, *values):
-        made = function(request.store, *values, *(getattr(request, name) for name in wanted),
-                        **request.query)
-        return show(request.store, values[0]) if show else made
-    operation.__doc__ = function.__doc__
-    return operation
-
-
-def list_relationships(request, workflow_id, what):
-    """Which job writes and reads which file or user data, or depends on which other job."""
-    return relationships(request.store, workflow_id, what, request.page)
 
 
 # ---- records that are not quite like others
 
-def create_resource_requirements(request):
+def create_resource_requirements(store, body):
     """Store resource requirements; the name "default" is taken."""
     kind = KINDS["resource_requirements"]
-    if request.body["name"] == "default":
+    if body["name"] == "default":
         raise Invalid('the name "default" is reserved for the requirements every workflow has')
-    record_id, = add_many(request.store, kind, [request.body])
-    return fetch(request.store, kind, record_id)
+    return fetch(store, kind, add_many(store, kind, [body])[0])
 
 
-def update_resource_requirements(request, record_id):
+def update_resource_requirements(store, record_id, body, subject, now):
     """Change resource requirements and keep an event about it."""
-    store, kind = request.store, KINDS["resource_requirements"]
+    kind = KINDS["resource_requirements"]
     old = fetch(store, kind, record_id)
-    new = update_record(request, record_id, kind)
+    new = update_record(store, record_id, body, kind)
     if new != old:
         shown = {name: value for name, value in new.items() if name not in ("id", "workflow_id")}
-        store_event(store, old["workflow_id"], request.now, {
+        store_event(store, old["workflow_id"], now, {
             "category": "user_action", "action": "update_resource_requirements",
-            "user": request.subject, "resource_requirements_id": record_id, **shown})
+            "user": subject, "resource_requirements_id": record_id, **shown})
     return new
 
 
-def update_file(request, file_id):
+def update_file(store, file_id, body):
     """Change a file; st_mtime is always written, absent means none, as upstream."""
-    body = {"st_mtime": None, **request.body}
-    return update_record(request._replace(body=body), file_id, KINDS["file"])
+    return update_record(store, file_id, {"st_mtime": None, **body}, KINDS["file"])
 
 
-def create_user_data(request):
+def create_user_data(store, body, query):
     """Store user data, with the jobs that read or write it if the query names them."""
     roles = {"consumer_job_id": "input_user_data_ids", "producer_job_id": "output_user_data_ids"}
-    made = create_record(request, KINDS["user_data"])
-    for role, job_id in request.query.items():
-        relate(request.store, roles[role], [(job_id, made["id"])])
+    made = create_record(store, body, KINDS["user_data"])
+    for role, job_id in query.items():
+        relate(store, roles[role], [(job_id, made["id"])])
     return made
 
 
-def create_result(request):
+def create_result(store, body):
     """Store a result as the job's latest; no status changes."""
-    values = {"attempt_id": 1, **request.body}
-    result_id = store_result(request.store, values)
-    judge_by(request.store, values["job_id"], result_id)
+    values = {"attempt_id": 1, **body}
+    result_id = store_result(store, values)
+    judge_by(store, values["job_id"], result_id)
     return {**values, "id": result_id}
 
 
-def create_event(request):
+def create_event(store, body, now):
     """Store an event; the server's clock sets its time."""
-    if "data" not in request.body:
+    if "data" not in body:
         raise BadShape("missing field `data`")
-    event_id = store_event(request.store, request.body["workflow_id"], request.now,
-                           request.body["data"])
-    return fetch(request.store, KINDS["event"], event_id)
+    event_id = store_event(store, body["workflow_id"], now, body["data"])
+    return fetch(store, KINDS["event"], event_id)
 
 
-def update_event(request, event_id):
+def update_event(store, event_id, body):
     """Replace an event's data by the body."""
-    return update_record(request._replace(body={"data": request.body}), event_id, KINDS["event"])
+    return update_record(store, event_id, {"data": body}, KINDS["event"])
 
 
-def create_compute_node(request):
+def create_compute_node(store, body):
     """Store a compute node; the answer echoes the request with the new id."""
-    made = create_record(request, KINDS["compute_node"])
-    tell_node(request.store, made["id"], started=True)
+    made = create_record(store, body, KINDS["compute_node"])
+    tell_node(store, made["id"], started=True)
     return made
 
 
-def update_compute_node(request, node_id):
+def update_compute_node(store, node_id, body):
     """Change the fields given; a runner that ends sets is_active to false."""
-    before = fetch(request.store, KINDS["compute_node"], node_id)
-    change(request.store, KINDS["compute_node"], node_id, request.body)
-    if before["is_active"] and request.body.get("is_active") is False:
-        tell_node(request.store, node_id, started=False)
-    return fetch(request.store, KINDS["compute_node"], node_id)
+    before = fetch(store, KINDS["compute_node"], node_id)
+    change(store, KINDS["compute_node"], node_id, body)
+    if before["is_active"] and body.get("is_active") is False:
+        tell_node(store, node_id, started=False)
+    return fetch(store, KINDS["compute_node"], node_id)
 
 
-def release_compute_node(request, node_id):
+def release_compute_node(store, node_id, now, return_code, kind, reason, step=None, status=None):
     """A node's runner is proven dead: its jobs are ready again (ours).
 
     status and return_code: what the running ones become instead. kind, reason and step: the
     Evidence.
     """
-    status = request.query.get("status")
     if status is not None and status not in UNSUCCESSFUL:
         raise Invalid(f"status {STATUS_NAMES[status]} is not one of a job that was ended")
-    evidence = Evidence(request.query["kind"], request.query["reason"]
-                        or f"the runner on compute node {node_id} died", request.query.get("step"))
-    requeued, others = release_node(
-        request.store, node_id, request.now, evidence,
-        None if status is None else (status, request.query["return_code"]))
+    evidence = Evidence(kind, reason or f"the runner on compute node {node_id} died", step)
+    requeued, others = release_node(store, node_id, now, evidence,
+                                    None if status is None else (status, return_code))
     return {"requeued": requeued, "canceled": others}
 
 
-def list_slurm_stats(request):
+def list_slurm_stats(request, page):
     """What Slurm's accounting says of attempts; a limit that is too large is cut."""
-    return {**list_records(request, kind=KINDS["slurm_stats"]), "max_limit": request.page.limit}
+    return {**list_records(request, KINDS["slurm_stats"]), "max_limit": page.limit}
 
 
 # ---- actions
@@ -6494,31 +6470,29 @@ def check_action(action):
         raise Invalid('action_config of run_commands is {"commands": [...]} with command lines')
 
 
-def create_action(request, workflow_id):
+def create_action(request, store, workflow_id, body):
     """Store an action of a workflow; nothing is triggered by that."""
-    action = request.body
-    check_action(action)
-    check_references(request, PARTS["allocations"].values(), [action["action_config"]])
-    action_id = add_action(request.store, workflow_id, action)
-    request.store.news(workflow_id)
-    return {**action, "workflow_id": workflow_id, "id": action_id}
+    check_action(body)
+    check_references(request, PARTS["allocations"].values(), [body["action_config"]])
+    action_id = add_action(store, workflow_id, body)
+    store.news(workflow_id)
+    return {**body, "workflow_id": workflow_id, "id": action_id}
 
 
-def claim_action_request(request, workflow_id, action_id):
+def take_action(request, store, workflow_id, action_id, body, now):
     """Take an action; the loser of a race gets Conflict."""
-    node_id = request.body.get("compute_node_id")
-    claim_action(request.store, workflow_id, action_id, node_id, request.now)
+    node_id = body.get("compute_node_id")
+    claim_action(store, workflow_id, action_id, node_id, now)
     answer = {"success": True, "action_id": action_id}
-    if node_id and request.body.get("tokens") and request.access.gate and request.user:
-        answer["token"] = give_token(request.store, request.user, action=(action_id, node_id))
+    if node_id and body.get("tokens") and request.access.gate and request.user:
+        answer["token"] = give_token(store, request.user, action=(action_id, node_id))
     return answer
 
 
-def leave_action_request(request, workflow_id, action_id, done):
+def return_action(store, workflow_id, action_id, now, done, compute_node_id=None):
     """An action that was claimed has been carried out; done=False: could not be, and will be
     pending again (ours)."""
-    leave_action(request.store, workflow_id, action_id, request.query.get("compute_node_id"),
-                 request.now, done)
+    leave_action(store, workflow_id, action_id, compute_node_id, now, done)
     return {"success": True, "action_id": action_id}
 
 
@@ -6550,38 +6524,38 @@ def require_self(request, user):
         require_admin(request)
 
 
-def short_listing(request, kind, **wanted):
+def short_listing(store, page, kind, **wanted):
     """A list of groups or members; upstream gives it an envelope of its own."""
-    answer = listing(request.store, kind, request.page, wanted)
-    return {"limit": request.page.limit, **{name: answer[name] for name in (
+    answer = listing(store, kind, page, wanted)
+    return {"limit": page.limit, **{name: answer[name] for name in (
         "items", "offset", "total_count", "has_more")}}
 
 
-def create_access_group(request):
+def create_access_group(request, store, body):
     """A group of users, with whom workflows can be shared."""
     require_admin(request)
-    return fetch(request.store, GROUP, add_many(request.store, GROUP, [request.body])[0])
+    return fetch(store, GROUP, add_many(store, GROUP, [body])[0])
 
 
-def list_access_groups(request):
+def list_access_groups(request, store, page):
     """All groups."""
     require_admin(request)
-    return short_listing(request, GROUP)
+    return short_listing(store, page, GROUP)
 
 
-def get_access_group(request, group_id):
+def get_access_group(request, store, group_id):
     """One group."""
-    group = fetch(request.store, GROUP, group_id)
+    group = fetch(store, GROUP, group_id)
     require_admin(request)
     return group
 
 
-def delete_access_group(request, group_id):
+def delete_access_group(request, store, group_id):
     """Delete a group with its memberships; what it shared is shared no more."""
-    group = get_access_group(request, group_id)
+    group = get_access_group(request, store, group_id)
     if group_id == ADMIN_GROUP:
         raise Forbidden(f"the system group {group['name']} cannot be deleted")
-    remove(request.store, GROUP, id=group_id)
+    remove(store, GROUP, id=group_id)
     return group
 
 
@@ -6594,40 +6568,38 @@ def members_of(request, group_id):
     require_admin(request, group_id)
 
 
-def add_member(request, group_id):
+def add_member(request, store, group_id, body):
     """Put a user into a group. Upstream: add_user_to_group."""
     members_of(request, group_id)
-    return fetch(request.store, MEMBER, add_many(request.store, MEMBER, [
-        {**request.body, "group_id": group_id}])[0])
+    return fetch(store, MEMBER, add_many(store, MEMBER, [{**body, "group_id": group_id}])[0])
 
 
-def list_members(request, group_id):
+def list_members(request, store, group_id, page):
     """The members of a group."""
-    fetch(request.store, GROUP, group_id)
+    fetch(store, GROUP, group_id)
     require_admin(request, group_id)
-    return short_listing(request, MEMBER, group_id=group_id)
+    return short_listing(store, page, MEMBER, group_id=group_id)
 
 
-def remove_member(request, group_id, user):
+def remove_member(request, store, group_id, user):
     """Remove a user from a group. Upstream: remove_user_from_group."""
     members_of(request, group_id)
-    found = listing(request.store, MEMBER, Page(), {"group_id": group_id, "user_name": user})[
-        "items"]
+    found = listing(store, MEMBER, Page(), {"group_id": group_id, "user_name": user})["items"]
     if not found:
         raise NotFound(f"user {user} is not in group {group_id}")
-    remove(request.store, MEMBER, id=found[0]["id"])
+    remove(store, MEMBER, id=found[0]["id"])
     return found[0]
 
 
-def list_user_groups(request, user):
+def list_user_groups(request, store, user, page):
     """The groups a user is in."""
     require_self(request, user)
-    return short_listing(request, GROUP, user=user)
+    return short_listing(store, page, GROUP, user=user)
 
 
-def list_workflow_groups(request, workflow_id):
+def list_workflow_groups(store, workflow_id, page):
     """The groups a workflow is shared with."""
-    return short_listing(request, GROUP, workflow=workflow_id)
+    return short_listing(store, page, GROUP, workflow=workflow_id)
 
 
 def shared(request, workflow_id, group_id):
@@ -6640,27 +6612,27 @@ def shared(request, workflow_id, group_id):
     return shared_link(request.store, workflow_id, group_id)
 
 
-def share_workflow(request, workflow_id, group_id):
+def share_workflow(request, store, workflow_id, group_id):
     """Let a group use a workflow. Upstream: add_workflow_to_group."""
     if shared(request, workflow_id, group_id):
         raise Conflict(f"workflow {workflow_id} is shared with group {group_id} already")
-    share(request.store, workflow_id, group_id)
-    return shared(request, workflow_id, group_id)
+    share(store, workflow_id, group_id)
+    return shared_link(store, workflow_id, group_id)
 
 
-def unshare_workflow(request, workflow_id, group_id):
+def unshare_workflow(request, store, workflow_id, group_id):
     """A group may use a workflow no more. Upstream: remove_workflow_from_group."""
     link = shared(request, workflow_id, group_id)
     if not link:
         raise NotFound(f"workflow {workflow_id} is not shared with group {group_id}")
-    unshare(request.store, workflow_id, group_id)
+    unshare(store, workflow_id, group_id)
     return link
 
 
-def access_check(request, workflow_id, user):
+def access_check(request, store, workflow_id, user):
     """Whether a user owns a workflow or shares it. Upstream: check_workflow_access."""
     require_self(request, user)
-    allowed = has_access(request.store, workflow_id, user)
+    allowed = has_access(store, workflow_id, user)
     answer = {"has_access": allowed, "user_name": user, "workflow_id": workflow_id}
     return answer if allowed else {**answer, "reason": "neither owner nor in a group that the "
                                                        "workflow is shared with"}
@@ -6703,6 +6675,9 @@ class Endpoint(NamedTuple):
     types: tuple                          # of the values in its path: a type, or a table
     who: str
     segments: list                        # of its path
+    show: Any                             # what answers instead, of the store and what is named
+    wants: list                           # parameters of the function
+    named: list                           # those of them that take the values in the path, in order
 
 
 def declared(wanted):
@@ -6712,12 +6687,21 @@ def declared(wanted):
     return wanted
 
 
-def route(place, function, query=(), body=None, who=""):
+def parameters(function):
+    """Names of a function's parameters but for those that a partial has set."""
+    if isinstance(function, functools.partial):
+        return [name for name in parameters(function.func) if name not in function.keywords]
+    code = getattr(function, "__wrapped__", function).__code__
+    return list(code.co_varnames[:code.co_argcount])
+
+
+def route(place, function, query=(), body=None, who="", show=None):
     """The Endpoint of "METHOD path". Raises AssertionError for one that says not who may.
 
     In the path <table> is the id of such a record, which must exist, and whose workflow the caller
     may use; <name:type> is another value. query, body: Fields, their text, or the table of a kind
-    whose fields it has (all optional in a PUT). who: who may, where no workflow is named.
+    whose fields it has (all optional in a PUT). who: who may, where no workflow is named. show: a
+    function of the store and the record that the path names, which makes the answer.
     """
     method, path = place.split()
     types = tuple(re.findall(r"<(?:\w+:)?(\w+)>", path))
@@ -6725,8 +6709,9 @@ def route(place, function, query=(), body=None, who=""):
     query, body = declared(query), declared(body)
     named = {field.name for field in (*query, *(body or ()))}
     assert who or types[:1] and types[0] in KINDS or "workflow_id" in named, path
-    return Endpoint(method, path, function, query, body, partial, types, who,
-                    path.split("/")[1:])
+    asked, wants = {field.spec or field.name for field in query}, parameters(function)
+    return Endpoint(method, path, function, query, body, partial, types, who, path.split("/")[1:],
+                    show, wants, [name for name in wants if name not in asked.union(OFFERED)])
 
 
 def listed(table, more=(), page=PAGE):
@@ -6766,41 +6751,39 @@ ROUTES = (
     route("GET /workflows/<workflow>", get_workflow, "include_counts bool = false"),
     route("PUT /workflows/<workflow>", update_workflow, body="workflow", who=PERSON),
     route("DELETE /workflows/<workflow>", delete_workflow, who=PERSON),
-    route("GET /workflows/<workflow>/status", calls(workflow_status)),
+    route("GET /workflows/<workflow>/status", workflow_status),
     route("PUT /workflows/<workflow>/status", update_workflow_status, body=WORKFLOW_STATUS.fields,
           who=PERSON),
-    route("GET /workflows/<workflow>/counts", calls(counts)),
+    route("GET /workflows/<workflow>/counts", counts),
     route("GET /workflows/<workflow>/changes", changes, "since int = 0, wait_s int = 0"),
     route("GET /workflows/<workflow>/events/stream", stream_events, 'level str = "info"',
           who=PERSON),
-    route("GET /workflows/<workflow>/unfinished", calls(unfinished)),
-    route("GET /workflows/<workflow>/summary", calls(summary, "now")),
-    route("GET /workflows/<workflow>/graph", calls(graph, "now"), "around int, data bool = false"),
-    route("GET /workflows/<workflow>/failures", calls(failures), "group str"),
-    route("GET /workflows/<workflow>/timeline", calls(timeline, "now"),
+    route("GET /workflows/<workflow>/unfinished", unfinished),
+    route("GET /workflows/<workflow>/summary", summary),
+    route("GET /workflows/<workflow>/graph", graph, "around int, data bool = false"),
+    route("GET /workflows/<workflow>/failures", failures, "group str"),
+    route("GET /workflows/<workflow>/timeline", timeline,
           "from float as begin, to float as end, bins int = 300, jobs bool = true"),
-    route("GET /workflows/<workflow>/usage", calls(usage, "now"),
+    route("GET /workflows/<workflow>/usage", usage,
           "from float as begin, to float as end, bins int = 240"),
-    route("POST /workflows/<workflow>/runner_step", runner_step_request,
+    route("POST /workflows/<workflow>/runner_step", take_step,
           body="compute_node_id int required, step int required, starts parts:attempt, returns"
           " parts:attempt, completions parts:completion, held pairs, claim part:claim, counts bool,"
           " closing bool, replay bool, tokens bool",
           who=PERSON),
-    route("PUT /workflows/<workflow>/cancel",
-          calls(cancel_workflow, "subject", "now", show=workflow_status), who=PERSON),
-    route("POST /workflows/<workflow>/reset_status",
-          calls(reset_workflow, "subject", "now", show=workflow_status), "force bool = false",
-          who=PERSON),
+    route("PUT /workflows/<workflow>/cancel", cancel_workflow, who=PERSON, show=workflow_status),
+    route("POST /workflows/<workflow>/reset_status", reset_workflow, "force bool = false",
+          who=PERSON, show=workflow_status),
     route("POST /workflows/<workflow>/reset_job_status", reset_job_status,
           "failed_only bool = false", who=PERSON),
-    route("POST /workflows/<workflow>/rerun_jobs", rerun_jobs_request,
+    route("POST /workflows/<workflow>/rerun_jobs", rerun_some_jobs,
           "only bool = false, dry_run bool = false", "jobs parts:rerun required"),
     route("POST /workflows/<workflow>/initialize_jobs", initialize,
           "only_uninitialized bool = false, clear_ephemeral_user_data bool = false"),
     route("POST /workflows/<workflow>/process_changed_job_inputs",
-          calls(process_changed_job_inputs), "dry_run bool = false"),
-    route("GET /workflows/<workflow>/is_complete", calls(is_workflow_complete)),
-    route("GET /workflows/<workflow>/is_uninitialized", calls(is_workflow_uninitialized)),
+          process_changed_job_inputs, "dry_run bool = false"),
+    route("GET /workflows/<workflow>/is_complete", is_workflow_complete),
+    route("GET /workflows/<workflow>/is_uninitialized", is_workflow_uninitialized),
     route("POST /workflows/<workflow>/claim_next_jobs", claim_next_jobs, "limit int = 10",
           who=PERSON),
     route("POST /workflows/<workflow>/claim_jobs_based_on_resources/<limit:int>",
@@ -6808,30 +6791,30 @@ ROUTES = (
           "id int, num_cpus int required, memory_gb float required, num_gpus int required,"
           " num_nodes int required, time_limit duration, scheduler_config_id int",
           PERSON),
-    route("GET /workflows/<workflow>/job_ids", calls(list_job_ids)),
+    route("GET /workflows/<workflow>/job_ids", list_job_ids),
     route("GET /workflows/<workflow>/job_dependencies",
-          functools.partial(list_relationships, what="job"), CUT_PAGE),
+          functools.partial(relationships, what="job"), CUT_PAGE),
     route("GET /workflows/<workflow>/job_file_relationships",
-          functools.partial(list_relationships, what="file"), CUT_PAGE),
+          functools.partial(relationships, what="file"), CUT_PAGE),
     route("GET /workflows/<workflow>/job_user_data_relationships",
-          functools.partial(list_relationships, what="user_data"), CUT_PAGE),
-    route("GET /workflows/<workflow>/required_existing_files", calls(required_existing_files)),
-    route("GET /workflows/<workflow>/missing_user_data", calls(missing_user_data)),
-    route("GET /workflows/<workflow>/ready_job_requirements", calls(ready_job_requirements)),
+          functools.partial(relationships, what="user_data"), CUT_PAGE),
+    route("GET /workflows/<workflow>/required_existing_files", required_existing_files),
+    route("GET /workflows/<workflow>/missing_user_data", missing_user_data),
+    route("GET /workflows/<workflow>/ready_job_requirements", ready_job_requirements),
     route("GET /workflows/<workflow>/failure_handlers",
           functools.partial(list_records, kind=KINDS["failure_handler"]), (*PAGE, *AFTER_ID)),
     route("POST /workflows/<workflow>/actions", create_action,
           body=tuple(PARTS["new_action"].values())),
-    route("GET /workflows/<workflow>/actions", calls(actions)),
+    route("GET /workflows/<workflow>/actions", actions),
     route("GET /workflows/<workflow>/actions/pending",
-          calls(functools.partial(actions, pending=True)),
+          functools.partial(actions, pending=True),
           "trigger_type strs as triggers, waiting bool = false"),
-    route("POST /workflows/<workflow>/actions/<action:int>/claim", claim_action_request,
+    route("POST /workflows/<workflow>/actions/<action:int>/claim", take_action,
           body="compute_node_id int > compute_node, tokens bool", who=PERSON),
     route("DELETE /workflows/<workflow>/actions/<action:int>/claim",
-          functools.partial(leave_action_request, done=False), "compute_node_id int", who=PERSON),
+          functools.partial(return_action, done=False), "compute_node_id int", who=PERSON),
     route("PUT /workflows/<workflow>/actions/<action:int>/claim",
-          functools.partial(leave_action_request, done=True), "compute_node_id int", who=PERSON),
+          functools.partial(return_action, done=True), "compute_node_id int", who=PERSON),
     route("POST /jobs", create_job, body="job"),
     route("POST /bulk_jobs", create_bulk_jobs, body="jobs parts:job required", who=NAMED),
     route("GET /jobs", list_jobs,
@@ -6839,16 +6822,16 @@ ROUTES = (
                  " search str, family str")),
     route("GET /jobs/<job>", get_job, "include_results bool = false"),
     route("PUT /jobs/<job>", update_job, body="job"),
-    route("POST /jobs/<job>/complete_job/<status:status>/<run:int>",
-          calls(complete_job, "body", show=show_job), body="result"),
-    route("PUT /jobs/<job>/start_job/<run:int>/<node:int>", calls(start_job, "now", show=show_job)),
-    route("PUT /jobs/<job>/manage_status_change/<status:managed>/<run:int>",
-          calls(manage_status, show=show_job)),
-    route("POST /jobs/<job>/retry/<run:int>", calls(retry_job, "now", show=show_job),
-          "max_retries int required"),
-    route("POST /jobs/<job>/stop", calls(stop_job, show=show_job), "status status required"),
-    route("POST /jobs/<job>/rerun", rerun_job_request, "only bool = false"),
-    route("GET /jobs/<job>/why", calls(why_answer)),
+    route("POST /jobs/<job>/complete_job/<status:status>/<run:int>", complete_job, body="result",
+          show=show_job),
+    route("PUT /jobs/<job>/start_job/<run:int>/<node:int>", start_job, show=show_job),
+    route("PUT /jobs/<job>/manage_status_change/<status:managed>/<run:int>", manage_status,
+          show=show_job),
+    route("POST /jobs/<job>/retry/<run:int>", retry_job, "max_retries int required",
+          show=show_job),
+    route("POST /jobs/<job>/stop", stop_job, "status status required", show=show_job),
+    route("POST /jobs/<job>/rerun", rerun_job, "only bool = false", show=show_job),
+    route("GET /jobs/<job>/why", why_answer),
     route("POST /resource_requirements", create_resource_requirements,
           body="resource_requirements"),
     route("PUT /resource_requirements/<resource_requirements>", update_resource_requirements,
@@ -6864,10 +6847,10 @@ ROUTES = (
     route("POST /compute_nodes/<compute_node>/release", release_compute_node,
           'status status, return_code int = 1, kind str = "released", reason str = "", step int',
           who=PERSON),
-    route("POST /scheduled_compute_nodes", calls(add_scheduled_node, "body"),
+    route("POST /scheduled_compute_nodes", add_scheduled_node,
           "once bool = false, action_id int", "scheduled_compute_node"),
     route("GET /slurm_stats", list_slurm_stats, listed("slurm_stats", page=CUT_PAGE)),
-    route("POST /slurm_stats", calls(add_slurm_stats, "body"), body="slurm_stats"),
+    route("POST /slurm_stats", add_slurm_stats, body="slurm_stats"),
     route("POST /admin/reload-auth", reload_auth, who=ITSELF),
     route("POST /access_groups", create_access_group, body=GROUP.fields, who=ITSELF),
     route("GET /access_groups", list_access_groups, PAGE, who=ITSELF),
@@ -6956,7 +6939,11 @@ def run(endpoint, values, request):
         if endpoint.body and endpoint.body is not ANY:
             check_references(request, [field for field in endpoint.body if not (
                 endpoint.partial and field.type == "ids")], [request.body])
-    return endpoint.function(request, *values)
+    known = {**request.query, **dict(zip(endpoint.named, values))}
+    answer = endpoint.function(**{
+        name: getattr(request, name) if name in OFFERED else known[name]
+        for name in endpoint.wants if name in OFFERED or name in known})
+    return endpoint.show(request.store, values[0]) if endpoint.show else answer
 
 
 def may_use(request, workflow_id):
