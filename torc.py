@@ -4518,45 +4518,43 @@ def family_members(store, workflow_id, name):
 
 # ---- how far a workflow is
 
-def workflow_state(number, canceled, active, run_id):
-    """A workflow's state in a word. number: {status: jobs}; active: a runner is at work."""
-    at_work = number.get(PENDING, 0) + number.get(RUNNING, 0)
-    waiting = sum(number.get(status, 0) for status in (BLOCKED, READY, PENDING_FAILED))
+def workflow_state(statuses, canceled, active, run_id):
+    """A workflow's state in a word. statuses: that some job has; active: a runner is at work."""
+    found = set(statuses)
     if canceled:
         return "canceled"
-    if at_work or number.get(READY) and active:
+    if found & {PENDING, RUNNING} or READY in found and active:
         return "running"
-    if not waiting and (number.get(UNINITIALIZED) or not (number or run_id)):
+    if found & {BLOCKED, READY, PENDING_FAILED}:
+        return "waiting" if READY in found else "stuck"
+    if UNINITIALIZED in found or not (found or run_id):
         return "not initialized"
-    if not waiting:
-        return "failed" if any(number.get(status) for status in UNSUCCESSFUL) else "done"
-    return "waiting" if number.get(READY) else "stuck"
+    return "done" if found.isdisjoint(UNSUCCESSFUL) else "failed"
 
 
 def progress(store, workflow_ids):
     """{workflow id: counts by status name, total, done, state, created_ms, run_id, output_dir}."""
-    text, answer = compact(list(workflow_ids)), {}
-    numbers = {workflow_id: {} for workflow_id in workflow_ids}
-    for workflow_id, status, number in store.query(
-            f"SELECT workflow_id, status, count(*) FROM job WHERE workflow_id IN {IDS}"
-            " GROUP BY workflow_id, status ORDER BY workflow_id, status", (text,)):
-        numbers[workflow_id][status] = number
-    for workflow_id, run_id, canceled, created, active, place in store.query(
-            f"SELECT id, run_id, is_canceled, {MS.format('timestamp')}, EXISTS (SELECT 1 FROM"
-            " compute_node WHERE workflow_id = w.id AND is_active = 1), (SELECT output_dir FROM"
-            " compute_node WHERE workflow_id = w.id AND output_dir IS NOT NULL ORDER BY id DESC"
-            f" LIMIT 1) FROM workflow w WHERE id IN {IDS}", (text,)):
-        number = numbers[workflow_id]
-        state = workflow_state(number, canceled, active, run_id)
-        if state == "running" and not (number.get(PENDING) or number.get(RUNNING)) and all(
+    answer = {}
+    for row in store.query(
+            f"SELECT id, (SELECT json_group_object(name, number) FROM (SELECT"
+            f" {STATUS_NAME.format('job')} AS name, count(*) AS number FROM job WHERE workflow_id ="
+            " w.id GROUP BY status ORDER BY status)) AS counts, 0 AS total, 0 AS done, '' AS state,"
+            f" CAST(coalesce({MS.format('timestamp')}, 0) AS INTEGER) AS created_ms, run_id,"
+            " (SELECT output_dir FROM compute_node WHERE workflow_id = w.id AND output_dir IS NOT"
+            " NULL ORDER BY id DESC LIMIT 1) AS output_dir, is_canceled, EXISTS (SELECT 1 FROM"
+            " compute_node WHERE workflow_id = w.id AND is_active = 1) AS active FROM workflow w"
+            f" WHERE id IN {IDS}", (compact(list(workflow_ids)),), dicts_of):
+        workflow_id, canceled, active = map(row.pop, ("id", "is_canceled", "active"))
+        number = json.loads(row["counts"])
+        statuses = {STATUS_OF_NAME[name] for name in number}
+        state = workflow_state(statuses, canceled, active, row["run_id"])
+        if state == "running" and statuses.isdisjoint((PENDING, RUNNING)) and all(
                 cause == "unfit" for cause, _, _ in blockers(
                     store, workflow_id, nodes_of(store, workflow_id))):
             state = "stuck"
-        answer[workflow_id] = {
-            "counts": {STATUS_NAMES[status]: count for status, count in number.items()},
-            "total": sum(number.values()), "done": sum(number.get(one, 0) for one in DONE_SET),
-            "state": state, "created_ms": int(created or 0), "run_id": run_id,
-            "output_dir": place}
+        done = sum(number.get(STATUS_NAMES[status], 0) for status in DONE_SET)
+        row.update(counts=number, total=sum(number.values()), done=done, state=state)
+        answer[workflow_id] = row
     return answer
 
 
@@ -5111,7 +5109,7 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
         if number or node.start < window.end and node.end > window.begin:
             means = window.means([one[:3] for one in lane])
             failed = {one.bin - 1 for one in lane if one.failed}
-            shown = {"jobs": in_rows(bars.get(node.id, ()))} if single else {"bins": [
+            shown = {"jobs": bars.get(node.id, [])} if single else {"bins": [
                 [round(min(1.0, sum(means[place:place + finer]) / finer / max(1, node.cpus)), 3),
                  not failed.isdisjoint(range(place, place + finer))]
                 for place in range(0, window.bins, finer)]}
@@ -5147,27 +5145,25 @@ def runner_lane(store, workflow_id, window, node, spans, means):
 
 
 def bars_of(store, workflow_id, window, now):
-    """{node id: [(start, end, job id, name, status), ...]} of a window, times in ms."""
-    found = {}
-    for node_id, *bar in store.query(
-            "SELECT r.compute_node_id, r.start_ms, r.end_ms, j.id, j.name, r.status FROM result r"
-            " JOIN job j ON j.id = r.job_id WHERE r.workflow_id = ? AND r.end_ms > ? AND r.start_ms"
-            " < ? UNION ALL SELECT compute_node_id, started_ms, ?, id, name, status FROM job WHERE"
-            f" workflow_id = ? AND status = {RUNNING} AND started_ms < ?",
-            (workflow_id, window.begin, window.end, int(now * 1000), workflow_id, window.end)):
-        found.setdefault(node_id, []).append(bar)
+    """{node id: [job with its status, start and end, ...]} of a window, times in ms; lane: the
+    first row of the runner that is free when it starts."""
+    found, rows = {}, {}
+    for bar in store.query(
+            f"SELECT j.id, j.name, {STATUS_NAME.format('r')} AS status, r.start_ms AS start,"
+            " r.end_ms AS end, r.compute_node_id AS node FROM result r JOIN job j ON j.id ="
+            " r.job_id WHERE r.workflow_id = :workflow AND end > :begin AND start < :end UNION ALL"
+            f" SELECT id, name, {STATUS_NAME.format('job')}, started_ms, :now, compute_node_id FROM"
+            f" job WHERE workflow_id = :workflow AND status = {RUNNING} AND started_ms < :end ORDER"
+            " BY start, end, id",
+            {"workflow": workflow_id, "begin": window.begin, "end": window.end,
+             "now": int(now * 1000)}, dicts_of):
+        node_id = bar.pop("node")
+        ends = rows.setdefault(node_id, [])
+        lane = next((number for number, until in enumerate(ends) if until <= bar["start"]),
+                    len(ends))
+        ends[lane:lane + 1] = [bar["end"]]
+        found.setdefault(node_id, []).append({**bar, "lane": lane})
     return found
-
-
-def in_rows(bars):
-    """The jobs of a runner in a timeline, each in the first row that is free when it starts."""
-    rows, jobs = [], []
-    for start, stop, job_id, name, status in sorted(bars):
-        row = next((number for number, until in enumerate(rows) if until <= start), len(rows))
-        rows[row:row + 1] = [stop]
-        jobs.append({"id": job_id, "name": name, "status": STATUS_NAMES[status], "start": start,
-                     "end": stop, "lane": row})
-    return jobs
 
 
 def gap_cause(store, workflow_id, node, first, last):
@@ -6674,7 +6670,7 @@ class Endpoint(NamedTuple):
     partial: bool                         # whether required fields of the body may be absent
     types: tuple                          # of the values in its path: a type, or a table
     who: str
-    segments: list                        # of its path
+    pattern: Any                          # of paths that lead there
     show: Any                             # what answers instead, of the store and what is named
     wants: list                           # parameters of the function
     named: list                           # those of them that take the values in the path, in order
@@ -6710,8 +6706,8 @@ def route(place, function, query=(), body=None, who="", show=None):
     named = {field.name for field in (*query, *(body or ()))}
     assert who or types[:1] and types[0] in KINDS or "workflow_id" in named, path
     asked, wants = {field.spec or field.name for field in query}, parameters(function)
-    return Endpoint(method, path, function, query, body, partial, types, who, path.split("/")[1:],
-                    show, wants, [name for name in wants if name not in asked.union(OFFERED)])
+    return Endpoint(method, path, function, query, body, partial, types, who,
+                    re.compile(re.sub("<.*?>", "([^/]+)", path)), show, wants, [name for name in wants if name not in asked.union(OFFERED)])
 
 
 def listed(table, more=(), page=PAGE):
@@ -6868,9 +6864,14 @@ ROUTES = (
 )
 
 
-INDEX = {}                                # (number of segments, the first): [Endpoint, ...]
+def index_key(path):
+    """How many segments a path has, and the first."""
+    return path.count("/"), "".join(path.split("/")[1:2])
+
+
+INDEX = {}                                # by index_key
 for _endpoint in ROUTES:
-    INDEX.setdefault((len(_endpoint.segments), _endpoint.segments[0]), []).append(_endpoint)
+    INDEX.setdefault(index_key(_endpoint.path), []).append(_endpoint)
 
 
 class WrongMethod(TorcError):
@@ -6888,13 +6889,12 @@ def find_endpoint(method, path):
 
     Raises NoSuchPath, or WrongMethod with .allow (methods that exist) for another method.
     """
-    segments = path.split("/")[1:]
     allowed = []
-    for endpoint in INDEX.get((len(segments), *segments[:1]), ()):
-        pairs = list(zip(endpoint.segments, segments))
-        if all(have and want[0] == "<" or have == want for want, have in pairs):
-            if endpoint.method == method:
-                return endpoint, [have for want, have in pairs if want[0] == "<"]
+    for endpoint in INDEX.get(index_key(path), ()):
+        found = endpoint.pattern.fullmatch(path)
+        if found and endpoint.method == method:
+            return endpoint, found.groups()
+        if found:
             allowed.append(endpoint.method)
     if not allowed:
         raise NoSuchPath(f"there is no {path} here")
