@@ -4189,9 +4189,9 @@ def nodes_of(store, workflow_id, which="is_active = 1 ORDER BY id", now=0):
 
 def misfits(need, cpus, memory_bytes, gpus, nodes):
     """What of a requirement (a record) a machine does not have: [(wanted, what it has), ...]."""
-    pairs = ((need["num_gpus"], gpus, "GPU"), (need["num_cpus"], cpus, "CPU"),
-             (need["num_nodes"], nodes, "node"))
-    found = [(plural(want, word), str(have)) for want, have, word in pairs if want > have]
+    pairs = (("num_gpus", gpus, "GPU"), ("num_cpus", cpus, "CPU"), ("num_nodes", nodes, "node"))
+    found = [(plural(need[name], word), str(have)) for name, have, word in pairs
+             if need[name] > have]
     if parse_memory(need["memory"]) > memory_bytes:
         found.append((f"{format_bytes(parse_memory(need['memory']))} of memory",
                       format_bytes(memory_bytes)))
@@ -4625,7 +4625,7 @@ def pace(store, workflow_id, run_id, now):
     for minutes, number in store.query(
             "SELECT max(0, (? - end_ms) / 60000), count(*) FROM result WHERE workflow_id = ? AND"
             " end_ms > ? GROUP BY 1", (now_ms, workflow_id, now_ms - 3_600_000)):
-        history[59 - min(59, minutes)] += number
+        history[59 - minutes] = number
     began, last, running = store.one(
         "SELECT (SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?), (SELECT"
         " max(end_ms) FROM result WHERE workflow_id = ?), (SELECT min(started_ms) FROM job WHERE"
@@ -5151,10 +5151,10 @@ def bars_of(store, workflow_id, window, now):
     for bar in store.query(
             f"SELECT j.id, j.name, {STATUS_NAME.format('r')} AS status, r.start_ms AS start,"
             " r.end_ms AS end, r.compute_node_id AS node FROM result r JOIN job j ON j.id ="
-            " r.job_id WHERE r.workflow_id = :workflow AND end > :begin AND start < :end UNION ALL"
-            f" SELECT id, name, {STATUS_NAME.format('job')}, started_ms, :now, compute_node_id FROM"
-            f" job WHERE workflow_id = :workflow AND status = {RUNNING} AND started_ms < :end ORDER"
-            " BY start, end, id",
+            " r.job_id WHERE r.workflow_id = :workflow AND r.end_ms > :begin AND r.start_ms < :end"
+            f" UNION ALL SELECT id, name, {STATUS_NAME.format('job')}, started_ms, :now,"
+            f" compute_node_id FROM job WHERE workflow_id = :workflow AND status = {RUNNING} AND"
+            " started_ms < :end ORDER BY start, end, id",
             {"workflow": workflow_id, "begin": window.begin, "end": window.end,
              "now": int(now * 1000)}, dicts_of):
         node_id = bar.pop("node")
@@ -5243,22 +5243,23 @@ def requirement_rows(store, workflow_id, of_need):
     peak, longest ms, number out of memory, out of time), ...]} of results.
     """
     rows = {}
-    for need, cpus, memory, name, runtime_s, jobs in store.query(
-            "SELECT id, num_cpus * num_nodes, CASE name WHEN 'default' THEN 0 ELSE memory_bytes"
-            " * num_nodes END, name, runtime_s, (SELECT count(*) FROM job WHERE"
-            " resource_requirements_id = q.id) FROM resource_requirements q WHERE workflow_id = ?",
-            (workflow_id,)):
+    for row in store.query(
+            "SELECT id, name, (SELECT count(*) FROM job WHERE resource_requirements_id = q.id) AS"
+            " jobs, num_cpus * num_nodes AS cpus, 0 AS cpu_used, 0 AS memory_used, 0 AS peak, CASE"
+            " name WHEN 'default' THEN 0 ELSE memory_bytes * num_nodes END AS memory, 0 AS"
+            " longest_s, runtime_s FROM resource_requirements q WHERE workflow_id = ?",
+            (workflow_id,), dicts_of):
+        need = row.pop("id")
         ended = of_need.get(need, [])
-        ran_ms = max(1, sum(row[1] - row[0] for row in ended))
-        used, held = (sum(row[place] * (row[1] - row[0]) / row[2] for row in ended) / ran_ms
+        ran_ms = max(1, sum(one[1] - one[0] for one in ended))
+        used, held = (sum(one[place] * (one[1] - one[0]) / one[2] for one in ended) / ran_ms
                       for place in (3, 4))
-        row = rows[need] = {
-            "name": name, "jobs": jobs, "cpus": cpus, "cpu_used": round(used, 3),
-            "memory_used": round(held), "peak": max((row[5] or 0 for row in ended), default=0),
-            "memory": memory, "longest_s": max((row[6] for row in ended), default=0) / 1000,
-            "runtime_s": runtime_s}
+        row.update(cpu_used=round(used, 3), memory_used=round(held),
+                   peak=max((one[5] or 0 for one in ended), default=0),
+                   longest_s=max((one[6] for one in ended), default=0) / 1000)
         row["verdict"], row["advice"] = requirement_advice(
-            row, bool(ended), *(sum(row[place] for row in ended) for place in (7, 8)))
+            row, bool(ended), *(sum(one[place] for one in ended) for place in (7, 8)))
+        rows[need] = row
     return rows
 
 
@@ -5301,27 +5302,27 @@ def relationships(store, workflow_id, what, page):
     """A list envelope of which job writes and reads which file or user data, a row for each
     combination; what "job": of which job depends on which. Absent values are left out."""
     if what == "job":
-        names = {"job_id": "t.id", "job_name": "t.name", "depends_on_job_id": "p.id",
-                 "depends_on_job_name": "p.name", "workflow_id": "t.workflow_id"}
+        names = "job_id, job_name, depends_on_job_id, depends_on_job_name, workflow_id"
+        shown = "t.id, t.name, p.id, p.name, t.workflow_id"
         order = ["p.id", "t.id"] if page.sort_by == "depends_on_job_id" else ["t.id", "p.id"]
         joined = ("JOIN job_dependency d ON d.job_id = t.id JOIN job p ON p.id ="
                   " d.depends_on_job_id")
     else:
-        names = {f"{what}_id": "t.id", f"{what}_name": "t.name", "workflow_id": "t.workflow_id",
-                 "producer_job_id": "p.id", "producer_job_name": "p.name",
-                 "consumer_job_id": "c.id", "consumer_job_name": "c.name",
-                 **({"file_path": "t.path"} if what == "file" else {})}
+        names = (f"{what}_id, {what}_name, workflow_id, producer_job_id, producer_job_name,"
+                 " consumer_job_id, consumer_job_name, file_path")
+        path = "t.path" if what == "file" else "NULL"
+        shown = f"t.id, t.name, t.workflow_id, p.id, p.name, c.id, c.name, {path}"
         order = ["t.id", "p.id", "c.id"]
         joined = (f"LEFT JOIN job_output_{what} o ON o.{what}_id = t.id LEFT JOIN job p ON p.id ="
                   f" o.job_id LEFT JOIN job_input_{what} i ON i.{what}_id = t.id LEFT JOIN job c ON"
                   " c.id = i.job_id")
+    names = names.split(", ")
     source = f"FROM {what} t {joined} WHERE t.workflow_id = ?"
     direction = " DESC" if page.reverse else " ASC"
     total = store.one(f"SELECT count(*) {source}", (workflow_id,))[0]
-    rows = store.bulk(
-        f"SELECT {', '.join(names.values())} {source} ORDER BY "
-        + ", ".join(column + direction for column in order) + " LIMIT ? OFFSET ?",
-        len(names), (workflow_id, page.limit, max(page.offset, 0)))
+    by = ", ".join(column + direction for column in order)
+    rows = store.bulk(f"SELECT {shown} {source} ORDER BY {by} LIMIT ? OFFSET ?", len(names),
+                      (workflow_id, page.limit, max(page.offset, 0)))
     items = [{name: value for name, value in zip(names, row) if value is not None}
              for row in rows]
     return envelope(items, page, total)
@@ -5370,13 +5371,13 @@ def missing_user_data(store, workflow_id):
 
 def ready_job_requirements(store, workflow_id):
     """Totals over the ready jobs."""
-    row = store.one(
-        "SELECT count(*), total(r.num_cpus), total(r.num_gpus), total(r.memory_bytes),"
-        " coalesce(max(r.num_nodes), 0), coalesce(max(r.runtime_s), 0) FROM job j JOIN"
+    return store.query(
+        "SELECT count(*) AS num_jobs, CAST(total(r.num_cpus) AS INTEGER) AS num_cpus,"
+        " CAST(total(r.num_gpus) AS INTEGER) AS num_gpus, total(r.memory_bytes) / 1073741824 AS"
+        " memory_gb, coalesce(max(r.num_nodes), 0) AS max_num_nodes, 'PT' ||"
+        " coalesce(max(r.runtime_s), 0) || 'S' AS max_runtime FROM job j JOIN"
         " resource_requirements r ON r.id = j.resource_requirements_id WHERE j.workflow_id = ? AND"
-        f" j.status = {READY}", (workflow_id,))
-    return {"num_jobs": row[0], "num_cpus": int(row[1]), "num_gpus": int(row[2]),
-            "memory_gb": row[3] / 2**30, "max_num_nodes": row[4], "max_runtime": f"PT{row[5]}S"}
+        f" j.status = {READY}", (workflow_id,), dicts_of)[0]
 
 
 # ==================================================================================================
@@ -5941,17 +5942,18 @@ def read_query(wanted, query):
     """
     values = {}
     for field in wanted:
-        given = query.get(field.name)
-        if not given:
-            if field.required:
-                raise BadRequest(f"query parameter {field.name} is missing")
-            if field.default is not None:
-                values[field.spec or field.name] = field.default
-            continue
-        if len(given) > 1 and field.type != "strs":
+        given, value = query.get(field.name, ()), field.default
+        if field.required and not given:
+            raise BadRequest(f"query parameter {field.name} is missing")
+        if field.type == "strs":
+            value = given or None
+        elif len(given) > 1:
             raise BadRequest(f"query parameter {field.name} is given {len(given)} times")
-        values[field.spec or field.name] = given if field.type == "strs" else read_word(
-            field.type, given[0], f"query parameter {field.name}={given[0]!r:.80}")
+        elif given:
+            value = read_word(field.type, given[0],
+                              f"query parameter {field.name}={given[0]!r:.80}")
+        if value is not None:
+            values[field.spec or field.name] = value
     return values
 
 
@@ -6672,7 +6674,8 @@ class Endpoint(NamedTuple):
     who: str
     pattern: Any                          # of paths that lead there
     show: Any                             # what answers instead, of the store and what is named
-    wants: list                           # parameters of the function
+    fixed: dict                           # arguments that are always the same
+    wants: tuple                          # parameters of the function
     named: list                           # those of them that take the values in the path, in order
 
 
@@ -6683,21 +6686,14 @@ def declared(wanted):
     return wanted
 
 
-def parameters(function):
-    """Names of a function's parameters but for those that a partial has set."""
-    if isinstance(function, functools.partial):
-        return [name for name in parameters(function.func) if name not in function.keywords]
-    code = getattr(function, "__wrapped__", function).__code__
-    return list(code.co_varnames[:code.co_argcount])
-
-
-def route(place, function, query=(), body=None, who="", show=None):
+def route(place, function, query=(), body=None, who="", show=None, **fixed):
     """The Endpoint of "METHOD path". Raises AssertionError for one that says not who may.
 
     In the path <table> is the id of such a record, which must exist, and whose workflow the caller
     may use; <name:type> is another value. query, body: Fields, their text, or the table of a kind
     whose fields it has (all optional in a PUT). who: who may, where no workflow is named. show: a
-    function of the store and the record that the path names, which makes the answer.
+    function of the store and the record that the path names, which makes the answer. fixed: what
+    the operation gets besides.
     """
     method, path = place.split()
     types = tuple(re.findall(r"<(?:\w+:)?(\w+)>", path))
@@ -6705,9 +6701,12 @@ def route(place, function, query=(), body=None, who="", show=None):
     query, body = declared(query), declared(body)
     named = {field.name for field in (*query, *(body or ()))}
     assert who or types[:1] and types[0] in KINDS or "workflow_id" in named, path
-    asked, wants = {field.spec or field.name for field in query}, parameters(function)
+    code = getattr(function, "__wrapped__", function).__code__
+    wants = code.co_varnames[:code.co_argcount]
+    asked = {*OFFERED, *fixed, *(field.spec or field.name for field in query)}
     return Endpoint(method, path, function, query, body, partial, types, who,
-                    re.compile(re.sub("<.*?>", "([^/]+)", path)), show, wants, [name for name in wants if name not in asked.union(OFFERED)])
+                    re.compile(re.sub("<.*?>", "([^/]+)", path)), show, fixed, wants,
+                    [name for name in wants if name not in asked])
 
 
 def listed(table, more=(), page=PAGE):
@@ -6729,7 +6728,7 @@ def crud_routes():
             "delete": (f"DELETE {record}", delete_record)}
         for word in kind.ops.split():
             place, function, *wanted = made[word]
-            yield route(place, functools.partial(function, kind=kind), *wanted)
+            yield route(place, function, *wanted, kind=kind)
 
 
 ROUTES = (
@@ -6788,29 +6787,26 @@ ROUTES = (
           " num_nodes int required, time_limit duration, scheduler_config_id int",
           PERSON),
     route("GET /workflows/<workflow>/job_ids", list_job_ids),
-    route("GET /workflows/<workflow>/job_dependencies",
-          functools.partial(relationships, what="job"), CUT_PAGE),
-    route("GET /workflows/<workflow>/job_file_relationships",
-          functools.partial(relationships, what="file"), CUT_PAGE),
+    route("GET /workflows/<workflow>/job_dependencies", relationships, CUT_PAGE, what="job"),
+    route("GET /workflows/<workflow>/job_file_relationships", relationships, CUT_PAGE, what="file"),
     route("GET /workflows/<workflow>/job_user_data_relationships",
-          functools.partial(relationships, what="user_data"), CUT_PAGE),
+          relationships, CUT_PAGE, what="user_data"),
     route("GET /workflows/<workflow>/required_existing_files", required_existing_files),
     route("GET /workflows/<workflow>/missing_user_data", missing_user_data),
     route("GET /workflows/<workflow>/ready_job_requirements", ready_job_requirements),
     route("GET /workflows/<workflow>/failure_handlers",
-          functools.partial(list_records, kind=KINDS["failure_handler"]), (*PAGE, *AFTER_ID)),
+          list_records, (*PAGE, *AFTER_ID), kind=KINDS["failure_handler"]),
     route("POST /workflows/<workflow>/actions", create_action,
           body=tuple(PARTS["new_action"].values())),
     route("GET /workflows/<workflow>/actions", actions),
-    route("GET /workflows/<workflow>/actions/pending",
-          functools.partial(actions, pending=True),
-          "trigger_type strs as triggers, waiting bool = false"),
+    route("GET /workflows/<workflow>/actions/pending", actions,
+          "trigger_type strs as triggers, waiting bool = false", pending=True),
     route("POST /workflows/<workflow>/actions/<action:int>/claim", take_action,
           body="compute_node_id int > compute_node, tokens bool", who=PERSON),
     route("DELETE /workflows/<workflow>/actions/<action:int>/claim",
-          functools.partial(return_action, done=False), "compute_node_id int", who=PERSON),
+          return_action, "compute_node_id int", who=PERSON, done=False),
     route("PUT /workflows/<workflow>/actions/<action:int>/claim",
-          functools.partial(return_action, done=True), "compute_node_id int", who=PERSON),
+          return_action, "compute_node_id int", who=PERSON, done=True),
     route("POST /jobs", create_job, body="job"),
     route("POST /bulk_jobs", create_bulk_jobs, body="jobs parts:job required", who=NAMED),
     route("GET /jobs", list_jobs,
@@ -6936,10 +6932,9 @@ def run(endpoint, values, request):
         for workflow_id in workflow_ids:
             request = admitted(request, workflow_id)
         check_references(request, endpoint.query, [request.query])
-        if endpoint.body and endpoint.body is not ANY:
-            check_references(request, [field for field in endpoint.body if not (
-                endpoint.partial and field.type == "ids")], [request.body])
-    known = {**request.query, **dict(zip(endpoint.named, values))}
+        check_references(request, [field for field in endpoint.body or () if not (
+            endpoint.partial and field.type == "ids")], [request.body])
+    known = {**request.query, **endpoint.fixed, **dict(zip(endpoint.named, values))}
     answer = endpoint.function(**{
         name: getattr(request, name) if name in OFFERED else known[name]
         for name in endpoint.wants if name in OFFERED or name in known})
