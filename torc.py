@@ -4654,15 +4654,13 @@ def summary(store, workflow_id, now):
     workflow_row(store, workflow_id, "id")           # or it has gone meanwhile
     answer = progress(store, [workflow_id])[workflow_id]
     counted, total = answer["counts"], answer["total"]
-    large = total > FEW_JOBS
-    by_family = families_of(store, workflow_id).counts(store) if large else None
+    by_family = families_of(store, workflow_id).counts(store) if total > FEW_JOBS else {}
     nodes = nodes_of(store, workflow_id)
     waiting = [(number, blocker_text(cause, number, facts), "ready") for cause, number, facts in (
         blockers(store, workflow_id, nodes) if counted.get("ready") else ())]
     if counted.get("blocked"):
         waiting += [(*row, "blocked") for row in (
-            waiting_families(by_family) if large
-            else waiting_jobs(store, workflow_id))]
+            waiting_families(by_family) if by_family else waiting_jobs(store, workflow_id))]
     waiting += [(counted[status], sentence, status) for status, sentence in (
         ("pending_failed", "failed, and wait for your decision"),
         ("uninitialized", "not initialized yet"), ("disabled", "disabled, will not run"))
@@ -4680,7 +4678,7 @@ def summary(store, workflow_id, now):
             "longest": list(job_views(store, longest, now).values()),
             "failures": [{name: group[name] for name in ("count", "cause", "line")}
                          for group in groups[:3]],
-            "families": family_nodes(workflow_id, by_family) if large else None}
+            "families": family_nodes(workflow_id, by_family) or None}
 
 
 # ---- jobs with how they ended
@@ -5037,8 +5035,9 @@ class Window(NamedTuple):
                 for before, after in zip(until, until[1:self.bins + 1])]
 
 
-def stretch(store, workflow_id, begin, end, nodes, now, bins):
-    """The Window to show: what is asked for, or the present run."""
+def stretch(store, workflow_id, begin, end, now, bins):
+    """The Window to show, which is what is asked for, or the present run; and all Nodes."""
+    nodes = nodes_of(store, workflow_id, "1 ORDER BY id", now)
     run_id = workflow_row(store, workflow_id, "run_id")[0]
     began = store.one("SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?",
                       (workflow_id, run_id))[0]
@@ -5048,7 +5047,7 @@ def stretch(store, workflow_id, begin, end, nodes, now, bins):
     end = int(end if end is not None else max(ends, default=now * 1000))
     # SQLite multiplies times by bins in 64 bits.
     begin, end = (max(0, min(moment, 2**48)) for moment in (begin, end))
-    return Window(begin, max(end, begin + 1000), bins)
+    return Window(begin, max(end, begin + 1000), bins), nodes
 
 
 class Moments(NamedTuple):
@@ -5094,10 +5093,9 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
     bins: [part of its CPUs in use, whether a job failed]. gaps: when it did nothing, with the
     cause, the longest first. jobs: show each if they are not too many.
     """
-    nodes = nodes_of(store, workflow_id, "1 ORDER BY id", now)
     bins = max(2, min(MAX_BINS, bins))
     finer = -(-LEAST_BINS // bins)
-    window = stretch(store, workflow_id, begin, end, nodes, now, bins * finer)
+    window, nodes = stretch(store, workflow_id, begin, end, now, bins * finer)
     lanes = lanes_of(store, workflow_id, window, nodes, now)
     numbers = {node_id: sum(one.number for one in lane
                             if (one.bin <= window.bins if one.number > 0 else one.bin == 0))
@@ -5197,9 +5195,8 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
 
     What a running job uses is not known yet: it counts as jobs of its requirements did so far.
     """
-    nodes = nodes_of(store, workflow_id, "1 ORDER BY id", now)
     bins = max(2, min(MAX_BINS, bins))
-    window = stretch(store, workflow_id, begin, end, nodes, now, bins)
+    window, nodes = stretch(store, workflow_id, begin, end, now, bins)
     codes = exit_codes(store, workflow_id)
     size = bins + 2                       # one number is grouped faster than three
     steps, of_need = [[] for _ in range(4)], {}
@@ -5986,6 +5983,11 @@ def create_record(store, body, kind):
     return {**body, "id": add_many(store, kind, [body])[0]}
 
 
+def kept(store, record, kind):
+    """Store a record; the answer is what is kept, with defaults."""
+    return fetch(store, kind, add_many(store, kind, [record])[0])
+
+
 def get_record(store, record_id, kind):
     """One record by id."""
     return fetch(store, kind, record_id)
@@ -6362,10 +6364,9 @@ def stream_events(request, workflow_id, level):
 
 def create_resource_requirements(store, body):
     """Store resource requirements; the name "default" is taken."""
-    kind = KINDS["resource_requirements"]
     if body["name"] == "default":
         raise Invalid('the name "default" is reserved for the requirements every workflow has')
-    return fetch(store, kind, add_many(store, kind, [body])[0])
+    return kept(store, body, KINDS["resource_requirements"])
 
 
 def update_resource_requirements(store, record_id, body, subject, now):
@@ -6532,7 +6533,7 @@ def short_listing(store, page, kind, **wanted):
 def create_access_group(request, store, body):
     """A group of users, with whom workflows can be shared."""
     require_admin(request)
-    return fetch(store, GROUP, add_many(store, GROUP, [body])[0])
+    return kept(store, body, GROUP)
 
 
 def list_access_groups(request, store, page):
@@ -6569,7 +6570,7 @@ def members_of(request, group_id):
 def add_member(request, store, group_id, body):
     """Put a user into a group. Upstream: add_user_to_group."""
     members_of(request, group_id)
-    return fetch(store, MEMBER, add_many(store, MEMBER, [{**body, "group_id": group_id}])[0])
+    return kept(store, {**body, "group_id": group_id}, MEMBER)
 
 
 def list_members(request, store, group_id, page):
@@ -6909,9 +6910,8 @@ def call_endpoint(endpoint, texts, request):
     elif endpoint.body is not None:
         body = check_body(body, endpoint.body, endpoint.partial)
     request = request._replace(query=read_query(endpoint.query, request.query), body=body)
-    if endpoint.method == "GET":
-        return run(endpoint, values, request)
-    with request.store.transaction():
+    changes_nothing = endpoint.method == "GET"
+    with contextlib.nullcontext() if changes_nothing else request.store.transaction():
         return run(endpoint, values, request)
 
 
