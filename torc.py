@@ -5050,16 +5050,14 @@ def stretch(store, workflow_id, begin, end, now, bins):
     return Window(begin, max(end, begin + 1000), bins), nodes
 
 
-class Moments(NamedTuple):
-    """Jobs of a runner that started in one bin, or, with negative numbers, that ended in it."""
+class Lane:
+    """What is known of the jobs of a runner over a Window."""
 
-    bin: int
-    cpus: int
-    cpus_ms: int                          # with which Window.means takes it
-    number: int
-    first: int | None                     # start and last end of those that started, in ms
-    last: int | None
-    failed: int                           # of those that ended
+    def __init__(self):
+        self.steps = []                   # of the CPUs in use, see Window.means
+        self.spans = []                   # (first start, last end) of those that start in one bin
+        self.failed = set()               # bins, from 0, in which one failed
+        self.ran = 0                      # jobs that ran in the window
 
 
 # What a timeline counts: what ended, by the index result_start, and what runs, as if it ended now.
@@ -5071,19 +5069,25 @@ ATTEMPTS = (
 
 
 def lanes_of(store, workflow_id, window, nodes, now):
-    """{node id: [Moments, ...]} of what ended on each runner, and of what runs there now."""
-    lanes, size = {node.id: [] for node in nodes}, window.bins + 2
-    for moment, sign, more in (
-            ("start_ms", 1, "min(start_ms), max(end_ms), 0"),
-            ("end_ms", -1, "NULL, NULL,"
-                           f" sum(status NOT IN ({COMPLETED}, {CANCELED}, {RUNNING}))")):
-        for source in ATTEMPTS:
-            for key, *row in store.query(
-                    f"SELECT compute_node_id * {size} + {window.bin_of(moment)}, {sign} *"
-                    f" sum(asked_cpus), {sign} * sum(asked_cpus * {moment}), {sign} * count(*),"
-                    f" {more} FROM {source} GROUP BY 1",
+    """{node id: Lane} of what ended on each runner, and of what runs there now."""
+    lanes = {node.id: Lane() for node in nodes}
+    for source in ATTEMPTS:
+        for moment in ("start_ms", "end_ms"):
+            for node_id, place, cpus, cpus_ms, number, first, last, failed in store.query(
+                    f"SELECT compute_node_id, {window.bin_of(moment)}, sum(asked_cpus),"
+                    f" sum(asked_cpus * {moment}), count(*), min(start_ms), max(end_ms),"
+                    f" sum(status NOT IN ({COMPLETED}, {CANCELED}, {RUNNING})) FROM {source} GROUP"
+                    f" BY compute_node_id * {window.bins + 2} + {window.bin_of(moment)}",
                     {"workflow": workflow_id, "now": int(now * 1000)}):
-                lanes.setdefault(key // size, []).append(Moments(key % size, *row))
+                lane = lanes.setdefault(node_id, Lane())
+                if moment == "start_ms":
+                    lane.steps.append((place, cpus, cpus_ms))
+                    lane.spans.append((first, last))
+                    lane.ran += number if place <= window.bins else 0
+                else:
+                    lane.steps.append((place, -cpus, -cpus_ms))
+                    lane.failed |= {place - 1} if failed else set()
+                    lane.ran -= 0 if place else number
     return lanes
 
 
@@ -5097,23 +5101,18 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
     finer = -(-LEAST_BINS // bins)
     window, nodes = stretch(store, workflow_id, begin, end, now, bins * finer)
     lanes = lanes_of(store, workflow_id, window, nodes, now)
-    numbers = {node_id: sum(one.number for one in lane
-                            if (one.bin <= window.bins if one.number > 0 else one.bin == 0))
-               for node_id, lane in lanes.items()}
-    single = jobs and sum(numbers.values()) <= MAX_BARS
+    single = jobs and sum(lane.ran for lane in lanes.values()) <= MAX_BARS
     bars, runners = bars_of(store, workflow_id, window, now) if single else {}, []
     for node in nodes:
-        lane, number = lanes[node.id], numbers[node.id]
-        if number or node.start < window.end and node.end > window.begin:
-            means = window.means([one[:3] for one in lane])
-            failed = {one.bin - 1 for one in lane if one.failed}
+        lane = lanes[node.id]
+        if lane.ran or node.start < window.end and node.end > window.begin:
+            means = window.means(lane.steps)
             shown = {"jobs": bars.get(node.id, [])} if single else {"bins": [
                 [round(min(1.0, sum(means[place:place + finer]) / finer / max(1, node.cpus)), 3),
-                 not failed.isdisjoint(range(place, place + finer))]
+                 not lane.failed.isdisjoint(range(place, place + finer))]
                 for place in range(0, window.bins, finer)]}
-            spans = sorted((one.first, one.last) for one in lane if one.number > 0)
-            runners.append({**runner_lane(store, workflow_id, window, node, spans, means),
-                            "ran": number, **shown})
+            row = runner_lane(store, workflow_id, window, node, sorted(lane.spans), means)
+            runners.append({**row, "ran": lane.ran, **shown})
     return {"from": window.begin, "to": window.end, "runners": runners}
 
 
