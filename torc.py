@@ -4109,9 +4109,9 @@ def leave_action(store, workflow_id, action_id, node_id, now, done):
 # ==================================================================================================
 # 7 Views
 # ==================================================================================================
-# What only looks. Numbers for a page that is drawn again every second, also of 100,000 jobs, so a
-# question costs its answer: counts and sums are made by SQL. What is dear and seldom changes, the
-# families of a workflow, is kept in memory.
+# Everything that only reads. Pages redraw every second, even for 100,000 jobs, so a view costs no
+# more than its answer: SQL counts and sums. The families of a workflow, which are expensive and
+# seldom change, are kept in memory.
 
 FEW_JOBS = 400                            # up to here a graph shows each job, else families
 MAX_FAMILIES = 60
@@ -4123,7 +4123,7 @@ STATUS_PAST = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was term
 
 
 def span(seconds):
-    """A duration for people: "3m 20s"."""
+    """A readable duration: "3m 20s"."""
     return re.sub(r"(?<=[a-z])(?=\d)", " ", format_duration(seconds))
 
 
@@ -4134,8 +4134,7 @@ CODES = {ORPHAN_RETURN_CODE: "its runner died", 126: "cannot be executed",
 
 
 def exit_meaning(code, codes=None, status=FAILED):
-    """What a return code stands for: "out of memory"; None if nothing is known. codes: see
-    exit_codes."""
+    """What a return code means, such as "out of memory"; None if unknown. codes: see exit_codes."""
     import signal
     codes = codes or {"memory": None, "time": 152}
     meaning = {**CODES, codes["memory"]: "out of memory", codes["time"]: "time limit"}.get(code)
@@ -4154,7 +4153,7 @@ def exit_text(code, codes=None, status=FAILED):
 
 
 def exit_codes(store, workflow_id):
-    """The return codes that stand for memory and time in a workflow."""
+    """The return codes that mean out of memory and out of time in a workflow."""
     memory, time_limit = workflow_row(
         store, workflow_id, "coalesce(json_extract(execution_config, '$.oom_exit_code'), 137),"
         " coalesce(json_extract(execution_config, '$.timeout_exit_code'), 152)")
@@ -4173,12 +4172,12 @@ class Node(NamedTuple):
     gpus: int
     nodes: int
     start: float                          # ms since the epoch
-    end: float                            # now, if it is at work
+    end: float                            # now, if it is active
     active: int
 
 
 def nodes_of(store, workflow_id, which="is_active = 1 ORDER BY id", now=0):
-    """[Node, ...] of a workflow: those at work. which: SQL that chooses others."""
+    """The active Nodes of a workflow. which: an SQL condition that selects others."""
     start = MS.format("start_time")
     return [Node(*row) for row in store.query(
         "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,"
@@ -4188,7 +4187,7 @@ def nodes_of(store, workflow_id, which="is_active = 1 ORDER BY id", now=0):
 
 
 def misfits(need, cpus, memory_bytes, gpus, nodes):
-    """What of a requirement (a record) a machine does not have: [(wanted, what it has), ...]."""
+    """What a requirement (a record) needs and a machine lacks: [(needed, what it has), ...]."""
     pairs = (("num_gpus", gpus, "GPU"), ("num_cpus", cpus, "CPU"), ("num_nodes", nodes, "node"))
     found = [(plural(need[name], word), str(have)) for name, have, word in pairs
              if need[name] > have]
@@ -4199,8 +4198,8 @@ def misfits(need, cpus, memory_bytes, gpus, nodes):
 
 
 def unfit(store, need_id, nodes):
-    """(record, (what is wanted, the most that a runner has)) of requirements that none of some
-    runners can hold, None if one can."""
+    """(record, (what it needs, the most that any node has)) of requirements that fit none of the
+    nodes, None if they fit one."""
     need = fetch(store, KINDS["resource_requirements"], need_id)
     lacks = [misfits(need, one.cpus // one.nodes, one.memory, one.gpus, one.nodes)
              for one in nodes]
@@ -4211,9 +4210,9 @@ def unfit(store, need_id, nodes):
 def blockers(store, workflow_id, nodes):
     """Why the ready jobs of a workflow are not running: [(cause, jobs, facts), ...].
 
-    cause: "canceled"; "no runner" (facts: allocations that are to begin); "stopping", of jobs whose
-    earlier attempt is still being ended; "unfit" (facts: see unfit); "busy", which is all the rest
-    (facts: CPUs at work, CPUs there, runners). nodes: of nodes_of.
+    cause: "canceled"; "no runner" (facts: pending allocations); "stopping", for jobs whose earlier
+    attempt is still being stopped; "unfit" (facts: see unfit); "busy" for all others (facts: CPUs
+    in use, CPUs in all, runners). nodes: see nodes_of.
     """
     wants = store.query("SELECT resource_requirements_id, count(*), count(compute_node_id) FROM job"
                         f" WHERE workflow_id = ? AND status = {READY} GROUP BY 1", (workflow_id,))
@@ -4237,7 +4236,7 @@ def blockers(store, workflow_id, nodes):
 
 
 def blocker_text(cause, number, facts):
-    """The sentence of a blocker for so many jobs; see blockers."""
+    """The sentence for a blocker of so many jobs; see blockers."""
     if cause == "canceled":
         return "the workflow is canceled"
     if cause == "no runner":
@@ -4270,7 +4269,7 @@ def unfinished(store, workflow_id):
                                              row["resource_requirements"])
     nodes = listing(store, KINDS["compute_node"], Page(),
                     {"workflow_id": workflow_id, "is_active": True})["items"]
-    for node in nodes:                    # how long a runner of ours has said nothing
+    for node in nodes:                    # how long one of our runners has been silent
         if node["id"] in store.heard:
             node["silent_s"] = round(time.monotonic() - store.heard[node["id"]], 1)
     scheduled = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ?"
@@ -4280,8 +4279,8 @@ def unfinished(store, workflow_id):
 
 
 def waiting_for(store, workflow_id):
-    """At most 20 jobs that will not end by themselves, and so hold the workflow up; if there are
-    none and nothing is at work, those that wait for each other in a circle."""
+    """At most 20 jobs that will never finish on their own and so hold up the workflow; if there are
+    none and nothing is active, jobs that wait for each other in a cycle."""
     found = []
     stuck = (f"(j.status IN ({UNINITIALIZED}, {PENDING_FAILED}) OR (j.status = {DISABLED} AND"
              " EXISTS (SELECT 1 FROM job_dependency d JOIN job b ON b.id = d.job_id WHERE"
@@ -4384,7 +4383,7 @@ def why_ready(store, job):
 
 
 def bad_dependency(store, job_id):
-    """Which failure, upstream of a canceled job, canceled it."""
+    """The upstream failure that canceled a job."""
     row = store.one(
         "WITH RECURSIVE above (id) AS (SELECT depends_on_job_id FROM job_dependency"
         " WHERE job_id = ? UNION SELECT d.depends_on_job_id FROM above JOIN job a"
@@ -4397,7 +4396,7 @@ def bad_dependency(store, job_id):
 
 
 def node_name(store, node_id):
-    """A compute node for people: "c1 (pid 4242)"."""
+    """A readable name of a compute node: "c1 (pid 4242)"."""
     row = store.one("SELECT hostname, pid FROM compute_node WHERE id = ?", (node_id,))
     return f"{row[0]} (pid {row[1]})" if row else "an unknown compute node"
 
@@ -4411,7 +4410,7 @@ def json_columns(store, names, source, params):
 
 
 def family_name(name):
-    """The family of a job: its name without the numbers at its end."""
+    """The family of a job: its name without trailing numbers."""
     return name.rstrip("0123456789_-.") or "#"
 
 
@@ -4438,7 +4437,7 @@ class Family:
 
 
 class Families:
-    """The families of a workflow, true until jobs come or go: while workflow.shape is `shape`."""
+    """The families of a workflow, valid while workflow.shape is `shape`."""
 
     def __init__(self, store, workflow_id, shape):
         from collections import Counter
@@ -4451,7 +4450,7 @@ class Families:
         self.by_name = {name: Family(place, name, first[name], size)
                         for place, (name, size) in enumerate(Counter(found).items())}
         self.of_job = dict(zip(ids, map(self.by_name.get, found)))
-        # Ids without a gap are a range of the table's key, which needs no look at the jobs.
+        # Contiguous ids are a range of the table's key, so the jobs need not be read.
         if ids and ids[-1] - ids[0] + 1 == len(ids):
             source = "FROM job_dependency d WHERE d.job_id BETWEEN ? AND ?"
             params = (ids[0], ids[-1])
@@ -4462,11 +4461,11 @@ class Families:
         after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
         pairs = zip(map(self.of_job.get, before), map(self.of_job.get, after))
         for (one, other), edges in Counter(pairs).items():
-            if one and other:             # else of a job that came a moment ago
+            if one and other:             # else a job was just added
                 other.before[one] = edges
 
     def read_results(self, store):
-        """Add the results that are new to the times of their families."""
+        """Add new results to the times of their families."""
         ids, jobs, times = json_columns(
             store, ("id", "job_id", "end_ms - start_ms"),
             "FROM result WHERE workflow_id = ? AND id > ?", (self.workflow_id, self.last_result))
@@ -4491,17 +4490,17 @@ class Families:
                     answer[family][STATUS_NAMES[status]] = number
         for family, number in answer.items():
             rest = family.size - sum(number.values())
-            if rest > 0 and statuses:     # the others are of the status that most jobs have
+            if rest > 0 and statuses:     # all others have the most common status
                 number[STATUS_NAMES[statuses[0]]] = rest
         return answer
 
 
-# Of the workflows that were asked for last. A Store is compared by identity.
+# For the most recently used workflows. Stores are compared by identity.
 KEPT_FAMILIES = functools.lru_cache(4)(Families)
 
 
 def families_of(store, workflow_id):
-    """The Families of a workflow with the times of all results, worked out once if several ask."""
+    """The Families of a workflow with the times of all results, computed once if several ask."""
     shape, = workflow_row(store, workflow_id, "shape")
     with store.keeping:
         families = KEPT_FAMILIES(store, workflow_id, shape)
@@ -4519,7 +4518,7 @@ def family_members(store, workflow_id, name):
 # ---- how far a workflow is
 
 def workflow_state(statuses, canceled, active, run_id):
-    """A workflow's state in a word. statuses: that some job has; active: a runner is at work."""
+    """A workflow's state in one word. statuses: those of its jobs; active: it has a runner."""
     found = set(statuses)
     if canceled:
         return "canceled"
@@ -4619,7 +4618,7 @@ def waiting_jobs(store, workflow_id):
 
 
 def pace(store, workflow_id, run_id, now):
-    """How fast jobs end: rate (a minute), history (60 minutes of them), started_ms, ended_ms."""
+    """How fast jobs finish: rate (per minute), history (of 60 minutes), started_ms, ended_ms."""
     now_ms = int(now * 1000)
     history = [0] * 60
     for minutes, number in store.query(
@@ -4641,7 +4640,7 @@ def pace(store, workflow_id, run_id, now):
 
 
 def runners_text(nodes):
-    """How many runners are at work and where: "6 on c101 to c106, 96 CPUs"."""
+    """How many runners are active and where: "6 on c101 to c106, 96 CPUs"."""
     if not nodes:
         return "none"
     hosts = list(dict.fromkeys(one.host for one in nodes))
@@ -4650,8 +4649,8 @@ def runners_text(nodes):
 
 
 def summary(store, workflow_id, now):
-    """All that the overview of a workflow shows."""
-    workflow_row(store, workflow_id, "id")           # or it has gone meanwhile
+    """Everything that the overview of a workflow shows."""
+    workflow_row(store, workflow_id, "id")           # NotFound if it was just deleted
     answer = progress(store, [workflow_id])[workflow_id]
     counted, total = answer["counts"], answer["total"]
     by_family = families_of(store, workflow_id).counts(store) if total > FEW_JOBS else {}
@@ -4730,7 +4729,7 @@ def job_views(store, ids, now):
 
 
 def job_details(store, job_id):
-    """What the page of one job shows besides: CPUs used, failure handler, files read, written."""
+    """What the page of a job also shows: CPUs used, failure handler, files read and written."""
     paths = ("(SELECT group_concat(path, ', ') FROM (SELECT f.path FROM job_{0}_file x JOIN file f"
              " ON f.id = x.file_id WHERE x.job_id = t.id ORDER BY f.id LIMIT 100)) AS {0}s")
     details, = store.query(
@@ -4745,12 +4744,12 @@ def job_details(store, job_id):
 # ---- graph
 
 def acyclic(nodes, edges):
-    """Edges between nodes, in order, without those that close a circle. Both are given by ids."""
+    """The edges, pairs of node ids, in order and without those that close a cycle."""
     after, seen, left = {node: [] for node in nodes}, set(), {}
     edges = [[one, other] for one, other in edges if one in after and other in after]
     for one, other in edges:
         after[one].append(other)
-    stack = list(reversed(nodes))         # a search in depth leaves a node after all below it
+    stack = list(reversed(nodes))         # depth first: a node is left after all below it
     while stack:
         node = stack[-1]
         if node in seen:
@@ -4787,8 +4786,8 @@ def family_nodes(workflow_id, counted):
 def graph(store, workflow_id, now, around=None, data=False):
     """Nodes and edges of a workflow: its jobs, or its families if there are many.
 
-    around: id of the job that is shown with its neighbors. data: with the files and user data that
-    jobs read and write, if it shows jobs. Raises NotFound.
+    around: id of a job to show with its neighbors. data: whether a graph of jobs also shows the
+    files and user data that they read and write. Raises NotFound.
     """
     if around is not None:
         return graph_around(store, workflow_id, around, now)
@@ -4863,7 +4862,7 @@ def graph_around(store, workflow_id, job_id, now, most=5):
     ids, edges, more = [job_id], [], []
     for mine, theirs, words in (("job_id", "depends_on_job_id", "waits for"),
                                 ("depends_on_job_id", "job_id", "frees")):
-        # Those that matter now first: what is not done, then what ended unsuccessfully.
+        # Those that matter first: what is not done, then what was unsuccessful.
         found = store.query(
             f"SELECT d.{theirs} FROM job_dependency d JOIN job j ON j.id = d.{theirs} WHERE"
             f" d.{mine} = ? AND d.{theirs} <> d.{mine} ORDER BY j.status IN {COMPLETE}, j.status ="
@@ -4912,9 +4911,10 @@ def failed_jobs(store, where, params):
 
 
 def failures(store, workflow_id, most=5000, group=None):
-    """Jobs that ended unsuccessfully, in groups of one cause: exit, and last line of stderr.
+    """Jobs that ended unsuccessfully, grouped by cause: exit and last line of stderr.
 
-    most: the latest so many are looked at. group: id of the only one, with all its job ids.
+    most: how many of the latest are examined. group: id of the only group wanted, with all its job
+    ids.
     """
     codes = exit_codes(store, workflow_id)
     total, downstream = store.one(
@@ -4940,7 +4940,7 @@ def failures(store, workflow_id, most=5000, group=None):
 
 
 def failure_group(store, members, codes):
-    """What is said of jobs that failed alike. members: [(Failure, last line), ...]."""
+    """The description of jobs that failed the same way. members: [(Failure, last line), ...]."""
     jobs = [one for one, _ in members]
     first, line = members[-1]             # they come with the latest first
     families = list(dict.fromkeys(family_name(one.name) for one in jobs))
@@ -4959,12 +4959,12 @@ def failure_group(store, members, codes):
 
 
 def failure_remedy(jobs, codes):
-    """(verdict, label of a button, advice) for jobs that failed alike."""
+    """(verdict, label of a button, advice) for jobs that failed the same way."""
     one, peak = jobs[0], max((job.peak or 0 for job in jobs), default=0)
     ran = max((job.ran_s or 0 for job in jobs), default=0)
     alike = "They fail alike: look at one before rerunning them." if len(jobs) > 1 else \
         "Look at its output before rerunning it."
-    known = one.need != "default"         # those requirements mean nothing
+    known = one.need != "default"         # that one asks for nothing
     limit = max(job.memory for job in jobs)
     over = known and peak > limit
     if over or one.code == codes["memory"] and (not known or ran < 0.8 * one.runtime_s):
@@ -5000,7 +5000,7 @@ MAX_BINS = 2000
 
 
 class Window(NamedTuple):
-    """A stretch of time in bins. begin, end: ms since the epoch."""
+    """A time range divided into bins. begin, end: ms since the epoch."""
 
     begin: int
     end: int
@@ -5008,11 +5008,11 @@ class Window(NamedTuple):
 
     @property
     def width(self):
-        """Of a bin, in ms."""
+        """The width of a bin in ms."""
         return (self.end - self.begin) / self.bins
 
     def bin_of(self, column):
-        """SQL for the bin of a time in ms, from 1; 0 is before the first."""
+        """SQL for the bin of a time in ms: 1 for the first, 0 for anything before it."""
         return (f"(CASE WHEN {column} < {self.begin} THEN 0 WHEN {column} >= {self.end} THEN"
                 f" {self.bins + 1} ELSE ({column} - {self.begin}) * {self.bins}"
                 f" / {self.end - self.begin} + 1 END)")
@@ -5023,8 +5023,8 @@ class Window(NamedTuple):
         return max(0, min(self.bins + 1, place)), size, size * moment
 
     def means(self, steps):
-        """The mean in each bin of what changes in steps: [(bin, by how much, that times its moment
-        in ms), ...]."""
+        """The mean in each bin of a value that changes in steps: [(bin, change, change times its
+        time in ms), ...]."""
         sizes, moments = [0.0] * (self.bins + 2), [0.0] * (self.bins + 2)
         for place, size, moment in steps:
             sizes[place] += size
@@ -5036,7 +5036,7 @@ class Window(NamedTuple):
 
 
 def stretch(store, workflow_id, begin, end, now, bins):
-    """The Window to show, which is what is asked for, or the present run; and all Nodes."""
+    """(the Window to show: what is asked for, or else the current run; all Nodes)."""
     nodes = nodes_of(store, workflow_id, "1 ORDER BY id", now)
     run_id = workflow_row(store, workflow_id, "run_id")[0]
     began = store.one("SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?",
@@ -5051,7 +5051,7 @@ def stretch(store, workflow_id, begin, end, now, bins):
 
 
 class Lane:
-    """What is known of the jobs of a runner over a Window."""
+    """What a timeline needs to know of the jobs of a runner."""
 
     def __init__(self):
         self.steps = []                   # of the CPUs in use, see Window.means
@@ -5164,7 +5164,7 @@ def bars_of(store, workflow_id, window, now):
 
 
 def gap_cause(store, workflow_id, node, first, last):
-    """Why a runner idled from first to last (ms), when one of its jobs began, if one did."""
+    """Why a runner was idle from first to last (ms), when its next job started, if any."""
     after = store.one(
         "SELECT job_id FROM result WHERE workflow_id = ? AND start_ms = ? AND compute_node_id = ?"
         " UNION ALL SELECT id FROM job WHERE compute_node_id = ? AND started_ms = ?",
@@ -5183,16 +5183,16 @@ def gap_cause(store, workflow_id, node, first, last):
 
 
 def gone_text(store, node_id):
-    """What became of a runner that is gone."""
+    """What happened to a runner that is gone."""
     lost = store.one("SELECT count(*) FROM result WHERE compute_node_id = ? AND return_code = ?",
                      (node_id, ORPHAN_RETURN_CODE))[0]
     return f"lost, with {plural(lost, 'job')} that ran there" if lost else "ended"
 
 
 def usage(store, workflow_id, now, begin=None, end=None, bins=240):
-    """CPUs and memory over time, and by resource requirements: asked for, used, there.
+    """CPUs and memory over time, and by resource requirements: requested, used, available.
 
-    What a running job uses is not known yet: it counts as jobs of its requirements did so far.
+    What a running job uses is not known yet: it counts like finished jobs of its requirements.
     """
     bins = max(2, min(MAX_BINS, bins))
     window, nodes = stretch(store, workflow_id, begin, end, now, bins)
@@ -5233,7 +5233,7 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
 
 
 def requirement_rows(store, workflow_id, of_need):
-    """{requirement id: what was asked for and used by its jobs, and what to change}.
+    """{requirement id: what its jobs requested and used, and what to change}.
 
     of_need: {requirement id: [(sum of starts, of ends, number, CPUs used, memory used, largest
     peak, longest ms, number out of memory, out of time), ...]} of results.
@@ -5379,16 +5379,16 @@ def ready_job_requirements(store, workflow_id):
 # ==================================================================================================
 # 8 Access
 # ==================================================================================================
-# Who asks, and what may they do? Passwords are compared with an htpasswd file. Its hashes are slow
-# on purpose, so threads of their own compute them, never one that serves requests. Who may use a
-# workflow: its owner, the groups it is shared with, and admins.
+# Who is asking, and what may they do? Passwords are checked against an htpasswd file. Its hashes
+# are slow on purpose, so dedicated threads compute them, never one that serves requests. A workflow
+# may be used by its owner, the groups it is shared with, and admins.
 
 CRYPT_BUFFER = 131_232                    # bytes of struct crypt_data in an old glibc, the largest
 BCRYPT_BYTES = 72                         # of a password that bcrypt looks at
 BCRYPT_COST = 10                          # 50 ms; htpasswd -B takes 5
 HASHES = {"$2": "bcrypt", "$5$": "SHA-256", "$6$": "SHA-512"}
 OTHER_HASHES = {"$apr1$": "Apache's MD5", "$1$": "MD5", "{SHA}": "SHA-1"}
-HASH_QUEUE = 1000                         # attempts that may wait for a hash, in all
+HASH_QUEUE = 1000                         # attempts that may wait for a hash in total
 LANE_QUEUE = 2                            # of one user name from one address: a short line that
                                           # is hard to join beats a long one for who tries again
 FORGET_FAILURES_S = 60.0
@@ -5624,8 +5624,8 @@ class Gate:
     # -- the file
 
     def reload(self):
-        """Read the file again; returns what is wrong with single lines. Whoever is no longer in it
-        is let in no more, whatever else it has. Raises Unreachable when it cannot be read."""
+        """Read the file again; returns what is wrong with single lines. Users who are no longer in
+        it are locked out even so. Raises Unreachable when it cannot be read."""
         faults = []
         fresh = PasswordFile(self.file.path, absent=True, faults=faults)
         with self.condition:
@@ -5636,7 +5636,7 @@ class Gate:
         return faults
 
     def _look_at_file(self, now):
-        """Read it again if it has changed, looking at most once a second."""
+        """Read the file again if it has changed; checks at most once a second."""
         if now - self.looked < 1:
             return
         self.looked = now
@@ -5644,7 +5644,7 @@ class Gate:
             signature = self.file.look()
             if signature == self.file.signature:
                 return
-            self.file.signature = signature          # complained about once
+            self.file.signature = signature          # warn only once
             faults = self.reload()
             self.warn(f"password file {self.file.path} "
                       + ("is gone" if signature is None else "has changed")
@@ -5670,7 +5670,7 @@ class Gate:
         now = time.monotonic()
         self._look_at_file(now)
         hashed = self.file.users.get(user)
-        if hashed is None:                # names are no secret where people share a machine
+        if hashed is None:                # user names are no secret on a shared machine
             return self.wrong(user, address, now)
         if password.startswith(TOKEN_MARK):
             only = self.workflow_of_token(user, password)
@@ -5688,7 +5688,7 @@ class Gate:
         return Verdict("unsure", user, digest)
 
     def wrong(self, user, address, now):
-        """A Verdict for wrong credentials; the more of them, the later it is told."""
+        """A Verdict for wrong credentials; the more of them, the longer its delay."""
         lane = address, user
         with self.condition:              # may be ours already: its lock is reentrant
             number, last = self.failures.pop(lane, (0, now))
@@ -5738,7 +5738,7 @@ class Gate:
         callback(Verdict("busy"))
 
     def _hash(self):
-        """Compute hashes, a lane after the other (a thread)."""
+        """Compute hashes, lane by lane (a thread)."""
         while True:
             with self.condition:
                 while not self.lanes:
@@ -5774,7 +5774,7 @@ ADMIN_GROUP = 1                           # made by the schema, its members by t
 
 # ---- tokens: what jobs and actions use as a password
 
-TOKEN_MARK = "torc-job-"                  # how they begin
+TOKEN_MARK = "torc-job-"                  # how they start
 
 
 def token_digest(user, token):
@@ -5848,7 +5848,7 @@ def share(store, workflow_id, group_id):
 
 
 def unshare(store, workflow_id, group_id):
-    """In a transaction: a group may use a workflow no more."""
+    """In a transaction: stop sharing a workflow with a group."""
     store.execute("DELETE FROM workflow_access_group WHERE workflow_id = ? AND group_id = ?",
                   (workflow_id, group_id))
 
@@ -5908,9 +5908,9 @@ NUMBERS = {"int": WHOLE, "limit": WHOLE, "float": (float, r"-?\d{1,16}(\.\d+)?")
 
 
 def read_word(kind, text, place):
-    """A value that is written in a path or query. Raises BadRequest, Invalid.
+    """The value of a string in a path or query. Raises BadRequest, Invalid.
 
-    place: what is wrong if it is not of its type.
+    place: how the error names what is not of its type.
     """
     try:
         if not is_string(text):
@@ -5934,7 +5934,7 @@ def read_word(kind, text, place):
 def read_query(wanted, query):
     """The values of query parameters by name, defaults included. Raises BadRequest.
 
-    wanted: Fields; strs: may be repeated. Others are ignored, as upstream ignores them.
+    wanted: Fields; those of type strs may be repeated. Others are ignored, as upstream does.
     """
     values = {}
     for field in wanted:
@@ -6315,7 +6315,7 @@ def claimed(store, ids):
 
 
 def take_step(request, store, workflow_id, body, now):
-    """In one conversation a runner tells what has happened and takes work; never waits (ours).
+    """Take what a runner reports and give it work, in one request; never waits (ours).
 
     tokens: each claimed job comes with what it may use as the caller's password.
     """
@@ -6342,7 +6342,7 @@ def claim_jobs_based_on_resources(store, workflow_id, limit, body, query):
 
 
 def changes(store, workflow_id, since, wait_s):
-    """What a waiting client wants to know; waits for news unless they are there already (ours)."""
+    """What a waiting client wants to know; waits for news unless there is some already (ours)."""
     now = situation(store, workflow_id)
     if now["generation"] == since and wait_s > 0:
         store.wait_news(workflow_id, since, min(wait_s, 60))
@@ -6433,10 +6433,9 @@ def update_compute_node(store, node_id, body):
 
 
 def release_compute_node(store, node_id, now, return_code, kind, reason, step=None, status=None):
-    """A node's runner is proven dead: its jobs are ready again (ours).
+    """Requeue the jobs of a node whose runner is proven dead (ours).
 
-    status and return_code: what the running ones become instead. kind, reason and step: the
-    Evidence.
+    status and return_code: what its running jobs become instead. kind, reason, step: the Evidence.
     """
     if status is not None and status not in UNSUCCESSFUL:
         raise Invalid(f"status {STATUS_NAMES[status]} is not one of a job that was ended")
@@ -6488,7 +6487,7 @@ def take_action(request, store, workflow_id, action_id, body, now):
 
 
 def return_action(store, workflow_id, action_id, now, done, compute_node_id=None):
-    """An action that was claimed has been carried out; done=False: could not be, and will be
+    """Record that a claimed action was carried out; done=False: that it could not be, and is
     pending again (ours)."""
     leave_action(store, workflow_id, action_id, compute_node_id, now, done)
     return {"success": True, "action_id": action_id}
@@ -6549,7 +6548,7 @@ def get_access_group(request, store, group_id):
 
 
 def delete_access_group(request, store, group_id):
-    """Delete a group with its memberships; what it shared is shared no more."""
+    """Delete a group with its memberships and shares."""
     group = get_access_group(request, store, group_id)
     if group_id == ADMIN_GROUP:
         raise Forbidden(f"the system group {group['name']} cannot be deleted")
@@ -6619,7 +6618,7 @@ def share_workflow(request, store, workflow_id, group_id):
 
 
 def unshare_workflow(request, store, workflow_id, group_id):
-    """A group may use a workflow no more. Upstream: remove_workflow_from_group."""
+    """Stop sharing a workflow with a group. Upstream: remove_workflow_from_group."""
     link = shared(request, workflow_id, group_id)
     if not link:
         raise NotFound(f"workflow {workflow_id} is not shared with group {group_id}")
@@ -6960,7 +6959,7 @@ def admitted(request, workflow_id):
 
 
 def check_references(request, wanted, records):
-    """Raise Invalid where records refer to what does not exist or belongs to another workflow.
+    """Raise Invalid if records refer to what does not exist or belongs to another workflow.
 
     A compute node may be of another workflow that the caller may use, as clients of Torc do. A
     scheduler need not exist.
