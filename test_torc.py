@@ -6108,7 +6108,7 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
         terminal = [plan.title, *plan.lines]
     except torc.TorcError as error:
         terminal = [str(error)]
-    assert name in {row[1] for _, rows in torc.KEYS.values() for row in rows}
+    assert name == "export" or name in {row[1] for _, rows in torc.KEYS.values() for row in rows}
     assert re.search(rf"\b{name}: [\"\[]|/dash/{name}\b", torc.DASH_JS), name
     body = {"workflow_id": workflow_id, **({"ids": str(target)} if operation.target == "jobs" else {})}
     if operation.target != "spec":
@@ -6120,7 +6120,7 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
         # A reset offers one of its choices there, each with its jobs; what is sure is not asked.
         assert page in (terminal, [None]) or name == "reset", (page, terminal)
     assert operation.command in torc.COMMANDS
-    if name not in ("run", "watch", "create", "submit", "reset"):      # they have no dry run, or their own
+    if name not in ("watch", "create", "reset"):      # they have no dry run, or their own
         torc.main([*operation.command.split(), *(["true"] if name == "archive" else []), str(target), "--dry-run",
                    "--url", server.url])
         out, err = capsys.readouterr()
@@ -6130,6 +6130,47 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
                          *terminal[1:]]
     assert statuses(client, workflow_id) == before
     client.close()
+
+
+SLURM_SPEC = {"name": "w", "jobs": [{"name": "a", "command": "true"}],
+              "slurm_schedulers": [{"name": "s", "account": "a", "nodes": 1, "walltime": "00:10:00"}],
+              "actions": [{"trigger_type": "on_workflow_start", "action_type": "schedule_nodes",
+                           "scheduler": "s", "scheduler_type": "slurm", "num_allocations": 2}]}
+
+
+def test_a_dry_run_of_a_specification_says_its_plan_and_creates_nothing(server, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(torc, "worker_urls", lambda client, named=(): (server.url,))
+    (tmp_path / "w.json").write_text(json.dumps(SLURM_SPEC))
+    with contextlib.closing(server.client()) as client:
+        spec, wishes = torc.read_spec("w.json"), torc.Wishes()
+        plan = torc.plan_run(client, spec, wishes)
+        _, out, _ = cli("run", "w.json", "--dry-run", "--database", "none/x.db", ok=0)
+        assert out.splitlines() == ['Dry run: run workflow "w" here', *(f"  {line}" for line in plan.lines)]
+        assert cli_json(cli, "run", "w.json", "--dry-run") == {**plan.data, "dry_run": True}
+        plan = torc.plan_submit(client, spec, wishes)
+        assert '2 allocations of scheduler "s"' in plan.lines and f"Workers reach the server at {server.url}." in plan.lines
+        url = ("--url", server.url)
+        assert cli("submit", "w.json", "--dry-run", *url, ok=0)[1] == plan.text + "\n"
+        assert cli_json(cli, "submit", "w.json", "--dry-run", *url) == {**plan.data, "dry_run": True}
+        assert not list(client.items("/workflows"))
+
+
+def test_a_specification_without_its_inputs_is_submitted_only_if_that_is_said(server, cli, tmp_path, programs,
+                                                                             monkeypatch):
+    monkeypatch.setattr(torc, "worker_urls", lambda client, named=(): (server.url,))
+    programs(sbatch="echo 'sbatch: error: Invalid account' >&2; exit 1", squeue="exit 0", scontrol="exit 0")
+    jobs = [{"name": "a", "command": "true", "input_files": ["f"]}]
+    (tmp_path / "w.json").write_text(json.dumps(
+        {**SLURM_SPEC, "jobs": jobs, "files": [{"name": "f", "path": "absent"}]}))
+    words = ("submit", "w.json", "--url", server.url)
+    assert cli(*words, "--dry-run")[0] == 1
+    code, _, err = cli(*words)
+    assert code == 1 and 'input files missing: "absent"' in err and "--ignore-missing-data goes on" in err
+    code, _, err = cli(*words, "-i")
+    assert code == 1 and "Invalid account" in err
+    assert re.search(r"No allocation was submitted, so workflow \d+ is gone again", err)
+    with contextlib.closing(server.client()) as client:
+        assert not list(client.items("/workflows"))
 
 
 # ==================================================================================================
@@ -7322,7 +7363,7 @@ def test_a_terminal_without_utf_8_gets_ascii_glyphs(client, ui):
 
 def test_every_action_has_a_key_and_every_key_an_action():
     actions = {row[1].split()[0] for _, rows in torc.KEYS.values() for row in rows}
-    methods = {name[3:] for name in dir(torc.Terminal) if name.startswith("do_")} | set(torc.OPERATIONS)
+    methods = {name[3:] for name in dir(torc.Terminal) if name.startswith("do_")} | set(torc.OPERATIONS) - {"export"}
     assert actions == methods
     for title, rows in torc.KEYS.values():
         names = [name for row in rows for name in row[0].split()]

@@ -11392,6 +11392,10 @@ class Wishes(NamedTuple):
     keep_submission_scripts: bool = False
     share_password: bool = False
     force: bool = False                   # even if inputs are missing or jobs are running
+    allow_owner: tuple = ()               # other users whose commands may run as this one
+    include_results: bool = False         # in an export
+    include_events: bool = False
+    output: str | None = None             # file of an export
     failed_only: bool | None = None       # of a reset: of failed jobs, of all; None: lets choose
     reinitialize: bool = True             # of a reset: the jobs are ready then
     only: bool = False                    # of a retry: without what depends on the jobs
@@ -11425,6 +11429,8 @@ class Plan(NamedTuple):
     strict: bool = False                  # never done unasked, unless it is forced
     obstacle: str = ""                    # why it is done only by force
     typed: str = ""                       # what a browser lets type before something is destroyed
+    consent: tuple = ()                   # (question, option that answers it) that is always asked
+    text: str = ""                        # what a dry run prints in place of title and lines
 
 
 class Outcome(NamedTuple):
@@ -11433,6 +11439,7 @@ class Outcome(NamedTuple):
     sentence: str
     data: Any = {}                        # as JSON
     errors: tuple = ()                    # what could not be done, in sentences
+    steps: tuple = ()                     # what was done on the way, in sentences
 
 
 class Start(NamedTuple):
@@ -11440,6 +11447,8 @@ class Start(NamedTuple):
 
     title: str
     words: tuple
+    workflow_id: int
+    steps: tuple = ()                     # what was done before, in sentences
 
 
 class Started:
@@ -12241,41 +12250,36 @@ def run_hook(command, workflow_id, client):
 
 # ---- export and import
 
-EXPORTED = {                              # key in the document: path
-    **{name: KINDS[table].path for name, table in SPEC_LISTS.items() if name != "jobs"},
-    "local_schedulers": "/local_schedulers", "failure_handlers": "/workflows/{}/failure_handlers"}
 EXPORT_VERSION = "1.0"
 
 
 def export_workflow(client, workflow_id, results=False, events=False):
     """A workflow with its records as one document; upstream's form, export_version 1.0."""
-    def records(path, **query):
-        query = query if path.startswith("/workflows/") else {"workflow_id": workflow_id, **query}
-        return list(client.items(path, **query))
-
-    document = {"export_version": EXPORT_VERSION, "exported_at": iso_time(time.time()),
-                "workflow": client.get(f"/workflows/{workflow_id}"),
-                **{key: records(path.format(workflow_id)) for key, path in EXPORTED.items()},
-                "ro_crate_entities": [], "jobs": records("/jobs", include_relationships=True),
-                "workflow_actions": client.get(f"/workflows/{workflow_id}/actions")}
-    if results:
-        document.update(compute_nodes=records("/compute_nodes"),
-                        results=records("/results", all_runs=True))
-    if events:
-        document["events"] = records("/events")
-    return document
+    paths = {name: KINDS[table].path for name, table in SPEC_LISTS.items()}
+    paths["failure_handlers"] = f"/workflows/{workflow_id}/failure_handlers"
+    names = [*paths, "local_schedulers", *(["compute_nodes", "results"] if results else ()),
+             *(["events"] if events else ())]
+    return {"export_version": EXPORT_VERSION, "exported_at": iso_time(time.time()),
+            "workflow": client.get(f"/workflows/{workflow_id}"),
+            **{name: list(client.items(paths.get(name, f"/{name}"), workflow_id=workflow_id,
+                                       include_relationships=True, all_runs=True))
+               for name in names},
+            "ro_crate_entities": [],
+            "workflow_actions": client.get(f"/workflows/{workflow_id}/actions")}
 
 
-def picked(record, table, ids=None):
-    """What a new record of a kind takes of an exported one. ids: {table: {old id: new one}}."""
-    made = {field.name: record[field.name] for field in KINDS[table].fields if not field.server
-            and field.name not in ("workflow_id", "status") and record.get(field.name) is not None}
-    for field in KINDS[table].fields if ids else ():
-        if field.refers and field.name in made:
-            new = ids[field.refers]
-            made[field.name] = [new[one] for one in made[field.name]] if field.type == "ids" \
-                else new.get(made[field.name])
-    return {name: value for name, value in made.items() if value is not None}
+def renumbered(record, fields, ids):
+    """What a new record takes of an exported one. ids: {table: {old id: new one}}."""
+    made = {}
+    for field in fields:
+        value, known = record.get(field.name), ids.get(field.refers)
+        if value is None or field.server or field.name in ("workflow_id", "status"):
+            continue
+        if known is not None:
+            value = [known[one] for one in value] if field.type == "ids" else known.get(value)
+        if value is not None:
+            made[field.name] = value
+    return made
 
 
 def import_payload(document, name=None):
@@ -12286,28 +12290,56 @@ def import_payload(document, name=None):
     if str(document.get("export_version", "1")).partition(".")[0] != EXPORT_VERSION[0]:
         raise Invalid(f"export_version {document['export_version']!r} is not known here "
                       f"({EXPORT_VERSION})")
-    ids, payload = {}, {"workflow": picked(document["workflow"], "workflow")}
-    for key, table in SPEC_LISTS.items():
-        kept = [record for record in document.get(key) or () if not (
-            table == "resource_requirements" and record["name"] == "default")]
-        ids[table] = {record["id"]: number for number, record in enumerate(kept, 1)}
-        payload[key] = [picked(record, table, ids) for record in kept]
-    payload["workflow"]["name"] = name or document["workflow"]["name"]
-    payload["actions"] = [import_action(action, ids) for action in
-                          document.get("workflow_actions") or () if not action.get("is_recovery")]
+    try:
+        ids, payload = {}, {"workflow": renumbered(document["workflow"], KINDS["workflow"].fields,
+                                                   {})}
+        payload["workflow"]["name"] = name or document["workflow"]["name"]
+        for key, table in SPEC_LISTS.items():
+            kept = [record for record in document.get(key) or () if not (
+                table == "resource_requirements" and record["name"] == "default")]
+            ids[table] = {record["id"]: number for number, record in enumerate(kept, 1)}
+            payload[key] = [renumbered(record, KINDS[table].fields, ids) for record in kept]
+        payload["actions"] = [import_action(action, ids)
+                              for action in document.get("workflow_actions") or ()
+                              if not action.get("is_recovery")]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Invalid(f"a record of the exported workflow lacks or misnames {error}: was it "
+                      "edited?") from None
     return payload
 
 
 def import_action(action, ids):
-    """An exported action with the ids of the new records. ids: see picked."""
-    made = {name: action[name] for name in ("trigger_type", "action_type", "persistent")
-            if action.get(name) is not None}
+    """An exported action with the ids of the new records. ids: see renumbered."""
+    made = renumbered(action, [PARTS["new_action"][name] for name in (
+        "trigger_type", "action_type", "job_ids", "persistent")], ids)
     config = made["action_config"] = dict(action["action_config"])
     if "scheduler_id" in config:
         config["scheduler_id"] = ids["slurm_scheduler"][config["scheduler_id"]]
-    if action.get("job_ids"):
-        made["job_ids"] = [ids["job"][number] for number in action["job_ids"]]
     return made
+
+
+def plan_export(client, workflow_id, wishes):
+    """Write a workflow as one JSON document."""
+    jobs = count_records(client, "/jobs", workflow_id=workflow_id)
+    more = [name for name, wanted in (("results", wishes.include_results),
+                                      ("events", wishes.include_events)) if wanted]
+
+    def do(client):
+        document = export_workflow(client, workflow_id, wishes.include_results,
+                                   wishes.include_events)
+        if not wishes.output:
+            return Outcome("", document)
+        write_private(wishes.output, json.dumps(document, indent=1))
+        size = format_bytes(os.path.getsize(wishes.output))
+        return Outcome(f"Wrote {wishes.output} ({size}, {plural(len(document['jobs']), 'job')})",
+                       {"path": wishes.output, "workflow_id": workflow_id,
+                        "job_count": len(document["jobs"])})
+
+    where = f" to {wishes.output}" if wishes.output else ""
+    return Plan(f"Export workflow {workflow_id}{where}", (
+        f"{plural(jobs, 'job')} with what they refer to" + "".join(f", {name}" for name in more),),
+        (Choice("y", "export it", do),), {"path": wishes.output, "workflow_id": workflow_id,
+                                          "job_count": jobs}, sure=True)
 
 
 # ---- operations on workflows
@@ -12422,60 +12454,125 @@ def plan_reset(client, workflow_id, wishes):
                 strict=True, obstacle=obstacle)
 
 
-def owned(client, workflow_id):
-    """A workflow's record, and the Plan's lines if it is another user's."""
-    workflow = client.get(f"/workflows/{workflow_id}")
-    return workflow, () if workflow["user"] == client.user else (
-        f"It belongs to {workflow['user']}; its commands would run as you, {client.user}.",)
+def plan_start(client, target, wishes):
+    """What `run` and `submit` begin with: create the workflow of a Spec, or take an existing one."""
+    if isinstance(target, Spec):
+        plan = plan_create(client, target, wishes)
+        missing = missing_inputs(target.payload)
+        if not missing:
+            return plan
+        return plan._replace(
+            lines=(*plan.lines, f"Missing input files: {named(missing)}"),
+            obstacle="" if wishes.force else f"input files missing: {named(missing)}. No job makes "
+            "them, so no workflow was created")
+    owner = client.get(f"/workflows/{target}")["user"]
+    counted = client.get(f"/workflows/{target}/counts")
+    refuse_canceled(target, counted)
+    lines, consent = (), ()
+    if owner != client.user:
+        lines = (f"Workflow {target} belongs to {owner}; its commands would run as you, "
+                 f"{client.user}.",)
+        if owner not in wishes.allow_owner:
+            consent = f"{lines[0]} Run them?", f"--allow-owner {owner}"
+    found = Outcome("", {"workflow_id": target, "user": owner})
+    return Plan(f"Start workflow {target}", lines, (Choice("y", "start it", lambda client: found),),
+                {"workflow_id": target}, strict=bool(lines), consent=consent)
 
 
-def plan_run(client, workflow_id, wishes):
-    """Run a workflow on this machine."""
-    workflow, lines = owned(client, workflow_id)
-    counted = client.get(f"/workflows/{workflow_id}/counts")
-    refuse_canceled(workflow_id, counted)
-    if counted["is_complete"] and counted["total"]:
-        raise Invalid(f"all jobs of workflow {workflow_id} have ended: reset or initialize it to "
-                      "run them again")
-    nodes = list(client.items("/compute_nodes", workflow_id=workflow_id, is_active=True))
-    if nodes:
-        hosts = dict.fromkeys(node["hostname"] for node in nodes)
-        lines = (*lines, f"{plural(len(nodes), 'runner')} {'works' if len(nodes) == 1 else 'work'} "
-                 f"on it already, on {', '.join(hosts)}; another one shares the ready jobs.")
-    start = Start(f"run of workflow {workflow_id}", (
-        "run", str(workflow_id), "--output-dir", wishes.output_dir, "--allow-owner",
-        workflow["user"]))
-    return Plan(f"Run workflow {workflow_id} here", lines,
-                (Choice("y", "run it", lambda client: start),), sure=not lines)
+def initialize_new(client, workflow_id, force=False):
+    """Initialize a workflow that never was."""
+    if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
+        initialize_workflow(client, workflow_id, force)
+
+
+def plan_run(client, target, wishes):
+    """Run a workflow, or that of a Spec, on this machine."""
+    plan = plan_start(client, target, wishes)
+    steps, hosts = [], []
+    if isinstance(target, Spec):
+        name = f'"{target.payload["workflow"]["name"]}"'
+    else:
+        name = target
+        counted = client.get(f"/workflows/{target}/counts")
+        if counted["is_complete"] and counted["total"]:
+            steps = [f"all jobs of workflow {target} have ended before: `torc workflows "
+                     f"reset-status {target} --failed-only --reinitialize` readies those that "
+                     f"failed, `torc workflows init {target}` all"]
+        hosts = [node["hostname"] for node in client.items(
+            "/compute_nodes", workflow_id=target, is_active=True) if not death_here(node)]
+    lines = [*plan.lines, *steps]
+    if hosts:
+        lines.append(f"{plural(len(hosts), 'runner')} {'works' if len(hosts) == 1 else 'work'} on "
+                     f"it already, on {', '.join(dict.fromkeys(hosts))}; another one shares the "
+                     "ready jobs.")
+
+    def do(client):
+        made = plan.choices[0].do(client)
+        workflow_id, owner = made.data["workflow_id"], made.data.get("user", client.user)
+        return Start(f"run of workflow {workflow_id}", (
+            "run", str(workflow_id), "--output-dir", wishes.output_dir, "--allow-owner", owner),
+            workflow_id, (*steps, made.sentence))
+
+    return plan._replace(title=f"Run workflow {name} here", lines=tuple(lines), strict=False,
+                         choices=(Choice("y", "run it", do),), sure=not lines)
 
 
 def plan_watch(client, workflow_id, wishes):
     """Look after a workflow until it ends."""
     start = Start(f"watch of workflow {workflow_id}", (
-        "watch", str(workflow_id), "--output-dir", wishes.output_dir))
+        "watch", str(workflow_id), "--output-dir", wishes.output_dir), workflow_id)
     return Plan(f"Watch workflow {workflow_id}", (),
                 (Choice("y", "watch it", lambda client: start),), sure=True)
 
 
-def plan_submit(client, workflow_id, wishes):
-    """Start a workflow in Slurm allocations, as its on_workflow_start actions request them."""
-    workflow, lines = owned(client, workflow_id)
+def plan_submit(client, target, wishes):
+    """Start a workflow, or that of a Spec, in Slurm allocations, as its actions request them.
+
+    A workflow that was created for it is deleted if Slurm refuses the submission.
+    """
     request = worker_request(client, wishes)
-    refuse_canceled(workflow_id, client.get(f"/workflows/{workflow_id}/counts"))
-    scripts = submission(client, workflow, client.get(f"/workflows/{workflow_id}/actions"), {
-        record["id"]: record for record in client.items(
-            "/slurm_schedulers", workflow_id=workflow_id)}, request)
+    plan = plan_start(client, target, wishes)
+    is_new = isinstance(target, Spec)
+    if is_new:
+        workflow = {"id": 0, **target.payload["workflow"]}
+        actions, schedulers = target.payload["actions"], dict(
+            enumerate(target.payload["slurm_schedulers"], 1))
+    else:
+        workflow = client.get(f"/workflows/{target}")
+        actions, schedulers = client.get(f"/workflows/{target}/actions"), {
+            record["id"]: record for record in client.items("/slurm_schedulers",
+                                                            workflow_id=target)}
+    scripts = submission(client, workflow, actions, schedulers, request)
     number = plural(sum(script["num_allocations"] for script in scripts), "allocation")
 
     def do(client):
-        if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
-            initialize_workflow(client, workflow_id, wishes.force)
-        return submit_start(client, workflow_id, request)
+        made = plan.choices[0].do(client)
+        workflow_id = made.data["workflow_id"]
+        try:
+            initialize_new(client, workflow_id, wishes.force)
+            done = submit_start(client, workflow_id, request)
+        except TorcError as error:
+            kept = getattr(error, "submitted", None) or getattr(error, "unsure", False)
+            if is_new and kept:
+                error.args = (f"{error}. Workflow {workflow_id} was created and is kept",)
+            elif is_new:
+                with contextlib.suppress(TorcError):
+                    client.delete(f"/workflows/{workflow_id}")
+                    error.args = (f"{error}. No allocation was submitted, so workflow "
+                                  f"{workflow_id} is gone again: fix this and submit again",)
+            raise
+        return done._replace(steps=(made.sentence,))
 
-    return Plan(f"Submit workflow {workflow_id} to Slurm", (*lines, *submission_lines(scripts),
-                f"Workers reach the server at {request.urls[0]}."),
-                (Choice("y", f"submit {number}", do),), {"scripts": scripts},
-                strict=bool(lines))
+    name = f'"{workflow["name"]}"' if is_new else target
+    whole = "\n".join(f"# {plural(script['num_allocations'], 'allocation')} of scheduler "
+                      f"\"{script['scheduler']}\" would be submitted:\n{script['script']}"
+                      for script in scripts)
+    lines = (*plan.lines, *submission_lines(scripts),
+             f"Workers reach the server at {request.urls[0]}.")
+    return plan._replace(
+        title=f"Submit workflow {name} to Slurm", lines=lines, data={"scripts": scripts},
+        choices=(Choice("y", f"submit {number}", do),), sure=False, text=whole,
+        obstacle=plan.obstacle and f"{plan.obstacle}; --ignore-missing-data goes on without")
 
 
 def plan_recover(client, workflow_id, wishes):
@@ -12768,6 +12865,8 @@ OPERATIONS = {
     "release": Operation(
         plan_release, "workflow", "workflows sync-status",
         "Clean up after runners that died and allocations that ended."),
+    "export": Operation(plan_export, "workflow", "workflows export",
+                        "Write a workflow as one JSON document."),
     "archive": Operation(plan_archive, "workflows", "workflows archive",
                          "Hide workflows from lists, or bring them back."),
     "delete": Operation(plan_delete, "workflows", "delete",
@@ -17208,24 +17307,42 @@ def lower_first(text):
     return text[:1].lower() + text[1:]
 
 
-def carry_out(args, client, plan, ask=True):
+def carry_out(args, client, plan, ask=True, start=None):
     """Show a Plan, or carry out its first choice, with a question before if `ask`. Returns the exit
-    code."""
+    code.
+
+    start: what carries out a Start; see carry_out_start.
+    """
     dry_run, forced, unasked = (getattr(args, name, False)
                                 for name in ("dry_run", "force", "no_prompts"))
     if dry_run or not plan.choices:
         title = f"Dry run: {lower_first(plan.title)}" if plan.choices else plan.title
-        show(args, {**plan.data, "dry_run": dry_run} if isinstance(plan.data, dict) else plan.data,
-             title, plan.lines)
+        data = {**plan.data, "dry_run": dry_run} if isinstance(plan.data, dict) else plan.data
+        if plan.text and args.format == "table":
+            print(plan.text)
+            if plan.obstacle:
+                tell(args, plan.obstacle, "warn")
+        else:
+            show(args, data, title, plan.lines)
         return 1 if dry_run and plan.obstacle else 0
+    if plan.consent:
+        question, option = plan.consent
+        confirm(question, False, option)
     if plan.obstacle and not forced:
         raise TorcError(plan.obstacle)
     confirm("\n".join([*plan.lines, plan.title + "?"]), not ask or plan.sure or forced or unasked,
             "--force" if "force" in args else "--no-prompts", plan.strict)
     done = plan.choices[0].do(client)
+    for step in filter(None, done.steps):
+        tell(args, lower_first(step))
+    if isinstance(done, Start):
+        return start(client, done)
     for error in done.errors:
         tell(args, error, "error")
-    show(args, done.data, done.sentence)
+    if done.sentence:
+        show(args, done.data, done.sentence)
+    else:                                 # a document, which is JSON whatever was asked for
+        print_json(done.data)
     return 1 if done.errors else 0
 
 
@@ -17300,18 +17417,10 @@ def load_spec(args, path):
     return spec
 
 
-def creation(args, client, spec):
-    """Plan the creation of a Spec's workflow and print the warnings."""
+def tell_warnings(args, spec):
+    """Say what seems odd about a Spec."""
     for warning in spec.warnings:
         tell(args, f"warning: {warning}", "warn")
-    return plan_create(client, spec, None)
-
-
-def create_workflow_from(args, client, spec):
-    """Create the workflow of a Spec, report it and return its id."""
-    done = creation(args, client, spec).choices[0].do(client)
-    tell(args, lower_first(done.sentence))
-    return done.data["workflow_id"]
 
 
 def check_spec(args):
@@ -17350,34 +17459,9 @@ def do_create(args, client):
     if args.dry_run:
         return check_spec(args)
     spec = load_spec(args, args.file)
+    tell_warnings(args, spec)
     with contextlib.closing(open_client(args, make=True)) as client:
-        return carry_out(args, client, creation(args, client, spec), ask=False)
-
-
-def allow_owner(args, client, owner):
-    """Ask before running another user's commands. Raises TorcError, UsageError."""
-    confirm(f"Workflow {args.spec} belongs to {owner}; its commands would run as you, "
-            f"{client.user}. Run them?", owner in (client.user, *(args.allow_owner or ())),
-            f"--allow-owner {owner}")
-
-
-def workflow_to_run(args, client, spec):
-    """Id of the workflow that `run` runs, initialized if it never was."""
-    if spec:
-        missing = missing_inputs(spec.payload)
-        if missing:
-            raise TorcError(f"input files missing: {named(missing)}. No job makes them, so no "
-                            "workflow was created")
-        workflow_id = create_workflow_from(args, client, spec)
-    else:
-        workflow_id = int(args.spec)
-        allow_owner(args, client, client.get(f"/workflows/{workflow_id}")["user"])
-        for sentence in settle_dead(client, workflow_id, args.output_dir):
-            tell(args, sentence)
-    refuse_canceled(workflow_id, client.get(f"/workflows/{workflow_id}/status"))
-    if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
-        initialize_workflow(client, workflow_id)
-    return workflow_id
+        return carry_out(args, client, plan_create(client, spec, None), ask=False)
 
 
 def names_workflow(args):
@@ -17390,6 +17474,22 @@ def names_workflow(args):
     return text.isdigit()
 
 
+def carry_out_start(args, make_plan, start=None):
+    """Carry out the Plan of `run` or `submit` for the specification or workflow that is named.
+
+    start: function(client, Start) that does here what a Start would do; gives the exit code.
+    """
+    target = int(args.spec) if names_workflow(args) else load_spec(args, args.spec)
+    is_new = isinstance(target, Spec)
+    if is_new:
+        tell_warnings(args, target)
+    client = open_client(args, make=is_new)
+    try:
+        return carry_out(args, client, make_plan(client, target, wishes_of(args)), False, start)
+    finally:
+        client.close()
+
+
 @command("run", SPEC_OR_ID, SPEC_OPTIONS, """
          --max-parallel-jobs N  run at most this many at a time, whatever they need
          --num-cpus N           default: those of this machine
@@ -17400,32 +17500,30 @@ def names_workflow(args):
          --end-time MOMENT      as in 2026-01-02T03:04:05Z; counts before --time-limit
          --allow-owner NAME...  run workflows of this user too, whose commands then run as you; may
                                 be repeated
-         """, WORKER_URL, SHARE_PASSWORD, POLL, client=False,
+         """, WORKER_URL, SHARE_PASSWORD, POLL, DRY_RUN, client=False,
          example="torc run workflow.yaml --num-cpus 4")
 def do_run(args, client):
     """Run a specification, or an existing workflow, on this machine."""
-    spec = None if names_workflow(args) else load_spec(args, args.spec)
-    os.makedirs(args.output_dir, mode=0o700, exist_ok=True)    # before there is a workflow
-    client = open_client(args, make=spec is not None)
-    try:
-        workflow_id = workflow_to_run(args, client, spec)
-        if not spec and client.get(f"/workflows/{workflow_id}/is_complete")["is_complete"]:
-            tell(args, f"all jobs of workflow {workflow_id} have ended before: `torc workflows "
-                 f"reset-status {workflow_id} --failed-only --reinitialize` readies those that "
-                 f"failed, `torc workflows init {workflow_id}` all")
+    def run(client, start):
+        for sentence in settle_dead(client, start.workflow_id, args.output_dir):
+            tell(args, sentence)
+        initialize_new(client, start.workflow_id)
         end_time = args.end_time
         if end_time is None and args.time_limit is not None:
             end_time = time.time() + parse_duration(args.time_limit)
-        code = Runner(client, workflow_id, RunOptions(
+        code = Runner(client, start.workflow_id, RunOptions(
             output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
             num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
             end_time=end_time, share_password=args.share_password, schedule=scheduling(
                 client, lambda: worker_request(client, wishes_of(args))))).run()
         if args.format == "json":
-            print_json({**workflow_report(client, workflow_id), "exit_code": code})
+            print_json({**workflow_report(client, start.workflow_id), "exit_code": code})
         return code
-    finally:
-        client.close()
+
+    if args.dry_run and not names_workflow(args):    # needs neither server nor database
+        return carry_out(args, None, plan_run(None, load_spec(args, args.spec), wishes_of(args)))
+    os.makedirs(args.output_dir, mode=0o700, exist_ok=True)    # before there is a workflow
+    return carry_out_start(args, plan_run, run)
 
 
 @command("examples", "[NAME]", client=False,
@@ -18100,22 +18198,12 @@ def json_file(path):
         raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-@command("workflows export", WORKFLOW, """
-         -o, --output FILE  default: standard output
-         --include-results
-         --include-events
-         """,
-         example="torc workflows export 3 -o study.json --include-results")
-def do_workflows_export(args, client):
-    """Write a workflow as one JSON document."""
-    document = export_workflow(client, args.workflow_id, args.include_results, args.include_events)
-    if not args.output:
-        print_json(document)
-        return
-    write_private(args.output, json.dumps(document, indent=1))
-    say(args, f"Wrote {args.output} ({format_bytes(os.path.getsize(args.output))}, "
-              f"{plural(len(document['jobs']), 'job')})", path=args.output,
-        workflow_id=args.workflow_id, job_count=len(document["jobs"]))
+operation_command("export", WORKFLOW, """
+                  -o, --output FILE  default: standard output
+                  --include-results
+                  --include-events
+                  """,
+                  example="torc workflows export 3 -o study.json --include-results", ask=False)
 
 
 @command("workflows import", """
@@ -18134,10 +18222,7 @@ def do_workflows_import(args, client):
             raise Invalid(f"standard input is not JSON: {error}") from None
     else:
         document = json_file(args.file)
-    try:
-        payload = import_payload(document, args.name)
-    except (KeyError, TypeError) as error:
-        raise Invalid(f"{args.file}: a record lacks or misnames {error}: was it edited?") from None
+    payload = import_payload(document, args.name)
     return carry_out(args, client, plan_create(client, payload, None), ask=False)
 
 
@@ -18587,59 +18672,14 @@ def do_doctor(args, client):
 
 
 @command("submit", SPEC_OR_ID, SPEC_OPTIONS, WORKERS, """
-         -i, --ignore-missing-data  even if inputs are missing
+         -i, --ignore-missing-data -> force  even if inputs are missing
          --allow-owner NAME...      submit workflows of this user too, whose commands then run as
                                     you; may be repeated
          """, DRY_RUN,
          client=False, example="torc submit workflow.yaml")
 def do_submit(args, client):
     """Run a workflow in Slurm allocations, as its on_workflow_start actions request them."""
-    spec = None if names_workflow(args) else load_spec(args, args.spec)
-    client, wishes = open_client(args, make=spec is not None), wishes_of(args)
-    wishes = wishes._replace(force=args.ignore_missing_data)
-    try:
-        if spec:
-            return submit_spec(args, client, spec, wishes)
-        owner = client.get(f"/workflows/{int(args.spec)}")["user"]
-        plan = plan_submit(client, int(args.spec), wishes)
-        if args.dry_run:
-            return show_scripts(args, plan.data["scripts"])
-        allow_owner(args, client, owner)
-        return carry_out(args, client, plan, ask=False)
-    finally:
-        client.close()
-
-
-def show_scripts(args, scripts):
-    """Print the batch scripts that would be handed to Slurm."""
-    if args.format == "json":
-        print_json({"dry_run": True, "scripts": scripts})
-    for script in scripts if args.format == "table" else ():
-        print(f"# {plural(script['num_allocations'], 'allocation')} of scheduler "
-              f"\"{script['scheduler']}\" would be submitted:\n{script['script']}")
-
-
-def submit_spec(args, client, spec, wishes):
-    """Create the workflow of a Spec and submit it, or nothing at all."""
-    request = worker_request(client, wishes)         # before there is a workflow
-    scripts = submission(client, {"id": 0, **spec.payload["workflow"]}, spec.payload["actions"],
-                         dict(enumerate(spec.payload["slurm_schedulers"], 1)), request)
-    if args.dry_run:
-        return show_scripts(args, scripts)
-    missing = [] if args.ignore_missing_data else missing_inputs(spec.payload)
-    if missing:
-        raise TorcError(f"input files missing: {named(missing)}. No job makes them, so no "
-                        "workflow was created; --ignore-missing-data goes on without")
-    workflow_id = create_workflow_from(args, client, spec)
-    try:
-        return carry_out(args, client, plan_submit(client, workflow_id, wishes), ask=False)
-    except TorcError as error:
-        if not (getattr(error, "submitted", None) or getattr(error, "unsure", False)):
-            with contextlib.suppress(TorcError):
-                client.delete(f"/workflows/{workflow_id}")
-                error.args = (f"{error}. No allocation was submitted, so workflow {workflow_id} "
-                              "is gone again: fix this and submit again",)
-        raise
+    return carry_out_start(args, plan_submit)
 
 
 def choose_scheduler(args, client):
@@ -18674,8 +18714,7 @@ def do_slurm_schedule(args, client):
                          f"{scheduler['workflow_id']}, not to {args.workflow_id}")
     request = worker_request(client, wishes_of(args), prefix=args.job_prefix or "",
                              one_worker_per_node=args.start_one_worker_per_node or None)
-    if client.get(f"/workflows/{args.workflow_id}/is_uninitialized")["is_uninitialized"]:
-        initialize_workflow(client, args.workflow_id)
+    initialize_new(client, args.workflow_id)
     ids = submit_allocations(client, client.get(f"/workflows/{args.workflow_id}"), scheduler,
                              args.num_hpc_jobs, request)
     say(args, submitted(len(ids), ids), workflow_id=args.workflow_id, slurm_jobs=ids)
@@ -19480,7 +19519,7 @@ def pasted(text):
     if '"export_version"' in text[:1000]:
         try:
             return import_payload(json.loads(text))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise Invalid(f"this exported workflow cannot be read: {error!r}") from None
     return read_spec("spec.json" if text.lstrip()[:1] in "{[" else "spec.yaml", text)
 
@@ -19541,7 +19580,8 @@ class DashActions:
 
     def export(self, client, workflow_id):
         """The workflow with its results and events, to be saved by the browser."""
-        return export_workflow(client, int(workflow_id), True, True)
+        wishes = Wishes(include_results=True, include_events=True)
+        return plan_export(client, int(workflow_id), wishes).choices[0].do(client).data
 
     # -- new workflows
 
