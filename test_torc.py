@@ -8842,8 +8842,9 @@ def test_everything_runs_again_with_few_requests(local, tmp_path, monkeypatch):
     calls = []
     request = local.request
     monkeypatch.setattr(local, "request", lambda *args: calls.append(args) or request(*args))
-    plan = torc.reinitialize_workflow(local, workflow_id)
-    assert len(plan.jobs) == 300 and len(calls) < 25
+    plan = torc.plan_reinitialize(local, workflow_id, torc.Wishes())
+    plan.choices[0].do(local)
+    assert plan.data["job_count"] == 300 and len(calls) < 25
     assert set(statuses(local, workflow_id).values()) == {"ready"}
 
 

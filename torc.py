@@ -11602,67 +11602,62 @@ def required_user_data(client, workflow_id, counted):
             if record["id"] in missing] if missing else []
 
 
-def initialize_workflow(client, workflow_id, force=False, dry_run=False):
+def initialize_workflow(client, workflow_id, force=False):
     """Start a workflow from the beginning: all jobs blocked or ready, the next run_id.
 
-    Returns {"workflow_id", "safe", "missing_input_files", ...}; a dry run does no more. Raises
-    TorcError when inputs are missing, Invalid when it is at work; both only without force.
+    Raises TorcError when inputs are missing, Invalid when it is at work; both only without force.
     """
-    counted = check_idle(client, workflow_id, force)
-    times = [(file, present_time(file["path"]))
-             for file in required_files(client, workflow_id, counted)]
-    missing = [file["path"] for file, present in times if present is None]
-    missing_data = required_user_data(client, workflow_id, counted)
-    report = {"workflow_id": workflow_id, "safe": not missing and not missing_data,
-              "missing_input_files": missing, "missing_input_file_count": len(missing),
-              "missing_user_data": missing_data}
-    if dry_run:
-        existing = [file["path"] for file in client.items(
-            "/files", workflow_id=workflow_id, is_output=True)
-            if present_time(file["path"]) is not None]
-        return {**report, "existing_output_files": existing,
-                "existing_output_file_count": len(existing)}
-    if not (report["safe"] or force):
-        raise TorcError(missing_text(workflow_id, missing, missing_data))
-    client.post(f"/workflows/{workflow_id}/reset_status", force=force)
-    if counted["total"] > counted["uninitialized"] + counted["disabled"]:
-        client.post(f"/workflows/{workflow_id}/reset_job_status")
-    raise_run(client, workflow_id)
-    store_file_times(client, [(file, present) for file, present in times
-                              if not same_time(file.get("st_mtime"), present)])
-    client.post(f"/workflows/{workflow_id}/initialize_jobs")
-    return report
+    plan = plan_initialize(client, workflow_id, Wishes(force=force), look_at_outputs=False)
+    if plan.obstacle and not force:
+        raise TorcError(plan.obstacle)
+    plan.choices[0].do(client)
 
 
-class Rerun(NamedTuple):
-    """What a reinitialization will do, found out without changing anything."""
+class Rerun:
+    """Which jobs of a workflow run again, and why; nothing is changed before apply()."""
 
-    jobs: list                            # those that have run and run again, with the reason
-    roots: list                           # ids to reset one by one; the server resets the rest
-    everything: bool                      # whether all that has run runs again
-    changed_inputs: bool                  # whether the server knows of changed inputs
-    times: list                           # (file record, st_mtime now) of changed files
-    missing: list                         # paths of files that must exist first
-    waiting: int                          # jobs that are uninitialized anyway
-
-
-class Graph:
-    """A workflow's jobs with their dependents and files, read by a few requests."""
-
-    def __init__(self, client, workflow_id):
+    def __init__(self, client, workflow_id, reset="", with_changes=True):
+        """reset: "", "failed" (jobs that failed are reset) or "all"; with_changes: what has changed
+        counts too, such as files."""
+        self.workflow_id, self.reset = workflow_id, reset
         self.jobs = {job["id"]: job for job in client.items("/jobs", workflow_id=workflow_id)}
-        self.dependents, self.producers, self.consumers = {}, {}, {}
-        for row in client.items(f"/workflows/{workflow_id}/job_dependencies"):
-            self.dependents.setdefault(row["depends_on_job_id"], []).append(row["job_id"])
-        self.files = list(client.items("/files", workflow_id=workflow_id))
-        if self.files:
-            path = f"/workflows/{workflow_id}/job_file_relationships"
-            for row in client.items(path):
-                for role, jobs in (("producer_job_id", self.producers),
-                                   ("consumer_job_id", self.consumers)):
-                    if role in row:
-                        jobs.setdefault(row["file_id"], set()).add(row[role])
         self.reasons = {}                 # job id: why it runs again
+        self.times = []                   # (file record, st_mtime now) of changed files
+        self.missing = []                 # paths of files that must exist first
+        for job_id, job in self.jobs.items():
+            status = job["status"]
+            if reset == "all":
+                self.mark([job_id], "all jobs are reset")
+            elif status in ("terminated", "pending_failed") and with_changes or (
+                    reset and status in BAD_ENDS):
+                self.mark([job_id], f"it was {status}" if status in ("canceled", "terminated") else
+                          "it failed")
+        requested = set(self.reasons) if reset else set()
+        producers, consumers = {}, {}     # file id: ids of jobs
+        files = list(client.items("/files", workflow_id=workflow_id)) if with_changes else []
+        path = f"/workflows/{workflow_id}/job_file_relationships"
+        for row in client.items(path) if files else ():
+            for role, jobs in (("producer_job_id", producers), ("consumer_job_id", consumers)):
+                if role in row:
+                    jobs.setdefault(row["file_id"], set()).add(row[role])
+        for file in files:
+            self.mark_file(file, producers.get(file["id"], ()), consumers.get(file["id"], ()))
+        if with_changes:
+            answer = client.post(f"/workflows/{workflow_id}/process_changed_job_inputs",
+                                 dry_run=True)
+            for job_id, reason in answer["reasons"].items():
+                self.mark([int(job_id)], reason)
+        direct = set(self.reasons)
+        self.roots = sorted(direct - self.spread(client) - requested)   # are reset one by one
+        self.waiting = sum(job["status"] == "uninitialized" for job in self.jobs.values())
+        self.number = len(self.reasons) + self.waiting
+        self.everything = all(job_id in self.reasons or job["status"] in (
+            "uninitialized", "blocked", "ready") for job_id, job in self.jobs.items())
+        for file in files:                # those that nobody makes and that will be read
+            if file["id"] not in producers and present_time(file["path"]) is None and any(
+                    self.jobs[job_id]["status"] != "completed" or job_id in self.reasons
+                    for job_id in consumers.get(file["id"], ())):
+                self.missing.append(file["path"])
 
     def ran(self, job_id):
         """Whether a job has run, so that running it is running it again."""
@@ -11674,32 +11669,26 @@ class Graph:
             if self.ran(job_id):
                 self.reasons.setdefault(job_id, reason)
 
-    def mark_files(self):
-        """Mark readers of changed files and writers of missing ones; the changed files' times."""
-        changed = []
-        for file in self.files:
-            stored, present = file.get("st_mtime"), present_time(file["path"])
-            writers = self.producers.get(file["id"], ())
-            done = [job_id for job_id in writers if self.jobs[job_id]["status"] == "completed"]
-            if writers and present is None:
-                self.mark(done, f'its output file "{file["path"]}" is missing')
-            elif same_time(stored, present) or (writers and (stored is None or not done)):
-                continue
-            else:
-                word = "appeared" if stored is None else \
-                    "vanished" if present is None else "changed"
-                self.mark(self.consumers.get(file["id"], ()),
-                          f'its input file "{file["path"]}" {word}')
-                changed.append((file, present))
-        return changed
+    def mark_file(self, file, writers, readers):
+        """Mark the readers of a changed file, or the writers of a missing one."""
+        stored, present = file.get("st_mtime"), present_time(file["path"])
+        done = [job_id for job_id in writers if self.jobs[job_id]["status"] == "completed"]
+        if writers and present is None:
+            self.mark(done, f'its output file "{file["path"]}" is missing')
+        elif not same_time(stored, present) and not (writers and (stored is None or not done)):
+            word = "appeared" if stored is None else "vanished" if present is None else "changed"
+            self.mark(readers, f'its input file "{file["path"]}" {word}')
+            self.times.append((file, present))
 
-    def spread(self):
+    def spread(self, client):
         """Mark everything downstream; returns the ids reached from some other job."""
-        reached = set()
+        dependents, reached = {}, set()
+        for row in client.items(f"/workflows/{self.workflow_id}/job_dependencies"):
+            dependents.setdefault(row["depends_on_job_id"], []).append(row["job_id"])
         queue = [*self.reasons, *(job_id for job_id, job in self.jobs.items()
                                   if job["status"] == "uninitialized")]
         for job_id in queue:              # it grows while it is read
-            for below in self.dependents.get(job_id, ()):
+            for below in dependents.get(job_id, ()):
                 if below not in reached:
                     reached.add(below)
                     queue.append(below)
@@ -11708,78 +11697,40 @@ class Graph:
                                        f"{again}")
         return reached
 
-    def missing(self):
-        """Paths of files that nobody makes, do not exist, and are read by a job that will run."""
-        return [file["path"] for file in self.files if file["id"] not in self.producers
-                and any(self.jobs[job_id]["status"] != "completed" or job_id in self.reasons
-                        for job_id in self.consumers.get(file["id"], ()))
-                and present_time(file["path"]) is None]
+    def report(self):
+        """What runs again, as JSON."""
+        jobs = [{"job_id": job_id, "job_name": self.jobs[job_id]["name"],
+                 "status": self.jobs[job_id]["status"], "reason": reason}
+                for job_id, reason in sorted(self.reasons.items())]
+        return {"workflow_id": self.workflow_id, "dry_run": False, "jobs": jobs,
+                "job_count": len(jobs), "missing_input_files": self.missing}
 
+    def lines(self):
+        """What runs again, and why, in sentences."""
+        jobs = self.report()["jobs"]
+        lines = [f"{row['job_name']} ({said(row['status'])}): {row['reason']}"
+                 for row in jobs[:NAMED_AT_MOST]]
+        if len(jobs) > NAMED_AT_MOST:
+            lines.append(f"and {plural(len(jobs) - NAMED_AT_MOST, 'job')} more")
+        if self.waiting:
+            lines.append(f"{plural(self.waiting, 'job')} would run for the first time.")
+        if self.missing:
+            lines.append(f"Missing input files: {named(self.missing)}")
+        return lines
 
-def plan_rerun(client, workflow_id, reset="", with_changes=True):
-    """Which jobs run again and why, as a Rerun; nothing is changed.
-
-    reset: "", "failed" (jobs that ended badly are reset) or "all". with_changes: look at files and
-    inputs too.
-    """
-    graph = Graph(client, workflow_id)
-    if reset == "all":
-        graph.mark(graph.jobs, "all jobs are reset")
-    for status in BAD_ENDS if reset == "failed" else ("terminated", "pending_failed"):
-        word = "was " + status if status in ("canceled", "terminated") else "failed"
-        if reset or with_changes:
-            graph.mark([job_id for job_id, job in graph.jobs.items()
-                        if job["status"] == status], f"it {word}")
-    by_request = set(graph.reasons) if reset else set()
-    times, names = [], set()
-    if with_changes:
-        times = graph.mark_files()
-        answer = client.post(f"/workflows/{workflow_id}/process_changed_job_inputs", dry_run=True)
-        names, reasons = set(answer["reinitialized_jobs"]), answer.get("reasons", {})
-        for job_id, job in graph.jobs.items():
-            if job["name"] in names:
-                graph.mark([job_id], reasons.get(str(job_id), "its inputs changed"))
-    direct = set(graph.reasons)
-    reached = graph.spread()
-    jobs = [{"job_id": job_id, "job_name": graph.jobs[job_id]["name"],
-             "status": graph.jobs[job_id]["status"], "reason": reason}
-            for job_id, reason in sorted(graph.reasons.items())]
-    waiting = sum(job["status"] == "uninitialized" for job in graph.jobs.values())
-    everything = all(job_id in graph.reasons or job["status"] in ("uninitialized", "blocked",
-                                                                  "ready")
-                     for job_id, job in graph.jobs.items())
-    return Rerun(jobs, sorted(direct - reached - by_request), everything, bool(names), times,
-                 graph.missing() if with_changes else [], waiting)
-
-
-def reinitialize_workflow(client, workflow_id, force=False, dry_run=False, reset=""):
-    """Run again what changed: readers of changed files, writers of missing ones, jobs whose inputs
-    differ, and everything downstream of them.
-
-    reset: "failed" or "all" resets those jobs first. Returns a Rerun; a dry run does no more.
-    Raises TorcError when inputs are missing, Invalid when it is at work; both only without force.
-    """
-    check_idle(client, workflow_id, force)
-    plan = plan_rerun(client, workflow_id, reset)
-    if dry_run:
-        return plan
-    if plan.missing and not force:
-        raise TorcError(missing_text(workflow_id, plan.missing))
-    client.post(f"/workflows/{workflow_id}/reset_status", force=force)
-    if not plan.jobs and not plan.waiting:
-        return plan
-    run_id = raise_run(client, workflow_id)
-    if reset or (plan.roots and plan.everything):
-        client.post(f"/workflows/{workflow_id}/reset_job_status",
-                    failed_only=reset == "failed" and not plan.everything)
-    if not plan.everything:
-        for job_id in plan.roots:
-            client.put(f"/jobs/{job_id}/manage_status_change/uninitialized/{run_id}")
-    if plan.changed_inputs:
-        client.post(f"/workflows/{workflow_id}/process_changed_job_inputs")
-    store_file_times(client, plan.times)
-    client.post(f"/workflows/{workflow_id}/initialize_jobs", only_uninitialized=True)
-    return plan
+    def apply(self, client, force):
+        """Let them run again. force: even if the workflow is at work."""
+        path = f"/workflows/{self.workflow_id}"
+        client.post(f"{path}/reset_status", force=force)
+        run_id = raise_run(client, self.workflow_id)
+        if self.reset or (self.roots and self.everything):
+            client.post(f"{path}/reset_job_status",
+                        failed_only=self.reset == "failed" and not self.everything)
+        if not self.everything:
+            for job_id in self.roots:
+                client.put(f"/jobs/{job_id}/manage_status_change/uninitialized/{run_id}")
+        store_file_times(client, self.times)
+        client.post(f"{path}/initialize_jobs", only_uninitialized=True)
 
 
 def missing_inputs(payload):
@@ -12351,66 +12302,60 @@ SUMMARY_LINES = (("Jobs", "job_count"), ("Files", "file_count"),
                  ("Workflow actions", "action_count"))
 
 
-def plan_initialize(client, workflow_id, wishes):
+def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
     """Start a workflow from the beginning: all jobs blocked or ready."""
-    report = initialize_workflow(client, workflow_id, wishes.force, dry_run=True)
-    counted = client.get(f"/workflows/{workflow_id}/counts")
+    counted = check_idle(client, workflow_id, wishes.force)
+    times = [(file, present_time(file["path"]))
+             for file in required_files(client, workflow_id, counted)]
+    missing = [file["path"] for file, present in times if present is None]
+    missing_data = required_user_data(client, workflow_id, counted)
+    outputs = [file["path"] for file in client.items("/files", workflow_id=workflow_id,
+                                                     is_output=True)
+               if present_time(file["path"]) is not None] if look_at_outputs else []
     ran = counted["total"] - counted["uninitialized"] - counted["disabled"]
     lines = [f"{plural(ran, 'job')} are reset and run again; results of earlier runs are kept."
              ] if ran else []
-    for title, name in (("Missing input files", "missing_input_files"),
-                        ("Missing user data", "missing_user_data"),
-                        ("Output files that exist", "existing_output_files")):
-        if report[name]:
-            lines.append(f"{title}: {named(report[name])}")
+    for title, texts in (("Missing input files", missing), ("Missing user data", missing_data),
+                         ("Output files that exist", outputs)):
+        if texts:
+            lines.append(f"{title}: {named(texts)}")
+    obstacle = missing_text(workflow_id, missing, missing_data)
+    report = {"workflow_id": workflow_id, "safe": not obstacle, "missing_input_files": missing,
+              "missing_input_file_count": len(missing), "missing_user_data": missing_data,
+              "existing_output_files": outputs, "existing_output_file_count": len(outputs)}
 
     def do(client):
-        initialize_workflow(client, workflow_id, wishes.force or not report["safe"])
+        client.post(f"/workflows/{workflow_id}/reset_status", force=wishes.force)
+        if ran:
+            client.post(f"/workflows/{workflow_id}/reset_job_status")
+        raise_run(client, workflow_id)
+        store_file_times(client, [(file, present) for file, present in times
+                                  if not same_time(file.get("st_mtime"), present)])
+        client.post(f"/workflows/{workflow_id}/initialize_jobs")
         ready = client.get(f"/workflows/{workflow_id}/counts")["ready"]
         return Outcome(f"Initialized workflow {workflow_id}: {plural(ready, 'job')} ready",
                        {**report, "status": "success"})
 
-    verb = "start from the beginning" if report["safe"] else "start without what is missing"
-    obstacle = missing_text(workflow_id, report["missing_input_files"],
-                            report["missing_user_data"])
+    verb = "start without what is missing" if obstacle else "start from the beginning"
     return Plan(f"Initialize workflow {workflow_id}", tuple(lines), (Choice("y", verb, do),),
                 report, sure=not lines, strict=bool(ran), obstacle=obstacle)
 
 
-def rerun_report(workflow_id, again):
-    """A Rerun as JSON."""
-    return {"workflow_id": workflow_id, "dry_run": False, "jobs": again.jobs,
-            "job_count": len(again.jobs), "missing_input_files": again.missing}
-
-
-def rerun_lines(again):
-    """What runs again, and why, in sentences."""
-    lines = [f"{row['job_name']} ({said(row['status'])}): {row['reason']}"
-             for row in again.jobs[:NAMED_AT_MOST]]
-    if len(again.jobs) > NAMED_AT_MOST:
-        lines.append(f"and {plural(len(again.jobs) - NAMED_AT_MOST, 'job')} more")
-    if again.waiting:
-        lines.append(f"{plural(again.waiting, 'job')} would run for the first time.")
-    if again.missing:
-        lines.append(f"Missing input files: {named(again.missing)}")
-    return lines
-
-
 def plan_reinitialize(client, workflow_id, wishes):
     """Run again what changed: files, commands, user data, and all that depends on them."""
-    again = reinitialize_workflow(client, workflow_id, wishes.force, dry_run=True)
-    number, data = len(again.jobs) + again.waiting, rerun_report(workflow_id, again)
-    if not number:
+    check_idle(client, workflow_id, wishes.force)
+    again = Rerun(client, workflow_id)
+    data, number = again.report(), plural(again.number, "job")
+    if not again.number:
         return Plan(f"Nothing has changed in workflow {workflow_id}: no job runs again", data=data)
 
     def do(client):
-        reinitialize_workflow(client, workflow_id, wishes.force or bool(again.missing))
-        return Outcome(f"Reinitialized workflow {workflow_id}: {plural(number, 'job')} to run",
-                       data)
+        again.apply(client, wishes.force)
+        return Outcome(f"Reinitialized workflow {workflow_id}: {number} to run", data)
 
-    return Plan(f"Reinitialize workflow {workflow_id}", tuple(rerun_lines(again)), (Choice(
-        "y", f"run {plural(number, 'job')}" + (" without what is missing" if again.missing else ""),
-        do),), data, obstacle=missing_text(workflow_id, again.missing))
+    verb = f"run {number}" + (" without what is missing" if again.missing else "")
+    return Plan(f"Reinitialize workflow {workflow_id}", tuple(again.lines()),
+                (Choice("y", verb, do),), data, obstacle=missing_text(workflow_id, again.missing))
 
 
 def plan_reset(client, workflow_id, wishes):
@@ -12420,27 +12365,26 @@ def plan_reset(client, workflow_id, wishes):
     for key, reset in (("f", "failed"), ("a", "all")):
         if wishes.failed_only not in (None, reset == "failed"):
             continue
-        again = plan_rerun(client, workflow_id, reset, wishes.reinitialize)
-        data = rerun_report(workflow_id, again)
+        again = Rerun(client, workflow_id, reset, wishes.reinitialize)
+        data = again.report()
         obstacle = obstacle or missing_text(workflow_id, again.missing)
-        number = plural(len(again.jobs), "job")
-        if not again.jobs:
+        number = plural(len(again.reasons), "job")
+        if not again.reasons:
             continue
         if wishes.failed_only is None:
-            names = [row["job_name"] for row in again.jobs]
+            names = [row["job_name"] for row in data["jobs"]]
             lines.append(f"{key}: {number} that {'failed' if reset == 'failed' else 'have run'}, "
                          f"and what depends on them: {named(names)}")
         else:
-            lines += rerun_lines(again)
+            lines += again.lines()
 
-        def do(client, reset=reset, again=again, number=number, data=data):
+        def do(client, again=again, number=number, data=data):
             if wishes.reinitialize:
-                reinitialize_workflow(client, workflow_id, wishes.force or bool(again.missing),
-                                      reset=reset)
+                again.apply(client, wishes.force)
             else:
                 client.post(f"/workflows/{workflow_id}/reset_status", force=wishes.force)
                 client.post(f"/workflows/{workflow_id}/reset_job_status",
-                            failed_only=reset == "failed")
+                            failed_only=again.reset == "failed")
             step = "run" if wishes.reinitialize else "workflows reinit"
             return Outcome(f"Reset {number} of workflow {workflow_id}; go on with torc {step} "
                            f"{workflow_id}", data)
