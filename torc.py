@@ -11755,6 +11755,11 @@ def had_allocations(client, workflow_id):
     return bool(client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1)["items"])
 
 
+def counts_text(counted):
+    """How many jobs have which status, in words."""
+    return ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
+
+
 def end_code(counted):
     """Exit code for a workflow's end: 0 all completed, 1 some ended badly, 3 some did not end."""
     if counted["is_canceled"] or any(counted[name] for name in BAD_ENDS):
@@ -11887,15 +11892,17 @@ def look_after(client, workflow_id, wishes):
         return [str(error)]
 
 
-def settle_dead(client, workflow_id, output_dir):
+def settle_dead(client, workflow_id, output_dir, watch=None):
     """Clean up behind runners of this host and allocations of this cluster that have ended; what
     was done, in sentences."""
     import shutil
     said = release_dead_nodes(client, workflow_id, output_dir)
-    if shutil.which("squeue"):
+    if watch or shutil.which("squeue"):
         try:
-            said += settle_allocations(client, workflow_id)
-        except TorcError as error:
+            said += settle_allocations(client, workflow_id, watch)
+        except Unreachable:
+            raise
+        except TorcError as error:        # Slurm's controller is away
             said.append(f"allocations were not looked at: {error}")
     return said
 
@@ -12105,28 +12112,30 @@ def diagnose(job, result, need, limits, peak, memory_factor, runtime_factor):
 
 
 def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
-    """Diagnoses of all jobs that failed or were terminated."""
+    """Diagnoses of all jobs that failed or were terminated; the unknown causes come last."""
     limits = read_limits(client.get(f"/workflows/{workflow_id}"))
     needs = {need["id"]: need for need in client.items("/resource_requirements",
                                                        workflow_id=workflow_id)}
     results = {result["job_id"]: result for result in client.items("/results",
                                                                    workflow_id=workflow_id)}
-    peaks = {}
-    for record in client.items("/slurm_stats", workflow_id=workflow_id):
-        key = record["job_id"], record["run_id"], record["attempt_id"]
-        peaks[key] = record.get("max_rss_bytes") or 0
+    peaks = {attempt_key(record): record.get("max_rss_bytes") or 0
+             for record in client.items("/slurm_stats", workflow_id=workflow_id)}
     found = []
-    for status in ("failed", "terminated", "pending_failed"):
-        for job in client.items("/jobs", workflow_id=workflow_id, status=status):
-            result = results.get(job["id"])
-            if not result:
-                found.append(Diagnosis(job, "unknown", "no result is kept", {}))
-                continue
-            key = job["id"], result["run_id"], result["attempt_id"]
-            peak = max(result.get("peak_memory_bytes") or 0, peaks.get(key, 0))
-            found.append(diagnose(job, result, needs[job["resource_requirements_id"]], limits,
-                                  peak, memory_factor, runtime_factor))
-    return found
+    for job in client.items("/jobs", workflow_id=workflow_id,
+                            status="failed,terminated,pending_failed"):
+        result = results.get(job["id"])
+        if not result:
+            found.append(Diagnosis(job, "unknown", "no result is kept", {}))
+            continue
+        peak = max(result.get("peak_memory_bytes") or 0, peaks.get(attempt_key(result), 0))
+        found.append(diagnose(job, result, needs[job["resource_requirements_id"]], limits, peak,
+                              memory_factor, runtime_factor))
+    return sorted(found, key=lambda one: one.cause == "unknown")
+
+
+def attempt_key(record):
+    """What tells an attempt of a job from all others."""
+    return record["job_id"], record["run_id"], record["attempt_id"]
 
 
 def check_recoverable(client, workflow_id):
@@ -12147,28 +12156,25 @@ def check_recoverable(client, workflow_id):
 
 def apply_diagnoses(client, workflow_id, chosen):
     """Give the jobs what they need and make them ready again, with what their failure canceled."""
-    groups = {}
+    groups, rows = {}, []
     for one in chosen:
         key = one.job["resource_requirements_id"], compact(one.need)
         groups.setdefault(key, []).append(one)
-    rows = []
     for (need_id, _), members in groups.items():
         new_id = raise_need(client, workflow_id, need_id, members) if members[0].need else need_id
         more = {"resource_requirements_id": new_id} if new_id != need_id else {}
         rows += [{"job_id": one.job["id"], **more} for one in members]
-    if rows:
-        client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": rows})
+    client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": rows})
 
 
 def raise_need(client, workflow_id, need_id, members):
     """Raise resource requirements; a copy of them if other jobs, which did not fail, use them.
 
-    Returns the id of the requirements that the members are to have.
+    Members want the same. Returns the id of the requirements that they are to have.
     """
     ids = {one.job["id"] for one in members}
     need = client.get(f"/resource_requirements/{need_id}")
-    changed = {**need, **{name: max((one.need[name] for one in members), key=size_of(name))
-                          for name in members[0].need}}
+    changed = {**need, **members[0].need}
     others = any(job["resource_requirements_id"] == need_id and job["id"] not in ids
                  for job in client.items("/jobs", workflow_id=workflow_id))
     if not others and need["name"] != "default":
@@ -12177,15 +12183,10 @@ def raise_need(client, workflow_id, need_id, members):
     taken = {record["name"] for record in client.items("/resource_requirements",
                                                        workflow_id=workflow_id)}
     base = re.sub(r"_recovered\d*$", "", need["name"])
-    name = next(name for number in itertools.count(1)
-                for name in [f"{base}_recovered{number}"] if name not in taken)
-    changed.pop("id")
-    return client.post("/resource_requirements", {**changed, "name": name})["id"]
-
-
-def size_of(name):
-    """What compares values of a field of resource requirements."""
-    return parse_memory if name == "memory" else parse_duration
+    names = (f"{base}_recovered{number}" for number in itertools.count(1))
+    changed["name"] = next(name for name in names if name not in taken)
+    del changed["id"]
+    return client.post("/resource_requirements", changed)["id"]
 
 
 def run_hook(command, workflow_id, client):
@@ -12399,7 +12400,7 @@ def plan_reset(client, workflow_id, wishes):
 
 
 def plan_start(client, target, wishes):
-    """What `run` and `submit` begin with: create the workflow of a Spec, or take an existing one."""
+    """What `run` and `submit` begin with: create a Spec's workflow, or take an existing one."""
     if isinstance(target, Spec):
         plan = plan_create(client, target, wishes)
         missing = missing_inputs(target.payload)
@@ -12526,55 +12527,50 @@ def plan_recover(client, workflow_id, wishes):
     check_recoverable(client, workflow_id)
     found = diagnose_all(client, workflow_id, wishes.memory_multiplier, wishes.runtime_multiplier)
     known = [one for one in found if one.cause != "unknown"]
+    unknown = len(found) - len(known)
     on_slurm = had_allocations(client, workflow_id)
 
-    def report(chosen):
-        return {"workflow_id": workflow_id, "dry_run": False, "slurm_jobs": [], **{
-            key: [{"job_id": one.job["id"], "job_name": one.job["name"], "cause": one.cause,
-                   "text": one.text, **one.need} for one in some]
-            for key, some in (("jobs", chosen),
-                              ("skipped", [one for one in found if one not in chosen]))}}
+    def report(number, slurm_jobs=()):
+        rows = [{"job_id": one.job["id"], "job_name": one.job["name"], "cause": one.cause,
+                 "text": one.text, **one.need} for one in found]
+        return {"workflow_id": workflow_id, "dry_run": False, "slurm_jobs": list(slurm_jobs),
+                "jobs": rows[:number], "skipped": rows[number:]}
 
-    def choice(key, chosen, words=""):
-        def do(client):
-            if on_slurm:                  # what cannot be done later must fail now
-                worker_request(client, wishes)
-            if wishes.recovery_hook:
-                run_hook(wishes.recovery_hook, workflow_id, client)
-            client.post(f"/workflows/{workflow_id}/reset_status", force=True)
-            apply_diagnoses(client, workflow_id, chosen)
-            done = report(chosen)
-            if on_slurm:
-                done["slurm_jobs"] = regenerate(client, workflow_id, wishes, submit=True)[
-                    "slurm_jobs"]
-            ids = done["slurm_jobs"]
-            step = submitted(len(ids), ids) if ids else \
-                f"torc run {workflow_id} continues from here"
-            return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again; "
-                           f"{step}", done)
-        return Choice(key, f"run {plural(len(chosen), 'job')} again{words}", do)
+    def recover(client, chosen):
+        if on_slurm:                      # what cannot be done later must fail now
+            worker_request(client, wishes)
+        if wishes.recovery_hook:
+            run_hook(wishes.recovery_hook, workflow_id, client)
+        client.post(f"/workflows/{workflow_id}/reset_status", force=True)
+        apply_diagnoses(client, workflow_id, chosen)
+        ids = regenerate(client, workflow_id, wishes, submit=True)["slurm_jobs"] if on_slurm else ()
+        step = submitted(len(ids), ids) if ids else f"torc run {workflow_id} continues from here"
+        return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again; "
+                       f"{step}", report(len(chosen), ids))
 
     every, choices = wishes.retry_unknown or wishes.recovery_hook, []
-    if known and not every:
-        choices.append(choice("y", known))
-    if every and found or wishes.retry_unknown is None and len(found) > len(known):
-        choices.append(choice("a", found, "" if every else ", whatever the cause"))
+    for key, chosen, words, is_offered in (
+            ("y", known, "", not every),
+            ("a", found, "" if every else ", whatever the cause",
+             every or wishes.retry_unknown is None and unknown)):
+        if chosen and is_offered:
+            choices.append(Choice(key, f"run {plural(len(chosen), 'job')} again{words}",
+                                  functools.partial(recover, chosen=chosen)))
     if not choices:
         raise Invalid(f"workflow {workflow_id}: nothing to recover" + (
             f", {plural(len(found), 'job')} failed for other reasons: --retry-unknown runs them "
             "again" if found else ""))
-    lines = [f"{one.job['name']}: {one.text}" + "".join(
-        f", then {name} {value}" for name, value in one.need.items())
-        for one in [*known, *(one for one in found if one not in known)][:14]]
+    lines = [*cleaned_up, *(f"{one.job['name']}: {one.text}" + "".join(
+        f", then {name} {value}" for name, value in one.need.items()) for one in found[:14])]
     if len(found) > 14:
         lines.append(f"and {plural(len(found) - 14, 'job')} more")
-    if len(found) > len(known) and not every:
-        lines.append(f"{plural(len(found) - len(known), 'job')} failed for reasons that more "
-                     "memory or time does not fix.")
+    if unknown and not every:
+        lines.append(f"{plural(unknown, 'job')} failed for reasons that more memory or time does "
+                     "not fix.")
     if on_slurm:
         lines.append("New Slurm allocations are submitted for them.")
-    return Plan(f"Recover workflow {workflow_id}", (*cleaned_up, *lines), tuple(choices),
-                report(found if every else known))
+    return Plan(f"Recover workflow {workflow_id}", tuple(lines), tuple(choices),
+                report(len(found if every else known)))
 
 
 def plan_cancel(client, workflow_id, wishes):
@@ -12878,19 +12874,13 @@ class Watcher:
     def look(self):
         """One look at runners and allocations."""
         client, workflow_id = self.client, self.workflow_id
-        try:
-            said = release_dead_nodes(client, workflow_id, self.args.output_dir)
-            for sentence in said + settle_allocations(client, workflow_id, self.watch):
-                self.say(sentence)
-        except Unreachable:
-            raise
-        except TorcError as error:        # Slurm's controller is away
-            self.say(f"allocations were not looked at: {error}", "warn")
-        for sentence in look_after(client, workflow_id, self.wishes):
+        for sentence in [
+                *settle_dead(client, workflow_id, self.args.output_dir, self.watch),
+                *look_after(client, workflow_id, self.wishes)]:
             self.say(sentence)
         counted = client.get(f"/workflows/{workflow_id}/counts")
         if self.args.show_job_counts:
-            text = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
+            text = counts_text(counted)
             if text != self.told:
                 self.say(text)
             self.told = text
@@ -12955,7 +12945,7 @@ class Watcher:
         """The workflow is complete: the exit code, or None if it goes on after a recovery."""
         client, workflow_id = self.client, self.workflow_id
         counted = client.get(f"/workflows/{workflow_id}/counts")
-        text = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
+        text = counts_text(counted)
         code = end_code(counted)
         most = self.args.max_retries
         if code == 0 or counted["is_canceled"] or not self.args.recover:
@@ -17610,8 +17600,7 @@ def do_wait(args, client):
         time.sleep(max(0.0, min(pause, left)))
     counted = client.get(f"{path}/counts")
     code = code or end_code(counted)
-    sentence = ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
-    say(args, f"Workflow {args.workflow_id}: {sentence or 'no jobs'}",
+    say(args, f"Workflow {args.workflow_id}: {counts_text(counted) or 'no jobs'}",
         workflow_id=args.workflow_id, exit_code=code, **counted)
     return code
 
