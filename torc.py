@@ -11483,12 +11483,12 @@ class Started:
                 self.process.wait(wait_s)
 
 
-def each(ids, action):
-    """(results of action(id), errors) of those that can be acted upon."""
+def each(targets, action):
+    """(results of action(target), errors) of those that can be acted upon."""
     results, errors = [], []
-    for record_id in ids:
+    for target in targets:
         try:
-            results.append(action(record_id))
+            results.append(action(target))
         except (NotFound, Forbidden, Invalid, Conflict, Internal) as error:
             errors.append(error)
     if errors and not results:
@@ -11554,10 +11554,12 @@ def raise_run(client, workflow_id):
     return status["run_id"]
 
 
-def store_file_times(client, changed):
-    """Remember the present st_mtime of files: [(file record, st_mtime or None), ...]."""
-    for file, present in changed:
-        client.put(f"/files/{file['id']}", {} if present is None else {"st_mtime": present})
+def store_file_times(client, times):
+    """Remember the present st_mtime of files that have another: [(file record, st_mtime or None),
+    ...]."""
+    for file, present in times:
+        if not same_time(file.get("st_mtime"), present):
+            client.put(f"/files/{file['id']}", {} if present is None else {"st_mtime": present})
 
 
 def named(texts):
@@ -11735,10 +11737,8 @@ class Rerun:
 
 def missing_inputs(payload):
     """Paths of files that jobs of a payload read, none writes, and that do not exist."""
-    read, written = set(), set()
-    for job in payload["jobs"]:
-        read.update(job.get("input_file_ids", ()))
-        written.update(job.get("output_file_ids", ()))
+    read, written = ({file_id for job in payload["jobs"] for file_id in job.get(name, ())}
+                     for name in ("input_file_ids", "output_file_ids"))
     paths = [payload["files"][file_id - 1]["path"] for file_id in sorted(read - written)]
     return [path for path in paths if present_time(path) is None]
 
@@ -11752,7 +11752,7 @@ def count_records(client, path, **query):
 
 def had_allocations(client, workflow_id):
     """Whether the workflow has run in allocations of Slurm."""
-    return bool(client.page("/scheduled_compute_nodes", workflow_id=workflow_id, limit=1)["items"])
+    return count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id) > 0
 
 
 def counts_text(counted):
@@ -11816,19 +11816,11 @@ NO_ALLOCATIONS = (
     "`torc run` needs none")
 
 
-def asks_for_allocations(actions):
-    """Whether an action gets allocations when the workflow starts."""
-    return any(action["trigger_type"] in START_ACTIONS
-               and action["action_type"] == "schedule_nodes" for action in actions)
-
-
 def submission(client, workflow, actions, schedulers, request):
     """What is handed to Slurm when a workflow starts: [{"scheduler", "num_allocations", "script"}].
 
     schedulers: records by id. Raises UsageError if nothing is.
     """
-    if not asks_for_allocations(actions):
-        raise UsageError(NO_ALLOCATIONS.format(name=f'"{workflow["name"]}"'))
     scripts = []
     for action in actions:
         config = action["action_config"]
@@ -11839,6 +11831,8 @@ def submission(client, workflow, actions, schedulers, request):
             scripts.append({"scheduler": scheduler["name"], "num_allocations":
                             config["num_allocations"], "script": allocation_script(
                                 workflow, scheduler, f"wf{workflow['id']}", wanted, words)})
+    if not scripts:
+        raise UsageError(NO_ALLOCATIONS.format(name=f'"{workflow["name"]}"'))
     return scripts
 
 
@@ -12330,8 +12324,7 @@ def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
         if ran:
             client.post(f"/workflows/{workflow_id}/reset_job_status")
         raise_run(client, workflow_id)
-        store_file_times(client, [(file, present) for file, present in times
-                                  if not same_time(file.get("st_mtime"), present)])
+        store_file_times(client, times)
         client.post(f"/workflows/{workflow_id}/initialize_jobs")
         ready = client.get(f"/workflows/{workflow_id}/counts")["ready"]
         return Outcome(f"Initialized workflow {workflow_id}: {plural(ready, 'job')} ready",
@@ -12360,7 +12353,10 @@ def plan_reinitialize(client, workflow_id, wishes):
 
 
 def plan_reset(client, workflow_id, wishes):
-    """Set jobs back: those that failed with what depends on them, or all that have run."""
+    """Set jobs back to uninitialized: all, or those that failed.
+
+    What depends on those that failed is set back with them.
+    """
     check_idle(client, workflow_id, wishes.force)
     lines, choices, data, obstacle = [], [], {}, ""
     for key, reset in (("f", "failed"), ("a", "all")):
@@ -12431,7 +12427,10 @@ def initialize_new(client, workflow_id, force=False):
 
 
 def plan_run(client, target, wishes):
-    """Run a workflow, or that of a Spec, on this machine."""
+    """Run a workflow on this machine.
+
+    target: its id, or the Spec of a new one.
+    """
     plan = plan_start(client, target, wishes)
     steps, hosts = [], []
     if isinstance(target, Spec):
@@ -12463,7 +12462,7 @@ def plan_run(client, target, wishes):
 
 
 def plan_watch(client, workflow_id, wishes):
-    """Look after a workflow until it ends."""
+    """Look after a workflow until it ends: runners, allocations, recovery."""
     start = Start(f"watch of workflow {workflow_id}", (
         "watch", str(workflow_id), "--output-dir", wishes.output_dir), workflow_id)
     return Plan(f"Watch workflow {workflow_id}", (),
@@ -12471,9 +12470,9 @@ def plan_watch(client, workflow_id, wishes):
 
 
 def plan_submit(client, target, wishes):
-    """Start a workflow, or that of a Spec, in Slurm allocations, as its actions request them.
+    """Run a workflow in Slurm allocations, as its actions request them.
 
-    A workflow that was created for it is deleted if Slurm refuses the submission.
+    target: its id, or the Spec of a new one, which is deleted if Slurm refuses the submission.
     """
     request = worker_request(client, wishes)
     plan = plan_start(client, target, wishes)
@@ -12521,8 +12520,10 @@ def plan_submit(client, target, wishes):
 
 
 def plan_recover(client, workflow_id, wishes):
-    """Run again what failed, with more memory or time where that was the cause, in allocations
-    where the workflow has had some."""
+    """Rerun what failed, with more memory or time where that was the cause.
+
+    It runs in allocations if the workflow has had some.
+    """
     cleaned_up = settle_dead(client, workflow_id, wishes.output_dir)
     check_recoverable(client, workflow_id)
     found = diagnose_all(client, workflow_id, wishes.memory_multiplier, wishes.runtime_multiplier)
@@ -12606,7 +12607,10 @@ def plan_cancel(client, workflow_id, wishes):
 
 
 def plan_delete(client, ids, wishes):
-    """Delete workflows with everything that belongs to them; what runs is canceled first."""
+    """Delete workflows with everything that belongs to them.
+
+    What runs is canceled first.
+    """
     def own(workflow_id):
         workflow = client.get(f"/workflows/{workflow_id}")
         if workflow["user"] != client.user:
@@ -12616,8 +12620,8 @@ def plan_delete(client, ids, wishes):
 
     found, errors = each(ids, own)
     counts = [client.get(f"/workflows/{one['id']}/counts") for one in found]
-    jobs, busy = (sum(one[name] for one in counts for name in names)
-                  for names in (("total",), ("pending", "running")))
+    jobs = sum(one["total"] for one in counts)
+    busy = sum(one["pending"] + one["running"] for one in counts)
     results = sum(count_records(client, "/results", workflow_id=one["id"], all_runs=True)
                   for one in found)
     names = ", ".join(f'{one["id"]} "{one["name"]}"' for one in found)
@@ -12626,15 +12630,16 @@ def plan_delete(client, ids, wishes):
     if busy:
         lines.append(f"{plural(busy, 'job')} pending or running are canceled first.")
 
-    def delete(workflow_id):
+    def delete(workflow):
+        path = f"/workflows/{workflow['id']}"
         if busy:
-            client.put(f"/workflows/{workflow_id}/cancel")
+            client.put(f"{path}/cancel")
         with contextlib.suppress(TorcError):         # as far as Slurm answers
-            cancel_allocations(client, workflow_id)
-        return client.delete(f"/workflows/{workflow_id}")
+            cancel_allocations(client, workflow["id"])
+        return client.delete(path)
 
     def do(_):
-        gone, trouble = each([one["id"] for one in found], delete)
+        gone, trouble = each(found, delete)
         return Outcome(f"Deleted workflow {names}", gone, errors + trouble)
 
     return Plan(f"Delete workflow {names}", tuple(lines), (Choice(
@@ -12647,13 +12652,12 @@ def plan_archive(client, ids, wishes):
     found, errors = each(ids, lambda number: client.get(f"/workflows/{number}"))
     names = ", ".join(f'{one["id"]} "{one["name"]}"' for one in found)
 
-    def archive(workflow_id):
-        status = client.get(f"/workflows/{workflow_id}/status")
-        return client.put(f"/workflows/{workflow_id}/status",
-                          {**status, "is_archived": wishes.archived})
+    def archive(workflow):
+        path = f"/workflows/{workflow['id']}/status"
+        return client.put(path, {**client.get(path), "is_archived": wishes.archived})
 
     def do(_):
-        done, trouble = each([one["id"] for one in found], archive)
+        done, trouble = each(found, archive)
         shown = ", ".join(str(one["id"]) for one in done)
         return Outcome(f"Workflow {shown} is {'' if wishes.archived else 'no longer '}archived",
                        done, errors + trouble)
@@ -12666,7 +12670,7 @@ def plan_archive(client, ids, wishes):
 
 
 def plan_release(client, workflow_id, wishes):
-    """Clean up after runners that died and allocations that ended: jobs, results, records."""
+    """Clean up after runners that died and allocations that ended."""
     lines = settle_allocations(client, workflow_id, dry_run=True) + [
         evidence.text for _, evidence in dead_nodes(client, workflow_id)]
 
@@ -12683,7 +12687,10 @@ def plan_release(client, workflow_id, wishes):
 
 
 def plan_create(client, spec, wishes):
-    """Create the workflow of a Spec, or of the payload of an exported one."""
+    """Create a workflow from a specification.
+
+    spec: a Spec, or the payload of an exported workflow.
+    """
     payload, warnings, summary = (spec.payload, spec.warnings, spec.summary) if isinstance(
         spec, Spec) else (spec, [], {"job_count": len(spec["jobs"])})
     lines = [f"{title}: {summary[name]}" for title, name in SUMMARY_LINES if summary.get(name)]
@@ -12704,8 +12711,8 @@ def plan_create(client, spec, wishes):
 
 # ---- jobs
 
-def plan_stop(client, ids, wishes, status):
-    """End jobs as canceled or terminated: they never start, or are ended."""
+def plan_stop(client, ids, status):
+    """End jobs as canceled or terminated."""
     def look(job_id):
         job = client.get(f"/jobs/{job_id}")
         if STATUS_OF_NAME[job["status"]] in COMPLETE_SET:
@@ -12726,8 +12733,8 @@ def plan_stop(client, ids, wishes, status):
                      + named(list(below.values())))
 
     def do(client):
-        done, trouble = each([job["id"] for job in jobs],
-                             lambda number: client.post(f"/jobs/{number}/stop", status=status))
+        done, trouble = each(jobs, lambda job: client.post(f"/jobs/{job['id']}/stop",
+                                                           status=status))
         are = "is" if len(done) == 1 else "are"
         return Outcome(f"{jobs_named(jobs)} {are} {status}", one_or_all("jobs", done),
                        errors + trouble)
@@ -12735,6 +12742,16 @@ def plan_stop(client, ids, wishes, status):
     verb = "cancel" if status == "canceled" else "terminate"
     return Plan(f"{verb.capitalize()} {jobs_named(jobs)}", tuple(lines), (
         Choice("y", f"{verb} {plural(len(jobs), 'job')}", do),), one_or_all("jobs", jobs))
+
+
+def plan_cancel_jobs(client, ids, wishes):
+    """Cancel jobs: they never start, or are ended; jobs that depend on them are canceled."""
+    return plan_stop(client, ids, "canceled")
+
+
+def plan_terminate_jobs(client, ids, wishes):
+    """End jobs as a time limit would."""
+    return plan_stop(client, ids, "terminated")
 
 
 def jobs_named(jobs):
@@ -12756,9 +12773,8 @@ def plan_retry(client, ids, wishes):
 
     again = rerun(client, True)
     below = [job["name"] for job in again if job["id"] not in ids]
-    ended = {}
-    for job in jobs:
-        ended[job["status"]] = ended.get(job["status"], 0) + 1
+    from collections import Counter
+    ended = Counter(job["status"] for job in jobs)
     lines = [", ".join(f"{number} {said(status)}" for status, number in ended.items())
              + "; earlier results are kept."]
     if set(ended) != {"completed"}:
@@ -12781,44 +12797,30 @@ class Operation(NamedTuple):
     plan: Any                             # function(client, target, wishes): gives a Plan
     target: str                           # workflow, workflows, jobs or spec
     command: str                          # its name in the command line
-    help: str                             # what it does, in a line
+
+    @property
+    def help(self):
+        """What it does, in a line."""
+        return " ".join(self.plan.__doc__.partition("\n\n")[0].split())
 
 
 OPERATIONS = {
-    "initialize": Operation(plan_initialize, "workflow", "workflows init",
-                            "Start a workflow from the beginning: all jobs blocked or ready."),
-    "reinitialize": Operation(
-        plan_reinitialize, "workflow", "workflows reinit",
-        "Run again what changed: files, commands, user data, and all that depends on them."),
-    "reset": Operation(plan_reset, "workflow", "workflows reset-status",
-                       "Set jobs back to uninitialized: all, or those that failed."),
-    "run": Operation(plan_run, "workflow", "run", "Run a workflow on this machine."),
-    "submit": Operation(plan_submit, "workflow", "submit",
-                        "Run a workflow in Slurm allocations, as its actions request them."),
-    "watch": Operation(plan_watch, "workflow", "watch",
-                       "Look after a workflow until it ends: runners, allocations, recovery."),
-    "recover": Operation(
-        plan_recover, "workflow", "recover",
-        "Rerun what failed, with more memory or time where that was the cause."),
-    "cancel": Operation(plan_cancel, "workflow", "cancel",
-                        "Cancel a workflow: no more jobs start, and running ones are ended."),
-    "release": Operation(
-        plan_release, "workflow", "workflows sync-status",
-        "Clean up after runners that died and allocations that ended."),
-    "export": Operation(plan_export, "workflow", "workflows export",
-                        "Write a workflow as one JSON document."),
-    "archive": Operation(plan_archive, "workflows", "workflows archive",
-                         "Hide workflows from lists, or bring them back."),
-    "delete": Operation(plan_delete, "workflows", "delete",
-                        "Delete workflows with everything that belongs to them."),
-    "create": Operation(plan_create, "spec", "create", "Create a workflow from a specification."),
-    "cancel_job": Operation(
-        functools.partial(plan_stop, status="canceled"), "jobs", "jobs cancel",
-        "Cancel jobs: they never start, or are ended; jobs that depend on them are canceled."),
-    "terminate_job": Operation(functools.partial(plan_stop, status="terminated"), "jobs",
-                               "jobs terminate", "End jobs as a time limit would."),
-    "retry": Operation(plan_retry, "jobs", "jobs retry",
-                       "Run jobs again that have ended, and what has run downstream of them.")}
+    "initialize": Operation(plan_initialize, "workflow", "workflows init"),
+    "reinitialize": Operation(plan_reinitialize, "workflow", "workflows reinit"),
+    "reset": Operation(plan_reset, "workflow", "workflows reset-status"),
+    "run": Operation(plan_run, "workflow", "run"),
+    "submit": Operation(plan_submit, "workflow", "submit"),
+    "watch": Operation(plan_watch, "workflow", "watch"),
+    "recover": Operation(plan_recover, "workflow", "recover"),
+    "cancel": Operation(plan_cancel, "workflow", "cancel"),
+    "release": Operation(plan_release, "workflow", "workflows sync-status"),
+    "export": Operation(plan_export, "workflow", "workflows export"),
+    "archive": Operation(plan_archive, "workflows", "workflows archive"),
+    "delete": Operation(plan_delete, "workflows", "delete"),
+    "create": Operation(plan_create, "spec", "create"),
+    "cancel_job": Operation(plan_cancel_jobs, "jobs", "jobs cancel"),
+    "terminate_job": Operation(plan_terminate_jobs, "jobs", "jobs terminate"),
+    "retry": Operation(plan_retry, "jobs", "jobs retry")}
 
 
 # ---- watching
@@ -13021,12 +13023,9 @@ COLUMNS = {                               # kind: "title=field width least, ..."
 @functools.lru_cache(maxsize=None)
 def read_columns(text):
     """The Columns of a text such as those in COLUMNS; width and more may be left out."""
-    found = []
-    for part in text.split(","):
-        title, _, rest = part.strip().rpartition("=")
-        field, width, least = (rest.split() + ["0", "0"])[:3]
-        found.append(Column(title, field, int(width.rstrip(">")), width[-1] == ">", int(least)))
-    return found
+    parts = re.findall(r" *([^,=]*)=(\w+) ?(\d*)(>?) ?(\d*)", text)
+    return [Column(title, field, int(width or 0), bool(right), int(least or 0))
+            for title, field, width, right, least in parts]
 
 
 WRITTEN = {**dict.fromkeys(("peak_memory_bytes", "max_rss_bytes", "max_vm_size_bytes",
