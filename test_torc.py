@@ -3646,6 +3646,16 @@ def write_spec(directory, jobs, **top):
     return path
 
 
+def run_spec(directory, jobs, begun=None, url=None, parallel=None, env=None, **top):
+    """`torc run` of write_spec() as a process, on x.db or a server; waits for the file `begun`."""
+    words = ["--url", url] if url else ["--database", directory / "x.db"]
+    words += ["--max-parallel-jobs", parallel] if parallel else []
+    runner = start_run(directory, write_spec(directory, jobs, **top), *words, env=env)
+    if begun:
+        until((directory / begun).exists)
+    return runner
+
+
 @pytest.fixture
 def run(tmp_path):
     """run({"name": command or fields}, *options, **top level of the spec) -> Ran."""
@@ -3919,11 +3929,9 @@ def test_actions_run_at_their_moments(run):
 
 
 def test_a_signal_ends_an_action_at_work_and_no_job_is_begun(tmp_path):
-    spec = write_spec(tmp_path, {"a": "true"}, actions=[
+    runner = run_spec(tmp_path, {"a": "true"}, actions=[
         {"trigger_type": "on_workflow_start", "action_type": "run_commands",
-         "commands": ["touch ../begun; sleep 300", "touch ../never"]}])
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
-    until((tmp_path / "begun").exists)
+         "commands": ["touch ../begun; sleep 300", "touch ../never"]}], begun="begun")
     runner.terminate()
     assert runner.wait(60) == 143
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
@@ -3934,26 +3942,21 @@ def test_a_signal_ends_an_action_at_work_and_no_job_is_begun(tmp_path):
 
 
 def test_a_signal_ends_a_recovery_script_and_the_job_is_tried_again_by_the_next_runner(tmp_path):
-    spec = write_spec(
-        tmp_path, {"a": {"command": "test -e mended", "failure_handler": "h"}},
+    runner = run_spec(
+        tmp_path, {"a": {"command": "test -e mended", "failure_handler": "h"}}, begun="begun",
         failure_handlers=[{"name": "h", "rules": [
             {"exit_codes": [1], "recovery_script": "touch begun; sleep 300"}]}])
-    database = ("--database", tmp_path / "x.db")
-    runner = start_run(tmp_path, spec, *database)
-    until((tmp_path / "begun").exists)
     runner.terminate()
     assert runner.wait(60) == 143
     (tmp_path / "mended").touch()
-    assert start_run(tmp_path, 1, *database).wait(60) == 0
+    assert start_run(tmp_path, 1, "--database", tmp_path / "x.db").wait(60) == 0
 
 
 @pytest.mark.slow
 def test_an_action_that_ignores_the_signal_does_not_hold_the_runner(tmp_path):
-    spec = write_spec(tmp_path, {"a": "true"}, actions=[
+    runner = run_spec(tmp_path, {"a": "true"}, actions=[
         {"trigger_type": "on_workflow_start", "action_type": "run_commands",
-         "commands": ["trap '' TERM; touch ../begun; sleep 300"]}])
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
-    until((tmp_path / "begun").exists)
+         "commands": ["trap '' TERM; touch ../begun; sleep 300"]}], begun="begun")
     runner.terminate()
     assert runner.wait(60) == 143
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
@@ -3969,12 +3972,12 @@ def test_an_action_outlasts_the_last_job(run):
 
 @pytest.mark.slow
 def test_a_slot_is_free_while_a_recovery_script_runs(tmp_path):
-    spec = write_spec(
+    runner = run_spec(
         tmp_path, {"a": {"command": "sleep 0.7; test -e go", "failure_handler": "h", "priority": 1},
                    "b": "touch go"},
         failure_handlers=[{"name": "h", "rules": [
-            {"exit_codes": [1], "recovery_script": "while ! test -e go; do sleep 0.05; done"}]}])
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 1)
+            {"exit_codes": [1], "recovery_script": "while ! test -e go; do sleep 0.05; done"}]}],
+                      parallel=1)
     until((tmp_path / "go").exists, 15)   # the next heartbeat would be after 30 s
     assert runner.wait(60) == 0
 
@@ -3991,10 +3994,8 @@ def test_nohup_is_honoured(tmp_path):
 
 
 def test_a_job_that_has_ended_is_not_taken_for_interrupted(tmp_path):
-    spec = write_spec(tmp_path, {"a": "touch begun; while ! test -e go; do sleep 0.01; done",
-                                 "b": {"command": "true", "depends_on": ["a"]}})
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
-    until((tmp_path / "begun").exists)
+    runner = run_spec(tmp_path, {"a": "touch begun; while ! test -e go; do sleep 0.01; done",
+                                 "b": {"command": "true", "depends_on": ["a"]}}, begun="begun")
     os.kill(runner.pid, signal.SIGSTOP)
     (tmp_path / "go").touch()
     until(lambda: "bash" in zombies_of(runner.pid), what="the end of the job")
@@ -4017,11 +4018,10 @@ def zombies_of(pid):
 
 
 def test_dead_orphans_of_jobs_are_buried(tmp_path):
-    spec = write_spec(tmp_path, {
+    runner = run_spec(tmp_path, {
         "a": "(sleep 0.2; touch dead) &", "b": "sleep 1.3",
-        "c": {"command": "while ! test -e go; do sleep 0.05; done", "depends_on": ["b"]}})
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
-    until((tmp_path / "dead").exists)
+        "c": {"command": "while ! test -e go; do sleep 0.05; done", "depends_on": ["b"]}},
+                      begun="dead")
     until(lambda: not zombies_of(runner.pid), what="the end of the zombie")
     (tmp_path / "go").touch()
     assert runner.wait(60) == 0
@@ -4069,9 +4069,7 @@ def test_somebody_elses_workflow_is_run_only_if_that_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_a_runner_that_was_killed_is_not_taken_for_alive(tmp_path):
-    runner = start_run(tmp_path, write_spec(tmp_path, {"a": "touch begun; sleep 300"}),
-                       "--database", "x.db")
-    until((tmp_path / "begun").exists)
+    runner = run_spec(tmp_path, {"a": "touch begun; sleep 300"}, begun="begun")
 
     def ask(*words):
         return subprocess.run([*COMMAND, *words, "--database", "x.db"], cwd=tmp_path,
@@ -4086,9 +4084,7 @@ def test_a_runner_that_was_killed_is_not_taken_for_alive(tmp_path):
 
 
 def test_a_deleted_workflow_ends_its_runner_without_wrong_advice(tmp_path):
-    runner = start_run(tmp_path, write_spec(tmp_path, {"a": "touch begun; sleep 300"}),
-                       "--database", "x.db")
-    until((tmp_path / "begun").exists)
+    runner = run_spec(tmp_path, {"a": "touch begun; sleep 300"}, begun="begun")
     with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
         client.delete("/workflows/1")
     assert runner.wait(60) == 1
@@ -4121,11 +4117,9 @@ def test_clones_begin_where_another_has_found_the_server(tmp_path):
 def test_a_job_begun_after_the_server_has_moved_reaches_it(tmp_path):
     server = Server(tmp_path / "x.db")
     ask = f"{PYTHON} {TORC} user-data list 1"
-    spec = write_spec(tmp_path, {
+    runner = run_spec(tmp_path, {
         "a": f"touch begun; while ! test -e go; do sleep 0.05; done; {ask}",
-        "b": {"command": ask, "depends_on": ["a"]}})
-    runner = start_run(tmp_path, spec, "--url", server.url)
-    until((tmp_path / "begun").exists)
+        "b": {"command": ask, "depends_on": ["a"]}}, url=server.url, begun="begun")
     server.kill()
     server = Server(tmp_path / "x.db")
     (tmp_path / "go").touch()
@@ -4195,9 +4189,8 @@ def test_a_full_disk_is_the_fault_of_the_machine_and_fails_no_job(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=12", "small",
                     tmp_path / "torc_output"], check=True)
     try:
-        spec = write_spec(tmp_path, {f"j{number}": "true" for number in range(20)},
+        runner = run_spec(tmp_path, {f"j{number}": "true" for number in range(20)},
                           compute_node_wait_for_new_jobs_seconds=1)
-        runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
         assert runner.wait(60) == 1
         log = (tmp_path / "run.log").read_text()
         assert "jobs cannot be started on this machine: No space left on device: " in log
@@ -4209,9 +4202,7 @@ def test_a_full_disk_is_the_fault_of_the_machine_and_fails_no_job(tmp_path):
 
 
 def test_a_runner_without_bash_leaves_nothing_behind(tmp_path):
-    spec = write_spec(tmp_path, {"a": "true"})
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db",
-                       env={"PATH": str(tmp_path)})
+    runner = run_spec(tmp_path, {"a": "true"}, env={"PATH": str(tmp_path)})
     assert runner.wait(60) == 1
     assert "there is no bash on the PATH" in (tmp_path / "run.log").read_text()
     with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
@@ -4223,8 +4214,7 @@ def test_a_prefetched_job_given_back_is_not_taken_again(tmp_path):
     """Quick jobs, then long ones of the same kind: the rate of the quick ones is over."""
     jobs = {f"quick{number}": {"command": "true", "priority": 9} for number in range(40)}
     jobs.update({f"long{number}": "sleep 3" for number in range(4)})
-    runner = start_run(tmp_path, write_spec(tmp_path, jobs), "--database", tmp_path / "x.db",
-                       "--max-parallel-jobs", 1)
+    runner = run_spec(tmp_path, jobs, parallel=1)
     until((tmp_path / "x.db").exists)
     with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
         def long_ones():
@@ -4240,10 +4230,9 @@ def test_a_prefetched_job_given_back_is_not_taken_again(tmp_path):
 
 
 def test_the_guardian_ends_the_jobs_of_a_killed_runner(tmp_path):
-    spec = write_spec(tmp_path, {
-        "a": "sleep 300 & setsid sleep 301 & (env -i sleep 302 &) ; touch started; sleep 303"})
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
-    until((tmp_path / "started").exists)
+    runner = run_spec(tmp_path, {
+        "a": "sleep 300 & setsid sleep 301 & (env -i sleep 302 &) ; touch started; sleep 303"},
+                      begun="started")
     assert len(processes_in(tmp_path)) >= 5
     runner.kill(), runner.wait()
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
@@ -4253,10 +4242,8 @@ def test_the_guardian_ends_the_jobs_of_a_killed_runner(tmp_path):
 def test_results_of_a_killed_runner_are_handed_in_by_the_next(tmp_path):
     """The server dies, a job ends, the runner is killed: its journal knows what nobody else does."""
     server = Server(tmp_path / "x.db")
-    spec = write_spec(tmp_path, {"a": "echo once >> runs; while test ! -e go; do sleep 0.05; done",
-                                 "b": "sleep 300"})
-    runner = start_run(tmp_path, spec, "--url", server.url, "--max-parallel-jobs", 2)
-    until((tmp_path / "runs").exists)
+    runner = run_spec(tmp_path, {"a": "echo once >> runs; while test ! -e go; do sleep 0.05; done",
+                                 "b": "sleep 300"}, url=server.url, parallel=2, begun="runs")
     until(lambda: list(statuses(server.client(), 1).values()) == ["running", "running"])
     server.kill()
     (tmp_path / "go").touch()
@@ -4290,10 +4277,9 @@ def is_running(server):
 def test_a_server_that_stays_away_costs_no_job(tmp_path):
     """What runs goes on beyond the lease; its result waits in the journal."""
     server = Server(tmp_path / "x.db")
-    spec = write_spec(tmp_path, {"a": "echo once >> runs; while test ! -e go; do sleep 0.05; done", "b": "true"},
-                      compute_node_wait_for_healthy_database_minutes=0)
-    runner = start_run(tmp_path, spec, "--url", server.url, "--max-parallel-jobs", 1)
-    until((tmp_path / "runs").exists)
+    runner = run_spec(tmp_path, {"a": "echo once >> runs; while test ! -e go; do sleep 0.05; done", "b": "true"},
+                      compute_node_wait_for_healthy_database_minutes=0,
+                      url=server.url, parallel=1, begun="runs")
     until(lambda: is_running(server))
     server.kill()
     until(lambda: "the jobs go on" in (tmp_path / "run.log").read_text())
@@ -4315,8 +4301,7 @@ def test_a_server_that_stays_away_costs_no_job(tmp_path):
 @pytest.mark.slow
 def test_canceling_the_workflow_ends_its_jobs(tmp_path):
     server = Server(tmp_path / "x.db")
-    runner = start_run(tmp_path, write_spec(tmp_path, {"a": "sleep 300", "b": "sleep 301"}),
-                       "--url", server.url, "--max-parallel-jobs", 1)
+    runner = run_spec(tmp_path, {"a": "sleep 300", "b": "sleep 301"}, url=server.url, parallel=1)
     until(lambda: is_running(server))
     server.client().put("/workflows/1/cancel")
     assert runner.wait(60) == 1, (tmp_path / "run.log").read_text()
@@ -4393,11 +4378,10 @@ def test_a_fault_between_runner_and_server_ends_no_job(server, tmp_path, trouble
 @pytest.mark.slow
 def test_a_server_away_during_an_action_does_not_end_the_runner(tmp_path):
     server = Server(tmp_path / "x.db")
-    spec = write_spec(tmp_path, {"a": "true"}, actions=[
+    runner = run_spec(tmp_path, {"a": "true"}, actions=[
         {"trigger_type": f"on_{what}", "action_type": "run_commands",
          "commands": [f"touch ../{what}; while ! test -e ../go_{what}; do sleep 0.05; done"]}
-        for what in ("worker_start", "workflow_complete")])
-    runner = start_run(tmp_path, spec, "--url", server.url)
+        for what in ("worker_start", "workflow_complete")], url=server.url)
     for what in ("worker_start", "workflow_complete"):
         until((tmp_path / what).exists)
         server.kill()
@@ -4413,8 +4397,7 @@ def test_a_server_away_during_an_action_does_not_end_the_runner(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_runner_that_is_signaled_leaves_though_the_server_does_not_answer(tmp_path, how):
     server = Server(tmp_path / "x.db")
-    spec = write_spec(tmp_path, {"a": "test -e go || sleep 300"})
-    runner = start_run(tmp_path, spec, "--url", server.url)
+    runner = run_spec(tmp_path, {"a": "test -e go || sleep 300"}, url=server.url)
     until(lambda: is_running(server))
     server.process.send_signal(how)
     runner.send_signal(signal.SIGINT)
@@ -4479,22 +4462,16 @@ def test_a_group_that_was_not_noted_is_found_by_its_marked_member(tmp_path):
 
 # ---- actions
 
-def acting_spec(directory, trigger):
-    """A job, and an action that notes its beginning and its end and waits for a file in between."""
-    return write_spec(directory, {"a": "cat ready; touch ran"}, actions=[{
-        "trigger_type": trigger, "action_type": "run_commands", "commands": [
-            "echo begun >> ../acts; while test ! -e ../go; do sleep 0.05; done",
-            "echo done >> ../acts; touch ../ready"]}])
-
-
 @pytest.mark.parametrize("trigger", ["on_workflow_start", "on_workflow_complete"])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_an_action_that_was_cut_short_is_carried_out_by_the_next_runner(tmp_path, trigger, how):
-    spec = acting_spec(tmp_path, trigger)
+    """The action notes its beginning and its end, and waits for a file in between."""
     if trigger == "on_workflow_complete":
         (tmp_path / "ready").touch()
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
-    until((tmp_path / "acts").exists)
+    runner = run_spec(tmp_path, {"a": "cat ready; touch ran"}, begun="acts", actions=[{
+        "trigger_type": trigger, "action_type": "run_commands", "commands": [
+            "echo begun >> ../acts; while test ! -e ../go; do sleep 0.05; done",
+            "echo done >> ../acts; touch ../ready"]}])
     runner.send_signal(how)
     assert runner.wait(60) == (143 if how == signal.SIGTERM else -9)
     until(lambda: not processes_in(tmp_path / "torc_output"), what="the end of the action's script")
@@ -4617,11 +4594,10 @@ def test_a_path_that_can_be_none_is_refused_and_ends_no_runner(client):
 @pytest.mark.slow
 def test_a_server_that_is_lost_while_an_action_is_at_work_does_not_hold_the_runner(tmp_path):
     server = Server(tmp_path / "x.db")
-    spec = write_spec(tmp_path, {"a": "true"}, compute_node_wait_for_healthy_database_minutes=0, actions=[{
+    runner = run_spec(tmp_path, {"a": "true"}, compute_node_wait_for_healthy_database_minutes=0, actions=[{
         "trigger_type": "on_jobs_complete", "jobs": ["a"], "action_type": "run_commands",
-        "commands": ["touch ../acting; while test ! -e ../go; do sleep 0.05; done"]}])
-    runner = start_run(tmp_path, spec, "--url", server.url)
-    until((tmp_path / "acting").exists)
+        "commands": ["touch ../acting; while test ! -e ../go; do sleep 0.05; done"]}],
+                      url=server.url, begun="acting")
     server.kill()
     until(lambda: "the jobs go on" in (tmp_path / "run.log").read_text())
     time.sleep(1)
@@ -4818,9 +4794,8 @@ WALLS = {"hidepid": ["unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=2 pr
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make namespaces")
 @pytest.mark.parametrize("wall", WALLS)
 def test_a_colleague_who_cannot_see_a_runner_does_not_take_it_for_dead(tmp_path, server, wall):
-    spec = write_spec(tmp_path, {"a": "echo x >> runs; while test ! -e go; do sleep 0.05; done"})
-    runner = start_run(tmp_path, spec, "--url", server.url)
-    until((tmp_path / "runs").exists)
+    runner = run_spec(tmp_path, {"a": "echo x >> runs; while test ! -e go; do sleep 0.05; done"},
+                      url=server.url, begun="runs")
     place = tmp_path / "colleague"
     place.mkdir()
     shutil.copy(TORC, place / "torc.py")
@@ -4887,8 +4862,8 @@ def rewrite_journal(path, change):
 def test_after_a_reboot_a_workflow_goes_on_at_once(tmp_path):
     if not torc.identity()["machine_id"]:
         pytest.skip("this machine has no /etc/machine-id")
-    spec = write_spec(tmp_path, {"quick": "echo q >> runs", "a": "echo a >> runs; test -e go || sleep 300"})
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 2)
+    runner = run_spec(tmp_path, {"quick": "echo q >> runs", "a": "echo a >> runs; test -e go || sleep 300"},
+                      parallel=2)
     with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
         until(lambda: client.page("/workflows")["items"] and statuses(client, 1) == {
             "quick": "completed", "a": "running"})
@@ -5003,10 +4978,9 @@ def test_a_disk_that_fills_while_jobs_end_costs_none(tmp_path):
 
 
 def test_an_output_directory_that_is_gone_fails_no_job(tmp_path):
-    spec = write_spec(tmp_path, {f"j{number}": f"echo x >> runs{number}; while test ! -e go; do sleep 0.05; done"
-                                 for number in range(6)}, compute_node_wait_for_new_jobs_seconds=60)
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 1)
-    until((tmp_path / "runs0").exists)
+    runner = run_spec(tmp_path, {f"j{number}": f"echo x >> runs{number}; while test ! -e go; do sleep 0.05; done"
+                                 for number in range(6)}, compute_node_wait_for_new_jobs_seconds=60,
+                      parallel=1, begun="runs0")
     (tmp_path / "torc_output" / "job_stdio").rename(tmp_path / "elsewhere")
     (tmp_path / "go").touch()
     with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
@@ -5020,10 +4994,9 @@ def test_an_output_directory_that_is_gone_fails_no_job(tmp_path):
 
 def test_a_job_that_this_machine_cannot_start_holds_up_no_other(tmp_path):
     """The file for the output of the first, which comes first each time, is a directory."""
-    spec = write_spec(tmp_path, {"a": {"command": "true", "priority": 9}, **dict.fromkeys("bcd", "true")},
-                      compute_node_wait_for_new_jobs_seconds=60)
     (tmp_path / "torc_output" / stdio_name(1, 1, 1, 1, "o")).mkdir(parents=True)
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 4)
+    jobs = {"a": {"command": "true", "priority": 9}, **dict.fromkeys("bcd", "true")}
+    runner = run_spec(tmp_path, jobs, parallel=4, compute_node_wait_for_new_jobs_seconds=60)
     until(lambda: "running workflow 1" in (tmp_path / "run.log").read_text())
     with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
         until(lambda: sorted(statuses(client, 1).values()) == ["completed"] * 3 + ["ready"])
@@ -5127,10 +5100,8 @@ def test_a_failure_that_waited_to_be_told_ended_when_it_ended(run):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_for_a_checkpoint_is_handed_on(tmp_path, number):
     name = signal.Signals(number).name
-    spec = write_spec(tmp_path, {"a": f"trap 'touch saved' {name}; touch begun; while test ! -e saved; do "
-                                      "sleep 0.05; done; true"})
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db")
-    until((tmp_path / "begun").exists)
+    runner = run_spec(tmp_path, {"a": f"trap 'touch saved' {name}; touch begun; while test ! -e saved; do "
+                                      "sleep 0.05; done; true"}, begun="begun")
     runner.send_signal(number)
     assert runner.wait(60) == 0 and (tmp_path / "saved").exists()
 
@@ -5138,14 +5109,13 @@ def test_a_signal_for_a_checkpoint_is_handed_on(tmp_path, number):
 def signal_together(directory, gap):
     """A runner whose jobs get SIGTERM `gap` seconds before it; (its end, seconds that really lay between)."""
     directory.mkdir()
-    spec = write_spec(directory, {
+    runner = run_spec(directory, {
         "traps": "test -e again && exit 0; trap 'exit 3' TERM; touch b1; sleep 60 & wait $!",
         "python": f"test -e again && exit 0; touch b2; exec {PYTHON} -c 'import signal,sys,time;"
                   "signal.signal(15,lambda *_:sys.exit(1));open(\"b5\",\"w\");time.sleep(60)'",
         "sleeps": "test -e again && exit 0; touch b3; exec sleep 60",
         "saves": "trap 'exit 0' TERM; touch b4; sleep 60 & wait",
-        "after": {"command": "true", "depends_on": ["traps", "sleeps"]}})
-    runner = start_run(directory, spec, "--database", directory / "x.db", "--max-parallel-jobs", 4)
+        "after": {"command": "true", "depends_on": ["traps", "sleeps"]}}, parallel=4)
     until(lambda: all((directory / f"b{number}").exists() for number in (1, 2, 3, 4, 5)))
     jobs = [pid for pid in processes_in(directory) if torc.process_stat(pid)[1:2] == [str(runner.pid).encode()]
             and os.getpgid(pid) == pid]
@@ -6752,13 +6722,13 @@ def test_what_a_job_finds_as_password_opens_its_workflow_while_it_runs_and_nothi
     alice = clients["alice"]
     other, _ = one_of_everything(alice)
     alice.post(f"/workflows/{other}/actions/1/claim", {})    # else it is for any runner
-    spec = write_spec(tmp_path, {"a": f"env -0 > env; {PYTHON} {TORC} user-data update 2 -d '7' > said 2>&1; touch begun; "
+    runner = run_spec(tmp_path, {"a": f"env -0 > env; {PYTHON} {TORC} user-data update 2 -d '7' > said 2>&1; touch begun; "
                                       "while test ! -e go; do sleep 0.05; done"},
                       user_data=[{"name": "found"}], actions=[{
                           "trigger_type": "on_workflow_start", "action_type": "run_commands",
-                          "commands": ["env -0 > ../env_of_action"]}])
-    runner = start_run(tmp_path, spec, "--url", server.url, env={"TORC_USERNAME": "alice", "TORC_PASSWORD": ALICE})
-    until((tmp_path / "begun").exists)
+                          "commands": ["env -0 > ../env_of_action"]}],
+                      url=server.url, begun="begun",
+                      env={"TORC_USERNAME": "alice", "TORC_PASSWORD": ALICE})
     found = {}
     for name in ("env", "env_of_action"):
         text = (tmp_path / name).read_bytes()
@@ -11756,8 +11726,8 @@ def answer_seconds(server, user, password, number=1):
 
 @pytest.mark.bench
 def test_bench_the_end_of_1000_jobs_of_three_processes(tmp_path):
-    spec = write_spec(tmp_path, {f"j{number}": "sleep 300 & sleep 301 & wait" for number in range(1000)})
-    runner = start_run(tmp_path, spec, "--database", tmp_path / "x.db", "--max-parallel-jobs", 1000)
+    runner = run_spec(tmp_path, {f"j{number}": "sleep 300 & sleep 301 & wait" for number in range(1000)},
+                      parallel=1000)
     until(lambda: len(processes_in(tmp_path)) >= 3001, 120)
     started = time.perf_counter()
     runner.terminate()
