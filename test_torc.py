@@ -63,6 +63,16 @@ def until(condition, seconds=20.0, what="the condition"):
         time.sleep(0.01)
 
 
+OPEN = contextlib.ExitStack()             # stops and closes what a test has opened, at its end
+
+
+@pytest.fixture(autouse=True)
+def closing():
+    """Nothing that a test has opened outlives it."""
+    yield
+    OPEN.close()
+
+
 # What must hold after every operation, as queries that find what violates it.
 DOOMED = ("(j.cancel_on_blocking_job_failure AND EXISTS (SELECT 1 FROM job_dependency d JOIN job p ON p.id ="
           " d.depends_on_job_id WHERE d.job_id = j.id AND (p.status IN"
@@ -131,7 +141,7 @@ def api(store):
 
 
 class Server:
-    """A real server process on a database file."""
+    """A real server process on a database file; it and its clients end with the test."""
 
     def __init__(self, database, port=0, *options, env=None):
         self.database = str(database)
@@ -139,6 +149,7 @@ class Server:
             [*COMMAND, "server", "run", "--port", str(port), "--database", self.database,
              *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **(env or {})})
+        OPEN.callback(self.stop)
         line = self.process.stdout.readline()
         if not line.startswith("TORC_SERVER_PORT="):
             raise AssertionError(f"the server did not start: {self.process.communicate()}")
@@ -146,7 +157,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}{torc.API_PREFIX}"
 
     def client(self):
-        return torc.Client(self.url, "tester")
+        return OPEN.enter_context(contextlib.closing(torc.Client(self.url, "tester")))
 
     def kill(self):
         """kill -9."""
@@ -3467,7 +3478,6 @@ def test_a_note_of_another_database_is_not_followed(tmp_path):
     Path(path).write_text(json.dumps({**note, "urls": [other.url]}))
     with pytest.raises(torc.Unreachable):
         client.get("/ping")
-    other.stop()
 
 
 def test_the_note_is_private_and_goes_with_its_server(server):
@@ -3528,7 +3538,6 @@ def test_the_default_server_is_found_on_the_one_address_it_listens_on(tmp_path, 
     monkeypatch.setattr(torc, "DEFAULT_PORT", server.port)
     monkeypatch.setattr(torc, "is_loopback", lambda host: host == "127.0.0.1")
     assert torc.connect().where == f"http://127.1.2.3:{server.port}{torc.API_PREFIX}"
-    server.stop()
 
 
 def test_another_users_server_at_the_default_url_is_neither_used_nor_passed_over(server, monkeypatch):
@@ -4045,17 +4054,13 @@ def test_clones_begin_where_another_has_found_the_server(tmp_path):
     make(root.clone(), {"a": []})         # the root itself has asked nothing
     server.kill()
     moved = Server(tmp_path / "moved.db")
-    try:
-        assert moved.port != server.port
-        assert root.clone().get("/ping") and root.where == moved.url
-        moved.kill()
-        moved = Server(tmp_path / "moved.db", server.port)
-        connection, response = root.clone().open_stream("/workflows/1/events/stream", "")
-        assert response.status == 200
-        connection.close()
-    finally:
-        moved.stop()
-
+    assert moved.port != server.port
+    assert root.clone().get("/ping") and root.where == moved.url
+    moved.kill()
+    Server(tmp_path / "moved.db", server.port)
+    connection, response = root.clone().open_stream("/workflows/1/events/stream", "")
+    assert response.status == 200
+    connection.close()
 
 
 @pytest.mark.slow
@@ -4069,7 +4074,6 @@ def test_a_job_begun_after_the_server_has_moved_reaches_it(tmp_path):
     server = Server(tmp_path / "x.db")
     (tmp_path / "go").touch()
     assert runner.wait(60) == 0, (tmp_path / "run.log").read_text()
-    server.stop()
 
 
 def test_what_a_job_that_uses_nothing_uses_is_not_made_up(run):
@@ -4209,7 +4213,6 @@ def test_results_of_a_killed_runner_are_handed_in_by_the_next(tmp_path):
         :2] == [(1, 1, 0), (2, 1, -128)]
     assert "1 result of the runner with pid" in (tmp_path / "run.log").read_text()
     assert not list((tmp_path / "torc_output" / "journal").glob("*.jsonl"))
-    server.stop()
 
 
 def is_running(server):
@@ -4240,7 +4243,6 @@ def test_a_server_that_stays_away_costs_no_job(tmp_path):
     assert (tmp_path / "runs").read_text() == "once\n"
     assert [(row["job_id"], row["return_code"]) for row in server.client().page(
         "/results", workflow_id=1, all_runs=True)["items"]] == [(1, 0), (2, 0)]
-    server.stop()
 
 
 @pytest.mark.slow
@@ -4253,7 +4255,6 @@ def test_canceling_the_workflow_ends_its_jobs(tmp_path):
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
     assert statuses(server.client(), 1) == {"a": "canceled", "b": "ready"}
     assert server.client().page("/results", workflow_id=1)["total_count"] == 1
-    server.stop()
 
 
 @contextlib.contextmanager
@@ -4317,7 +4318,6 @@ def test_a_fault_between_runner_and_server_ends_no_job(server, tmp_path, trouble
         assert runner.wait(100) == 0, (tmp_path / "run.log").read_text()
     check_traces(tmp_path, client, 1)
     assert client.page("/results", workflow_id=1, all_runs=True)["total_count"] == 12
-    client.close()
 
 
 @pytest.mark.slow
@@ -4335,7 +4335,6 @@ def test_a_server_away_during_an_action_does_not_end_the_runner(tmp_path):
         server = Server(tmp_path / "x.db", port=server.port)
     assert runner.wait(60) == 0, (tmp_path / "run.log").read_text()
     assert (tmp_path / "run.log").read_text().count("the server is back") == 2
-    server.stop()
 
 
 @pytest.mark.slow
@@ -6044,7 +6043,6 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
         assert lines == [terminal[0] if not out or "Dry run" not in out else torc.lower_first(terminal[0]),
                          *terminal[1:]]
     assert statuses(client, workflow_id) == before
-    client.close()
 
 
 SLURM_SPEC = {"name": "w", "jobs": [{"name": "a", "command": "true"}],
@@ -6256,7 +6254,6 @@ def test_the_server_does_not_listen_everywhere_by_default(tmp_path):
     listening = [row.split()[1] for row in rows if row.split()[3] == "0A"]
     assert f"0100007F:{server.port:04X}" in listening
     assert f"00000000:{server.port:04X}" not in listening
-    server.stop()
 
 
 def test_an_open_server_warns_of_the_risk(tmp_path):
@@ -6317,7 +6314,6 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
     server.kill()
     server = Server(tmp_path / "x.db")
     assert statuses(server.client(), workflow_id) == dict(a="completed", b="ready")
-    server.stop()
 
 
 TORC_CLIENT_DIAMOND = """
@@ -6546,7 +6542,6 @@ def test_require_auth_answers_nobody_on_any_route(tmp_path, passwords):
     good = basic("alice", ALICE)
     assert fetch(server, "GET", torc.API_PREFIX + "/ping", good)[0] == 200
     assert fetch(server, "GET", "/no/such/path", good)[0] == 404
-    server.stop()
 
 
 def test_pipelined_requests_are_each_judged(tmp_path, passwords):
@@ -6557,7 +6552,6 @@ def test_pipelined_requests_are_each_judged(tmp_path, passwords):
         sock.sendall(f"{ping}{good}\r\n{ping}\r\n{ping}{good}Connection: close\r\n\r\n".encode())
         data = b"".join(iter(lambda: sock.recv(65536), b""))
     assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", b"401", b"200"]
-    server.stop()
 
 
 def test_optional_passwords_refuse_nobody_and_name_who_is_known(tmp_path, passwords):
@@ -6572,7 +6566,6 @@ def test_optional_passwords_refuse_nobody_and_name_who_is_known(tmp_path, passwo
         assert fetch(server, "PUT", f"{path}/{made['id']}/cancel", header)[0] == 200
         [event] = server.client().page("/events", workflow_id=made["id"])["items"]
         assert event["data"]["user"] == subject
-    server.stop()
 
 
 @pytest.mark.parametrize("options, message", [
@@ -6905,7 +6898,6 @@ def test_a_certificate_that_is_not_accepted_is_explained(tmp_path, certificates,
             client.get("/ping")
     else:
         assert client.get("/ping") == {"status": "ok"}
-    server.stop()
 
 
 def test_plain_http_and_tls_do_not_meet_in_silence(tmp_path, certificates, server):
@@ -6914,7 +6906,6 @@ def test_plain_http_and_tls_do_not_meet_in_silence(tmp_path, certificates, serve
         torc.Client(secure.url.replace("https", "http")).get("/ping")
     url = server.url.replace("http", "https")
     assert torc.probe(url, None, 0.5).state == "not HTTP"
-    secure.stop()
 
 
 def test_stuck_and_broken_handshakes_concern_nobody_else(tmp_path, certificates):
@@ -6976,7 +6967,6 @@ def test_tls_older_than_1_2_is_refused(tmp_path, certificates):
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         with pytest.raises(OSError):
             context.wrap_socket(sock)
-    server.stop()
 
 
 def test_a_key_that_is_not_the_certificates_is_said(tmp_path, certificates, cli):
@@ -7007,7 +6997,6 @@ def test_a_server_that_took_the_port_is_asked_nothing(tmp_path):
     with pytest.raises(torc.Unreachable, match="is another Torc server now"):
         client.put(f"/workflows/{workflow_id}/cancel")
     assert not second.client().get(f"/workflows/{workflow_id}/status")["is_canceled"]
-    second.stop()
 
 
 # ---- in the background
@@ -8979,7 +8968,6 @@ def test_a_stream_that_a_browser_closes_gives_its_place_back_at_once(dash, serve
         for answer in answers:
             assert answer.fp.readline()
             answer.close()
-    client.close()
 
 
 def test_a_link_lets_one_browser_in_once(dash):
@@ -9086,7 +9074,6 @@ def test_the_dashboard_runs_a_workflow_from_its_text_to_its_output(dash, server,
     assert do("delete")["typed"] == "mine" and do("delete", False)["gone"] == [made]
     assert dash.ask("/dash/do/nothing", "POST", "{}")[0] == 404
     assert dash.ask(f"/dash/do/delete?workflow_id={made}")[0] == dash.ask("/dash/create?spec=x")[0] == 404
-    client.close()
 
 
 def test_output_of_jobs_is_shown_without_control_codes():
@@ -9240,7 +9227,6 @@ def test_an_exported_workflow_is_imported_by_the_dashboard(dash, server):
     assert "An exported workflow, 2 jobs" in dash.json("/dash/validate", {"spec": text})["summary"]
     made = dash.json("/dash/create", {"spec": text})["id"]
     assert set(statuses(client, made)) == {"a", "b"}
-    client.close()
 
 
 @pytest.mark.parametrize("block", [5, 64, 2**20])
@@ -9464,7 +9450,6 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     visit.click("Delete 1 workflow")
     until(lambda: not list(client.items("/workflows")))
     visit.see("No workflows yet")
-    client.close()
     assert visit.trouble == []
 
 
@@ -9501,7 +9486,6 @@ def test_what_is_chosen_is_named_first_and_an_empty_page_leads_to_the_last(chrom
     visit.click("Archive")                # what the filter hides is chosen still, and that is said
     visit.see('"w50"?')
     visit.click("Keep as it is")
-    client.close()
     assert visit.trouble == []
 
 
@@ -9544,7 +9528,6 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
     until(lambda: client.get(f"/workflows/{workflow_id}/status")["is_archived"])
     visit.go("/")
     visit.see("No workflows yet")
-    client.close()
     assert visit.trouble == []
 
 
@@ -9620,7 +9603,6 @@ def test_a_browser_filters_sorts_turns_pages_and_deletes_several(chromium, dash,
     assert {one["name"] for one in client.items("/workflows")} == {"beta", "w", "wizard"}
     visit.go("/network")
     visit.see("From here")
-    client.close()
     assert visit.trouble == []
 
 
@@ -9697,7 +9679,6 @@ def test_pages_say_what_has_changed_meanwhile(chromium, dash, server, tmp_path):
     visit.see("Not found")
     visit.trouble[:] = [one for one in visit.trouble if "40" not in one]     # said of refusals
     assert visit.trouble == []
-    client.close()
 
 
 @pytest.mark.browser
