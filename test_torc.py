@@ -1711,11 +1711,11 @@ def test_upstreams_runners_never_beat_and_are_never_failed_for_it(store, api):
 
 # ---- what may run, and what may not
 
-def act(client, workflow_id, trigger, job_ids):
-    """An action on jobs; returns its id."""
+def act(client, workflow_id, trigger, job_ids=None, **fields):
+    """An action that runs a command; returns its id."""
     return client.post(f"/workflows/{workflow_id}/actions", {
         "workflow_id": workflow_id, "trigger_type": trigger, "action_type": "run_commands",
-        "action_config": {"commands": ["true"]}, "job_ids": job_ids})["id"]
+        "action_config": {"commands": ["true"]}, "job_ids": job_ids, **fields})["id"]
 
 
 def pending(client, workflow_id):
@@ -1746,9 +1746,7 @@ def test_a_job_that_is_retried_counts_once_for_an_action(client):
 def test_a_reset_takes_pending_actions_back(client):
     workflow_id, ids = make(client, {"a": []})
     action = act(client, workflow_id, "on_jobs_ready", [ids["a"]])
-    start = client.post(f"/workflows/{workflow_id}/actions", {
-        "workflow_id": workflow_id, "trigger_type": "on_workflow_start", "action_type": "run_commands",
-        "action_config": {"commands": ["true"]}})["id"]
+    start = act(client, workflow_id, "on_workflow_start")
     client.post(f"/workflows/{workflow_id}/initialize_jobs")
     assert pending(client, workflow_id) == [action, start]
     client.post(f"/workflows/{workflow_id}/reset_job_status")
@@ -1768,9 +1766,7 @@ def test_an_action_does_not_wait_for_a_job_that_was_deleted(client):
 
 def test_deleting_the_last_unfinished_job_completes_the_workflow(client):
     workflow_id, ids = make(client, {"a": [], "b": []})
-    last = client.post(f"/workflows/{workflow_id}/actions", {
-        "workflow_id": workflow_id, "trigger_type": "on_workflow_complete",
-        "action_type": "run_commands", "action_config": {"commands": ["true"]}})["id"]
+    last = act(client, workflow_id, "on_workflow_complete")
     complete(client, ids["a"], workflow_id, make_node(client, workflow_id))
     before = client.get(f"/workflows/{workflow_id}/changes")
     assert not before["is_complete"] and pending(client, workflow_id) == []
@@ -1981,10 +1977,8 @@ class Game:
         self.runners = [Conversation(client, self.workflow_id, num_cpus=8) for _ in range(2)]
         self.foreign = make_node(client, self.workflow_id)
         for trigger in ("on_jobs_ready", "on_jobs_complete"):
-            client.post(f"/workflows/{self.workflow_id}/actions", {
-                "trigger_type": trigger, "action_type": "run_commands", "persistent": False,
-                "action_config": {"commands": ["true"]}, "workflow_id": self.workflow_id,
-                "job_ids": self.random.sample(self.jobs, min(2, len(self.jobs)))})
+            act(client, self.workflow_id, trigger,
+                self.random.sample(self.jobs, min(2, len(self.jobs))), persistent=False)
 
     def turn(self):
         """One operation; refusals are fine, faults and violated invariants are not."""
@@ -2648,20 +2642,16 @@ def test_a_database_file_has_no_stream(api):
 
 def test_job_triggers_count_and_actions_have_one_winner(client):
     workflow_id, ids = make(client, {"a": [], "b": []})
-    action = client.post(f"/workflows/{workflow_id}/actions", {
-        "workflow_id": workflow_id, "trigger_type": "on_jobs_complete",
-        "action_type": "run_commands", "action_config": {"commands": ["true"]},
-        "job_ids": [ids["a"], ids["b"]]})
+    action = act(client, workflow_id, "on_jobs_complete", [ids["a"], ids["b"]])
     node = make_node(client, workflow_id)
     pending = f"/workflows/{workflow_id}/actions/pending"
     complete(client, ids["a"], workflow_id, node)
     assert client.get(pending) == []
     complete(client, ids["b"], workflow_id, node)
-    assert [item["id"] for item in client.get(pending, trigger_type=["on_jobs_complete", "x"])] == [
-        action["id"]]
-    claim = f"/workflows/{workflow_id}/actions/{action['id']}/claim"
-    assert client.post(claim, {"compute_node_id": node}) == {"success": True,
-                                                             "action_id": action["id"]}
+    due = client.get(pending, trigger_type=["on_jobs_complete", "x"])
+    assert [item["id"] for item in due] == [action]
+    claim = f"/workflows/{workflow_id}/actions/{action}/claim"
+    assert client.post(claim, {"compute_node_id": node}) == {"success": True, "action_id": action}
     with pytest.raises(torc.Conflict):
         client.post(claim, {})
     assert client.get(pending) == []
@@ -2670,9 +2660,7 @@ def test_job_triggers_count_and_actions_have_one_winner(client):
 def test_the_last_cancel_of_a_cascade_fires_the_completion_actions(api):
     workflow_id, ids = make(api, {"a": [], "b": ["a"]})
     for trigger, jobs in (("on_workflow_complete", None), ("on_jobs_complete", [ids["b"]])):
-        api.post(f"/workflows/{workflow_id}/actions", {
-            "trigger_type": trigger, "action_type": "run_commands", "job_ids": jobs,
-            "action_config": {"commands": ["true"]}, "workflow_id": workflow_id})
+        act(api, workflow_id, trigger, jobs)
     complete(api, ids["a"], workflow_id, make_node(api, workflow_id), code=1)
     assert len(api.get(f"/workflows/{workflow_id}/actions/pending")) == 2
 
@@ -4431,9 +4419,7 @@ def test_an_action_that_was_cut_short_is_carried_out_by_the_next_runner(tmp_path
 def test_an_action_of_a_dead_runner_is_pending_again_one_of_torcs_is_not(client):
     workflow_id, _ = make(client, {"a": []})
     path = f"/workflows/{workflow_id}/actions"
-    ids = [client.post(path, {"workflow_id": workflow_id, "trigger_type": "on_worker_start", "trigger_count": 1,
-                              "action_type": "run_commands", "action_config": {"commands": ["true"]}})["id"]
-           for _ in range(3)]
+    ids = [act(client, workflow_id, "on_worker_start", trigger_count=1) for _ in range(3)]
     runner, torcs = Conversation(client, workflow_id, boot_id="b"), make_node(client, workflow_id)
     for action_id, node in zip(ids, (runner.node, runner.node, torcs)):
         client.post(f"{path}/{action_id}/claim", {"compute_node_id": node})
@@ -4499,9 +4485,7 @@ def test_each_runner_of_a_persistent_action_has_a_token_of_its_own(walls):
     alice = walls[1]["alice"]
     workflow_id, _ = make(alice, {"a": []})
     path = f"/workflows/{workflow_id}/actions"
-    action = alice.post(path, {"workflow_id": workflow_id, "trigger_type": "on_worker_start", "trigger_count": 1,
-                               "action_type": "run_commands", "persistent": True,
-                               "action_config": {"commands": ["true"]}})["id"]
+    action = act(alice, workflow_id, "on_worker_start", trigger_count=1, persistent=True)
     nodes = [make_node(alice, workflow_id, boot_id="b") for _ in range(3)]
     def enters(token):
         try:
@@ -6649,9 +6633,7 @@ def one_of_everything(client):
     client.post("/events", {"workflow_id": workflow_id, "data": {}})
     client.post("/results", {**sample(torc.KINDS["result"]), "workflow_id": workflow_id,
                              "job_id": ids["a"], "compute_node_id": node, "run_id": 1})
-    client.post(f"/workflows/{workflow_id}/actions", {
-        "workflow_id": workflow_id, "trigger_type": "on_workflow_start",
-        "action_type": "run_commands", "action_config": {"commands": ["true"]}})
+    act(client, workflow_id, "on_workflow_start")
     return workflow_id, ids
 
 
