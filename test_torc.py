@@ -8616,24 +8616,8 @@ def test_init_of_an_initialized_workflow_wants_a_yes(cli, local, tmp_path):
     assert local.get("/workflows/1/status")["run_id"] == 2
 
 
-def change_input(directory, client):
-    touch(directory / "in.txt")
-
-
-def lose_output(directory, client):
-    (directory / "out.txt").unlink()
-
-
-def change_output(directory, client):
-    touch(directory / "mid.txt")
-
-
-def lose_first_output(directory, client):
-    (directory / "mid.txt").unlink()
-
-
 def change_user_data(directory, client):
-    # A job that reads user data is put beside the others, initialized, and its value changed.
+    """Let "alone" read user data, run it, and change the data."""
     record = client.post("/user_data", {"workflow_id": 1, "name": "u", "data": 1},
                          consumer_job_id=3)
     torc.initialize_workflow(client, 1)
@@ -8641,20 +8625,22 @@ def change_user_data(directory, client):
     client.put(f"/user_data/{record['id']}", {"data": 2})
 
 
-def nothing(directory, client):
-    pass
+AFTER_FIRST = 'it depends on "first", which runs again'
 
 
 @pytest.mark.parametrize("cause, reasons", [
-    (nothing, {}),
-    (change_input, {"first": 'its input file "in.txt" changed',
-                    "second": 'it depends on "first", which runs again'}),
-    (change_output, {"second": 'its input file "mid.txt" changed'}),
-    (lose_output, {"second": 'its output file "out.txt" is missing'}),
-    (lose_first_output, {"first": 'its output file "mid.txt" is missing',
-                         "second": 'it depends on "first", which runs again'}),
+    (lambda *_: None, {}),
+    (lambda directory, _: touch(directory / "in.txt"),
+     {"first": 'its input file "in.txt" changed', "second": AFTER_FIRST}),
+    (lambda directory, _: touch(directory / "mid.txt"),
+     {"second": 'its input file "mid.txt" changed'}),
+    (lambda directory, _: (directory / "out.txt").unlink(),
+     {"second": 'its output file "out.txt" is missing'}),
+    (lambda directory, _: (directory / "mid.txt").unlink(),
+     {"first": 'its output file "mid.txt" is missing', "second": AFTER_FIRST}),
     (change_user_data, {"alone": "its user data changed"}),
-], ids=lambda value: getattr(value, "__name__", ""))
+], ids=["nothing", "input_changed", "output_changed", "output_lost", "first_output_lost",
+        "user_data_changed"])
 def test_reinit_runs_again_what_changed_and_its_dry_run_names_the_same(cli, local, tmp_path, cause,
                                                                       reasons):
     pipeline(local, tmp_path)
