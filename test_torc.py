@@ -7617,8 +7617,8 @@ class Tty:
             self.shown = "\n".join(line.rstrip() for line in self.screen.display)
         return self.shown
 
-    def see(self, *patterns, seconds=20):
-        """Wait until all patterns are on the screen; returns it."""
+    def see(self, *patterns, seconds=20, then=""):
+        """Wait until all patterns are on the screen, and send `then`; returns the screen."""
         found = []
 
         def there():
@@ -7629,6 +7629,7 @@ class Tty:
             until(there, seconds)
         except AssertionError:
             raise AssertionError(f"{patterns} not on the screen:\n{found[0]}") from None
+        self.send(then)
         return found[0]
 
     def quiet(self):
@@ -7709,8 +7710,7 @@ def test_every_key_of_the_help_works_in_a_real_terminal(place, tty):
                 continue
             for key in names.split():
                 screen.send(keys)
-                screen.see(see)
-                screen.send(CODES.get(key, key))
+                screen.see(see, then=CODES.get(key, key))
                 screen.quiet()
                 while not re.match(" torc / workflows(  | of)", screen.quiet()):
                     screen.send("\x1b")  # out of what was opened, asked or typed
@@ -7724,16 +7724,14 @@ def test_a_terminal_that_is_resized_is_drawn_anew(place, tty):
     client, options = place
     small(client)
     screen = tty(*options)
-    screen.see("40 %")
-    screen.send("gj")
+    screen.see("40 %", then="gj")
     screen.see("merge")
     screen.resize(160, 50)
     screen.see("Command", "true", "Host")
     screen.resize(60, 20)
     screen.see("needs 80 columns and 24 lines; here are 60")
     screen.resize(80, 24)
-    screen.see("merge", "q back")
-    screen.send("qq")
+    screen.see("merge", "q back", then="qq")
     assert screen.end() == 0
 
 
@@ -7758,8 +7756,7 @@ def test_an_unexpected_error_leaves_the_terminal_as_it_was(tty, tmp_path):
     screen.process = pexpect.spawn(PYTHON, ["broken.py", str(ROOT), "tui"], cwd=str(tmp_path),
                                    dimensions=(24, 80), env={**os.environ, "TERM": "linux"})
     screen.screen.reset()
-    screen.see("no workflow")
-    screen.send("?")
+    screen.see("no workflow", then="?")
     screen.see("ZeroDivisionError")
     assert screen.end() == 1 and screen.sane()
 
@@ -7771,16 +7768,12 @@ def test_control_z_gives_the_shell_back_and_fg_returns(tmp_path, tty):
     screen.process = pexpect.spawn("bash", ["--norc", "-i"], cwd=str(tmp_path), dimensions=(
         24, 80), env={**os.environ, "TERM": "linux", "LC_ALL": "C.UTF-8", "PS1": "shell> "})
     screen.screen.reset()
-    screen.see("shell>")
-    screen.send(f"{PYTHON} {TORC} tui\n")
-    screen.see("no workflow", "torc / workflows")
-    screen.send("\x1a")
+    screen.see("shell>", then=f"{PYTHON} {TORC} tui\n")
+    screen.see("no workflow", "torc / workflows", then="\x1a")
     screen.see("Stopped")
     screen.send("stty -a | tr ' ;' '\\n\\n' | grep -x -e icanon -e echo | tr '\\n' +\n")
-    screen.see(r"icanon\+echo\+")
-    screen.send("fg\n")
-    screen.see("torc / workflows", "q back")
-    screen.send("q")
+    screen.see(r"icanon\+echo\+", then="fg\n")
+    screen.see("torc / workflows", "q back", then="q")
     screen.send("echo code $?\n")
     screen.see("code 0")
 
@@ -7791,8 +7784,7 @@ def test_no_colour_and_no_utf_8_still_tell_every_status(tty, tmp_path, environme
     with contextlib.closing(torc.LocalClient(str(tmp_path / "a.db"))) as client:
         small(client)
     screen = tty("--database", "a.db", **environment)
-    screen.see("40 %")
-    screen.send("gj")
+    screen.see("40 %", then="gj")
     screen.see("x failed" if "LC_ALL" in environment else "✗ failed")
     if "LC_ALL" not in environment:
         colours = {cell.fg for row in screen.screen.buffer.values() for cell in row.values()}
@@ -7837,16 +7829,12 @@ def test_the_log_of_a_running_job_is_followed_and_canceling_it_ends_its_process(
         "sleep 600")
     try:
         screen = tty(*options)
-        screen.see("running")
-        screen.send("gjl")
+        screen.see("running", then="gjl")
         screen.see("line 1$", "follows")
         (tmp_path / "go").write_text("")
-        screen.see("line 1000")
-        screen.send("q")
-        screen.see("slow", "running")
-        screen.send("c")
-        screen.see("SIGTERM", "keep as it is")
-        screen.send("y")
+        screen.see("line 1000", then="q")
+        screen.see("slow", "running", then="c")
+        screen.see("SIGTERM", "keep as it is", then="y")
         screen.see('"slow" is canceled')
         pid = int(marker.read_text())
         until(lambda: not os.path.exists(f"/proc/{pid}"), what="the end of the process")
@@ -7864,20 +7852,13 @@ def test_a_workflow_is_run_from_the_terminal_and_its_runner_asked_about_at_the_e
         "workflow": {"name": "mine", "user": "tester"},
         "jobs": [{"name": "slow", "command": "echo hello; sleep 600"}]})["id"]
     screen = tty(*options)
-    screen.see("mine")
-    screen.send("x")
-    screen.see("Started run of workflow", "running")
-    screen.send("O")
-    screen.see("run of workflow", "pid")
-    screen.send("\r")
-    screen.see("torc: running workflow")
-    screen.send("qqq")
-    screen.see("Leave torc", "keep as it is")
-    screen.send("n")
-    screen.see("Nothing was changed")
-    screen.send("q")
-    screen.see("Leave torc")
-    screen.send("e")
+    screen.see("mine", then="x")
+    screen.see("Started run of workflow", "running", then="O")
+    screen.see("run of workflow", "pid", then="\r")
+    screen.see("torc: running workflow", then="qqq")
+    screen.see("Leave torc", "keep as it is", then="n")
+    screen.see("Nothing was changed", then="q")
+    screen.see("Leave torc", then="e")
     assert screen.end() == 0
     until(lambda: statuses(client, workflow_id)["slow"] == "ready", what="a job given back")
 
@@ -7903,8 +7884,7 @@ def test_a_server_that_is_killed_and_comes_back_is_noticed(tty, tmp_path):
         small(server.client())
         port = server.port
         screen = tty("--url", server.url)
-        screen.see("40 %")
-        screen.send("\r")
+        screen.see("40 %", then="\r")
         screen.see("2 of 5 done", "live")
         server.kill()
         screen.see("does not answer since", "2 of 5 done", "away")
@@ -7912,8 +7892,7 @@ def test_a_server_that_is_killed_and_comes_back_is_noticed(tty, tmp_path):
         screen.see("answers again", "live", seconds=40)
         client = server.client()
         client.put("/workflows/1/cancel")
-        screen.see("canceled")
-        screen.send("qq")
+        screen.see("canceled", then="qq")
         assert screen.end() == 0
 
 
@@ -9302,25 +9281,29 @@ class Visit:
         self.page.goto(dash.link())
         self.page.wait_for_selector("header.top")        # the link leads there by itself
 
-    def go(self, path):
-        """Another page by its address; waits until it has content."""
+    def go(self, path, see=None):
+        """Another page by its address; waits until it has content, and for a text."""
         self.page.evaluate("path => { location.hash = path; }", path)
         self.page.wait_for_function(
             "path => location.hash === '#' + path && !document.querySelector('#main').textContent"
             ".includes('Loading') && document.querySelector('#main').textContent.length > 10", arg=path)
+        self.see(see)
 
     def see(self, text):
-        """Wait for a text."""
-        self.page.get_by_text(text).first.wait_for(timeout=20_000)
+        """Wait for a text, if it is not None."""
+        if text is not None:
+            self.page.get_by_text(text).first.wait_for(timeout=20_000)
 
-    def menu(self, name):
-        """Choose an entry of the workflow's menu."""
+    def menu(self, name, see=None):
+        """Choose an entry of the workflow's menu, and wait for a text."""
         self.page.locator("details.menu summary").first.click()
         self.page.locator("details.menu").get_by_role("button", name=name).first.click()
+        self.see(see)
 
-    def click(self, name, exact=True):
-        """Press a button by its name."""
-        self.page.get_by_role("button", name=name, exact=exact).first.click()
+    def click(self, name, see=None):
+        """Press a button by its name, and wait for a text."""
+        self.page.get_by_role("button", name=name, exact=True).first.click()
+        self.see(see)
 
 
 BROWSER_SPEC = """\
@@ -9368,12 +9351,9 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     assert page.get_by_role("button", name="Create", exact=True).is_disabled()
     page.get_by_label("Specification", exact=True).fill(BROWSER_SPEC)
     visit.see("Valid: 4 jobs")
-    visit.click("Create")
-    visit.see("not initialized")
-    visit.click("Initialize")
-    visit.see("1 job ready")
-    visit.click("Run here…")
-    visit.see("Closing this window does not stop the runner.")
+    visit.click("Create", see="not initialized")
+    visit.click("Initialize", see="1 job ready")
+    visit.click("Run here…", see="Closing this window does not stop the runner.")
     visit.see("ended with failures")
     page.get_by_role("button", name="Close").last.click()
     visit.see("4 of 4 jobs done")         # live, without a reload
@@ -9383,8 +9363,7 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     page.keyboard.press("Enter")
     visit.see("1 of 1")
     page.reload()                         # nor is what was before it lost
-    visit.go("/w/1")
-    visit.see("a_2 failed: exit 3")
+    visit.go("/w/1", see="a_2 failed: exit 3")
     for place in ("/w/1/jobs", "/w/1", "/w/1/events"):
         visit.go(place)
     visit.see("a_2 failed: exit 3")
@@ -9393,22 +9372,18 @@ def test_a_browser_takes_a_workflow_from_upload_to_its_end(chromium, dash, serve
     page.get_by_text("a_2").first.click()
     page.wait_for_function("() => location.hash.includes('/jobs/3')")
     visit.see("no such mesh")
-    visit.click("Rerun job…")
-    visit.see('Run job 3 "a_2" again?')
+    visit.click("Rerun job…", see='Run job 3 "a_2" again?')
     visit.click("Keep as it is")
     visit.go("/w/1")
-    visit.click("Rerun failed…")
-    visit.see("a_2 (failed): it failed")
+    visit.click("Rerun failed…", see="a_2 (failed): it failed")
     visit.click("Reset 2 jobs")
     client = server.client()
     until(lambda: statuses(client, 1)["a_2"] == "ready")
-    visit.click("Run here…")
-    visit.see("ended with failures")
+    visit.click("Run here…", see="ended with failures")
     page.get_by_role("button", name="Close").last.click()
     until(lambda: [row["run_id"] for row in client.items("/results", workflow_id=1, all_runs=True)
                    if row["return_code"] == 3] == [1, 2])
-    visit.menu("Reset…")
-    visit.see("prep (completed): all jobs are reset")
+    visit.menu("Reset…", see="prep (completed): all jobs are reset")
     visit.click("Reset 4 jobs")
     until(lambda: set(statuses(client, 1).values()) == {"uninitialized"})
     visit.click("Initialize")             # live: the button of the state that it is in now
@@ -9431,22 +9406,19 @@ def test_what_is_chosen_is_named_first_and_an_empty_page_leads_to_the_last(chrom
     client.post(f"/workflows/{empty}/initialize_jobs")
     client.put(f"/workflows/{empty}/status", {**client.get(f"/workflows/{empty}/status"), "run_id": 1})
     visit = Visit(chromium, dash)
-    visit.go(f"/w/{long}")
-    visit.see("xxx")
+    visit.go(f"/w/{long}", see="xxx")
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= 1280
     visit.go(f"/w/{empty}")
     visit.page.wait_for_function("() => /State\\s+done/.test(document.querySelector('main').innerText)")
     visit.see("no jobs")
-    visit.go("/")
-    visit.see("1–50 of 53")
+    visit.go("/", see="1–50 of 53")
     client.delete(f"/workflows/{long}")
     client.delete(f"/workflows/{empty}")
     visit.go("/?page=2")
     visit.page.get_by_label("Select w00").check()
     visit.click("Delete…")
     visit.page.get_by_label("Type w00").fill("w00")
-    visit.click("Delete 1 workflow")
-    visit.see("1–50 of 50")
+    visit.click("Delete 1 workflow", see="1–50 of 50")
     visit.page.get_by_label("Select w50").check()
     visit.see("1 workflow")
     visit.page.get_by_label("Filter workflows").fill("w11")
@@ -9472,30 +9444,24 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
         visit.menu("Export")
     document = json.loads(Path(download.value.path()).read_text())
     assert [job["name"] for job in document["jobs"]] == ["a", "b"]
-    visit.menu("Reinitialize…")
-    visit.see("Nothing has changed in workflow 1: no job runs again")
+    visit.menu("Reinitialize…", see="Nothing has changed in workflow 1: no job runs again")
     (tmp_path / "raw.csv").write_text("other")
-    visit.menu("Reinitialize…")
-    visit.see('a (completed): its input file "raw.csv" changed')
+    visit.menu("Reinitialize…", see='a (completed): its input file "raw.csv" changed')
     visit.click("Keep as it is")
     visit.menu("Reset…")
     visit.click("Reset 2 jobs")
-    visit.click("Initialize")
-    visit.see("1 job ready")
-    visit.menu("Cancel…")
-    visit.see("No jobs are running.")
+    visit.click("Initialize", see="1 job ready")
+    visit.menu("Cancel…", see="No jobs are running.")
     visit.click("Cancel the workflow")
     until(lambda: client.get(f"/workflows/{workflow_id}/counts")["is_canceled"])
     visit.go(f"/w/{workflow_id}/graph")
     visit.click("Files and user data")
     visit.page.locator("svg").get_by_text("raw", exact=True).wait_for()
     visit.go(f"/w/{workflow_id}")
-    visit.menu("Archive")
-    visit.see("brings it back")
+    visit.menu("Archive", see="brings it back")
     visit.page.locator("dialog").get_by_role("button", name="Archive").click()
     until(lambda: client.get(f"/workflows/{workflow_id}/status")["is_archived"])
-    visit.go("/")
-    visit.see("No workflows yet")
+    visit.go("/", see="No workflows yet")
     assert visit.trouble == []
 
 
@@ -9569,8 +9535,7 @@ def test_a_browser_filters_sorts_turns_pages_and_deletes_several(chromium, dash,
         visit.see("Initialize")
         visit.go("/")
     assert {one["name"] for one in client.items("/workflows")} == {"beta", "w", "wizard"}
-    visit.go("/network")
-    visit.see("From here")
+    visit.go("/network", see="From here")
     assert visit.trouble == []
 
 
@@ -9658,8 +9623,7 @@ def test_the_pages_fill_again_after_the_server_was_away(chromium, tmp_path):
     dash = Dash(tmp_path, "--port", 0, "--url", server.url)
     try:
         visit = Visit(chromium, dash)
-        visit.go("/w/1")
-        visit.see("0 of 1 job done")
+        visit.go("/w/1", see="0 of 1 job done")
         server.stop()
         visit.page.locator("#banner").get_by_text("does not answer").wait_for(timeout=30_000)
         server = Server(tmp_path / "away.db", server.port)
