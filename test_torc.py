@@ -8054,23 +8054,17 @@ def test_global_options_are_not_refused_behind_the_command(cli, local, words):
     assert json.loads(cli(*words.split(), ok=0)[1]) == {"workflows": []}
 
 
-def test_a_later_default_does_not_undo_an_option_given_before_the_command():
-    head, name, rest = torc.find_command("--url http://h -f json --log-level debug server "
-                                         "--port 1".split())
+@pytest.mark.parametrize("words, values", [
+    ("--url http://h -f json --log-level debug server --port 1",
+     {"url": "http://h", "format": "json", "log_level": "debug", "port": 1}),
+    ("server -d mine.db -l warn",
+     {"database": "mine.db", "log_level": "warn", "host": "127.0.0.1"}),
+    ("jobs list --status failed 3 -l 5", {"workflow_id": 3, "status": "failed", "limit": 5}),
+], ids=["later_default_undoes_nothing", "own_short_option_wins_behind", "id_behind_options"])
+def test_options_have_their_values_wherever_they_stand(words, values):
+    head, name, rest = torc.find_command(words.split())
     args = torc.parse_command(torc.COMMANDS[name], head, rest)
-    assert (args.url, args.format, args.log_level, args.port) == ("http://h", "json", "debug", 1)
-
-
-def test_a_commands_own_short_option_wins_behind_it():
-    head, name, rest = torc.find_command("server -d mine.db -l warn".split())
-    args = torc.parse_command(torc.COMMANDS[name], head, rest)
-    assert (args.database, args.log_level, args.host) == ("mine.db", "warn", "127.0.0.1")
-
-
-def test_the_workflow_id_may_stand_behind_the_options():
-    head, name, rest = torc.find_command("jobs list --status failed 3 -l 5".split())
-    args = torc.parse_command(torc.COMMANDS[name], head, rest)
-    assert (args.workflow_id, args.status, args.limit) == (3, "failed", 5)
+    assert {name: getattr(args, name) for name in values} == values
 
 
 @pytest.mark.parametrize("words, hint", [
