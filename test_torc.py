@@ -274,6 +274,14 @@ def complete(client, job_id, workflow_id, node_id, code=0, status=None, run_id=1
         "completion_time": torc.iso_time(0), "status": status})
 
 
+def end_jobs(client, workflow_id, ids, **codes):
+    """Complete jobs, given as name=return code, on one compute node; returns its id."""
+    node = make_node(client, workflow_id)
+    for name, code in codes.items():
+        complete(client, ids[name], workflow_id, node, code)
+    return node
+
+
 class Conversation:
     """A runner's side of runner_step, driven by hand."""
 
@@ -1396,10 +1404,7 @@ def test_jobs_of_other_schedulers_are_claimed_only_when_there_are_no_others(api)
 
 def test_initialize_follows_the_two_modes(api):
     workflow_id, ids = make(api, DIAMOND)
-    node = make_node(api, workflow_id)
-    complete(api, ids["a"], workflow_id, node)
-    complete(api, ids["b"], workflow_id, node, code=1)
-    complete(api, ids["c"], workflow_id, node)
+    end_jobs(api, workflow_id, ids, a=0, b=1, c=0)
     api.post(f"/workflows/{workflow_id}/initialize_jobs")
     assert statuses(api, workflow_id) == dict(a="completed", b="failed", c="completed", d="canceled")
     api.post(f"/workflows/{workflow_id}/reset_job_status", failed_only=True)
@@ -1428,9 +1433,7 @@ def test_files_and_user_data_imply_dependencies(api):
 
 def test_changed_inputs_are_found_until_the_next_initialization(api):
     workflow_id, ids = make(api, {"a": [], "b": []})
-    node = make_node(api, workflow_id)
-    complete(api, ids["a"], workflow_id, node)
-    complete(api, ids["b"], workflow_id, node)
+    end_jobs(api, workflow_id, ids, a=0, b=0)
     api.put(f"/jobs/{ids['a']}", {"priority": 3})           # no input
     def changed(**query):
         return api.post(f"/workflows/{workflow_id}/process_changed_job_inputs",
@@ -1643,10 +1646,7 @@ def test_what_had_not_begun_waits_again_for_a_job_that_is_rerun(client):
 @pytest.mark.parametrize("cancel", [False, True])
 def test_jobs_that_run_again_together_keep_their_order(client, order, cancel):
     workflow_id, ids = make(client, {"a": [], "b": ["a"]}, b={"cancel_on_blocking_job_failure": cancel})
-    node = make_node(client, workflow_id)
-    complete(client, ids["a"], workflow_id, node, code=1)
-    if not cancel:
-        complete(client, ids["b"], workflow_id, node, code=1)
+    end_jobs(client, workflow_id, ids, **dict.fromkeys("a" if cancel else "ab", 1))
     client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": [{"job_id": ids[name]} for name in order]})
     assert statuses(client, workflow_id) == dict(a="ready", b="blocked")
 
@@ -2401,9 +2401,7 @@ def test_there_is_no_forecast_without_a_runner(past):
 def test_jobs_run_again_together_or_none_of_them(api):
     workflow_id, ids = make(api, {name: [] for name in "abc"})
     other, theirs = make(api, {"z": []})
-    node = make_node(api, workflow_id)
-    for name in "ab":
-        complete(api, ids[name], workflow_id, node, code=1)
+    end_jobs(api, workflow_id, ids, a=1, b=1)
     need = api.post("/resource_requirements", {"workflow_id": workflow_id, "name": "more",
                                                "num_cpus": 2, "memory": "2g", "runtime": "PT1H"})
     path, again = f"/workflows/{workflow_id}/rerun_jobs", [
@@ -8267,20 +8265,16 @@ def test_status_has_no_negative_times_and_all_its_fields(cli, local):
     assert report["total_exec_time_formatted"] == "0.0s" and report["walltime_seconds"] == 0
     assert len(report["jobs_by_status"]) == 11 and not report["is_complete"]
     assert "no runner is active: torc run 1" in cli("status", ok=0)[1]
-    node = make_node(local, workflow_id)
-    for name in "ab":
-        complete(local, ids[name], workflow_id, node)
+    end_jobs(local, workflow_id, ids, a=0, b=0)
     assert cli_json(cli, "status")["total_exec_time_minutes"] == 1.0
     assert "complete" in cli("status", ok=0)[1]
 
 
-@pytest.mark.parametrize("codes, expected", [((0, 0), 0), ((0, 1), 1), ((1, None), 1)])
+@pytest.mark.parametrize("codes, expected", [
+    ({"a": 0, "b": 0}, 0), ({"a": 0, "b": 1}, 1), ({"a": 1}, 1)])
 def test_wait_answers_with_the_exit_code_of_the_end(cli, local, codes, expected):
     workflow_id, ids = make(local, {"a": [], "b": ["a"]})
-    node = make_node(local, workflow_id)
-    for name, code in zip("ab", codes):
-        if code is not None:
-            complete(local, ids[name], workflow_id, node, code)
+    end_jobs(local, workflow_id, ids, **codes)
     assert cli("wait", "--timeout", 5)[0] == expected
 
 
@@ -8485,9 +8479,7 @@ def test_jobs_are_canceled_terminated_and_run_again(cli, local):
 
 def test_retry_names_what_runs_again_with_it(cli, local):
     workflow_id, ids = make(local, {"a": [], "b": ["a"], "c": ["b"]})
-    node = make_node(local, workflow_id)
-    for name in "abc":
-        complete(local, ids[name], workflow_id, node)
+    node = end_jobs(local, workflow_id, ids, a=0, b=0, c=0)
     dry = 'Dry run: run job 1 "a" again\n  1 completed; earlier results are kept.\n'
     assert cli("jobs", "retry", 1, "--dry-run", ok=0)[1] == (
         dry + '  Jobs downstream that have already run will run again: "b", "c"\n')
@@ -8530,9 +8522,7 @@ def test_a_job_changes_no_user_data_of_another_workflow_by_mistake(cli, local, m
 
 def test_results_are_filtered(cli, local):
     workflow_id, ids = make(local, {"a": [], "b": []})
-    node = make_node(local, workflow_id)
-    complete(local, ids["a"], workflow_id, node)
-    complete(local, ids["b"], workflow_id, node, 7)
+    end_jobs(local, workflow_id, ids, a=0, b=7)
     for words in (["--failed"], ["--return-code", 7], ["-s", "failed"], ["-j", ids["b"]],
                   ["--failed", "-l", 1]):
         rows = cli_json(cli, "results", "list", 1, *words)["results"]
@@ -8646,9 +8636,7 @@ def test_reinit_refuses_when_an_input_has_vanished(cli, local, tmp_path):
 
 def test_reset_status_of_failures_takes_along_what_they_canceled(cli, local):
     workflow_id, ids = make(local, {"a": [], "b": ["a"], "c": []})
-    node = make_node(local, workflow_id)
-    complete(local, ids["a"], workflow_id, node, 1)
-    complete(local, ids["c"], workflow_id, node)
+    end_jobs(local, workflow_id, ids, a=1, c=0)
     words = ("workflows", "reset-status", 1, "--failed-only")
     plan = cli_json(cli, *words, "--dry-run")
     assert {job["job_name"]: job["reason"] for job in plan["jobs"]} == {
