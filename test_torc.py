@@ -3586,6 +3586,12 @@ def write_spec(directory, jobs, **top):
     return path
 
 
+def commands_action(trigger, *commands, **fields):
+    """An action of a spec that runs commands."""
+    return {"trigger_type": trigger, "action_type": "run_commands", "commands": list(commands),
+            **fields}
+
+
 def run_spec(directory, jobs, begun=None, url=None, parallel=None, env=None, **top):
     """`torc run` of write_spec() as a process, on x.db or a server; waits for the file `begun`."""
     words = ["--url", url] if url else ["--database", directory / "x.db"]
@@ -3852,9 +3858,8 @@ def test_a_time_series_is_written_where_plots_look_for_it(run):
 
 
 def test_actions_run_at_their_moments(run):
-    def action(trigger, *command, **more):
-        return {"trigger_type": trigger, "action_type": "run_commands",
-                "commands": [f"echo {trigger} >> order", *command], **more}
+    def action(trigger, *commands, **more):
+        return commands_action(trigger, f"echo {trigger} >> order", *commands, **more)
 
     ran = run({"a": "sleep 0.2; echo a >> torc_output/order",
                "b": {"command": "echo b >> torc_output/order", "depends_on": ["a"]}},
@@ -3869,9 +3874,8 @@ def test_actions_run_at_their_moments(run):
 
 
 def test_a_signal_ends_an_action_at_work_and_no_job_is_begun(tmp_path):
-    runner = run_spec(tmp_path, {"a": "true"}, actions=[
-        {"trigger_type": "on_workflow_start", "action_type": "run_commands",
-         "commands": ["touch ../begun; sleep 300", "touch ../never"]}], begun="begun")
+    runner = run_spec(tmp_path, {"a": "true"}, begun="begun", actions=[
+        commands_action("on_workflow_start", "touch ../begun; sleep 300", "touch ../never")])
     runner.terminate()
     assert runner.wait(60) == 143
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
@@ -3894,18 +3898,17 @@ def test_a_signal_ends_a_recovery_script_and_the_job_is_tried_again_by_the_next_
 
 @pytest.mark.slow
 def test_an_action_that_ignores_the_signal_does_not_hold_the_runner(tmp_path):
-    runner = run_spec(tmp_path, {"a": "true"}, actions=[
-        {"trigger_type": "on_workflow_start", "action_type": "run_commands",
-         "commands": ["trap '' TERM; touch ../begun; sleep 300"]}], begun="begun")
+    runner = run_spec(tmp_path, {"a": "true"}, begun="begun", actions=[
+        commands_action("on_workflow_start", "trap '' TERM; touch ../begun; sleep 300")])
     runner.terminate()
     assert runner.wait(60) == 143
     until(lambda: not processes_in(tmp_path), what="the end of all processes")
 
 
 def test_an_action_outlasts_the_last_job(run):
-    ran = run({"a": "true"}, actions=[
-        {"trigger_type": "on_jobs_complete", "action_type": "run_commands", "jobs": ["a"],
-         "commands": ["sleep 0.5", "touch ../second", "sleep 0.2; touch ../third"]}])
+    ran = run({"a": "true"}, actions=[commands_action(
+        "on_jobs_complete", "sleep 0.5", "touch ../second", "sleep 0.2; touch ../third",
+        jobs=["a"])])
     assert ran.code == 0, ran.log
     assert (ran.directory / "third").exists()
 
@@ -4398,10 +4401,10 @@ def test_an_action_that_was_cut_short_is_carried_out_by_the_next_runner(tmp_path
     """The action notes its beginning and its end, and waits for a file in between."""
     if trigger == "on_workflow_complete":
         (tmp_path / "ready").touch()
-    runner = run_spec(tmp_path, {"a": "cat ready; touch ran"}, begun="acts", actions=[{
-        "trigger_type": trigger, "action_type": "run_commands", "commands": [
-            "echo begun >> ../acts; while test ! -e ../go; do sleep 0.05; done",
-            "echo done >> ../acts; touch ../ready"]}])
+    runner = run_spec(tmp_path, {"a": "cat ready; touch ran"}, begun="acts", actions=[
+        commands_action(
+            trigger, "echo begun >> ../acts; while test ! -e ../go; do sleep 0.05; done",
+            "echo done >> ../acts; touch ../ready")])
     runner.send_signal(how)
     assert runner.wait(60) == (143 if how == signal.SIGTERM else -9)
     until(lambda: not processes_in(tmp_path / "torc_output"), what="the end of the action's script")
@@ -4520,10 +4523,10 @@ def test_a_path_that_can_be_none_is_refused_and_ends_no_runner(client):
 @pytest.mark.slow
 def test_a_server_that_is_lost_while_an_action_is_at_work_does_not_hold_the_runner(tmp_path):
     server = Server(tmp_path / "x.db")
-    runner = run_spec(tmp_path, {"a": "true"}, compute_node_wait_for_healthy_database_minutes=0, actions=[{
-        "trigger_type": "on_jobs_complete", "jobs": ["a"], "action_type": "run_commands",
-        "commands": ["touch ../acting; while test ! -e ../go; do sleep 0.05; done"]}],
-                      url=server.url, begun="acting")
+    runner = run_spec(tmp_path, {"a": "true"}, url=server.url, begun="acting", actions=[
+        commands_action(
+            "on_jobs_complete", "touch ../acting; while test ! -e ../go; do sleep 0.05; done",
+            jobs=["a"])], compute_node_wait_for_healthy_database_minutes=0)
     server.kill()
     until(lambda: "the jobs go on" in (tmp_path / "run.log").read_text())
     time.sleep(1)
