@@ -795,16 +795,6 @@ def test_each_value_of_a_parameter_is_written_as_it_was_meant(values, texts):
         """).values()] == texts
 
 
-def test_values_are_no_regular_expressions():
-    jobs = spec_jobs("""
-        parameters: {x: [c, "c++", c.d]}
-        jobs:
-          - {name: "prep_{x}", command: c, use_parameters: [x]}
-          - {name: "run_{x}", command: c, use_parameters: [x], depends_on_regexes: ["^prep_{x}$"]}
-        """)
-    assert [after(jobs, f"run_{name}") for name in ("c", "c++", "c.d")] == [["prep_c"], ["prep_c++"], ["prep_c.d"]]
-
-
 def test_commands_of_actions_know_the_files():
     spec = torc.read_spec("s.yaml", JOB + "files: [{name: f, path: out.txt}]\nactions: [{trigger_type: "
                           "on_workflow_complete, action_type: run_commands, commands: ['cat ${files.output.f}']}]")
@@ -854,35 +844,6 @@ def test_no_placeholder_of_a_text_stays_half_expanded(text, expected):
     assert torc.substitute(text, {"i": 7, "x": 0.5, "one": 1.0, "s": "t"}) == expected
 
 
-def test_the_order_of_combinations_is_not_random():
-    jobs = spec_jobs("""
-        jobs:
-          - {name: "{b}{a}", command: c, parameters: {a: "1:2", b: [x, y]}}
-          - {name: "z{b}{a}", command: c, parameters: {a: "1:2", b: [x, y]}, parameter_mode: zip}
-        """)
-    assert list(jobs) == ["x1", "y1", "x2", "y2", "zx1", "zy2"]
-
-
-def test_a_fan_in_job_is_not_copied():
-    jobs = spec_jobs("""
-        parameters: {i: "1:3"}
-        jobs:
-          - {name: "p_{i}", command: c, use_parameters: [i]}
-          - {name: agg, command: c, use_parameters: [i], depends_on: ["p_{i}"]}
-        """)
-    assert list(jobs) == ["p_1", "p_2", "p_3", "agg"]
-    assert after(jobs, "agg") == ["p_1", "p_2", "p_3"]
-
-
-def test_a_name_that_varies_in_part_gathers_the_rest():
-    jobs = spec_jobs("""
-        jobs:
-          - {name: "p_{i}_{j}", command: c, parameters: {i: "1:2", j: "1:2"}}
-          - {name: "row_{i}", command: c, parameters: {i: "1:2", j: "1:2"}, depends_on: ["p_{i}_{j}"]}
-        """)
-    assert after(jobs, "row_2") == ["p_2_1", "p_2_2"]
-
-
 def test_shared_and_local_parameters_are_merged_and_local_ones_win():
     jobs = spec_jobs("""
         parameters: {i: "1:2", k: [far]}
@@ -892,13 +853,42 @@ def test_shared_and_local_parameters_are_merged_and_local_ones_win():
     assert list(jobs) == ["1near", "2near"] and jobs["1near"]["command"] == "echo near"
 
 
-def test_regexes_are_searched_in_the_names():
-    jobs = spec_jobs("""
+@pytest.mark.parametrize("text, names, waits", [
+    ("""
+        parameters: {x: [c, "c++", c.d]}
+        jobs:
+          - {name: "prep_{x}", command: c, use_parameters: [x]}
+          - {name: "run_{x}", command: c, use_parameters: [x], depends_on_regexes: ["^prep_{x}$"]}
+     """, None, {f"run_{name}": [f"prep_{name}"] for name in ("c", "c++", "c.d")}),
+    ("""
+        jobs:
+          - {name: "{b}{a}", command: c, parameters: {a: "1:2", b: [x, y]}}
+          - {name: "z{b}{a}", command: c, parameters: {a: "1:2", b: [x, y]}, parameter_mode: zip}
+     """, ["x1", "y1", "x2", "y2", "zx1", "zy2"], {}),
+    ("""
+        parameters: {i: "1:3"}
+        jobs:
+          - {name: "p_{i}", command: c, use_parameters: [i]}
+          - {name: agg, command: c, use_parameters: [i], depends_on: ["p_{i}"]}
+     """, ["p_1", "p_2", "p_3", "agg"], {"agg": ["p_1", "p_2", "p_3"]}),
+    ("""
+        jobs:
+          - {name: "p_{i}_{j}", command: c, parameters: {i: "1:2", j: "1:2"}}
+          - {name: "row_{i}", command: c, parameters: {i: "1:2", j: "1:2"},
+             depends_on: ["p_{i}_{j}"]}
+     """, None, {"row_2": ["p_2_1", "p_2_2"]}),
+    ("""
         jobs:
           - {name: "p_{i}", command: c, parameters: {i: "1:12"}}
           - {name: last, command: c, depends_on_regexes: ["p_1", "_2$"]}
-        """)
-    assert after(jobs, "last") == ["p_1", "p_10", "p_11", "p_12", "p_2"]
+     """, None, {"last": ["p_1", "p_10", "p_11", "p_12", "p_2"]}),
+], ids=["values_are_no_regular_expressions", "order_of_combinations_is_not_random",
+        "fan_in_job_is_not_copied", "name_that_varies_in_part_gathers_the_rest",
+        "regexes_are_searched_in_the_names"])
+def test_jobs_have_the_names_and_dependencies_that_are_meant(text, names, waits):
+    jobs = spec_jobs(text)
+    assert names in (None, list(jobs))
+    assert {name: after(jobs, name) for name in waits} == waits
 
 
 def test_variables_do_not_drop_the_explicit_lists():
