@@ -8210,6 +8210,20 @@ def own_peak():
     return int(match[1]) + 256 if match else 2**40         # the kernel counts in lumps
 
 
+@contextlib.contextmanager
+def opened(paths):
+    """Open files for a job; yields {path: descriptor}, without None. Done in Python, since
+    posix_spawn would block every thread while a file system hangs. Raises OSError."""
+    files = {}
+    try:
+        for path in {*paths} - {None}:
+            files[path] = os.open(path, APPEND | os.O_TRUNC, 0o666)
+        yield files
+    finally:
+        for fd in files.values():
+            os.close(fd)
+
+
 def with_defaults(part, given):
     """Return the values of an object of PARTS, with defaults for missing ones."""
     known = {field.name: field.default for field in PARTS[part].values()}
@@ -8546,13 +8560,8 @@ class Starting:
                 file.write(command)
             words = ["bash", child.script]
         program, words = self._program(child, words)
-        with contextlib.ExitStack() as opened:
-            # Opened here: posix_spawn would hold up every thread while a file system hangs.
-            files = {None: self.null}
-            for path in {*child.outputs} - {None}:
-                files[path] = os.open(path, APPEND | os.O_TRUNC, 0o666)
-                opened.callback(os.close, files[path])
-            actions = [(os.POSIX_SPAWN_DUP2, files[path], number)
+        with opened(child.outputs) as files:
+            actions = [(os.POSIX_SPAWN_DUP2, files.get(path, self.null), number)
                        for number, path in enumerate([None, *child.outputs])]
             keywords = {"file_actions": actions, "setsigmask": [],
                         "setsigdef": [signal.SIGPIPE, signal.SIGXFSZ]}
