@@ -6020,15 +6020,15 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
     assert statuses(client, workflow_id) == before
 
 
-SLURM_SPEC = {"name": "w", "jobs": [{"name": "a", "command": "true"}],
-              "slurm_schedulers": [{"name": "s", "account": "a", "nodes": 1, "walltime": "00:10:00"}],
-              "actions": [{"trigger_type": "on_workflow_start", "action_type": "schedule_nodes",
-                           "scheduler": "s", "scheduler_type": "slurm", "num_allocations": 2}]}
+SUBMITTED = {"name": "w", "jobs": [{"name": "a", "command": "true"}],
+             "slurm_schedulers": [{"name": "s", "account": "a", "nodes": 1, "walltime": "00:10:00"}],
+             "actions": [{"trigger_type": "on_workflow_start", "action_type": "schedule_nodes",
+                          "scheduler": "s", "scheduler_type": "slurm", "num_allocations": 2}]}
 
 
 def test_a_dry_run_of_a_specification_says_its_plan_and_creates_nothing(server, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(torc, "worker_urls", lambda client, named=(): (server.url,))
-    (tmp_path / "w.json").write_text(json.dumps(SLURM_SPEC))
+    (tmp_path / "w.json").write_text(json.dumps(SUBMITTED))
     with contextlib.closing(server.client()) as client:
         spec, wishes = torc.read_spec("w.json"), torc.Wishes()
         plan = torc.plan_run(client, spec, wishes)
@@ -6049,7 +6049,7 @@ def test_a_specification_without_its_inputs_is_submitted_only_if_that_is_said(se
     programs(sbatch="echo 'sbatch: error: Invalid account' >&2; exit 1", squeue="exit 0", scontrol="exit 0")
     jobs = [{"name": "a", "command": "true", "input_files": ["f"]}]
     (tmp_path / "w.json").write_text(json.dumps(
-        {**SLURM_SPEC, "jobs": jobs, "files": [{"name": "f", "path": "absent"}]}))
+        {**SUBMITTED, "jobs": jobs, "files": [{"name": "f", "path": "absent"}]}))
     words = ("submit", "w.json", "--url", server.url)
     assert cli(*words, "--dry-run")[0] == 1
     code, _, err = cli(*words)
