@@ -11845,13 +11845,6 @@ def submission(client, workflow, actions, schedulers, request):
     return scripts
 
 
-def submission_lines(scripts):
-    """What is handed to Slurm, in sentences and options of sbatch."""
-    return [line for one in scripts for line in (
-        f"{plural(one['num_allocations'], 'allocation')} of scheduler \"{one['scheduler']}\"",
-        *(line for line in one["script"].splitlines() if line.startswith("#SBATCH")))]
-
-
 def submit_start(client, workflow_id, request):
     """Submit what a workflow asks for at its start; the Outcome."""
     try:
@@ -11912,10 +11905,13 @@ def settle_dead(client, workflow_id, output_dir, watch=None):
 
 def cancel_allocations(client, workflow_id):
     """(Slurm jobs that were canceled, errors): scancel for allocations that have not ended."""
-    scheduled, _ = live_allocations(client, workflow_id)
-    away = [f"Slurm job {record['scheduler_id']} is on the cluster {record['cluster']}: scancel it "
-            "there" for record in unended_allocations(client, workflow_id)
-            if is_elsewhere(record)]
+    scheduled, away = [], []
+    for record in unended_allocations(client, workflow_id):
+        if is_elsewhere(record):
+            away.append(f"Slurm job {record['scheduler_id']} is on the cluster "
+                        f"{record['cluster']}: scancel it there")
+        else:
+            scheduled.append(record)
     if not scheduled:
         return [], away
     canceled = []
@@ -12517,14 +12513,17 @@ def plan_submit(client, target, wishes):
         return done._replace(steps=(made.sentence,))
 
     name = f'"{workflow["name"]}"' if is_new else target
-    whole = "\n".join(f"# {plural(script['num_allocations'], 'allocation')} of scheduler "
-                      f"\"{script['scheduler']}\" would be submitted:\n{script['script']}"
-                      for script in scripts)
-    lines = (*plan.lines, *submission_lines(scripts),
-             f"Workers reach the server at {request.urls[0]}.")
+    lines, whole = list(plan.lines), []
+    for one in scripts:
+        what = (f"{plural(one['num_allocations'], 'allocation')} of scheduler "
+                f"\"{one['scheduler']}\"")
+        words = one["script"].splitlines()
+        lines += [what, *(line for line in words if line.startswith("#SBATCH"))]
+        whole.append(f"# {what} would be submitted:\n{one['script']}")
+    lines.append(f"Workers reach the server at {request.urls[0]}.")
     return plan._replace(
-        title=f"Submit workflow {name} to Slurm", lines=lines, data={"scripts": scripts},
-        choices=(Choice("y", f"submit {number}", do),), sure=False, text=whole,
+        title=f"Submit workflow {name} to Slurm", lines=tuple(lines), data={"scripts": scripts},
+        choices=(Choice("y", f"submit {number}", do),), sure=False, text="\n".join(whole),
         obstacle=plan.obstacle and f"{plan.obstacle}; --ignore-missing-data goes on without")
 
 
@@ -12586,10 +12585,11 @@ def plan_recover(client, workflow_id, wishes):
 def plan_cancel(client, workflow_id, wishes):
     """Cancel a workflow: no more jobs start, and running ones are ended."""
     counted = client.get(f"/workflows/{workflow_id}/counts")
-    scheduled, _ = live_allocations(client, workflow_id)
+    unended = unended_allocations(client, workflow_id)
+    scheduled = [record for record in unended if not is_elsewhere(record)]
     busy = counted["pending"] + counted["running"]
     data = {"workflow_id": workflow_id, "job_count": busy, "canceled_slurm_jobs": []}
-    if not unended_allocations(client, workflow_id):
+    if not unended:
         if counted["is_canceled"] and not busy:
             return Plan(f"Workflow {workflow_id} is canceled already", data=data)
         if counted["is_complete"] and not counted["is_canceled"]:
@@ -12845,8 +12845,7 @@ class Watcher:
         self.workflow_id = args.workflow_id
         self.watch = Watch()
         self.retries = 0
-        self.scheduled_at = -math.inf     # when allocations were asked for last,
-        self.refused = False              # and whether none were to be had then
+        self.scheduled_at = -math.inf     # when allocations were asked for last
         self.fruitless = 0                # those in a row that ended without an end of a job
         self.attempts = None              # that had ended when they were asked for
         self.pause = 0.0                  # seconds until others are asked for
@@ -12930,22 +12929,20 @@ class Watcher:
         retried = sum(job["attempt_id"] > 1 for job in self.client.items(
             "/jobs", workflow_id=self.workflow_id, status="ready")) if not nobody else 0
         stranded = args.auto_schedule_stranded_timeout
-        due = (nobody and not self.refused) or now - self.scheduled_at >= (
-            args.auto_schedule_cooldown) and (
-            nobody or retried >= args.auto_schedule_threshold
+        passed = now - self.scheduled_at
+        due = nobody or passed >= args.auto_schedule_cooldown and (
+            retried >= args.auto_schedule_threshold
             or retried and stranded and now - self.ready_since >= stranded)
-        rested = now - self.scheduled_at >= self.pause
-        if due and rested and not counted["is_canceled"]:
+        if due and passed >= self.pause and not counted["is_canceled"]:
             self.scheduled_at = now
             try:
                 made = regenerate(self.client, self.workflow_id, self.wishes, submit=True)
-                self.refused = False
                 self.attempts = count_records(self.client, "/results", all_runs=True,
                                               workflow_id=self.workflow_id)
             except Unreachable:           # of the server: run() tries again soon
                 raise
             except TorcError as error:
-                self.refused = True
+                self.pause = max(self.pause, args.auto_schedule_cooldown)
                 self.say(f"{error}; trying again in "
                          f"{span(args.auto_schedule_cooldown)}", "warn")
                 return
