@@ -11631,7 +11631,8 @@ class Rerun:
         """reset: "", "failed" (jobs that failed are reset) or "all"; with_changes: what has changed
         counts too, such as files."""
         self.workflow_id, self.reset = workflow_id, reset
-        self.jobs = {job["id"]: job for job in client.items("/jobs", workflow_id=workflow_id)}
+        self.jobs = {job["id"]: job for job in client.items("/jobs", workflow_id=workflow_id,
+                                                            include_relationships=True)}
         self.reasons = {}                 # job id: why it runs again
         self.times = []                   # (file record, st_mtime now) of changed files
         self.missing = []                 # paths of files that must exist first
@@ -11644,31 +11645,34 @@ class Rerun:
                 self.mark([job_id], f"it was {status}" if status in ("canceled", "terminated") else
                           "it failed")
         requested = set(self.reasons) if reset else set()
-        producers, consumers = {}, {}     # file id: ids of jobs
+        writers, readers = self.related("output_file_ids"), self.related("input_file_ids")
         files = list(client.items("/files", workflow_id=workflow_id)) if with_changes else []
-        path = f"/workflows/{workflow_id}/job_file_relationships"
-        for row in client.items(path) if files else ():
-            for role, jobs in (("producer_job_id", producers), ("consumer_job_id", consumers)):
-                if role in row:
-                    jobs.setdefault(row["file_id"], set()).add(row[role])
         for file in files:
-            self.mark_file(file, producers.get(file["id"], ()), consumers.get(file["id"], ()))
+            self.mark_file(file, writers.get(file["id"], ()), readers.get(file["id"], ()))
         if with_changes:
             answer = client.post(f"/workflows/{workflow_id}/process_changed_job_inputs",
                                  dry_run=True)
             for job_id, reason in answer["reasons"].items():
                 self.mark([int(job_id)], reason)
         direct = set(self.reasons)
-        self.roots = sorted(direct - self.spread(client) - requested)   # are reset one by one
+        self.roots = sorted(direct - self.spread() - requested)   # are reset one by one
         self.waiting = sum(job["status"] == "uninitialized" for job in self.jobs.values())
         self.number = len(self.reasons) + self.waiting
         self.everything = all(job_id in self.reasons or job["status"] in (
             "uninitialized", "blocked", "ready") for job_id, job in self.jobs.items())
         for file in files:                # those that nobody makes and that will be read
-            if file["id"] not in producers and present_time(file["path"]) is None and any(
+            if file["id"] not in writers and present_time(file["path"]) is None and any(
                     self.jobs[job_id]["status"] != "completed" or job_id in self.reasons
-                    for job_id in consumers.get(file["id"], ())):
+                    for job_id in readers.get(file["id"], ())):
                 self.missing.append(file["path"])
+
+    def related(self, name):
+        """{id: ids of the jobs that have it in this list}."""
+        found = {}
+        for job_id, job in self.jobs.items():
+            for one in job.get(name, ()):
+                found.setdefault(one, []).append(job_id)
+        return found
 
     def ran(self, job_id):
         """Whether a job has run, so that running it is running it again."""
@@ -11691,11 +11695,9 @@ class Rerun:
             self.mark(readers, f'its input file "{file["path"]}" {word}')
             self.times.append((file, present))
 
-    def spread(self, client):
+    def spread(self):
         """Mark everything downstream; returns the ids reached from some other job."""
-        dependents, reached = {}, set()
-        for row in client.items(f"/workflows/{self.workflow_id}/job_dependencies"):
-            dependents.setdefault(row["depends_on_job_id"], []).append(row["job_id"])
+        dependents, reached = self.related("depends_on_job_ids"), set()
         queue = [*self.reasons, *(job_id for job_id, job in self.jobs.items()
                                   if job["status"] == "uninitialized")]
         for job_id in queue:              # it grows while it is read
