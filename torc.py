@@ -11480,7 +11480,7 @@ class Started:
 
     @property
     def running(self):
-        """Whether it has not ended."""
+        """Whether it is still running."""
         return self.process.poll() is None
 
     def end(self, wait_s=20.0):
@@ -11493,7 +11493,7 @@ class Started:
 
 
 def each(targets, action):
-    """(results of action(target), errors) of those that can be acted upon."""
+    """(results of action(target), error messages); raises the errors if no target succeeds."""
     results, errors = [], []
     for target in targets:
         try:
@@ -11507,7 +11507,7 @@ def each(targets, action):
 
 
 def one_or_all(key, records):
-    """Records as JSON: a single one as it is."""
+    """Records as JSON; a single one without a list around it."""
     return records[0] if len(records) == 1 else {key: records}
 
 
@@ -11520,7 +11520,7 @@ NAMED_AT_MOST = 10
 
 
 def said(status):
-    """A status as it is spoken of."""
+    """A status in words."""
     return status.replace("_", " ")
 
 
@@ -11564,22 +11564,22 @@ def raise_run(client, workflow_id):
 
 
 def store_file_times(client, times):
-    """Remember the present st_mtime of files that have another: [(file record, st_mtime or None),
-    ...]."""
+    """Store the present st_mtime of files where it differs: [(file record, st_mtime or None), ...].
+    """
     for file, present in times:
         if not same_time(file.get("st_mtime"), present):
             client.put(f"/files/{file['id']}", {} if present is None else {"st_mtime": present})
 
 
 def named(texts):
-    """Some texts in quotes, and how many more there are."""
+    """The first few strings in quotes, and how many more there are."""
     quoted = ", ".join(f'"{text}"' for text in texts[:NAMED_AT_MOST])
     more = len(texts) - NAMED_AT_MOST
     return quoted + (f" and {more} more" if more > 0 else "")
 
 
 def missing_text(workflow_id, files, user_data=()):
-    """Why a workflow lacks inputs that no job makes, and what to do; "" if it lacks none."""
+    """Which inputs that no job makes are missing, and what to do; "" if none are."""
     missing = [f"input {what} missing: {named(texts)}" for what, texts in
                (("files", files), ("user data", user_data)) if texts]
     return missing and (f"workflow {workflow_id}: {'; '.join(missing)}. No job makes them: create "
@@ -11616,7 +11616,7 @@ def required_user_data(client, workflow_id, counted):
 def initialize_workflow(client, workflow_id, force=False):
     """Start a workflow from the beginning: all jobs blocked or ready, the next run_id.
 
-    Raises TorcError when inputs are missing, Invalid when it is at work; both only without force.
+    Raises TorcError if inputs are missing, Invalid if it is active; both only without force.
     """
     plan = plan_initialize(client, workflow_id, Wishes(force=force), look_at_outputs=False)
     if plan.obstacle and not force:
@@ -11625,7 +11625,7 @@ def initialize_workflow(client, workflow_id, force=False):
 
 
 class Rerun:
-    """Which jobs of a workflow run again, and why; nothing is changed before apply()."""
+    """Which jobs of a workflow run again, and why; apply() makes the change."""
 
     def __init__(self, client, workflow_id, reset="", with_changes=True):
         """reset: "", "failed" (jobs that failed are reset) or "all"; with_changes: what has changed
@@ -11732,7 +11732,7 @@ class Rerun:
         return lines
 
     def apply(self, client, force):
-        """Let them run again. force: even if the workflow is at work."""
+        """Make the jobs run again. force: even if the workflow is active."""
         path = f"/workflows/{self.workflow_id}"
         client.post(f"{path}/reset_status", force=force)
         run_id = raise_run(client, self.workflow_id)
@@ -11762,7 +11762,7 @@ def count_records(client, path, **query):
 
 
 def had_allocations(client, workflow_id):
-    """Whether the workflow has run in allocations of Slurm."""
+    """Whether the workflow has had Slurm allocations."""
     return count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id) > 0
 
 
@@ -11772,7 +11772,7 @@ def counts_text(counted):
 
 
 def end_code(counted):
-    """Exit code for a workflow's end: 0 all completed, 1 some ended badly, 3 some did not end."""
+    """A workflow's exit code: 0 all jobs completed, 1 some failed, 3 some have not ended."""
     if counted["is_canceled"] or any(counted[name] for name in BAD_ENDS):
         return 1
     ended = counted["completed"] + counted["disabled"]
@@ -11780,7 +11780,7 @@ def end_code(counted):
 
 
 def prospects(client, workflow_id):
-    """(why nothing will happen in a workflow by itself, why nothing happens now), else None."""
+    """(why a workflow is stuck, why nothing is happening now); None for what does not apply."""
     left = client.get(f"/workflows/{workflow_id}/unfinished")
     if not any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
         waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
@@ -11870,8 +11870,8 @@ def submit_start(client, workflow_id, request):
 
 
 def look_after(client, workflow_id, wishes):
-    """What an owner's command does on the way: where no runner lives that could, carry out pending
-    schedule_nodes actions. Returns what was done, in sentences."""
+    """Carry out pending schedule_nodes actions of the user's own workflow if no live runner can;
+    returns what was done, in sentences. Commands such as `status` call it in passing."""
     import shutil
     if client.is_local or not shutil.which("sbatch"):
         return []
@@ -11891,8 +11891,8 @@ def look_after(client, workflow_id, wishes):
 
 
 def settle_dead(client, workflow_id, output_dir, watch=None):
-    """Clean up behind runners of this host and allocations of this cluster that have ended; what
-    was done, in sentences."""
+    """Clean up after runners of this host and allocations of this cluster that have ended; returns
+    what was done, in sentences."""
     import shutil
     said = release_dead_nodes(client, workflow_id, output_dir)
     if watch or shutil.which("squeue"):
@@ -11931,7 +11931,7 @@ def cancel_allocations(client, workflow_id):
     return canceled, away
 
 
-# Why an allocation does not begin by waiting (squeue(1), JOB REASON CODES), and what to do.
+# Why an allocation will not start on its own (squeue(1), JOB REASON CODES), and what to do.
 STUCK_ALLOCATIONS = (
     (r"TimeLimit|WallDuration|NodeLimit|PartitionConfig|PerJobLimit|BadConstraints",
      "it asks for more time, more nodes or others than its partition or account may give, so it "
@@ -11943,7 +11943,7 @@ STUCK_ALLOCATIONS = (
 
 
 def stuck_advice(number, entry):
-    """What to do with an allocation (Queued) that will not begin by waiting, or ""."""
+    """What to do with an allocation (Queued) that will not start on its own, or ""."""
     for pattern, advice in STUCK_ALLOCATIONS if entry.phase == "pending" else ():
         if re.search(pattern, entry.where):
             return ": " + advice.format(number)
@@ -11951,8 +11951,8 @@ def stuck_advice(number, entry):
 
 
 def allocation_lines(client, workflow_id):
-    """A sentence on each allocation that has not ended, and what its worker says if it cannot
-    begin."""
+    """A sentence on each allocation that has not ended, and what its worker reports if it cannot
+    start."""
     import shutil
     scheduled = unended_allocations(client, workflow_id)
     queue, lines = None, []
@@ -12012,8 +12012,8 @@ def former_account(client, workflow_id):
 
 
 def regenerate(client, workflow_id, wishes, submit=False, dry_run=False):
-    """Make Slurm schedulers for what is left to run of a workflow, and get allocations for what
-    can begin now; the rest is asked for when its jobs are ready.
+    """Create Slurm schedulers for the jobs that are left to run, and request allocations for those
+    that can start now; actions request the rest when their jobs are ready.
 
     Returns {"workflow_id", "dry_run", "schedulers": [...], "slurm_jobs": [...]}. Raises TorcError.
     """
@@ -12140,7 +12140,7 @@ def attempt_key(record):
 
 
 def check_recoverable(client, workflow_id):
-    """Raise Invalid unless the workflow has ended with failures and nobody works on it."""
+    """Raise Invalid unless the workflow has ended with failures and nothing is active on it."""
     counted = client.get(f"/workflows/{workflow_id}/counts")
     left = client.get(f"/workflows/{workflow_id}/unfinished")
     runners = len(left["active_nodes"])
@@ -12847,11 +12847,11 @@ class Watcher:
         self.workflow_id = args.workflow_id
         self.watch = Watch()
         self.retries = 0
-        self.scheduled_at = -math.inf     # when allocations were asked for last
-        self.fruitless = 0                # those in a row that ended without an end of a job
-        self.attempts = None              # that had ended when they were asked for
-        self.pause = 0.0                  # seconds until others are asked for
-        self.ready_since = None           # since when jobs are ready and none is there
+        self.scheduled_at = -math.inf     # when allocations were last requested
+        self.fruitless = 0                # allocations in a row in which no job ended
+        self.attempts = None              # that had ended when the last allocations were requested
+        self.pause = 0.0                  # seconds between that request and the next
+        self.ready_since = None           # when jobs became ready
         self.told = None
         os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
         import socket
@@ -12905,8 +12905,8 @@ class Watcher:
                 self.told = hint
 
     def schedule(self, counted):
-        """--auto-schedule: allocations for ready jobs that nobody runs; after some that started no
-        job later and later, and then no more."""
+        """--auto-schedule: request allocations for ready jobs that no runner takes; less and less
+        often after allocations that started no job, and then not at all."""
         import random
         args, now = self.args, time.monotonic()
         left = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
