@@ -18623,7 +18623,7 @@ def do_submit(args, client):
 
 
 def choose_scheduler(args, client):
-    """The Slurm scheduler record that is named, or the only one there is."""
+    """The Slurm scheduler that was named, or the only one of the workflow."""
     if args.scheduler_config_id is not None:
         return client.get(f"/slurm_schedulers/{args.scheduler_config_id}")
     found = list(client.items("/slurm_schedulers", workflow_id=args.workflow_id))
@@ -18673,7 +18673,7 @@ def do_slurm_stats(args, client):
 
 ACCOUNT_COLUMNS = ("Slurm Job=slurm_job, Job Step=job_step, State=state, Exit Code=exit_code,"
                    " Elapsed=elapsed, Max RSS=max_rss, CPU Time=cpu_time, Nodes=nodes")
-ACCOUNT_FIELDS = "JobIDRaw,JobName,State,ExitCode,Elapsed,MaxRSS,CPUTime,NodeList"  # as sacct's
+ACCOUNT_FIELDS = "JobIDRaw,JobName,State,ExitCode,Elapsed,MaxRSS,CPUTime,NodeList"  # for sacct
 
 
 @command("slurm sacct", WORKFLOW, f"""
@@ -18726,7 +18726,7 @@ def do_slurm_job_runner(args, client):
     if args.program_hash and args.program_hash != own_hash():
         tell(args, f"{own_command()[1]} is another one than when this allocation was submitted",
              "warn")
-    if args.startup_delay_seconds:        # many workers must not begin in one moment
+    if args.startup_delay_seconds:        # many workers must not all start at once
         time.sleep(random.uniform(0, args.startup_delay_seconds))
     note = worker_note(args.output_dir, args.workflow_id, where.job_id)
     client = reach_server(args.url.split(","), args.server_id, how, note,
@@ -18744,7 +18744,7 @@ def do_slurm_job_runner(args, client):
 
 
 def work_in_allocation(args, client, where):
-    """Run the worker and keep the allocation's record; the exit code says if torc itself failed."""
+    """Run the worker and update the allocation's record; a nonzero exit code means torc failed."""
     workflow_id = args.workflow_id
     record = client.post("/scheduled_compute_nodes", {
         "workflow_id": workflow_id, "scheduler_id": where.job_id, "scheduler_type": "slurm",
@@ -18774,8 +18774,8 @@ def work_in_allocation(args, client, where):
 
 
 def close_allocation(client, workflow_id, where, record):
-    """The last worker of an allocation notes its end. If the workflow is complete, allocations that
-    are still queued are canceled, and the last of all removes the password's file."""
+    """Record the end of an allocation, as its last worker. If the workflow is complete, cancel the
+    allocations that are still queued; the last one also removes the credentials file."""
     scheduled, inside = live_allocations(client, workflow_id)
     if inside.get(where.job_id):
         return
@@ -18795,9 +18795,9 @@ def close_allocation(client, workflow_id, where, record):
 
 
 def scheduling(client, make_request):
-    """What a runner calls to carry out a schedule_nodes action; None where there is no sbatch.
+    """The function that a runner calls for a schedule_nodes action; None where sbatch is missing.
 
-    make_request: called for the WorkerRequest when it is needed.
+    make_request: returns the WorkerRequest; called only when it is needed.
     """
     import shutil
     if client.is_local or not shutil.which("sbatch"):
@@ -18809,7 +18809,7 @@ def scheduling(client, make_request):
     return schedule
 
 
-# ---- allocations for what is left
+# ---- allocations for the remaining jobs
 
 
 @command("slurm regenerate", WORKFLOW, WORKERS, """
@@ -18891,7 +18891,7 @@ PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory, Walltime=wal
 
 
 def partition_texts(one):
-    """What a table says of a Partition in place of its numbers."""
+    """What the table shows for a Partition in place of its numbers."""
     return {"gpus": f"{one.gpus_per_node} {one.gpu_type or ''}" if one.gpus_per_node else "",
             "memory": "" if one.memory_mb is None else format_bytes(one.memory_mb * 2**20),
             "walltime": "" if one.max_walltime_secs is None else slurm_time(one.max_walltime_secs),
@@ -18899,7 +18899,7 @@ def partition_texts(one):
 
 
 def show_partitions(args, profile, partitions, **more):
-    """Print Partitions. more: {name: function of a Partition} for further fields."""
+    """Print Partitions. more: {name: function of a Partition} for additional fields."""
     rows = [{**one._asdict(), **{name: value(one) for name, value in more.items()}}
             for one in partitions]
     if args.format == "table":
@@ -18950,7 +18950,7 @@ def hpc_show(args, client):
     signs = [f"{sign.name}={sign.value}" if sign.type == "env" else f"{sign.type} {sign.value}"
              for sign in profile.detection]
     fields = {**profile._asdict(), "detection": " or ".join(signs), **profile.metadata}
-    del fields["metadata"], fields["partitions"]         # they are shown behind the others
+    del fields["metadata"], fields["partitions"]         # shown after the other fields
     fields["partitions"] = ", ".join(dict.fromkeys(one.name for one in profile.partitions))
     show_record(args, {name: value for name, value in fields.items() if value not in (None, "")})
 
@@ -19005,7 +19005,7 @@ def hpc_generate(args, client):
                          "another with --name")
     kept = [one for one in profile.partitions
             if not (args.skip_stdby and re.search("stdby|standby", one.name))]
-    # Hosts named like this one may differ in their number.
+    # The other login nodes usually differ only in their number.
     hosts = re.sub(r"\d+$", r"\\d+", re.escape(hostname.partition(".")[0]))
     text = json.dumps(profile_json(profile._replace(
         name=name, display_name=args.display_name or name, partitions=tuple(kept),
@@ -19023,7 +19023,7 @@ def hpc_generate(args, client):
 
 
 def write_whole(path, data):
-    """Write bytes to a file as a whole or not at all; makes its directory."""
+    """Write bytes to a file atomically, creating its directory. Raises TorcError."""
     directory = os.path.dirname(os.path.abspath(path))
     os.makedirs(directory, exist_ok=True)
     part = os.path.join(directory, f".{os.path.basename(path)}.{os.getpid()}")
@@ -19056,7 +19056,7 @@ PLANNING = """
 def read_for_planning(args):
     """(document, Spec, whether it is JSON) of a specification.
 
-    Raises SpecError with all errors, TorcError if it has allocations and is to keep them.
+    Raises SpecError with all errors; TorcError if it already has allocations, unless --overwrite.
     """
     text = sys.stdin.read() if args.file == "-" else read_spec_text(args.file)
     spec = read_spec(args.file, text, skip_checks=True)
@@ -19071,7 +19071,7 @@ def read_for_planning(args):
 
 
 def make_plan(args, document, spec, unpaid=False):
-    """(Profile, plan of allocations) for a specification. unpaid: nobody need be charged."""
+    """(Profile, plan of allocations) for a specification. unpaid: works without an account."""
     profile, payload = find_profile(args.profile), spec.payload
     account = args.account or (document.get("slurm_defaults") or {}).get("account") or \
         profile.default_account
@@ -19134,7 +19134,7 @@ def slurm_generate(args, client):
 
 
 def idle_nodes():
-    """{partition: nodes that are idle now}, by sinfo. Raises TorcError."""
+    """{partition: number of idle nodes} according to sinfo. Raises TorcError."""
     found = {}
     for name, state, number in slurm_rows(3, "sinfo", "-h", "-o", "%P|%t|%D"):
         idle = re.fullmatch(r"idle[~#%]?", state)
@@ -19144,7 +19144,7 @@ def idle_nodes():
 
 
 def predicted_start(scheduler):
-    """When Slurm would start an allocation now: a local time, or why it would not take it."""
+    """The local time at which Slurm would start an allocation, or why it would reject it."""
     words = option_words({"time": scheduler["walltime"], **{
         name: scheduler.get(name) or None
         for name in ("account", "partition", "nodes", "mem", "gres", "qos")}})
@@ -19208,7 +19208,7 @@ def open_password_file(args, absent=False):
 
 
 def new_password(args, twice=True):
-    """A password from --password, standard input or the terminal. Raises UsageError."""
+    """Read a password from --password, standard input, or the terminal. Raises UsageError."""
     if args.password is not None:
         tell(args, "--password is visible to everybody in the list of processes: take "
              "--password-stdin, or let it be asked for", "warn")
@@ -19223,7 +19223,7 @@ def new_password(args, twice=True):
 
 
 def good_password(args, user):
-    """A new password that is not too easy to guess. Raises UsageError."""
+    """Read a new password that is not easy to guess. Raises UsageError."""
     password = new_password(args)
     if len(password) < LEAST_PASSWORD or len(set(password)) < 5 or (
             user and user.lower() in password.lower()):
@@ -19233,9 +19233,9 @@ def good_password(args, user):
 
 
 def after_change(args, sentence):
-    """Say what was done to the password file, and tell the server if that is wished."""
+    """Report a change of the password file, and with --reload-auth make the server reload it."""
     if args.reload_auth:
-        args.password = args.server_password         # not the one that was given to a user
+        args.password = args.server_password         # not the one set for a user
         client = open_client(args, make=False)
         try:
             sentence += ". " + client.post("/admin/reload-auth")["message"]
@@ -19250,7 +19250,7 @@ def do_htpasswd_add(args, client):
     """Add a user, or change a password; creates the file (0600) if there is none."""
     file = open_password_file(args, absent=True)
     known = args.user in file.users
-    file.set(args.user, "")               # a bad name is refused before anything is asked
+    file.set(args.user, "")               # reject a bad name before asking for a password
     file.set(args.user, hash_password(good_password(args, args.user), args.cost))
     file.write()
     after_change(args, f"{'Changed the password of' if known else 'Added'} {args.user} in "
@@ -19411,14 +19411,14 @@ def do_reload_auth(args, client):
 # ---- dashboard
 
 def readable_text(data):
-    """Bytes as text without what would move a terminal's cursor or hide something."""
+    """Decode bytes and drop control codes that would move a cursor or hide text."""
     text = data.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)", "", text)
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def log_part(path, offset):
-    """{"text", "from", "size"} of a file from a position on; its end if that is 0."""
+    """{"text", "from", "size"} of a file from an offset on; its tail if the offset is 0."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -19427,14 +19427,14 @@ def log_part(path, offset):
             data = file.read(DASH_PART_BYTES)
     except FileNotFoundError:
         return {"text": "", "from": 0, "size": 0}
-    # What a writer has begun comes with the rest: a letter, an end of line, a colour.
+    # Hold back an unfinished character, line ending, or color code until the rest is written.
     data = re.sub(rb"([\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2}"
                   rb"|\r|\x1b(\[[0-9;?]{0,20})?)\Z", b"", data)
     return {"text": readable_text(data), "from": start, "size": start + len(data)}
 
 
 def log_found(path, words, block=2**20):
-    """The same around the last place where these words occur; no text if they do not."""
+    """The same around the last occurrence of these words; an empty text if there is none."""
     wanted = words.encode()
     try:
         with open(path, "rb") as file:
@@ -19455,7 +19455,7 @@ def log_found(path, words, block=2**20):
 
 
 def pasted(text):
-    """The Spec of a text, or the payload of an exported workflow. Raises SpecError, Invalid."""
+    """Parse a text: a Spec, or the payload of an exported workflow. Raises SpecError, Invalid."""
     if '"export_version"' in text[:1000]:
         try:
             return import_payload(json.loads(text))
@@ -19465,15 +19465,15 @@ def pasted(text):
 
 
 class DashActions:
-    """What the pages ask of us besides the API: /dash/NAME, with what its query and body say as
-    keyword arguments. do/OPERATION?dry_run=true answers its Plan ({}: nobody has to be asked; a
-    message: there is nothing to do), without dry_run it is done.
+    """What the pages need besides the API: /dash/NAME, called with the fields of its query and body
+    as keyword arguments. do/OPERATION?dry_run=true returns the Plan ({}: no confirmation needed; a
+    message: nothing to do); without dry_run the operation is carried out.
     """
 
     def __init__(self, args):
         self.args = args
         self.output_dir = os.path.abspath(args.output_dir)
-        self.children = []                # processes that were started from the pages
+        self.children = []                # processes started from the pages
 
     def table(self):
         """{method and name: function}, as Dashboard takes it."""
@@ -19482,13 +19482,13 @@ class DashActions:
             ("POST", "validate create open wizard do")) for name in names.split()}
 
     def user(self, client):
-        """In whose name the dashboard asks."""
+        """The user on whose behalf the dashboard sends requests."""
         return {"user": client.user}
 
     # -- output
 
     def log(self, client, job=None, attempt="", stream="", log="", offset="", find=""):
-        """Output of a job's attempt or of a command that was started here."""
+        """Output of an attempt of a job, or of a command started here."""
         number = int(log or 0)
         if log and not 0 < number <= len(self.children):
             raise NotFound(f"there is no output {number}")
@@ -19499,7 +19499,7 @@ class DashActions:
         return log_part(path, int(offset or 0))
 
     def job_output(self, client, job, number, stream):
-        """The path of what an attempt of a job wrote, "" for none. Raises NotFound, Forbidden."""
+        """Path of the output of an attempt, "" if there is none. Raises NotFound, Forbidden."""
         try:
             attempt = find_attempt(client, job, number)
         except NotFound:                  # it has not run
@@ -19508,25 +19508,25 @@ class DashActions:
         if not path:
             return ""
         place = os.path.realpath(os.path.dirname(os.path.dirname(path)))
-        if os.path.commonpath([os.path.realpath(path), place]) != place:      # links followed
+        if os.path.commonpath([os.path.realpath(path), place]) != place:      # through a link
             raise Forbidden(f"{path} leads out of the output directory")
         if not os.path.exists(path) and attempt.host and not os.path.isdir(os.path.dirname(path)):
             raise NotFound(f"{path} is on {attempt.host}, and not to be seen from here")
         return path
 
     def allocations(self, client, workflow_id):
-        """What Slurm says of the allocations that have not ended, in sentences."""
+        """What Slurm reports about unfinished allocations, in sentences."""
         return {"lines": allocation_lines(client, int(workflow_id))}
 
     def export(self, client, workflow_id):
-        """The workflow with its results and events, to be saved by the browser."""
+        """The workflow with its results and events, for the browser to save."""
         wishes = Wishes(include_results=True, include_events=True)
         return plan_export(client, int(workflow_id), wishes).choices[0].do(client).data
 
     # -- new workflows
 
     def validate(self, client, spec):
-        """Problems of a specification by line, or what it amounts to."""
+        """The errors of a specification by line, or a summary of it."""
         try:
             found = pasted(spec)
         except (SpecError, MissingPackage) as error:
@@ -19549,7 +19549,7 @@ class DashActions:
         return {"problems": [], "summary": summary}
 
     def create(self, client, spec, run=False):
-        """Create a workflow of a specification, and run it here if that is wished."""
+        """Create a workflow from a specification, and run it here on request."""
         done = plan_create(client, pasted(spec), None).choices[0].do(client)
         answer = {"id": done.data["workflow_id"], "message": done.sentence}
         if run:
@@ -19570,7 +19570,7 @@ class DashActions:
 
     def wizard(self, client, name="", command="", after="", values="1:3", cpus="", memory="",
                runtime=""):
-        """A specification made of a few answers; an example without them."""
+        """A specification built from a few answers; an example if there are none."""
         if not name:
             return {"spec": DASH_EXAMPLE}
         each = {"name": f"{name}_{{i}}", "command": command, "use_parameters": ["i"],
@@ -19587,7 +19587,7 @@ class DashActions:
     # -- the server
 
     def doctor(self, client, place=""):
-        """Where the server is, from here and from a compute node (place: node)."""
+        """Whether the server is reachable from here, and with place=node from a compute node."""
         info = {}
         with contextlib.suppress(NotFound):
             info = client.get("/server_info")
@@ -19619,7 +19619,7 @@ class DashActions:
                            "torc-server run --host 0.0.0.0 --auth-file users --require-auth"]]}
 
     def look_from_node(self, urls):
-        """(host, {url: [status, text]}) of a look from a compute node. Raises TorcError."""
+        """(host, {url: [status, text]}) as seen from a compute node. Raises TorcError."""
         self.args.srun_options = None
         checks = check_from_compute(self.args, urls)
         words = {"ok": "completed", "warn": "pending_failed", "fail": "failed"}
@@ -19629,7 +19629,7 @@ class DashActions:
     # -- actions
 
     def do(self, client, verb, /, dry_run="", workflow_id=None, ids="", group=None, choice=None):
-        """Carry out an operation, or say what it would do. group: of failures, for its jobs."""
+        """Carry out an operation, or return its Plan. group: of failures, for its jobs."""
         workflow_id, wishes = int(workflow_id or 0), Wishes(self.output_dir)
         if ids:
             ids = parse_ids(str(ids))
@@ -19660,10 +19660,10 @@ class DashActions:
                 **({"gone": target} if verb == "delete" else {})}
 
     def start(self, client, wanted):
-        """Start a process; the number of its output."""
+        """Start a process; returns the number of its log."""
         number = len(self.children) + 1
         child = Started(wanted, client, self.output_dir, f"dash_{os.getpid()}_{number}")
-        threading.Thread(target=child.process.wait, daemon=True).start()      # no zombie stays
+        threading.Thread(target=child.process.wait, daemon=True).start()      # reaps it
         self.children.append(child)
         return number
 
@@ -19691,8 +19691,7 @@ jobs:
 
 
 def own_password(say):
-    """(password of a server of our own, the file that keeps it for this user (0600), the server's
-    password file)."""
+    """(password, file that keeps it for this user (0600), htpasswd file) of our own server."""
     import secrets
     folder = os.path.join(torc_home(), "dash")
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -19734,7 +19733,7 @@ def start_own_server(args, say):
 
 
 def dash_client(args, say):
-    """(client, process of our own server or None) that the options of `dash` ask for."""
+    """(client, process of our own server or None), as the options of `dash` say."""
     how = client_options(args)
     url = args.api_url or args.url or os.environ.get("TORC_API_URL")
     if url and not args.standalone:
@@ -19742,7 +19741,7 @@ def dash_client(args, say):
     server = None if args.standalone or args.database else default_server(how)
     if server:
         return server, None
-    if not args.standalone:               # a local database: a server for it, for this machine only
+    if not args.standalone:               # serve a local database, on this machine only
         args.database = args.database or os.environ.get("TORC_DATABASE") or os.path.join(
             args.output_dir, LOCAL_DATABASE)
         if not os.path.exists(args.database):
@@ -19819,10 +19818,10 @@ class TerminalTools:
 
     def __init__(self, args):
         self.args = args
-        self.output_dir = args.output_dir      # of what is started, and where output is looked for
+        self.output_dir = args.output_dir      # of new processes and of logs
 
     def plan(self, verb, client, target):
-        """The Plan of an operation; target: id of a workflow or job, or a path."""
+        """The Plan of an operation. target: id of a workflow or job, or path of a specification."""
         operation = OPERATIONS[verb]
         if operation.target == "spec":
             target = read_spec(target)
@@ -19831,11 +19830,11 @@ class TerminalTools:
         return operation.plan(client, target, Wishes(self.output_dir))
 
     def find_output(self, client, job):
-        """The Attempt whose output is to be shown. Raises NotFound."""
+        """The latest Attempt of a job, with the paths of its output. Raises NotFound."""
         return find_attempt(client, job, None, self.output_dir)
 
     def checks(self, client):
-        """The checks of `torc doctor`, also for a local database."""
+        """The checks of `torc doctor`; a local database has some, too."""
         place = check_directory(self.output_dir, None)
         if client.is_local:
             client.get("/ping")
@@ -19905,7 +19904,7 @@ SHELL_FUNCTION = """\
 {register}"""
 
 
-SHELLS = {                                # what is put into it; zsh counts words from 1
+SHELLS = {                                # values for SHELL_FUNCTION; zsh counts words from 1
     "bash": {
         "head": "", "first": 1, "current": "COMP_CWORD", "words": "COMP_WORDS",
         "give": """local word="${COMP_WORDS[COMP_CWORD]}"
@@ -19922,7 +19921,7 @@ def shell_completion(shell):
     """A completion script for bash or zsh."""
     words = completion_words()
     path = "|".join(f'"{name}"' if " " in name else f'" {name}"' for name in words if name)
-    values = {}                           # values that may follow: the places where they do
+    values = {}                           # choices of an option: the places they belong to
     for name in ["", *COMMANDS]:
         own = COMMANDS[name].options if name else ()
         for flag, option in flags_of([*GLOBAL, *own]).items():
@@ -19935,7 +19934,7 @@ def shell_completion(shell):
 
 
 def fish_text(text):
-    """A text in quotes, as fish reads it."""
+    """Quote a string for fish."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -19961,7 +19960,7 @@ def fish_completion():
 
 
 def fish_option(name, option):
-    """The line of an option."""
+    """The completion line of an option."""
     where = f" -n {fish_text(f'__torc_at {fish_text(name)}')}" if name is not None else ""
     names = "".join(f" -{'l' if flag[:2] == '--' else 's'} {flag.lstrip('-')}"
                     for flag in option.flags)
@@ -20019,7 +20018,7 @@ def do_server(args, client):
 
 
 def server_settings(args):
-    """The options of a server with what the environment says."""
+    """The options of a server, completed from the environment."""
     args.log_dir = args.log_dir or os.environ.get("TORC_LOG_DIR")
     args.database = args.database or environment_database()
     args.admin_user = args.admin_user or [
@@ -20070,7 +20069,7 @@ USER_UNIT = "--user  of yours, not of the system"
 
 
 def service_step(args, *words):
-    """Let systemd do something; says so, or that it must be done later."""
+    """Run systemctl; where systemd does not run, warn that it has to be done later."""
     code, said = systemctl(args.user, *words)
     line = " ".join(["systemctl", *(["--user"] if args.user else []), *words])
     if code is None:
@@ -20082,7 +20081,7 @@ def service_step(args, *words):
 
 
 def server_words(args):
-    """The command line of the server that the options of `service install` ask for."""
+    """The command line of the server, from the options of `service install`."""
     words = [*own_command(), "server", "run"]
     usual = {"host": "127.0.0.1", "port": DEFAULT_PORT, "threads": 8, "log_level": "info",
              "credential_cache_ttl_secs": 60.0}
@@ -20184,7 +20183,7 @@ sys.exit(torc.main())
 
 
 def package_files(name):
-    """(name in the archive, Path) of the pure Python of an installed module or package."""
+    """Yield (name in the archive, Path) for the Python files of an installed module or package."""
     import importlib.util
     from pathlib import Path
     found = importlib.util.find_spec(name)
@@ -20201,7 +20200,7 @@ def package_files(name):
 
 
 def licence_files(distribution):
-    """(name in the archive, Path) of the licences of a package."""
+    """Yield (name in the archive, Path) for the license files of a distribution."""
     from importlib import metadata
     with contextlib.suppress(metadata.PackageNotFoundError):
         for path in metadata.files(distribution) or ():
@@ -20210,8 +20209,8 @@ def licence_files(distribution):
 
 
 def bundle(path):
-    """Write an executable archive of torc with bottle, waitress and PyYAML; the same for the same
-    input and Python. Raises TorcError, MissingPackage."""
+    """Write an executable archive of torc with bottle, waitress, and PyYAML; reproducible for the
+    same input and Python. Raises TorcError, MissingPackage."""
     import importlib.util
     import io
     import marshal
@@ -20220,7 +20219,7 @@ def bundle(path):
         raise TorcError("this torc is a bundle itself: copy it, or make one with torc.py")
     with open(__file__, "rb") as file:
         program = file.read()
-    # Version 2: later ones depend on what else refers to an object.
+    # Later versions of marshal depend on reference counts, and so are not reproducible.
     code = marshal.dumps(compile(program, "torc.py", "exec", dont_inherit=True), 2)
     contents = [("__main__.py", BUNDLE_MAIN), ("torc.py", program),
                 (f"torc.{importlib.util.MAGIC_NUMBER.hex()}", code)]
@@ -20248,14 +20247,14 @@ def do_bundle(args, client):
 # ---- main
 
 def open_client(args, make):
-    """The client that the options and the environment ask for."""
+    """Connect as the options and the environment say."""
     directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
     return connect(args.database, args.url, directory, client_options(args),
                    functools.partial(tell, args), make)
 
 
 def client_options(args):
-    """What options and environment say of a Client, as its keyword arguments."""
+    """Keyword arguments of a Client, from the options and the environment."""
     password = args.password or os.environ.get("TORC_PASSWORD")
     if args.password:
         tell(args, "--password is visible to everybody in the list of processes: take "
@@ -20271,7 +20270,7 @@ def client_options(args):
 
 
 def call_command(found, args):
-    """Run a command with the client it wants; returns the exit code."""
+    """Run a command with the client it needs; returns the exit code."""
     if not found.client:
         return found.function(args, None) or 0
     client = open_client(args, make=found.client == "make")
@@ -20304,7 +20303,7 @@ def execute(argv):
 
 
 def report_error(error, as_json):
-    """Show a failure once: a line on stderr (several for a specification), JSON on stdout."""
+    """Print an error on stderr, one line each, and as JSON on stdout; returns the exit code."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     prefix = "\x1b[31mtorc:\x1b[0m" if colour else "torc:"
     for line in getattr(error, "errors", None) or [str(error)]:
@@ -20316,7 +20315,7 @@ def report_error(error, as_json):
 
 
 def main(argv=None):
-    """The program: a command line to an exit code."""
+    """Run a command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
@@ -20331,7 +20330,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("torc: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:               # the reader has had enough
+    except BrokenPipeError:               # the reader closed the pipe
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -20341,7 +20340,7 @@ def main(argv=None):
 
 
 def program(word):
-    """The program torc-WORD: `torc WORD` under its own name."""
+    """Entry point of the program torc-WORD, which is `torc WORD`."""
     def run():
         return main([word, *sys.argv[1:]])
     return run
