@@ -11456,7 +11456,7 @@ class Start(NamedTuple):
 
     title: str
     words: tuple
-    workflow_id: int
+    workflow_id: int | None = None
     steps: tuple = ()                     # what was done before, in sentences
 
 
