@@ -4179,11 +4179,14 @@ class Node(NamedTuple):
 def nodes_of(store, workflow_id, which="is_active = 1 ORDER BY id", now=0):
     """The active Nodes of a workflow. which: an SQL condition that selects others."""
     start = MS.format("start_time")
-    return [Node(*row) for row in store.query(
-        "SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,"
-        f" max(num_nodes, 1), coalesce({start}, :now), CASE WHEN is_active THEN :now ELSE coalesce("
-        f"{start} + duration_seconds * 1000, :now) END, is_active FROM compute_node WHERE"
-        f" workflow_id = :workflow AND {which}", {"workflow": workflow_id, "now": now * 1000})]
+    return [Node(*row) for row in store.query(f"""
+        SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,
+            max(num_nodes, 1), coalesce({start}, :now),
+            CASE WHEN is_active THEN :now
+                 ELSE coalesce({start} + duration_seconds * 1000, :now) END, is_active
+        FROM compute_node
+        WHERE workflow_id = :workflow AND {which}
+        """, {"workflow": workflow_id, "now": now * 1000})]
 
 
 def misfits(need, cpus, memory_bytes, gpus, nodes):
@@ -4214,23 +4217,26 @@ def blockers(store, workflow_id, nodes):
     attempt is still being stopped; "unfit" (facts: see unfit); "busy" for all others (facts: CPUs
     in use, CPUs in all, runners). nodes: see nodes_of.
     """
-    wants = store.query("SELECT resource_requirements_id, count(*), count(compute_node_id) FROM job"
-                        f" WHERE workflow_id = ? AND status = {READY} GROUP BY 1", (workflow_id,))
+    wants = store.query(f"""
+        SELECT resource_requirements_id, count(*), count(compute_node_id) FROM job
+        WHERE workflow_id = ? AND status = {READY}
+        GROUP BY 1""", (workflow_id,))
     number, stopping = (sum(row[place] for row in wants) for place in (1, 2))
     if workflow_row(store, workflow_id, "is_canceled")[0]:
         return [("canceled", number, None)]
     if not nodes:
-        return [("no runner", number, store.one(
-            "SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ? AND status ="
-            " 'pending'", (workflow_id,))[0])]
+        return [("no runner", number, store.one("""
+            SELECT count(*) FROM scheduled_compute_node
+            WHERE workflow_id = ? AND status = 'pending'""", (workflow_id,))[0])]
     found = [("stopping", stopping, None)] if stopping else []
     found += [("unfit", count - held, facts) for need_id, count, held in wants if count > held
               for facts in (unfit(store, need_id, nodes),) if facts]
     rest = number - sum(count for _, count, _ in found)
     if rest > 0:
-        busy = store.one("SELECT total(a.cpus) FROM job j CROSS JOIN asked a ON a.job_id = j.id"
-                         f" WHERE j.workflow_id = ? AND j.status IN ({PENDING}, {RUNNING})",
-                         (workflow_id,))[0]
+        busy = store.one(f"""
+            SELECT total(a.cpus) FROM job j
+            CROSS JOIN asked a ON a.job_id = j.id
+            WHERE j.workflow_id = ? AND j.status IN ({PENDING}, {RUNNING})""", (workflow_id,))[0]
         found.append(("busy", rest, (int(busy), sum(one.cpus for one in nodes), len(nodes))))
     return found
 
@@ -4256,14 +4262,19 @@ def blocker_text(cause, number, facts):
 
 def unfinished(store, workflow_id):
     """What keeps a workflow from completing: see the API's GET /workflows/{id}/unfinished."""
-    by_status = dict(store.query(
-        f"SELECT {STATUS_NAME.format('job')}, count(*) FROM job WHERE workflow_id = ? AND status IN"
-        f" {NOT_COMPLETE} GROUP BY status ORDER BY status", (workflow_id,)))
+    by_status = dict(store.query(f"""
+        SELECT {STATUS_NAME.format('job')}, count(*) FROM job
+        WHERE workflow_id = ? AND status IN {NOT_COMPLETE}
+        GROUP BY status
+        ORDER BY status""", (workflow_id,)))
     # The name is that of the first: a column beside min() comes from its row.
-    ready = store.query(
-        "SELECT resource_requirements_id AS resource_requirements, count(*) AS count, min(id) AS"
-        " job_id, name AS job_name, count(compute_node_id) AS stopping FROM job WHERE workflow_id ="
-        f" ? AND status = {READY} GROUP BY 1 ORDER BY 3", (workflow_id,), dicts_of)
+    ready = store.query(f"""
+        SELECT resource_requirements_id AS resource_requirements, count(*) AS count,
+            min(id) AS job_id, name AS job_name, count(compute_node_id) AS stopping
+        FROM job
+        WHERE workflow_id = ? AND status = {READY}
+        GROUP BY 1
+        ORDER BY 3""", (workflow_id,), dicts_of)
     for row in ready:
         row["resource_requirements"] = fetch(store, KINDS["resource_requirements"],
                                              row["resource_requirements"])
@@ -4272,8 +4283,9 @@ def unfinished(store, workflow_id):
     for node in nodes:                    # how long one of our runners has been silent
         if node["id"] in store.heard:
             node["silent_s"] = round(time.monotonic() - store.heard[node["id"]], 1)
-    scheduled = store.one("SELECT count(*) FROM scheduled_compute_node WHERE workflow_id = ?"
-                          " AND status IN ('pending', 'active')", (workflow_id,))[0]
+    scheduled = store.one("""
+        SELECT count(*) FROM scheduled_compute_node
+        WHERE workflow_id = ? AND status IN ('pending', 'active')""", (workflow_id,))[0]
     return {"by_status": by_status, "ready": ready, "waiting": waiting_for(store, workflow_id),
             "active_nodes": nodes, "scheduled": scheduled}
 
@@ -4288,20 +4300,26 @@ def waiting_for(store, workflow_id):
     circle = (f"j.status = {BLOCKED} AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id ="
               f" j.workflow_id AND status IN ({READY}, {PENDING}, {RUNNING}))")
     for condition in (stuck, circle):
-        found = found or store.query(
-            f"SELECT j.id AS job_id, j.name AS job_name, {STATUS_NAME.format('j')} AS status,"
-            " (SELECT count(*) FROM job_dependency d WHERE d.depends_on_job_id = j.id) AS"
-            f" dependents FROM job j WHERE j.workflow_id = ? AND {condition} ORDER BY dependents"
-            " DESC, j.id LIMIT 20", (workflow_id,), dicts_of)
+        found = found or store.query(f"""
+            SELECT j.id AS job_id, j.name AS job_name, {STATUS_NAME.format('j')} AS status,
+                (SELECT count(*) FROM job_dependency d
+                 WHERE d.depends_on_job_id = j.id) AS dependents
+            FROM job j
+            WHERE j.workflow_id = ? AND {condition}
+            ORDER BY dependents DESC, j.id
+            LIMIT 20""", (workflow_id,), dicts_of)
     return found
 
 
 def why(store, job_id):
     """One sentence: why a job is not running, or how it ended. Raises NotFound."""
     job = job_row(store, job_id)
-    result = store.one(
-        "SELECT r.return_code, r.completion_time, r.compute_node_id, r.attempt_id, r.run_id,"
-        " r.stderr_tail FROM job j JOIN result r ON r.id = j.result_id WHERE j.id = ?", (job_id,))
+    result = store.one("""
+        SELECT r.return_code, r.completion_time, r.compute_node_id, r.attempt_id, r.run_id,
+            r.stderr_tail
+        FROM job j
+        JOIN result r ON r.id = j.result_id
+        WHERE j.id = ?""", (job_id,))
     if job.status == BLOCKED:
         return why_blocked(store, job)
     if job.status == READY:
@@ -4376,20 +4394,27 @@ def why_ready(store, job):
             f"; {start} on a larger machine" if start else "")
     if start:
         return f"it is ready, but {start}"
-    ahead = store.one(f"SELECT count(*) FROM job j, job me WHERE me.id = ? AND j.workflow_id ="
-                      f" me.workflow_id AND j.status = {READY} AND (j.priority > me.priority OR"
-                      " (j.priority = me.priority AND j.id < me.id))", (job.id,))[0]
+    ahead = store.one(f"""
+        SELECT count(*) FROM job j, job me
+        WHERE me.id = ? AND j.workflow_id = me.workflow_id AND j.status = {READY}
+            AND (j.priority > me.priority OR (j.priority = me.priority AND j.id < me.id))""",
+        (job.id,))[0]
     return f"it is ready and waits for a free place; {plural(ahead, 'job')} ahead of it"
 
 
 def bad_dependency(store, job_id):
     """The upstream failure that canceled a job."""
-    row = store.one(
-        "WITH RECURSIVE above (id) AS (SELECT depends_on_job_id FROM job_dependency"
-        " WHERE job_id = ? UNION SELECT d.depends_on_job_id FROM above JOIN job a"
-        " ON a.id = above.id JOIN job_dependency d ON d.job_id = a.id WHERE a.cascaded)"
-        " SELECT j.id, j.name, j.status FROM above JOIN job j ON j.id = above.id WHERE j.dooms AND"
-        " NOT j.cascaded ORDER BY j.id LIMIT 1", (job_id,))
+    row = store.one("""
+        WITH RECURSIVE above (id) AS (
+            SELECT depends_on_job_id FROM job_dependency WHERE job_id = ?
+            UNION SELECT d.depends_on_job_id FROM above
+            JOIN job a ON a.id = above.id
+            JOIN job_dependency d ON d.job_id = a.id WHERE a.cascaded)
+        SELECT j.id, j.name, j.status FROM above
+        JOIN job j ON j.id = above.id
+        WHERE j.dooms AND NOT j.cascaded
+        ORDER BY j.id
+        LIMIT 1""", (job_id,))
     if not row:
         return "a job it depends on ended unsuccessfully"
     return f'"{row[1]}" (job {row[0]}), on which it depends, {STATUS_PAST[row[2]]}'
@@ -4534,15 +4559,22 @@ def workflow_state(statuses, canceled, active, run_id):
 def progress(store, workflow_ids):
     """{workflow id: counts by status name, total, done, state, created_ms, run_id, output_dir}."""
     answer = {}
-    for row in store.query(
-            f"SELECT id, (SELECT json_group_object(name, number) FROM (SELECT"
-            f" {STATUS_NAME.format('job')} AS name, count(*) AS number FROM job WHERE workflow_id ="
-            " w.id GROUP BY status ORDER BY status)) AS counts, 0 AS total, 0 AS done, '' AS state,"
-            f" CAST(coalesce({MS.format('timestamp')}, 0) AS INTEGER) AS created_ms, run_id,"
-            " (SELECT output_dir FROM compute_node WHERE workflow_id = w.id AND output_dir IS NOT"
-            " NULL ORDER BY id DESC LIMIT 1) AS output_dir, is_canceled, EXISTS (SELECT 1 FROM"
-            " compute_node WHERE workflow_id = w.id AND is_active = 1) AS active FROM workflow w"
-            f" WHERE id IN {IDS}", (compact(list(workflow_ids)),), dicts_of):
+    for row in store.query(f"""
+            SELECT id,
+                (SELECT json_group_object(name, number) FROM (
+                    SELECT {STATUS_NAME.format('job')} AS name, count(*) AS number FROM job
+                    WHERE workflow_id = w.id
+                    GROUP BY status ORDER BY status)) AS counts,
+                0 AS total, 0 AS done, '' AS state,
+                CAST(coalesce({MS.format('timestamp')}, 0) AS INTEGER) AS created_ms, run_id,
+                (SELECT output_dir FROM compute_node
+                 WHERE workflow_id = w.id AND output_dir IS NOT NULL
+                 ORDER BY id DESC LIMIT 1) AS output_dir,
+                is_canceled,
+                EXISTS (SELECT 1 FROM compute_node
+                        WHERE workflow_id = w.id AND is_active = 1) AS active
+            FROM workflow w
+            WHERE id IN {IDS}""", (compact(list(workflow_ids)),), dicts_of):
         workflow_id, canceled, active = map(row.pop, ("id", "is_canceled", "active"))
         number = json.loads(row["counts"])
         statuses = {STATUS_OF_NAME[name] for name in number}
@@ -4621,14 +4653,17 @@ def pace(store, workflow_id, run_id, now):
     """How fast jobs finish: rate (per minute), history (of 60 minutes), started_ms, ended_ms."""
     now_ms = int(now * 1000)
     history = [0] * 60
-    for minutes, number in store.query(
-            "SELECT max(0, (? - end_ms) / 60000), count(*) FROM result WHERE workflow_id = ? AND"
-            " end_ms > ? GROUP BY 1", (now_ms, workflow_id, now_ms - 3_600_000)):
+    for minutes, number in store.query("""
+            SELECT max(0, (? - end_ms) / 60000), count(*) FROM result
+            WHERE workflow_id = ? AND end_ms > ?
+            GROUP BY 1""", (now_ms, workflow_id, now_ms - 3_600_000)):
         history[59 - minutes] = number
-    began, last, running = store.one(
-        "SELECT (SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?), (SELECT"
-        " max(end_ms) FROM result WHERE workflow_id = ?), (SELECT min(started_ms) FROM job WHERE"
-        f" workflow_id = ? AND status = {RUNNING})", (workflow_id, run_id, workflow_id,
+    began, last, running = store.one(f"""
+        SELECT
+            (SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?),
+            (SELECT max(end_ms) FROM result WHERE workflow_id = ?),
+            (SELECT min(started_ms) FROM job WHERE workflow_id = ? AND status = {RUNNING})""",
+        (workflow_id, run_id, workflow_id,
                                                       workflow_id))
     started = min((moment for moment in (began, running) if moment), default=None)
     up = max(1.0, (now_ms - (started or now_ms)) / 60_000)
@@ -4699,13 +4734,16 @@ def job_orders(now):
 def job_views(store, ids, now):
     """{job id: what a row of the list of jobs shows besides the record}, in the order given."""
     views, codes, hindered, orders = {job_id: {} for job_id in ids}, {}, [], job_orders(now)
-    for view in store.query(
-            f"SELECT t.id, t.name, '' AS family, t.command, {STATUS_NAME.format('t')} AS status,"
-            " t.attempt_id, q.num_cpus, q.memory_bytes, q.runtime_s, q.name AS requirement,"
-            f" coalesce(n.hostname, '') AS host, {orders['start']} AS start_ms, ({orders['ran']})"
-            " / 1000.0 AS ran_s, r.peak_memory_bytes, '' AS note, t.workflow_id, r.return_code,"
-            f" t.unfinished, t.cascaded FROM job t {ENDED} JOIN resource_requirements q ON q.id ="
-            f" t.resource_requirements_id WHERE t.id IN {IDS}", (compact(list(ids)),), dicts_of):
+    for view in store.query(f"""
+            SELECT t.id, t.name, '' AS family, t.command,
+                {STATUS_NAME.format('t')} AS status, t.attempt_id, q.num_cpus,
+                q.memory_bytes, q.runtime_s, q.name AS requirement,
+                coalesce(n.hostname, '') AS host, {orders['start']} AS start_ms,
+                ({orders['ran']}) / 1000.0 AS ran_s, r.peak_memory_bytes, '' AS note,
+                t.workflow_id, r.return_code, t.unfinished, t.cascaded
+            FROM job t {ENDED}
+            JOIN resource_requirements q ON q.id = t.resource_requirements_id
+            WHERE t.id IN {IDS}""", (compact(list(ids)),), dicts_of):
         workflow_id, code, waits, cascaded = (view.pop(name) for name in (
             "workflow_id", "return_code", "unfinished", "cascaded"))
         status = view["status"]
@@ -4732,10 +4770,12 @@ def job_details(store, job_id):
     """What the page of a job also shows: CPUs used, failure handler, files read and written."""
     paths = ("(SELECT group_concat(path, ', ') FROM (SELECT f.path FROM job_{0}_file x JOIN file f"
              " ON f.id = x.file_id WHERE x.job_id = t.id ORDER BY f.id LIMIT 100)) AS {0}s")
-    details, = store.query(
-        "SELECT r.avg_cpu_percent / 100 AS cpu_used, h.name AS handler, t.priority,"
-        f" {paths.format('input')}, {paths.format('output')} FROM job t {ENDED} LEFT JOIN"
-        " failure_handler h ON h.id = t.failure_handler_id WHERE t.id = ?", (job_id,), dicts_of)
+    details, = store.query(f"""
+        SELECT r.avg_cpu_percent / 100 AS cpu_used, h.name AS handler, t.priority,
+            {paths.format('input')}, {paths.format('output')}
+        FROM job t {ENDED}
+        LEFT JOIN failure_handler h ON h.id = t.failure_handler_id
+        WHERE t.id = ?""", (job_id,), dicts_of)
     if details["cpu_used"] is not None:
         details["cpu_used"] = f"{details['cpu_used']:.1f}"
     return details
@@ -4800,9 +4840,11 @@ def graph(store, workflow_id, now, around=None, data=False):
     else:
         nodes = job_nodes(store, workflow_id, sorted(job_ids(store, "workflow_id = ?",
                                                              (workflow_id,))), now)
-        edges = store.query(
-            "SELECT d.depends_on_job_id, d.job_id FROM job j JOIN job_dependency d ON d.job_id ="
-            " j.id WHERE j.workflow_id = ? ORDER BY d.job_id, d.depends_on_job_id", (workflow_id,))
+        edges = store.query("""
+            SELECT d.depends_on_job_id, d.job_id FROM job j
+            JOIN job_dependency d ON d.job_id = j.id
+            WHERE j.workflow_id = ?
+            ORDER BY d.job_id, d.depends_on_job_id""", (workflow_id,))
         if data:
             more, ways = data_nodes(store, workflow_id, nodes)
             through = {(one, other) for makers, readers in ways.values() for one in makers
@@ -4822,9 +4864,11 @@ def data_nodes(store, workflow_id, nodes):
     for kind, text in (("file", "f.path"), ("user_data", "f.name")):
         jobs = (f"(SELECT json_group_array(job_id) FROM job_{{}}_{kind} WHERE {kind}_id = f.id AND"
                 f" job_id IN {IDS})")
-        for record_id, name, more, *sides in store.query(
-                f"SELECT f.id, f.name, {text}, {jobs.format('output')}, {jobs.format('input')} FROM"
-                f" {kind} f WHERE f.workflow_id = ? ORDER BY f.id", (known, known, workflow_id)):
+        for record_id, name, more, *sides in store.query(f"""
+                SELECT f.id, f.name, {text}, {jobs.format('output')}, {jobs.format('input')}
+                FROM {kind} f
+                WHERE f.workflow_id = ?
+                ORDER BY f.id""", (known, known, workflow_id)):
             made, read = (sorted(json.loads(side)) for side in sides)
             if made or read:
                 key = f"{kind}:{record_id}"
@@ -4863,10 +4907,12 @@ def graph_around(store, workflow_id, job_id, now, most=5):
     for mine, theirs, words in (("job_id", "depends_on_job_id", "waits for"),
                                 ("depends_on_job_id", "job_id", "frees")):
         # Those that matter first: what is not done, then what was unsuccessful.
-        found = store.query(
-            f"SELECT d.{theirs} FROM job_dependency d JOIN job j ON j.id = d.{theirs} WHERE"
-            f" d.{mine} = ? AND d.{theirs} <> d.{mine} ORDER BY j.status IN {COMPLETE}, j.status ="
-            f" {COMPLETED}, j.id LIMIT ?", (job_id, most))
+        found = store.query(f"""
+            SELECT d.{theirs} FROM job_dependency d
+            JOIN job j ON j.id = d.{theirs}
+            WHERE d.{mine} = ? AND d.{theirs} <> d.{mine}
+            ORDER BY j.status IN {COMPLETE}, j.status = {COMPLETED}, j.id
+            LIMIT ?""", (job_id, most))
         number = store.one(f"SELECT count(*) FROM job_dependency WHERE {mine} = ?", (job_id,))[0]
         if number > len(found):
             more.append(f"{words} {number - len(found):,} more")
@@ -4902,12 +4948,15 @@ class Failure(NamedTuple):
 
 def failed_jobs(store, where, params):
     """[Failure, ...], the latest first. where: on t; params: of it, and how many at most."""
-    return [Failure(*row) for row in store.query(
-        "SELECT t.id, t.name, t.status, r.id, r.return_code, (r.end_ms - r.start_ms) / 1000.0,"
-        " r.end_ms, r.peak_memory_bytes, n.hostname, substr(r.stderr_tail, -400), q.memory_bytes,"
-        f" q.runtime_s, q.name FROM job t {ENDED} JOIN resource_requirements q ON q.id ="
-        f" t.resource_requirements_id WHERE {where} AND t.status IN {BAD_END} ORDER BY r.id DESC"
-        " LIMIT ?", params)]
+    return [Failure(*row) for row in store.query(f"""
+        SELECT t.id, t.name, t.status, r.id, r.return_code,
+            (r.end_ms - r.start_ms) / 1000.0, r.end_ms, r.peak_memory_bytes, n.hostname,
+            substr(r.stderr_tail, -400), q.memory_bytes, q.runtime_s, q.name
+        FROM job t {ENDED}
+        JOIN resource_requirements q ON q.id = t.resource_requirements_id
+        WHERE {where} AND t.status IN {BAD_END}
+        ORDER BY r.id DESC
+        LIMIT ?""", params)]
 
 
 def failures(store, workflow_id, most=5000, group=None):
@@ -4917,9 +4966,10 @@ def failures(store, workflow_id, most=5000, group=None):
     ids.
     """
     codes = exit_codes(store, workflow_id)
-    total, downstream = store.one(
-        f"SELECT (SELECT count(*) FROM job WHERE workflow_id = ? AND status IN {BAD_END}), (SELECT"
-        f" total(cascaded) FROM job WHERE workflow_id = ? AND status = {CANCELED})",
+    total, downstream = store.one(f"""
+        SELECT
+            (SELECT count(*) FROM job WHERE workflow_id = ? AND status IN {BAD_END}),
+            (SELECT total(cascaded) FROM job WHERE workflow_id = ? AND status = {CANCELED})""",
         (workflow_id, workflow_id))
     groups, answer = {}, []
     rows = failed_jobs(store, "t.workflow_id = ?", (workflow_id, most))
@@ -5073,11 +5123,12 @@ def lanes_of(store, workflow_id, window, nodes, now):
     lanes = {node.id: Lane() for node in nodes}
     for source in ATTEMPTS:
         for moment in ("start_ms", "end_ms"):
-            for node_id, place, cpus, cpus_ms, number, first, last, failed in store.query(
-                    f"SELECT compute_node_id, {window.bin_of(moment)}, sum(asked_cpus),"
-                    f" sum(asked_cpus * {moment}), count(*), min(start_ms), max(end_ms),"
-                    f" sum(status NOT IN ({COMPLETED}, {CANCELED}, {RUNNING})) FROM {source} GROUP"
-                    f" BY compute_node_id * {window.bins + 2} + {window.bin_of(moment)}",
+            for node_id, place, cpus, cpus_ms, number, first, last, failed in store.query(f"""
+                    SELECT compute_node_id, {window.bin_of(moment)}, sum(asked_cpus),
+                        sum(asked_cpus * {moment}), count(*), min(start_ms), max(end_ms),
+                        sum(status NOT IN ({COMPLETED}, {CANCELED}, {RUNNING}))
+                    FROM {source}
+                    GROUP BY compute_node_id * {window.bins + 2} + {window.bin_of(moment)}""",
                     {"workflow": workflow_id, "now": int(now * 1000)}):
                 lane = lanes.setdefault(node_id, Lane())
                 if moment == "start_ms":
@@ -5145,13 +5196,17 @@ def bars_of(store, workflow_id, window, now):
     """{node id: [job with its status, start and end, ...]} of a window, times in ms; lane: the
     first row of the runner that is free when it starts."""
     found, rows = {}, {}
-    for bar in store.query(
-            f"SELECT j.id, j.name, {STATUS_NAME.format('r')} AS status, r.start_ms AS start,"
-            " r.end_ms AS end, r.compute_node_id AS node FROM result r JOIN job j ON j.id ="
-            " r.job_id WHERE r.workflow_id = :workflow AND r.end_ms > :begin AND r.start_ms < :end"
-            f" UNION ALL SELECT id, name, {STATUS_NAME.format('job')}, started_ms, :now,"
-            f" compute_node_id FROM job WHERE workflow_id = :workflow AND status = {RUNNING} AND"
-            " started_ms < :end ORDER BY start, end, id",
+    for bar in store.query(f"""
+            SELECT j.id, j.name, {STATUS_NAME.format('r')} AS status, r.start_ms AS start,
+                r.end_ms AS end, r.compute_node_id AS node
+            FROM result r
+            JOIN job j ON j.id = r.job_id
+            WHERE r.workflow_id = :workflow AND r.end_ms > :begin AND r.start_ms < :end
+            UNION ALL
+            SELECT id, name, {STATUS_NAME.format('job')}, started_ms, :now, compute_node_id
+            FROM job
+            WHERE workflow_id = :workflow AND status = {RUNNING} AND started_ms < :end
+            ORDER BY start, end, id""",
             {"workflow": workflow_id, "begin": window.begin, "end": window.end,
              "now": int(now * 1000)}, dicts_of):
         node_id = bar.pop("node")
@@ -5165,15 +5220,20 @@ def bars_of(store, workflow_id, window, now):
 
 def gap_cause(store, workflow_id, node, first, last):
     """Why a runner was idle from first to last (ms), when its next job started, if any."""
-    after = store.one(
-        "SELECT job_id FROM result WHERE workflow_id = ? AND start_ms = ? AND compute_node_id = ?"
-        " UNION ALL SELECT id FROM job WHERE compute_node_id = ? AND started_ms = ?",
+    after = store.one("""
+        SELECT job_id FROM result
+        WHERE workflow_id = ? AND start_ms = ? AND compute_node_id = ?
+        UNION ALL SELECT id FROM job
+        WHERE compute_node_id = ? AND started_ms = ?""",
         (workflow_id, last, node.id, node.id, last))
     if after:                             # what did that job wait for?
-        row = store.one(
-            "SELECT p.name FROM job_dependency d JOIN job p ON p.id = d.depends_on_job_id JOIN"
-            " result r ON r.id = p.result_id WHERE d.job_id = ? AND r.end_ms BETWEEN ? AND ? ORDER"
-            " BY r.end_ms DESC LIMIT 1", (after[0], first + 1, last + 1000))
+        row = store.one("""
+            SELECT p.name FROM job_dependency d
+            JOIN job p ON p.id = d.depends_on_job_id
+            JOIN result r ON r.id = p.result_id
+            WHERE d.job_id = ? AND r.end_ms BETWEEN ? AND ?
+            ORDER BY r.end_ms DESC
+            LIMIT 1""", (after[0], first + 1, last + 1000))
         return f"waited for {row[0]}" if row else "nothing was ready"
     ready = node.active and store.one(
         f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status = {READY})",
@@ -5199,21 +5259,26 @@ def usage(store, workflow_id, now, begin=None, end=None, bins=240):
     codes = exit_codes(store, workflow_id)
     size = bins + 2                       # one number is grouped faster than three
     steps, of_need = [[] for _ in range(4)], {}
-    for key, start, end, number, *sums in store.query(
-            f"SELECT (coalesce(asked_id, 0) * {size} + {window.bin_of('start_ms')}) * {size} +"
-            f" {window.bin_of('end_ms')}, sum(start_ms), sum(end_ms), count(*), sum(asked_cpus),"
-            " sum(asked_memory), total(max(avg_cpu_percent, 0)) / 100, total(coalesce("
-            "avg_memory_bytes, peak_memory_bytes)), max(peak_memory_bytes), max(end_ms - start_ms),"
-            f" sum(return_code = ? AND status <> {COMPLETED}), sum(return_code = ?) FROM result"
-            " WHERE workflow_id = ? GROUP BY 1", (codes["memory"], codes["time"], workflow_id)):
+    for key, start, end, number, *sums in store.query(f"""
+            SELECT (coalesce(asked_id, 0) * {size} + {window.bin_of('start_ms')}) * {size}
+                    + {window.bin_of('end_ms')},
+                sum(start_ms), sum(end_ms), count(*), sum(asked_cpus), sum(asked_memory),
+                total(max(avg_cpu_percent, 0)) / 100,
+                total(coalesce(avg_memory_bytes, peak_memory_bytes)), max(peak_memory_bytes),
+                max(end_ms - start_ms), sum(return_code = ? AND status <> {COMPLETED}),
+                sum(return_code = ?)
+            FROM result
+            WHERE workflow_id = ?
+            GROUP BY 1""", (codes["memory"], codes["time"], workflow_id)):
         of_need.setdefault(key // size // size, []).append((start, end, number, *sums[2:]))
         for series, weight in zip(steps, sums):
             series += ((key // size % size, weight, weight * start / number),
                        (key % size, -weight, -weight * end / number))
     rows = requirement_rows(store, workflow_id, of_need)
-    for need, start, *asked in store.query(
-            "SELECT a.id, j.started_ms, a.cpus, a.memory FROM job j CROSS JOIN asked a ON a.job_id"
-            f" = j.id WHERE j.workflow_id = ? AND j.status = {RUNNING} AND j.started_ms < ?",
+    for need, start, *asked in store.query(f"""
+            SELECT a.id, j.started_ms, a.cpus, a.memory FROM job j
+            CROSS JOIN asked a ON a.job_id = j.id
+            WHERE j.workflow_id = ? AND j.status = {RUNNING} AND j.started_ms < ?""",
             (workflow_id, int(now * 1000))):
         used = rows[need]["cpu_used"], rows[need]["memory_used"]
         for series, weight in zip(steps, (*asked, *used)):
@@ -5239,12 +5304,14 @@ def requirement_rows(store, workflow_id, of_need):
     peak, longest ms, number out of memory, out of time), ...]} of results.
     """
     rows = {}
-    for row in store.query(
-            "SELECT id, name, (SELECT count(*) FROM job WHERE resource_requirements_id = q.id) AS"
-            " jobs, num_cpus * num_nodes AS cpus, 0 AS cpu_used, 0 AS memory_used, 0 AS peak, CASE"
-            " name WHEN 'default' THEN 0 ELSE memory_bytes * num_nodes END AS memory, 0 AS"
-            " longest_s, runtime_s FROM resource_requirements q WHERE workflow_id = ?",
-            (workflow_id,), dicts_of):
+    for row in store.query("""
+            SELECT id, name,
+                (SELECT count(*) FROM job WHERE resource_requirements_id = q.id) AS jobs,
+                num_cpus * num_nodes AS cpus, 0 AS cpu_used, 0 AS memory_used, 0 AS peak,
+                CASE name WHEN 'default' THEN 0 ELSE memory_bytes * num_nodes END AS memory,
+                0 AS longest_s, runtime_s
+            FROM resource_requirements q
+            WHERE workflow_id = ?""", (workflow_id,), dicts_of):
         need = row.pop("id")
         ended = of_need.get(need, [])
         ran_ms = max(1, sum(one[1] - one[0] for one in ended))
@@ -5334,9 +5401,9 @@ def is_workflow_complete(store, workflow_id):
 
 def is_workflow_uninitialized(store, workflow_id):
     """Whether every job is uninitialized or disabled."""
-    return {"is_uninitialized": not store.one(
-        f"SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ? AND status NOT IN"
-        f" ({UNINITIALIZED}, {DISABLED}))", (workflow_id,))[0]}
+    return {"is_uninitialized": not store.one(f"""
+        SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ?
+                       AND status NOT IN ({UNINITIALIZED}, {DISABLED}))""", (workflow_id,))[0]}
 
 
 def list_job_ids(store, workflow_id):
@@ -5347,12 +5414,14 @@ def list_job_ids(store, workflow_id):
 
 def needed(store, workflow_id, what, also="1"):
     """Ids of records that some job reads and none writes, or that a completed job has written."""
-    return [row[0] for row in store.query(
-        f"SELECT t.id FROM {what} t WHERE t.workflow_id = ? AND {also} AND ("
-        f"(EXISTS (SELECT 1 FROM job_input_{what} i WHERE i.{what}_id = t.id) AND NOT EXISTS"
-        f" (SELECT 1 FROM job_output_{what} o WHERE o.{what}_id = t.id)) OR EXISTS (SELECT 1 FROM"
-        f" job_output_{what} o JOIN job j ON j.id = o.job_id WHERE o.{what}_id = t.id"
-        f" AND j.status = {COMPLETED})) ORDER BY t.id", (workflow_id,))]
+    return [row[0] for row in store.query(f"""
+        SELECT t.id FROM {what} t
+        WHERE t.workflow_id = ? AND {also} AND (
+            (EXISTS (SELECT 1 FROM job_input_{what} i WHERE i.{what}_id = t.id)
+             AND NOT EXISTS (SELECT 1 FROM job_output_{what} o WHERE o.{what}_id = t.id))
+            OR EXISTS (SELECT 1 FROM job_output_{what} o JOIN job j ON j.id = o.job_id
+                       WHERE o.{what}_id = t.id AND j.status = {COMPLETED}))
+        ORDER BY t.id""", (workflow_id,))]
 
 
 def required_existing_files(store, workflow_id):
@@ -5367,13 +5436,15 @@ def missing_user_data(store, workflow_id):
 
 def ready_job_requirements(store, workflow_id):
     """Totals over the ready jobs."""
-    return store.query(
-        "SELECT count(*) AS num_jobs, CAST(total(r.num_cpus) AS INTEGER) AS num_cpus,"
-        " CAST(total(r.num_gpus) AS INTEGER) AS num_gpus, total(r.memory_bytes) / 1073741824 AS"
-        " memory_gb, coalesce(max(r.num_nodes), 0) AS max_num_nodes, 'PT' ||"
-        " coalesce(max(r.runtime_s), 0) || 'S' AS max_runtime FROM job j JOIN"
-        " resource_requirements r ON r.id = j.resource_requirements_id WHERE j.workflow_id = ? AND"
-        f" j.status = {READY}", (workflow_id,), dicts_of)[0]
+    return store.query(f"""
+        SELECT count(*) AS num_jobs, CAST(total(r.num_cpus) AS INTEGER) AS num_cpus,
+            CAST(total(r.num_gpus) AS INTEGER) AS num_gpus,
+            total(r.memory_bytes) / 1073741824 AS memory_gb,
+            coalesce(max(r.num_nodes), 0) AS max_num_nodes,
+            'PT' || coalesce(max(r.runtime_s), 0) || 'S' AS max_runtime
+        FROM job j
+        JOIN resource_requirements r ON r.id = j.resource_requirements_id
+        WHERE j.workflow_id = ? AND j.status = {READY}""", (workflow_id,), dicts_of)[0]
 
 
 # ==================================================================================================
@@ -5796,10 +5867,12 @@ def give_token(store, user, job_id=None, action=()):
 def workflow_of_token(store, user, token):
     """The id of the workflow that a token is good for, or None."""
     digest = token_digest(user, token)
-    row = store.one(
-        "SELECT workflow_id FROM job WHERE token = ? UNION ALL SELECT a.workflow_id FROM"
-        " action_token x JOIN workflow_action a ON a.id = x.action_id WHERE x.token = ?",
-        (digest, digest))
+    row = store.one("""
+        SELECT workflow_id FROM job
+        WHERE token = ?
+        UNION ALL SELECT a.workflow_id FROM action_token x
+        JOIN workflow_action a ON a.id = x.action_id
+        WHERE x.token = ?""", (digest, digest))
     return row and row[0]
 
 
@@ -5813,18 +5886,21 @@ class Access(NamedTuple):
 def set_admins(store, admins):
     """Make the members of the group `admin` those named, with role admin."""
     with store.transaction():
-        store.execute(f"DELETE FROM user_group_membership WHERE group_id = {ADMIN_GROUP}"
-                      f" AND user_name NOT IN (SELECT value FROM json_each(?))", (compact(admins),))
+        store.execute(f"""
+            DELETE FROM user_group_membership
+            WHERE group_id = {ADMIN_GROUP} AND user_name NOT IN {IDS}""", (compact(admins),))
         for name in admins:
-            store.execute("INSERT OR IGNORE INTO user_group_membership (user_name, group_id, role)"
-                          f" VALUES (?, {ADMIN_GROUP}, 'admin')", (name,))
+            store.execute(f"""
+                INSERT OR IGNORE INTO user_group_membership (user_name, group_id, role)
+                VALUES (?, {ADMIN_GROUP}, 'admin')""", (name,))
 
 
 def is_admin(store, user, group_id=ADMIN_GROUP):
     """Whether a user is a system admin, or has the role admin in a group."""
-    return bool(user) and store.one(
-        "SELECT EXISTS (SELECT 1 FROM user_group_membership WHERE user_name = ? AND (group_id ="
-        f" {ADMIN_GROUP} OR (group_id = ? AND role = 'admin')))", (user, group_id))[0] == 1
+    return bool(user) and store.one(f"""
+        SELECT EXISTS (SELECT 1 FROM user_group_membership
+                       WHERE user_name = ? AND (group_id = {ADMIN_GROUP}
+                           OR (group_id = ? AND role = 'admin')))""", (user, group_id))[0] == 1
 
 
 def has_access(store, workflow_id, user):
@@ -5836,8 +5912,9 @@ def has_access(store, workflow_id, user):
 
 def shared_link(store, workflow_id, group_id):
     """What shares a workflow with a group, as clients see it, or None."""
-    row = store.one("SELECT created_at FROM workflow_access_group WHERE workflow_id = ? AND"
-                    " group_id = ?", (workflow_id, group_id))
+    row = store.one("""
+        SELECT created_at FROM workflow_access_group
+        WHERE workflow_id = ? AND group_id = ?""", (workflow_id, group_id))
     return row and {"workflow_id": workflow_id, "group_id": group_id, "created_at": row[0]}
 
 
