@@ -7909,6 +7909,21 @@ def cli(tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_lists_of_groups_have_pages_and_names_of_any_letters(cli, server):
+    with contextlib.closing(server.client()) as client:
+        for name in ("a", "b", "c"):
+            group = client.post("/access_groups", {"name": name})
+        client.post(f"/access_groups/{group['id']}/members", {"user_name": "y z%20?", "role": "member"})
+
+    def names(*words):
+        _, out, _ = cli(*words, "--url", server.url, "-f", "json", ok=0)
+        return [group["name"] for group in json.loads(out)["groups"]]
+
+    everything = names("access-groups", "list")
+    assert names("access-groups", "list", "-l", "2", "-o", "1") == everything[1:3]
+    assert names("access-groups", "list-user-groups", "y z%20?") == ["c"]
+
+
 @pytest.fixture
 def local(cli, tmp_path):
     """A client of the database file that cli's commands find when nothing else is named."""
@@ -9030,6 +9045,19 @@ def test_a_server_that_goes_away_is_told_as_such(dash, server):
     server.stop()
     status, _, body = dash.ask("/torc-service/v1/workflows")
     assert status == 502 and b"no server answers at" in body
+
+
+def test_a_dashboard_of_a_database_takes_no_server_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORC_API_URL", "http://127.0.0.1:1/torc-service/v1")
+    started = []
+    monkeypatch.setattr(torc, "start_own_server", lambda args, say: (
+        started.append(args.database), ("process", "http://127.0.0.1:2/torc-service/v1", None))[1])
+    database = tmp_path / "x.db"
+    database.touch()
+    args = torc.parse_command(torc.COMMANDS["dash"], ["--database", str(database)], [])
+    client, process = torc.dash_client(args, print)
+    assert (client.address.port, process) == (2, "process")
+    assert started == [str(database)]
 
 
 @pytest.mark.slow

@@ -15358,7 +15358,7 @@ def body_lines(state, width, height):
         return [[], *[[(" " + line, "alarm" if not number else "")] for number, line in enumerate(
             folded(str(page.error), width - 4))]]
     if not page.data:
-        return [[]] if state.now - page.asked_at < 0.3 else [[], [(" loading...", "dim")]]
+        return [[]] if time.monotonic() - page.asked_at < 0.3 else [[], [(" loading...", "dim")]]
     if not page.kind.lines and not row_count(state, page):
         empty = page.kind.empty if not page.filter else \
             f"Nothing matches {page.filter}: f takes another filter, Esc takes it away."
@@ -19401,7 +19401,7 @@ def do_group_get(args, client):
 @command("access-groups list", SHORT_PAGING, example="torc access-groups list")
 def do_group_list(args, client):
     """List all groups."""
-    show_list(args, "groups", "group", GROUP_COLUMNS, client.items("/access_groups"))
+    show_list(args, "groups", "group", GROUP_COLUMNS, gather(args, client, "/access_groups"))
 
 
 @command("access-groups delete", GROUP_ID, FORCE, NO_PROMPTS, DRY_RUN,
@@ -19449,8 +19449,9 @@ def do_group_members(args, client):
          example="torc access-groups list-user-groups bob")
 def do_user_groups(args, client):
     """List the groups a user belongs to."""
+    from urllib.parse import quote
     show_list(args, "groups", "group", GROUP_COLUMNS,
-              client.items(f"/users/{args.user_name}/groups"))
+              client.items(f"/users/{quote(args.user_name, '')}/groups"))
 
 
 @command("access-groups list-workflow-groups", WORKFLOW,
@@ -19812,7 +19813,7 @@ def start_own_server(args, say):
 def dash_client(args, say):
     """(client, process of our own server or None), as the options of `dash` say."""
     how = client_options(args)
-    url = args.api_url or args.url or os.environ.get("TORC_API_URL")
+    url = args.api_url or args.url or (None if args.database else os.environ.get("TORC_API_URL"))
     if url and not args.standalone:
         return Client(url, **how), None
     server = None if args.standalone or args.database else default_server(how)
