@@ -7922,6 +7922,8 @@ def test_lists_of_groups_have_pages_and_names_of_any_letters(cli, server):
     everything = names("access-groups", "list")
     assert names("access-groups", "list", "-l", "2", "-o", "1") == everything[1:3]
     assert names("access-groups", "list-user-groups", "y z%20?") == ["c"]
+    cli("access-groups", "remove-user", group["id"], "y z%20?", "--url", server.url, ok=0)
+    assert names("access-groups", "list-user-groups", "y z%20?") == []
 
 
 @pytest.fixture

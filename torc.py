@@ -19433,8 +19433,7 @@ def do_group_add_user(args, client):
          example="torc access-groups remove-user 2 bob")
 def do_group_remove_user(args, client):
     """Remove a user from a group."""
-    from urllib.parse import quote
-    member = client.delete(f"/access_groups/{args.group_id}/members/{quote(args.user_name, '')}")
+    member = client.delete(f"/access_groups/{args.group_id}/members/{args.user_name}")
     say(args, f"Removed {args.user_name} from access group {args.group_id}", **member)
 
 
@@ -19449,9 +19448,8 @@ def do_group_members(args, client):
          example="torc access-groups list-user-groups bob")
 def do_user_groups(args, client):
     """List the groups a user belongs to."""
-    from urllib.parse import quote
     show_list(args, "groups", "group", GROUP_COLUMNS,
-              client.items(f"/users/{quote(args.user_name, '')}/groups"))
+              client.items(f"/users/{args.user_name}/groups"))
 
 
 @command("access-groups list-workflow-groups", WORKFLOW,
