@@ -2891,11 +2891,15 @@ def listing(store, kind, page, wanted, without=(), joined="", orders=()):
     direction = "DESC" if page.reverse else "ASC"
     names = ", ".join(f"t.{field.name}" for field in kind_columns)
     total = store.one(f"SELECT count(*) FROM {kind.table} t WHERE {where}", params)[0]
-    sql = f"""
-        SELECT {names} FROM {kind.table} t {joined if page.sort_by in orders else ''}
+    also = joined if page.sort_by in orders else ""
+    chosen = f"""
+        FROM {kind.table} t {also}
         WHERE {where}
         ORDER BY {sortable.get(page.sort_by, 't.id')} {direction}, t.id {direction}
         LIMIT ? OFFSET ?"""
+    # Sort ids alone: with long commands, whole rows take ten times as long. CROSS JOIN keeps order.
+    sql = (f"SELECT {names} FROM (SELECT t.id {chosen}) k CROSS JOIN {kind.table} t ON t.id = k.id"
+           if also else f"SELECT {names} {chosen}")
     params = [*params, page.limit, max(page.offset, 0)]
     exact = any(field.type == "float" for field in kind_columns)
     large = min(total, page.limit if page.limit >= 0 else total) > 500
@@ -5206,7 +5210,7 @@ def bars_of(store, workflow_id, window, now):
             SELECT id, name, {STATUS_NAME.format('job')}, started_ms, :now, compute_node_id
             FROM job
             WHERE workflow_id = :workflow AND status = {RUNNING} AND started_ms < :end
-            ORDER BY start, end, id""",
+            ORDER BY start, end, id, status""",
             {"workflow": workflow_id, "begin": window.begin, "end": window.end,
              "now": int(now * 1000)}, dicts_of):
         node_id = bar.pop("node")
