@@ -8373,6 +8373,28 @@ def test_logs_of_a_job_that_never_ran_say_so(cli, local):
     assert code == 1 and "ready" in err and "torc why 1" in err
 
 
+def test_settings_of_a_workflow_do_not_get_in_each_others_way():
+    workflow = {"execution_config": '{"enabled": true, "timeout_exit_code": null, "mode": "direct"}',
+                "resource_monitor_config": '{"enabled": false, "mode": "slurm"}'}
+    limits = torc.read_limits(workflow)
+    assert (limits.enabled, limits.mode, limits.timeout_exit_code) == (False, "direct", 152)
+
+
+def test_a_refused_change_of_a_job_leaves_its_requirements(cli, local):
+    local.post("/workflows", {"name": "w", "user": "u"})
+    needs = local.post("/resource_requirements", {"workflow_id": 1, "name": "r", "runtime": "PT1M"})
+    for name in ("a", "b"):
+        local.post("/jobs", {"workflow_id": 1, "name": name, "command": "true",
+                             "resource_requirements_id": needs["id"]})
+    before = list(local.items("/resource_requirements", workflow_id=1))
+    assert cli("jobs", "update", 1, "-n", "b", "--runtime", "PT7M")[0] == 1
+    assert list(local.items("/resource_requirements", workflow_id=1)) == before
+    cli("jobs", "update", 1, "-n", "c", "--runtime", "PT7M", ok=0)
+    job = local.get("/jobs/1")
+    own = local.get(f"/resource_requirements/{job['resource_requirements_id']}")
+    assert (job["name"], own["runtime"], own["name"]) == ("c", "PT7M", "c_1")
+
+
 @pytest.mark.parametrize("mode, endings", sorted(torc.STDIO_ENDINGS.items()))
 def test_the_log_report_names_files_as_the_stdio_mode_does(cli, local, mode, endings):
     workflow_id, ids = make(local, {"a": []}, a={"stdio": json.dumps({"mode": mode})})

@@ -8306,10 +8306,9 @@ def opened(paths):
 
 
 def with_defaults(part, given):
-    """Return the values of an object of PARTS, with defaults for missing ones."""
-    known = {field.name: field.default for field in PARTS[part].values()}
-    known.update((name, value) for name, value in given.items() if value is not None)
-    return known
+    """Return the values that PARTS knows of an object, with defaults for missing ones."""
+    return {field.name: field.default if given.get(field.name) is None else given[field.name]
+            for field in PARTS[part].values()}
 
 
 def read_limits(workflow):
@@ -14719,7 +14718,7 @@ def load_workflows(client, page, terminal):
     """Load the visible part of the list of workflows."""
     window = list_window(client.page(
         "/workflows", is_archived=False, sort_by="id", reverse_sort=True, include_counts=True,
-        user=None if terminal.everybody else client.user, search=page.filter.strip() or None,
+        user=None if page.everybody else client.user, search=page.filter.strip() or None,
         offset=page.offset, limit=page.limit))
     for record in window["rows"]:
         record["share"] = percent(record["done"], record["total"])
@@ -15798,6 +15797,7 @@ class Loading:
         goal = workflow and workflow["id"]
         if goal != self.goal:
             self.goal, self.generation, self.listen_at = goal, None, 0.0
+            self.aim = object()           # what was asked before is not heard any more
             if self.listening and not self.client.is_local:  # a local one asks once a second anyway
                 self.watcher.client.interrupt()
                 self.watcher.client = self.client.clone()
@@ -15806,11 +15806,11 @@ class Loading:
         rest = self.listen_at - time.monotonic()
         if rest > 0:
             return rest
-        since, most = self.generation, 1 if self.client.is_local else 30
+        since, most, aim = self.generation, 1 if self.client.is_local else 30, self.aim
         self.listening = True
         self.watcher.ask("news", lambda client: client.get(
             f"/workflows/{goal}/changes", since=since, wait_s=None if since is None else most),
-            lambda news, error: self.heard(goal, news, error))
+            lambda news, error: self.heard(aim, news, error))
         return math.inf
 
     def load(self, page):
@@ -15821,6 +15821,7 @@ class Loading:
         page.limit = page.top + 2 * room - page.offset
         page.loading, page.asked_at, page.due_at = True, time.monotonic(), math.inf
         key, asked = self.key_of(page), copy.copy(page)
+        asked.everybody = self.everybody  # as it is now: the worker may be late
 
         def task(client):
             if not self.checked:
@@ -15869,10 +15870,10 @@ class Loading:
 
         self.worker.ask("hint", lambda client: page.kind.hint(client, record, self.tools), answer)
 
-    def heard(self, goal, news, error):
+    def heard(self, aim, news, error):
         """Event: the answer to a request for news of a workflow."""
         self.listening, now = False, time.monotonic()
-        if goal != self.goal:
+        if aim is not self.aim:
             return
         if error:
             self.lost(error)
@@ -16330,6 +16331,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
         self.checked = False              # that the server knows what the pages ask for
         self.complete = False             # the workflow in view goes on no more
         self.goal, self.listening = None, False    # id of the workflow whose news are wanted
+        self.aim = None                   # what the request for it was made for
         self.events.clear()
         self.pages[:] = [View("workflows")]
         self.worker, self.watcher = (Worker(client.clone(), self.post) for _ in range(2))
@@ -17564,9 +17566,10 @@ def run_times(results):
     """Return (sum of run times, time from first start to last end) in seconds."""
     total, first, last = 0.0, math.inf, -math.inf
     for result in results:
-        times = result_times(result)
         total += max(0.0, result["exec_time_minutes"] * 60)
-        first, last = min(first, times["start_ms"]), max(last, times["end_ms"])
+        with contextlib.suppress(ValueError):        # another server's may be in any form
+            times = result_times(result)
+            first, last = min(first, times["start_ms"]), max(last, times["end_ms"])
     return total, max(0.0, last - first) / 1000
 
 
@@ -18327,7 +18330,8 @@ def own_runtime(args, client, values):
     present ones with another runtime."""
     if not args.runtime:
         return values
-    job = {**client.get(f"/jobs/{args.id}"), **values}
+    path = f"/jobs/{args.id}"             # what is refused must not leave other requirements
+    job = client.put(path, values) if values else client.get(path)
     needs = client.get(f"/resource_requirements/{job['resource_requirements_id']}")
     name = f"{job['name']}_{job['id']}"
     changed = {**needs, "name": name, "runtime": args.runtime}
@@ -19103,7 +19107,7 @@ def hpc_generate(args, client):
         name=name, file=args.output, partitions=len(kept))
 
 
-def write_whole(path, data):
+def write_whole(path, data, executable=False):
     """Write bytes to a file atomically, creating its directory. Raises TorcError."""
     directory = os.path.dirname(os.path.abspath(path))
     os.makedirs(directory, exist_ok=True)
@@ -19111,6 +19115,8 @@ def write_whole(path, data):
     try:
         with open(part, "wb") as file:
             file.write(data)
+        if executable:
+            os.chmod(part, 0o755)
         os.replace(part, path)
     except OSError as error:
         remove_file(part)
@@ -20311,8 +20317,7 @@ def bundle(path):
     with zipfile.ZipFile(data, "w") as archive:
         for name, text in contents:
             archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
-    write_whole(path, data.getvalue())
-    os.chmod(path, 0o755)
+    write_whole(path, data.getvalue(), executable=True)
 
 
 @command("bundle", "[FILE=torc.pyz] -> path", client=False,
