@@ -433,8 +433,8 @@ def test_durations_are_written_for_people(seconds, text):
 
 
 def test_a_wrong_name_suggests_the_nearest():
-    assert torc.nearest("jbos", ["jobs", "files"]) == ' (did you mean "jobs"?)'
-    assert torc.nearest("zzz", ["jobs", "files"]) == ""
+    assert torc.did_you_mean("jbos", ["jobs", "files"]) == ' (did you mean "jobs"?)'
+    assert torc.did_you_mean("zzz", ["jobs", "files"]) == ""
 
 
 # ==================================================================================================
@@ -465,7 +465,7 @@ BAD_TEXTS = (
     ("b.yaml", 'jobs:\n  - {name: a, command: "true"}\n', "b.yaml: workflow: missing field `name`"),
     ("b.yaml", "name: w\n", "b.yaml: workflow: missing field `jobs`"),
     ("b.yaml", 'name: 5\njobs:\n  - {name: a, command: "true"}\n',
-     "b.yaml line 1: workflow: name: 5 is not a string with something in it"),
+     "b.yaml line 1: workflow: name: 5 is not a non-empty string"),
     ("b.yaml", "name: w\njobs: {a: 1}\n", "b.yaml line 2: workflow: jobs: {'a': 1} is not a list"),
     ("b.yaml", "name: w\njobs:\n  - name: a\n    comand: c\n",
      "b.yaml line 4: job \"a\": unknown field 'comand' (did you mean \"command\"?)\nb.yaml line "
@@ -484,10 +484,10 @@ BAD_TEXTS = (
     ("b.yaml", "name: w\nfiles: [{name: f, path: f}, {name: g, path: g}]\njobs:\n  - {name: a, "
      "command: c, input_files: [f], output_files: [g]}\n  - {name: b, command: c, input_files: "
      "[g], output_files: [f]}\n",
-     "b.yaml line 5: jobs wait for each other in a circle: b -> a -> b"),
+     "b.yaml line 5: jobs depend on each other in a circle: b -> a -> b"),
     ("b.yaml", "name: w\nfiles: [{name: f, path: f}]\njobs:\n  - {name: a, command: c, "
      "input_files: [f], output_files: [f]}\n",
-     "b.yaml line 4: jobs wait for each other in a circle: a -> a"),
+     "b.yaml line 4: jobs depend on each other in a circle: a -> a"),
     ("b.yaml", "name: w\nresource_requirements: [{name: r, num_cpus: 1, memory: 2g, runtime: "
      "PT2H}]\nslurm_schedulers: [{name: s, account: x, walltime: '01:00:00', mem: 1g}]\njobs:\n"
      "  - {name: a, command: c, resource_requirements: r, scheduler: s}\n",
@@ -521,7 +521,7 @@ BAD_WORKFLOW_LINES = (
     ("resource_requirements:\n  - {name: r, memory: 1g}",
      '3: resource requirements "r": missing field `num_cpus`'),
     ("resource_requirements:\n  - {name: default, num_cpus: 1, memory: 1g}",
-     '3: resource requirements name "default" is reserved for those every workflow has'),
+     '3: resource requirements name "default" is reserved for the ones that every workflow has'),
     ("failure_handlers:\n  - name: h\n    rules:\n      - {exit_codes: ['1']}",
      "5: failure handler \"h\" rule 1: exit_codes: ['1'] is not a list of integers"),
     ("failure_handlers:\n  - name: h\n    rules:\n      - {max_retries: 3}",
@@ -578,7 +578,7 @@ BAD_JOBS = (
     ("a", "3: job number 1 is 'a', not a mapping"),
     ("{name: a}", '3: job "a": missing field `command`'),
     ("{command: c}", "3: job number 1: missing field `name`"),
-    ("name: a\n    command: ''", "4: job \"a\": command: '' is not a string with something in it"),
+    ("name: a\n    command: ''", "4: job \"a\": command: '' is not a non-empty string"),
     ("{name: prepare, command: c}\n  - name: b\n    command: c\n    depends_on: [prepar]",
      "6: job \"b\": depends_on names no job 'prepar' (did you mean \"prepare\"?)"),
     ("{name: a, command: c}\n  - {name: a, command: c}", '4: job name "a" is used twice'),
@@ -587,7 +587,7 @@ BAD_JOBS = (
      "5: job \"a\": resource_requirements names no resource requirements 'smal' (did you mean "
      '"small"?)'),
     ("name: a\n    command: c\n    depends_on_regexes: ['a']",
-     "3: jobs wait for each other in a circle: a -> a"),
+     "3: jobs depend on each other in a circle: a -> a"),
     ('{name: a, command: "echo ${file.output.z}"}',
      '3: job "a": command: ${file.output.z} is not one of ${files.input.NAME}, '
      "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}"),
@@ -612,15 +612,15 @@ BAD_JOBS = (
      '3: job "a_{j}": name: {j} is not a parameter of this job'),
     ("name: a\n    command: c {i}\n    parameters: {i: '1:3'}",
      '4: job "a": command differs between combinations of parameters that all give the name '
-     "'a': put the placeholder into the name, too"),
+     "'a': add the placeholder to the name"),
     ("name: 'a_{i:03d}'\n    command: c\n    parameters: {i: [x, y]}",
-     "3: job \"a_{i:03d}\": name: {i:03d} does not suit the value 'x'"),
+     "3: job \"a_{i:03d}\": name: {i:03d} does not fit the value 'x'"),
     ("name: a_{i}\n    command: c\n    parameters: {i: '1:9999999'}",
      "5: job \"a_{i}\": parameter i: '1:9999999' has 9,999,999 values, more than 1,000,000"),
     ("name: a\n    command: cat ${files.input.nope}", "4: job \"a\": command names no file 'nope'"),
     ("{name: a, command: c, depends_on: [b]}\n  - {name: b, command: c, depends_on: [a]}",
-     "4: jobs wait for each other in a circle: b -> a -> b"),
-    ("{name: a, command: c, depends_on: [a]}", "3: jobs wait for each other in a circle: a -> a"),
+     "4: jobs depend on each other in a circle: b -> a -> b"),
+    ("{name: a, command: c, depends_on: [a]}", "3: jobs depend on each other in a circle: a -> a"),
     ("{name: a, command: c, stdio: {mode: all}}",
      "3: job \"a\": stdio: mode: 'all' is not one of separate, combined, no_stdout, no_stderr, "
      "none"),
@@ -724,8 +724,8 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     ("name: w\njobs: [{name: 'a_{i}_{j}_{k}', command: c, parameters: {i: '1:1000', j: '1:1000', k: '1:1000'}}]",
      "1,000,000,000 combinations of parameters, more than 1,000,000"),
     ("name: w\njobs:\n" + "".join(f"  - {{name: 'a{n}_{{i}}', command: c, parameters: {{i: '1:1000000'}}}}\n"
-                                  for n in range(2)), "jobs: 2,000,000 combinations of parameters in all"),
-    ("name: w\njobs: [{name: 'a_{x}', command: c, parameters: {x: '[1,2,]'}}]", "has an empty value behind its last comma"),
+                                  for n in range(2)), "jobs: 2,000,000 combinations of parameters in total"),
+    ("name: w\njobs: [{name: 'a_{x}', command: c, parameters: {x: '[1,2,]'}}]", "has an empty value after its last comma"),
     ("name: w\njobs: [{name: 'a_{x}', command: c, parameters: {x: '[1,,2]'}}]", "has an empty value"),
     ("name: w\njobs: [{name: 'a_{i}', command: 'x {i+1}', parameters: {i: '1:2'}}]", r"{i\+1} is left as it is"),
     ("name: w\njobs: [{name: 'a_{i}', command: 'x { i!r }', parameters: {i: '1:2'}}]", "{ i!r } is left as it is"),
@@ -2245,7 +2245,7 @@ def test_a_large_graph_is_of_families(api):
     assert answer["nodes"][1]["sub"] == "each 20s on average"
     summary = past.get("/summary")
     assert [row["why"] for row in summary["waiting"]] == [
-        "a free place on the runner is needed (0 of 4 CPUs are busy)",
+        "a free slot on the runner is needed (0 of 4 CPUs are busy)",
         "score_*: each waits for its own sim_*", "report: waits for every score_*"]
     assert summary["families"] == answer["nodes"]
     page = api.get("/jobs", workflow_id=past.workflow_id, family="score", limit=3)
@@ -2270,7 +2270,7 @@ def test_a_graph_shows_files_and_user_data_if_asked(api):
     assert sorted((names[one], names[other]) for one, other in answer["edges"]) == [
         ("a", "c"), ("a", "mid"), ("b", "found"), ("found", "c"), ("mid", "b"), ("raw", "a")]
     assert {node["name"]: (node["kind"], node["why"]) for node in answer["nodes"] if "kind" in node} == {
-        "raw": ("file", "raw.csv, no job makes it, read by a"),
+        "raw": ("file", "raw.csv, no job creates it, read by a"),
         "mid": ("file", "mid.csv, made by a, read by b"),
         "found": ("user_data", "made by b, read by c")}
     assert answer["nodes"][4]["href"] == f"#/w/{workflow_id}/jobs/{answer['nodes'][0]['id']}"
@@ -2359,7 +2359,7 @@ def test_views_know_results_and_requirements_that_were_changed(past):
                                                     "num_cpus": 3, "memory": "2g", "runtime": "PT1H"})
     past.api.put(f"/jobs/{past.ids['index']}", {"resource_requirements_id": need["id"]})
     kept = shown()
-    torc.KEPT_FAMILIES.cache_clear()
+    torc.FAMILIES_CACHE.cache_clear()
     assert kept == shown()
 
 
@@ -2588,7 +2588,7 @@ def test_both_kinds_of_runners_are_heard_and_failed_transactions_are_not(store, 
     assert set(events[6][1]) == {"compute_node_id", "hostname", "pid", "duration_seconds",
                                  "compute_node_type"}
     subscription.close()
-    assert not store.is_heard(workflow_id)
+    assert not store.has_listeners(workflow_id)
 
 
 def test_initializing_and_scheduling_are_heard(store, api):
@@ -2812,7 +2812,7 @@ def test_a_cached_password_is_hashed_again_when_its_time_is_over(passwords, monk
 def test_wrong_passwords_are_told_later_and_later_and_the_right_one_at_once(passwords):
     gate = torc.Gate(passwords)
     delays = [checked(gate, basic("alice", f"wrong {number}")).delay_s for number in range(9)]
-    assert delays == sorted(delays) and 0 < delays[0] <= 0.1 and delays[-1] == torc.LONGEST_DELAY_S
+    assert delays == sorted(delays) and 0 < delays[0] <= 0.1 and delays[-1] == torc.MAX_DELAY_S
     assert checked(gate, basic("alice", "wrong"), "10.0.0.2").delay_s == delays[0]
     assert checked(gate, basic("alice", ALICE)) == torc.Verdict("known", "alice")
 
@@ -2823,11 +2823,11 @@ def test_wrong_passwords_are_logged_ten_a_minute(passwords, monkeypatch):
     gate = torc.Gate(passwords, warn=told.append)
     for number in range(25):
         gate.wrong("alice\n", "10.0.0.1", clock[0])
-    assert told == ["wrong password for user alice from 10.0.0.1"] * torc.MAX_TOLD
+    assert told == ["wrong password for user alice from 10.0.0.1"] * torc.MAX_LOGGED
     clock[0] += 61
     gate.wrong("bob", "10.0.0.2", clock[0])
-    assert told[torc.MAX_TOLD:] == ["wrong passwords: 15 more within a minute",
-                                    "wrong password for user bob from 10.0.0.2"]
+    assert told[torc.MAX_LOGGED:] == ["wrong passwords: 15 more within a minute",
+                                      "wrong password for user bob from 10.0.0.2"]
 
 
 def test_a_flood_of_guesses_delays_its_own_lane_only(passwords, monkeypatch):
@@ -3389,7 +3389,7 @@ def test_a_refused_connection_says_what_to_do():
 
 
 def test_an_unknown_host_name_is_named():
-    with pytest.raises(torc.Unreachable, match="no-such-host.invalid:1: this machine does not know the name"):
+    with pytest.raises(torc.Unreachable, match="no-such-host.invalid:1: this machine cannot resolve the name"):
         torc.Client("http://no-such-host.invalid:1").get("/ping")
 
 
@@ -3423,7 +3423,7 @@ def answering(data):
     (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5\r\n\r\nhello",
      "is a Torc server there"),
     (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "is a Torc server there"),
-    (b"SSH-2.0-OpenSSH_9.2\r\n", "what answers is not HTTP"),
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "the answer is not HTTP"),
     (b"", "broke"),
 ])
 def test_another_program_on_the_port_is_told_from_a_server(data, message):
@@ -3501,7 +3501,7 @@ def test_connect_takes_the_first_of_option_variable_and_local_file(tmp_path, mon
     assert torc.connect(url="http://h:1").where == f"http://h:1{torc.API_PREFIX}"
     monkeypatch.setenv("TORC_API_URL", "http://e:2/torc-service/v1")
     assert torc.connect(tell=said.append).path == str(tmp_path / "env.db")
-    with pytest.raises(torc.UsageError, match="exclude each other"):
+    with pytest.raises(torc.UsageError, match="mutually exclusive"):
         torc.connect(database="x.db", url="http://h:1")
     monkeypatch.delenv("TORC_DATABASE")
     assert torc.connect(tell=said.append).where == "http://e:2/torc-service/v1"
@@ -3520,7 +3520,7 @@ def test_another_users_server_at_the_default_url_is_neither_used_nor_passed_over
     monkeypatch.setattr(torc, "DEFAULT_PORT", server.port)
     monkeypatch.setattr(torc, "listeners", lambda port: [("127.0.0.1", os.getuid() + 1)])
     url = server.url.replace("127.0.0.1", "localhost")
-    with pytest.raises(torc.Unreachable, match=f"another user .* say --url {url}"):
+    with pytest.raises(torc.Unreachable, match=f"another user .* use --url {url}"):
         torc.connect()
     monkeypatch.setattr(torc, "listeners", lambda port: [("0.0.0.0", os.getuid())])
     assert torc.connect().where == url
@@ -4504,7 +4504,7 @@ def test_the_answer_to_a_new_job_echoes_what_came(client):
 
 def test_a_path_that_can_be_none_is_refused_and_ends_no_runner(client):
     workflow_id, _ = make(client, {"a": []})
-    with pytest.raises(torc.Invalid, match="path: 'a.x00b' is not a string"):
+    with pytest.raises(torc.Invalid, match="path: 'a.x00b' is not a non-empty string"):
         client.post("/files", {"workflow_id": workflow_id, "name": "f", "path": "a\0b"})
     runner = torc.Runner(client, workflow_id)
     assert runner._outputs({"output_files": [{"id": 1, "path": "a\0b"}]}) == ([], ["a\0b"])
@@ -4576,7 +4576,7 @@ def test_an_allocation_that_slurm_has_forgotten_is_left_alone(client, programs):
     workflow_id, runner = allocated(client)
     watch = torc.Watch()
     for _ in range(3):
-        assert torc.settle_allocations(client, workflow_id, watch) == []
+        assert torc.close_ended_allocations(client, workflow_id, watch) == []
     assert statuses(client, workflow_id) == {"a": "running", "b": "ready"}
     [record] = client.page("/scheduled_compute_nodes", workflow_id=workflow_id)["items"]
     assert record["status"] == "active"
@@ -4591,7 +4591,7 @@ def test_an_allocation_that_never_had_a_runner_is_forgotten_after_ten_minutes(cl
     watch, now = torc.Watch(), time.monotonic()
     for passed, said in ((0, 0), (599, 0), (601, 1)):
         monkeypatch.setattr(time, "monotonic", lambda passed=passed: now + passed)
-        assert len(torc.settle_allocations(client, workflow_id, watch)) == said
+        assert len(torc.close_ended_allocations(client, workflow_id, watch)) == said
     [record] = client.page("/scheduled_compute_nodes", workflow_id=workflow_id)["items"]
     assert (record["status"], record["note"]) == ("complete", "UNKNOWN")
 
@@ -4604,13 +4604,13 @@ def test_slurms_word_on_a_runner_that_still_speaks_is_not_believed(client, progr
         runner.step()
         return look(self, ids, now)
     monkeypatch.setattr(torc.Watch, "look", late)
-    [sentence] = torc.settle_allocations(client, workflow_id)
-    assert "has spoken since it was taken for dead" in sentence
+    [sentence] = torc.close_ended_allocations(client, workflow_id)
+    assert "has reported since it was declared dead" in sentence
     assert statuses(client, workflow_id)["a"] == "running"
     monkeypatch.setattr(torc.Watch, "look", look)
     client.post("/scheduled_compute_nodes", {"workflow_id": workflow_id, "scheduler_id": 7, "scheduler_type": "slurm",
                                              "scheduler_config_id": 1, "status": "active", "cluster": "here"})
-    assert "1 job ready again" in torc.settle_allocations(client, workflow_id)[0]
+    assert "1 job ready again" in torc.close_ended_allocations(client, workflow_id)[0]
 
 
 def test_a_job_that_sbatch_says_nothing_of_is_looked_for_and_adopted(programs, tmp_path, monkeypatch):
@@ -4681,27 +4681,27 @@ def sleeper():
 
 def test_a_runner_is_dead_when_its_process_is_seen_to_be_gone(sleeper, monkeypatch):
     process, record = sleeper
-    assert torc.death_here(record) is None
-    assert torc.death_here({**record, "pid_started": record["pid_started"] - 1}).kind == "process"
+    assert torc.local_evidence(record) is None
+    assert torc.local_evidence({**record, "pid_started": record["pid_started"] - 1}).kind == "process"
     process.kill()                        # a zombie
     until(lambda: torc.process_stat(process.pid)[0] == b"Z")
-    assert torc.death_here(record).kind == "process"
+    assert torc.local_evidence(record).kind == "process"
     process.wait()
-    evidence = torc.death_here(record)
+    evidence = torc.local_evidence(record)
     assert evidence.kind == "process" and evidence.text.startswith(f"the runner with pid {process.pid} on ")
     for other in ({"hostname": "another"}, {"pid_namespace": 1}, {"pid_started": None}):
-        assert torc.death_here({**record, **other}) is None
+        assert torc.local_evidence({**record, **other}) is None
 
 
 def test_what_cannot_be_seen_in_proc_is_alive(sleeper, monkeypatch):
     _, record = sleeper
     monkeypatch.setattr(torc, "read_bytes", lambda path: b"")           # as with hidepid=2
-    assert torc.process_start(record["pid"]) is None and torc.death_here(record) is None
+    assert torc.process_start(record["pid"]) is None and torc.local_evidence(record) is None
     def denied(pid, number):
         raise PermissionError
     with monkeypatch.context() as patch:
         patch.setattr(os, "kill", denied)
-        assert torc.death_here({**record, "pid_started": 1}) is None
+        assert torc.local_evidence({**record, "pid_started": 1}) is None
 
 
 WALLS = {"hidepid": ["unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec setpriv '
@@ -4740,9 +4740,9 @@ def test_a_machine_that_booted_again_has_no_runner_of_before(sleeper):
     before = {**record, "boot_id": "of before"}
     if not record["machine_id"]:
         pytest.skip("this machine has no /etc/machine-id")
-    assert torc.death_here(before).kind == "reboot"
+    assert torc.local_evidence(before).kind == "reboot"
     for other in ({"machine_id": "another"}, {"machine_id": None}, {"hostname": "another"}):
-        assert torc.death_here({**before, **other}) is None
+        assert torc.local_evidence({**before, **other}) is None
 
 
 def test_a_process_that_took_over_a_number_is_not_taken_for_ours(sleeper):
@@ -4757,7 +4757,7 @@ def test_evidence_older_than_the_last_word_of_a_runner_is_refused(client):
     [job] = runner.step(limit=1)["jobs"]
     node = client.get(f"/compute_nodes/{runner.node}")
     runner.step(held=[[job["id"], job["attempt_id"]]])    # it speaks once more
-    with pytest.raises(torc.Conflict, match="has spoken since it was taken for dead"):
+    with pytest.raises(torc.Conflict, match="has reported since it was declared dead"):
         torc.release(client, node, torc.Evidence("process", "it is gone"))
     assert statuses(client, workflow_id) == {"a": "running"} or statuses(client, workflow_id) == {"a": "pending"}
     node = client.get(f"/compute_nodes/{runner.node}")
@@ -4795,7 +4795,7 @@ def test_after_a_reboot_a_workflow_goes_on_at_once(tmp_path):
     (tmp_path / "go").touch()
     started = time.monotonic()
     assert start_run(tmp_path, 1, "--database", tmp_path / "x.db").wait(60) == 0
-    assert time.monotonic() - started < 60 and "has booted again" in (tmp_path / "run.log").read_text()
+    assert time.monotonic() - started < 60 and "has rebooted" in (tmp_path / "run.log").read_text()
     assert sorted((tmp_path / "runs").read_text().split()) == ["a", "a", "q"]
     assert not journal.exists()
 
@@ -4942,7 +4942,7 @@ def test_a_recovery_script_that_this_machine_cannot_start_is_tried_again(tmp_pat
     runner.draining, runner.ended = False, threading.Event()
     runner.workflow = {"compute_node_wait_for_new_jobs_seconds": 90}
     runner.ended.wait = lambda seconds: calls.append("rests")
-    runner._hand_in = lambda child: calls.append(child.done.get("requeue"))
+    runner._submit_completion = lambda child: calls.append(child.done.get("requeue"))
     def script(*_):
         calls.append("tries")
         if len(calls) < 3:
@@ -5013,7 +5013,7 @@ def test_a_failure_that_waited_to_be_told_ended_when_it_ended(run):
     ran = run({"a": "date +%s%N > ended; exit 3"})
     [result] = ran.results()["a"]
     ended = int((ran.directory / "ended").read_text()) / 1e6
-    assert -2 < torc.parse_time(result["completion_time"]) - ended < 1000 * torc.DOUBT_S
+    assert -2 < torc.parse_time(result["completion_time"]) - ended < 1000 * torc.FAILURE_DELAY_S
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
@@ -5053,9 +5053,9 @@ def test_a_signal_to_jobs_and_runner_together_fails_no_job(tmp_path, gap):
     for number in range(9):               # on a busy machine the second signal may come too late
         directory = tmp_path / str(number)
         code, between = signal_together(directory, gap)
-        if between < 0.7 * torc.DOUBT_S:
+        if between < 0.7 * torc.FAILURE_DELAY_S:
             break
-    assert code == 143 and between < torc.DOUBT_S
+    assert code == 143 and between < torc.FAILURE_DELAY_S
     with contextlib.closing(torc.LocalClient(str(directory / "x.db"))) as client:
         assert statuses(client, 1) == {"traps": "ready", "python": "ready", "sleeps": "ready",
                                        "saves": "completed", "after": "blocked"}, (directory / "run.log").read_text()
@@ -5254,7 +5254,7 @@ def test_a_dead_allocations_jobs_get_what_ended_them(client):
     ("OUT_OF_MEMORY", {"status": "failed", "return_code": 137}), ("CANCELLED", {}),
     ("NODE_FAIL", {}), ("PREEMPTED", {}), ("FAILED", {}), ("UNKNOWN", {})])
 def test_the_fate_of_jobs_follows_slurms_state(state, ended):
-    assert torc.fate(state, torc.read_limits({})) == ended
+    assert torc.ended_as(state, torc.read_limits({})) == ended
 
 
 def test_a_slurm_job_is_stored_once(client):
@@ -5488,12 +5488,12 @@ def test_the_best_partition_for_a_job(profile, need, name):
     assert (best.name if best else None) == name
     if not best:
         assert torc.why_no_partition(profile, *want(*need)).startswith(
-            f"no partition of {profile.name} takes ")
+            f"no partition of {profile.name} accepts ")
 
 
 def test_why_no_partition_names_what_is_too_much():
     assert torc.why_no_partition(torc.DANE, *want(200, 2 * GB, 48 * HOURS)) == (
-        "no partition of dane takes 200 CPUs and 2.0 GB for 2d00h (pserial and pall: only 112 CPUs a "
+        "no partition of dane accepts 200 CPUs and 2.0 GB for 2d00h (pserial and pall: only 112 CPUs a "
         "node; pdebug: only 112 CPUs a node, at most 1h00m; pbatch, pci and pjupyter: only 112 CPUs a "
         "node, at most 1d00h)")
     assert "(pserial and pall would, but only if it is named; pdebug: at most 1h00m; " in \
@@ -5592,7 +5592,7 @@ def test_a_default_qos_is_asked_for():
 
 @pytest.mark.parametrize("requirement, options, text", [
     ({**HALF, "num_cpus": 400}, {}, '2 jobs with the resource requirements "half": no partition of '
-     "kestrel takes 400 CPUs and 100.0 GB for 3h00m (short, standard, long and 6 more: "
+     "kestrel accepts 400 CPUs and 100.0 GB for 3h00m (short, standard, long and 6 more: "
      "only 104 CPUs a node; "),
     ({**HALF, "runtime": "PT5H"}, {"partition": "short"}, "they need 52 CPUs and 100.0 GB for "
      "5h00m; partition short: at most 4h00m"),
@@ -5751,8 +5751,8 @@ def test_jobs_of_one_name_with_different_requirements_are_bound_to_no_scheduler(
 def test_a_pattern_that_would_find_other_jobs_too_is_not_used():
     document = {"jobs": [{"name": "a{i}"}, {"name": "ab{i}"}]}
     names = [[f"a{i}" for i in range(30)], [f"ab{i}" for i in range(30)]]
-    assert torc.naming(names[0], document, names) == {"jobs": names[0]}
-    assert torc.naming(names[1], document, names) == {"job_name_regexes": ["^ab.+$"]}
+    assert torc.action_job_fields(names[0], document, names) == {"jobs": names[0]}
+    assert torc.action_job_fields(names[1], document, names) == {"job_name_regexes": ["^ab.+$"]}
 
 
 @pytest.mark.parametrize("text", ["no", "12:30", "1:5", "010", "1e3", "0o17", "~", "", "2024-01-01",
@@ -5768,7 +5768,7 @@ def test_texts_survive_in_yaml_by_either_version(text):
 @pytest.mark.parametrize("words, text", [
     (["slurm", "generate", "no.yaml"], "no.yaml: No such file or directory"),
     (["slurm", "generate", "bare.json", "--profile", "kestrel"],
-     "no account to charge: say --account NAME, or put account into slurm_defaults"),
+     "no account to charge: use --account NAME, or put account into slurm_defaults"),
     (["slurm", "generate", "bare.json", "-a", "x", "--profile", "kestrel"],
      "1 job has none (a)"),
     (["slurm", "generate", "spec.yaml", "--profile", "kestrl"], 'did you mean "kestrel"?'),
@@ -5780,7 +5780,7 @@ def test_texts_survive_in_yaml_by_either_version(text):
     (["slurm", "generate", "spec.yaml", "--walltime-strategy", "max"], "max-job-runtime"),
     (["slurm", "plan-allocations", "spec.yaml", "--offline"], "--offline needs a profile"),
     (["hpc", "match", "kestrel", "--walltime", "soon"], "'soon' is not a time such as 04:00:00"),
-    (["hpc", "match", "kestrel", "--gpus", "9"], "kestrel takes 1 CPU and 9 GPUs (debug: only 2 "),
+    (["hpc", "match", "kestrel", "--gpus", "9"], "kestrel accepts 1 CPU and 9 GPUs (debug: only 2 "),
     (["hpc", "partitions", "danne"], 'did you mean "dane"?')])
 def test_errors_of_planning_say_what_to_do(cli, spec_file, programs, words, text):
     programs()
@@ -5839,7 +5839,7 @@ def test_a_controller_that_was_away_makes_no_allocation_of_another_cluster_ones_
         "scheduler_config_id": 1, "status": "active", "cluster": "other"}, once=True)
     for is_away in (True, False):
         away(is_away)
-        assert torc.settle_allocations(api, away.workflow_id, torc.Watch()) == []
+        assert torc.close_ended_allocations(api, away.workflow_id, torc.Watch()) == []
         assert torc.cluster_name() == (None if is_away else "here")
     assert api.get(f"/scheduled_compute_nodes/{record['id']}")["status"] == "active"
     [node] = api.items("/compute_nodes", workflow_id=away.workflow_id)
@@ -5854,7 +5854,7 @@ def test_a_worker_says_of_which_cluster_its_allocation_is(api, away):
     assert again == {**first, "cluster": "other"}
     assert api.post("/scheduled_compute_nodes", {**body, "cluster": "third"}, once=True)["id"] != first["id"]
     away(False)
-    assert torc.settle_allocations(api, away.workflow_id, torc.Watch()) == []
+    assert torc.close_ended_allocations(api, away.workflow_id, torc.Watch()) == []
 
 
 class Fails:
@@ -6205,7 +6205,7 @@ def test_a_busy_port_does_not_give_a_traceback(tmp_path):
     assert code == 1 and out == ""
     assert err.splitlines()[-1] == (
         f"torc: port {port} on 127.0.0.1 is in use (pid {os.getpid()}, "
-        f"{Path('/proc/self/comm').read_text().strip()}): stop it, or take --port {port + 1}, or "
+        f"{Path('/proc/self/comm').read_text().strip()}): stop it, or use --port {port + 1}, or "
         "--port 0 for any free one")
 
 
@@ -6608,7 +6608,7 @@ def test_a_password_that_is_wrong_is_called_so(tmp_path):
     with guarded(tmp_path / "x.db", tmp_path / "users", "--require-auth").closing() as server:
         with pytest.raises(torc.Unauthorized, match="refuses this password of the user alice: is TORC"):
             torc.Client(server.url, "alice", "not hers").get("/workflows")
-        with pytest.raises(torc.Unauthorized, match="wants a user name and password: set TORC_PASS"):
+        with pytest.raises(torc.Unauthorized, match="requires a user name and password: set TORC_PASS"):
             torc.Client(server.url, "alice").get("/workflows")
 
 
@@ -6854,7 +6854,7 @@ def test_a_tls_server_serves_clients_that_know_its_ca(tmp_path, certificates, pa
 
 
 @pytest.mark.parametrize("name, tls, message", [
-    ("good", {}, "the signer of its certificate is unknown here .* --tls-ca-cert FILE"),
+    ("good", {}, "the issuer of its certificate is unknown here .* --tls-ca-cert FILE"),
     ("other", {"ca_cert": "ca.pem"}, "its certificate is not for localhost but for kl9.test, "
                                      "www.kl9.test"),
     ("expired", {"ca_cert": "ca.pem"}, "its certificate has expired"),
@@ -6952,9 +6952,9 @@ def test_a_client_does_not_follow_a_note_from_https_to_http(server, monkeypatch)
     client = server.client()
     client.get("/ping")
     client.address = client.address._replace(scheme="https")
-    assert not client._elsewhere()
+    assert not client._find_server()
     client.address = client.address._replace(scheme="http")
-    assert not client._elsewhere()       # it is where the note says
+    assert not client._find_server()     # it is where the note says
 
 
 def test_a_server_that_took_the_port_is_asked_nothing(tmp_path):
@@ -7057,7 +7057,7 @@ def test_the_pid_of_a_stranger_is_left_alone(background, tmp_path):
         path = tmp_path / "pid"
         path.write_text(f"{stranger.pid}\n")
         os.utime(path, (1, 1))            # the file is older than the process
-        assert "names none that lives" in background("stop", "--pid-file", path).stderr
+        assert "names no running process" in background("stop", "--pid-file", path).stderr
         assert stranger.poll() is None
     finally:
         stranger.kill()
@@ -7075,7 +7075,7 @@ def test_a_failure_in_the_background_is_told_in_the_foreground(background, words
 
 
 def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
-    monkeypatch.setattr(torc, "systemctl", lambda user, *words: (None, "systemd does not run here"))
+    monkeypatch.setattr(torc, "systemctl", lambda user, *words: (None, "systemd is not running here"))
     text = cli_json(cli, "server", "service", "install", "--user", "--dry-run", "--host", "0.0.0.0",
                     "--database", "my 100% $x.db", "--admin-user", "a", "--admin-user", "b")["unit"]
     line = re.search(r"ExecStart=(.*)", text)[1]
@@ -7098,7 +7098,7 @@ def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
         "be run where it does" in err
     assert cli("server", "service", "uninstall", "--user")[0] == 0 and not path.exists()
     code, _, err = cli("server", "service", "start", "--user")
-    assert code == 1 and "torc server service install makes it" in err
+    assert code == 1 and "torc server service install creates it" in err
 
 
 # ==================================================================================================
@@ -7114,9 +7114,9 @@ class Hands:
         self.terminal = torc.Terminal(client, torc.TerminalTools(args), size, plain)
         self.state = self.terminal
         self.terminal.watcher.ask = lambda *args: None     # its news come when they come
-        self.settle()
+        self.propagate()
 
-    def settle(self):
+    def propagate(self):
         """Until all that is due is loaded and said."""
         def quiet():
             self.terminal.take_events()
@@ -7133,7 +7133,7 @@ class Hands:
         """Press keys; returns the screen."""
         for key in keys:
             self.terminal.press(key)
-            self.settle()
+            self.propagate()
         return self.text()
 
     def type(self, text):
@@ -7219,7 +7219,7 @@ def test_the_allocation_in_focus_is_explained(api, tmp_path):
     hands = Hands(api, tmp_path)
     hands.press("g", "s")
     hands.terminal.tick()
-    hands.settle()
+    hands.propagate()
     assert "Slurm job 4711 has ended: no note" in hands.text()
 
 
@@ -7258,11 +7258,11 @@ def test_wheel_and_click_move_open_and_turn_pages(api, tmp_path):
     hands.terminal.click(10, 4)           # tabs are line 1, heads line 2
     assert hands.state.page.cursor == 1
     hands.terminal.click(torc.screen_text(hands.state)[1].index("Graph") + 2, 1)
-    hands.settle()
+    hands.propagate()
     assert hands.state.page.name == "graph"
     hands.terminal.click(5, 3)
     hands.terminal.click(5, 3)
-    hands.settle()
+    hands.propagate()
     assert hands.state.page.name == "job"
     hands.terminal.click(5, 23)
 
@@ -7287,14 +7287,14 @@ def test_every_key_of_the_help_can_be_pressed_on_every_page(client, ui, name, mo
             del hands.state.pages[1:]
             if name != "workflows":
                 hands.terminal.open(name, subjects.get(name))
-            hands.settle()
+            hands.propagate()
             hands.state.question = hands.state.prompt = None
             if key in ("x", "W"):         # these start a process at once
                 hands.terminal.away = "no", 0.0, time.time() + 1000, 1
             hands.terminal.press(key)
             hands.text()
             hands.state.away = None
-            hands.settle()
+            hands.propagate()
             hands.press("Esc")
             assert hands.state.question is None and hands.state.prompt is None
     assert client.get(f"/workflows/{workflow_id}")["name"] == "test"
@@ -7444,12 +7444,12 @@ def test_a_long_chain_stays_in_its_column():
 @pytest.mark.parametrize("counted, total, width, text", [
     ({"completed": 3, "failed": 1}, 4, 8, "██████✗✗"), ({"completed": 10_000, "failed": 1}, 10_001,
                                                         10, "█████████✗"),
-    ({}, 0, 10, ""), ({name: 1 for name in torc.LOOKS}, 11, 22, None)])
+    ({}, 0, 10, ""), ({name: 1 for name in torc.STATUS_STYLES}, 11, 22, None)])
 def test_a_bar_is_as_wide_as_asked_and_shows_every_status(counted, total, width, text):
     spans = torc.bar(torc.State(), counted, total, width)
     assert "".join(part for part, _ in spans) == text or text is None
     assert not total or sum(len(part) for part, _ in spans) == width
-    assert [style for _, style in spans] == [name for name in torc.LOOKS if counted.get(name)]
+    assert [style for _, style in spans] == [name for name in torc.STATUS_STYLES if counted.get(name)]
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -7566,7 +7566,7 @@ def test_a_server_that_is_away_leaves_the_page_with_a_dated_banner(tmp_path):
         hands.terminal.press("r")
         until(lambda: hands.terminal.take_events() or hands.state.away)
         screen = hands.text()
-        assert "does not answer since" in screen and "Runners go on" in screen
+        assert "does not answer since" in screen and "Runners continue" in screen
         assert "of 5 done" in screen and "does not answer" in hands.press("C")
         tries = []
         for _ in range(7):
@@ -7720,7 +7720,7 @@ def test_a_terminal_that_is_resized_is_drawn_anew(place, tty):
     screen.resize(160, 50)
     screen.see("Command", "true", "Host")
     screen.resize(60, 20)
-    screen.see("needs 80 columns and 24 lines; here are 60")
+    screen.see("needs 80 columns and 24 lines; this terminal has 60")
     screen.resize(80, 24)
     screen.see("merge", "q back", then="qq")
     assert screen.end() == 0
@@ -8085,9 +8085,9 @@ def test_options_have_their_values_wherever_they_stand(words, values):
     ("run --time-limit 5m x.json", "ISO 8601"), ("run --end-time noon x.json", "not a time"),
     ("plot-resources x", "not in this version"), ("run nothing", "neither a specification file"),
     ("user-data create 1 -n a -d {", "is not JSON"), ("run", "name a specification file"),
-    ("--database a --url http://b ping", "exclude each other"),
+    ("--database a --url http://b ping", "mutually exclusive"),
     ("resource-requirements create 1 -n x -m 1.5g", "memory '1.5g'"), ("-x", "unknown option -x"),
-    ("run 1 --example hello", "exclude each other")])
+    ("run 1 --example hello", "mutually exclusive")])
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(cli, words, hint):
     code, out, err = cli(*words.split())
     assert (code, out) == (2, "")
@@ -8121,7 +8121,7 @@ def test_a_password_in_the_arguments_is_warned_about(cli, local):
     ("1970-01-01T00:01:00Z", 60), ("1970-01-01T01:00:00.5+01:00", 0.5),
     ("1970-01-01 00:00:00.123456789z", 0.123)])
 def test_a_time_is_read_with_zone_and_fraction(text, seconds):
-    assert torc.parse_moment(text) == pytest.approx(seconds)
+    assert torc.parse_local_time(text) == pytest.approx(seconds)
 
 
 # ---- output
@@ -8338,7 +8338,7 @@ def test_recover_with_json_is_one_document(cli, local, tmp_path):
 def test_a_job_ended_by_its_runners_time_limit_is_not_told_of_another(cli, local, tmp_path):
     (tmp_path / "w.yaml").write_text("name: w\njobs:\n  - {name: a, command: sleep 60}\n")
     cli("run", "w.yaml", "--time-limit", "PT3S")
-    assert "The time of the runner or allocation was up." in cli("why", 1)[1]
+    assert "The runner or allocation ran out of time." in cli("why", 1)[1]
     assert "the time of its runner was up after" in cli("recover", 1, "--dry-run", "--no-prompts")[1]
 
 
@@ -9130,7 +9130,7 @@ def test_a_standalone_dashboard_takes_other_passwords_or_none(tmp_path, cli, opt
                     "--cost", "5", "ann"], input=PASSWORD, text=True, check=True)
     words = ["--standalone", "--port", 0, "--server-host", "127.0.0.1", "--database", "x.db", *options]
     if said is None:
-        with pytest.raises(AssertionError, match="wants a user name and password: set TORC_PASSWORD"):
+        with pytest.raises(AssertionError, match="requires a user name and password: set TORC_PASSWORD"):
             Dash(tmp_path, *words, env=env)
         return
     dash = Dash(tmp_path, *words, env=env)
@@ -9139,7 +9139,7 @@ def test_a_standalone_dashboard_takes_other_passwords_or_none(tmp_path, cli, opt
     assert info["auth_required"] == bool(env) and said in dash.log.read_text()
     code, _, err = cli("workflows", "list", "--url", info["urls"][0] if info["urls"] else re.search(
         r"the dashboard of (\S+):", dash.log.read_text())[1])
-    assert (code, "wants a user name" in err) == ((1, True) if env else (0, False))
+    assert (code, "requires a user name" in err) == ((1, True) if env else (0, False))
     assert not (Path.home() / ".torc" / "dash" / "password").exists()
     assert dash.stop() == 0
 
@@ -9771,8 +9771,8 @@ def test_a_local_server_is_for_its_own_machine_and_says_so_elsewhere(cluster):
     assert done.returncode == 0 and "using your server http://localhost:8080" in done.stderr
     done = cluster.torc("ping", "--url", f"http://{LOGIN}:{port}", host="c1")
     assert done.returncode == 1 and (
-        "connection refused: no program listens there. The server is gone, or it listens on another "
-        "address (one on 127.0.0.1 is reached from its own machine only)") in done.stderr
+        "connection refused: no program listens there. The server has stopped, or listens on another "
+        "address (one on 127.0.0.1 can be reached only from its own machine)") in done.stderr
 
 
 @pytest.mark.slurm
@@ -9798,7 +9798,7 @@ def test_a_server_on_a_routable_name_is_found_by_all(cluster):
     done = cluster.torc("workflows", "list")         # localhost leads nowhere, but it is ours
     assert done.returncode == 0 and "using your server http://10.77.0.1:8080" in done.stderr
     done = cluster.torc("ping", "--url", "http://kl1:8080", host="c2")
-    assert done.returncode == 1 and "kl1:8080: this machine does not know the name" in done.stderr
+    assert done.returncode == 1 and "kl1:8080: this machine cannot resolve the name" in done.stderr
     assert cluster.torc("ping", "--url", f"http://{LOGIN}:8080", host="c2").returncode == 0
 
 
@@ -9809,7 +9809,7 @@ def test_a_firewall_is_named_as_such(cluster):
     try:
         subprocess.run([CLUSTER / "firewall", "on", str(port)], check=True, capture_output=True)
         done = cluster.torc("ping", "--url", url, host="c1")
-        assert done.returncode == 1 and "a firewall drops what is sent to that port" in done.stderr
+        assert done.returncode == 1 and "a firewall drops packets to that port" in done.stderr
         assert cluster.torc("ping", "--url", url).returncode == 0
     finally:
         subprocess.run([CLUSTER / "firewall", "off"], check=True, capture_output=True)
@@ -9830,7 +9830,7 @@ def test_the_doctor_sees_from_a_compute_node_what_workers_would_see(cluster):
     done = cluster.torc("doctor", "--url", f"http://kl1:{port}", "--from-compute", "-o", shared,
                         timeout=120)
     assert done.returncode == 1
-    assert re.search(r"c1 +name kl1 +fail +unknown here +this machine does not know the name",
+    assert re.search(r"c1 +name kl1 +fail +unknown here +this machine cannot resolve the name",
                      done.stdout), done.stdout
 
 
@@ -9853,7 +9853,7 @@ def test_another_user_gets_nothing_without_the_password(cluster):
     url = f"http://{LOGIN}:{port}"
     mine = ["env", "TORC_USERNAME=hpcuser", "TORC_PASSWORD=a long sentence"]
     assert cluster.torc("workflows", "list", "--url", url, env=mine, host="c1").returncode == 0
-    for env, said in (((), "wants a user name and password"), (
+    for env, said in (((), "requires a user name and password"), (
             ["env", "TORC_USERNAME=hpcuser", "TORC_PASSWORD=a wrong sentence"],
             "refuses this password of the user hpcuser")):
         done = cluster.torc("workflows", "list", "--url", url, user="other", env=env)
@@ -9972,7 +9972,7 @@ def test_a_canceled_allocation_gives_its_jobs_back(cluster):
     site.until({"a": "running", "b": "completed"})
     cluster.run("scancel", number)
     site.until({"a": "ready", "b": "completed"})
-    assert "torc slurm schedule-nodes 1 gets another allocation" in site.torc("status", 1).stdout
+    assert "torc slurm schedule-nodes 1 requests another allocation" in site.torc("status", 1).stdout
     [first] = [result for result in site.json("results", "list", 1, "--all-runs")["results"]
                if result["job_id"] == 1]
     assert (first["status"], first["return_code"]) == ("terminated", 143)
@@ -10333,7 +10333,7 @@ def test_a_worker_that_reaches_nobody_says_why_in_status_and_why(cluster):
     for words in (["status", 1], ["why", 1]):
         said = until(lambda: (lambda text: "does not reach" in text and text)(
             site.torc(*words).stdout), 30)
-        assert f"http://kl1:{site.port}/torc-service/v1: this machine does not know the name" in said
+        assert f"http://kl1:{site.port}/torc-service/v1: this machine cannot resolve the name" in said
         assert f"http://{LOGIN}:9/torc-service/v1: connection refused" in said
     cluster.run("scancel", number)
 
@@ -10365,7 +10365,7 @@ def test_a_workflow_that_has_an_allocation_stays_when_the_next_is_refused(cluste
     done = site.torc("submit", path, "-o", site.output, ok=False)
     assert done.returncode == 1 and "gone again" not in done.stderr
     assert re.search(r'scheduler "bad"; .* 1 allocation submitted: Slurm job \d+; `torc slurm '
-                     "schedule-nodes 1` gets more", done.stderr, re.S), done.stderr
+                     "schedule-nodes 1` requests more", done.stderr, re.S), done.stderr
     site.torc("wait", 1)
     assert site.statuses() == {"a": "completed"}
 
@@ -10380,7 +10380,7 @@ def test_logs_lie_in_whatever_directory_slurm_can_name(cluster):
     assert [path.suffix for path in sorted(directory.glob("slurm_output_wf1_sl*"))] == [".e", ".o"]
     assert not (cluster.directory / "hpcuser" / "x").exists()
     done = site.torc("submit", spec, "-o", f"{directory}\\n", ok=False)
-    assert done.returncode == 2 and "Slurm takes no backslash in the paths of logs" in done.stderr
+    assert done.returncode == 2 and "Slurm accepts no backslash in log paths" in done.stderr
     done = site.torc("slurm", "schedule-nodes", 1, "-j", "../", ok=False)
     assert done.returncode == 2 and "'../' cannot begin a Slurm job's name" in done.stderr
     assert len(site.json("workflows", "list")["workflows"]) == 1
@@ -10484,7 +10484,7 @@ def test_a_dashboard_on_a_socket_is_reached_by_ssh_and_by_nobody_else(cluster):
         assert "torc.py dash" in done.stdout and password not in done.stdout
         server = next(one for one in info["urls"] if "kl1.hsn.test" in one)
         done = cluster.torc("workflows", "list", "--url", server, user="other")
-        assert done.returncode == 1 and "wants a user name and password" in done.stderr
+        assert done.returncode == 1 and "requires a user name and password" in done.stderr
         assert cluster.torc("workflows", "list", "--url", server).returncode == 0    # by the note
         spec = allocation_spec(cluster, "dashed", {"a": "true"})
         done = cluster.torc("submit", spec, "--url", server, "-o", home / "out_dashed")
@@ -10688,7 +10688,7 @@ def test_the_cluster_describes_itself(cluster):
     assert "profile torctest, 2 partitions, for hosts like kl1" in done.stdout, done.stderr
     assert cluster.torc("hpc", "detect").stdout == "torctest (torctest)\n"
     done = cluster.torc("hpc", "match", "--cpus", "8")
-    assert "no partition of torctest takes 8 CPUs (debug and short: only 4 CPUs a node)" in done.stderr
+    assert "no partition of torctest accepts 8 CPUs (debug and short: only 4 CPUs a node)" in done.stderr
     cluster.run("rm", "-r", ".torc/hpc")
 
 
@@ -11418,7 +11418,7 @@ def half_done(database, size):
             torc.set_status(store, [row[0] for row in store.query(
                 "SELECT job_id FROM result WHERE workflow_id = ? AND status = ?",
                 (workflow_id, status))], status, None, code=1)
-        torc.settle(store, workflow_id)
+        torc.propagate(store, workflow_id)
     store.close()
     return workflow_id
 

@@ -62,7 +62,7 @@ MAX_BODY_BYTES = 64 * 2**20
 STDERR_TAIL_BYTES = 4096                  # of a failed job, sent with its completion
 ORPHAN_RETURN_CODE = -128                 # result of an attempt whose runner died
 LEASE_MARGIN_S = 60.0
-BUSY = "too many passwords wait to be checked"
+BUSY = "too many passwords are waiting to be checked"
 EXTENSIONS = ("runner_step", "changes", "server_info", "workflow_specs", "unfinished",
               "why", "stop_job", "release", "summary", "graph", "failures", "include_results",
               "include_counts", "search", "family", "timeline", "usage", "events_stream")
@@ -284,7 +284,7 @@ def plural(number, noun):
     return f"{number} {noun if number == 1 else several(noun)}"
 
 
-def plain_names(names, most=3):
+def join_names(names, most=3):
     """Join names as a sentence does: "a, b and 4 more"."""
     names = list(names)
     if len(names) > most:
@@ -348,7 +348,7 @@ def local_time(value):
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def without_collector(function):
+def gc_paused(function):
     """Decorate a function that creates many long-lived objects: Python's cyclic garbage collector
     would traverse them again and again, which takes a third of the time."""
     @functools.wraps(function)
@@ -364,7 +364,7 @@ def without_collector(function):
     return run
 
 
-def nearest(word, known):
+def did_you_mean(word, known):
     """The closest match for `word` in `known`, as ' (did you mean "x"?)', or ''."""
     import difflib
     names = [str(name) for name in known]
@@ -472,7 +472,7 @@ TYPES = {                                 # name: check, and what is expected in
     "str": (is_string, "a string"),
     "when": (is_string, "a string"),      # a time, but in any form
     "name": (lambda value: is_string(value) and value.strip() and "\0" not in value,
-             "a string with something in it"),
+             "a non-empty string"),
     "int": (whole(-2**63), "an integer"),
     "limit": (whole(-2**63, MAX_LIMIT), f"an integer of at most {MAX_LIMIT}"),
     "count": (whole(0), "an integer of at least 0"),
@@ -862,7 +862,7 @@ def read_value(value, kind, strict=False):
         known = more.split("|")
         if value not in known:
             raise ValueError(f"{value!r:.80} is not one of {', '.join(known)}"
-                             f"{nearest(value, known)}")
+                             f"{did_you_mean(value, known)}")
     elif kind == "part":
         return read_part(value, more, strict)
     elif kind == "parts" and isinstance(value, list):
@@ -904,7 +904,7 @@ def check_record(record, wanted, note, partial=False, strict=True, inner=False):
             except ValueError as fault:
                 note(f"{name}: {fault}", name)
         elif strict:
-            hint = f" ({HINTS[name]})" if name in HINTS else nearest(name, wanted)
+            hint = f" ({HINTS[name]})" if name in HINTS else did_you_mean(name, wanted)
             note(f"unknown field {name!r:.60}{hint}", name)
     for name, field in wanted.items():
         if field.required and not partial and record.get(name) is None:
@@ -1093,7 +1093,7 @@ def tree_faults(value, most):
             waiting += [((*path, number), inner) for number, inner in enumerate(value)][::-1]
         elif not is_json(value):
             kinds = {"str": "text that is not Unicode", "float": "a number that JSON does not have",
-                     "int": "a number of too many digits", "bytes": "binary, which JSON does not "
+                     "int": "a number with too many digits", "bytes": "binary, which JSON does not "
                      "have"}
             kind = type(value).__name__
             subject = "" if isinstance(value, int) else f"{value!r:.60} is "
@@ -1121,7 +1121,7 @@ def parse_json(path, text):
         raise SpecError([f"{path} line {error.lineno}: not JSON: {error.msg} (column "
                          f"{error.colno})"]) from None
     except ValueError:                    # Python's limit of digits
-        raise SpecError([f"{path}: a number of too many digits"]) from None
+        raise SpecError([f"{path}: a number with too many digits"]) from None
     except RecursionError:
         raise SpecError([f"{path}: nested too deeply"]) from None
 
@@ -1263,7 +1263,7 @@ def listed_values(text):
     while place < len(inner):
         match = LIST_ITEM.match(inner, place)
         if not match or match.end() == place:
-            raise ValueError(f"{text!r:.60} has an empty value or a quote too many at "
+            raise ValueError(f"{text!r:.60} has an empty value or an unmatched quote at "
                              f"{inner[place:place + 20]!r}")
         word, bare = match[match.lastindex], match.lastindex == 3
         quoted = quoted or not bare
@@ -1272,7 +1272,7 @@ def listed_values(text):
         words.append(word)
         place = match.end()
     if inner.rstrip().endswith(","):
-        raise ValueError(f"{text!r:.60} has an empty value behind its last comma")
+        raise ValueError(f"{text!r:.60} has an empty value after its last comma")
     numbers = [number_of(word) for word in words]
     return words if quoted or None in numbers else numbers
 
@@ -1321,7 +1321,7 @@ def substitute(text, values, escape=False):
         try:
             made = plain(values[name]) if layout is None else format(values[name], layout)
         except (ValueError, TypeError):
-            raise ValueError(f"{match[0]} does not suit the value {values[name]!r}") from None
+            raise ValueError(f"{match[0]} does not fit the value {values[name]!r}") from None
         return re.escape(made) if escape else made
 
     return placeholder(values).sub(put, text)
@@ -1350,7 +1350,7 @@ def own_parameters(place, record, shared):
             wanted[name] = shared[name]
         else:
             place.fault(f"use_parameters names no parameter {name!r} of the workflow"
-                        f"{nearest(name, shared)}", "use_parameters")
+                        f"{did_you_mean(name, shared)}", "use_parameters")
     wanted.update(record.pop("parameters", {}))
     for name, value in wanted.items():
         try:
@@ -1422,7 +1422,7 @@ def expanded(place, record, rows):
                 before[name].update(value)
             elif before[name] != value:
                 place.fault(f"{name} differs between combinations of parameters that all give the "
-                            f"name {one['name']!r}: put the placeholder into the name, too", name)
+                            f"name {one['name']!r}: add the placeholder to the name", name)
                 return
     for one in merged.values():
         yield {name: list(value) if isinstance(record[name], list) else value
@@ -1457,7 +1457,7 @@ def names_that_match(pattern, names):
         return json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         raise ValueError(f"{pattern!r:.80} takes more than {REGEX_S:.0f} s for {len(names)} names: "
-                         "do not repeat what repeats, as in (a+)+") from None
+                         "avoid nested repetition, as in (a+)+") from None
     except (OSError, subprocess.SubprocessError):
         return [name for name in names if search(name)]
 
@@ -1498,8 +1498,8 @@ class Reader:
                 total += many
                 waiting.append((place, record, expansion))
         if total > MAX_JOBS:              # before anything is made of it
-            self.place.inner(name, name).fault(f"{total:,} combinations of parameters in all, more "
-                                               f"than {MAX_JOBS:,}")
+            self.place.inner(name, name).fault(
+                f"{total:,} combinations of parameters in total, more than {MAX_JOBS:,}")
             return
         for place, record, expansion in waiting:
             for one in expansion:
@@ -1516,7 +1516,7 @@ class Reader:
                 self.place.faults.append((place.path, f'{kind} name "{name}" is used twice'))
             elif name == "default" and table == "resource_requirements":
                 self.place.faults.append((place.path, f'{kind} name "default" is reserved for '
-                                          "those every workflow has"))
+                                          "the ones that every workflow has"))
             rest = re.search(r"(?<!\$)\{[\w.-]+(?::[^{}]*)?\}", name)
             if rest and table in ("job", "file"):
                 place.fault(f"name: {rest[0]} is not a parameter of this {kind}", "name")
@@ -1540,7 +1540,7 @@ class Reader:
         number = self.ids[table].get(name)
         if number is None:
             place.fault(f"{field} names no {KINDS[table].name} {name!r}"
-                        f"{nearest(name, self.ids[table])}", field)
+                        f"{did_you_mean(name, self.ids[table])}", field)
         return number
 
     def _match(self, place, field, pattern, table):
@@ -1647,7 +1647,7 @@ class Reader:
             shown = names if len(names) <= 11 else [
                 *names[:5], f"... {len(names) - 10:,} more ...", *names[-5:]]
             self.place.faults.append((self.places["job"][circle[0] - 1].path,
-                                      "jobs wait for each other in a circle: "
+                                      "jobs depend on each other in a circle: "
                                       + " -> ".join(shown)))
 
 
@@ -1782,7 +1782,7 @@ def warnings_of(reader):
     return found
 
 
-@without_collector
+@gc_paused
 def read_spec(path, text=None, skip_checks=False):
     """Read, expand and check a workflow specification; returns a Spec.
 
@@ -2611,7 +2611,7 @@ class Store:
         with self._waiting_lock:
             self._listening = tuple(one for one in self._listening if one is not subscription)
 
-    def is_heard(self, workflow_id):
+    def has_listeners(self, workflow_id):
         """Whether a workflow's events have subscribers; without any, none need be created."""
         return any(one.workflow_id == workflow_id for one in self._listening)
 
@@ -2622,7 +2622,7 @@ class Store:
         """
         if len(self._events) >= EVENT_QUEUE:
             data = None
-        if self.is_heard(workflow_id):
+        if self.has_listeners(workflow_id):
             self._events.append((workflow_id, kind, severity, data, number))
 
     def _publish(self, events):
@@ -2710,7 +2710,7 @@ def workflow_of(store, kind, record_id):
     return row[0]
 
 
-def outsiders(store, table, ids, workflow_id):
+def foreign_ids(store, table, ids, workflow_id):
     """[(id, its workflow or None if it does not exist), ...] of the ids that do not belong to a
     workflow."""
     return ids and store.query(f"""
@@ -2914,18 +2914,18 @@ def listing(store, kind, page, wanted, without=(), joined="", orders=()):
 # What changes the state of jobs and workflows. Functions that write say "in a transaction": the
 # caller has opened one. Four rules hold throughout:
 # - set_status has the only UPDATE of a job's status; triggers maintain the counters (Store).
-# - Only free_jobs makes a job ready, or cancels it because of a dependency. Every change of jobs
+# - Only unblock_jobs makes a job ready, or cancels it because of a dependency. Every change of jobs
 #   ends with it, mostly as part of settle; code that wants a job to run makes it blocked.
 # - compute_node_id is the node that may still have a process of the job. A ready job with such a
 #   node is not handed out, so that no two attempts overlap.
-# - begin_anew takes jobs back, together with those that only the cascade below them canceled.
+# - reopen_jobs takes jobs back, together with those that only the cascade below them canceled.
 
 NOT_COMPLETE = f"({UNINITIALIZED}, {BLOCKED}, {READY}, {PENDING}, {RUNNING}, {PENDING_FAILED})"
 COMPLETE = f"({', '.join(str(status) for status in COMPLETE_SET)})"
 KEEP = -1                                 # as owner: the node that may have a process of the
                                           # job; as result: the one it has
 # When a blocked job j waits for its dependency p, or is canceled because of it.
-HINDERS = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_job_failure)"
+BLOCKS_JOB = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_job_failure)"
 # Of a workflow: it is canceled, or all its jobs are in the complete set or disabled.
 IS_COMPLETE = ("(is_canceled OR NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
                f" AND status IN {NOT_COMPLETE}))")
@@ -3016,7 +3016,7 @@ def refuse_archived(store, workflow_id):
 
 # ---- live events
 
-def tell_node(store, node_id, started):
+def emit_node_event(store, node_id, started):
     """In a transaction: send the event that a runner has started or stopped."""
     node = fetch(store, KINDS["compute_node"], node_id)
     names = ("num_cpus", "memory_gb", "num_gpus") if started else ("duration_seconds",)
@@ -3069,7 +3069,7 @@ ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMI
 def finish(store, workflow_id, ids, status, code=None, **more):
     """In a transaction: end jobs of a workflow with a status; more: see set_status."""
     set_status(store, ids, status, code=code, **more)
-    if not ids or not store.is_heard(workflow_id):
+    if not ids or not store.has_listeners(workflow_id):
         return
     kind, severity = f"job_{STATUS_NAMES[status]}", ENDED_SEVERITY[status]
     for job in find_jobs(store, f"id IN {IDS}", (compact(ids[:EVENT_QUEUE]),)):
@@ -3080,7 +3080,7 @@ def finish(store, workflow_id, ids, status, code=None, **more):
         store.tell(workflow_id, kind, severity, None, len(ids) - EVENT_QUEUE)
 
 
-def free_jobs(store, workflow_id):
+def unblock_jobs(store, workflow_id):
     """In a transaction: make jobs that no longer wait for anything ready, or cancel them.
 
     A blocked job without unfinished dependencies is canceled if it asks for that and one of them
@@ -3112,13 +3112,13 @@ def free_jobs(store, workflow_id):
     return freed
 
 
-def settle(store, workflow_id):
-    """In a transaction: free_jobs after a change, and news of it for waiting clients."""
-    free_jobs(store, workflow_id)
+def propagate(store, workflow_id):
+    """In a transaction: unblock_jobs after a change, and news of it for waiting clients."""
+    unblock_jobs(store, workflow_id)
     store.news(workflow_id)
 
 
-def begin_anew(store, ids, status=BLOCKED, **more):
+def reopen_jobs(store, ids, status=BLOCKED, **more):
     """In a transaction: take jobs back to a status outside the complete set, and block again the
     jobs that only their end had canceled. more: see set_status."""
     below = [row[0] for row in store.query(f"""
@@ -3133,7 +3133,7 @@ def begin_anew(store, ids, status=BLOCKED, **more):
     set_status(store, below, BLOCKED)
 
 
-def hindrances(store, where, params, limit=-1):
+def blocking_dependencies(store, where, params, limit=-1):
     """The dependencies that block or cancel jobs: [(job id, job name, id, name and status of the
     dependency), ...]; those that never end by themselves come first.
 
@@ -3143,15 +3143,16 @@ def hindrances(store, where, params, limit=-1):
         SELECT j.id, j.name, p.id, p.name, p.status FROM job j
         JOIN job_dependency d ON d.job_id = j.id
         JOIN job p ON p.id = d.depends_on_job_id
-        WHERE {where} AND {HINDERS}
+        WHERE {where} AND {BLOCKS_JOB}
         ORDER BY j.id, p.status IN ({DISABLED}, {PENDING_FAILED}) DESC, p.id
         LIMIT ?""", (*params, limit))
 
 
-def refuse_hindered(store, ids):
+def require_unblocked(store, ids):
     """Raise Invalid if one of the jobs cannot run because of a job that is not among them."""
     text = compact(list(ids))
-    for row in hindrances(store, f"j.id IN {IDS} AND p.id NOT IN {IDS}", (text, text), 1):
+    found = blocking_dependencies(store, f"j.id IN {IDS} AND p.id NOT IN {IDS}", (text, text), 1)
+    for row in found:
         raise Invalid(f'job "{row[1]}" cannot run again: it depends on "{row[3]}" (job {row[2]}), '
                       f"which is {STATUS_NAMES[row[4]]}. Retry that one, or both together")
 
@@ -3178,7 +3179,7 @@ def changes_since(store, where, params):
             WHERE {where} AND bits AND j.status NOT IN ({BLOCKED}, {READY})
             ORDER BY j.id""", params):
         parts = [part for bit, part in OUTDATED.items() if bits & bit]
-        changed[job_id] = [f"its {plain_names(parts)} changed"] if parts else []
+        changed[job_id] = [f"its {join_names(parts)} changed"] if parts else []
         if bits & RAN_AGAIN:
             changed[job_id].append((f'"{name}"' if name else "a job")
                                    + ", on which it depends, ran again")
@@ -3206,14 +3207,14 @@ def initialize_jobs(store, workflow_id, only_uninitialized=False, clear_ephemera
                       (workflow_id,))
     if only_uninitialized:
         source = DOWNSTREAM.format(f"p.workflow_id = ? AND p.status = {UNINITIALIZED}")
-        begin_anew(store, job_ids(store, f"id IN {source} AND status <> {UNINITIALIZED}",
-                                  (workflow_id,)), UNINITIALIZED)
+        reopen_jobs(store, job_ids(store, f"id IN {source} AND status <> {UNINITIALIZED}",
+                                   (workflow_id,)), UNINITIALIZED)
     open_jobs = f"status IN ({UNINITIALIZED}, {PENDING}, {RUNNING}, {TERMINATED}, {PENDING_FAILED})"
     if not only_uninitialized:            # also ended jobs that depend on open ones
         open_jobs = f"({open_jobs} OR unfinished > 0 AND status <> {BLOCKED})"
-    begin_anew(store, job_ids(store, f"workflow_id = ? AND {open_jobs}", (workflow_id,)),
-               result=None)
-    settle(store, workflow_id)
+    reopen_jobs(store, job_ids(store, f"workflow_id = ? AND {open_jobs}", (workflow_id,)),
+                result=None)
+    propagate(store, workflow_id)
     store.execute("DELETE FROM workflow_action WHERE workflow_id = ? AND is_recovery = 1",
                   (workflow_id,))
     store.execute("""
@@ -3239,10 +3240,10 @@ def derive_dependencies(store, workflow_id):
                 JOIN job_input_{what} i ON i.{key} = t.id
                 JOIN job_output_{what} o ON o.{key} = t.id
                 WHERE t.workflow_id = ?""", (workflow_id,)):
-            reshaped(store, workflow_id)
+            bump_shape(store, workflow_id)
 
 
-def reshaped(store, workflow_id):
+def bump_shape(store, workflow_id):
     """In a transaction: note that jobs or dependencies were added, deleted or renamed."""
     store.execute("UPDATE workflow SET shape = shape + 1 WHERE id = ?", (workflow_id,))
 
@@ -3265,8 +3266,8 @@ def reset_jobs(store, workflow_id, failed_only=False):
         store.execute("""
             UPDATE workflow_action SET trigger_count = 0
             WHERE workflow_id = ? AND executed = 0 AND job_ids IS NULL""", (workflow_id,))
-    begin_anew(store, chosen + below, UNINITIALIZED)
-    settle(store, workflow_id)
+    reopen_jobs(store, chosen + below, UNINITIALIZED)
+    propagate(store, workflow_id)
     return len(chosen)
 
 
@@ -3300,7 +3301,7 @@ def reset_workflow(store, workflow_id, subject, now, force):
         UPDATE workflow
         SET is_canceled = 0, is_archived = 0, has_detected_need_to_run_completion_script = 0
         WHERE id = ?""", (workflow_id,))
-    settle(store, workflow_id)
+    propagate(store, workflow_id)
     store_event(store, workflow_id, now, {
         "category": "user_action", "action": "reset_workflow_status", "user": subject,
         "workflow_id": workflow_id, "force": force})
@@ -3496,7 +3497,7 @@ def take_completion(store, workflow_id, run_id, node_id, done, job):
     revives = lost and same and job.status == FAILED and not job.compute_node_id
     if mine and same and at_work or revives:
         if revives:
-            begin_anew(store, [job.id], RUNNING)
+            reopen_jobs(store, [job.id], RUNNING)
         apply_completion(store, job, values, store_result(store, values, replace=bool(earlier)))
         return True
     if lost or not earlier:
@@ -3506,13 +3507,13 @@ def take_completion(store, workflow_id, run_id, node_id, done, job):
             WHERE j.id = ?""", (job.id,))
         result_id = store_result(store, values, replace=lost)
         if same if not counting else counting == (done["run_id"], done["attempt_id"]):
-            judge_by(store, job.id, result_id)
+            set_current_result(store, job.id, result_id)
     if mine and not at_work:              # otherwise the node has its next attempt
-        disown(store, [job])
+        release_jobs(store, [job])
     return mine and not at_work
 
 
-def judge_by(store, job_id, result_id):
+def set_current_result(store, job_id, result_id):
     """In a transaction: make another result the one that counts, without changing the status."""
     store.execute("UPDATE job SET result_id = ? WHERE id = ?", (result_id, job_id))
 
@@ -3529,7 +3530,7 @@ def apply_completion(store, job, values, result):
                values["return_code"], owner=None, result=result)
 
 
-def disown(store, jobs):
+def release_jobs(store, jobs):
     """In a transaction: note that no process of these jobs is left, so that they can be claimed."""
     if jobs:
         store.execute(f"UPDATE job SET compute_node_id = NULL WHERE id IN {IDS}",
@@ -3544,10 +3545,10 @@ def take_starts(store, run_id, node_id, starts, owned, now):
     set_status(store, begun, RUNNING, node_id, started_ms=int(now * 1000))
     for job_id in begun:
         owned[job_id] = owned[job_id]._replace(status=RUNNING)
-        tell_started(store, owned[job_id], node_id, run_id)
+        emit_job_started(store, owned[job_id], node_id, run_id)
 
 
-def tell_started(store, job, node_id, run_id):
+def emit_job_started(store, job, node_id, run_id):
     """In a transaction: a job has begun to run."""
     store.tell(job.workflow_id, "job_started", "info", {
         "job_id": job.id, "job_name": job.name, "compute_node_id": node_id, "run_id": run_id})
@@ -3576,7 +3577,7 @@ def compare_held(store, workflow_id, owned, held):
         (compact([job_id for job_id, _ in strays]), workflow_id)))
     known = {job_id for job_id, _ in held}
     unknown = [job for job in owned.values() if job.id not in known]
-    disown(store, [job for job in unknown if job.status not in (PENDING, RUNNING)])
+    release_jobs(store, [job for job in unknown if job.status not in (PENDING, RUNNING)])
     return [{"job_id": job_id, "attempt_id": attempt_id,
              "status": STATUS_NAMES[statuses[job_id]] if job_id in statuses else "deleted"}
             for job_id, attempt_id in strays], [job.id for job in unknown if job.status == PENDING]
@@ -3639,7 +3640,7 @@ def runner_step(store, workflow_id, step, now):
                 owned.pop(done["job_id"], None)
         back = [job["job_id"] for job in step.get("returns", ()) if is_new and is_claim(owned, job)]
         set_status(store, back, BLOCKED, None)
-        freed = free_jobs(store, workflow_id) if completions or back else []
+        freed = unblock_jobs(store, workflow_id) if completions or back else []
         for job_id in back:
             owned.pop(job_id, None)
         if not replay:
@@ -3691,7 +3692,7 @@ def close_node(store, node_id, now):
             UPDATE compute_node
             SET is_active = 0, duration_seconds = ? - strftime('%s', start_time)
             WHERE id = ? AND is_active = 1""", (round(now, 3), node_id)):
-        tell_node(store, node_id, started=False)
+        emit_node_event(store, node_id, started=False)
     store.execute(f"""
         UPDATE job SET compute_node_id = NULL
         WHERE compute_node_id = ? AND status NOT IN ({PENDING}, {RUNNING})""", (node_id,))
@@ -3725,8 +3726,8 @@ def release_node(store, node_id, now, evidence, ended=None):
     workflow_id, step = store.one(
         "SELECT workflow_id, coalesce(step, 0) FROM compute_node WHERE id = ?", (node_id,))
     if evidence.step is not None and step > evidence.step:
-        raise Conflict(f"the runner of compute node {node_id} is alive: it has spoken since it was "
-                       f"taken for dead ({evidence.text})")
+        raise Conflict(f"the runner of compute node {node_id} is alive: it has reported since it "
+                       f"was declared dead ({evidence.text})")
     store.execute("UPDATE compute_node SET death = ? WHERE id = ?", (compact({
         "kind": evidence.kind, "time": iso_time(now), "text": evidence.text}), node_id))
     run_id = workflow_row(store, workflow_id, "run_id")[0]
@@ -3747,7 +3748,7 @@ def release_node(store, node_id, now, evidence, ended=None):
             set_status(store, [job.id], BLOCKED, None, again=1, result=result)
             requeued.append(job.id)
     close_node(store, node_id, now)
-    settle(store, workflow_id)
+    propagate(store, workflow_id)
     return requeued, len(owned) - len(requeued)
 
 
@@ -3802,10 +3803,10 @@ def complete_job(store, job_id, status, run_id, body):
     if job.status in (DISABLED, PENDING_FAILED):
         raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}")
     if job.status not in (PENDING, RUNNING):
-        begin_anew(store, [job_id], PENDING)         # unclaimed, or canceled by the cascade
+        reopen_jobs(store, [job_id], PENDING)        # unclaimed, or canceled by the cascade
     finish(store, job.workflow_id, [job_id], status, body["return_code"],
            result=store_result(store, body))
-    settle(store, job.workflow_id)
+    propagate(store, job.workflow_id)
 
 
 def start_job(store, job_id, run_id, node_id, now):
@@ -3819,7 +3820,7 @@ def start_job(store, job_id, run_id, node_id, now):
         raise Invalid(f"compute node {node_id} belongs to workflow {known[1]}, not to workflow "
                       f"{job.workflow_id}")
     set_status(store, [job_id], RUNNING, known and known[0], started_ms=int(now * 1000))
-    tell_started(store, job, node_id, run_id)
+    emit_job_started(store, job, node_id, run_id)
 
 
 def check_run(store, workflow_id, run_id):
@@ -3844,9 +3845,9 @@ def manage_status(store, job_id, status, run_id):
         ids += job_ids(store, "id IN (SELECT job_id FROM job_dependency WHERE depends_on_job_id ="
                        f" ?) AND status IN ({COMPLETED}, {FAILED})", (job_id,))
     if status == READY:
-        refuse_hindered(store, ids)
-    begin_anew(store, ids, BLOCKED if status == READY else status)
-    settle(store, job.workflow_id)
+        require_unblocked(store, ids)
+    reopen_jobs(store, ids, BLOCKED if status == READY else status)
+    propagate(store, job.workflow_id)
 
 
 def retry_job(store, job_id, run_id, now, max_retries):
@@ -3863,9 +3864,9 @@ def retry_job(store, job_id, run_id, now, max_retries):
                       "terminated jobs can be retried")
     if job.attempt_id >= max_retries:
         raise Invalid(f"job {job_id} has had {job.attempt_id} attempts of {max_retries}")
-    refuse_hindered(store, [job_id])
-    begin_anew(store, [job_id], again=1)
-    settle(store, job.workflow_id)
+    require_unblocked(store, [job_id])
+    reopen_jobs(store, [job_id], again=1)
+    propagate(store, job.workflow_id)
     store_event(store, job.workflow_id, now, {
         "event_type": "job_retried", "job_id": job_id, "job_name": job.name, "run_id": run_id,
         "previous_attempt": job.attempt_id, "new_attempt": job.attempt_id + 1,
@@ -3875,16 +3876,17 @@ def retry_job(store, job_id, run_id, now, max_retries):
 def stop_job(store, job_id, status):
     """In a transaction: cancel or terminate a job; its runner is told to end the process.
 
-    Dependents follow the rules of free_jobs. Raises NotFound; Invalid if it has ended already.
+    Dependents follow the rules of unblock_jobs. Raises NotFound; Invalid if it has ended already.
     """
     job = job_row(store, job_id)
     refuse_archived(store, job.workflow_id)
     if status not in (CANCELED, TERMINATED):
-        raise Invalid(f"a job is stopped as canceled or terminated, not as {STATUS_NAMES[status]}")
+        raise Invalid("a job can be stopped as canceled or terminated, not as "
+                      f"{STATUS_NAMES[status]}")
     if job.status in COMPLETE_SET:
         raise Invalid(f"job {job_id} has already ended ({STATUS_NAMES[job.status]})")
     finish(store, job.workflow_id, [job_id], status, result=None)
-    settle(store, job.workflow_id)
+    propagate(store, job.workflow_id)
 
 
 def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
@@ -3906,17 +3908,17 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
         source = DOWNSTREAM.format(f"p.id IN {IDS}")
         again += job_ids(store, f"id IN {source} AND status IN {RAN} AND id NOT IN {IDS}",
                          (compact(ids), compact(ids)))
-    refuse_hindered(store, again)
+    require_unblocked(store, again)
     jobs = find_jobs(store, f"id IN {IDS}", (compact(again),))
     if not dry_run:
-        begin_anew(store, again, again=1, result=None)
-        settle(store, workflow_id)
+        reopen_jobs(store, again, again=1, result=None)
+        propagate(store, workflow_id)
     return jobs
 
 
 # ---- creating and deleting records
 
-def taken_name(store, workflow_id, names):
+def find_duplicate_name(store, workflow_id, names):
     """A row with one of the names that a job of the workflow has already, or a false value."""
     return store.one("SELECT 1 FROM job WHERE workflow_id = ? LIMIT 1", (workflow_id,)) and (
         store.one("""
@@ -3938,7 +3940,7 @@ def insert_jobs(store, jobs):
     workflow_id = jobs[0]["workflow_id"] if jobs else 0
     from collections import Counter
     names = Counter(job["name"] for job in jobs)
-    twice = [name for name, number in names.items() if number > 1] or taken_name(
+    twice = [name for name, number in names.items() if number > 1] or find_duplicate_name(
         store, workflow_id, list(names))
     if twice:
         raise Conflict(f'job name "{twice[0]:.80}" is used twice in workflow {workflow_id}')
@@ -3949,7 +3951,7 @@ def insert_jobs(store, jobs):
         if job.get("scheduler_id") == 0:  # means none
             del job["scheduler_id"]
     ids = add_many(store, KINDS["job"], jobs)
-    reshaped(store, workflow_id)
+    bump_shape(store, workflow_id)
     store.news(workflow_id)
     return ids
 
@@ -3959,11 +3961,11 @@ def process_changed_job_inputs(store, workflow_id, dry_run):
     changed (ours)."""
     changed = changes_since(store, "j.workflow_id = ?", (workflow_id,))
     if not dry_run:
-        begin_anew(store, list(changed), UNINITIALIZED)
-        settle(store, workflow_id)
+        reopen_jobs(store, list(changed), UNINITIALIZED)
+        propagate(store, workflow_id)
     jobs = find_jobs(store, f"id IN {IDS}", (compact(list(changed)),))
     return {"reinitialized_jobs": [job.name for job in jobs],
-            "reasons": {str(job.id): plain_names(changed[job.id]) for job in jobs}}
+            "reasons": {str(job.id): join_names(changed[job.id]) for job in jobs}}
 
 
 def add_scheduled_node(store, body, once, action_id=None):
@@ -4016,8 +4018,8 @@ def delete_records(store, kind, workflow_id, **wanted):
     belongs to them; dependents of deleted jobs no longer wait for them. Returns how many."""
     number = remove(store, kind, workflow_id=workflow_id, **wanted)
     if kind.table in ("job", "resource_requirements"):       # whose jobs go, too
-        settle(store, workflow_id)
-        reshaped(store, workflow_id)
+        propagate(store, workflow_id)
+        bump_shape(store, workflow_id)
     store.news(workflow_id)
     return number
 
@@ -4123,7 +4125,7 @@ MS = "round((julianday({0}) - 2440587.5) * 86400000)"           # a text's time,
 DONE_SET = (*COMPLETE_SET, DISABLED)
 STATUS_NAME = "CASE {}.status %s END" % " ".join(        # SQL for the status of a table, in words
     f"WHEN {status} THEN '{name}'" for status, name in enumerate(STATUS_NAMES))
-STATUS_PAST = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was terminated"}
+STATUS_VERBS = {FAILED: "failed", CANCELED: "was canceled", TERMINATED: "was terminated"}
 
 
 def span(seconds):
@@ -4193,7 +4195,7 @@ def nodes_of(store, workflow_id, which="is_active = 1 ORDER BY id", now=0):
         """, {"workflow": workflow_id, "now": now * 1000})]
 
 
-def misfits(need, cpus, memory_bytes, gpus, nodes):
+def shortfalls(need, cpus, memory_bytes, gpus, nodes):
     """What a requirement (a record) needs and a machine lacks: [(needed, what it has), ...]."""
     pairs = (("num_gpus", gpus, "GPU"), ("num_cpus", cpus, "CPU"), ("num_nodes", nodes, "node"))
     found = [(plural(need[name], word), str(have)) for name, have, word in pairs
@@ -4208,7 +4210,7 @@ def unfit(store, need_id, nodes):
     """(record, (what it needs, the most that any node has)) of requirements that fit none of the
     nodes, None if they fit one."""
     need = fetch(store, KINDS["resource_requirements"], need_id)
-    lacks = [misfits(need, one.cpus // one.nodes, one.memory, one.gpus, one.nodes)
+    lacks = [shortfalls(need, one.cpus // one.nodes, one.memory, one.gpus, one.nodes)
              for one in nodes]
     return (need, max((lack[0] for lack in lacks), key=lambda pair: (len(pair[1]), pair[1]))) \
         if lacks and all(lacks) else None
@@ -4221,11 +4223,11 @@ def blockers(store, workflow_id, nodes):
     attempt is still being stopped; "unfit" (facts: see unfit); "busy" for all others (facts: CPUs
     in use, CPUs in all, runners). nodes: see nodes_of.
     """
-    wants = store.query(f"""
+    has_flag = store.query(f"""
         SELECT resource_requirements_id, count(*), count(compute_node_id) FROM job
         WHERE workflow_id = ? AND status = {READY}
         GROUP BY 1""", (workflow_id,))
-    number, stopping = (sum(row[place] for row in wants) for place in (1, 2))
+    number, stopping = (sum(row[place] for row in has_flag) for place in (1, 2))
     if workflow_row(store, workflow_id, "is_canceled")[0]:
         return [("canceled", number, None)]
     if not nodes:
@@ -4233,7 +4235,7 @@ def blockers(store, workflow_id, nodes):
             SELECT count(*) FROM scheduled_compute_node
             WHERE workflow_id = ? AND status = 'pending'""", (workflow_id,))[0])]
     found = [("stopping", stopping, None)] if stopping else []
-    found += [("unfit", count - held, facts) for need_id, count, held in wants if count > held
+    found += [("unfit", count - held, facts) for need_id, count, held in has_flag if count > held
               for facts in (unfit(store, need_id, nodes),) if facts]
     rest = number - sum(count for _, count, _ in found)
     if rest > 0:
@@ -4250,7 +4252,7 @@ def blocker_text(cause, number, facts):
     if cause == "canceled":
         return "the workflow is canceled"
     if cause == "no runner":
-        return (f"{plural(facts, 'allocation')} of Slurm must begin first" if facts
+        return (f"{plural(facts, 'allocation')} of Slurm must start first" if facts
                 else "no runner is active: run here, or submit to Slurm")
     if cause == "stopping":
         return "an earlier attempt is still being stopped"
@@ -4261,7 +4263,7 @@ def blocker_text(cause, number, facts):
     busy, cpus, runners = facts
     whose = "the runner" if runners == 1 else f"the {runners} runners"
     return (f"every CPU of {whose} is busy" if busy >= cpus else
-            f"a free place on {whose} is needed ({busy} of {cpus} CPUs are busy)")
+            f"a free slot on {whose} is needed ({busy} of {cpus} CPUs are busy)")
 
 
 def unfinished(store, workflow_id):
@@ -4337,7 +4339,7 @@ def why(store, job_id):
                 + (f" ({meaning})" if meaning else "")
                 + f" on {node_name(store, node_id)} at {when} (run {run}, attempt {attempt})"
                 + (f": {last[0]}" if last else "") + (
-                    f". Since then {plain_names(changed)}: torc workflows reinit "
+                    f". Since then {join_names(changed)}: torc workflows reinit "
                     f"{job.workflow_id} runs it again" if changed else ""))
     if job.cascaded:
         return f"it was canceled because {bad_dependency(store, job_id)}"
@@ -4352,18 +4354,18 @@ def why(store, job_id):
                  f"{job.attempt_id})",
         CANCELED: "it was canceled by a user"
                   + (", as was the whole workflow" if canceled else ""),
-        DISABLED: "it is disabled, so it never runs and what depends on it waits for ever",
-    }.get(job.status, f"it is {STATUS_NAMES[job.status]}; no result is kept")
+        DISABLED: "it is disabled, so it never runs, and its dependents wait forever",
+    }.get(job.status, f"it is {STATUS_NAMES[job.status]}; there is no result")
 
 
 def why_blocked(store, job):
     """What a blocked job waits for."""
-    rows = hindrances(store, f"j.id = ? AND p.status NOT IN {COMPLETE}", (job.id,))
+    rows = blocking_dependencies(store, f"j.id = ? AND p.status NOT IN {COMPLETE}", (job.id,))
     named = [f'"{name}" (job {job_id}, {STATUS_NAMES[status]})'
              for _, _, job_id, name, status in rows]
     if not named and workflow_row(store, job.workflow_id, "is_canceled")[0]:
         return restart_text(job.workflow_id)
-    return f"it waits for {plain_names(named, 4)}" if named else \
+    return f"it waits for {join_names(named, 4)}" if named else \
         "it is blocked, though it waits for no job"
 
 
@@ -4403,7 +4405,7 @@ def why_ready(store, job):
         WHERE me.id = ? AND j.workflow_id = me.workflow_id AND j.status = {READY}
             AND (j.priority > me.priority OR (j.priority = me.priority AND j.id < me.id))""",
         (job.id,))[0]
-    return f"it is ready and waits for a free place; {plural(ahead, 'job')} ahead of it"
+    return f"it is ready and waits for a free slot; {plural(ahead, 'job')} ahead of it"
 
 
 def bad_dependency(store, job_id):
@@ -4421,7 +4423,7 @@ def bad_dependency(store, job_id):
         LIMIT 1""", (job_id,))
     if not row:
         return "a job it depends on ended unsuccessfully"
-    return f'"{row[1]}" (job {row[0]}), on which it depends, {STATUS_PAST[row[2]]}'
+    return f'"{row[1]}" (job {row[0]}), on which it depends, {STATUS_VERBS[row[2]]}'
 
 
 def node_name(store, node_id):
@@ -4525,14 +4527,14 @@ class Families:
 
 
 # For the most recently used workflows. Stores are compared by identity.
-KEPT_FAMILIES = functools.lru_cache(4)(Families)
+FAMILIES_CACHE = functools.lru_cache(4)(Families)
 
 
 def families_of(store, workflow_id):
     """The Families of a workflow with the times of all results, computed once if several ask."""
     shape, = workflow_row(store, workflow_id, "shape")
     with store.keeping:
-        families = KEPT_FAMILIES(store, workflow_id, shape)
+        families = FAMILIES_CACHE(store, workflow_id, shape)
         families.read_results(store)
     return families
 
@@ -4625,11 +4627,11 @@ def waiting_families(counted):
 def waiting_jobs(store, workflow_id):
     """Why blocked jobs of a small workflow wait: [(jobs, sentence), ...], by what they wait for."""
     waits, bad, names, order = {}, {}, {}, {}
-    for job_id, name, before, before_name, status in hindrances(
+    for job_id, name, before, before_name, status in blocking_dependencies(
             store, f"j.workflow_id = ? AND j.status = {BLOCKED}", (workflow_id,)):
         names[job_id] = name
         if status in COMPLETE_SET:
-            bad.setdefault(job_id, f"{before_name} {STATUS_PAST[status]}")
+            bad.setdefault(job_id, f"{before_name} {STATUS_VERBS[status]}")
         else:
             waits.setdefault(job_id, {})[before] = before_name
     doomed, more = set(bad), set(bad)
@@ -4643,7 +4645,7 @@ def waiting_jobs(store, workflow_id):
     rows = []
     for (before, cause, ends), members in order.items():
         one = len(members) == 1
-        text = f"{plain_names(members)} {'waits' if one else 'wait'} for {plain_names(before)}"
+        text = f"{join_names(members)} {'waits' if one else 'wait'} for {join_names(before)}"
         it = "it" if one else "they"
         if cause:
             text += f"; {cause}, so {it} will be canceled then"
@@ -4683,7 +4685,7 @@ def runners_text(nodes):
     if not nodes:
         return "none"
     hosts = list(dict.fromkeys(one.host for one in nodes))
-    where = f"{hosts[0]} to {hosts[-1]}" if len(hosts) > 3 else plain_names(hosts)
+    where = f"{hosts[0]} to {hosts[-1]}" if len(hosts) > 3 else join_names(hosts)
     return f"{len(nodes)} on {where}, {plural(sum(one.cpus for one in nodes), 'CPU')}"
 
 
@@ -4758,14 +4760,14 @@ def job_views(store, ids, now):
         elif status == "blocked":
             view["note"] = f"waits for {waits:,} jobs"
         elif status == "ready":
-            view["note"] = "waits for a free place"
+            view["note"] = "waits for a free slot"
         hindered += [view["id"]] if cascaded or status == "blocked" and waits == 1 else []
         view["family"] = family_name(view["name"])
         views[view["id"]] = view
-    for job_id, _, _, name, status in reversed(hindrances(
+    for job_id, _, _, name, status in reversed(blocking_dependencies(
             store, f"j.id IN {IDS} AND (j.cascaded OR p.status NOT IN {COMPLETE})",
             (compact(hindered),))):
-        views[job_id]["note"] = f"{name} {STATUS_PAST[status]}" if status in STATUS_PAST \
+        views[job_id]["note"] = f"{name} {STATUS_VERBS[status]}" if status in STATUS_VERBS \
             else f"waits for {name}"
     return views
 
@@ -4877,9 +4879,9 @@ def data_nodes(store, workflow_id, nodes):
             if made or read:
                 key = f"{kind}:{record_id}"
                 ways[key] = made, read
-                said = [f"made by {plain_names(names[one] for one in made)}" if made else
-                        "no job makes it"]
-                said += [f"read by {plain_names(names[one] for one in read)}"] if read else []
+                said = [f"made by {join_names(names[one] for one in made)}" if made else
+                        "no job creates it"]
+                said += [f"read by {join_names(names[one] for one in read)}"] if read else []
                 found.append({"id": key, "kind": kind, "name": name, "status": kind, "sub": "",
                               "why": ", ".join([more] * (more != name) + said),
                               "href": f"#/w/{workflow_id}/jobs/{(made or read)[0]}"})
@@ -4929,7 +4931,7 @@ def graph_around(store, workflow_id, job_id, now, most=5):
 
 # ---- failures
 
-BAD_END = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
+UNSUCCESSFUL_SQL = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
 
 
 class Failure(NamedTuple):
@@ -4958,7 +4960,7 @@ def failed_jobs(store, where, params):
             substr(r.stderr_tail, -400), q.memory_bytes, q.runtime_s, q.name
         FROM job t {ENDED}
         JOIN resource_requirements q ON q.id = t.resource_requirements_id
-        WHERE {where} AND t.status IN {BAD_END}
+        WHERE {where} AND t.status IN {UNSUCCESSFUL_SQL}
         ORDER BY r.id DESC
         LIMIT ?""", params)]
 
@@ -4972,7 +4974,7 @@ def failures(store, workflow_id, most=5000, group=None):
     codes = exit_codes(store, workflow_id)
     total, downstream = store.one(f"""
         SELECT
-            (SELECT count(*) FROM job WHERE workflow_id = ? AND status IN {BAD_END}),
+            (SELECT count(*) FROM job WHERE workflow_id = ? AND status IN {UNSUCCESSFUL_SQL}),
             (SELECT total(cascaded) FROM job WHERE workflow_id = ? AND status = {CANCELED})""",
         (workflow_id, workflow_id))
     groups, answer = {}, []
@@ -5004,10 +5006,10 @@ def failure_group(store, members, codes):
     tail = store.one("SELECT stderr_tail FROM result WHERE id = ?", (first.result_id,))
     return {"count": len(jobs), "status": STATUS_NAMES[first.status], "line": line,
             "cause": exit_text(first.code, codes, first.status) if first.code is not None
-            else "no result is kept", "verdict": verdict, "remedy": remedy, "advice": advice,
-            "family": plain_names(families), "first_ms": min(ended, default=None),
+            else "there is no result", "verdict": verdict, "remedy": remedy, "advice": advice,
+            "family": join_names(families), "first_ms": min(ended, default=None),
             "last_ms": max(ended, default=None),
-            "hosts": f"{len(hosts)} nodes" if len(hosts) > 3 else plain_names(hosts) if hosts
+            "hosts": f"{len(hosts)} nodes" if len(hosts) > 3 else join_names(hosts) if hosts
             else "no node", "jobs": [{"id": one.job_id, "name": one.name} for one in jobs[:3]],
             "tail": (tail[0] if tail else "") or ""}
 
@@ -5033,14 +5035,14 @@ def failure_remedy(jobs, codes):
                 f"Asked for nothing and {held}.")
     late = known and ran > 0.9 * one.runtime_s
     if one.code == codes["time"] and not late:
-        return ("lost", "Rerun these…", "The time of the runner or allocation was up.")
+        return ("lost", "Rerun these…", "The runner or allocation ran out of time.")
     if late and (one.code == codes["time"] or one.status != FAILED):
         more = max(1, math.ceil(1.4 * max(ran, one.runtime_s) / 60))
         return ("runtime", f"Rerun with {more} min…", f"Ran into the runtime of "
                 f"{span(one.runtime_s)} asked for.")
     if one.code == ORPHAN_RETURN_CODE:
-        return ("lost", "Rerun these…", "Their runner died: nothing says that the jobs are bad."
-                if len(jobs) > 1 else "Its runner died: nothing says that the job is bad.")
+        return ("lost", "Rerun these…", "Their runner died; the jobs themselves may be fine."
+                if len(jobs) > 1 else "Its runner died; the job itself may be fine.")
     missing = {126: "The command cannot be executed: is the file executable?",
                127: "The command was not found: a module that is not loaded, or a wrong path."}
     return "unknown", "Rerun these…", missing.get(one.code, alike)
@@ -5049,7 +5051,7 @@ def failure_remedy(jobs, codes):
 # ---- over time
 
 MAX_BARS = 2000                           # jobs that a timeline shows one by one
-LEAST_BINS = 120                          # of a timeline: shorter gaps inside of one are not seen
+MIN_BINS = 120                            # of a timeline: shorter gaps inside of one are not seen
 MAX_BINS = 2000
 
 
@@ -5153,7 +5155,7 @@ def timeline(store, workflow_id, now, begin=None, end=None, bins=300, jobs=True)
     cause, the longest first. jobs: show each if they are not too many.
     """
     bins = max(2, min(MAX_BINS, bins))
-    finer = -(-LEAST_BINS // bins)
+    finer = -(-MIN_BINS // bins)
     window, nodes = stretch(store, workflow_id, begin, end, now, bins * finer)
     lanes = lanes_of(store, workflow_id, window, nodes, now)
     single = jobs and sum(lane.ran for lane in lanes.values()) <= MAX_BARS
@@ -5188,7 +5190,8 @@ def runner_lane(store, workflow_id, window, node, spans, means):
              for since, to, after in sorted(gaps, key=lambda gap: gap[0] - gap[1])[:5]
              if to - since >= least]
     if not node.active and down < window.end - least:
-        shown.append({"from": int(down), "to": int(window.end), "text": gone_text(store, node.id)})
+        shown.append({"from": int(down), "to": int(window.end),
+                      "text": departure_text(store, node.id)})
     return {"id": node.id, "name": node.host, "cpus": node.cpus, "active": bool(node.active),
             "start": int(start), "end": int(max(start, stop)), "gaps": shown,
             "idle_s": round(sum(to - since for since, to, _ in gaps) / 1000, 1),
@@ -5246,7 +5249,7 @@ def gap_cause(store, workflow_id, node, first, last):
         "nothing is ready" if node.active else "nothing was ready")
 
 
-def gone_text(store, node_id):
+def departure_text(store, node_id):
     """What happened to a runner that is gone."""
     lost = store.one("SELECT count(*) FROM result WHERE compute_node_id = ? AND return_code = ?",
                      (node_id, ORPHAN_RETURN_CODE))[0]
@@ -5336,7 +5339,7 @@ def requirement_advice(row, ended, of_memory, of_time):
     if not ended:
         return "uninitialized", "Nothing has run yet"
     if row["name"] == "default":
-        return "completed", "Nothing was asked for, so nothing is limited"
+        return "completed", "Nothing was requested, so nothing is limited"
     if of_memory or of_time:
         short = [f"{number:,} ran out of {what}" for number, what in (
             (of_memory, "memory"), (of_time, "time")) if number]
@@ -5351,7 +5354,7 @@ def requirement_advice(row, ended, of_memory, of_time):
     return "completed", "Fits"
 
 
-def why_answer(store, job_id):
+def explain_job(store, job_id):
     """One sentence: why a job is not running, or how it ended (ours)."""
     job = job_row(store, job_id)
     answer = {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
@@ -5467,8 +5470,8 @@ HASH_QUEUE = 1000                         # attempts that may wait for a hash in
 LANE_QUEUE = 2                            # of one user name from one address: a short line that
                                           # is hard to join beats a long one for who tries again
 FORGET_FAILURES_S = 60.0
-LONGEST_DELAY_S = 2.0
-REMEMBERED = 10_000                       # wrong attempts, failing lanes
+MAX_DELAY_S = 2.0
+MAX_REMEMBERED = 10_000                   # wrong attempts, failing lanes
 
 
 # ---- password hashes
@@ -5553,7 +5556,7 @@ class PasswordFile:
         except FileNotFoundError:
             if not absent:
                 raise Unreachable(f"password file {path} does not exist: torc-htpasswd add --file "
-                                  f"{path} USER makes it") from None
+                                  f"{path} USER creates it") from None
             self.signature, self.lines = None, []
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", error)
@@ -5654,7 +5657,7 @@ class Verdict(NamedTuple):
 NOBODY = Verdict("nobody")
 
 
-MAX_TOLD = 10                             # lines a minute on wrong passwords
+MAX_LOGGED = 10                           # lines a minute on wrong passwords
 
 
 class Guess(NamedTuple):
@@ -5726,7 +5729,7 @@ class Gate:
                       + f": {plural(len(self.file.users), 'user')}"
                       + "".join(f"; {fault}" for fault in faults))
         except (OSError, Unreachable) as error:
-            self.warn(f"the users stay as they were: {error}")
+            self.warn(f"the users are unchanged: {error}")
 
     # -- judging
 
@@ -5769,19 +5772,19 @@ class Gate:
             number, last = self.failures.pop(lane, (0, now))
             number = number + 1 if now - last < FORGET_FAILURES_S else 1
             self.failures[lane] = number, now
-            if len(self.failures) > REMEMBERED:
+            if len(self.failures) > MAX_REMEMBERED:
                 self.failures.popitem(last=False)
         self.tell_wrong(user, address, now)
-        return Verdict("wrong", None, b"", min(LONGEST_DELAY_S, 0.05 * 2**min(number, 10)))
+        return Verdict("wrong", None, b"", min(MAX_DELAY_S, 0.05 * 2**min(number, 10)))
 
     def tell_wrong(self, user, address, now):
         """Log wrong credentials: ten lines a minute, then how many more there were."""
         if now - self.told_since >= 60:
-            if self.told > MAX_TOLD:
-                self.warn(f"wrong passwords: {self.told - MAX_TOLD} more within a minute")
+            if self.told > MAX_LOGGED:
+                self.warn(f"wrong passwords: {self.told - MAX_LOGGED} more within a minute")
             self.told_since, self.told = now, 0
         self.told += 1
-        if self.told <= MAX_TOLD:
+        if self.told <= MAX_LOGGED:
             self.warn(f"wrong password for user {clean(user):.80} from {address}")
 
     # -- hashing
@@ -5835,7 +5838,7 @@ class Gate:
                     self.proven[attempt.user] = attempt.hashed, digest, now + self.ttl_s
                 else:
                     self.refuted[digest] = True
-                    if len(self.refuted) > REMEMBERED:
+                    if len(self.refuted) > MAX_REMEMBERED:
                         self.refuted.popitem(last=False)
             for callback in attempt.callbacks:
                 callback(Verdict("known", attempt.user) if good
@@ -5988,7 +5991,7 @@ WHOLE = int, r"[-+]?\d{1,18}"
 NUMBERS = {"int": WHOLE, "limit": WHOLE, "float": (float, r"-?\d{1,16}(\.\d+)?")}
 
 
-def read_word(kind, text, place):
+def parse_value(kind, text, place):
     """The value of a string in a path or query. Raises BadRequest, Invalid.
 
     place: how the error names what is not of its type.
@@ -6027,8 +6030,8 @@ def read_query(wanted, query):
         elif len(given) > 1:
             raise BadRequest(f"query parameter {field.name} is given {len(given)} times")
         elif given:
-            value = read_word(field.type, given[0],
-                              f"query parameter {field.name}={given[0]!r:.80}")
+            value = parse_value(field.type, given[0],
+                                f"query parameter {field.name}={given[0]!r:.80}")
         if value is not None:
             values[field.spec or field.name] = value
     return values
@@ -6133,7 +6136,7 @@ def create_workflow(request, body):
     return {**values, "id": workflow_id, "status_id": workflow_id, "timestamp": timestamp}
 
 
-def seen_workflows(store, records, include_counts):
+def workflow_views(store, records, include_counts):
     """Workflows as clients see them; include_counts adds how far each is (ours)."""
     far = progress(store, [one["id"] for one in records]) if include_counts else {}
     return [{**one, "status_id": one["id"], **far.get(one["id"], {})} for one in records]
@@ -6141,7 +6144,7 @@ def seen_workflows(store, records, include_counts):
 
 def get_workflow(store, workflow_id, include_counts=False):
     """One workflow."""
-    return seen_workflows(store, [fetch(store, KINDS["workflow"], workflow_id)],
+    return workflow_views(store, [fetch(store, KINDS["workflow"], workflow_id)],
                           include_counts)[0]
 
 
@@ -6159,7 +6162,7 @@ def list_workflows(request, query):
     if request.access.enforced and not is_admin(request.store, request.user):
         wanted["usable_by"] = request.user
     answer = listing(request.store, KINDS["workflow"], request.page, wanted)
-    return {**answer, "items": seen_workflows(request.store, answer["items"],
+    return {**answer, "items": workflow_views(request.store, answer["items"],
                                               query["include_counts"])}
 
 
@@ -6197,7 +6200,7 @@ def update_workflow_status(store, workflow_id, body):
     """Set run number and flags; a flag left out becomes false, as upstream."""
     change(store, WORKFLOW_STATUS, workflow_id, {
         "is_archived": False, "has_detected_need_to_run_completion_script": False, **body})
-    settle(store, workflow_id)
+    propagate(store, workflow_id)
     return {**body, "id": workflow_id}
 
 
@@ -6223,7 +6226,7 @@ def initialize(store, workflow_id, subject, only_uninitialized, clear_ephemeral_
 
 # ---- a whole specification at once
 
-@without_collector
+@gc_paused
 def create_from_spec(request, store, body):
     """A workflow with all its records from one body, in one transaction (ours).
 
@@ -6238,17 +6241,17 @@ def create_from_spec(request, store, body):
         ids[table] = range(first, first + len(records))
         for record in records:
             record["workflow_id"] = workflow_id
-        give_ids(records, KINDS[table].fields, ids)
+        replace_ids(records, KINDS[table].fields, ids)
         insert_jobs(store, records) if table == "job" else add_many(store, KINDS[table], records)
     for action in body.get("actions", ()):
         check_action(action)
-        give_ids([action], PARTS["new_action"].values(), ids)
-        give_ids([action["action_config"]], PARTS["allocations"].values(), ids)
+        replace_ids([action], PARTS["new_action"].values(), ids)
+        replace_ids([action["action_config"]], PARTS["allocations"].values(), ids)
         add_action(store, workflow_id, action)
     return {"id": workflow_id, "name": workflow["name"], "jobs": len(ids["job"])}
 
 
-def give_ids(records, wanted, ids):
+def replace_ids(records, wanted, ids):
     """Put the ids that records of a specification get in place of their own ones. ids: {table: new
     ids}. Raises Invalid."""
     refer = [field for field in wanted if field.refers in ids]
@@ -6289,7 +6292,7 @@ def create_bulk_jobs(request, body):
     if len(owners) > 1:
         raise Invalid(f"the jobs belong to different workflows: {owners[0]} and {owners[1]}")
     for workflow_id in owners:
-        request = admitted(request, workflow_id)
+        request = admit(request, workflow_id)
     check_references(request, KINDS["job"].fields, jobs)
     return {"jobs": create_jobs(request.store, jobs)}
 
@@ -6353,13 +6356,13 @@ def update_job(request, store, job_id, body):
         values["scheduler_id"] = None
     if "depends_on_job_ids" in values:
         check_references(request, KINDS["job"].fields, [values])
-    if "name" in values and taken_name(store, job["workflow_id"], [values["name"]]):
+    if "name" in values and find_duplicate_name(store, job["workflow_id"], [values["name"]]):
         raise Conflict(f'job name "{values["name"]:.80}" is taken in workflow {job["workflow_id"]}')
     change(store, KINDS["job"], job_id, values)
-    reshaped(store, job["workflow_id"])
+    bump_shape(store, job["workflow_id"])
     if status or job["status"] == "ready" and "cancel_on_blocking_job_failure" in values:
         set_status(store, [job_id], DISABLED if status else BLOCKED)
-        settle(store, job["workflow_id"])
+        propagate(store, job["workflow_id"])
     store.news(job["workflow_id"])
     return show_job(store, job_id)
 
@@ -6370,7 +6373,7 @@ def rerun_job(store, job_id, only):
     rerun_jobs(store, job_row(store, job_id).workflow_id, [job_id], only)
 
 
-def rerun_some_jobs(request, store, workflow_id, body, only, dry_run):
+def rerun_selected_jobs(request, store, workflow_id, body, only, dry_run):
     """Run ended jobs of a workflow again, all or none of them, with other resource requirements
     where these are named; answers which run again (ours). See rerun_job."""
     rows = body["jobs"]
@@ -6395,7 +6398,7 @@ def claimed(store, ids):
     return {"jobs": jobs}
 
 
-def take_step(request, store, workflow_id, body, now):
+def handle_runner_step(request, store, workflow_id, body, now):
     """Take what a runner reports and give it work, in one request; never waits (ours).
 
     tokens: each claimed job comes with what it may use as the caller's password.
@@ -6445,7 +6448,7 @@ def stream_events(request, workflow_id, level):
 def create_resource_requirements(store, body):
     """Store resource requirements; the name "default" is taken."""
     if body["name"] == "default":
-        raise Invalid('the name "default" is reserved for the requirements every workflow has')
+        raise Invalid('the name "default" is reserved for the requirements that every workflow has')
     return kept(store, body, KINDS["resource_requirements"])
 
 
@@ -6480,7 +6483,7 @@ def create_result(store, body):
     """Store a result as the job's latest; no status changes."""
     values = {"attempt_id": 1, **body}
     result_id = store_result(store, values)
-    judge_by(store, values["job_id"], result_id)
+    set_current_result(store, values["job_id"], result_id)
     return {**values, "id": result_id}
 
 
@@ -6500,7 +6503,7 @@ def update_event(store, event_id, body):
 def create_compute_node(store, body):
     """Store a compute node; the answer echoes the request with the new id."""
     made = create_record(store, body, KINDS["compute_node"])
-    tell_node(store, made["id"], started=True)
+    emit_node_event(store, made["id"], started=True)
     return made
 
 
@@ -6509,7 +6512,7 @@ def update_compute_node(store, node_id, body):
     before = fetch(store, KINDS["compute_node"], node_id)
     change(store, KINDS["compute_node"], node_id, body)
     if before["is_active"] and body.get("is_active") is False:
-        tell_node(store, node_id, started=False)
+        emit_node_event(store, node_id, started=False)
     return fetch(store, KINDS["compute_node"], node_id)
 
 
@@ -6637,7 +6640,7 @@ def delete_access_group(request, store, group_id):
     return group
 
 
-def members_of(request, group_id):
+def require_members_changeable(request, group_id):
     """Check that the caller may change the members of a group. Raises NotFound, Forbidden."""
     group = fetch(request.store, GROUP, group_id)
     if group_id == ADMIN_GROUP:
@@ -6648,7 +6651,7 @@ def members_of(request, group_id):
 
 def add_member(request, store, group_id, body):
     """Put a user into a group. Upstream: add_user_to_group."""
-    members_of(request, group_id)
+    require_members_changeable(request, group_id)
     return kept(store, {**body, "group_id": group_id}, MEMBER)
 
 
@@ -6661,7 +6664,7 @@ def list_members(request, store, group_id, page):
 
 def remove_member(request, store, group_id, user):
     """Remove a user from a group. Upstream: remove_user_from_group."""
-    members_of(request, group_id)
+    require_members_changeable(request, group_id)
     found = listing(store, MEMBER, Page(), {"group_id": group_id, "user_name": user})["items"]
     if not found:
         raise NotFound(f"user {user} is not in group {group_id}")
@@ -6723,7 +6726,7 @@ def reload_auth(request):
     try:
         faults = gate.reload() if gate else ["the server was started without --auth-file"]
     except Unreachable as trouble:
-        faults = [f"{trouble}; the users stay as they were"]
+        faults = [f"{trouble}; the users are unchanged"]
     if faults:
         error = Internal("; ".join(faults))
         error.title = "ReloadFailed" if gate else "NoAuthFile"
@@ -6755,7 +6758,7 @@ class Endpoint(NamedTuple):
     pattern: Any                          # of paths that lead there
     show: Any                             # what answers instead, of the store and what is named
     fixed: dict                           # arguments that are always the same
-    wants: tuple                          # parameters of the function
+    has_flag: tuple                       # parameters of the function
     named: list                           # those of them that take the values in the path, in order
 
 
@@ -6782,11 +6785,11 @@ def route(place, function, query=(), body=None, who="", show=None, **fixed):
     named = {field.name for field in (*query, *(body or ()))}
     assert who or types[:1] and types[0] in KINDS or "workflow_id" in named, path
     code = getattr(function, "__wrapped__", function).__code__
-    wants = code.co_varnames[:code.co_argcount]
+    has_flag = code.co_varnames[:code.co_argcount]
     asked = {*OFFERED, *fixed, *(field.spec or field.name for field in query)}
     return Endpoint(method, path, function, query, body, partial, types, who,
-                    re.compile(re.sub("<.*?>", "([^/]+)", path)), show, fixed, wants,
-                    [name for name in wants if name not in asked])
+                    re.compile(re.sub("<.*?>", "([^/]+)", path)), show, fixed, has_flag,
+                    [name for name in has_flag if name not in asked])
 
 
 def listed(table, more=(), page=PAGE):
@@ -6841,7 +6844,7 @@ ROUTES = (
           "from float as begin, to float as end, bins int = 300, jobs bool = true"),
     route("GET /workflows/<workflow>/usage", usage,
           "from float as begin, to float as end, bins int = 240"),
-    route("POST /workflows/<workflow>/runner_step", take_step,
+    route("POST /workflows/<workflow>/runner_step", handle_runner_step,
           body="compute_node_id int required, step int required, starts parts:attempt, returns"
           " parts:attempt, completions parts:completion, held pairs, claim part:claim, counts bool,"
           " closing bool, replay bool, tokens bool",
@@ -6851,7 +6854,7 @@ ROUTES = (
           who=PERSON, show=workflow_status),
     route("POST /workflows/<workflow>/reset_job_status", reset_job_status,
           "failed_only bool = false", who=PERSON),
-    route("POST /workflows/<workflow>/rerun_jobs", rerun_some_jobs,
+    route("POST /workflows/<workflow>/rerun_jobs", rerun_selected_jobs,
           "only bool = false, dry_run bool = false", "jobs parts:rerun required"),
     route("POST /workflows/<workflow>/initialize_jobs", initialize,
           "only_uninitialized bool = false, clear_ephemeral_user_data bool = false"),
@@ -6903,7 +6906,7 @@ ROUTES = (
           show=show_job),
     route("POST /jobs/<job>/stop", stop_job, "status status required", show=show_job),
     route("POST /jobs/<job>/rerun", rerun_job, "only bool = false", show=show_job),
-    route("GET /jobs/<job>/why", why_answer),
+    route("GET /jobs/<job>/why", explain_job),
     route("POST /resource_requirements", create_resource_requirements,
           body="resource_requirements"),
     route("PUT /resource_requirements/<resource_requirements>", update_resource_requirements,
@@ -6981,7 +6984,7 @@ def find_endpoint(method, path):
 
 def call_endpoint(endpoint, texts, request):
     """Run an operation: read what it declares, check existence, access and references, call it."""
-    values = [read_word("int" if kind in KINDS else kind, text, f"{text!r:.80} in the path")
+    values = [parse_value("int" if kind in KINDS else kind, text, f"{text!r:.80} in the path")
               for kind, text in zip(endpoint.types, texts)]
     body = request.body if endpoint.body is not None else None
     if endpoint.body is ANY:
@@ -7009,14 +7012,14 @@ def run(endpoint, values, request):
             workflow_ids = {named["workflow_id"] for named in (request.query, request.body or {})
                             if "workflow_id" in named}
         for workflow_id in workflow_ids:
-            request = admitted(request, workflow_id)
+            request = admit(request, workflow_id)
         check_references(request, endpoint.query, [request.query])
         check_references(request, [field for field in endpoint.body or () if not (
             endpoint.partial and field.type == "ids")], [request.body])
     known = {**request.query, **endpoint.fixed, **dict(zip(endpoint.named, values))}
     answer = endpoint.function(**{
         name: getattr(request, name) if name in OFFERED else known[name]
-        for name in endpoint.wants if name in OFFERED or name in known})
+        for name in endpoint.has_flag if name in OFFERED or name in known})
     return endpoint.show(request.store, values[0]) if endpoint.show else answer
 
 
@@ -7027,7 +7030,7 @@ def may_use(request, workflow_id):
         store, user)
 
 
-def admitted(request, workflow_id):
+def admit(request, workflow_id):
     """The request, of a workflow that exists and that the caller may use. Raises NotFound,
     Forbidden."""
     if request.only not in (None, workflow_id):
@@ -7052,8 +7055,8 @@ def check_references(request, wanted, records):
         for record in records:
             value = record.get(field.name)
             ids.update(value if isinstance(value, list) else [value])
-        for record_id, owner in outsiders(request.store, field.refers, ids - {None},
-                                          request.workflow_id):
+        for record_id, owner in foreign_ids(request.store, field.refers, ids - {None},
+                                            request.workflow_id):
             what = f"{field.name}: {KINDS[field.refers].name} {record_id}"
             if owner is not None:
                 if field.refers == "compute_node" and request.only is None and may_use(
@@ -7109,7 +7112,7 @@ def read_note(server_id):
     return note if isinstance(note, dict) else {}
 
 
-def noted_urls(server_id):
+def note_urls(server_id):
     """Return the URLs in the note of the server with this id."""
     return list(read_note(server_id).get("urls") or ())
 
@@ -7246,17 +7249,18 @@ class LocalClient(Calls):
 # ---- what can go wrong on the way
 
 MEANINGS = {                              # state of a Probe: what it is, what it means
-    "refused": "connection refused: no program listens there. The server is gone, or it listens on "
-               "another address (one on 127.0.0.1 is reached from its own machine only)",
-    "unknown name": "this machine does not know the name: give the server a --host that it knows",
-    "no route": "there is no way to that address from here: give the server a --host on a network "
-                "that both have",
-    "no answer": "no answer in time: a firewall drops what is sent to that port, or the machine is "
-                 "down. Take a port or a --host that lets it pass",
-    "not Torc": "another program answers there: give the server another --port",
+    "refused": "connection refused: no program listens there. The server has stopped, or listens "
+               "on another address (one on 127.0.0.1 can be reached only from its own machine)",
+    "unknown name": "this machine cannot resolve the name: start the server with a --host that it "
+                    "can resolve",
+    "no route": "there is no route to that address from here: start the server with a --host on a "
+                "network that both machines share",
+    "no answer": "no answer in time: a firewall drops packets to that port, or the machine is "
+                 "down. Use a --port or --host that it lets through",
+    "not Torc": "another program answers there: start the server with another --port",
     "other server": "another Torc server answers there",
-    "not HTTP": "what answers is not HTTP, or not TLS: is the URL's http:// or https:// right?",
-    "certificate": "its certificate is not accepted",
+    "not HTTP": "the answer is not HTTP, or not TLS: check http:// or https:// in the URL",
+    "certificate": "its certificate was rejected",
     "broken": "the connection broke",
 }
 STATES = {                                # class of an error, by name, or its errno: state
@@ -7345,12 +7349,12 @@ def open_connection(address, timeout, tls=None):
     return connection
 
 
-def certificate_trouble(error, address, tls):
+def certificate_error(error, address, tls):
     """Explain what is wrong with a server's certificate, and what to do."""
     code = getattr(error, "verify_code", 0)
     if code in (9, 10):                   # X509_V_ERR_CERT_NOT_YET_VALID, ..._HAS_EXPIRED
         return (f"its certificate {'has expired' if code == 10 else 'is not valid yet'}: renew it, "
-                "or look at the clocks of both machines")
+                "or check the clocks of both machines")
     if code == 62 or "ostname mismatch" in str(error) or "IP address mismatch" in str(error):
         names = "others"
         with contextlib.suppress(OSError):           # the chain is good, so its names can be read
@@ -7360,16 +7364,16 @@ def certificate_trouble(error, address, tls):
             with socket.create_connection((address.host, address.port), 5) as sock, \
                     context.wrap_socket(sock, server_hostname=address.host) as inner:
                 names = ", ".join(name for _, name in inner.getpeercert()["subjectAltName"])
-        return (f"its certificate is not for {address.host} but for {names}: use such a name in "
+        return (f"its certificate is not for {address.host} but for {names}: use one of these in "
                 "the URL")
-    return (f"the signer of its certificate is unknown here ({error.verify_message}): name the CA "
+    return (f"the issuer of its certificate is unknown here ({error.verify_message}): name the CA "
             "with --tls-ca-cert FILE (TORC_TLS_CA_CERT)")
 
 
 def explained(error, address, tls):
     """Return (state in MEANINGS, what it means and what to do) for an error of a connection."""
     state = state_of(error)
-    return state, (certificate_trouble(error, address, tls) if state == "certificate" else
+    return state, (certificate_error(error, address, tls) if state == "certificate" else
                    MEANINGS[state])
 
 
@@ -7476,7 +7480,7 @@ class Client(Calls):
         from urllib.parse import urlencode
         data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         if data and len(data) > MAX_BODY_BYTES:
-            raise TooLarge(f"the request is {format_bytes(len(data))}, a server takes at most "
+            raise TooLarge(f"the request is {format_bytes(len(data))}, a server accepts at most "
                            f"{format_bytes(MAX_BODY_BYTES)}: split the workflow")
         words = urlencode(query_lists(query or {}), doseq=True)
         wait_s = int((query or {}).get("wait_s") or 0)
@@ -7541,11 +7545,11 @@ class Client(Calls):
             told = response.headers.get("X-Torc-Server")
             if self.id and told != self.id:          # somebody else has taken its port
                 self.close()
-                if self._elsewhere() and (repeatable or response.status == 421):
+                if self._find_server() and (repeatable or response.status == 421):
                     return self._send(method, path, query, data, timeout, repeatable, accept)
                 now = "another Torc server" if told else "no Torc server"
-                raise Unreachable(f"{self.where} is {now} now: is ours gone? Name where it is with "
-                                  "--url")
+                raise Unreachable(f"{self.where} is {now} now: has yours moved? Name its address "
+                                  "with --url")
             self.id = told
             self.root.id = self.root.id or told
             answer = response.read() if accept == "application/json" else None
@@ -7573,18 +7577,18 @@ class Client(Calls):
         try:
             self._connection = open_connection(self.address, min(timeout, 20), self.tls)
         except OSError as error:
-            if not self._elsewhere():
+            if not self._find_server():
                 raise self._trouble(error) from None
             return self._connect(timeout)
         self._connection.sock.settimeout(timeout)
         return True
 
-    def _elsewhere(self):
+    def _find_server(self):
         """Look for our server at the URLs in its note; return whether it answers at one.
 
         Never from https to http, which would tell everybody the password.
         """
-        urls = [url for url in dict.fromkeys([*noted_urls(self.id), *self.others])
+        urls = [url for url in dict.fromkeys([*note_urls(self.id), *self.others])
                 if url != self.where and url.split(":")[0] in ("https", self.address.scheme)]
         found = race(urls, self.id, 5.0, self.tls) if self.id else None
         if not found or found[-1].state != "ok":
@@ -7622,9 +7626,9 @@ class Client(Calls):
             raise Unauthorized(f"{self.where} refuses this password of the user {self.user}: is "
                                "TORC_PASSWORD right, and TORC_USERNAME? (--prompt-password asks)")
         if status == 401:
-            raise Unauthorized(f"{self.where} wants a user name and password: set TORC_PASSWORD, "
-                               f"or take --prompt-password (the user is {self.user}: set "
-                               "TORC_USERNAME for another)")
+            raise Unauthorized(f"{self.where} requires a user name and password: set "
+                               "TORC_PASSWORD, or use --prompt-password (the user is "
+                               f"{self.user}: set TORC_USERNAME for another)")
         if not self.id and status == 404:
             raise Unreachable(f"{self.where}: {PROXY_HINT} (404): name another with --url")
         try:
@@ -7676,7 +7680,7 @@ def default_server(how):
                 continue                  # some other program
             if uid != os.getuid():
                 raise Unreachable(f"a Torc server of another user (uid {uid}) listens on port "
-                                  f"{DEFAULT_PORT}: say --url {url} to use it, or --database "
+                                  f"{DEFAULT_PORT}: use --url {url} to use it, or --database "
                                   f"{DEFAULT_OUTPUT_DIR}/{LOCAL_DATABASE} to work without a server")
             client = Client(url, **how)
             client.id = found.server_id
@@ -7695,7 +7699,7 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
     database = database or (None if url else os.environ.get("TORC_DATABASE"))
     url = url or (None if database else os.environ.get("TORC_API_URL"))
     if database and url:
-        raise UsageError("--database and --url exclude each other: name one of them")
+        raise UsageError("--database and --url are mutually exclusive")
     tell = tell or (lambda sentence: None)
     if url:
         client = Client(url, **(how or {}))
@@ -7727,14 +7731,14 @@ PREFETCH_LIMIT = 16
 ENOUGH_AHEAD = 4                          # jobs in the queue that allow completions to be gathered
 GATHER_S = 0.01                           # for so long
 PREFETCH_S = 0.1                          # work for this long is claimed ahead at the recent rate
-GIVE_BACK_S = 0.5                         # a prefetched job not started by then goes back
+RETURN_AHEAD_S = 0.5                      # a prefetched job not started by then goes back
 RUNTIME_GRACE_S = 120                     # by which a requirement's runtime may exceed what is left
 STOP_LEAD_S = 10.0                        # at most, from SIGTERM to SIGKILL when a job is stopped
 SUBREAPER = 36                            # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 HEARTBEAT_S = 20.0                        # a runner that has nothing to say says so as often
-REST_S = 5.0                              # after a start that failed by the machine's fault
-LEAVE_S = 1.5                             # how long a server that is away is waited for at the end
-DOUBT_S = 0.2                             # a failure waits so long: was it meant for all?
+BACK_OFF_S = 5.0                          # after a start that failed by the machine's fault
+FINAL_WAIT_S = 1.5                        # how long a server that is away is waited for at the end
+FAILURE_DELAY_S = 0.2                     # a failure waits so long: was it meant for all?
 JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete")
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
@@ -7861,7 +7865,7 @@ def is_gone(pid, started):
     return bool(process_stat(pid)) and process_start(pid) != started
 
 
-def death_here(record):
+def local_evidence(record):
     """Return the Evidence that this machine has of a runner's death, or None.
 
     record: a compute node or the header of a journal, which have the runner's identity().
@@ -7872,7 +7876,7 @@ def death_here(record):
     pid, step = record["pid"], record.get("step")
     if record.get("boot_id") != mine["boot_id"]:
         same = mine["machine_id"] and record.get("machine_id") == mine["machine_id"]
-        return Evidence("reboot", f"{mine['hostname']} has booted again since the runner with pid "
+        return Evidence("reboot", f"{mine['hostname']} has rebooted since the runner with pid "
                         f"{pid} was at work", step) if same else None
     if record.get("pid_namespace") in (None, mine["pid_namespace"]) and is_gone(
             pid, record["pid_started"]):
@@ -8096,7 +8100,7 @@ def dead_nodes(client, workflow_id):
     """Return [(compute node, Evidence), ...] of active nodes whose runner this machine knows to be
     dead."""
     nodes = client.items("/compute_nodes", workflow_id=workflow_id, is_active=True)
-    found = ((node, death_here(node)) for node in nodes)
+    found = ((node, local_evidence(node)) for node in nodes)
     return [(node, evidence) for node, evidence in found if evidence]
 
 
@@ -8134,7 +8138,7 @@ def clean_up(client, path):
     """If a journal's runner is dead, end its processes, replay the journal and remove it."""
     records, _ = read_journal(path)
     header = records[0].get("header") if records else None
-    evidence = header and death_here(header)
+    evidence = header and local_evidence(header)
     if not evidence:
         return []
     records, bad = read_journal(path)     # again, now that it is complete
@@ -8202,7 +8206,7 @@ class Room(Bins):
 
 # ---- one job's process
 
-def why_it_cannot_be_run(error):
+def command_fault(error):
     """Return why a command cannot be run on any machine, or None if the command is not at fault:
     all other failures to start are the machine's (folders, descriptors, memory)."""
     if isinstance(error, OSError):
@@ -8539,7 +8543,7 @@ class Starting:
     retry_at = 0.0
     tries = 0                             # starts that failed since one succeeded
 
-    def _launch(self):
+    def _start_ready_jobs(self):
         """Start the queued jobs that fit; one that cannot be started does not hold up others."""
         with self.lock:
             ready = list(iter(self._next, None)) if time.monotonic() >= self.retry_at else []
@@ -8582,15 +8586,15 @@ class Starting:
                 raise OSError(None, self.journal.trouble)
             child.pid = self._exec(child)
         except (OSError, ValueError) as error:
-            fault = why_it_cannot_be_run(error)
+            fault = command_fault(error)
             if fault:
-                self._give_back(child)
+                self._release_room(child)
                 child.code = 126
                 child.note = f"torc: the job could not be started: {fault}\n"
                 self._completed(child)
             else:
-                self._rest(child, f"{error.strerror}: {error.filename}" if error.filename
-                           else error.strerror)
+                self._back_off(child, f"{error.strerror}: {error.filename}" if error.filename
+                               else error.strerror)
             return
         self.fault, self.tries = None, 0
         self.journal.add({"pid": [child.pid, round(time.clock_gettime(time.CLOCK_BOOTTIME), 2)]})
@@ -8600,24 +8604,24 @@ class Starting:
             if len(self.starts) == 1:
                 self.talk.notify_all()    # so that it is told soon, if the job lasts
 
-    def _give_back(self, child):
+    def _release_room(self, child):
         """Free the room of a job that has ended or could not be started."""
         self.free_gpus += child.gpus
         with self.lock:
             self.room.leave(child.need, child.places)
 
-    def _rest(self, child, reason):
+    def _back_off(self, child, reason):
         """Return a job that this machine could not start, and all queued ones, to the server; then
         start nothing for a while."""
         now = time.monotonic()
-        self._give_back(child)
+        self._release_room(child)
         self.journal.add({"ok": [child.start]})         # it has not been started
         with self.talk:
             self._return([child, *self.queue])
         if not self.fault:
             self.fault_since = now
             self.say(f"jobs cannot be started here now: {reason}; trying again")
-        self.fault, self.retry_at, self.tries = reason, now + REST_S, self.tries + 1
+        self.fault, self.retry_at, self.tries = reason, now + BACK_OFF_S, self.tries + 1
 
     def _exec(self, child):
         """Spawn a job in a session of its own; returns the pid. Raises OSError."""
@@ -8671,7 +8675,7 @@ class Stopping:
     interrupted = 0                       # signal number
     draining = False                      # no more starts
     leave_at = math.inf                   # then the server is waited for no more:
-    tired = False
+    server_given_up = False
     gave_up = False                       # it is this runner that failed
 
     def _handle_signals(self):
@@ -8679,7 +8683,7 @@ class Stopping:
         while self.received:
             number = self.received.pop(0)
             if number in (signal.SIGUSR1, signal.SIGUSR2):           # "save your state", mostly
-                self.say(f"signal {number} is handed on to {len(self.children)} running jobs")
+                self.say(f"signal {number} is forwarded to {len(self.children)} running jobs")
                 for child in self.children.values():
                     signal_group(child.pid, number)
             elif self.interrupted:        # the second one: at once
@@ -8739,16 +8743,16 @@ class Stopping:
         self._signal(due, signal.SIGKILL)
         if self.retry_at and now >= self.retry_at:
             self.retry_at = 0.0
-            self._ask()
+            self._request_step()
         with self.lock:
             for process, kill_at in self.scripts.items():
                 if now >= kill_at:
                     signal_group(process.pid, signal.SIGKILL)
                     self.scripts[process] = now + 5
             leaving = self.interrupted and not self.children and not self.scripts
-            self.leave_at = min(self.leave_at, now + LEAVE_S) if leaving else math.inf
+            self.leave_at = min(self.leave_at, now + FINAL_WAIT_S) if leaving else math.inf
         if now >= self.leave_at:
-            self.leave_at, self.tired = now + 1, True
+            self.leave_at, self.server_given_up = now + 1, True
             self.client.interrupt()       # a frozen server must not hold us
         if now >= self._stop_at():
             self._check_end()
@@ -8761,9 +8765,9 @@ class Stopping:
         """Return when jobs must be asked to end; inf without a time limit, or once they were."""
         if self.draining or not self.end_time:
             return math.inf
-        return self.end_time - self._leads_s()
+        return self.end_time - self._shutdown_lead_s()
 
-    def _leads_s(self):
+    def _shutdown_lead_s(self):
         """Return how many seconds before the time limit jobs are asked to end."""
         return self.limits.sigkill_headroom_seconds + self.limits.sigterm_lead_seconds
 
@@ -8823,9 +8827,9 @@ class Reaping:
             self._exited(*one)
         if time.monotonic() >= self.bury_at:
             self.bury_at = time.monotonic() + 1
-            self._bury()
+            self._reap_orphans()
 
-    def _bury(self):
+    def _reap_orphans(self):
         """Reap orphans of jobs, which have become our children."""
         with self.lock:
             own = {self.guardian, *self.children, *(process.pid for process in self.scripts)}
@@ -8844,26 +8848,26 @@ class Reaping:
             remove_file(child.script)
         self.ends.append(now)
         self.retry_at = min(self.retry_at, now)      # there may be room again for another start
-        self._give_back(child)
+        self._release_room(child)
         with self.lock:
             del self.children[child.pid]
         self._completed(child)
 
-    def _tell_doubts(self, now):
+    def _report_failures(self, now):
         """Report failures that have waited long enough; if the runner was signaled just before or
         meanwhile, so were their jobs."""
         with self.lock:
-            told = [one for one in self.doubts
+            told = [one for one in self.suspect_failures
                     if now >= one[0] or self.interrupted or self.draining]
-            self.doubts = [one for one in self.doubts if one not in told]
+            self.suspect_failures = [one for one in self.suspect_failures if one not in told]
         for _, child in told:
             if self.interrupted and not child.verdict:
                 child.verdict = "interrupt"
             self._report(child)
 
-    def _doubt_s(self, code):
+    def _failure_delay_s(self, code):
         """Return how long a failure waits for a signal that was meant for the whole runner."""
-        return DOUBT_S
+        return FAILURE_DELAY_S
 
     def _completed(self, child):
         """Determine the status and return code of an attempt that has ended."""
@@ -8878,11 +8882,12 @@ class Reaping:
         elif code == 0 and job.get("output_files"):
             child.present, missing = self._outputs(job)
             if missing:
-                return self._look_again(child, missing)
+                return self._await_outputs(child, missing)
         child.status, child.return_code = status, code
         if status == "failed" and not child.verdict and child.pid:
             with self.lock:               # this may be a thread
-                self.doubts.append((time.monotonic() + self._doubt_s(code), child))
+                due = time.monotonic() + self._failure_delay_s(code)
+                self.suspect_failures.append((due, child))
             self.wake()
         else:
             self._report(child)
@@ -8897,7 +8902,7 @@ class Reaping:
                 missing.append(file["path"])
         return present, missing
 
-    def _look_again(self, child, missing):
+    def _await_outputs(self, child, missing):
         """Wait for missing output files: a network file system may show them a minute late."""
         folders = {os.path.dirname(os.path.abspath(path)) for path in missing}
         slow = any(NETWORK_FILE_SYSTEMS.search(file_system(folder)) for folder in folders
@@ -8920,7 +8925,7 @@ class Reaping:
             self._report(child)
 
         if slow:
-            self._ask()                   # there is room for another job meanwhile
+            self._request_step()          # there is room for another job meanwhile
         if not slow or not start_thread(look):
             look()
 
@@ -8946,15 +8951,15 @@ class Reaping:
         failed = done["status"] == "failed" and not self.interrupted
         rule = self._rule(job, code) if failed else None
         if rule and rule.get("recovery_script"):
-            self._ask()
+            self._request_step()
             if not start_thread(self._recover, child, rule):
                 child.note = ""           # it has been written
                 with self.lock:           # once more, later
-                    self.doubts.append((time.monotonic() + REST_S, child))
+                    self.suspect_failures.append((time.monotonic() + BACK_OFF_S, child))
             return
         if rule:
             done["requeue"] = True
-        self._hand_in(child)
+        self._submit_completion(child)
 
     def _rule(self, job, code):
         """Return the failure handler's rule for a return code if retries are left, else None."""
@@ -8973,20 +8978,20 @@ class Reaping:
                     **child.environment, "TORC_RETURN_CODE": str(done["return_code"])})
                 break
             except (OSError, ValueError) as error:
-                fault = why_it_cannot_be_run(error)
+                fault = command_fault(error)
                 if fault or time.monotonic() > until:
                     code = fault or error.strerror
                     break
-                self.ended.wait(REST_S)   # this machine's fault, and not the script's
+                self.ended.wait(BACK_OFF_S)  # this machine's fault, and not the script's
         if code == 0 or self.draining:    # cut short by our end: the next runner tries again
             done["requeue"] = True
         else:
             text = f"torc: the recovery script failed: return code {code}\n"
             append(child.stderr, text)
             done["stderr_tail"] = (done.get("stderr_tail", "") + text)[-STDERR_TAIL_BYTES:]
-        self._hand_in(child)
+        self._submit_completion(child)
 
-    def _hand_in(self, child):
+    def _submit_completion(self, child):
         """Write a completion to the journal and pass it to the talker."""
         job, done = child.job, child.done
         if (done["status"] == "failed" and not done.get("requeue")
@@ -9044,7 +9049,7 @@ class Talking:
     talker = None                         # the thread
     fitted_at = None                      # generation at which something ready was to fit here
 
-    def _talker(self):
+    def _run_conversation(self):
         """Run the conversation with the server; whatever ends it, the loop ends too."""
         self.talker = threading.current_thread()
         try:
@@ -9139,11 +9144,11 @@ class Talking:
                 completions=[child.done for child in told],
                 starts=attempts({*starts} - {*told}),
                 returns=attempts(returns), claim=claim, counts=count, tokens=self.tokens)
-        answer = self._patiently(self._post, step)
+        answer = self._retry_until_answered(self._post, step)
         self._take(answer, told, starts, returns, claim)
         return answer
 
-    def _beat(self):
+    def _heartbeat(self):
         """Send a heartbeat."""
         with self.lock:
             step = self._step()
@@ -9196,7 +9201,7 @@ class Talking:
         number = min(PREFETCH_LIMIT, int(rate * PREFETCH_S)) - ahead
         return {"resource_requirements_id": kinds.pop(), "limit": number} if number > 0 else None
 
-    def _patiently(self, ask, *args, **keywords):
+    def _retry_until_answered(self, ask, *args, **keywords):
         """Call `ask` until the server answers; jobs keep running in the meantime."""
         import random
         pause, away = 0.2, None
@@ -9210,7 +9215,8 @@ class Talking:
             except (Unreachable, Internal) as error:
                 if not away:
                     away = time.monotonic()
-                    self.say(f"{error}; the jobs go on, their results are kept until it is back")
+                    self.say(f"{error}; the jobs continue, and their results are kept until it is "
+                             "back")
                 self._check_lease(time.monotonic(), error)
                 leaving = self._is_leaving()
                 with self.talk:           # a completion is no reason to ask sooner, a signal is
@@ -9235,7 +9241,7 @@ class Talking:
             if idle:
                 raise Unreachable(f"{error}; it has been away for {format_duration(away)}, as long "
                                   "as the workflow allows: the results wait in the journal")
-        if self.tired:
+        if self.server_given_up:
             raise Unreachable("the server is away, the results wait in the journal")
 
     def _take(self, answer, told, starts, returns, claim):
@@ -9243,7 +9249,7 @@ class Talking:
         now = time.monotonic()
         needs = {int(key): read_need(record) for key, record in answer["requirements"].items()}
         claimed = [Child(job, needs[job["resource_requirements_id"]],
-                         now + GIVE_BACK_S if "prefetched" in job else math.inf)
+                         now + RETURN_AHEAD_S if "prefetched" in job else math.inf)
                    for job in answer["jobs"]]
         with self.lock:
             del self.done[:len(told)], self.starts[:len(starts)], self.returns[:len(returns)]
@@ -9288,17 +9294,17 @@ class Talking:
                 pause = 0.0
             except TorcError:
                 if not pause:
-                    self._ask()           # the talker finds out what is wrong
+                    self._request_step()  # the talker finds out what is wrong
                 pause = min(10.0, 2 * pause or 0.4)
                 self.ended.wait(pause)
                 continue
             if answer["generation"] != since:
                 since = answer["generation"]
-                self._ask()
+                self._request_step()
             self.ended.wait(answer.get("retry_after_s", 0))
         client.close()
 
-    def _ask(self):
+    def _request_step(self):
         """Make the talker send a step now and ask for jobs."""
         with self.talk:
             self.news = True
@@ -9334,13 +9340,13 @@ class Acting:
         finally:
             client.close()
             self.acting = False
-            self._ask()                   # the workflow may be complete, or have made more
+            self._request_step()          # the workflow may be complete, or have made more
 
     def _runnable(self, client, triggers):
         """Return the pending actions of these triggers that this runner can carry out; others are
         mentioned once. Allocations at the start of a workflow are left to `torc submit`."""
-        pending = self._patiently(client.get, f"/workflows/{self.workflow_id}/actions/pending",
-                                  trigger_type=list(triggers))
+        path = f"/workflows/{self.workflow_id}/actions/pending"
+        pending = self._retry_until_answered(client.get, path, trigger_type=list(triggers))
         runnable = []
         for action in pending:
             if action["action_type"] == "run_commands" or (
@@ -9350,7 +9356,7 @@ class Acting:
             elif not self.said_action:
                 self.said_action = True
                 self.say(f"action {action['id']} asks for allocations: `torc submit "
-                         f"{self.workflow_id}` on a host of the cluster gets them")
+                         f"{self.workflow_id}` on a host of the cluster requests them")
         return runnable
 
     def run_actions(self, client, triggers):
@@ -9366,7 +9372,7 @@ class Acting:
             if carry_out(client, action):     # else it is given back when this runner leaves
                 path = f"/workflows/{self.workflow_id}/actions/{action['id']}/claim"
                 with contextlib.suppress(Conflict):          # it was another's by then
-                    self._patiently(client.put, path, compute_node_id=self.node_id)
+                    self._retry_until_answered(client.put, path, compute_node_id=self.node_id)
 
     def _schedule_nodes(self, client, action):
         """Submit the allocations of an action; returns whether all were submitted. The rest is left
@@ -9386,12 +9392,13 @@ class Acting:
         actions = f"/workflows/{self.workflow_id}/actions"
         body = {"compute_node_id": self.node_id, "tokens": self.tokens}
         try:
-            answer = self._patiently(client.post, f"{actions}/{action['id']}/claim", body)
+            answer = self._retry_until_answered(
+                client.post, f"{actions}/{action['id']}/claim", body)
             action["token"] = answer.get("token", "")
             return True
         except Conflict:                  # or it is ours, and the answer that said so was lost
             return any(one["id"] == action["id"] and one.get("executed_by") == self.node_id
-                       for one in self._patiently(client.get, actions))
+                       for one in self._retry_until_answered(client.get, actions))
 
     def _run_commands(self, client, action):
         """Run the commands of an action one after another, up to the first failure. Returns False
@@ -9407,7 +9414,7 @@ class Acting:
                 code, how = None, str(error)
             if code != 0:
                 what = f"action {action['id']} ({action['trigger_type']})"
-                self.say(f"{what} was cut short: the next runner carries it out" if self.draining
+                self.say(f"{what} was interrupted: the next runner runs it again" if self.draining
                          else f"{what}: `{command}` failed: {how}, see {log}")
                 return not self.draining
         return True
@@ -9432,7 +9439,7 @@ class Acting:
                     break
                 except subprocess.TimeoutExpired:
                     if threading.current_thread() is self.talker:    # which is what tells else
-                        self._beat()
+                        self._heartbeat()
         with self.lock:
             del self.scripts[process]
         return code
@@ -9457,7 +9464,7 @@ class Leaving:
             return 1
         report = self._ask_for("unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
-        settled = self._patiently(self._settle, others)
+        settled = self._retry_until_answered(self._clean_up_dead, others)
         if settled:
             for sentence in settled:
                 self.say(sentence)
@@ -9481,10 +9488,10 @@ class Leaving:
         self.say(self._why_stuck(report, others))
         return 3
 
-    def _settle(self, others):
+    def _clean_up_dead(self, others):
         """Clean up after dead runners among these nodes; returns what was done, in sentences."""
         return release_dead_nodes(self.client, self.workflow_id, self.directory) if any(
-            map(death_here, others)) else []
+            map(local_evidence, others)) else []
 
     def _is_hopeless(self):
         """Return whether this machine has failed to start jobs for long enough to give up."""
@@ -9493,12 +9500,12 @@ class Leaving:
 
     def _ask_for(self, what):
         """GET something of the workflow, waiting for the server if necessary."""
-        return self._patiently(self.client.get, f"/workflows/{self.workflow_id}/{what}")
+        return self._retry_until_answered(self.client.get, f"/workflows/{self.workflow_id}/{what}")
 
     def _lacks(self, need):
         """Return what this machine lacks for a job with these requirements, even when idle."""
         lacks = [] if self.options.max_parallel_jobs else [
-            f"{want} (this runner has {have})" for want, have in misfits(
+            f"{want} (this runner has {have})" for want, have in shortfalls(
                 need, self.cpus, self.memory, len(self.gpus), len(self.room.bins))]
         if self.end_time and parse_duration(need["runtime"]) > self._time_left():
             left = format_duration(max(0, self.end_time - time.monotonic()))
@@ -9540,7 +9547,7 @@ class Leaving:
         """Close the compute node and set the exit code: `verdict` unless there was a signal."""
         code = 128 + self.interrupted if self.interrupted else verdict
         self.run_actions(self.client, ("on_worker_complete",))
-        answer = self._patiently(self._post, self._step(counts=True, closing=True))
+        answer = self._retry_until_answered(self._post, self._step(counts=True, closing=True))
         self.progress.update(answer["counts"])
         self.progress.finish()
         elapsed = format_duration(time.monotonic() - self.progress.began)
@@ -9583,7 +9590,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.children = {}                # pid: those that run; only the loop adds and removes any
         self.starts, self.returns = [], []           # to be told,
         self.done = []                    # whose completion the server has not confirmed
-        self.doubts = []                  # (when to tell, child that failed)
+        self.suspect_failures = []        # (when to tell, child that failed)
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
         self.situation = {}               # the server's last answer
         self.scripts = {}                 # Popen of actions and recoveries: when to kill
@@ -9684,7 +9691,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.null = os.open(os.devnull, os.O_RDWR)
         self.lease_at = time.monotonic()
         self.waiting = self.client.clone()
-        targets = [self._talker, self._listener]
+        targets = [self._run_conversation, self._listener]
         if self.limits.enabled:
             targets.append(Sampler(self).loop)
         threads = [threading.Thread(target=target, daemon=True) for target in targets]
@@ -9738,8 +9745,8 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             self._reap()
             self._handle_signals()
             self._enforce(time.monotonic())
-            self._tell_doubts(time.monotonic())
-            self._launch()
+            self._report_failures(time.monotonic())
+            self._start_ready_jobs()
             self.journal.flush()
             self.progress.draw()
             poller.poll(self._patience())
@@ -9752,7 +9759,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         now = time.monotonic()
         due = [child.kill_at for child in self.children.values()]
         with self.lock:
-            due += [when for when, _ in self.doubts]
+            due += [when for when, _ in self.suspect_failures]
             due += self.scripts.values()
         due += self.leave_at, self._stop_at()
         if self.retry_at > now:
@@ -9793,7 +9800,7 @@ def run_program(words, timeout=SLURM_TIMEOUT_S, env=None):
                         "and is its module loaded?") from None
     except subprocess.TimeoutExpired:
         raise TorcError(f"{words[0]} has not answered within {timeout} s: is Slurm's controller "
-                        "well?") from None
+                        "up?") from None
     except OSError as error:
         raise TorcError(f"{words[0]} cannot be started: {error.strerror}") from None
     return done.returncode, done.stdout, done.stderr
@@ -9935,7 +9942,7 @@ class Watch:
                              for number, entry in self._found.items() if entry.phase == "unknown"}
         return self._found
 
-    def is_forgotten(self, number, now):
+    def is_lost(self, number, now):
         """Return whether Slurm has not known an allocation for ten minutes."""
         return now - self._unknown.get(number, now) >= FORGOTTEN_S
 
@@ -9955,7 +9962,7 @@ class WorkerRequest(NamedTuple):
     share_password: bool = False
 
 
-def own_command():
+def torc_command():
     """Return the command that starts this program on any host with the same file systems."""
     path = os.path.abspath(__file__)
     loader = globals().get("__loader__")
@@ -10029,10 +10036,10 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
     from shlex import quote
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
     if "\\" in request.output_dir:        # switches off %j in Slurm's names of files
-        raise UsageError(f"{request.output_dir}: Slurm takes no backslash in the paths of logs; "
+        raise UsageError(f"{request.output_dir}: Slurm accepts no backslash in log paths; "
                          "name another directory with --output-dir")
     if not re.fullmatch(r"[\w.+@:-]*", request.prefix):
-        raise UsageError(f"{request.prefix!r} cannot begin a Slurm job's name: take letters, "
+        raise UsageError(f"{request.prefix!r} cannot begin a Slurm job's name: use letters, "
                          "digits and ._-+@:")
     log = os.path.join(request.output_dir.replace("%", "%%"),
                        f"slurm_output_wf{workflow['id']}_sl%j")
@@ -10071,7 +10078,7 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
         note=quote(note) + '"$SLURM_JOB_ID".note', program=quote(program), python=quote(python),
         unreadable=quote(f"{program} cannot be read there: put torc on a file system that compute "
                          "nodes see, and submit again"),
-        unstartable=quote(f"{python} does not start there: take a Python that compute nodes have, "
+        unstartable=quote(f"{python} does not start there: use a Python that compute nodes have, "
                           "and submit again"))
 
 
@@ -10080,7 +10087,7 @@ def worker_words(client, workflow, scheduler, request, number):
     runners = number * (scheduler["nodes"] if request.one_worker_per_node else 1)
     staggered = read_limits(workflow).staggered_start and runners > 50
     tls = client.tls or {}
-    return [*own_command(), "slurm-job-runner", ",".join(request.urls), str(workflow["id"]),
+    return [*torc_command(), "slurm-job-runner", ",".join(request.urls), str(workflow["id"]),
             request.output_dir, *option_words({
                 "server-id": client.server_id(),
                 "scheduler-config-id": scheduler["id"],
@@ -10265,13 +10272,13 @@ def schedule_pending(client, workflow_id, request, triggers=None, waiting=False)
 
 # ---- allocations that have ended
 
-def is_elsewhere(record):
+def on_other_cluster(record):
     """Return whether a record belongs to another cluster, or may: no cluster answers here."""
     cluster = record.get("cluster")
     return bool(cluster) and cluster != cluster_name()
 
 
-def fate(state, limits):
+def ended_as(state, limits):
     """{status, return_code} of the jobs that ran when an allocation ended in this state, or {}:
     they are ready again."""
     return {"timeout": {"status": "terminated", "return_code": limits.timeout_exit_code},
@@ -10283,13 +10290,13 @@ def live_allocations(client, workflow_id):
     """(scheduled nodes that have not ended, {Slurm job: [active compute nodes in it]}) of this
     cluster."""
     scheduled = [record for record in unended_allocations(client, workflow_id)
-                 if not is_elsewhere(record)]
+                 if not on_other_cluster(record)]
     inside = {}
     for node in client.items("/compute_nodes", workflow_id=workflow_id, is_active=True):
         known = node.get("scheduler") or {}
         number = known.get("scheduler_id")
         if node["compute_node_type"] == "slurm" and isinstance(number, int) and \
-                not is_elsewhere(known):
+                not on_other_cluster(known):
             inside.setdefault(number, []).append(node)
     return scheduled, inside
 
@@ -10301,7 +10308,7 @@ def unended_allocations(client, workflow_id):
         if record["scheduler_type"] == "slurm"]
 
 
-def settle_allocations(client, workflow_id, watch=None, dry_run=False):
+def close_ended_allocations(client, workflow_id, watch=None, dry_run=False):
     """Clean up after allocations that have ended; returns what was done, in sentences.
 
     Results that their runners did not hand in are read from the journals. Jobs that ran are
@@ -10318,13 +10325,14 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
     said = []
     for number in sorted(ids):
         entry = queue[number]
-        if entry.phase != "over" and (number in inside or not watch.is_forgotten(number, now)):
+        if entry.phase != "over" and (number in inside or not watch.is_lost(number, now)):
             continue                      # of one that Slurm does not know, the lease decides
         for node in inside.get(number, ()):
             said.append(f"allocation {number} ended ({entry.state}) with the runner on "
                         f"{node['hostname']} at work")
             if not dry_run:
-                said[-1] += bury_node(client, node, entry.state, **fate(entry.state, limits))
+                how = ended_as(entry.state, limits)
+                said[-1] += clean_up_node(client, node, entry.state, **how)
         for record in scheduled:
             if record["scheduler_id"] == number and not dry_run:
                 gone = "canceled" if entry.state in ("CANCELLED", "REVOKED") else "complete"
@@ -10335,7 +10343,7 @@ def settle_allocations(client, workflow_id, watch=None, dry_run=False):
     return said
 
 
-def bury_node(client, node, state, **ended):
+def clean_up_node(client, node, state, **ended):
     """Clean up after the dead runner of a compute node on any host: its journal and its jobs;
     returns what was done, in words."""
     path = journal_path(node.get("output_dir") or DEFAULT_OUTPUT_DIR, client.server_id(),
@@ -10377,8 +10385,8 @@ def read_allocation(environ):
     """Return the Allocation that this process runs in. Raises UsageError outside of one."""
     job_id = environ.get("SLURM_JOB_ID", "")
     if not job_id.isdigit():
-        raise UsageError("there is no SLURM_JOB_ID: this command is for inside of an allocation; "
-                         "`torc submit` gets one, `torc run` needs none")
+        raise UsageError("there is no SLURM_JOB_ID: this command runs inside an allocation; "
+                         "`torc submit` requests one, `torc run` needs none")
 
     def number(name, default=None):
         text = environ.get(name, "")
@@ -10407,14 +10415,14 @@ def reach_server(urls, server_id, how, note, say):
     import socket
     deadline, pause, told = time.monotonic() + WORKER_PATIENCE_S, 1.0, None
     while True:
-        places = list(dict.fromkeys([*urls, *noted_urls(server_id)]))
+        places = list(dict.fromkeys([*urls, *note_urls(server_id)]))
         probes = race(places, server_id, 10.0, how.get("tls"))
         if probes[-1].state == "ok":
             client = Client(probes[-1].url, **how)
             client.id, client.others = probes[-1].server_id, tuple(places)
             remove_file(note)
             return client
-        text = "\n".join([f"the worker on {socket.gethostname()} does not reach the server:",
+        text = "\n".join([f"the worker on {socket.gethostname()} cannot reach the server:",
                           *(f"  {found.url}: {found.text}" for found in probes)])
         if text != told:
             say(text)
@@ -10519,7 +10527,7 @@ class SlurmRunner(Runner):
 
     def _handle_signals(self):
         import signal
-        now, lead = time.monotonic(), self._leads_s()
+        now, lead = time.monotonic(), self._shutdown_lead_s()
         if signal.SIGTERM in self.received and not self.interrupted and self.end_time and (
                 self.end_time - now < lead + TIME_LIMIT_SLACK_S):
             self.received.remove(signal.SIGTERM)
@@ -10534,21 +10542,21 @@ class SlurmRunner(Runner):
         else:
             super()._completed(child)
 
-    def _doubt_s(self, code):
+    def _failure_delay_s(self, code):
         """Slurm signals the jobs of an allocation that ends as well as us, and not at once."""
         import signal
         return DEATH_NOTICE_S if code - 128 in (signal.SIGTERM, signal.SIGKILL) else OTHER_NOTICE_S
 
-    def _settle(self, others):
+    def _clean_up_dead(self, others):
         """See Runner; also asks Slurm if a runner has been silent."""
-        said = super()._settle(others)
+        said = super()._clean_up_dead(others)
         if any(node.get("silent_s", 0) > SILENT_S for node in others):
             try:
-                said += settle_allocations(self.client, self.workflow_id, self.watch)
+                said += close_ended_allocations(self.client, self.workflow_id, self.watch)
             except (Unreachable, Internal):
                 raise
             except TorcError as error:    # Slurm does not answer
-                self.progress.note(f"allocations were not looked at: {error}\n")
+                self.progress.note(f"allocations were not checked: {error}\n")
         return said
 
     # -- steps
@@ -10666,13 +10674,13 @@ class Accounts:
                     if self.off or not waiting:
                         break
                     time.sleep(pause)
-                    rows = self._ask()
+                    rows = self._request_step()
                     waiting = [child for child in waiting
-                               if not self._settle(client, rows, child)]
+                               if not self._clean_up_dead(client, rows, child)]
                 for child in waiting:     # nothing is known of these
                     self._report(None, child)
 
-    def _ask(self):
+    def _request_step(self):
         """Return {step name: row} of the steps of this allocation that have ended."""
         try:
             rows = slurm_rows(len(STEP_COLUMNS), "sacct", "-n", "-P", "-j",
@@ -10685,7 +10693,7 @@ class Accounts:
         return {step["JobName"]: step for step in steps
                 if step["State"] not in ("", "RUNNING", "PENDING")}
 
-    def _settle(self, client, rows, child):
+    def _clean_up_dead(self, client, rows, child):
         """Report a step if it is in the rows; returns whether it was."""
         row = rows.get(child.step)
         if row is None:
@@ -10881,7 +10889,7 @@ def read_profile(path):
         partitions.append(Partition(**{**good, "features": tuple(good.get("features", ()))}))
     if record["name"] == DYNAMIC_PROFILE:
         raise TorcError(f'{path}: the name "{DYNAMIC_PROFILE}" is that of the profile that is read '
-                        "from the cluster: take another")
+                        "from the cluster: choose another")
     return Profile(**{"display_name": record["name"], "description": "", **record,
                       "detection": tuple(signs), "partitions": tuple(partitions)})
 
@@ -10929,7 +10937,7 @@ def find_profile(name=None):
     if name:
         if name not in profiles:
             names = [*profiles, DYNAMIC_PROFILE]
-            raise NotFound(f"no HPC profile {name!r}{nearest(name, names)}: there are "
+            raise NotFound(f"no HPC profile {name!r}{did_you_mean(name, names)}: there are "
                            f"{', '.join(names)}")
         return profiles[name]
     found = detect_profile(profiles)
@@ -10994,7 +11002,7 @@ def slurm_profile():
     partitions = read_partitions(slurm("sinfo", "-e", "-h", "-o", "%P|%c|%m|%l|%G|%D"),
                                  slurm("scontrol", "-o", "show", "partition"))
     if not partitions:
-        raise TorcError("sinfo names no partition that can be used: look at it with `sinfo`")
+        raise TorcError("sinfo names no usable partition: check with `sinfo`")
     return Profile(DYNAMIC_PROFILE, "this cluster", "read from sinfo and scontrol", (), partitions)
 
 
@@ -11003,15 +11011,15 @@ def partitions_named(profile, name):
     found = [one for one in profile.partitions if one.name == name]
     if not found:
         names = dict.fromkeys(one.name for one in profile.partitions)
-        raise NotFound(f"{profile.name} has no partition {name!r}{nearest(name, names)}: it has "
-                       f"{', '.join(names)}")
+        raise NotFound(f"{profile.name} has no partition {name!r}{did_you_mean(name, names)}: it "
+                       f"has {', '.join(names)}")
     return found
 
 
 SMALL_CPUS, SMALL_MEMORY_MB = 26, 60_000  # a job up to this prefers nodes shared with others
 
 
-def lacks_of(one, need, walltime_s, named=False):
+def partition_shortfalls(one, need, walltime_s, named=False):
     """Return what a Partition lacks for a job's Need and time, as strings.
 
     A job without GPUs does not take nodes that have them, unless they are named.
@@ -11043,7 +11051,7 @@ def matching_partitions(profile, need, walltime_s):
     small = not need.gpus and need.nodes == 1 and need.cpus <= SMALL_CPUS and \
         need.memory <= SMALL_MEMORY_MB * 2**20
     return sorted(
-        (one for one in profile.partitions if not lacks_of(one, need, walltime_s)),
+        (one for one in profile.partitions if not partition_shortfalls(one, need, walltime_s)),
         key=lambda one: (one.on_request, not need.gpus and one.shared != small,
                          one.memory_mb or math.inf, one.max_walltime_secs or math.inf,
                          "default" not in one.features))
@@ -11064,24 +11072,24 @@ def need_text(need, walltime_s):
         words.append(plural(need.gpus, "GPU"))
     where = f" on each of {need.nodes} nodes" if need.nodes > 1 else ""
     how_long = f" for {format_duration(walltime_s)}" if walltime_s else ""
-    return plain_names(words) + where + how_long
+    return join_names(words) + where + how_long
 
 
 def why_no_partition(profile, need, walltime_s):
     """Return a sentence on why no partition accepts a job, the closest ones first."""
     rows, special = {}, []
     for one in profile.partitions:
-        found = lacks_of(one, need, walltime_s)
+        found = partition_shortfalls(one, need, walltime_s)
         if found:
             rows.setdefault(", ".join(found), []).append(one.name)
         elif one.on_request:
             special.append(one.name)
-    said = [f"{plain_names(dict.fromkeys(names), 4)}: {text}" for text, names in
+    said = [f"{join_names(dict.fromkeys(names), 4)}: {text}" for text, names in
             sorted(rows.items(), key=lambda row: row[0].count(","))]
     more = f"; {len(said) - 4} more" if len(said) > 4 else ""
-    named = plain_names(dict.fromkeys(special), 4)
+    named = join_names(dict.fromkeys(special), 4)
     asked = f"{named} would, but only if it is named; " if special else ""
-    return (f"no partition of {profile.name} takes {need_text(need, walltime_s)} ({asked}"
+    return (f"no partition of {profile.name} accepts {need_text(need, walltime_s)} ({asked}"
             f"{'; '.join(said[:4])}{more})")
 
 
@@ -11092,7 +11100,7 @@ SPARE_S = 120                             # walltime beyond the jobs', at least:
 WORKER_MB = 256                           # the worker's own, where a job gets what it asks for
 
 
-class Wish(NamedTuple):
+class WalltimePolicy(NamedTuple):
     """The wanted length of allocations."""
 
     strategy: str
@@ -11182,7 +11190,7 @@ def group_jobs(jobs, requirements):
     if bare:
         raise TorcError(f"without resource_requirements it is unknown what to request from Slurm: "
                         f"{plural(len(bare), 'job')} {'has' if len(bare) == 1 else 'have'} none "
-                        f"({plain_names(bare, 4)})")
+                        f"({join_names(bare, 4)})")
     levels, parents = dependency_levels(jobs)
     keys = list(zip(levels, (job["resource_requirements_id"] for job in jobs)))
     parts = {}
@@ -11207,7 +11215,7 @@ def choose_partition(profile, name, wish, need, runtime_s):
         return one
     kinds = partitions_named(profile, name)
     kinds.sort(key=lambda one: bool(one.gpus_per_node) != bool(need.gpus))
-    faults = [lacks_of(one, need, runtime_s, named=True) for one in kinds]
+    faults = [partition_shortfalls(one, need, runtime_s, named=True) for one in kinds]
     if all(faults):
         raise TorcError(f"they need {need_text(need, runtime_s)}; partition {name}: "
                         f"{'; or '.join(map(', '.join, faults))}")
@@ -11277,7 +11285,7 @@ def one_allocation(parts, number, walltime_s):
     return fewer * size, walltime_s
 
 
-def what_to_ask(parts, number, walltime_s):
+def resources_to_request(parts, number, walltime_s):
     """Fields of a scheduler that say what to ask for on each node: all of it, or where nodes are
     shared with others what the jobs use at the same time."""
     one = parts[0].partition
@@ -11319,7 +11327,7 @@ def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
     must be ready, "start_one_worker_per_node"}, ...]. Raises TorcError when nothing fits.
     """
     import functools
-    wish = Wish(strategy, multiplier, walltime and parse_walltime(walltime))
+    wish = WalltimePolicy(strategy, multiplier, walltime and parse_walltime(walltime))
     choose = functools.lru_cache(None)(
         functools.partial(choose_partition, profile, partition, wish))
     parts = [on_partition(part, choose) for part in parts]
@@ -11342,7 +11350,7 @@ def plan_scheduler(parts, wish, name, account, single_allocation):
     """Return an entry of a plan: the scheduler of some Parts, its allocations and jobs."""
     first = parts[0]
     number, walltime_s = allocations_for(parts, wish)
-    asked = what_to_ask(parts, number, walltime_s)
+    asked = resources_to_request(parts, number, walltime_s)
     nodes = first.need.nodes
     if single_allocation:
         nodes, walltime_s = one_allocation(parts, number, walltime_s)
@@ -11389,7 +11397,7 @@ def name_pattern(name):
     return f"^{re.sub(PLACEHOLDER, '.+', re.escape(name))}$"
 
 
-def naming(wanted, document, names):
+def action_job_fields(wanted, document, names):
     """Return the fields jobs and job_name_regexes of an action for the jobs `wanted`.
 
     names: of expanded_names. Many jobs with one name pattern become that pattern, if it finds no
@@ -11423,7 +11431,7 @@ def with_allocations(document, plan, actions=True):
         bound = {"scheduler": schedulers[0]} if len(schedulers) == 1 else {}
         if not bound:
             notes.append(f'the jobs of "{job["name"]}" belong to {len(schedulers)} schedulers '
-                         f"({plain_names(schedulers, 4)}): they are bound to none and run in any "
+                         f"({join_names(schedulers, 4)}): they are bound to none and run in any "
                          "allocation they fit into")
         jobs.append({**without(job, "scheduler"), **bound})
     done = {**without(document, "slurm_schedulers", "actions"), "jobs": jobs,
@@ -11432,7 +11440,7 @@ def with_allocations(document, plan, actions=True):
     mode = (document.get("execution_config") or {}).get("mode", "direct")
     for one in plan if actions else ():
         kept.append({"trigger_type": one["trigger"], "action_type": "schedule_nodes",
-                     **naming(one["trigger_jobs"], document, names),
+                     **action_job_fields(one["trigger_jobs"], document, names),
                      "scheduler": one["scheduler"]["name"], "scheduler_type": "slurm",
                      "num_allocations": one["num_allocations"]})
         if one["start_one_worker_per_node"] and mode == "direct":
@@ -11555,7 +11563,7 @@ class Started:
             environment.update(client.job_environment(), TORC_USERNAME=client.user)
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
             self.process = subprocess.Popen(
-                [*own_command(), *wanted.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [*torc_command(), *wanted.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, env=environment)
 
     @property
@@ -11594,9 +11602,9 @@ def one_or_all(key, records):
 # ---- initialize and reinitialize
 
 HAS_RUN = ("completed", "failed", "canceled", "terminated", "pending_failed")
-BAD_ENDS = ("failed", "canceled", "terminated", "pending_failed")
+FAILED_STATUSES = ("failed", "canceled", "terminated", "pending_failed")
 MTIME_TOLERANCE_S = 0.01
-NAMED_AT_MOST = 10
+MAX_NAMED = 10
 
 
 def said(status):
@@ -11631,11 +11639,11 @@ def check_idle(client, workflow_id, force):
         raise Invalid(f"workflow {workflow_id} is active ({plural(busy, 'job')} pending or "
                       f"running, {plural(scheduled, 'allocation')} scheduled), so nothing was "
                       f"changed: torc cancel {workflow_id} first, torc run {workflow_id} if its "
-                      "runner has died, or take --force")
+                      "runner has died, or use --force")
     return counted
 
 
-def raise_run(client, workflow_id):
+def start_next_run(client, workflow_id):
     """Begin another run of a workflow; returns its run_id."""
     status = client.get(f"/workflows/{workflow_id}/status")
     status["run_id"] += 1
@@ -11653,17 +11661,18 @@ def store_file_times(client, times):
 
 def named(texts):
     """The first few strings in quotes, and how many more there are."""
-    quoted = ", ".join(f'"{text}"' for text in texts[:NAMED_AT_MOST])
-    more = len(texts) - NAMED_AT_MOST
+    quoted = ", ".join(f'"{text}"' for text in texts[:MAX_NAMED])
+    more = len(texts) - MAX_NAMED
     return quoted + (f" and {more} more" if more > 0 else "")
 
 
-def missing_text(workflow_id, files, user_data=()):
+def missing_message(workflow_id, files, user_data=()):
     """Which inputs that no job makes are missing, and what to do; "" if none are."""
     missing = [f"input {what} missing: {named(texts)}" for what, texts in
                (("files", files), ("user data", user_data)) if texts]
-    return missing and (f"workflow {workflow_id}: {'; '.join(missing)}. No job makes them: create "
-                        f"them, or torc workflows init {workflow_id} --force goes on without") or ""
+    return missing and (f"workflow {workflow_id}: {'; '.join(missing)}. No job creates them: "
+                        f"create them, or torc workflows init {workflow_id} --force goes on "
+                        "without") or ""
 
 
 def refuse_canceled(workflow_id, counted):
@@ -11721,7 +11730,7 @@ class Rerun:
             if reset == "all":
                 self.mark([job_id], "all jobs are reset")
             elif status in ("terminated", "pending_failed") and with_changes or (
-                    reset and status in BAD_ENDS):
+                    reset and status in FAILED_STATUSES):
                 self.mark([job_id], f"it was {status}" if status in ("canceled", "terminated") else
                           "it failed")
         requested = set(self.reasons) if reset else set()
@@ -11802,9 +11811,9 @@ class Rerun:
         """What runs again, and why, in sentences."""
         jobs = self.report()["jobs"]
         lines = [f"{row['job_name']} ({said(row['status'])}): {row['reason']}"
-                 for row in jobs[:NAMED_AT_MOST]]
-        if len(jobs) > NAMED_AT_MOST:
-            lines.append(f"and {plural(len(jobs) - NAMED_AT_MOST, 'job')} more")
+                 for row in jobs[:MAX_NAMED]]
+        if len(jobs) > MAX_NAMED:
+            lines.append(f"and {plural(len(jobs) - MAX_NAMED, 'job')} more")
         if self.waiting:
             lines.append(f"{plural(self.waiting, 'job')} would run for the first time.")
         if self.missing:
@@ -11815,7 +11824,7 @@ class Rerun:
         """Make the jobs run again. force: even if the workflow is active."""
         path = f"/workflows/{self.workflow_id}"
         client.post(f"{path}/reset_status", force=force)
-        run_id = raise_run(client, self.workflow_id)
+        run_id = start_next_run(client, self.workflow_id)
         if self.reset or (self.roots and self.everything):
             client.post(f"{path}/reset_job_status",
                         failed_only=self.reset == "failed" and not self.everything)
@@ -11853,13 +11862,13 @@ def counts_text(counted):
 
 def end_code(counted):
     """A workflow's exit code: 0 all jobs completed, 1 some failed, 3 some have not ended."""
-    if counted["is_canceled"] or any(counted[name] for name in BAD_ENDS):
+    if counted["is_canceled"] or any(counted[name] for name in FAILED_STATUSES):
         return 1
     ended = counted["completed"] + counted["disabled"]
     return 0 if ended == counted["total"] else 3
 
 
-def prospects(client, workflow_id):
+def stall_reasons(client, workflow_id):
     """(why a workflow is stuck, why nothing is happening now); None for what does not apply."""
     left = client.get(f"/workflows/{workflow_id}/unfinished")
     if not any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
@@ -11867,7 +11876,7 @@ def prospects(client, workflow_id):
                             for job in left["waiting"][:5])
         return (f"workflow {workflow_id} is stuck: it waits for "
                 f"{waiting or 'nothing that will happen'}"), None
-    if left["scheduled"] or not all(map(death_here, left["active_nodes"])):
+    if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
         return None, None
     return None, (f"no runner is active on workflow {workflow_id}: `torc run {workflow_id}` "
                   "starts one; waiting")
@@ -11894,16 +11903,16 @@ def later_request(client, workflow_id, wishes):
 
 def submitted(number, ids):
     """What was submitted, as a sentence."""
-    names = ", ".join(map(str, ids[:NAMED_AT_MOST]))
+    names = ", ".join(map(str, ids[:MAX_NAMED]))
     return (f"{plural(number, 'allocation')} submitted: Slurm job{'' if number == 1 else 's'} "
-            f"{names}" + (" ..." if number > NAMED_AT_MOST else ""))
+            f"{names}" + (" ..." if number > MAX_NAMED else ""))
 
 
 START_ACTIONS = ("on_workflow_start",)
 NO_ALLOCATIONS = (
     "workflow {name} asks for no allocations: it needs slurm_schedulers and an action with "
     "trigger_type on_workflow_start and action_type schedule_nodes. `torc slurm generate SPEC` "
-    "writes them, `torc slurm schedule-nodes ID` gets allocations for a workflow that exists, "
+    "writes them, `torc slurm schedule-nodes ID` requests allocations for a workflow that exists, "
     "`torc run` needs none")
 
 
@@ -11935,12 +11944,12 @@ def submit_start(client, workflow_id, request):
         some = getattr(error, "submitted", None)
         if some:
             error.args = (f"{error}. {submitted(len(some), some)}; `torc slurm schedule-nodes "
-                          f"{workflow_id}` gets more",)
+                          f"{workflow_id}` requests more",)
         raise
     ids = [number for _, numbers in done for number in numbers]
     if not ids:
         raise TorcError(f"the allocations of workflow {workflow_id} have been submitted before: "
-                        f"`torc slurm schedule-nodes {workflow_id}` gets more, `torc status "
+                        f"`torc slurm schedule-nodes {workflow_id}` requests more, `torc status "
                         f"{workflow_id}` shows its status")
     return Outcome(f"Successfully submitted workflow {workflow_id}: {submitted(len(ids), ids)}; "
                    f"logs in {request.output_dir}; `torc status {workflow_id}` shows its status, "
@@ -11949,7 +11958,7 @@ def submit_start(client, workflow_id, request):
                     "message": f"Successfully submitted workflow {workflow_id}"})
 
 
-def look_after(client, workflow_id, wishes):
+def run_pending_allocations(client, workflow_id, wishes):
     """Carry out pending schedule_nodes actions of the user's own workflow if no live runner can;
     returns what was done, in sentences. Commands such as `status` call it in passing."""
     import shutil
@@ -11970,18 +11979,18 @@ def look_after(client, workflow_id, wishes):
         return [str(error)]
 
 
-def settle_dead(client, workflow_id, output_dir, watch=None):
+def clean_up_dead(client, workflow_id, output_dir, watch=None):
     """Clean up after runners of this host and allocations of this cluster that have ended; returns
     what was done, in sentences."""
     import shutil
     said = release_dead_nodes(client, workflow_id, output_dir)
     if watch or shutil.which("squeue"):
         try:
-            said += settle_allocations(client, workflow_id, watch)
+            said += close_ended_allocations(client, workflow_id, watch)
         except Unreachable:
             raise
         except TorcError as error:        # Slurm's controller is away
-            said.append(f"allocations were not looked at: {error}")
+            said.append(f"allocations were not checked: {error}")
     return said
 
 
@@ -11989,7 +11998,7 @@ def cancel_allocations(client, workflow_id):
     """(Slurm jobs that were canceled, errors): scancel for allocations that have not ended."""
     scheduled, away = [], []
     for record in unended_allocations(client, workflow_id):
-        if is_elsewhere(record):
+        if on_other_cluster(record):
             away.append(f"Slurm job {record['scheduler_id']} is on the cluster "
                         f"{record['cluster']}: scancel it there")
         else:
@@ -12022,7 +12031,7 @@ STUCK_ALLOCATIONS = (
     (r"NeverSatisfied", "what it depends on has failed, so it will not start: `scancel {0}`"))
 
 
-def stuck_advice(number, entry):
+def pending_advice(number, entry):
     """What to do with an allocation (Queued) that will not start on its own, or ""."""
     for pattern, advice in STUCK_ALLOCATIONS if entry.phase == "pending" else ():
         if re.search(pattern, entry.where):
@@ -12039,24 +12048,24 @@ def allocation_lines(client, workflow_id):
     if scheduled and shutil.which("squeue"):
         with contextlib.suppress(TorcError):
             queue = ask_queue({record["scheduler_id"] for record in scheduled
-                               if not is_elsewhere(record)})
+                               if not on_other_cluster(record)})
     for record in scheduled:
         number = record["scheduler_id"]
-        away = is_elsewhere(record)
+        away = on_other_cluster(record)
         entry = queue and queue.get(number)
         if queue is None or away:
             text = f"is {record['status']}" + (f" on the cluster {record['cluster']}" if away else
                                                "")
         elif not entry or entry.phase == "unknown":
-            text = f"was {record['status']}; Slurm does not know it any more, or does not say"
+            text = f"was {record['status']}; Slurm no longer knows it, or does not answer"
         elif entry.phase == "over":
-            text = f"has ended: torc workflows sync-status {workflow_id} settles what it left"
+            text = f"has ended: torc workflows sync-status {workflow_id} cleans up after it"
         else:
             left = "" if entry.phase == "pending" or entry.time_left_s is None else \
                 f", {format_duration(entry.time_left_s)} left"
             where = "" if entry.where in ("(None)", "") else f" {entry.where}" if \
                 entry.where.startswith("(") else f" on {entry.where}"
-            text = f"is {entry.state.lower()}{where}{left}{stuck_advice(number, entry)}"
+            text = f"is {entry.state.lower()}{where}{left}{pending_advice(number, entry)}"
         lines.append(f"Slurm job {number} {text}")
         lines += read_text(worker_note(record.get("output_dir") or DEFAULT_OUTPUT_DIR, workflow_id,
                                        number)).splitlines()
@@ -12087,7 +12096,7 @@ def former_account(client, workflow_id):
     account = defaults.get("account") or (accounts or [None])[-1]
     if not account:
         raise UsageError(f"workflow {workflow_id} has no Slurm scheduler that names an account: "
-                         "take --account NAME")
+                         "use --account NAME")
     return account
 
 
@@ -12173,7 +12182,7 @@ def diagnose(job, result, need, limits, peak, memory_factor, runtime_factor):
     if known and peak > limit or code == limits.oom_exit_code and (
             spent < 0.8 * runtime or not known):
         if not known and not peak:
-            return Diagnosis(job, "unknown", "it was killed, perhaps for its memory; it has no "
+            return Diagnosis(job, "unknown", "it was killed, perhaps for lack of memory; it has no "
                              "resource requirements that could be raised", {})
         more = larger_memory(max(limit if known else 0, peak), memory_factor)
         used = f"used {format_bytes(peak)}" if peak else "was killed"
@@ -12206,7 +12215,7 @@ def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
                             status="failed,terminated,pending_failed"):
         result = results.get(job["id"])
         if not result:
-            found.append(Diagnosis(job, "unknown", "no result is kept", {}))
+            found.append(Diagnosis(job, "unknown", "there is no result", {}))
             continue
         peak = max(result.get("peak_memory_bytes") or 0, peaks.get(attempt_key(result), 0))
         found.append(diagnose(job, result, needs[job["resource_requirements_id"]], limits, peak,
@@ -12401,7 +12410,7 @@ def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
                          ("Output files that exist", outputs)):
         if texts:
             lines.append(f"{title}: {named(texts)}")
-    obstacle = missing_text(workflow_id, missing, missing_data)
+    obstacle = missing_message(workflow_id, missing, missing_data)
     report = {"workflow_id": workflow_id, "safe": not obstacle, "missing_input_files": missing,
               "missing_input_file_count": len(missing), "missing_user_data": missing_data,
               "existing_output_files": outputs, "existing_output_file_count": len(outputs)}
@@ -12410,7 +12419,7 @@ def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
         client.post(f"/workflows/{workflow_id}/reset_status", force=wishes.force)
         if ran:
             client.post(f"/workflows/{workflow_id}/reset_job_status")
-        raise_run(client, workflow_id)
+        start_next_run(client, workflow_id)
         store_file_times(client, times)
         client.post(f"/workflows/{workflow_id}/initialize_jobs")
         ready = client.get(f"/workflows/{workflow_id}/counts")["ready"]
@@ -12436,7 +12445,8 @@ def plan_reinitialize(client, workflow_id, wishes):
 
     verb = f"run {number}" + (" without what is missing" if again.missing else "")
     return Plan(f"Reinitialize workflow {workflow_id}", tuple(again.lines()),
-                (Choice("y", verb, do),), data, obstacle=missing_text(workflow_id, again.missing))
+                (Choice("y", verb, do),), data,
+                obstacle=missing_message(workflow_id, again.missing))
 
 
 def plan_reset(client, workflow_id, wishes):
@@ -12451,7 +12461,7 @@ def plan_reset(client, workflow_id, wishes):
             continue
         again = Rerun(client, workflow_id, reset, wishes.reinitialize)
         data = again.report()
-        obstacle = obstacle or missing_text(workflow_id, again.missing)
+        obstacle = obstacle or missing_message(workflow_id, again.missing)
         number = plural(len(again.reasons), "job")
         if not again.reasons:
             continue
@@ -12530,7 +12540,7 @@ def plan_run(client, target, wishes):
                      f"reset-status {target} --failed-only --reinitialize` readies those that "
                      f"failed, `torc workflows init {target}` all"]
         hosts = [node["hostname"] for node in client.items(
-            "/compute_nodes", workflow_id=target, is_active=True) if not death_here(node)]
+            "/compute_nodes", workflow_id=target, is_active=True) if not local_evidence(node)]
     lines = [*plan.lines, *steps]
     if hosts:
         lines.append(f"{plural(len(hosts), 'runner')} {'works' if len(hosts) == 1 else 'work'} on "
@@ -12614,7 +12624,7 @@ def plan_recover(client, workflow_id, wishes):
 
     It runs in allocations if the workflow has had some.
     """
-    cleaned_up = settle_dead(client, workflow_id, wishes.output_dir)
+    cleaned_up = clean_up_dead(client, workflow_id, wishes.output_dir)
     check_recoverable(client, workflow_id)
     found = diagnose_all(client, workflow_id, wishes.memory_multiplier, wishes.runtime_multiplier)
     known = [one for one in found if one.cause != "unknown"]
@@ -12668,7 +12678,7 @@ def plan_cancel(client, workflow_id, wishes):
     """Cancel a workflow: no more jobs start, and running ones are ended."""
     counted = client.get(f"/workflows/{workflow_id}/counts")
     unended = unended_allocations(client, workflow_id)
-    scheduled = [record for record in unended if not is_elsewhere(record)]
+    scheduled = [record for record in unended if not on_other_cluster(record)]
     busy = counted["pending"] + counted["running"]
     data = {"workflow_id": workflow_id, "job_count": busy, "canceled_slurm_jobs": []}
     if not unended:
@@ -12762,13 +12772,13 @@ def plan_archive(client, ids, wishes):
 
 def plan_release(client, workflow_id, wishes):
     """Clean up after runners that died and allocations that ended."""
-    lines = settle_allocations(client, workflow_id, dry_run=True) + [
+    lines = close_ended_allocations(client, workflow_id, dry_run=True) + [
         evidence.text for _, evidence in dead_nodes(client, workflow_id)]
 
     def do(client):
         done = release_dead_nodes(client, workflow_id, wishes.output_dir)
-        done += settle_allocations(client, workflow_id)
-        done += look_after(client, workflow_id, wishes)
+        done += close_ended_allocations(client, workflow_id)
+        done += run_pending_allocations(client, workflow_id, wishes)
         return Outcome("\n".join(done) or f"Workflow {workflow_id}: nothing to clean up",
                        {"workflow_id": workflow_id, "dry_run": False, "changes": done})
 
@@ -12818,7 +12828,7 @@ def plan_stop(client, ids, status):
         lines.append(f"{plural(len(jobs) - at_work, 'waiting job')} will not start.")
     below = {row["id"]: row["name"] for job in jobs[:20] for row in client.page(
         "/jobs", workflow_id=job["workflow_id"], upstream_job_id=job["id"], status="blocked",
-        limit=NAMED_AT_MOST + 1)["items"]}
+        limit=MAX_NAMED + 1)["items"]}
     if below:
         lines.append("Jobs that depend on this are canceled too, unless they say otherwise: "
                      + named(list(below.values())))
@@ -12967,8 +12977,8 @@ class Watcher:
         """One look at runners and allocations."""
         client, workflow_id = self.client, self.workflow_id
         for sentence in [
-                *settle_dead(client, workflow_id, self.args.output_dir, self.watch),
-                *look_after(client, workflow_id, self.wishes)]:
+                *clean_up_dead(client, workflow_id, self.args.output_dir, self.watch),
+                *run_pending_allocations(client, workflow_id, self.wishes)]:
             self.say(sentence)
         counted = client.get(f"/workflows/{workflow_id}/counts")
         if self.args.show_job_counts:
@@ -12979,7 +12989,7 @@ class Watcher:
         if self.args.auto_schedule:
             self.schedule(counted)
         elif not counted["is_complete"]:
-            _, hint = prospects(client, workflow_id)
+            _, hint = stall_reasons(client, workflow_id)
             if hint and hint != self.told:
                 self.say(hint)
                 self.told = hint
@@ -13145,14 +13155,14 @@ def cell(record, name, when=local_time):
 
 WAITING_CLIENTS = 56                      # that may hold a thread while they wait for news
 STREAMING_CLIENTS = 40                    # of those; the rest is for runners, which wait for work
-GONE_CLIENT_S = 2.0                       # how often a silent stream looks whether anybody listens
+STREAM_POLL_S = 2.0                       # how often a silent stream looks whether anybody listens
 SECURITY_HEADERS = (("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"))
 HTML = "text/html; charset=utf-8"
 FRONT_PAGE = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title>"
               f"<p>A torc server. Its API is at <code>{API_PREFIX}</code>.</html>")
 
 
-class Refused(TorcError):
+class HttpError(TorcError):
     """A refusal whose status stands for another reason than the errors of section 2."""
 
     plain = True
@@ -13174,7 +13184,7 @@ def channel_of(http):
     return http.environ["waitress.client_disconnected"].__self__
 
 
-def has_hung_up(channel):
+def is_closed_by_peer(channel):
     """Whether the peer has closed a connection; waitress notices only while it reads."""
     import select
     poll = select.poll()
@@ -13237,7 +13247,7 @@ class Site:
         with stream.held:
             write(b"")                    # the headers, before the first piece
             for piece in stream.pieces if http.method != "HEAD" else ():
-                if has_hung_up(channel_of(http)):
+                if is_closed_by_peer(channel_of(http)):
                     return
                 if piece:
                     yield piece
@@ -13270,7 +13280,7 @@ class Application(Site):
         gate, path = self.access.gate, http.path
         verdict = channel_of(http).judged[1] if gate else NOBODY
         if verdict.state == "busy":
-            raise Refused(503, BUSY)
+            raise HttpError(503, BUSY)
         if gate and gate.required and verdict.state != "known":
             raise Unauthorized("Unauthorized")
         if path in ("/", "/dashboard", "/dashboard/"):
@@ -13278,7 +13288,7 @@ class Application(Site):
             return FRONT_PAGE
         wanted = http.get_header("X-Torc-Server")
         if wanted and wanted != self.store.id:       # the client's server was here before
-            raise Refused(421, f"this is the Torc server {self.store.id}")
+            raise HttpError(421, f"this is the Torc server {self.store.id}")
         if not path.startswith(API_PREFIX + "/"):
             raise NoSuchPath
         method = "GET" if http.method == "HEAD" else http.method
@@ -13324,7 +13334,7 @@ class Application(Site):
                 held.callback(places.release)
             subscription = call_endpoint(endpoint, texts, request)
             held.callback(subscription.close)
-            pieces = iter(lambda: subscription.take(GONE_CLIENT_S), None)
+            pieces = iter(lambda: subscription.take(STREAM_POLL_S), None)
             return EventStream(pieces, held.pop_all())
 
     def refusal(self, error, response):
@@ -13333,7 +13343,7 @@ class Application(Site):
         if error.status == 401:
             response.set_header("WWW-Authenticate", 'Basic realm="Torc"')
         if error.status == 503:
-            response.set_header("Retry-After", "1" if isinstance(error, Refused) else "15")
+            response.set_header("Retry-After", "1" if isinstance(error, HttpError) else "15")
         if error.status == 405:
             response.set_header("Allow", ", ".join(error.allow))
         if isinstance(error, (NoSuchPath, WrongMethod)):
@@ -13361,7 +13371,7 @@ def read_json(http):
 
 # ---- connections
 
-class Later:
+class DelayedCalls:
     """Calls functions after a delay, all in one thread."""
 
     def __init__(self):
@@ -13417,7 +13427,7 @@ def channel_class(gate, tls):
     requests, add_task). gate: a Gate, or None. tls: an ssl.SSLContext, or None.
     """
     from waitress.channel import HTTPChannel
-    later = Later() if gate else None
+    later = DelayedCalls() if gate else None
 
     class Channel(HTTPChannel):
         judged = None, NOBODY             # the request at work, and the verdict on it
@@ -13547,7 +13557,7 @@ def bind_sockets(host, port):
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
-        raise Unreachable(f"the host name {host!r} is unknown: take 127.0.0.1 (this machine only), "
+        raise Unreachable(f"the host name {host!r} is unknown: use 127.0.0.1 (this machine only), "
                           "0.0.0.0 (all its addresses), or a name of this machine") from None
     sockets = []
     try:
@@ -13560,27 +13570,27 @@ def bind_sockets(host, port):
     except OSError as error:
         for sock in sockets:
             sock.close()
-        raise bind_trouble(error, host, port) from None
+        raise bind_error(error, host, port) from None
     return sockets
 
 
-def bind_trouble(error, host, port):
+def bind_error(error, host, port):
     """Explain why a socket could not be bound, and which option helps."""
     if error.errno == errno.EADDRINUSE:
-        return Unreachable(f"port {port} on {host} is in use{port_holder(port)}: stop it, or take "
+        return Unreachable(f"port {port} on {host} is in use{port_holder(port)}: stop it, or use "
                            f"--port {port + 1}, or --port 0 for any free one")
     if error.errno == errno.EACCES:
-        return Unreachable(f"port {port} is reserved for root: take --port {DEFAULT_PORT}, or "
+        return Unreachable(f"port {port} is reserved for root: use --port {DEFAULT_PORT}, or "
                            "--port 0 for any free one")
     if error.errno == errno.EADDRNOTAVAIL:
-        return Unreachable(f"{host} is not an address of this machine: take 127.0.0.1 or 0.0.0.0")
+        return Unreachable(f"{host} is not an address of this machine: use 127.0.0.1 or 0.0.0.0")
     return Unreachable(f"port {port} on {host} cannot be used: {os.strerror(error.errno)}")
 
 
 BRIDGES = re.compile(r"(docker|podman|br-|virbr|veth|cni|flannel|cali|lxc|lxd|vmnet|tun|tap)")
 
 
-def own_addresses():
+def public_addresses():
     """Return the addresses by which other machines can reach this one, IPv4 first.
 
     Without loopback, link-local ones, and the bridges of containers (netdevice(7), proc(5)).
@@ -13602,7 +13612,7 @@ def own_addresses():
             if not BRIDGES.match(name) and not address.startswith(("127.", "169.254."))]
 
 
-def own_names(addresses, seconds=2.0):
+def public_names(addresses, seconds=2.0):
     """Return the names of this machine that lead to these addresses, as far as found in time."""
     import socket
     found = []
@@ -13628,8 +13638,9 @@ def server_urls(scheme, host, sockets):
     bound = [sock.getsockname()[0] for sock in sockets]
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound[0], bound[0])
     if local != bound[0]:
-        addresses = [address for address in own_addresses() if ":" not in address or "::" in bound]
-        others = own_names(addresses) + addresses
+        addresses = [address for address in public_addresses()
+                     if ":" not in address or "::" in bound]
+        others = public_names(addresses) + addresses
     else:
         others = [] if all(map(is_loopback, bound)) else [host, *sorted(bound)]
     others = [name for name in dict.fromkeys(others) if not is_loopback(name)]
@@ -13675,7 +13686,7 @@ def make_log(level, directory, as_json):
     import logging.handlers
     number = logging.getLevelName(level.upper().replace("TRACE", "DEBUG"))
     if not isinstance(number, int):
-        raise UsageError(f"log level {level!r}: take error, warn, info, debug or trace")
+        raise UsageError(f"log level {level!r}: use error, warn, info, debug or trace")
     logging.raiseExceptions = False       # a closed stderr must not disturb the server
     handlers = [logging.StreamHandler(quiet_stderr())]
     if directory:
@@ -13819,12 +13830,12 @@ def running_server(pid_file):
         note = json.loads(read_text(pid_file).partition("\n")[2])
     except ValueError:                    # it has not begun yet
         return None
-    return None if death_here(note) else ServerProcess(
+    return None if local_evidence(note) else ServerProcess(
         note["pid"], note["hostname"], note["since"], tuple(note.get("urls", ())),
         note.get("database", ""))
 
 
-def open_served(database):
+def open_store(database):
     """Open the Store of a server. Raises Conflict, naming the other server if its note is found, if
     the database is served already: two servers would take each other's runners for dead."""
     import socket
@@ -13849,7 +13860,7 @@ def wait_for_end(pid, seconds):
     return process_start(pid) is None
 
 
-def hold_pid_file(path):
+def lock_pid_file(path):
     """Lock a pid file until this process exits, and remove it then; return its descriptor.
     Raises Conflict if another server holds it."""
     import atexit
@@ -13898,7 +13909,7 @@ def go_to_background(args):
     os.close(read_end)
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    held = hold_pid_file(os.path.abspath(args.pid_file or default_pid_file()))
+    held = lock_pid_file(os.path.abspath(args.pid_file or default_pid_file()))
 
     def ready(note):
         os.truncate(held, 0)
@@ -13973,7 +13984,7 @@ def systemctl(user, *words):
     """Run systemctl; return (exit code, output), or (None, reason) where systemd does not run."""
     import shutil
     if not shutil.which("systemctl") or not os.path.isdir("/run/systemd/system"):
-        return None, "systemd does not run here"
+        return None, "systemd is not running here"
     code, out, err = run_program(["systemctl", *(["--user"] if user else []), *words], 60)
     return code, (out + err).strip()
 
@@ -13981,7 +13992,7 @@ def systemctl(user, *words):
 # ---- serving
 
 
-class Ending:
+class Shutdown:
     """Shutdown by SIGINT, SIGTERM or SIGHUP (which stays ignored under nohup(1)): the first signal
     raises SystemExit, or ends serve(); later ones are ignored."""
 
@@ -14013,7 +14024,7 @@ class Ending:
             sock.close()
         end()
         server.task_dispatcher.shutdown()
-        deadline = time.monotonic() + LAST_WORDS_S
+        deadline = time.monotonic() + DRAIN_S
         while time.monotonic() < deadline:               # what waitress holds for slow readers
             rest = {number: channel for number, channel in list(loop.items())
                     if getattr(channel, "total_outbufs_len", 0)}
@@ -14024,7 +14035,7 @@ class Ending:
         sys.setswitchinterval(1000)
 
 
-LAST_WORDS_S = 5.0
+DRAIN_S = 5.0
 
 
 def import_web(purpose):
@@ -14073,7 +14084,7 @@ def serve(args):
     tls = server_tls(args.tls_cert, args.tls_key) if args.https else None
     if not args.database:
         log.info("no --database given: taking %s", os.path.abspath("torc.db"))
-    store = open_served(args.database or "torc.db")
+    store = open_store(args.database or "torc.db")
     sockets = bind_sockets(args.host, args.port)
     set_admins(store, args.admin_user)
     urls = server_urls("https" if tls else "http", args.host, sockets)
@@ -14087,7 +14098,7 @@ def serve(args):
     stop = threading.Event()
     threading.Thread(target=watch_leases, args=(store, log, stop), daemon=True).start()
 
-    ending = Ending()
+    ending = Shutdown()
     try:
         announce(args, application, urls)
         if ready:
@@ -14205,7 +14216,7 @@ class Dashboard(Site):
         """Return the page for a browser without the cookie; an unused link's token lets it in."""
         import hmac
         if http.path != "/":
-            raise Refused(401, "open the dashboard with a new link")
+            raise HttpError(401, "open the dashboard with a new link")
         response.content_type = HTML
         token = http.query.get("token", "")
         if not self.token or not hmac.compare_digest(token.encode(), self.token.encode()):
@@ -14242,7 +14253,7 @@ class Dashboard(Site):
             if http.path.startswith("/dash/"):
                 return compact(self.own(http))
         except (Unreachable, Unauthorized) as error:     # which is no fault of the browser's
-            raise Refused(502, str(error)) from None
+            raise HttpError(502, str(error)) from None
         raise NotFound(f"there is no {http.path} here")
 
     def mine(self):
@@ -14291,7 +14302,7 @@ class Dashboard(Site):
         """Forward an event stream until either side closes it."""
         with contextlib.ExitStack() as held:
             if not self.streams.acquire(blocking=False):
-                raise Refused(503, "too many event streams are open")
+                raise HttpError(503, "too many event streams are open")
             held.callback(self.streams.release)
             source, answer = self.mine().open_stream(path, http.query_string)
             held.callback(answer.close)
@@ -14307,14 +14318,14 @@ class Dashboard(Site):
         yield b": live\n\n"               # so that the browser knows at once
         with contextlib.suppress(OSError, http.client.HTTPException):
             while not self.stopping.is_set():
-                there = has_part(answer, source, channel.socket)
+                there = wait_for_data(answer, source, channel.socket)
                 piece = answer.read1(65_536) if there else b": quiet\n\n"
                 if not piece:
                     return
                 yield piece
 
 
-def has_part(response, source, reader, wait_s=2.0):
+def wait_for_data(response, source, reader, wait_s=2.0):
     """Wait briefly for more of a response or for its reader to hang up; is there more?"""
     import select
     source.setblocking(False)             # what is buffered already makes no socket readable
@@ -14343,7 +14354,7 @@ def dash_sockets(host, port, say):
         if number != port:
             say(f"port {port} is in use{port_holder(port)}: taking {number}")
         return sockets
-    raise Unreachable(f"the ports {port} to {port + 99} on {host} are in use: take --port 0")
+    raise Unreachable(f"the ports {port} to {port + 99} on {host} are in use: use --port 0")
 
 
 def private_socket(path):
@@ -14436,14 +14447,14 @@ STYLES = read_styles("""
     focus            -1  -1  reverse
     """)
 # The statuses, in the order of bars and legends.
-LOOKS = {name: style for name, style in STYLES.items() if style.glyphs}
-STATE_LOOKS = {"not initialized": "uninitialized", "waiting": "ready", "running": "running",
-               "done": "completed", "failed": "failed", "stuck": "pending_failed",
-               "canceled": "canceled"}
+STATUS_STYLES = {name: style for name, style in STYLES.items() if style.glyphs}
+STATE_STATUS = {"not initialized": "uninitialized", "waiting": "ready", "running": "running",
+                "done": "completed", "failed": "failed", "stuck": "pending_failed",
+                "canceled": "canceled"}
 ASCII_MARKS = str.maketrans("▌│├└─↓·█–→‹›▁▂▃▄▅▆▇",
                             "*||`-v-#-><>__.-=+*")
-LEVELS = "▁▂▃▄▅▆▇█"
-SMALLEST = (80, 24)
+SPARK_LEVELS = "▁▂▃▄▅▆▇█"
+MIN_SIZE = (80, 24)
 RETRY_S = (1, 2, 4, 8, 15)                # pauses before a server that is away is asked again
 LOG_BYTES = 4 * 2**20                     # of a log's end that the viewer holds
 HINT_LINES = 8
@@ -14542,7 +14553,7 @@ class Prompt:
 class State:
     """All that the screen shows."""
 
-    def __init__(self, size=SMALLEST, plain=False):
+    def __init__(self, size=MIN_SIZE, plain=False):
         self.width, self.height = size
         self.plain = plain                # ASCII only
         self.pages = []
@@ -14599,7 +14610,7 @@ def both_ends(left, right, width):
 
 def glyph(state, status):
     """The glyph of a status."""
-    return LOOKS[status].glyphs[state.plain]
+    return STATUS_STYLES[status].glyphs[state.plain]
 
 
 def status_span(state, status, words=None):
@@ -14611,26 +14622,27 @@ def bar(state, counted, total, width):
     """Counts by status as a bar; each status that occurs gets at least one cell."""
     if not total:
         return []
-    present = [status for status in LOOKS if counted.get(status)]
+    present = [status for status in STATUS_STYLES if counted.get(status)]
     cells = {status: max(1, width * counted[status] // total) for status in present}
     while present and sum(cells.values()) != width:
         step = 1 if sum(cells.values()) < width else -1
         largest = max(present, key=lambda status: counted[status] / total * width - cells[status]
                       if step > 0 else cells[status])
         cells[largest] += step
-    return [(LOOKS[status].cells[state.plain] * cells[status], status) for status in present]
+    return [(STATUS_STYLES[status].cells[state.plain] * cells[status], status)
+            for status in present]
 
 
 def legend(state, counted):
     """Counts by status, as spans."""
     spans = []
-    for status in LOOKS:
+    for status in STATUS_STYLES:
         if counted.get(status):
             spans += [status_span(state, status, f"{counted[status]:,} {said(status)}"), "   "]
     return spans[:-1]
 
 
-def wrapped(spans, width):
+def wrap_spans(spans, width):
     """Wrap spans into lines, breaking between spans."""
     lines, line = [], []
     for text, style in styled(spans):
@@ -14642,7 +14654,7 @@ def wrapped(spans, width):
     return [*lines, line] if line else lines
 
 
-def folded(text, width):
+def wrap_text(text, width):
     """Wrap a string into lines of at most `width` columns."""
     lines, line = [], ""
     for word in printable(text).split():
@@ -14661,17 +14673,17 @@ def folded(text, width):
 def spark(numbers):
     """Numbers as a sparkline."""
     most = max(numbers, default=0)
-    return "".join(" " if not number else LEVELS[min(7, int(8 * number / most))]
+    return "".join(" " if not number else SPARK_LEVELS[min(7, int(8 * number / most))]
                    for number in numbers)
 
 
-def shown_cell(state, record, column):
+def styled_cell(state, record, column):
     """A field of a record as (text, style)."""
     value = record.get(column.field)
-    if column.field == "status" and value in LOOKS:
+    if column.field == "status" and value in STATUS_STYLES:
         return status_span(state, value)
     if column.field == "state":
-        return status_span(state, STATE_LOOKS[value], value)
+        return status_span(state, STATE_STATUS[value], value)
     text = cell(record, column.field, lambda value: clock(value, state.now))
     return text, "failed" if column.field == "failed" else ""
 
@@ -14691,7 +14703,7 @@ def cells_line(columns, cells, width):
 
 # ---- loaders: functions of (client, a copy of the View, Terminal), called by the worker thread
 
-def require_views(client):
+def require_extensions(client):
     """Raise TorcError if the server lacks what the pages need, as upstream's does."""
     lacks = {"summary", "search", "graph", "failures", "include_results"} - set(
         client.get("/version").get("extensions", ()))
@@ -14776,7 +14788,7 @@ def load_log(client, page, terminal):
     key = job["attempt_id"], job["status"] in ("pending", "ready", "blocked")
     attempt = known["attempt"] if known.get("key") == key else \
         terminal.tools.find_output(client, job)
-    names = ["stderr", "stdout"] if job["status"] in BAD_ENDS else ["stdout", "stderr"]
+    names = ["stderr", "stdout"] if job["status"] in FAILED_STATUSES else ["stdout", "stderr"]
     streams = {}
     for name, path in (("stdout", attempt.stdout), ("stderr", attempt.stderr)):
         in_view = page.stream in (None, name) or attempt.stdout == attempt.stderr
@@ -14911,7 +14923,7 @@ def load_network(client, page, terminal):
     return {"checks": terminal.tools.checks(client)}
 
 
-def load_nothing(client, page, terminal):
+def load_static(client, page, terminal):
     """Load nothing: the page shows what is known already."""
     return {"there": True}
 
@@ -14963,7 +14975,7 @@ def overview_rows(state, page, width):
     data, workflow = page.data, page.data["workflow"]
     head = [(percent(data["done"], data["total"]), "title"),
             f"  {data['done']:,} of {data['total']:,} done  ",
-            status_span(state, STATE_LOOKS[data["state"]], data["state"])]
+            status_span(state, STATE_STATUS[data["state"]], data["state"])]
     if data["rate"] and data["left_s"]:
         rate = f"{data['rate']:,.0f}" if data["rate"] >= 100 else f"{data['rate']:.3g}"
         head.append(f"  {rate} a minute, about {format_duration(data['left_s'])} left")
@@ -14971,7 +14983,7 @@ def overview_rows(state, page, width):
             head.append(f" (until {clock(state.now + data['left_s'], state.now)})")
     yield Row(head)
     yield Row(["", *bar(state, data["counts"], data["total"], width - 2)])
-    for line in wrapped(legend(state, data["counts"]), width - 2):
+    for line in wrap_spans(legend(state, data["counts"]), width - 2):
         yield Row(line, ("jobs", ""))
     sections = {
         "Why not": [(f"{one['count']:>7,} ", one["status"], one["why"], ("jobs", one["status"]))
@@ -15004,7 +15016,7 @@ def job_rows(state, page, width):
     data, job = page.data, page.data["job"]
     yield Row([status_span(state, job["status"]),
                f"    job {job['id']}, attempt {job['attempt_id']}"])
-    for line in folded(data["why"], width - 2):
+    for line in wrap_text(data["why"], width - 2):
         yield Row([line])
     attempts, tail = [], ""
     for result in reversed(data["results"]):
@@ -15040,7 +15052,7 @@ def job_rows(state, page, width):
     yield Row([])
     for name, value in facts.items():
         if value:
-            yield from beside(f"{name:<10} ", folded(str(value), width - 14))
+            yield from beside(f"{name:<10} ", wrap_text(str(value), width - 14))
 
 
 def failure_rows(state, page, width):
@@ -15052,7 +15064,7 @@ def failure_rows(state, page, width):
                    (group["cause"], status), (f"  {group['family']}", "dim")], ("jobs", wanted),
                   group["advice"])
         for text in (group["line"], group["advice"]):
-            for line in folded(text, width - 12)[:3]:
+            for line in wrap_text(text, width - 12)[:3]:
                 yield Row(["         " + line])
         for job in group["jobs"]:
             yield Row(["         ", (job["name"], "live"), (f"  job {job['id']}", "dim")],
@@ -15086,7 +15098,7 @@ def timeline_rows(state, page, width):
         line = [shorten(runner["name"], 14).ljust(15), (f"{runner['busy']:>3} %  ", "dim")]
         style = "running" if runner["active"] else "completed"
         for part, bad in runner["bins"]:
-            cell = " " if part <= 0.02 else LEVELS[min(7, int(8 * part))]
+            cell = " " if part <= 0.02 else SPARK_LEVELS[min(7, int(8 * part))]
             line.append((glyph(state, "failed"), "failed") if bad else (cell, style))
         yield Row(line, to, f"{runner['name']}: {runner['ran']:,} jobs on "
                   f"{plural(runner['cpus'], 'CPU')}, idle {span(runner['idle_s'])}")
@@ -15102,7 +15114,7 @@ def network_rows(state, page, width):
         status = {"ok": "completed", "warn": "pending_failed", "fail": "failed"}[check.verdict]
         yield Row([status_span(state, status, ""), f"{shorten(check.check, 34):<35}",
                    check.detail], None, check.next_step or check.detail)
-        for line in folded(check.next_step, width - 8):
+        for line in wrap_text(check.next_step, width - 8):
             yield Row([("    " + line, "dim")])
 
 
@@ -15112,7 +15124,7 @@ def record_rows(state, page, width):
         text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
         yield from beside(f"{name:<26} ", [
             part for line in text.splitlines()
-            for part in ([line] if line.startswith(" ") else folded(line, width - 30) or [""])])
+            for part in ([line] if line.startswith(" ") else wrap_text(line, width - 30) or [""])])
 
 
 def process_rows(state, page, width):
@@ -15133,13 +15145,14 @@ def help_rows(state, page, width):
         title, keys = KEYS[group]
         yield Row([(title, "title")])
         for names, _, text, _ in keys:
-            yield from beside(f"  {', '.join(names.split()):<22}", folded(text, width - 26), "key")
+            lines = wrap_text(text, width - 26)
+            yield from beside(f"  {', '.join(names.split()):<22}", lines, "key")
         yield Row([])
     yield Row([("g and a letter", "title")])
     for kind in PAGES.values():
         if kind.go:
             yield from beside(f"  {'g ' + kind.go:<22}", [kind.title], "key")
-    names = list(LOOKS)
+    names = list(STATUS_STYLES)
     yield from section("Status", [
         Row(["  ", *[span for status in part for span in (status_span(state, status), "  ")]])
         for part in (names[:6], names[6:])])
@@ -15175,7 +15188,7 @@ def list_rows(state, page, first, last):
     for index in range(first, min(last, page.data["total"])):
         record = record_at(page, index)
         if record:
-            cells = [shown_cell(state, record, column) for column in columns]
+            cells = [styled_cell(state, record, column) for column in columns]
             job = {"id": record["job_id"], "name": record["job_name"]} \
                 if page.name == "results" else record
             hint = page.hints.get(hint_key(record))
@@ -15270,10 +15283,10 @@ def log_view_lines(state, page, width, height):
     """The visible part of a log, with search hits highlighted."""
     stream = page.log
     if stream.path is None:
-        return [[("This job keeps no such output (its stdio mode says so)", "dim")]]
+        return [[("This job does not keep that output (see its stdio mode)", "dim")]]
     if stream.size < 0:
         host = getattr(page.data.get("attempt"), "host", None) or "unknown"
-        return [[(part, "dim")] for part in folded(
+        return [[(part, "dim")] for part in wrap_text(
             f"There is no file {stream.path} here: it was deleted after success, or it is on "
             f"another machine ({host}), or the path means another directory here.", width)]
     lines = [[(f"the last {format_bytes(stream.end - stream.start)} of "
@@ -15320,7 +15333,7 @@ def filter_spans(state, page):
         spans.append((f"  by {page.data['order']}", "dim"))
     if page.kind.columns and page.data:
         total = page.data["total"]
-        last = min(total, page.top + room_of(state, page))
+        last = min(total, page.top + visible_rows(state, page))
         spans.append((f"  {min(page.top + 1, total):,}-{last:,} of {total:,}", "dim"))
     if page.kind.lines and page.data:
         for name, stream in page.data["streams"].items():
@@ -15359,31 +15372,31 @@ def body_lines(state, width, height):
     page = state.page
     if page.error and not page.data:
         return [[], *[[(" " + line, "alarm" if not number else "")] for number, line in enumerate(
-            folded(str(page.error), width - 4))]]
+            wrap_text(str(page.error), width - 4))]]
     if not page.data:
         return [[]] if time.monotonic() - page.asked_at < 0.3 else [[], [(" loading...", "dim")]]
     if not page.kind.lines and not row_count(state, page):
         empty = page.kind.empty if not page.filter else \
             f"Nothing matches {page.filter}: f takes another filter, Esc takes it away."
-        return [[], *[[(" " + line, "dim")] for line in folded(empty, width - 4)]]
+        return [[], *[[(" " + line, "dim")] for line in wrap_text(empty, width - 4)]]
     return (page.kind.lines or row_lines)(state, page, width, height)
 
 
-def away_lines(state, width):
+def offline_lines(state, width):
     """The banner while the server does not answer."""
     if not state.away:
         return []
     why_text, since, next_try, _ = state.away
     seconds = max(0, math.ceil(next_try - state.now))
     text = (f"The server does not answer since {clock(since, state.now)}; next try in {seconds} s, "
-            f"r tries now. Runners go on and report later. {why_text}")
-    return [[(" " + line, "alarm")] for line in folded(text, width - 2)[:3]]
+            f"r tries now. Runners continue and report later. {why_text}")
+    return [[(" " + line, "alarm")] for line in wrap_text(text, width - 2)[:3]]
 
 
 def question_lines(state, width, most):
     """The plan that waits for an answer."""
     plan = state.question.plan
-    body = [line for text in plan.lines for line in folded(text, width - 4) or [""]]
+    body = [line for text in plan.lines for line in wrap_text(text, width - 4) or [""]]
     if len(body) > most - 3:
         body = [*body[:most - 4], f"and {plural(len(body) - most + 4, 'line')} more"]
     choices = [span for key, words, _ in plan.choices
@@ -15413,10 +15426,10 @@ def message_line(state, width):
         return [(f" {state.busy}...", "live")]
     if state.message:
         return [(" " + state.message, state.message_style)]
-    return [" " + hint_of(state)]
+    return [" " + focused_hint(state)]
 
 
-def hint_of(state):
+def focused_hint(state):
     """The hint for the row in focus."""
     page = state.page
     if page.error and page.data:
@@ -15443,20 +15456,21 @@ def row_count(state, page):
     return len(page_rows(state, page))
 
 
-def room_of(state, page):
+def visible_rows(state, page):
     """How many rows of a page fit on the screen."""
-    return max(1, state.height - 4 - len(away_lines(state, state.width)) - bool(page.kind.columns))
+    taken = 4 + len(offline_lines(state, state.width)) + bool(page.kind.columns)
+    return max(1, state.height - taken)
 
 
 def draw(state):
     """The whole screen: `height` lines of spans, none wider than `width`."""
     width, height = state.width, state.height
-    if width < SMALLEST[0] or height < SMALLEST[1]:
-        text = (f"torc needs {SMALLEST[0]} columns and {SMALLEST[1]} lines; here are {width} and "
-                f"{height}.", "Make the window larger, or press q.")
-        lines = [[part] for one in text for part in folded(one, max(1, width))]
+    if width < MIN_SIZE[0] or height < MIN_SIZE[1]:
+        text = (f"torc needs {MIN_SIZE[0]} columns and {MIN_SIZE[1]} lines; this terminal has "
+                f"{width} and {height}.", "Make the window larger, or press q.")
+        lines = [[part] for one in text for part in wrap_text(one, max(1, width))]
         return [fit(line, width) for line in (lines + [[]] * height)[:height]]
-    lines = [path_line(state, width), tabs_line(state, width), *away_lines(state, width)]
+    lines = [path_line(state, width), tabs_line(state, width), *offline_lines(state, width)]
     room = height - 2 - len(lines)
     body = body_lines(state, width, room)[:room]
     lines += body + [[]] * (room - len(body))
@@ -15495,7 +15509,7 @@ class PageKind(NamedTuple):
     inside: bool = True                   # a workflow
     every_s: float = 5.0                  # loaded again so often while something goes on
     hint: Any = None
-    empty: str = "Nothing is here yet."
+    empty: str = "There is nothing here yet."
 
 
 NEWEST = {"sort_by": "id", "reverse_sort": True}
@@ -15519,29 +15533,29 @@ PAGES = {
                       empty="No runner has worked on this workflow: x starts one here."),
     "allocations": PageKind("Allocations", "s", columns="scheduled_compute_node", query=NEWEST,
                             hint=allocation_hint,
-                            empty="No allocation was asked for: s submits to Slurm."),
+                            empty="No allocation was requested: s submits to Slurm."),
     "slurm": PageKind("Slurm", "m", columns="slurm_stats",
-                      empty="Slurm's accounting has told nothing of this workflow."),
+                      empty="Slurm's accounting has no records of this workflow."),
     "files": PageKind("Files", "i", columns="file", empty="This workflow names no files."),
     "data": PageKind("Data", "a", columns="user_data", empty="This workflow has no user data."),
     "events": PageKind("Events", "e", columns="event", every_s=2.0,
                        query={"sort_by": "timestamp", "reverse_sort": True},
-                       empty="Nothing was noted yet."),
+                       empty="There are no events yet."),
     "job": PageKind("Job", "", load_job, job_rows, every_s=2.0,
                     keys="job, moves, workflow, everywhere"),
     "log": PageKind("Log", "", load_log, lines=log_view_lines, every_s=0.5,
                     keys="log, everywhere"),
-    "record": PageKind("Record", "", load_nothing, record_rows, every_s=math.inf,
+    "record": PageKind("Record", "", load_static, record_rows, every_s=math.inf,
                        keys="moves, everywhere"),
     "network": PageKind("Network", "x", load_network, network_rows, every_s=math.inf,
                         keys="moves, everywhere", inside=False),
-    "processes": PageKind("Processes", "p", load_nothing, process_rows, every_s=1.0,
+    "processes": PageKind("Processes", "p", load_static, process_rows, every_s=1.0,
                           keys="processes, moves, everywhere", inside=False,
                           empty="Nothing was started from here: x runs a workflow on this machine, "
                                 "s submits it to Slurm, W watches it."),
     "output": PageKind("Output", "", load_file, lines=log_view_lines, every_s=0.5,
                        keys="process output, log, everywhere", inside=False),
-    "help": PageKind("Help", "", load_nothing, help_rows, every_s=math.inf,
+    "help": PageKind("Help", "", load_static, help_rows, every_s=math.inf,
                      keys="moves, everywhere", inside=False),
 }
 TABS = {name: kind.title for name, kind in PAGES.items() if kind.inside and kind.go}
@@ -15718,7 +15732,7 @@ class Worker:
         self.client.close()
 
 
-def tui_name(number):
+def process_log_name(number):
     """The log name of a process started here."""
     return f"tui_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}_{number}"
 
@@ -15727,7 +15741,7 @@ def start_server(port, database, output_dir):
     """Start a server for this program; returns (Started, URL). Raises TorcError with its words."""
     words = ["server", "run", "--host", "127.0.0.1", "--port", str(port), "--end-with-parent"]
     child = Started(Start("server", words + (["--database", database] if database else [])), None,
-                    output_dir, tui_name(0))
+                    output_dir, process_log_name(0))
     deadline = time.monotonic() + 30
     while True:
         running = child.running           # looked at before its output is
@@ -15757,7 +15771,7 @@ class Loading:
             return bool(page.data)
         first, rows = page.data["offset"], page.data["rows"]
         return first <= page.top and first + len(rows) >= min(
-            page.data["total"], page.top + room_of(self, page))
+            page.data["total"], page.top + visible_rows(self, page))
 
     def pause(self, page):
         """Seconds until a page is loaded again if there are no news."""
@@ -15816,7 +15830,7 @@ class Loading:
     def load(self, page):
         """Have the worker load a page: the visible rows and as many before and after them."""
         import copy
-        room = room_of(self, page)
+        room = visible_rows(self, page)
         page.offset = max(0, page.top - room)
         page.limit = page.top + 2 * room - page.offset
         page.loading, page.asked_at, page.due_at = True, time.monotonic(), math.inf
@@ -15825,7 +15839,7 @@ class Loading:
 
         def task(client):
             if not self.checked:
-                require_views(client)
+                require_extensions(client)
                 self.checked = True
             begun = time.monotonic()
             return page.kind.load(client, asked, self), time.monotonic() - begun
@@ -15907,7 +15921,7 @@ class Moving:
         """Open a page on top of this one."""
         page = View(name, self.workflow() if PAGES[name].inside else None, subject)
         self.pages.append(page)
-        if page.kind.load is load_nothing:
+        if page.kind.load is load_static:
             page.data = {"there": True}
             page.key = self.key_of(page)
 
@@ -15935,7 +15949,7 @@ class Moving:
 
     def move(self, page, cursor):
         """Put the focus on a row, or the nearest one, and scroll it into view."""
-        total, room = row_count(self, page), room_of(self, page)
+        total, room = row_count(self, page), visible_rows(self, page)
         page.cursor = max(0, min(cursor, total - 1))
         page.top = max(0, min(page.top, page.cursor, total - room), page.cursor - room + 1)
 
@@ -15946,7 +15960,7 @@ class Moving:
             self.log_step(rows)
             return
         if abs(rows) > 1:
-            page.top = max(0, min(page.top + rows, total - room_of(self, page)))
+            page.top = max(0, min(page.top + rows, total - visible_rows(self, page)))
         shown = page_rows(self, page) if page.kind.rows else ()
         place = max(0, min(page.cursor + rows, total - 1))
         while 0 <= place < len(shown) and is_heading(shown[place]):
@@ -15958,7 +15972,7 @@ class Moving:
 
     def do_page(self, pages):
         """Move by a number of screens."""
-        self.do_step(pages * max(2, room_of(self, self.page) - 1))
+        self.do_step(pages * max(2, visible_rows(self, self.page) - 1))
 
     def do_edge(self, end):
         """Go to the first or last row, or to the start or end of a log; the end is followed."""
@@ -16045,8 +16059,8 @@ class Moving:
                 if x < at:
                     self.turn(names.get(text, page.name))
                     return
-        row = page.top + y - 2 - len(away_lines(self, self.width)) - bool(page.kind.columns)
-        if page.top <= row < min(row_count(self, page), page.top + room_of(self, page)):
+        row = page.top + y - 2 - len(offline_lines(self, self.width)) - bool(page.kind.columns)
+        if page.top <= row < min(row_count(self, page), page.top + visible_rows(self, page)):
             if row == page.cursor:
                 self.do_enter()
             else:
@@ -16149,11 +16163,11 @@ class Reading:
         page = self.page
         page.follow = not page.follow
         if not page.follow and page.data:
-            page.top = max(0, self.log_size() - room_of(self, page))
+            page.top = max(0, self.log_size() - visible_rows(self, page))
 
     def log_step(self, lines):
         """Scroll a log by a number of lines; the end is followed."""
-        page, height, size = self.page, room_of(self, self.page), self.log_size()
+        page, height, size = self.page, visible_rows(self, self.page), self.log_size()
         if not page.data:
             return
         if page.follow:
@@ -16198,7 +16212,7 @@ class Reading:
                      f"{page.wanted!r} {'below' if step > 0 else 'above'}.", "alarm")
             return
         page.hit, page.follow = found, False
-        page.top = max(0, found - room_of(self, page) // 3)
+        page.top = max(0, found - visible_rows(self, page) // 3)
 
     def do_hit(self, step):
         """Go to the next or previous match."""
@@ -16218,7 +16232,7 @@ class Operating:
         elif self.away:
             self.say("The server does not answer.", "alarm")
         else:
-            self.busy = f"Looking what this would do: {said(verb)}"
+            self.busy = f"Checking what this would do: {said(verb)}"
             self.worker.ask("act", lambda client: self.tools.plan(verb, client, target),
                             self.planned)
 
@@ -16266,7 +16280,7 @@ class Operating:
         """Start a child process of our own command line."""
         try:
             child = Started(wanted, self.client, self.tools.output_dir,
-                            tui_name(len(self.children) + 1))
+                            process_log_name(len(self.children) + 1))
         except OSError as error:
             self.say(f"{error.filename or 'torc'}: {error.strerror}", "alarm")
             return
@@ -16312,7 +16326,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
     checks(client), connect(url), and output_dir. wake: called when there is an event.
     """
 
-    def __init__(self, client, tools, size=SMALLEST, plain=False, wake=None, server=None):
+    def __init__(self, client, tools, size=MIN_SIZE, plain=False, wake=None, server=None):
         import collections
         super().__init__(size, plain)
         self.tools, self.server = tools, server
@@ -16432,7 +16446,7 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
     def do_mouse(self):
         self.mouse = not self.mouse
         self.say("Wheel and click work; hold Shift to select text." if self.mouse else
-                 "The mouse is the terminal's again.")
+                 "The mouse belongs to the terminal again.")
 
     def do_redraw(self):
         self.redrawing = True
@@ -16451,13 +16465,13 @@ KEY_NAMES = {"KEY_UP": "Up", "KEY_DOWN": "Down", "KEY_LEFT": "Left", "KEY_RIGHT"
              "\x0c": "Ctrl-L", "\x15": "Ctrl-U", "\x1a": "Ctrl-Z"}
 
 
-def need_terminal():
+def require_terminal():
     """The curses module. Raises TorcError if this terminal cannot be drawn on."""
     try:
         import curses
     except ImportError:
         raise TorcError("torc tui needs the module curses, which this Python was built without: "
-                        "take another Python, or `torc status` and `torc jobs list`") from None
+                        "use another Python, or `torc status` and `torc jobs list`") from None
     for stream, name in ((sys.stdin, "input"), (sys.stdout, "output")):
         if stream is None or not stream.isatty():
             raise TorcError(f"torc tui needs a terminal, and its {name} is none: `torc status` "
@@ -16640,7 +16654,7 @@ class Signals:
 def run_terminal(client, tools, server=None):
     """Run the terminal UI until the user leaves; returns the exit code. Raises TorcError."""
     import io
-    curses = need_terminal()
+    curses = require_terminal()
     signals = Signals()
     canvas = terminal = None
     nowhere = io.StringIO()               # nobody may write to the terminal now
@@ -16771,7 +16785,7 @@ def bounded(kind, least, what, most=2**63 - 1):
     return convert
 
 
-def parse_moment(text):
+def parse_local_time(text):
     """Parse a time such as 2026-01-02T03:04:05Z, local without an offset, to seconds since 1970."""
     try:
         seconds = parse_time(text.strip()) / 1000
@@ -16787,7 +16801,7 @@ def json_value(text):
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is not JSON ({error}); a string needs quotes of its own: "
+        raise ValueError(f"{text!r} is not JSON ({error}); a string needs its own quotes: "
                          "'\"text\"'") from None
 
 
@@ -16798,14 +16812,14 @@ def parse_ids(text):
     return [int(word) for word in text.split(",")]
 
 
-def parse_truth(text):
+def parse_bool(text):
     """Parse "true" or "false"."""
     if text not in ("true", "false"):
         raise ValueError(f"{text!r} is neither true nor false")
     return text == "true"
 
 
-def checked_text(parse):
+def validated_string(parse):
     """Make a converter that returns the string unchanged if `parse` accepts it."""
     def convert(text):
         parse(text)
@@ -16821,11 +16835,11 @@ def slurm_walltime(text):
         raise ValueError(f"{text!r} is not a time such as 04:00:00, 1-12:00:00 or PT4H") from None
 
 
-NUMBER, AMOUNT = (bounded(kind, 0, "a number from 0 on") for kind in (int, float))
+NUMBER, AMOUNT = (bounded(kind, 0, "a number of at least 0") for kind in (int, float))
 # Converters of option values, by the placeholder in the help. Other placeholders accept any
 # string, or list the choices: yes|no.
 VALUES = {
-    "N": bounded(int, 1, "a number from 1 on"),
+    "N": bounded(int, 1, "a number of at least 1"),
     "NUMBER": NUMBER,
     "CODE": int,
     "ID": NUMBER,
@@ -16838,13 +16852,13 @@ VALUES = {
     "X": bounded(float, 1, "a factor from 1 to 1000", 1000),
     "PORT": bounded(int, 0, "a port from 0 to 65535", 65_535),
     "JSON": json_value,
-    "SIZE": checked_text(parse_memory),
-    "MEM": checked_text(slurm_memory),
-    "DURATION": checked_text(parse_duration),
+    "SIZE": validated_string(parse_memory),
+    "MEM": validated_string(slurm_memory),
+    "DURATION": validated_string(parse_duration),
     "TIME": slurm_walltime,
-    "MOMENT": parse_moment,
+    "MOMENT": parse_local_time,
     "4-31": bounded(int, 4, "a cost from 4 to 31", 31),
-    "true|false": parse_truth,
+    "true|false": parse_bool,
 }
 
 
@@ -17023,7 +17037,8 @@ def find_command(argv):
                 break
             flag = word.partition("=")[0] if word[:2] == "--" else word[:2]
             if flag not in known:
-                raise UsageError(f"unknown option {flag}{nearest(flag, known)}: see torc --help")
+                raise UsageError(f"unknown option {flag}{did_you_mean(flag, known)}: see torc "
+                                 "--help")
             long = 1 + bool(known[flag].metavar and flag == word)
             if len(rest) < long:
                 raise UsageError(f"option {flag} needs a value: see torc --help")
@@ -17067,8 +17082,8 @@ def check_options(found, rest):
             return
         flag = word.partition("=")[0] if word[:2] == "--" else word[:2]
         if re.match(r"--?[A-Za-z]", word) and " " not in word and flag not in known:
-            raise UsageError(f"torc {found.name} has no option {flag}{nearest(flag, known)}: see "
-                             f"torc {found.name} --help")
+            raise UsageError(f"torc {found.name} has no option {flag}{did_you_mean(flag, known)}: "
+                             f"see torc {found.name} --help")
 
 
 def parse_command(found, head, rest):
@@ -17082,7 +17097,7 @@ def parse_command(found, head, rest):
     return parser.parse_intermixed_args(rest, args)
 
 
-def wants(words, short, long):
+def has_flag(words, short, long):
     """Whether a flag is given before "--"."""
     before = itertools.takewhile(lambda word: word != "--", words)
     return any(word in (short, long) for word in before)
@@ -17123,7 +17138,7 @@ BRANCH_SUMMARIES = {
     "scheduled-compute-nodes": "Allocations of a workflow.",
     "hpc": "HPC systems: their partitions, and which of them suits a job.",
 }
-ABSENT = ("remote", "plot-resources", "ro-crate", "config", "mcp-server")
+UNSUPPORTED_COMMANDS = ("remote", "plot-resources", "ro-crate", "config", "mcp-server")
 
 
 def summary_of(word):
@@ -17167,11 +17182,12 @@ def command_help(found):
 
 def unknown_command(name, word):
     """The UsageError for an unknown command."""
-    if not name and word in ABSENT:
+    if not name and word in UNSUPPORTED_COMMANDS:
         return UsageError(f"torc {word} is not in this version")
     place = f"torc {name}".strip()
-    return UsageError(f"{place} has no command {word!r}{nearest(word, sorted(words_after(name)))}: "
-                      f"see {place} --help")
+    known = sorted(words_after(name))
+    return UsageError(f"{place} has no command {word!r}{did_you_mean(word, known)}: see {place} "
+                      "--help")
 
 
 # ---- output
@@ -17400,7 +17416,7 @@ def operation_command(name, *texts, example, ask=True):
         if operation.target == "workflow":
             target = args.workflow_id
         else:
-            target = flat(args.ids) or [choose_workflow(args, client)]
+            target = flatten_ids(args.ids) or [choose_workflow(args, client)]
         return carry_out(args, client, operation.plan(client, target, wishes_of(args)), ask)
 
 
@@ -17418,15 +17434,15 @@ SPEC_OPTIONS = """
 def example_text(name):
     """Return the text of a built-in specification. Raises UsageError."""
     if name not in SPEC_EXAMPLES:
-        raise UsageError(f"no example {name!r}{nearest(name, SPEC_EXAMPLES)}: torc examples lists "
-                         "them")
+        raise UsageError(f"no example {name!r}{did_you_mean(name, SPEC_EXAMPLES)}: torc examples "
+                         "lists them")
     return SPEC_EXAMPLES[name]
 
 
 def load_spec(args, path):
     """Read the Spec that the command line names: a file, - for stdin, or a built-in example."""
     if args.example and path:
-        raise UsageError(f"{path} and --example exclude each other: name one of them")
+        raise UsageError(f"{path} and --example are mutually exclusive")
     if args.example:
         path, text = f"{args.example}.json", example_text(args.example)
     elif not path:
@@ -17529,7 +17545,7 @@ def carry_out_start(args, make_plan, start=None):
 def do_run(args, client):
     """Run a specification, or an existing workflow, on this machine."""
     def run(client, start):
-        for sentence in settle_dead(client, start.workflow_id, args.output_dir):
+        for sentence in clean_up_dead(client, start.workflow_id, args.output_dir):
             tell(args, sentence)
         initialize_new(client, start.workflow_id)
         end_time = args.end_time
@@ -17573,7 +17589,7 @@ def run_times(results):
     return total, max(0.0, last - first) / 1000
 
 
-MUTE_S = 75.0                             # a runner silent for longer is not counted as active
+SILENT_AFTER_S = 75.0                     # a runner silent for longer is not counted as active
 
 
 def workflow_report(client, workflow_id):
@@ -17582,8 +17598,9 @@ def workflow_report(client, workflow_id):
     counted = client.get(f"/workflows/{workflow_id}/counts")
     total, wall = run_times(client.items("/results", workflow_id=workflow_id))
     active = client.get(f"/workflows/{workflow_id}/unfinished")["active_nodes"]
-    dead = [node for node in active if death_here(node)]
-    silent = [node for node in active if node not in dead and node.get("silent_s", 0) > MUTE_S]
+    dead = [node for node in active if local_evidence(node)]
+    silent = [node for node in active
+              if node not in dead and node.get("silent_s", 0) > SILENT_AFTER_S]
     nodes = {name: count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id,
                                  status=name) for name in ("active", "pending")}
     return {
@@ -17608,7 +17625,7 @@ def workflow_report(client, workflow_id):
 def verdict(report, on_slurm):
     """Describe the status of a workflow in a sentence. on_slurm: whether it had allocations."""
     by_status, workflow_id = report["jobs_by_status"], report["workflow_id"]
-    bad = ", ".join(f"{by_status[name]} {name}" for name in BAD_ENDS if by_status[name])
+    bad = ", ".join(f"{by_status[name]} {name}" for name in FAILED_STATUSES if by_status[name])
     ending = f" ({bad})" if bad else ""
     if report["is_canceled"]:
         return "The workflow is canceled."
@@ -17622,7 +17639,7 @@ def verdict(report, on_slurm):
     if queued:
         return f"The workflow waits for {plural(queued, 'allocation')} of Slurm{ending}."
     new = by_status["uninitialized"]
-    start = f"torc slurm schedule-nodes {workflow_id} gets another allocation, torc run " \
+    start = f"torc slurm schedule-nodes {workflow_id} requests another allocation, torc run " \
             f"{workflow_id} works here" if on_slurm else f"torc run {workflow_id}"
     return (f"The workflow is not complete{ending}, and no runner is active: {start}" + (
         f" (and torc workflows reinit {workflow_id} before, for {plural(new, 'job')} that are not "
@@ -17632,7 +17649,7 @@ def verdict(report, on_slurm):
 @command("status", WORKFLOW, OUTPUT_DIR, WORKER_URL, example="torc status 3")
 def do_status(args, client):
     """Show the status of a workflow: jobs by status, run times, runners."""
-    for sentence in look_after(client, args.workflow_id, wishes_of(args)):
+    for sentence in run_pending_allocations(client, args.workflow_id, wishes_of(args)):
         tell(args, sentence)
     report = workflow_report(client, args.workflow_id)
     report["allocations"] = allocation_lines(client, args.workflow_id)
@@ -17649,7 +17666,7 @@ def do_status(args, client):
     dead, silent = report["dead_runners"], report["silent_runners"]
     print(f"Active runners: {report['active_compute_nodes']}" + (
         f" (and {len(dead)} that died: pid {', '.join(map(str, dead))})" if dead else "") + (
-        f" (and {len(silent)} that say nothing, on {plain_names(silent)})" if silent else ""))
+        f" (and {len(silent)} that say nothing, on {join_names(silent)})" if silent else ""))
     if report["active_scheduled_nodes"] or report["pending_scheduled_nodes"]:
         print(f"Allocations: {report['active_scheduled_nodes']} active, "
               f"{report['pending_scheduled_nodes']} pending")
@@ -17670,9 +17687,9 @@ def do_wait(args, client):
     news = client.get(f"{path}/changes", since=-1)
     code, told = None, None
     while not news["is_complete"]:
-        for sentence in look_after(client, args.workflow_id, wishes_of(args)):
+        for sentence in run_pending_allocations(client, args.workflow_id, wishes_of(args)):
             tell(args, sentence)
-        trouble, hint = prospects(client, args.workflow_id)
+        trouble, hint = stall_reasons(client, args.workflow_id)
         if hint and hint != told:
             tell(args, hint)
             told = hint
@@ -17699,7 +17716,7 @@ def do_wait(args, client):
 operation_command("cancel", WORKFLOW, example="torc cancel 3", ask=False)
 
 
-def flat(lists):
+def flatten_ids(lists):
     """Flatten lists of ids and drop duplicates."""
     return list(dict.fromkeys(number for part in lists or () for number in part))
 
@@ -17819,7 +17836,7 @@ def do_logs(args, client):
             "existing": present})
         return
     if not paths:
-        raise NotFound(f"job {job['id']} keeps no such output (its stdio mode says so)")
+        raise NotFound(f"job {job['id']} does not keep that output (see its stdio mode)")
     if not present and not args.follow:
         raise NotFound(f"there is no file {paths[0]}: it was deleted after success, or it is on "
                        f"another machine ({attempt.host or 'unknown'}), or the path means another "
@@ -17841,7 +17858,7 @@ def do_why(args, client):
     status, tail = answer["status"], ""
     if status in ("pending", "running") and "compute_node_id" in answer:
         node = client.get(f"/compute_nodes/{answer['compute_node_id']}")
-        evidence = node["is_active"] and death_here(node)
+        evidence = node["is_active"] and local_evidence(node)
         if evidence:
             answer["sentence"] = f"{evidence.text}: torc run {workflow_id} runs the job again"
     elif status in ("failed", "terminated", "pending_failed"):
@@ -17883,7 +17900,7 @@ def options_for(args, wanted):
     for field in wanted:
         value = None if field.server else getattr(args, field.name, None)
         if value is not None:
-            values[field.name] = flat(value) if field.type == "ids" else value
+            values[field.name] = flatten_ids(value) if field.type == "ids" else value
     return values
 
 
@@ -17895,7 +17912,7 @@ def gather(args, client, path, keep=None, **more):
     known = [field.name for field in kind.fields] if kind else [args.sort_by]
     if args.sort_by and args.sort_by not in known:
         raise UsageError(f"{several(kind.name)} have no field {args.sort_by!r}"
-                         f"{nearest(args.sort_by, known)}: {', '.join(known)}")
+                         f"{did_you_mean(args.sort_by, known)}: {', '.join(known)}")
     if not keep:
         return client.items(path, **query)
     return itertools.islice(filter(keep, client.items(path, **{**query, "limit": None})),
@@ -17978,7 +17995,7 @@ def keep_time(args, client, values):
     return values and {"st_mtime": client.get(f"/files/{args.id}").get("st_mtime"), **values}
 
 
-def keep_to_own_data(args, client, values):
+def refuse_foreign_user_data(args, client, values):
     """Return the values; refuse to change another workflow's user data from a job by mistake."""
     own = os.environ.get("TORC_WORKFLOW_ID")
     owner = own and client.get(f"/user_data/{args.id}")["workflow_id"]
@@ -17997,7 +18014,8 @@ def delete_verb(noun):
              summary=f"Delete {several(kind.name)}.",
              example=f"torc {noun.word} delete 17 18")
     def delete(args, client):
-        found, errors = each(flat(args.ids), lambda number: client.get(f"{kind.path}/{number}"))
+        found, errors = each(flatten_ids(args.ids),
+                             lambda number: client.get(f"{kind.path}/{number}"))
         names = ", ".join(str(one["id"]) + (f' "{one["name"]}"' if "name" in one else "")
                           for one in found)
 
@@ -18076,7 +18094,7 @@ NOUNS = (
              -o, --offset NUMBER=0  skip this many
              --sort-by FIELD        a field of the JSON output
              --reverse-sort         in descending order
-             """, before=keep_to_own_data),
+             """, before=refuse_foreign_user_data),
     Noun("results", "result", "get delete"),
     Noun("events", "event", "create get delete",
          create=("-d, --data JSON  (required)",)),
@@ -18320,7 +18338,7 @@ def do_jobs_list(args, client):
     titles = [column.title.lower() for column in read_columns(JOB_COLUMNS)]
     for column in without:
         if column.lower() not in titles:
-            raise UsageError(f"the table has no column {column!r}{nearest(column, titles)}")
+            raise UsageError(f"the table has no column {column!r}{did_you_mean(column, titles)}")
     show_list(args, "jobs", "job", JOB_COLUMNS, gather(args, client, "/jobs"),
               without=[column.lower() for column in without])
 
@@ -18559,7 +18577,7 @@ def doctor_urls(args, how):
     server = default_server(how)
     if not server:
         raise Unreachable(f"no server is named, and none of yours listens on port {DEFAULT_PORT}: "
-                          "say --url, or start one with `torc server`")
+                          "use --url, or start one with `torc server`")
     return urls_of(server)
 
 
@@ -18639,7 +18657,7 @@ def check_from_compute(args, urls):
     mark = os.path.join(path, ".torc_doctor")
     write_private(mark, token)
     command = ["srun", "--ntasks=1", "--nodes=1", "--time=2", "--job-name=torc-doctor",
-               "--immediate=60", *shlex.split(args.srun_options or ""), *own_command(), "doctor",
+               "--immediate=60", *shlex.split(args.srun_options or ""), *torc_command(), "doctor",
                "-f", "json", "--output-dir", path, "--token", token,
                *(word for url in urls for word in ("--at", url))]
     try:
@@ -18648,7 +18666,7 @@ def check_from_compute(args, urls):
     except (ValueError, KeyError):
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return [Check("a compute node", "this Python and torc.py there", "fail",
-                      f"{' '.join(own_command())}: {last}",
+                      f"{' '.join(torc_command())}: {last}",
                       "both must lie on a file system that compute nodes see")]
     except subprocess.TimeoutExpired:
         return [Check("a compute node", "srun", "fail", "no node within three minutes",
@@ -18809,8 +18827,8 @@ def do_slurm_job_runner(args, client):
         for name in ("password", "cookie"):
             how[name] = how[name] or secrets.get(name)
     if args.program_hash and args.program_hash != own_hash():
-        tell(args, f"{own_command()[1]} is another one than when this allocation was submitted",
-             "warn")
+        tell(args, f"{torc_command()[1]} is not the file that it was when this allocation was "
+             "submitted", "warn")
     if args.startup_delay_seconds:        # many workers must not all start at once
         time.sleep(random.uniform(0, args.startup_delay_seconds))
     note = worker_note(args.output_dir, args.workflow_id, where.job_id)
@@ -18842,7 +18860,7 @@ def work_in_allocation(args, client, where):
         before = node["scheduler"]
         if before.get("node_index") == where.node_index and (
                 before.get("restarts", 0) < where.restarts):
-            bury_node(client, node, "requeued by Slurm")
+            clean_up_node(client, node, "requeued by Slurm")
     options = RunOptions(
         output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
         share_password=args.share_password, schedule=scheduling(client, lambda: WorkerRequest(
@@ -18946,7 +18964,7 @@ operation_command("recover", WORKFLOW, WORKERS, RECOVERY,
 # ---- watching
 
 @command("watch", WORKFLOW, OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, RECOVERY, """
-         -p, --poll-interval S=60        how often Slurm is asked; the end is seen at
+         -p, --poll-interval S=60        how often to ask Slurm; the end is noticed at
                                          once
          -r, --recover                   when it ends with failures, run again what failed, with
                                          more memory or time where that was the cause
@@ -19020,7 +19038,7 @@ def hpc_detect(args, client):
         say(args, f"{DYNAMIC_PROFILE} (no known system, but it has Slurm, which is asked for its "
             "partitions)", detected=True, name=DYNAMIC_PROFILE, display_name="this cluster")
     else:
-        say(args, "no HPC system that is known, and no Slurm (no sinfo on the PATH)",
+        say(args, "no known HPC system, and no Slurm (no sinfo on the PATH)",
             detected=False, name=None)
         return 1
 
@@ -19086,8 +19104,8 @@ def hpc_generate(args, client):
     profile, hostname = slurm_profile(), socket.gethostname()
     name = args.name or cluster_name() or "cluster"
     if name == DYNAMIC_PROFILE:
-        raise UsageError(f"{name} names the profile that is read from the cluster each time: take "
-                         "another with --name")
+        raise UsageError(f"{name} names the profile that is read from the cluster each time: "
+                         "choose another with --name")
     kept = [one for one in profile.partitions
             if not (args.skip_stdby and re.search("stdby|standby", one.name))]
     # The other login nodes usually differ only in their number.
@@ -19163,7 +19181,7 @@ def make_plan(args, document, spec, unpaid=False):
     account = args.account or (document.get("slurm_defaults") or {}).get("account") or \
         profile.default_account
     if not account and not unpaid:
-        raise TorcError("no account to charge: say --account NAME, or put account into "
+        raise TorcError("no account to charge: use --account NAME, or put account into "
                         "slurm_defaults of the specification")
     if not payload["jobs"]:
         raise TorcError(f"{args.file} has no jobs")
@@ -19284,7 +19302,7 @@ RELOAD = """
                             so within a second or two
     --server-password TEXT  for that, if TORC_PASSWORD is not set
     """
-LEAST_PASSWORD = 8
+MIN_PASSWORD_LENGTH = 8
 
 
 def open_password_file(args, absent=False):
@@ -19297,14 +19315,14 @@ def open_password_file(args, absent=False):
 def new_password(args, twice=True):
     """Read a password from --password, standard input, or the terminal. Raises UsageError."""
     if args.password is not None:
-        tell(args, "--password is visible to everybody in the list of processes: take "
+        tell(args, "--password is visible to everybody in the list of processes: use "
              "--password-stdin, or let it be asked for", "warn")
         return args.password
     if args.password_stdin or not sys.stdin.isatty():
         return sys.stdin.readline().rstrip("\n")
     import getpass
     password = getpass.getpass("Password: ", sys.stderr)
-    if twice and getpass.getpass("The same again: ", sys.stderr) != password:
+    if twice and getpass.getpass("Again: ", sys.stderr) != password:
         raise UsageError("the two passwords differ: nothing was changed")
     return password
 
@@ -19312,10 +19330,11 @@ def new_password(args, twice=True):
 def good_password(args, user):
     """Read a new password that is not easy to guess. Raises UsageError."""
     password = new_password(args)
-    if len(password) < LEAST_PASSWORD or len(set(password)) < 5 or (
+    if len(password) < MIN_PASSWORD_LENGTH or len(set(password)) < 5 or (
             user and user.lower() in password.lower()):
-        raise UsageError(f"that is too easy to guess: a password has at least {LEAST_PASSWORD} "
-                         "characters, five different ones, and not the user's name in it")
+        raise UsageError("that is too easy to guess: a password has at least "
+                         f"{MIN_PASSWORD_LENGTH} characters, five different ones, and not the "
+                         "user's name in it")
     return password
 
 
@@ -19351,7 +19370,7 @@ def do_htpasswd_remove(args, client):
     file = open_password_file(args)
     if args.user not in file.users:
         raise NotFound(f"there is no user {args.user} in {args.file}"
-                       f"{nearest(args.user, file.users)}")
+                       f"{did_you_mean(args.user, file.users)}")
     file.set(args.user, None)
     file.write()
     after_change(args, f"Removed {args.user} from {args.file}")
@@ -19373,7 +19392,7 @@ def do_htpasswd_verify(args, client):
     """Check a user's password; exit code 1 if it is wrong."""
     hashed = open_password_file(args).users.get(args.user)
     good = bool(hashed) and check_password(new_password(args, twice=False), hashed)
-    say(args, "The password is right." if good else "User or password is wrong.", valid=good)
+    say(args, "The password is correct." if good else "User or password is wrong.", valid=good)
     return 0 if good else 1
 
 
@@ -19483,7 +19502,7 @@ def do_group_add_workflow(args, client):
 def do_group_remove_workflow(args, client):
     """Stop sharing a workflow with a group."""
     link = client.delete(f"/workflows/{args.workflow_id}/access_groups/{args.group_id}")
-    say(args, f"Workflow {args.workflow_id} is shared with access group {args.group_id} no more",
+    say(args, f"Workflow {args.workflow_id} is no longer shared with access group {args.group_id}",
         **link)
 
 
@@ -19597,7 +19616,7 @@ class DashActions:
         if os.path.commonpath([os.path.realpath(path), place]) != place:      # through a link
             raise Forbidden(f"{path} leads out of the output directory")
         if not os.path.exists(path) and attempt.host and not os.path.isdir(os.path.dirname(path)):
-            raise NotFound(f"{path} is on {attempt.host}, and not to be seen from here")
+            raise NotFound(f"{path} is on {attempt.host}, and not visible from here")
         return path
 
     def allocations(self, client, workflow_id):
@@ -19722,7 +19741,7 @@ class DashActions:
         elif group is not None:
             ids = client.get(f"/workflows/{workflow_id}/failures", group=group).get("job_ids")
             if not ids:
-                raise NotFound("these failures are no longer there: load the page again")
+                raise NotFound("these failures are gone: reload the page")
         if verb in ("rerun", "reset"):
             wishes = wishes._replace(failed_only=verb == "rerun", reinitialize=verb == "rerun")
             verb = "retry" if ids else "reset"
@@ -19789,7 +19808,7 @@ def own_password(say):
         file.set(user_name(), hash_password(password))
         write_private(path, password + "\n")
         file.write()
-    say(f"it asks for a password, which is in {path} for you and your workers")
+    say(f"it requires a password, which is in {path} for you and your workers")
     return password, path, users
 
 
@@ -19805,8 +19824,8 @@ def start_own_server(args, say):
     if not users and not args.no_auth:
         password, note, users = own_password(say)
     say(f"starting a server for {database}" + (
-        "" if users else "; it does not ask for passwords"))
-    process = subprocess.Popen([*own_command(), "server", "run", *option_words({
+        "" if users else "; it requires no passwords"))
+    process = subprocess.Popen([*torc_command(), "server", "run", *option_words({
         "host": args.server_host, "port": args.server_port, "database": os.path.abspath(database),
         "end-with-parent": True, "auth-file": users, "require-auth": bool(users),
         "password-note": note})], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
@@ -19861,9 +19880,9 @@ def do_dash(args, client):
     speak = functools.partial(tell, args)
     if args.no_auth and args.standalone:
         tell(args, "whoever reaches the server's port can read and change all workflows, and run "
-             "commands as you: leave --no-auth out", "warn")
+             "commands as you: omit --no-auth", "warn")
     import_web("the dashboard")           # no import may be at work when signals come
-    ending = Ending()                     # what was made until then is taken away again
+    ending = Shutdown()                   # what was made until then is taken away again
     client, own = dash_client(args, speak)
     try:
         client.get("/ping")
@@ -19880,12 +19899,12 @@ def do_dash(args, client):
             names = {"localhost", *(sock.getsockname()[0] for sock in sockets), args.host} \
                 - {"0.0.0.0", "::"}
             if args.host in ("0.0.0.0", "::"):
-                names |= {"127.0.0.1", "::1", socket.gethostname(), *own_addresses()}
+                names |= {"127.0.0.1", "::1", socket.gethostname(), *public_addresses()}
             dashboard = Dashboard(client, names, actions, sockets[0].getsockname()[1], say=speak)
             speak(f"the dashboard of {client.where}: {dashboard.new_link()}")
             if not is_loopback(args.host):
-                tell(args, "the link and all that is shown travel unencrypted: better leave --host "
-                     "out and take an SSH tunnel", "warn")
+                tell(args, "the link and all that is shown travel unencrypted: better omit --host "
+                     "and use an SSH tunnel", "warn")
         print(f"TORC_DASH_PORT={dashboard.port}" if dashboard.port else
               f"TORC_DASH_SOCKET={os.path.abspath(args.socket)}", flush=True)
         serve_dashboard(dashboard, sockets, ending)
@@ -19935,7 +19954,7 @@ class TerminalTools:
 
 
 @command("tui", f"""
-         --standalone                  start a server of one's own, which ends with the program
+         --standalone                  start a server that stops with the program
          --port NUMBER={DEFAULT_PORT}  of that server, 0 for any free one
          """, OUTPUT_DIR, client=False, example="torc tui --standalone --port 0")
 def do_tui(args, client):
@@ -19943,11 +19962,11 @@ def do_tui(args, client):
 
     ? shows every key.
     """
-    need_terminal()                       # before anything is started
+    require_terminal()                    # before anything is started
     server = None
     if args.standalone:
         if args.url:
-            raise UsageError("--standalone and --url exclude each other: name one of them")
+            raise UsageError("--standalone and --url are mutually exclusive")
         server, url = start_server(args.port, args.database, args.output_dir)
         client = Client(url, **client_options(args))
     else:
@@ -20093,7 +20112,7 @@ SERVER_OPTIONS = f"""
 PID_FILE = """
     --pid-file FILE  of a server in the background (default: ~/.torc/torc-server.pid)
     """
-DAEMON = ("--daemon  run in the background once it serves", PID_FILE)
+DAEMON = ("--daemon  run in the background once it is ready", PID_FILE)
 
 
 @command("server run", SERVER_OPTIONS, DAEMON, client=False,
@@ -20124,13 +20143,14 @@ def do_server_stop(args, client):
     found = running_server(path)
     if not found:
         raise NotFound(f"no server runs in the background: {path} "
-                       + ("names none that lives" if os.path.exists(path) else "does not exist"))
+                       + ("names no running process" if os.path.exists(path) else "does not exist"))
     if found.host != socket.gethostname():
         raise NotFound(f"the server (pid {found.pid}) runs on {found.host}: stop it there")
     os.kill(found.pid, signal.SIGTERM)
     if not wait_for_end(found.pid, 60):
         raise TorcError(f"the server (pid {found.pid}) has not ended within a minute: it waits for "
-                        f"requests at work; kill -9 {found.pid} loses nothing that was answered")
+                        f"requests in progress; kill -9 {found.pid} loses nothing that was "
+                        "answered")
     say(args, f"The server (pid {found.pid}) has ended", pid=found.pid, status="stopped")
 
 
@@ -20168,7 +20188,7 @@ def service_step(args, *words):
 
 def server_words(args):
     """The command line of the server, from the options of `service install`."""
-    words = [*own_command(), "server", "run"]
+    words = [*torc_command(), "server", "run"]
     usual = {"host": "127.0.0.1", "port": DEFAULT_PORT, "threads": 8, "log_level": "info",
              "credential_cache_ttl_secs": 60.0}
     for option in read_options((SERVER_OPTIONS,)):
@@ -20189,9 +20209,9 @@ def server_words(args):
 def do_service_install(args, client):
     """Make systemd run the server, also after a reboot."""
     if not sys.platform.startswith("linux"):
-        raise TorcError("services are for Linux with systemd: take torc server run --daemon")
+        raise TorcError("services are for Linux with systemd: use torc server run --daemon")
     if not args.user and os.geteuid() != 0 and not args.dry_run:
-        raise Forbidden("a service of the system needs root: take --user for one of your own")
+        raise Forbidden("a service of the system needs root: use --user for one of your own")
     home = torc_home() if args.user else "/var/lib/torc"
     args = server_settings(args)
     args.database = args.database or os.path.join(home, "torc.db")
@@ -20234,7 +20254,7 @@ def service_verb(verb, summary):
     def act(args, client):
         path = unit_path(args.user)
         if not os.path.exists(path):
-            raise NotFound(f"there is no {path}: torc server service install makes it")
+            raise NotFound(f"there is no {path}: torc server service install creates it")
         code, said = systemctl(args.user, verb, UNIT_NAME)
         if code is None:
             raise TorcError(f"{said}: torc server run --daemon needs no systemd")
@@ -20342,7 +20362,7 @@ def client_options(args):
     """Keyword arguments of a Client, from the options and the environment."""
     password = args.password or os.environ.get("TORC_PASSWORD")
     if args.password:
-        tell(args, "--password is visible to everybody in the list of processes: take "
+        tell(args, "--password is visible to everybody in the list of processes: use "
              "TORC_PASSWORD or --prompt-password", "warn")
     elif args.prompt_password:
         import getpass
@@ -20374,14 +20394,14 @@ def execute(argv):
     if not name and rest[:1] == ["help"]:
         _, name, rest = find_command(rest[1:])
         found, head = COMMANDS.get(name), ["--help"]
-    if wants(head + rest, "-V", "--version"):
+    if has_flag(head + rest, "-V", "--version"):
         print(f"torc {VERSION} ({own_hash()}, speaks Torc API {API_VERSION})")
         return 0
-    if found and not wants(head + rest, "-h", "--help"):
+    if found and not has_flag(head + rest, "-h", "--help"):
         return call_command(found, parse_command(found, head, rest))
     if not found and rest:
         raise unknown_command(name, rest[0])
-    asked = not name or found or wants(head, "-h", "--help")
+    asked = not name or found or has_flag(head, "-h", "--help")
     text = command_help(found) if found else branch_help(name) if name else overview()
     print(text, file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
@@ -21023,7 +21043,7 @@ function showLink(link) {
   document.body.dataset.link = link.state;
   morph($("link"), h("span", {id: "link", role: "status", class: link.state}, words[link.state]));
   morph($("banner"), h("div", {id: "banner", role: "alert"}, link.state === "away" && [
-    h("span", h("b", "The server does not answer"), ` (${link.why}). Runners go on and report later.`),
+    h("span", h("b", "The server does not answer"), ` (${link.why}). Runners continue and report later.`),
     h("span.muted", `This is what was known at ${clock(link.since)}. `, seconds > 0 && `Next try in ${seconds} s.`),
     h("button", {"data-verb": "again"}, "Try now")]));
   if (link.state === "denied") $("main").replaceChildren(h("h1.unseen", "No access"), noAccess());
