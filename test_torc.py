@@ -6026,6 +6026,26 @@ SUBMITTED = {"name": "w", "jobs": [{"name": "a", "command": "true"}],
                           "scheduler": "s", "scheduler_type": "slurm", "num_allocations": 2}]}
 
 
+def test_a_workflow_that_is_started_while_a_question_is_open_is_not_reset(local):
+    local.post("/workflows", {"name": "w", "user": "u"})
+    local.post("/jobs", {"workflow_id": 1, "name": "a", "command": "true"})
+    plan, other = (torc.plan_initialize(local, 1, torc.Wishes()) for _ in range(2))
+    other.choices[0].do(local)
+    with pytest.raises(torc.Conflict, match="started in the meantime"):
+        plan.choices[0].do(local)
+    assert local.get("/workflows/1/status")["run_id"] == 1
+
+
+def test_a_run_that_never_starts_leaves_no_directory(cli, tmp_path):
+    (tmp_path / "bad.json").write_text('{"name": 5}')
+    (tmp_path / "w.json").write_text(json.dumps({"name": "w", "files": [{"name": "f", "path": "absent"}], "jobs": [
+        {"name": "a", "command": "true", "input_files": ["f"]}]}))
+    assert cli("run", "bad.json")[0] == cli("run", "absent.json")[0] == 1
+    code, out, err = cli("run", "w.json", "--dry-run", "-f", "json")
+    assert code == 1 and json.loads(out)["dry_run"] and "input files missing" in err
+    assert not (tmp_path / "torc_output").exists()
+
+
 def test_a_dry_run_of_a_specification_says_its_plan_and_creates_nothing(server, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(torc, "worker_urls", lambda client, named=(): (server.url,))
     (tmp_path / "w.json").write_text(json.dumps(SUBMITTED))

@@ -12416,6 +12416,8 @@ def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
               "existing_output_files": outputs, "existing_output_file_count": len(outputs)}
 
     def do(client):
+        if check_idle(client, workflow_id, wishes.force)["run_id"] != counted["run_id"]:
+            raise Conflict(f"workflow {workflow_id} has been started in the meantime")
         client.post(f"/workflows/{workflow_id}/reset_status", force=wishes.force)
         if ran:
             client.post(f"/workflows/{workflow_id}/reset_job_status")
@@ -12592,15 +12594,19 @@ def plan_submit(client, target, wishes):
         try:
             initialize_new(client, workflow_id, wishes.force)
             done = submit_start(client, workflow_id, request)
-        except TorcError as error:
-            kept = getattr(error, "submitted", None) or getattr(error, "unsure", False)
-            if is_new and kept:
-                error.args = (f"{error}. Workflow {workflow_id} was created and is kept",)
-            elif is_new:
+        except (TorcError, OSError, KeyboardInterrupt) as error:
+            if not is_new:
+                raise
+            maybe = any(getattr(error, name, None) for name in ("submitted", "unsure"))
+            kept = f"Workflow {workflow_id} was created and is kept"
+            if isinstance(error, TorcError) and not maybe:
                 with contextlib.suppress(TorcError):
                     client.delete(f"/workflows/{workflow_id}")
-                    error.args = (f"{error}. No allocation was submitted, so workflow "
-                                  f"{workflow_id} is gone again: fix this and submit again",)
+                    kept = f"No allocation was submitted, so workflow {workflow_id} is gone " \
+                           "again: fix this and submit again"
+            error.args = (f"{error}. {kept}" if str(error) else kept,)
+            if isinstance(error, OSError):
+                raise TorcError(str(error)) from None
             raise
         return done._replace(steps=(made.sentence,))
 
@@ -12976,9 +12982,14 @@ class Watcher:
     def look(self):
         """One look at runners and allocations."""
         client, workflow_id = self.client, self.workflow_id
-        for sentence in [
-                *clean_up_dead(client, workflow_id, self.args.output_dir, self.watch),
-                *run_pending_allocations(client, workflow_id, self.wishes)]:
+        try:
+            for sentence in clean_up_dead(client, workflow_id, self.args.output_dir, self.watch):
+                self.say(sentence)
+        except Unreachable:
+            raise
+        except TorcError as error:        # the next look tries again
+            self.say(f"runners were not cleaned up after: {error}", "warn")
+        for sentence in run_pending_allocations(client, workflow_id, self.wishes):
             self.say(sentence)
         counted = client.get(f"/workflows/{workflow_id}/counts")
         if self.args.show_job_counts:
@@ -17360,10 +17371,10 @@ def carry_out(args, client, plan, ask=True, start=None):
         data = {**plan.data, "dry_run": dry_run} if isinstance(plan.data, dict) else plan.data
         if plan.text and args.format == "table":
             print(plan.text)
-            if plan.obstacle:
-                tell(args, plan.obstacle, "warn")
         else:
             show(args, data, title, plan.lines)
+        if plan.obstacle and (plan.text or args.format == "json"):
+            tell(args, plan.obstacle, "warn")
         return 1 if dry_run and plan.obstacle else 0
     if plan.consent:
         question, option = plan.consent
@@ -17560,10 +17571,14 @@ def do_run(args, client):
             print_json({**workflow_report(client, start.workflow_id), "exit_code": code})
         return code
 
+    def plan(client, target, wishes):
+        if not args.dry_run:              # before there is a workflow
+            os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
+        return plan_run(client, target, wishes)
+
     if args.dry_run and not names_workflow(args):    # needs neither server nor database
         return carry_out(args, None, plan_run(None, load_spec(args, args.spec), wishes_of(args)))
-    os.makedirs(args.output_dir, mode=0o700, exist_ok=True)    # before there is a workflow
-    return carry_out_start(args, plan_run, run)
+    return carry_out_start(args, plan, run)
 
 
 @command("examples", "[NAME]", client=False,
@@ -20432,8 +20447,8 @@ def main(argv=None):
             return report_error(error, wants_json(argv))
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("torc: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:    # with what it has left behind, if anything
+        print(": ".join(["torc: interrupted", *map(str, error.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:               # the reader closed the pipe
         with contextlib.suppress(OSError, ValueError, AttributeError):
