@@ -114,6 +114,14 @@ def check_store(store):
         assert store.query(sql) == [], what
 
 
+@pytest.fixture(scope="session", autouse=True)
+def default_port():
+    """End at once if this user's server is on the default port: commands that name none would use
+    it, and so would many tests."""
+    if torc.default_server({}):
+        pytest.exit(f"a server of yours listens on port {torc.DEFAULT_PORT}: stop it first", 1)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path_factory):
     """A home of its own for each test, and none of the variables that steer torc."""
@@ -4776,6 +4784,13 @@ def rewrite_journal(path, change):
     for record in records[1:]:
         journal.add(record)
     journal.close(remove=False)
+
+
+def test_a_live_process_is_not_gone_because_a_second_read_fails(monkeypatch):
+    started = torc.process_start(os.getpid())
+    answers = [torc.process_stat(os.getpid())]        # then no descriptor is left
+    monkeypatch.setattr(torc, "process_stat", lambda pid: answers.pop(0) if answers else [])
+    assert not torc.is_gone(os.getpid(), started)
 
 
 def test_after_a_reboot_a_workflow_goes_on_at_once(tmp_path):

@@ -7744,6 +7744,7 @@ GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DE
                  "TORC_GPU_VISIBLE_DEVICES")
 ATTEMPT_KEY = ("job_id", "run_id", "attempt_id")
 TOO_LONG = 131_071                        # bytes of one argument: MAX_ARG_STRLEN, execve(2)
+UNKNOWN_KB = 2**40                        # a peak that could not be read, for now
 
 
 class RunOptions(NamedTuple):
@@ -7862,7 +7863,8 @@ def is_gone(pid, started):
         return True
     except PermissionError:
         return False
-    return bool(process_stat(pid)) and process_start(pid) != started
+    words = process_stat(pid)             # read once: a second read may fail, out of descriptors
+    return bool(words) and (words[0] in (b"Z", b"X") or int(words[19]) != started)
 
 
 def local_evidence(record):
@@ -7870,9 +7872,10 @@ def local_evidence(record):
 
     record: a compute node or the header of a journal, which have the runner's identity().
     """
-    mine = identity()
-    if record.get("hostname") != mine["hostname"] or record.get("pid_started") is None:
+    import socket
+    if record.get("hostname") != socket.gethostname() or record.get("pid_started") is None:
         return None
+    mine = identity()
     pid, step = record["pid"], record.get("step")
     if record.get("boot_id") != mine["boot_id"]:
         same = mine["machine_id"] and record.get("machine_id") == mine["machine_id"]
@@ -8109,14 +8112,17 @@ def release_dead_nodes(client, workflow_id, output_dir):
 
     Ends what is left of their jobs, replays their journals, requeues their jobs.
     """
-    import glob
+    import fnmatch
     said, dead = [], dead_nodes(client, workflow_id)
     directories = {os.path.abspath(output_dir), *(node.get("output_dir") for node, _ in dead)}
     server_id = client.server_id()
     for directory in sorted(filter(None, directories)):
-        paths = journal_path(glob.escape(directory), server_id, workflow_id, "*")
-        for path in sorted(glob.glob(paths)):          # none if it is another user's
-            said += clean_up(client, path)
+        folder, pattern = os.path.split(journal_path(directory, server_id, workflow_id, "*"))
+        names = []
+        with contextlib.suppress(OSError):             # another user's
+            names = fnmatch.filter(os.listdir(folder), pattern)
+        for name in sorted(names):
+            said += clean_up(client, os.path.join(folder, name))
     for node, evidence in dead:
         try:
             requeued = release(client, node, evidence)["requeued"]
@@ -8292,7 +8298,7 @@ def attempts(children):
 def own_peak():
     """Return the peak resident memory of this process in KB; it never decreases."""
     match = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))
-    return int(match[1]) + 256 if match else 2**40         # the kernel counts in lumps
+    return int(match[1]) + 256 if match else UNKNOWN_KB    # the kernel counts in lumps
 
 
 @contextlib.contextmanager
@@ -9024,7 +9030,7 @@ class Reaping:
             seconds = usage.ru_utime + usage.ru_stime
             known["avg_cpu_percent"] = round(100 * seconds / child.elapsed, 1)
             # exec hands the spawner's own peak down, so no more than that says nothing.
-            if usage.ru_maxrss > self.peak_kb:
+            if usage.ru_maxrss > self.peak_kb or self.peak_kb == UNKNOWN_KB:
                 self.peak_kb = own_peak()
             above = usage.ru_maxrss > self.peak_kb
             peak = max([usage.ru_maxrss * 1024 if above else 0, *child.memory])
@@ -9138,11 +9144,12 @@ class Talking:
         """Send one step and repeat it until it is answered."""
         with self.lock:
             told, starts, returns = list(self.done), list(self.starts), list(self.returns)
+            ended = {*told}
             claim = None if self.draining or self.retry_at else self._claim()
             self.news = False
             step = self._step(
                 completions=[child.done for child in told],
-                starts=attempts({*starts} - {*told}),
+                starts=attempts(child for child in starts if child not in ended),
                 returns=attempts(returns), claim=claim, counts=count, tokens=self.tokens)
         answer = self._retry_until_answered(self._post, step)
         self._take(answer, told, starts, returns, claim)
@@ -10606,8 +10613,11 @@ class SlurmRunner(Runner):
 
     def _signal_steps(self, children, number):
         """Have Slurm signal steps (a thread)."""
+        import signal
+        # Slurm is asked one thing at a time, but SIGKILL waits for no call that hangs.
+        alone = contextlib.nullcontext() if number == signal.SIGKILL else self.signalling
         try:
-            with self.signalling:         # Slurm is asked one thing at a time
+            with alone:
                 ids = {name: step for step, name in slurm_rows(
                     2, "squeue", "-h", "-s", "-j", self.allocation.job_id, "-o", "%i|%j")}
                 found = [ids[child.step] for child in children if child.step in ids]
