@@ -10366,7 +10366,7 @@ def test_a_worker_that_reaches_nobody_says_why_in_status_and_why(cluster):
     [number] = site.submit(allocation_spec(cluster, "lost", {"a": "true"}), "--worker-url",
                            f"http://kl1:{site.port}", "--worker-url", f"http://{LOGIN}:9")
     for words in (["status", 1], ["why", 1]):
-        said = until(lambda: (lambda text: "does not reach" in text and text)(
+        said = until(lambda: (lambda text: "cannot reach" in text and text)(
             site.torc(*words).stdout), 30)
         assert f"http://kl1:{site.port}/torc-service/v1: this machine cannot resolve the name" in said
         assert f"http://{LOGIN}:9/torc-service/v1: connection refused" in said
