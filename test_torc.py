@@ -4217,7 +4217,7 @@ def test_a_server_that_stays_away_costs_no_job(tmp_path):
                       url=server.url, parallel=1, begun="runs")
     until(lambda: is_running(server))
     server.kill()
-    until(lambda: "the jobs go on" in (tmp_path / "run.log").read_text())
+    until(lambda: "the jobs continue" in (tmp_path / "run.log").read_text())
     time.sleep(1)                         # the lease is shorter: nothing happens
     assert runner.poll() is None
     (tmp_path / "go").touch()
@@ -4318,7 +4318,7 @@ def test_a_server_away_during_an_action_does_not_end_the_runner(tmp_path):
         until((tmp_path / what).exists)
         server.kill()
         (tmp_path / f"go_{what}").touch()
-        until(lambda: (tmp_path / "run.log").read_text().count("the jobs go on"))
+        until(lambda: (tmp_path / "run.log").read_text().count("the jobs continue"))
         server = Server(tmp_path / "x.db", port=server.port)
     assert runner.wait(60) == 0, (tmp_path / "run.log").read_text()
     assert (tmp_path / "run.log").read_text().count("the server is back") == 2
@@ -4526,7 +4526,7 @@ def test_a_server_that_is_lost_while_an_action_is_at_work_does_not_hold_the_runn
             "on_jobs_complete", "touch ../acting; while test ! -e ../go; do sleep 0.05; done",
             jobs=["a"])], compute_node_wait_for_healthy_database_minutes=0)
     server.kill()
-    until(lambda: "the jobs go on" in (tmp_path / "run.log").read_text())
+    until(lambda: "the jobs continue" in (tmp_path / "run.log").read_text())
     time.sleep(1)
     assert runner.poll() is None          # its script is at work
     (tmp_path / "go").touch()
@@ -8983,6 +8983,20 @@ def test_a_link_lets_one_browser_in_once(dash):
     until(lambda: dash.link() != link)
     dash.enter()
     assert dash.cookie == cookie
+
+
+def test_another_programs_cookie_is_no_error_and_shows_no_secret(dash):
+    dash.enter()
+    status, _, body = dash.ask("/dash/user", headers={"Cookie": f"x=caf\xe9; {dash.cookie}"})
+    assert status == 200
+    assert dash.ask("/dash/user", headers={"Host": "caf\xe9"})[0] == 403
+    assert dash.cookie.partition("=")[2] not in dash.log.read_text()
+
+
+def test_a_machine_without_ipv6_says_so(monkeypatch):
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    for one in torc.bind_sockets("::", 0):        # or it is refused in one sentence
+        one.close()
 
 
 @pytest.mark.parametrize("headers, status", [

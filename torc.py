@@ -7527,8 +7527,11 @@ class Client(Calls):
     def open_stream(self, path, query):
         """(socket, response) of an event stream, on a connection of its own; a read waits 30 s at
         most. Raises Unreachable."""
-        response, source, _ = self.clone()._send("GET", path, query, None, 30, True,
-                                                 "text/event-stream")
+        other = self.clone()
+        response, source, _ = other._send("GET", path, query, None, 30, True, "text/event-stream")
+        if other.address != self.address:                    # the server has moved
+            self.close()
+            self.address = other.address
         return source, response
 
     def _send(self, method, path, query, data, timeout, repeatable, accept="application/json"):
@@ -7631,10 +7634,10 @@ class Client(Calls):
                                f"{self.user}: set TORC_USERNAME for another)")
         if not self.id and status == 404:
             raise Unreachable(f"{self.where}: {PROXY_HINT} (404): name another with --url")
-        try:
+        message = None
+        with contextlib.suppress(TypeError, LookupError):
             message = value["error"]["message"]
-        except (TypeError, LookupError):
-            message = answer.decode("utf-8", "replace").strip()[:500]
+        message = message or answer.decode("utf-8", "replace").strip()[:500]
         raise ERROR_OF_STATUS.get(status, Internal)(
             message or f"{self.where} answers {path} with status {status}")
 
@@ -13584,7 +13587,8 @@ def bind_sockets(host, port):
     try:
         for family, address in dict.fromkeys((row[0], row[4]) for row in found):
             sock = socket.create_server((address[0], port, *address[2:]), family=family,
-                                        backlog=1024, dualstack_ipv6=host == "::")
+                                        backlog=1024, dualstack_ipv6=(
+                                            host == "::" and socket.has_dualstack_ipv6()))
             sockets.append(sock)
             port = sock.getsockname()[1]  # further addresses take the port the first one got
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -14216,12 +14220,12 @@ class Dashboard(Site):
 
     def check_place(self, http):
         """Raise Forbidden for a foreign host name and for requests of other sites' pages."""
-        host, origin = http.get_header("Host", ""), http.get_header("Origin")
+        host, origin = http.headers.raw("Host", ""), http.headers.raw("Origin")
         if split_host(f"//{host}")[1] not in self.names:
             raise Forbidden(f"this dashboard is not called {host!r}")
         reads = http.method in ("GET", "HEAD")
         if not (reads and http.path == "/"):             # other sites may lead there, no more
-            site = http.get_header("Sec-Fetch-Site")
+            site = http.headers.raw("Sec-Fetch-Site")
             same = split_host(origin)[0] == host if origin else reads or site == "same-origin"
             if not same or site not in (None, "same-origin") and not (reads and site == "none"):
                 raise Forbidden("requests from other sites are refused")
@@ -14231,7 +14235,7 @@ class Dashboard(Site):
         import hmac
         wanted = f"{self.cookie}={self.secret}".encode()
         return any(hmac.compare_digest(part.strip().encode(), wanted)
-                   for part in http.get_header("Cookie", "").split(";"))
+                   for part in http.headers.raw("Cookie", "").split(";"))
 
     def enter(self, http, response):
         """Return the page for a browser without the cookie; an unused link's token lets it in."""
@@ -14261,7 +14265,7 @@ class Dashboard(Site):
             response.content_type = f"{kind}; charset=utf-8"
             response.set_header("ETag", f'"{tag}"')
             response.set_header("Cache-Control", "no-cache")
-            if http.get_header("If-None-Match") == f'"{tag}"':
+            if http.headers.raw("If-None-Match") == f'"{tag}"':
                 response.status = 304
                 return ""
             return body
@@ -14349,9 +14353,12 @@ class Dashboard(Site):
 def wait_for_data(response, source, reader, wait_s=2.0):
     """Wait briefly for more of a response or for its reader to hang up; is there more?"""
     import select
+    import ssl
     source.setblocking(False)             # what is buffered already makes no socket readable
     try:
         buffered = response.fp is None or response.fp.peek(1)
+    except ssl.SSLWantReadError:          # TLS says so where a plain socket returns nothing
+        buffered = False
     finally:
         source.settimeout(30)
     if buffered:
