@@ -6699,7 +6699,7 @@ def test_what_a_job_finds_as_password_opens_its_workflow_while_it_runs_and_nothi
                                ("PUT", f"/workflows/{mine}", {"user": "bob"}),
                                ("POST", f"/workflows/{mine}/access_groups/1", None),
                                ("POST", f"/workflows/{mine}/claim_next_jobs", None)):
-        with pytest.raises(torc.Forbidden, match="this is not for jobs"):
+        with pytest.raises(torc.Forbidden, match="jobs may not do this"):
             job.request(method, path, {}, body)
     with pytest.raises(torc.Forbidden):
         torc.Client(server.url, "bob", token).get(f"/workflows/{mine}")

@@ -4223,11 +4223,11 @@ def blockers(store, workflow_id, nodes):
     attempt is still being stopped; "unfit" (facts: see unfit); "busy" for all others (facts: CPUs
     in use, CPUs in all, runners). nodes: see nodes_of.
     """
-    has_flag = store.query(f"""
+    wanted = store.query(f"""
         SELECT resource_requirements_id, count(*), count(compute_node_id) FROM job
         WHERE workflow_id = ? AND status = {READY}
         GROUP BY 1""", (workflow_id,))
-    number, stopping = (sum(row[place] for row in has_flag) for place in (1, 2))
+    number, stopping = (sum(row[place] for row in wanted) for place in (1, 2))
     if workflow_row(store, workflow_id, "is_canceled")[0]:
         return [("canceled", number, None)]
     if not nodes:
@@ -4235,7 +4235,7 @@ def blockers(store, workflow_id, nodes):
             SELECT count(*) FROM scheduled_compute_node
             WHERE workflow_id = ? AND status = 'pending'""", (workflow_id,))[0])]
     found = [("stopping", stopping, None)] if stopping else []
-    found += [("unfit", count - held, facts) for need_id, count, held in has_flag if count > held
+    found += [("unfit", count - held, facts) for need_id, count, held in wanted if count > held
               for facts in (unfit(store, need_id, nodes),) if facts]
     rest = number - sum(count for _, count, _ in found)
     if rest > 0:
@@ -6758,7 +6758,7 @@ class Endpoint(NamedTuple):
     pattern: Any                          # of paths that lead there
     show: Any                             # what answers instead, of the store and what is named
     fixed: dict                           # arguments that are always the same
-    has_flag: tuple                       # parameters of the function
+    parameters: tuple                     # names of the function's parameters
     named: list                           # those of them that take the values in the path, in order
 
 
@@ -6785,11 +6785,11 @@ def route(place, function, query=(), body=None, who="", show=None, **fixed):
     named = {field.name for field in (*query, *(body or ()))}
     assert who or types[:1] and types[0] in KINDS or "workflow_id" in named, path
     code = getattr(function, "__wrapped__", function).__code__
-    has_flag = code.co_varnames[:code.co_argcount]
+    parameters = code.co_varnames[:code.co_argcount]
     asked = {*OFFERED, *fixed, *(field.spec or field.name for field in query)}
     return Endpoint(method, path, function, query, body, partial, types, who,
-                    re.compile(re.sub("<.*?>", "([^/]+)", path)), show, fixed, has_flag,
-                    [name for name in has_flag if name not in asked])
+                    re.compile(re.sub("<.*?>", "([^/]+)", path)), show, fixed, parameters,
+                    [name for name in parameters if name not in asked])
 
 
 def listed(table, more=(), page=PAGE):
@@ -7000,8 +7000,8 @@ def call_endpoint(endpoint, texts, request):
 def run(endpoint, values, request):
     """Check existence, access and references, and call the operation."""
     if request.only is not None and endpoint.who not in ("", ANYONE, NAMED):
-        raise Forbidden("this is not for jobs: they have a token of their own as password, good for"
-                        f" workflow {request.only} and neither to share, cancel, claim nor delete")
+        raise Forbidden(f"jobs may not do this: their token is valid for workflow {request.only} "
+                        "only, and not to share, cancel, claim or delete")
     if endpoint.who == SOMEBODY and request.access.enforced and not request.user:
         raise Forbidden(f"{request.subject} may not create workflows here: give a user name and "
                         "password (TORC_USERNAME, TORC_PASSWORD)")
@@ -7019,7 +7019,7 @@ def run(endpoint, values, request):
     known = {**request.query, **endpoint.fixed, **dict(zip(endpoint.named, values))}
     answer = endpoint.function(**{
         name: getattr(request, name) if name in OFFERED else known[name]
-        for name in endpoint.has_flag if name in OFFERED or name in known})
+        for name in endpoint.parameters if name in OFFERED or name in known})
     return endpoint.show(request.store, values[0]) if endpoint.show else answer
 
 
@@ -7034,7 +7034,7 @@ def admit(request, workflow_id):
     """The request, of a workflow that exists and that the caller may use. Raises NotFound,
     Forbidden."""
     if request.only not in (None, workflow_id):
-        raise Forbidden(f"the token of a job is good for workflow {request.only} alone")
+        raise Forbidden(f"a job's token is valid for workflow {request.only} only")
     workflow_row(request.store, workflow_id, "id")
     if not may_use(request, workflow_id):
         raise Forbidden(f"{request.user or 'anonymous'} may not use workflow {workflow_id}: its "
