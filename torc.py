@@ -2915,7 +2915,7 @@ def listing(store, kind, page, wanted, without=(), joined="", orders=()):
 # caller has opened one. Four rules hold throughout:
 # - set_status has the only UPDATE of a job's status; triggers maintain the counters (Store).
 # - Only unblock_jobs makes a job ready, or cancels it because of a dependency. Every change of jobs
-#   ends with it, mostly as part of settle; code that wants a job to run makes it blocked.
+#   ends with it, mostly as part of propagate; code that wants a job to run makes it blocked.
 # - compute_node_id is the node that may still have a process of the job. A ready job with such a
 #   node is not handed out, so that no two attempts overlap.
 # - reopen_jobs takes jobs back, together with those that only the cascade below them canceled.
@@ -14548,6 +14548,7 @@ class View:
         self.hints = {}
         self.stream, self.follow, self.wrap, self.column = None, True, False, 0    # of a log
         self.wanted, self.hit = "", None
+        self.everybody = False            # of workflows: whether those of all users were asked for
 
     @property
     def kind(self):
