@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import hashlib
 import http.client
+import http.server
 import json
 import math
 import os
@@ -126,7 +127,7 @@ def default_port():
 def clean_environment(monkeypatch, tmp_path_factory):
     """A home of its own for each test, and none of the variables that steer torc."""
     for name in list(os.environ):
-        if name.startswith(("TORC_", "SLURM_")) or name in ("DATABASE_URL", "RUST_LOG"):
+        if name.startswith(("TORC_", "SLURM_", "JUPYTER")) or name in ("DATABASE_URL", "RUST_LOG"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setenv("USER", "tester")
@@ -8898,17 +8899,18 @@ class Dash:
             self.process = subprocess.Popen(
                 [*COMMAND, "dash", *map(str, options)], cwd=directory, stdout=log, stderr=log,
                 env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL)
-        until(lambda: "the dashboard of" in self.log.read_text() or self.process.poll() is not None)
+        until(lambda: "TORC_DASH_" in self.log.read_text() or self.process.poll() is not None)
         assert self.process.poll() is None, self.log.read_text()
 
     def link(self):
         """The latest link that lets a browser in."""
-        return re.findall(r"http://\S+token=\S+", self.log.read_text())[-1]
+        return re.findall(r"\S*/\?token=\S+", self.log.read_text())[-1]
 
     def ask(self, path, method="GET", body=None, headers=None, url=None):
         """(status, headers, body) of a request without following redirects."""
         from urllib.parse import urlsplit
-        parts = urlsplit(url or self.link())
+        port = re.search(r"TORC_DASH_PORT=(\d+)", self.log.read_text())
+        parts = urlsplit(url or f"http://127.0.0.1:{port[1]}")
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
         sent = {"Cookie": self.cookie or "", "Origin": f"http://{parts.netloc}", **(headers or {})}
         connection.request(method, path, body, {name: value for name, value in sent.items() if value})
@@ -8917,10 +8919,10 @@ class Dash:
         connection.close()
         return answer.status, dict(answer.headers), data
 
-    def enter(self):
+    def enter(self, headers=None):
         """Use the link, and keep the cookie."""
-        status, headers, body = self.ask("/?" + self.link().partition("/?")[2])
-        assert status == 200 and b"url=/'" in body
+        status, headers, body = self.ask("/?" + self.link().partition("/?")[2], headers=headers)
+        assert status == 200 and b"url=./'" in body
         self.cookie = headers["Set-Cookie"].partition(";")[0]
         return headers["Set-Cookie"]
 
@@ -8945,25 +8947,24 @@ def dash(server, tmp_path):
     assert dash.stop() == 0
 
 
-def test_a_stream_that_a_browser_closes_gives_its_place_back_at_once(dash, server):
-    client = server.client()
-    workflow_id, ids = make(client, {"a": []})
+def test_too_many_streams_end_the_oldest_of_them(dash, server):
+    workflow_id, _ = make(server.client(), {"a": []})     # jupyter-server-proxy never closes one
     dash.enter()
     from urllib.parse import urlsplit
-    parts = urlsplit(dash.link())
 
     def follow():
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+        connection = http.client.HTTPConnection(urlsplit(dash.link()).netloc, timeout=30)
         connection.request("GET", f"{API}/workflows/{workflow_id}/events/stream", headers={"Cookie": dash.cookie})
         answer = connection.getresponse()
-        return answer if answer.status == 200 else None
+        assert answer.status == 200 and answer.readline() == b": live\n"
+        assert "no-transform" in answer.headers["Cache-Control"]
+        return answer
 
-    for turn in range(3):
-        answers = [until(follow, 10, "a place") for _ in range(torc.DASH_STREAMS)]
-        assert follow() is None, turn
-        for answer in answers:
-            assert answer.fp.readline()
-            answer.close()
+    oldest, *others = [follow() for _ in range(3 * torc.DASH_STREAMS)]
+    while oldest.read1():
+        pass                              # until it ends
+    for answer in others[-torc.DASH_STREAMS:]:
+        assert answer.readline() == b"\n" and answer.readline() == b": quiet\n"
 
 
 def test_a_link_lets_one_browser_in_once(dash):
@@ -8989,7 +8990,7 @@ def test_another_programs_cookie_is_no_error_and_shows_no_secret(dash):
     dash.enter()
     status, _, body = dash.ask("/dash/user", headers={"Cookie": f"x=caf\xe9; {dash.cookie}"})
     assert status == 200
-    assert dash.ask("/dash/user", headers={"Host": "caf\xe9"})[0] == 403
+    assert dash.ask("/dash/user", headers={"Host": "caf\xe9"})[0] == 401
     assert dash.cookie.partition("=")[2] not in dash.log.read_text()
 
 
@@ -9000,7 +9001,10 @@ def test_a_machine_without_ipv6_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("headers, status", [
-    ({"Host": "evil.example"}, 403), ({"Host": "localhost.evil.example:8090"}, 403), ({}, 200),
+    ({"Host": "evil.example", "Origin": "http://evil.example"}, 401),
+    ({"Host": "localhost.evil.example:8090", "Sec-Fetch-Site": "same-origin"}, 401), ({}, 200),
+    ({"Host": "evil.example"}, 403), ({"X-Forwarded-Host": "evil.example"}, 403),
+    ({"Host": "127.0.0.1:9"}, 403), ({"Origin": "http://127.0.0.1:9"}, 403),
     ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": ""}, 403),
     ({"Origin": "", "Sec-Fetch-Site": "same-origin"}, 200), ({"Sec-Fetch-Site": "cross-site"}, 403),
     ({"Origin": "", "Sec-Fetch-Site": "same-site"}, 403)])
@@ -9012,10 +9016,72 @@ def test_other_sites_cannot_make_a_browser_act(dash, headers, status):
 @pytest.mark.parametrize("path, headers, status", [
     ("/dash/user", {"Sec-Fetch-Site": "cross-site"}, 403), ("/dash/user", {"Sec-Fetch-Site": "none"}, 200),
     ("/", {"Sec-Fetch-Site": "cross-site"}, 200), ("/dash/user", {"Origin": "http://[", }, 403),
-    ("/dash/user", {"Host": "[::1"}, 403)])
+    ("/dash/user", {"Host": "[::1"}, 403), ("/dash/user", {"Host": "[::1", "Origin": ""}, 401)])
 def test_other_sites_lead_to_the_dashboard_and_no_further(dash, path, headers, status):
     dash.enter()
     assert dash.ask(path, "GET", None, headers)[0] == status
+
+
+# ---- behind a proxy
+
+SEEN = {"Host": "hub.example.org", "Origin": "https://hub.example.org"}
+
+
+@pytest.mark.parametrize("seen", [SEEN, {**SEEN, "Host": "node7:8090", "X-Forwarded-Host": "hub.example.org"},
+                                  {**SEEN, "Host": "localhost:8090", "Sec-Fetch-Site": "same-origin"}])
+def test_the_host_at_which_the_link_was_opened_counts_from_then_on(dash, seen):
+    assert "Path" not in dash.enter(seen)                 # a browser takes that of the page
+    assert dash.ask("/dash/wizard", "POST", "{}", seen)[0] == 200
+    assert dash.ask("/dash/wizard", "POST", "{}", {**seen, "Sec-Fetch-Site": "same-site"})[0] == 403
+    other = {"Host": "other.example.org", "Origin": "https://other.example.org"}
+    for headers in (other, {}, {**seen, "X-Forwarded-Host": "other.example.org", "Origin": ""}):
+        assert dash.ask("/dash/user", "GET", None, headers)[0] == 401, headers
+        assert dash.ask(f"{API}/workflows/1/events/stream", "GET", None, headers)[0] == 401
+
+
+def test_a_proxy_that_hides_the_host_is_told_what_it_lacks(dash):
+    dash.enter({"Host": "localhost:8090"})
+    status, _, body = dash.ask("/dash/wizard", "POST", "{}", {"Host": "localhost:8090", "Origin": "http://p.example"})
+    assert status == 403
+    assert "this is localhost:8090, and it came from http://p.example (a proxy must pass Host on" in body.decode()
+
+
+@pytest.mark.parametrize("words, env, link, kept", [
+    (["--base-path", "/node/n1/{port}/"], {}, "/node/n1/PORT", ["/node/n1/PORT"]),
+    (["--base-path", "https://ood.example.org/rnode/n1"], {}, "https://ood.example.org/rnode/n1", ["/rnode/n1"]),
+    ([], {"JUPYTERHUB_SERVICE_PREFIX": "/user/a%40b/"}, "/user/a%40b/proxy/PORT",
+     ["/user/a%40b/proxy/PORT", "/user/a%2540b/proxy/absolute/PORT"]),
+    ([], {}, "http://127.0.0.1:PORT", [])])
+def test_requests_work_with_the_prefix_of_a_proxy_and_without_it(server, tmp_path, words, env, link, kept):
+    dash = Dash(tmp_path, "--port", 0, "--url", server.url, *words, env=env)
+    port = re.search(r"TORC_DASH_PORT=(\d+)", dash.log.read_text())[1]
+    said = r"(?m): " + re.escape(link.replace("PORT", port)) + r"/\?token=[\w-]+" + (
+        "" if ":" in link else r" \(after the host name of JupyterHub or the proxy\)") + "$"
+    assert re.search(said, dash.log.read_text())
+    dash.enter()
+    prefixes = [(prefix.replace("PORT", port), {}) for prefix in kept]
+    for prefix, headers in (("", {}), ("/x/y", {"X-Forwarded-Prefix": "/x/y"}), *prefixes):
+        assert dash.ask(f"{prefix}/", headers=headers)[2].decode() == torc.DASH_HTML
+        assert dash.ask(f"{prefix}{API}/ping", headers=headers)[0] == 200
+        assert dash.ask(f"{prefix}/dash/wizard", "POST", "{}", headers)[0] == 200
+        assert dash.ask(f"{prefix}x/dash/user", headers=headers)[0] == 404
+        if prefix:
+            status, answered, _ = dash.ask(f"{prefix}?token=x", headers=headers)
+            assert (status, answered["Location"]) == (302, prefix.rpartition("/")[2] + "/?token=x")
+    assert dash.stop() == 0
+
+
+def test_a_base_path_that_leads_to_another_program_is_refused(server, tmp_path, cli):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = ["dash", "--url", server.url, "--port", str(port), "--base-path"]
+        said = cli(*words, f"/node/n1/{port}", ok=1)[2]
+        assert f"port {port} is in use" in said and f"write {{port}} for its number in --base-path /node/n1/{port}" in said
+        dash = Dash(tmp_path, *words[1:], "/node/n1/{port}")
+        assert int(re.search(r"/node/n1/(\d+)/\?token", dash.log.read_text())[1]) > port
+        assert dash.stop() == 0
+    for bad in ("node/n1", "https://x", "/a?b", "ftp://x/y"):
+        assert f"{bad!r} is not a path such as /node/login1/8090" in cli("dash", "--base-path", bad, ok=2)[2]
 
 
 @pytest.mark.parametrize("path, body, status, text", [
@@ -9294,6 +9360,9 @@ def test_a_socket_is_for_its_user_alone_from_the_first_instant(tmp_path, server,
                      dash.log.read_text())
     answer = socket_request(path, "GET / HTTP/1.1\r\nHost: localhost:8090\r\nConnection: close\r\n\r\n")
     assert answer.startswith("HTTP/1.1 200") and answer.endswith(torc.DASH_HTML)
+    answer = socket_request(path, "GET / HTTP/1.1\r\nHost: evil.example:8090\r\nX-Forwarded-Host: localhost\r\n"
+                                  "Connection: close\r\n\r\n")     # a rebound name's page may send that
+    assert answer.startswith("HTTP/1.1 403")
     with pytest.raises(torc.Unreachable, match="a dashboard listens on .* already"):
         torc.private_socket(str(path))
     assert dash.stop() == 0 and not path.exists()
@@ -9343,18 +9412,19 @@ def chromium():
 class Visit:
     """A page of the dashboard; what should not happen is gathered in .trouble."""
 
-    def __init__(self, chromium, dash, width=1280, height=800, scheme="light"):
+    def __init__(self, chromium, dash, width=1280, height=800, scheme="light", link=None):
         self.context = chromium.new_context(viewport={"width": width, "height": height},
                                             color_scheme=scheme)
         self.page = self.context.new_page()
         self.trouble = []
-        base = dash.link().partition("/?")[0]
+        link = link or dash.link()
+        base = link.partition("/?")[0]
         self.page.on("console", lambda message: message.type == "error"
                      and self.trouble.append(message.text))
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.page.on("request", lambda request: request.url.startswith((base, "data:"))
                      or self.trouble.append(request.url))
-        self.page.goto(dash.link())
+        self.page.goto(link)
         self.page.wait_for_selector("header.top")        # the link leads there by itself
 
     def go(self, path, see=None):
@@ -9709,6 +9779,108 @@ def test_the_pages_fill_again_after_the_server_was_away(chromium, tmp_path):
     finally:
         dash.stop()
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def jupyter(tmp_path_factory):
+    """(URL, environment of what is started in it) of a Jupyter server with jupyter-server-proxy."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    log = folder / "jupyter.log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyter_server", "--allow-root", "--no-browser", "--ip=127.0.0.1", "--port=0",
+             "--IdentityProvider.token=", "--ServerApp.base_url=/user/a%40b/", f"--ServerApp.root_dir={folder}",
+             "--ServerApp.jpserver_extensions={'jupyter_server_proxy': True}"],
+            env={**os.environ, "HOME": str(folder)}, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    try:
+        until(lambda: "is running at" in log.read_text() or process.poll() is not None, 60)
+        assert process.poll() is None, log.read_text()
+        url = re.search(r"http://127\.0\.0\.1:\d+/user/\S+/", log.read_text())[0]
+        yield url, {"JUPYTERHUB_SERVICE_PREFIX": "/user/a%40b/"}
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class StrippingProxy(http.server.BaseHTTPRequestHandler):
+    """A proxy as administrators make one: the prefix goes, and headers tell of it and of the host."""
+
+    prefix, port = "/apps/torc", 0
+
+    def do_GET(self):
+        upstream = http.client.HTTPConnection("localhost", self.port)
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        headers = dict(self.headers)
+        headers.update({"X-Forwarded-Host": headers.pop("Host"), "X-Forwarded-Prefix": self.prefix})
+        upstream.request(self.command, self.path.removeprefix(self.prefix), body, headers)
+        answer = upstream.getresponse()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name not in ("Transfer-Encoding", "Connection"):
+                self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while part := answer.read1():
+                self.wfile.write(part)
+        upstream.close()
+
+    do_POST = do_GET
+
+    def log_message(self, *words):
+        """Quiet."""
+
+
+@pytest.fixture
+def stripping_proxy(monkeypatch):
+    """The URL of a StrippingProxy."""
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StrippingProxy)
+    proxy.daemon_threads = True
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_port}/apps/torc"
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("way", ["stripped", "kept", "forwarded"])
+def test_the_dashboard_works_in_a_browser_behind_a_proxy(chromium, server, tmp_path, request, monkeypatch, way):
+    if way == "forwarded":
+        url, env = request.getfixturevalue("stripping_proxy"), {}
+    else:
+        url, env = request.getfixturevalue("jupyter")
+    dash = Dash(tmp_path, "--port", 0, "--url", server.url, env=env)
+    port = re.search(r"TORC_DASH_PORT=(\d+)", dash.log.read_text())[1]
+    monkeypatch.setattr(StrippingProxy, "port", int(port))
+    if way == "stripped":
+        link = url.partition("/user/")[0] + dash.link()
+    else:
+        link = url + f"proxy/absolute/{port}" * (way == "kept") + "/" + dash.link().rpartition("/")[2]
+    visit = Visit(chromium, dash, link=link)
+    page, path = visit.page, link.partition("/?")[0].partition("//")[2].partition("/")[2]
+    assert [one["path"] for one in visit.context.cookies() if one["name"] == f"torc_dash_{port}"] == [f"/{path}"]
+    visit.click("New workflow")
+    page.get_by_label("Specification", exact=True).fill(BROWSER_SPEC)
+    visit.see("Valid: 4 jobs")
+    visit.click("Create", see="not initialized")
+    visit.click("Initialize", see="1 job ready")
+    page.wait_for_function("() => stream.stop && store.link.state === 'live'")
+    visit.click("Run here…", see="ended with failures")                 # its log, as it is written
+    page.wait_for_function("() => store.events.some(one => one.type === 'job_failed')")   # streamed
+    page.get_by_role("button", name="Close").last.click()
+    visit.see("4 of 4 jobs done")
+    page.screenshot(path=str(tmp_path / f"{way}.png"))
+    with page.expect_download() as download:
+        visit.menu("Export")
+    assert json.loads(Path(download.value.path()).read_text())["workflow"]["name"] == "seen"
+    for place in DASH_PLACES:
+        visit.go(place)
+    visit.see("no such mesh")             # the output of job 3
+    page.reload()
+    visit.see("no such mesh")
+    assert page.url.startswith(f"{link.partition('/?')[0]}/#/w/1/jobs/3")
+    assert visit.trouble == []
+    visit.context.close()
+    assert dash.stop() == 0
 
 
 # ==================================================================================================

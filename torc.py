@@ -13239,7 +13239,7 @@ class Site:
                        1000 * (time.perf_counter() - started))
         if isinstance(body, EventStream):
             response.content_type = "text/event-stream"
-            response.set_header("Cache-Control", "no-cache")
+            response.headers.setdefault("Cache-Control", "no-cache")
             response.set_header("X-Accel-Buffering", "no")
             write = start_response(response.status_line, response.headerlist)
             return self.stream(body, http, write)
@@ -13656,12 +13656,17 @@ def public_names(addresses, seconds=2.0):
         address in addresses for address in resolved(name))]
 
 
+def local_host(host):
+    """Return where on this machine one reaches what listens on a host name or address."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
 def server_urls(scheme, host, sockets):
     """Return the URLs of a server: the one for this machine, then those for other machines,
     most useful first."""
     port = sockets[0].getsockname()[1]
     bound = [sock.getsockname()[0] for sock in sockets]
-    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound[0], bound[0])
+    local = local_host(bound[0])
     if local != bound[0]:
         addresses = [address for address in public_addresses()
                      if ":" not in address or "::" in bound]
@@ -14153,7 +14158,7 @@ def environment_database():
 # ---- dashboard
 
 DASH_PORT = 8090
-DASH_STREAMS = 24                         # event streams of one browser, all tabs together
+DASH_STREAMS = 8                          # event streams; browsers open 6 connections to a host
 DASH_TAIL_BYTES = 64 * 1024               # of a log, when it is opened
 DASH_PART_BYTES = 512 * 1024              # of a log, in one answer
 DASH_HEADERS = (
@@ -14162,7 +14167,7 @@ DASH_HEADERS = (
     ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"))
 ENTRY = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title>"
-         "<meta http-equiv=refresh content='0;url=/'><p><a href='/'>To the dashboard</a></html>")
+         "<meta http-equiv=refresh content='0;url=./'><p><a href='./'>To the dashboard</a></html>")
 NO_ENTRY = ("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>torc</title><p>This dashboard "
             "is for the user who started it. Its terminal shows a link that opens it; each link "
             "works once, and a new one is shown when it was used.</html>")
@@ -14181,27 +14186,29 @@ def split_host(url):
 class Dashboard(Site):
     """The pages and a door to the server for one user's browser: a WSGI application.
 
-    client: a Client of the server, whose credentials the browser never sees. names: host names and
-    addresses under which it may be called, so that no other site's page can call it. actions:
-    {"GET name": function that takes a client and what is asked, and returns JSON}. trusted:
-    requests come over a socket that only this user can open, so no link is needed. say: called with
-    sentences.
+    client: a Client of the server, whose credentials the browser never sees. actions: {"GET name":
+    function that takes a client and what is asked, and returns JSON}. addresses: URLs or paths at
+    which a browser finds it; links have the first, and a proxy may keep the path of any of them.
+    trusted: requests come over a socket that only this user can open, so no link is needed. say:
+    called with sentences.
     """
 
     headers = DASH_HEADERS
     defect = "unexpected error, see the dashboard's terminal: {!r}"
 
-    def __init__(self, client, names, actions, port=0, trusted=False, say=lambda text: None):
+    def __init__(self, client, actions, port, addresses, trusted=False, say=lambda text: None):
         import logging
         import secrets
+        from urllib.parse import unquote, urlsplit
         self.log = logging.getLogger("torc.dash")           # without a handler: to stderr
         self.client, self.actions = client, actions
-        self.names = {name.lower() for name in names}
-        self.trusted, self.say, self.port = trusted, say, port
-        self.cookie, self.secret = f"torc_dash_{port}", secrets.token_urlsafe(32)
+        self.trusted, self.say, self.port, self.address = trusted, say, port, addresses[0]
+        self.prefixes = [read(urlsplit(address).path) for address in addresses
+                         for read in (unquote, str)]        # jupyter-server-proxy quotes twice
+        self.cookie, self.secret = f"torc_dash_{port}", secrets.token_bytes(32)
         self.token = None                 # of the link that has not been used
         self.local = threading.local()
-        self.streams = threading.BoundedSemaphore(DASH_STREAMS)
+        self.streams = []                 # for each, an Event that ends it
         self.stopping = threading.Event()
         self.files = {path: (kind, text, hashlib.sha256(text.encode()).hexdigest()[:16])
                       for path, kind, text in (("/", "text/html", DASH_HTML),
@@ -14209,31 +14216,54 @@ class Dashboard(Site):
                                                ("/dash.js", "text/javascript", DASH_JS))}
 
     def new_link(self):
-        """Return a URL that lets one browser in, once."""
+        """Return a URL, or the end of one, that lets one browser in, once."""
         import secrets
         self.token = secrets.token_urlsafe(24)
-        host = next(name for name in ("127.0.0.1", "::1", *sorted(self.names))
-                    if name in self.names)
-        return make_url("http", host, self.port, f"/?token={self.token}")
+        where = "" if "://" in self.address else " (after the host name of JupyterHub or the proxy)"
+        return f"{self.address}/?token={self.token}{where}"
 
     # -- who may
+    #
+    # A cookie is the MAC of the host at which its link was opened, so another site's page (DNS
+    # rebinding) has none. Over the socket only Host counts: such a page may set X-Forwarded-Host.
+    # A page at another port of our host has the cookie, but neither the Sec-Fetch-Site nor the
+    # Origin. Pages behind the same proxy have all of them: the proxy's other users are trusted.
+
+    def place(self, http):
+        """Return (host and port, host) at which the browser has the dashboard."""
+        host = http.headers.raw("Host", "")
+        if not self.trusted:
+            host = http.headers.raw("X-Forwarded-Host", host).partition(",")[0]
+        return split_host(f"//{host}")
 
     def check_place(self, http):
         """Raise Forbidden for a foreign host name and for requests of other sites' pages."""
-        host, origin = http.headers.raw("Host", ""), http.headers.raw("Origin")
-        if split_host(f"//{host}")[1] not in self.names:
-            raise Forbidden(f"this dashboard is not called {host!r}")
+        place, name = self.place(http)
+        if self.trusted and name not in ("localhost", "127.0.0.1", "::1"):
+            raise Forbidden(f"this dashboard is not called {place!r}")
         reads = http.method in ("GET", "HEAD")
-        if not (reads and http.path == "/"):             # other sites may lead there, no more
-            site = http.headers.raw("Sec-Fetch-Site")
-            same = split_host(origin)[0] == host if origin else reads or site == "same-origin"
-            if not same or site not in (None, "same-origin") and not (reads and site == "none"):
-                raise Forbidden("requests from other sites are refused")
+        if reads and http.path == "/":    # other sites may lead there, no more
+            return
+        site, origin = (http.headers.raw(name) for name in ("Sec-Fetch-Site", "Origin"))
+        if site:                          # newer browsers compare the origins themselves
+            same = site == "same-origin" or reads and site == "none"
+        else:
+            same = split_host(origin)[0] == place if origin else reads
+        if not same:
+            raise Forbidden(f"requests from other sites are refused: this is {place}, and it came "
+                            f"from {origin or 'elsewhere'} (a proxy must pass Host on, or "
+                            "X-Forwarded-Host)")
+
+    def session(self, http):
+        """Return the cookie of a browser that was let in at the host of this request."""
+        import hmac
+        mac = hmac.new(self.secret, self.place(http)[1].encode(), "sha256")
+        return f"{self.cookie}={mac.hexdigest()}"
 
     def knows(self, http):
         """Whether a request carries the cookie."""
         import hmac
-        wanted = f"{self.cookie}={self.secret}".encode()
+        wanted = self.session(http).encode()
         return any(hmac.compare_digest(part.strip().encode(), wanted)
                    for part in http.headers.raw("Cookie", "").split(";"))
 
@@ -14248,15 +14278,31 @@ class Dashboard(Site):
             response.status = 403
             return NO_ENTRY
         self.say(f"a browser was let in; another one takes {self.new_link()}")
-        response.set_header("Set-Cookie", f"{self.cookie}={self.secret}; Path=/; HttpOnly; "
-                                          "SameSite=Strict")
+        # Without a Path it holds below the address that the browser sees, whatever a proxy strips.
+        response.set_header("Set-Cookie", f"{self.session(http)}; HttpOnly; SameSite=Strict")
         return ENTRY                      # no redirect: behind one, a browser that came from
                                           # another site sends no such cookie
 
     # -- answers
 
+    def strip_prefix(self, http):
+        """Remove the prefix that a proxy has kept from a request's path. If that is all of it,
+        return its last word, which lacks a slash."""
+        for prefix in (*self.prefixes, http.headers.raw("X-Forwarded-Prefix", "").rstrip("/")):
+            if prefix and http.path == prefix:
+                return prefix.rpartition("/")[2]
+            if prefix and http.path.startswith(f"{prefix}/"):
+                http.environ["PATH_INFO"] = http.path[len(prefix):]
+                break
+        return ""
+
     def answer(self, http, response):
         """The body of an answer. Raises TorcError."""
+        lacking = self.strip_prefix(http)
+        if lacking:                       # addresses in the pages are relative to a directory
+            response.status = 302
+            response.set_header("Location", f"{lacking}/?{http.query_string}")
+            return ""
         self.check_place(http)
         if not self.trusted and not self.knows(http):
             return self.enter(http, response)
@@ -14324,25 +14370,30 @@ class Dashboard(Site):
         return body
 
     def follow(self, path, http, response):
-        """Forward an event stream until either side closes it."""
+        """Forward an event stream until either side closes it, or too many newer ones are open:
+        jupyter-server-proxy keeps those that its browser has left."""
+        ending = threading.Event()
+        response.set_header("Cache-Control", "no-cache, no-transform")      # nor compressed
         with contextlib.ExitStack() as held:
-            if not self.streams.acquire(blocking=False):
-                raise HttpError(503, "too many event streams are open")
-            held.callback(self.streams.release)
+            self.streams.append(ending)
+            held.callback(self.streams.remove, ending)
+            for old in self.streams[:-DASH_STREAMS]:
+                old.set()
             source, answer = self.mine().open_stream(path, http.query_string)
             held.callback(answer.close)
             if answer.status == 200:
-                return EventStream(self.pieces(answer, source, channel_of(http)), held.pop_all())
+                pieces = self.pieces(answer, source, channel_of(http), ending)
+                return EventStream(pieces, held.pop_all())
             response.status = answer.status
             return answer.read()
 
-    def pieces(self, answer, source, channel):
+    def pieces(self, answer, source, channel, ending):
         """Yield what the server's stream sends, or a comment every few seconds, so that a browser
         that has gone is noticed."""
         import http.client
         yield b": live\n\n"               # so that the browser knows at once
         with contextlib.suppress(OSError, http.client.HTTPException):
-            while not self.stopping.is_set():
+            while not self.stopping.is_set() and not ending.is_set():
                 there = wait_for_data(answer, source, channel.socket)
                 piece = answer.read1(65_536) if there else b": quiet\n\n"
                 if not piece:
@@ -14370,14 +14421,18 @@ def wait_for_data(response, source, reader, wait_s=2.0):
     return any(number == source.fileno() for number, _ in poll.poll(1000 * wait_s))
 
 
-def dash_sockets(host, port, say):
-    """Listen for the dashboard on this port, or on the next free one."""
+def dash_sockets(host, port, base, say):
+    """Listen for the dashboard on this port, or on the next free one unless its base path leads to
+    this one: who listens there would get the token of the link."""
     for number in range(port, min(port + 100, 65_536)):
         try:
             sockets = bind_sockets(host, number)
         except Unreachable as error:
             if "is in use" not in str(error) or port == 0:
                 raise
+            if base and "{port}" not in base:
+                raise Unreachable(f"port {port} is in use{port_holder(port)}: stop it, or write "
+                                  f"{{port}} for its number in --base-path {base}") from None
             continue
         if number != port:
             say(f"port {port} is in use{port_holder(port)}: taking {number}")
@@ -14420,9 +14475,9 @@ def private_socket(path):
 def serve_dashboard(dashboard, sockets, ending):
     """Serve a Dashboard on listening sockets until the Ending."""
     server, loop = web_server(
-        dashboard, sockets, threads=8 + DASH_STREAMS, connection_limit=500, send_bytes=1,
+        dashboard, sockets, threads=8 + 2 * DASH_STREAMS, connection_limit=500, send_bytes=1,
         max_request_body_size=MAX_BODY_BYTES, channel_request_lookahead=1,
-        clear_untrusted_proxy_headers=True)
+        clear_untrusted_proxy_headers=False)
     ending.serve(server, loop, sockets, dashboard.stopping.set)
 
 
@@ -16856,6 +16911,13 @@ def validated_string(parse):
     return convert
 
 
+def address_prefix(text):
+    """Check the path, or the URL, at which a proxy shows the dashboard."""
+    if not re.fullmatch(r"(https?://[\w.:[\]-]+)?/[^?#\s]*", text):
+        raise ValueError(f"{text!r} is not a path such as /node/login1/8090, or a URL with one")
+    return text.rstrip("/")
+
+
 def slurm_walltime(text):
     """Convert a walltime in the format of Slurm or ISO 8601 to that of Slurm."""
     try:
@@ -16881,6 +16943,7 @@ VALUES = {
     "X": bounded(float, 1, "a factor from 1 to 1000", 1000),
     "PORT": bounded(int, 0, "a port from 0 to 65535", 65_535),
     "JSON": json_value,
+    "PREFIX": address_prefix,
     "SIZE": validated_string(parse_memory),
     "MEM": validated_string(slurm_memory),
     "DURATION": validated_string(parse_duration),
@@ -19866,7 +19929,7 @@ def start_own_server(args, say):
     if not line.startswith("TORC_SERVER_PORT="):
         raise Unreachable("the server has not started: it says why above (exit code "
                           f"{process.wait()})")
-    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(args.server_host, args.server_host)
+    local = local_host(args.server_host)
     return process, make_url("http", local, int(line.split("=")[1])), password
 
 
@@ -19892,10 +19955,22 @@ def dash_client(args, say):
     return Client(url, **how), process
 
 
+def dash_addresses(args, port):
+    """The addresses of a Dashboard, as its options and the environment say."""
+    hub = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
+    if args.base_path:
+        return [args.base_path.replace("{port}", str(port))]
+    if hub:                               # with jupyter-server-proxy
+        return [f"{hub}proxy/{port}", f"{hub}proxy/absolute/{port}"]
+    return [make_url("http", local_host(args.host), port, "")]
+
+
 @command("dash", f"""
          --host NAME=127.0.0.1           address to listen on
          -p, --port PORT={DASH_PORT}     the next free one if it is in use; 0: any
          --socket PATH                   listen on a UNIX socket that only you can open
+         --base-path PREFIX              at which a proxy shows it: /node/login1/{{port}}, or with
+                                         its https://host in front; known in JupyterHub
          -a, --api-url URL               same as --url
          --standalone                    start a server for as long as the dashboard runs
          --server-host NAME=0.0.0.0      of that server
@@ -19922,18 +19997,15 @@ def do_dash(args, client):
         actions = DashActions(args).table()
         if args.socket:
             sockets = [private_socket(args.socket)]
-            dashboard = Dashboard(client, ("localhost", "127.0.0.1", "::1"), actions, trusted=True)
+            dashboard = Dashboard(client, actions, 0, [args.base_path or ""], trusted=True)
             path = os.path.abspath(args.socket)
             speak(f"the dashboard of {client.where} listens on {path}. On your own machine: ssh -L "
                   f"{DASH_PORT}:{path} {user_name()}@{socket.getfqdn()}, then open "
                   f"http://localhost:{DASH_PORT}/")
         else:
-            sockets = dash_sockets(args.host, args.port, speak)
-            names = {"localhost", *(sock.getsockname()[0] for sock in sockets), args.host} \
-                - {"0.0.0.0", "::"}
-            if args.host in ("0.0.0.0", "::"):
-                names |= {"127.0.0.1", "::1", socket.gethostname(), *public_addresses()}
-            dashboard = Dashboard(client, names, actions, sockets[0].getsockname()[1], say=speak)
+            sockets = dash_sockets(args.host, args.port, args.base_path, speak)
+            port = sockets[0].getsockname()[1]
+            dashboard = Dashboard(client, actions, port, dash_addresses(args, port), say=speak)
             speak(f"the dashboard of {client.where}: {dashboard.new_link()}")
             if not is_loopback(args.host):
                 tell(args, "the link and all that is shown travel unencrypted: better omit --host "
@@ -20503,6 +20575,7 @@ DASH_HTML = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>torc</title>
+<link rel="icon" href="favicon.ico">
 <link rel="stylesheet" href="dash.css">
 <script src="dash.js" defer></script>
 </head>
@@ -20902,7 +20975,7 @@ async function send(method, url, body) {
 }
 async function api(path, query = {}, method = "GET", body = undefined) {
   const asked = new URLSearchParams(Object.entries(query).filter(([, value]) => value != null && value !== ""));
-  const url = (path.startsWith("/dash/") ? "" : API) + path + (asked.toString() && "?" + asked);
+  const url = "." + (path.startsWith("/dash/") ? "" : API) + path + (asked.toString() && "?" + asked);
   let answer;
   try {
     answer = await send(method, url, body);
@@ -20942,7 +21015,7 @@ async function follow(id) {
   stream.stop?.();
   if (!id || document.hidden) return;
   const hold = () => new Promise(done => {
-    const source = new EventSource(`${API}/workflows/${id}/events/stream?level=info`);
+    const source = new EventSource(`.${API}/workflows/${id}/events/stream?level=info`);
     stream.stop = () => { source.close(); stream.stop = null; done(); };
     source.onopen = () => {          // there is no replay
       put("link", {state: "live", since: Date.now()});
@@ -20950,13 +21023,14 @@ async function follow(id) {
       if (stream.gap) put("missed", Date.now());
       stream.gap = false;
     };
-    source.onerror = () => { stream.stop(); fallBack(id); };   // the server is away, or has no stream free
+    source.onerror = () => { stream.stop(); fallBack(id); };   // the server is away, has no stream free,
+    setTimeout(() => source.readyState === EventSource.CONNECTING && source.onerror(), 10000);  // or is behind a proxy that holds all back
     for (const type of EVENTS) {
       source.addEventListener(type, message => happened(shaped(JSON.parse(message.data))));
     }
   });
   try {
-    await (navigator.locks ? navigator.locks.request("torc-live", {steal: true}, hold) : hold());
+    await (navigator.locks ? navigator.locks.request("torc-live" + location.pathname, {steal: true}, hold) : hold());
   } catch {                          // another tab took the lock
     stream.stop?.();
     put("link", {state: "every", since: Date.now()});
@@ -21998,7 +22072,7 @@ async function act(verb, target) {
   const body = {workflow_id: store.workflow?.id, ...target};
   if (verb === "export") {
     const {id, name} = store.workflow, file = `${name.replace(/[^\w.-]+/g, "_")}_${id}.json`;
-    h("a", {href: `/dash/export?workflow_id=${id}`, download: file}).click();
+    h("a", {href: `dash/export?workflow_id=${id}`, download: file}).click();
     return;
   }
   try {
