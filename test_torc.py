@@ -9883,6 +9883,22 @@ def test_the_dashboard_works_in_a_browser_behind_a_proxy(chromium, server, tmp_p
     assert dash.stop() == 0
 
 
+@pytest.mark.browser
+def test_pages_ask_now_and_then_where_a_proxy_holds_streams_back(chromium, dash, server):
+    client, held = server.client(), []
+    workflow_id, ids = make(client, {"a": []})
+    visit = Visit(chromium, dash)
+    visit.page.route("**/events/stream*", lambda route: held.append(route))
+    visit.go(f"/w/{workflow_id}", see="0 of 1 job done")
+    node = make_node(client, workflow_id)
+    client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    client.put(f"/jobs/{ids['a']}/start_job/1/{node}")
+    complete(client, ids["a"], workflow_id, node)
+    visit.page.wait_for_function("() => store.link.state === 'every'", timeout=30_000)
+    visit.see("1 of 1 job done")
+    assert held and visit.trouble == []
+
+
 # ==================================================================================================
 # A real cluster: a login host and two compute nodes, each with a network of its own
 # ==================================================================================================
