@@ -14224,10 +14224,10 @@ class Dashboard(Site):
 
     # -- who may
     #
-    # A cookie is the MAC of the host at which its link was opened, so another site's page (DNS
-    # rebinding) has none. Over the socket only Host counts: such a page may set X-Forwarded-Host.
-    # A page at another port of our host has the cookie, but neither the Sec-Fetch-Site nor the
-    # Origin. Pages behind the same proxy have all of them: the proxy's other users are trusted.
+    # A link works once. Its cookie is the MAC of the host at which it was opened, so a page that
+    # DNS rebinding gives our address has none; such a page may set X-Forwarded-Host, so over the
+    # socket, without cookies, only Host counts. A page at another port of our host has the cookie,
+    # but neither Sec-Fetch-Site nor Origin; one behind the same proxy has all: it is trusted.
 
     def place(self, http):
         """Return (host and port, host) at which the browser has the dashboard."""
@@ -14244,14 +14244,14 @@ class Dashboard(Site):
         reads = http.method in ("GET", "HEAD")
         if reads and http.path == "/":    # other sites may lead there, no more
             return
-        site, origin = (http.headers.raw(name) for name in ("Sec-Fetch-Site", "Origin"))
+        site, origin = (http.headers.raw(word) for word in ("Sec-Fetch-Site", "Origin"))
         if site:                          # newer browsers compare the origins themselves
             same = site == "same-origin" or reads and site == "none"
         else:
             same = split_host(origin)[0] == place if origin else reads
         if not same:
-            raise Forbidden(f"requests from other sites are refused: this is {place}, and it came "
-                            f"from {origin or 'elsewhere'} (a proxy must pass Host on, or "
+            raise Forbidden("requests from other sites are refused: this one came from "
+                            f"{origin or 'elsewhere'} to {place} (a proxy must pass on Host or "
                             "X-Forwarded-Host)")
 
     def session(self, http):
@@ -16914,7 +16914,7 @@ def validated_string(parse):
 def address_prefix(text):
     """Check the path, or the URL, at which a proxy shows the dashboard."""
     if not re.fullmatch(r"(https?://[\w.:[\]-]+)?/[^?#\s]*", text):
-        raise ValueError(f"{text!r} is not a path such as /node/login1/8090, or a URL with one")
+        raise ValueError(f"{text!r} is not a path such as /node/login1/{{port}}, or a URL with one")
     return text.rstrip("/")
 
 
@@ -21023,8 +21023,8 @@ async function follow(id) {
       if (stream.gap) put("missed", Date.now());
       stream.gap = false;
     };
-    source.onerror = () => { stream.stop(); fallBack(id); };   // the server is away, has no stream free,
-    setTimeout(() => source.readyState === EventSource.CONNECTING && source.onerror(), 10000);  // or is behind a proxy that holds all back
+    source.onerror = () => { stream.stop(); fallBack(id); };   // the server is away, or has no stream free
+    setTimeout(() => source.readyState === EventSource.CONNECTING && source.onerror(), 10000);   // a proxy holds it back
     for (const type of EVENTS) {
       source.addEventListener(type, message => happened(shaped(JSON.parse(message.data))));
     }
