@@ -16880,8 +16880,20 @@ def parse_local_time(text):
         raise ValueError(f"{text!r} is not a time such as 2026-01-02T03:04:05Z") from None
 
 
+def json_file(path):
+    """The JSON value in a file, - for standard input. Raises TorcError."""
+    try:
+        with open(0 if path == "-" else path, encoding="utf-8", closefd=path != "-") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        place = "standard input" if path == "-" else path
+        raise TorcError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def json_value(text):
-    """Parse a JSON string."""
+    """Parse a JSON string, or the file that @FILE names; - and @- mean standard input."""
+    if text[:1] == "@" or text == "-":
+        return json_file(text.lstrip("@"))
     try:
         return json.loads(text)
     except ValueError as error:
@@ -18327,15 +18339,6 @@ for _name in ("create", "run", "status", "cancel", "delete"):     # where older 
 
 # ---- export and import
 
-def json_file(path):
-    """The JSON object in a file. Raises TorcError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise TorcError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
 operation_command("export", WORKFLOW, """
                   -o, --output FILE  default: standard output
                   --include-results
@@ -18353,14 +18356,7 @@ operation_command("export", WORKFLOW, """
          client="make", example="torc workflows import study.json --name again")
 def do_workflows_import(args, client):
     """Recreate an exported workflow, with new ids and uninitialized jobs."""
-    if args.file == "-":
-        try:
-            document = json.loads(sys.stdin.read())
-        except ValueError as error:
-            raise Invalid(f"standard input is not JSON: {error}") from None
-    else:
-        document = json_file(args.file)
-    payload = import_payload(document, args.name)
+    payload = import_payload(json_file(args.file), args.name)
     return carry_out(args, client, plan_create(client, payload, None), ask=False)
 
 
