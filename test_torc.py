@@ -6688,9 +6688,11 @@ def test_what_a_job_finds_as_password_opens_its_workflow_while_it_runs_and_nothi
         assert token not in "\n".join(connection.iterdump())
     job = torc.Client(server.url, "alice", token)
     assert [one["id"] for one in job.page("/workflows")["items"]] == [mine]
+    assert [one["workflow"] for one in job.get("/named/job", name="a", user="alice")["items"]] == [f'{mine} "w" of alice']
     assert statuses(job, mine) == {"a": "running"}
     for method, path, *_ in torc.ROUTES:
-        if path in ("/ping", "/version", "/server_info") or path == "/workflows" and method == "GET":
+        if path in ("/ping", "/version", "/server_info", "/named/<table:str>") or (
+                path == "/workflows" and method == "GET"):
             continue
         query, body = valid_request(method, path)
         with pytest.raises(torc.Forbidden):
@@ -6727,7 +6729,7 @@ def test_under_access_control_no_route_lets_a_stranger_at_a_workflow(walls):
     before = sqlite3.connect(server.database).execute("SELECT count(*) FROM sqlite_master").fetchall()
     open_to_all = {"/ping", "/version", "/server_info"}
     for method, path, *_ in torc.ROUTES:
-        if path in open_to_all or path == "/workflows" and method == "GET":
+        if path in open_to_all or path == "/named/<table:str>" or path == "/workflows" and method == "GET":
             continue
         place, (query, body) = place_of(path), valid_request(method, path)
         for who, client in (("bob", bob), (None, nobody)):
@@ -6768,6 +6770,12 @@ def test_workflows_are_listed_for_those_who_may_use_them(walls):
     assert listed("alice") == [made["alice"]] and listed("bob") == [made["bob"]]
     assert listed("bob", user="alice") == [] and listed(None) == []
     assert listed("zoe") == sorted(made.values())
+    for who, found in (("alice", 1), ("bob", 1), ("zoe", 2)):     # by name, too; others' if none is hers
+        assert len(clients[who].get("/named/workflow", name="test", user=who)["items"]) == found
+    with pytest.raises(torc.NotFound):
+        clients["bob"].get("/named/job", name=f"{made['alice']}/a", user="bob")
+    with pytest.raises(torc.NotFound):
+        clients["bob"].get("/named/job", name="a", user="alice", home=made["alice"])
     assert "git_hash" not in clients["bob"].get("/version")
 
 
@@ -8103,7 +8111,7 @@ def test_global_options_are_not_refused_behind_the_command(cli, local, words):
      {"url": "http://h", "format": "json", "log_level": "debug", "port": 1}),
     ("server -d mine.db -l warn",
      {"database": "mine.db", "log_level": "warn", "host": "127.0.0.1"}),
-    ("jobs list --status failed 3 -l 5", {"workflow_id": 3, "status": "failed", "limit": 5}),
+    ("jobs list --status failed 3 -l 5", {"workflow_id": "3", "status": "failed", "limit": 5}),
 ], ids=["later_default_undoes_nothing", "own_short_option_wins_behind", "id_behind_options"])
 def test_options_have_their_values_wherever_they_stand(words, values):
     head, name, rest = torc.find_command(words.split())
@@ -8116,10 +8124,10 @@ def test_options_have_their_values_wherever_they_stand(words, values):
     ("jobs list --statsu failed", 'did you mean "--status"?'),
     ("--frmat json jobs list", 'did you mean "--format"?'),
     ("run --exmaple hello", 'did you mean "--example"?'),
-    ("jobs list --status faild 1", "invalid choice"), ("jobs list x", "'x' is not a number"),
+    ("jobs list --status faild 1", "invalid choice"),
     ("jobs get", "required"), ("-f xml ping", "invalid choice"), ("jobs list 1 2", "2"),
     ("run --time-limit 5m x.json", "ISO 8601"), ("run --end-time noon x.json", "not a time"),
-    ("plot-resources x", "not in this version"), ("run nothing", "neither a specification file"),
+    ("plot-resources x", "not in this version"),
     ("user-data create 1 -n a -d {", "is not JSON"), ("run", "name a specification file"),
     ("--database a --url http://b ping", "mutually exclusive"),
     ("resource-requirements create 1 -n x -m 1.5g", "memory '1.5g'"), ("-x", "unknown option -x"),
@@ -8218,7 +8226,7 @@ def test_of_several_workflows_none_is_guessed(cli, local):
     make(local, {"a": []})
     make(local, {"a": []})
     code, out, err = cli("status")
-    assert (code, out) == (2, "") and err.count("test") == 2
+    assert (code, out) == (2, "") and err.count(" test ") == 2 and err.endswith("\ntorc status 2\n")
     local.put("/workflows/2/status", {"run_id": 1, "is_canceled": False, "is_archived": True})
     assert cli("status", ok=0)[1].startswith('Workflow 1 "test"')
 
@@ -8231,6 +8239,140 @@ def test_a_question_at_the_terminal_picks_a_workflow(cli, local, monkeypatch):
     assert "2 jobs" in cli("jobs", "list", ok=0)[1]
     monkeypatch.setattr(torc, "ask", lambda question: "7")
     assert cli("jobs", "list")[0] == 1
+
+
+# ---- names in place of ids
+
+def named_workflow(client, name, *jobs, **lists):
+    """The id of a workflow with these jobs."""
+    return client.post("/workflow_specs", {"workflow": {"name": name, "user": "tester"}, **lists, "jobs": [
+        {"name": job, "command": "true"} for job in jobs]})["id"]
+
+
+@pytest.mark.parametrize("text, found", [
+    ("b", 2), ("study/b", 2), ("1/b", 2), ("a/b", 3), ("study/a/b", 3), ("other/c", 5), ("latest/c", 5), ("2/5", 6),
+    ("c", 5), ("4", 4), ("raw/x/y", 7), ("Study/b", None), ("b*", None), ("study/c", None), ("latest/b", None)])
+def test_a_job_is_named_by_id_name_or_workflow_and_name(cli, local, text, found):
+    named_workflow(local, "study", "a", "b", "a/b", "sim[1]")
+    named_workflow(local, "raw/x", "c", "5", "y")
+    local.put("/workflows/2", {"name": "other" if "raw" not in text else "raw/x"})
+    code, out, err = cli("-f", "json", "jobs", "get", text)
+    assert code == (0 if found else 1), err
+    assert found is None or json.loads(out)["id"] == found
+
+
+def test_a_name_in_several_workflows_is_refused_and_listed(cli, local):
+    for name in ("study", "study2"):
+        named_workflow(local, name, "b", "b_2")
+    code, out, err = cli("why", "b")
+    assert (code, out) == (2, "") and 'which job "b"?' in err and err.endswith("\ntorc why 3\n")
+    assert re.findall(r'(\d) +b +\d "(\w+)" of tester', err) == [("3", "study2"), ("1", "study")]
+    assert cli("jobs", "cancel", "b*", "--dry-run")[0] == 2
+    local.put("/workflows/2/status", {"run_id": 0, "is_canceled": False, "is_archived": True})
+    assert cli_json(cli, "why", "b")["job_id"] == 1
+    assert cli_json(cli, "why", "study2/b")["job_id"] == 3
+
+
+def test_a_name_that_does_not_exist_is_answered_with_the_nearest(cli, local):
+    named_workflow(local, "study", *(f"align_{number:04d}" for number in range(1500)))
+    for words, hint in (("why algin_1499", "align_1499"), ("why study/algin_1499", "align_1499"),
+                        ("status stduy", "study"), ("wait stdy", "study"), ("run stuyd", "study")):
+        code, out, err = cli(*words.split())
+        assert (code, out) == (1, "") and f'(did you mean "{hint}"?)' in err, err
+    assert "there is no file nowhere, and there is no workflow" in cli("run", "nowhere")[2]
+    assert "result records have no names" in cli("results", "get", "x")[2]
+
+
+@pytest.mark.parametrize("pattern, found", [
+    ("align_*", {"align_1", "align_2"}), ("align_[!1]", {"align_2"}), ("?", {"b"}), ("study/align_?", {"align_1", "align_2"}),
+    ("sim[1]", {"sim[1]"}), ("sim*", {"sim[1]", "sim1"}), ("1,b", {"align_1", "b"}), ("2,3", {"align_2", "b"})])
+def test_jobs_are_meant_by_a_pattern_where_there_may_be_several(cli, local, pattern, found):
+    workflow_id = named_workflow(local, "study", "align_1", "align_2", "b", "sim[1]", "sim1")
+    torc.initialize_workflow(local, workflow_id)
+    code, _, err = cli("jobs", "cancel", *([pattern] if pattern != "1,b" else ["1", "b", "1"]))
+    assert code == 0, err
+    assert {name for name, status in statuses(local, workflow_id).items() if status == "canceled"} == found
+
+
+def test_a_workflow_is_named_by_id_name_or_latest(cli, local):
+    for name in ("study", "study", "last"):
+        named_workflow(local, name, "a")
+    assert cli_json(cli, "status", "last")["workflow_id"] == cli_json(cli, "status", "latest")["workflow_id"] == 3
+    code, _, err = cli("status", "study")
+    assert code == 2 and 'which workflow "study"?' in err and err.endswith("\ntorc status 2\n")
+    cli("workflows", "archive", "true", 2, ok=0)
+    assert cli_json(cli, "status", "study")["workflow_id"] == 1       # the others are out of sight
+    cli("workflows", "archive", "true", "last", ok=0)
+    assert cli_json(cli, "status", "latest")["workflow_id"] == 1
+    cli("workflows", "archive", "false", "last", ok=0)
+    assert cli_json(cli, "jobs", "list", "last")["jobs"][0]["id"] == 3
+    cli("delete", "last", "--force", ok=0)
+    assert [one["id"] for one in local.items("/workflows")] == [1, 2]
+
+
+def test_run_and_submit_take_the_name_of_a_workflow_unless_a_file_has_it(cli, local):
+    named_workflow(local, "study", "a")
+    os.mkdir("study")                     # a directory is no specification
+    for text in ("study", "latest"):
+        assert "run workflow 1 here" in cli("run", text, "--dry-run", ok=0)[1]
+    assert "study.yaml" in cli("run", "study.yaml")[2]
+    assert "there is no workflow" not in cli("submit", "study", "--dry-run")[2]
+    os.rmdir("study")
+    Path("study").write_text(json.dumps({"name": "new", "jobs": [{"name": "x", "command": "true"}]}))
+    assert "workflow 1" not in "".join(cli("run", "study", "--dry-run")[1:])
+
+
+def test_other_records_are_named_too(cli, local):
+    named_workflow(local, "study", "a", files=[{"name": "f", "path": "p"}], user_data=[{"name": "u", "data": 1}],
+                   resource_requirements=[{"name": "large", "num_cpus": 4}],
+                   failure_handlers=[{"name": "h", "rules": "[]"}])
+    assert cli_json(cli, "files", "get", "f")["path"] == "p"
+    assert cli_json(cli, "failure-handlers", "get", "h")["name"] == "h"
+    cli("jobs", "create", "study", "-n", "b", "-c", "true", "-r", "large", "-b", "a", "-i", "f", ok=0)
+    job = local.get("/jobs/2")
+    assert (job["depends_on_job_ids"], job["input_file_ids"]) == ([1], [1])
+    assert cli_json(cli, "resource-requirements", "get", job["resource_requirements_id"])["name"] == "large"
+    assert [one["name"] for one in cli_json(cli, "jobs", "list", "study", "--upstream-job-id", "a")["jobs"]] == ["b"]
+
+
+def test_inside_a_job_its_own_workflow_is_meant(cli, local, monkeypatch):
+    for name in ("mine", "theirs"):
+        named_workflow(local, name, "a", user_data=[{"name": "config", "data": name}, {"name": "config2"}])
+    monkeypatch.setenv("TORC_WORKFLOW_ID", "1")
+    assert cli_json(cli, "user-data", "get", "config")["data"] == "mine"
+    assert [one["workflow_id"] for one in cli_json(cli, "user-data", "list")["user_data"]] == [1, 1]
+    assert cli_json(cli, "why", "a")["job_id"] == 1 and cli_json(cli, "status")["workflow_id"] == 1
+    cli("user-data", "update", "config", "-d", "2", ok=0)
+    assert local.get("/user_data/1")["data"] == 2
+    code, _, err = cli("user-data", "get", "confg")
+    assert code == 1 and '"confg" in workflow 1 (did you mean "config"?)' in err
+    local.delete("/workflows/1")          # of another database it has the id of nothing
+    assert cli_json(cli, "--database", "torc_output/torc.db", "status")["workflow_id"] == 2
+
+
+def test_json_comes_from_a_file_or_standard_input(cli, local, tmp_path):
+    named_workflow(local, "study", "a")
+    Path("value.json").write_text('{"a": "\u00e9"}', encoding="utf-8")
+    cli("user-data", "create", "-n", "u", "-d", "@value.json", ok=0)
+    assert local.get("/user_data/1")["data"] == {"a": "\u00e9"}
+    for words, text in ((["-d", "-"], "[1]"), (["--data", "@-"], "2")):
+        done = subprocess.run([*COMMAND, "--database", "torc_output/torc.db", "user-data", "update", "u", *words],
+                              input=text, text=True, capture_output=True)
+        assert done.returncode == 0 and local.get("/user_data/1")["data"] == json.loads(text), done.stderr
+    assert "nothing.json: No such file" in cli("user-data", "update", "u", "-d", "@nothing.json")[2]
+    Path("bad.json").write_text("{")
+    assert "bad.json: Expecting" in cli("user-data", "update", "u", "-d", "@bad.json")[2]
+    assert local.get("/user_data/1")["data"] == 2
+
+
+def test_a_group_is_named(cli, local):
+    named_workflow(local, "study", "a")
+    cli("access-groups", "create", "climate", ok=0)
+    assert cli("access-groups", "add-user", "climate", "bob", ok=0)[1].startswith("Added bob")
+    cli("access-groups", "add-workflow", "study", "climate", ok=0)
+    assert [one["user_name"] for one in cli_json(cli, "access-groups", "list-members", "climate")["members"]] == ["bob"]
+    code, _, err = cli("access-groups", "get", "climat")
+    assert code == 1 and 'no access group "climat" (did you mean "climate"?)' in err
 
 
 # ---- life of a workflow

@@ -5454,6 +5454,66 @@ def ready_job_requirements(store, workflow_id):
         WHERE j.workflow_id = ? AND j.status = {READY}""", (workflow_id,), dicts_of)[0]
 
 
+# ---- names
+
+# The records r with a name. It may begin with the name or id of their workflow p, or with `latest`,
+# and a slash; alone it is looked for at home. rank: how close p is, the user's own before others.
+BY_NAME = """
+    WITH asked AS (SELECT ? AS name, ? AS user, ? AS home),
+    place AS (
+        SELECT t.*, CASE WHEN t.user = a.user THEN t.is_archived ELSE 2 END AS far
+        FROM asked a, workflow t
+        WHERE {where}),
+    part AS (
+        SELECT p.*, p.far - 3 * (x.key = 0) AS rank,
+            CASE WHEN a.name = 'latest' AND '{table}' = 'workflow' AND p.id = (
+                SELECT max(id) FROM place WHERE far = 0)
+            THEN p.name ELSE substr(a.name, length(x.value) + 1) END AS rest
+        FROM asked a, place p, json_each(json_array('', p.name || '/', p.id || '/', 'latest/')) x
+        WHERE substr(a.name, 1, length(x.value)) = x.value AND CASE
+            WHEN '{table}' = 'workflow' THEN x.key = 0
+            WHEN x.key = 0 THEN p.id = a.home OR a.home IS NULL AND p.far = 0
+            WHEN x.key = 3 THEN p.id = (SELECT max(id) FROM place WHERE far = 0)
+            ELSE 1 END)
+    SELECT r.id, r.name, p.id || ' "' || p.name || '" of ' || p.user AS workflow, p.timestamp,
+        p.rest, p.rank
+    FROM part p
+    CROSS JOIN {table} r ON r.{key} = p.id
+    WHERE {fits}
+    ORDER BY p.rank, p.id DESC, r.id
+    LIMIT {limit}"""
+EXACT, MATCHING = "r.name = p.rest", "r.name GLOB replace(p.rest, '[!', '[^')"
+NEAR = """(r.name LIKE substr(p.rest, 1, length(p.rest) / 3 + 1) || '%'
+        OR r.name LIKE '%' || substr(p.rest, -length(p.rest) / 3 - 1))"""
+
+
+def named_records(store, table, condition, name, user=None, home=None, pattern=False):
+    """Records of a kind with a name, as in BY_NAME, or if there are none and it may be a shell
+    pattern, those that match it.
+
+    condition: SQL of the workflows that may be looked into, and its parameters. home: where a name
+    alone is looked for; if None, in all the user's workflows that are not archived. Raises
+    NotFound, with the nearest name.
+    """
+    kind = KINDS.get(table)
+    if not kind or "name" not in [field.name for field in columns(kind)]:
+        raise BadRequest(f"{table:.80} records have no names: use an id")
+    where, params = condition
+    key = "id" if table == "workflow" else "workflow_id"
+    for fits in (EXACT, *[MATCHING] * pattern, NEAR):
+        found = store.query(BY_NAME.format(
+            where=where, table=table, key=key, fits=fits, limit=1000 if fits is NEAR else -1),
+            (name, user, home, *params), dicts_of)
+        if found:
+            break
+    if fits is NEAR:                      # a mistake leaves a name's beginning or its end intact
+        rest = found[0]["rest"] if found else name
+        where = f" in workflow {home}" if home else ""
+        raise NotFound(f'there is no {kind.name} "{name}"{where}'
+                       f"{did_you_mean(rest, [one['name'] for one in found])}")
+    return [one for one in found if one["rank"] == found[0]["rank"]]
+
+
 # ==================================================================================================
 # 8 Access
 # ==================================================================================================
@@ -6148,22 +6208,34 @@ def get_workflow(store, workflow_id, include_counts=False):
                           include_counts)[0]
 
 
+def visible(request):
+    """The filters of a list of the workflows that the caller may use."""
+    wanted = {}
+    if request.only is not None:
+        wanted["id"] = request.only
+    if request.access.enforced and not is_admin(request.store, request.user):
+        wanted["usable_by"] = request.user
+    return wanted
+
+
 def list_workflows(request, query):
     """All workflows; sorting by the status columns needs the is_archived filter, as upstream.
 
     Ours: search (in name, project and description), all_users=false (only those of the user whose
     name is given), include_counts.
     """
-    wanted = {**query}
+    wanted = {**query, **visible(request)}
     if not query["all_users"] and request.user:
         wanted["owner"] = request.user
-    if request.only is not None:
-        wanted["id"] = request.only
-    if request.access.enforced and not is_admin(request.store, request.user):
-        wanted["usable_by"] = request.user
     answer = listing(request.store, KINDS["workflow"], request.page, wanted)
     return {**answer, "items": workflow_views(request.store, answer["items"],
                                               query["include_counts"])}
+
+
+def find_named(request, store, table, query):
+    """The records of a kind that have a name; see named_records (ours)."""
+    condition = conditions(KINDS["workflow"], visible(request))
+    return {"items": named_records(store, table, condition, **query)}
 
 
 def update_workflow(request, store, workflow_id, body):
@@ -6579,7 +6651,7 @@ def return_action(store, workflow_id, action_id, now, done, compute_node_id=None
 
 # ---- access: groups, members, what is shared
 
-GROUP = Kind("access group", "access_group", "", fields("""
+GROUP = Kind("access group", "access_group", "/access_groups", fields("""
     id              int     server
     name            str     required
     description     str
@@ -6826,6 +6898,8 @@ ROUTES = (
     route("GET /workflows", list_workflows,
           listed("workflow", "search str, all_users bool = true, include_counts bool = false"),
           who=ANYONE),
+    route("GET /named/<table:str>", find_named,
+          "name str required, user str, home int, pattern bool = false", who=ANYONE),
     route("GET /workflows/<workflow>", get_workflow, "include_counts bool = false"),
     route("PUT /workflows/<workflow>", update_workflow, body="workflow", who=PERSON),
     route("DELETE /workflows/<workflow>", delete_workflow, who=PERSON),
@@ -16940,16 +17014,11 @@ def slurm_walltime(text):
 
 NUMBER, AMOUNT = (bounded(kind, 0, "a number of at least 0") for kind in (int, float))
 # Converters of option values, by the placeholder in the help. Other placeholders accept any
-# string, or list the choices: yes|no.
+# string, or list the choices: yes|no. Those of records, JOB_ID, are converted by replace_names.
 VALUES = {
     "N": bounded(int, 1, "a number of at least 1"),
     "NUMBER": NUMBER,
     "CODE": int,
-    "ID": NUMBER,
-    "WORKFLOW_ID": NUMBER,
-    "JOB_ID": NUMBER,
-    "GROUP": NUMBER,
-    "ID...": parse_ids,
     "GB": AMOUNT,
     "S": AMOUNT,
     "X": bounded(float, 1, "a factor from 1 to 1000", 1000),
@@ -16977,6 +17046,12 @@ class Option(NamedTuple):
     help: str
 
     @property
+    def kind(self):
+        """The Kind of record that JOB_ID or FILE_ID... names; None for other placeholders."""
+        table, is_id, _ = self.metavar.partition("_ID")
+        return KINDS.get(table.lower(), GROUP) if is_id else None
+
+    @property
     def hidden(self):
         """Whether it is accepted but left out of the help."""
         return self.help == "hidden"
@@ -16996,15 +17071,16 @@ class Option(NamedTuple):
             parser.add_argument(*self.flags, dest=self.dest, action="store_true", **settings)
             return
         many, metavar = self.metavar.endswith("..."), self.metavar.replace("...", "")
-        convert = VALUES.get(self.metavar, VALUES.get(metavar, str))
-        settings.update(metavar=metavar, default=self.default, type=readable(convert))
+        convert = VALUES.get(metavar, str)
+        settings.update(metavar=metavar.replace("_ID", ""), default=self.default,
+                        type=readable(convert))
         if self.choices and convert is str:
             settings["choices"] = self.choices
         if self.flags:
             settings.update(dest=self.dest, required=self.needed)
             if many:
-                settings.update({"action": "append"} if convert is str else
-                                {"action": "extend", "nargs": "+"})
+                settings.update({"action": "extend", "nargs": "+"} if self.kind else
+                                {"action": "append"})
         elif many or not self.needed:
             settings["nargs"] = "?" if not many else "+" if self.needed else "*"
         parser.add_argument(*(self.flags or [self.dest]), **settings)
@@ -17018,7 +17094,10 @@ OPTION = re.compile(r"((?:--?\w[-\w]*,? ?)*)"                       # -m, --memo
 def read_option(line):
     """The Option of a line such as "-m, --memory SIZE=1g -> mem  of each node (required)"."""
     flags, optional, metavar, default, dest, text = OPTION.fullmatch(line).groups("")
-    flags, text = tuple(flags.replace(",", "").split()), text.strip()
+    flags = tuple(flags.replace(",", "").split())
+    text = text.strip()
+    if not text and "_ID" in metavar:
+        text = "id, name, or WORKFLOW/NAME" if "JOB_ID" in metavar else "id or name"
     if default[:1] == "$":                # an environment variable, and a fallback
         name, _, default = default[1:].partition(":")
         default = os.environ.get(name) or default
@@ -17035,7 +17114,7 @@ def read_option(line):
 @functools.lru_cache(maxsize=None)
 def read_options(texts):
     """Parse options as the help shows them, one per line: flags, placeholder, two blanks, what it
-    is for, which may continue on indented lines. [FILE] is optional, ID... accepts several values,
+    is for, which may continue on indented lines. [FILE] is optional, URL... accepts several values,
     N=1 has a default and FILE=$NAME:x one from the environment, "-> name" sets the attribute that
     stores it. texts: strings, or tuples of strings."""
     found = []
@@ -17050,9 +17129,13 @@ def read_options(texts):
     return found
 
 
-WORKFLOW = "[WORKFLOW_ID]  default: the only workflow you have, else you are asked"
-ID = "ID"
-LIST_IDS = "ID... -> ids"
+WORKFLOW = """
+    [WORKFLOW_ID]  id, name, or latest; default: in a job its own, the only one you have, else you
+                   are asked
+    """
+JOBS = """
+    JOB_ID... -> ids  ids, names, WORKFLOW/NAME, or patterns such as 'align_*'
+    """
 DRY_RUN = "--dry-run  show what would happen, change nothing"
 FORCE = "--force  do not ask"
 FORCE_INPUTS = "--force  even if inputs are missing or jobs are running"
@@ -17198,6 +17281,7 @@ def parse_command(found, head, rest):
         args.log_level = default_log_level()
     parser = build_parser(found.name, found.options)
     # Intermixed, so that an optional WORKFLOW_ID may also follow the options.
+    args.prog = parser.prog
     return parser.parse_intermixed_args(rest, args)
 
 
@@ -17490,25 +17574,86 @@ def carry_out(args, client, plan, ask=True, start=None):
     return 1 if done.errors else 0
 
 
+def pick(args, title, records, columns, *flags):
+    """Return the id of one of several records, for which the user is asked.
+
+    columns: of their table, see read_columns. flags: of the option that takes the id. Raises
+    UsageError without a terminal to ask on.
+    """
+    lines = "\n".join(record_lines(read_columns(columns), records))
+    if not can_ask():
+        example = " ".join([args.prog, *flags, str(records[0]["id"])])
+        raise UsageError(f"which {title}? Name its id:\n{lines}\n{example}")
+    print(lines, file=sys.stderr)
+    answer = ask(f"Which {title} (ID)?")
+    if answer not in {str(one["id"]) for one in records}:
+        raise TorcError(f"{answer!r} is not one of these")
+    return int(answer)
+
+
+# ---- names in place of ids
+
+def job_workflow(args):
+    """The id of the workflow of the job in which the command runs, unless it is told to work on
+    another database or server; None elsewhere."""
+    own = os.environ.get("TORC_WORKFLOW_ID", "")
+    return own if own.isdecimal() and not (args.database or args.url) else None
+
+
 def choose_workflow(args, client):
-    """Return the id of the user's only non-archived workflow, or ask for one of several."""
+    """Return the id of the job's own workflow or of the user's only one that is not archived, or
+    ask for one of several."""
+    own = job_workflow(args)
+    if own:
+        return int(own)
     found = client.page("/workflows", user=client.user, is_archived=False, limit=50,
                         sort_by="id", reverse_sort=True)["items"]
     if not found:
         raise TorcError(f"{client.user} has no workflow in {client.where}: torc create SPEC or "
                         "torc run SPEC makes one")
-    if len(found) == 1:
-        tell(args, f'workflow {found[0]["id"]} "{found[0]["name"]}"')
-        return found[0]["id"]
-    columns = read_columns("ID=id, Name=name, Description=description, Created=timestamp")
-    lines = "\n".join(record_lines(columns, found))
-    if not can_ask():
-        raise UsageError(f"which workflow? Name its id:\n{lines}")
-    print(lines, file=sys.stderr)
-    answer = ask("Which workflow (ID)?")
-    if answer not in {str(workflow["id"]) for workflow in found}:
-        raise TorcError(f"{answer!r} is not one of these workflows")
-    return int(answer)
+    if len(found) > 1:
+        return pick(args, "workflow", found,
+                    "ID=id, Name=name, Description=description, Created=timestamp")
+    tell(args, f'workflow {found[0]["id"]} "{found[0]["name"]}"')
+    return found[0]["id"]
+
+
+def find_ids(args, client, option, text):
+    """The ids of what the value of an option means: an id, a name or WORKFLOW/NAME; where there may
+    be many, also several ids, or a pattern. Raises NotFound; UsageError if several have the name.
+    """
+    kind, many = option.kind, "..." in option.metavar
+    with contextlib.suppress(ValueError):
+        ids = parse_ids(text)
+        if many or len(ids) == 1:
+            return ids
+    if kind is GROUP:
+        groups = {one["name"]: one["id"] for one in client.items("/access_groups")}
+        if text in groups:
+            return [groups[text]]
+        raise NotFound(f'there is no access group "{text}"{did_you_mean(text, groups)}')
+    home = kind.table != "workflow" and (
+        getattr(args, "workflow_id", None) or job_workflow(args)) or None
+    found = client.get(f"/named/{kind.table}", name=text, user=client.user, home=home,
+                       pattern=many)["items"]
+    if found[1:] and (found[0]["name"] == found[1]["name"]
+                      or found[0]["workflow"] != found[-1]["workflow"]):
+        return [pick(args, f'{kind.name} "{text}"', found[:50],
+                     "ID=id, Name=name, Workflow=workflow, Created=timestamp", *option.flags[-1:])]
+    return [one["id"] for one in found]
+
+
+def replace_names(found, args, client):
+    """Replace the names of records among the values of a command's options by ids, and choose a
+    workflow where none is named."""
+    for option in found.options:
+        value = getattr(args, option.dest)
+        if option.kind and value is not None:
+            texts = value if isinstance(value, list) else [value]
+            ids = sum((find_ids(args, client, option, text) for text in texts), [])
+            setattr(args, option.dest, list(dict.fromkeys(ids)) if texts is value else ids[0])
+        elif option.metavar == "WORKFLOW_ID" and not option.flags:
+            args.workflow_id = choose_workflow(args, client)
 
 
 def operation_command(name, *texts, example, ask=True):
@@ -17520,14 +17665,14 @@ def operation_command(name, *texts, example, ask=True):
         if operation.target == "workflow":
             target = args.workflow_id
         else:
-            target = flatten_ids(args.ids) or [choose_workflow(args, client)]
+            target = args.ids or [choose_workflow(args, client)]
         return carry_out(args, client, operation.plan(client, target, wishes_of(args)), ask)
 
 
 # ---- life of a workflow
 
 SPEC_ENDINGS = (".yaml", ".yml", ".json", ".json5", ".kdl")
-SPEC_OR_ID = "[SPEC|ID] -> spec  specification, or id of an existing workflow"
+SPEC = "[SPEC|WORKFLOW] -> spec  specification, or id, name, or latest of a workflow"
 SPEC_OPTIONS = """
     --example NAME            a built-in specification: torc examples lists them
     --no-resource-monitoring  do not measure memory and CPU use
@@ -17609,13 +17754,10 @@ def do_create(args, client):
 
 
 def names_workflow(args):
-    """Whether `run` is given a workflow id rather than a specification. Raises UsageError."""
+    """Whether `run` is given a workflow rather than a specification."""
     text = args.spec
-    if args.example or not text or text == "-" or os.path.exists(text):
-        return False
-    if not text.endswith(SPEC_ENDINGS) and not re.fullmatch(r"\d{1,18}", text):
-        raise UsageError(f"{text!r} is neither a specification file nor a workflow id")
-    return text.isdigit()
+    return not (args.example or not text or text == "-" or text.endswith(SPEC_ENDINGS)
+                or os.path.exists(text) and not os.path.isdir(text))
 
 
 def carry_out_start(args, make_plan, start=None):
@@ -17623,18 +17765,21 @@ def carry_out_start(args, make_plan, start=None):
 
     start: function(client, Start) that does here what a Start would do; gives the exit code.
     """
-    target = int(args.spec) if names_workflow(args) else load_spec(args, args.spec)
-    is_new = isinstance(target, Spec)
-    if is_new:
+    target = None if names_workflow(args) else load_spec(args, args.spec)
+    if target:
         tell_warnings(args, target)
-    client = open_client(args, make=is_new)
     try:
+        client = open_client(args, make=bool(target))
+        target = target or find_ids(args, client, read_option("WORKFLOW_ID"), args.spec)[0]
+    except (NotFound, Unreachable) as error:
+        if target:
+            raise
+        raise type(error)(f"there is no file {args.spec}, and {error}") from None
+    with contextlib.closing(client):
         return carry_out(args, client, make_plan(client, target, wishes_of(args)), False, start)
-    finally:
-        client.close()
 
 
-@command("run", SPEC_OR_ID, SPEC_OPTIONS, """
+@command("run", SPEC, SPEC_OPTIONS, """
          --max-parallel-jobs N  run at most this many at a time, whatever they need
          --num-cpus N           default: those of this machine
          --memory-gb GB
@@ -17824,12 +17969,8 @@ def do_wait(args, client):
 operation_command("cancel", WORKFLOW, example="torc cancel 3", ask=False)
 
 
-def flatten_ids(lists):
-    """Flatten lists of ids and drop duplicates."""
-    return list(dict.fromkeys(number for part in lists or () for number in part))
-
-
-operation_command("delete", LIST_IDS, FORCE, NO_PROMPTS, example="torc delete 3 4 --force")
+operation_command("delete", "WORKFLOW_ID... -> ids  ids or names", FORCE, NO_PROMPTS,
+                  example="torc delete 3 4 --force")
 
 
 @command("ping", example="torc ping")
@@ -18008,7 +18149,7 @@ def options_for(args, wanted):
     for field in wanted:
         value = None if field.server else getattr(args, field.name, None)
         if value is not None:
-            values[field.name] = flatten_ids(value) if field.type == "ids" else value
+            values[field.name] = value
     return values
 
 
@@ -18083,7 +18224,7 @@ def list_verb(noun):
 def get_verb(noun):
     """Register `NOUN get`."""
     api_command(f"{noun.word} get", f"GET {noun.kind.path}/{{id}}",
-                ID,
+                f"{noun.table.upper()}_ID -> id",
                 summary=f"Show {article(noun.kind.name)}.",
                 example=f"torc {noun.word} get 17")
 
@@ -18091,7 +18232,7 @@ def get_verb(noun):
 def update_verb(noun):
     """Register `NOUN update`."""
     api_command(f"{noun.word} update", f"PUT {noun.kind.path}/{{id}}",
-                ID, noun.update,
+                f"{noun.table.upper()}_ID -> id", noun.update,
                 summary=f"Change {article(noun.kind.name)}; fields that are not given are kept.",
                 before=noun.before,
                 told=f"Updated {noun.kind.name} {{id}}",
@@ -18118,12 +18259,11 @@ def delete_verb(noun):
     """Register `NOUN delete`."""
     kind = noun.kind
 
-    @command(f"{noun.word} delete", LIST_IDS, FORCE, NO_PROMPTS, DRY_RUN,
-             summary=f"Delete {several(kind.name)}.",
+    @command(f"{noun.word} delete", f"{noun.table.upper()}_ID... -> ids", FORCE, NO_PROMPTS,
+             DRY_RUN, summary=f"Delete {several(kind.name)}.",
              example=f"torc {noun.word} delete 17 18")
     def delete(args, client):
-        found, errors = each(flatten_ids(args.ids),
-                             lambda number: client.get(f"{kind.path}/{number}"))
+        found, errors = each(args.ids, lambda number: client.get(f"{kind.path}/{number}"))
         names = ", ".join(str(one["id"]) + (f' "{one["name"]}"' if "name" in one else "")
                           for one in found)
 
@@ -18178,13 +18318,13 @@ NOUNS = (
     Noun("files", "file", "create list get update delete",
          create=(NAME, "-p, --path PATH  (required)"),
          update=(NEW_NAME, "-p, --path PATH"),
-         filters=("--produced-by-job-id ID",), before=keep_time),
+         filters=("--produced-by-job-id JOB_ID",), before=keep_time),
     Noun("user-data", "user_data", "create list get update delete delete-all",
          create=(NAME, """
             -d, --data JSON
             --ephemeral -> is_ephemeral
-            --consumer-job-id ID
-            --producer-job-id ID
+            --consumer-job-id JOB_ID
+            --producer-job-id JOB_ID
             """),
          update=(NEW_NAME, """
             -d, --data JSON
@@ -18194,8 +18334,8 @@ NOUNS = (
          filters=("""
             --name TEXT  part of the name
             --is-ephemeral true|false
-            --consumer-job-id ID
-            --producer-job-id ID
+            --consumer-job-id JOB_ID
+            --producer-job-id JOB_ID
             """,),
          paging="""
              -l, --limit NUMBER     at most this many
@@ -18210,12 +18350,12 @@ NOUNS = (
          create=(NAME, REQUIREMENTS), update=(NEW_NAME, REQUIREMENTS)),
     Noun("failure-handlers", "failure_handler", "list get"),
     Noun("compute-nodes", "compute_node", "list get",
-         filters=("--scheduled-compute-node ID -> scheduled_compute_node_id",),
+         filters=("--scheduled-compute-node NUMBER -> scheduled_compute_node_id",),
          paging=SHORT_PAGING),
     Noun("scheduled-compute-nodes", "scheduled_compute_node", "list get",
          filters=("""
-            --scheduler-id ID
-            --scheduler-config-id ID
+            --scheduler-id NUMBER
+            --scheduler-config-id SLURM_SCHEDULER_ID
             --status TEXT
             """,)),
     Noun("slurm", "slurm_scheduler", "create list get update delete",
@@ -18293,7 +18433,7 @@ api_command("workflows update", "PUT /workflows/{workflow_id}",
 
 operation_command("archive", """
                   true|false -> archived
-                  [ID...] -> ids
+                  [WORKFLOW_ID...] -> ids
                   """, example="torc workflows archive true 3", ask=False)
 operation_command("reset", WORKFLOW, """
                   --failed-only       failed, canceled, terminated and pending_failed jobs, and what
@@ -18366,11 +18506,11 @@ api_command("jobs create", "POST /jobs",
             WORKFLOW, """
             -n, --name NAME        (required)
             -c, --command COMMAND  (required)
-            -r, --resource-requirements-id ID
+            -r, --resource-requirements-id RESOURCE_REQUIREMENTS_ID
             --priority NUMBER
-            -b, --blocking-job-ids ID... -> depends_on_job_ids
-            -i, --input-file-ids ID...
-            -o, --output-file-ids ID...
+            -b, --blocking-job-ids JOB_ID... -> depends_on_job_ids
+            -i, --input-file-ids FILE_ID...
+            -o, --output-file-ids FILE_ID...
             """,
             summary="Create a job in a workflow that is not initialized.",
             told="Created job {id}",
@@ -18419,7 +18559,7 @@ JOB_COLUMNS = COLUMNS["job"] + ", Depends On=depends_on_job_ids, Input Files=inp
 
 @command("jobs list", WORKFLOW, """
          -s, --status STATUS
-         --upstream-job-id ID  jobs that depend on this one
+         --upstream-job-id JOB_ID  jobs that depend on this one
          """, PAGING, """
          --include-relationships  with the ids of dependencies, files and user data
          -x, --exclude COLUMN...  omit a column from the table
@@ -18453,11 +18593,11 @@ def own_runtime(args, client, values):
 
 
 api_command("jobs update", "PUT /jobs/{id}",
-            ID, """
+            "JOB_ID -> id", """
             -n, --name NAME
             -c, --command COMMAND
             --priority NUMBER
-            --resource-requirements-id ID
+            --resource-requirements-id RESOURCE_REQUIREMENTS_ID
             --runtime DURATION  of this job alone, as in PT30M
             """,
             summary="Change a job; name and command only while it is uninitialized.",
@@ -18481,7 +18621,7 @@ def jobs_with(args, client, key, records, columns_text):
     show_list(args, "jobs", "job", columns_text, rows)
 
 
-JOB_ID = "-j, --job-id ID  only this job"
+JOB_ID = "-j, --job-id JOB_ID  only this job"
 
 
 @command("jobs list-resource-requirements", WORKFLOW, JOB_ID,
@@ -18504,9 +18644,9 @@ def do_jobs_list_handlers(args, client):
 
 
 for _name in ("cancel_job", "terminate_job"):
-    operation_command(_name, LIST_IDS, FORCE, NO_PROMPTS,
+    operation_command(_name, JOBS, FORCE, NO_PROMPTS,
                       example=f"torc {OPERATIONS[_name].command} 17 18")
-operation_command("retry", LIST_IDS, "--only  without what depends on them and has run", FORCE,
+operation_command("retry", JOBS, "--only  without what depends on them and has run", FORCE,
                   NO_PROMPTS, example="torc jobs retry 17 18 --dry-run")
 
 
@@ -18589,7 +18729,7 @@ api_command("job-dependencies job-user-data",
          -s, --status STATUS
          """, PAGING, """
          --all-runs            not only each job's latest
-         --compute-node ID -> compute_node_id
+         --compute-node COMPUTE_NODE_ID -> compute_node_id
          --include-logs        a JSON report with the paths of what the jobs wrote
          -o, --output-dir DIR  with --include-logs: where those files are (default: where each
                                runner put them)
@@ -18806,7 +18946,7 @@ def do_doctor(args, client):
 # ---- Slurm
 
 
-@command("submit", SPEC_OR_ID, SPEC_OPTIONS, WORKERS, """
+@command("submit", SPEC, SPEC_OPTIONS, WORKERS, """
          -i, --ignore-missing-data -> force  even if inputs are missing
          --allow-owner NAME...      submit workflows of this user too, whose commands then run as
                                     you; may be repeated
@@ -18824,19 +18964,16 @@ def choose_scheduler(args, client):
     found = list(client.items("/slurm_schedulers", workflow_id=args.workflow_id))
     if len(found) == 1:
         return found[0]
-    listed = "\n".join(f"  {record['id']}  {record['name']}" for record in found)
     if not found:
         raise TorcError(f"workflow {args.workflow_id} has no Slurm scheduler: torc slurm create "
                         f"{args.workflow_id} -n NAME -a ACCOUNT makes one")
-    if not can_ask():
-        raise UsageError(f"which scheduler? Name it with --scheduler-config-id:\n{listed}")
-    answer = ask(f"{listed}\nWhich scheduler (ID)?")
-    return client.get(f"/slurm_schedulers/{answer if answer.isdigit() else 0}")
+    number = pick(args, "scheduler", found, COLUMNS["slurm_scheduler"], "--scheduler-config-id")
+    return client.get(f"/slurm_schedulers/{number}")
 
 
 @command("slurm schedule-nodes", WORKFLOW, WORKERS, """
          -n, --num-hpc-jobs N=1    allocations
-         --scheduler-config-id ID  one of torc slurm list
+         --scheduler-config-id SLURM_SCHEDULER_ID  one of torc slurm list
          --start-one-worker-per-node
          -j, --job-prefix TEXT=    of the Slurm jobs' names
          """,
@@ -18895,7 +19032,7 @@ def do_slurm_sacct(args, client):
 
 @command("slurm-job-runner", """
          URLS -> url
-         WORKFLOW_ID
+         NUMBER -> workflow_id
          DIR -> output_dir
          """, MAX_PARALLEL, POLL, """
          --is-subtask                 one of several workers of the allocation, each on a node of
@@ -18903,7 +19040,7 @@ def do_slurm_sacct(args, client):
          --startup-delay-seconds S=0  wait for a part of that time, so that many workers do not
                                       begin at once
          --server-id TEXT               work for no other server
-         --scheduler-config-id ID
+         --scheduler-config-id NUMBER
          --strict-scheduler-match     only jobs of that scheduler
          --credentials FILE           a file that `torc submit` has written, where allocations get
                                       no environment
@@ -19496,7 +19633,7 @@ def do_htpasswd_hash(args, client):
     say(args, f"{args.user}:{hashed}" if args.user else hashed, user=args.user, hash=hashed)
 
 
-GROUP_ID = "GROUP -> group_id"
+GROUP_ID = "GROUP_ID"
 USER_NAME = "USER -> user_name"
 GROUP_COLUMNS = "ID=id, Name=name, Description=description, Created=created_at"
 MEMBER_COLUMNS = "ID=id, User=user_name, Role=role, Created=created_at"
@@ -20481,8 +20618,7 @@ def call_command(found, args):
         return found.function(args, None) or 0
     client = open_client(args, make=found.client == "make")
     try:
-        if getattr(args, "workflow_id", 0) is None:
-            args.workflow_id = choose_workflow(args, client)
+        replace_names(found, args, client)
         return found.function(args, client) or 0
     finally:
         client.close()
