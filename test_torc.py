@@ -8545,6 +8545,66 @@ def test_logs_come_from_the_node_that_ran_the_job(cli, local, tmp_path):
     assert cli("logs", ids["a"], "--attempt", 2)[0] == 1
 
 
+def written_jobs(local, directory, outputs):
+    """{job: id} of ended jobs. outputs: {job: (return code, stdout, stderr)}."""
+    workflow_id, ids = make(local, {name: [] for name in outputs})
+    node = make_node(local, workflow_id, output_dir=str(directory))
+    (directory / "job_stdio").mkdir(parents=True)
+    for name, (code, *texts) in outputs.items():
+        complete(local, ids[name], workflow_id, node, code)
+        for ending, text in zip("oe", texts):
+            (directory / stdio_name(workflow_id, ids[name], 1, 1, ending)).write_text(text)
+    return ids
+
+
+def test_logs_of_several_jobs_begin_each_line_with_the_name(cli, local, tmp_path):
+    lines = "".join(f"line {number}\n" for number in range(20_000))
+    ids = written_jobs(local, tmp_path / "out", {
+        "a_1": (0, lines, ""), "a_2": (1, "no end", "oops\n"), "b": (1, "", "x\ny\n"), "c": (0, "", "")})
+    assert cli("logs", "a_*", "-n", 1, ok=0)[1] == "a_1 | line 19999\na_2 | no end\na_2 | oops\n"
+    assert cli("logs", ids["a_1"], "--stdout", ok=0)[1] == lines
+    assert cli("logs", "a_1", "--tail", 2, ok=0)[1].endswith("<==\nline 19998\nline 19999\n")
+    failed = "a_2 | no end\na_2 | oops\nb | x\nb | y\n"
+    for words in (["--failed"], ["--failed", "-w", "test"], ["a_2", "b", "--follow"], ["-w", 1, "a_2", "b"]):
+        assert cli("logs", *words, ok=0)[1] == failed, words
+    assert cli("logs", "--failed", "--stderr", "-n", 1, ok=0)[1] == "a_2 | oops\nb | y\n"
+    assert [row["job_name"] for row in cli_json(cli, "logs", "a_1", "b")["jobs"]] == ["a_1", "b"]
+    for words in (["c"], ["c", "--follow"], ["c", "--stderr"]):
+        _, out, err = cli("logs", *words, ok=0)
+        assert out == "" and re.search(r'job 4 "c" wrote nothing to \S+', err), err
+    os.unlink(tmp_path / "out" / stdio_name(1, 2, 1, 1, "o"))
+    os.unlink(tmp_path / "out" / stdio_name(1, 2, 1, 1, "e"))
+    code, out, err = cli("logs", "--failed")
+    assert code == 1 and out.endswith("x\ny\n") and "there is no file" in err
+
+
+def test_the_json_of_logs_names_what_is_not_kept(cli, local):
+    workflow_id, ids = make(local, {"a": []}, a={"stdio": json.dumps({"mode": "none"})})
+    end_jobs(local, workflow_id, ids, a=0)
+    found = cli_json(cli, "logs", "a")
+    assert (found["job_stdout"], found["job_stderr"], found["existing"]) == (None, None, [])
+    assert "does not keep that output" in cli("logs", "a")[2]
+
+
+def test_logs_of_failures_there_are_none_of_say_so(cli, local):
+    make(local, {"a": []})
+    for words in ([], ["1", "--failed"]):
+        code, _, err = cli("logs", *words)
+        assert code == 2 and "name a job, or --failed for all that failed" in err
+    assert cli("logs", "--failed", ok=0)[1] == "No failed jobs found.\n"
+    assert cli_json(cli, "logs", "--failed") == {"jobs": []}
+
+
+def test_the_tail_of_a_large_file_is_read_alone(tmp_path):
+    path = tmp_path / "large"
+    with open(path, "wb") as file:
+        file.truncate(2**40)              # reading all of it would never end
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nlast but one\nlast\n")
+    assert torc.tail_position(path, 2) == 2**40 + 1
+    assert torc.tail_position(path, None) == torc.tail_position(tmp_path / "none", 3) == 0
+
+
 def test_logs_of_a_job_that_never_ran_say_so(cli, local):
     make(local, {"a": []})
     code, _, err = cli("logs", 1)

@@ -18030,73 +18030,107 @@ def find_attempt(client, job, number, *directories):
     return Attempt(run_id, attempt_id, *paths, node.get("hostname", ""))
 
 
-def copy_output(path, position=0):
-    """Copy a file from a position on to stdout, unchanged; return the new position."""
+def copy_output(path, position, prefix, ended):
+    """Copy a file from a position on to stdout; return the new position. prefix: put before each
+    line; an unfinished one then waits until the job has ended."""
     import shutil
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         file.seek(position)
         sys.stdout.flush()                # of what was printed before
-        shutil.copyfileobj(file, sys.stdout.buffer)
+        if not prefix:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+            position = file.tell()
+        for line in file if prefix else ():
+            if line.endswith(b"\n") or ended:
+                sys.stdout.buffer.write(prefix + line.rstrip(b"\n") + b"\n")
+                position += len(line)
         sys.stdout.flush()
-        return file.tell()
     return position
 
 
-def follow_output(client, job_id, attempt, paths):
-    """Copy files as they grow until the attempt ends."""
-    positions = dict.fromkeys(paths, 0)
-    asked, running = -math.inf, True
-    while running:
-        if time.monotonic() - asked > 1.0:
-            asked = time.monotonic()
-            job = client.get(f"/jobs/{job_id}")
-            running = job["status"] == "running" and job["attempt_id"] == attempt.attempt_id
-        for path in paths:
-            positions[path] = copy_output(path, positions[path])
-        if running:
-            time.sleep(0.2)               # nothing notifies us when a file grows
+def tail_position(path, lines):
+    """The position in a file where its last lines begin, all of it if that is None; what is before
+    them is not read: of lines longer than 64 KiB on average there may be fewer."""
+    import collections
+    position = 0
+    if lines and os.path.exists(path):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 2**16 * lines))
+            last = collections.deque(file, lines)
+            position = file.tell() - sum(map(len, last))
+    return position
 
 
 @command("logs", """
-         JOB_ID
-         --follow     follow the output while the job runs
-         --stdout     only stdout
-         --stderr     only stderr
-         --attempt N  default: the latest
+         [JOB_ID...] -> ids  ids, names, WORKFLOW/NAME, or patterns such as 'align_*'
+         -w, --workflow WORKFLOW_ID -> workflow_id  where names are looked for, or failed jobs
+         --failed      of all failed jobs
+         -n, --tail N  only the last lines (default with --failed: 10)
+         --follow      follow the output while the jobs run
+         --stdout      only stdout
+         --stderr      only stderr
+         --attempt N   default: the latest
          """,
          example="torc logs 17 --stderr")
 def do_logs(args, client):
-    """Print what a job wrote."""
-    job = client.get(f"/jobs/{args.job_id}")
-    attempt = find_attempt(client, job, args.attempt)
+    """Print what jobs wrote; of several jobs each line begins with the job's name."""
+    if bool(args.ids) == args.failed:
+        raise UsageError("name a job, or --failed for all that failed")
+    jobs = [client.get(f"/jobs/{number}") for number in args.ids]
+    if args.failed:
+        jobs = client.items("/jobs", status="failed,terminated,pending_failed", workflow_id=(
+            args.workflow_id or choose_workflow(args, client)))
+    lines = args.tail or (10 if args.failed else None)
     both = args.stdout == args.stderr
-    paths = list(dict.fromkeys(path for path, wanted in (
-        (attempt.stdout, both or args.stdout), (attempt.stderr, both or args.stderr))
-        if wanted and path))
-    present = [path for path in paths if os.path.exists(path)]
+
+    def find(job):
+        attempt = find_attempt(client, job, args.attempt)
+        streams = [attempt.stdout] * (both or args.stdout) + \
+            [attempt.stderr] * (both or args.stderr)
+        paths = list(dict.fromkeys(filter(None, streams)))
+        present = paths if args.follow else list(filter(os.path.exists, paths))
+        if not paths and args.format == "table":
+            raise NotFound(f"job {job['id']} does not keep that output (see its stdio mode)")
+        if not present and args.format == "table":
+            raise NotFound(f"there is no file {paths[0]}: it was deleted after success, or it is "
+                           f"on another machine ({attempt.host or 'unknown'}), or the path means "
+                           "another directory here")
+        return job, attempt, {path: tail_position(path, lines) for path in present}
+
+    outputs, errors = each(jobs, find)
+    several = len(outputs) > 1
     if args.format == "json":
-        print_json({
+        print_json(one_or_all("jobs", [{
             "job_id": job["id"],
             "job_name": job["name"],
             "run_id": attempt.run_id,
             "attempt_id": attempt.attempt_id,
             "job_stdout": attempt.stdout,
             "job_stderr": attempt.stderr,
-            "existing": present})
-        return
-    if not paths:
-        raise NotFound(f"job {job['id']} does not keep that output (see its stdio mode)")
-    if not present and not args.follow:
-        raise NotFound(f"there is no file {paths[0]}: it was deleted after success, or it is on "
-                       f"another machine ({attempt.host or 'unknown'}), or the path means another "
-                       "directory here")
-    if args.follow:
-        follow_output(client, job["id"], attempt, paths)
-        return
-    for path in present:
-        if len(present) > 1 and os.path.getsize(path):
-            print(f"==> {path} <==")
-        copy_output(path)
+            "existing": list(filter(os.path.exists, positions))}
+            for job, attempt, positions in outputs]))
+    elif not outputs:
+        print("No failed jobs found.")
+    while outputs and args.format == "table":
+        running = []
+        for job, attempt, positions in outputs:
+            now = client.get(f"/jobs/{job['id']}") if args.follow else {}
+            ended = (now.get("status"), now.get("attempt_id")) != ("running", attempt.attempt_id)
+            prefix = f"{clean(job['name'])} | ".encode() if several else b""
+            for path in positions:
+                if len(positions) > 1 and not several and not args.follow and os.path.getsize(path):
+                    print(f"==> {path} <==")
+                positions[path] = copy_output(path, positions[path], prefix, ended)
+            if not ended:
+                running.append((job, attempt, positions))
+            elif not any(positions.values()):
+                tell(args, f'job {job["id"]} "{job["name"]}" wrote nothing to '
+                           + " and ".join(positions))
+        outputs = running
+        time.sleep(min(1, len(running)))  # nothing notifies us when a file grows
+    for error in errors:
+        tell(args, error, "error")
+    return 1 if errors else 0
 
 
 @command("why", "JOB_ID", example="torc why 17")
