@@ -13,6 +13,7 @@ import os
 import py_compile
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1920,7 +1921,7 @@ def test_a_job_is_compared_with_what_it_saw_when_it_ran(client):
     client.put(f"/jobs/{ids['reads']}", {"invocation_script": "nice"})
     assert changed(client, workflow_id) == {"reads": "its command changed"}
     sentence = client.get(f"/jobs/{ids['reads']}/why")["sentence"]
-    assert sentence.endswith(f"Since then its command changed: torc workflows reinit {workflow_id} runs it again")
+    assert sentence.endswith(f"Since then its command changed; to run it again: torc workflows reinit {workflow_id}")
 
 
 def test_what_depends_on_a_job_that_ran_again_is_out_of_date(client):
@@ -1956,7 +1957,7 @@ def test_an_archived_workflow_refuses_what_would_run_it(client):
                         (f"/jobs/{ids['a']}/retry/1", {"max_retries": 3}),
                         (f"/workflows/{workflow_id}/reset_job_status", {}),
                         (f"/workflows/{workflow_id}/reset_status", {"force": True})):
-        with pytest.raises(torc.Invalid, match=f"workflow {workflow_id} is archived: torc workflows archive false"):
+        with pytest.raises(torc.Invalid, match=f"workflow {workflow_id} is archived; to bring it back: torc workflows archive false"):
             client.post(path, **query)
 
 
@@ -3393,7 +3394,7 @@ def free_port():
 def test_a_refused_connection_says_what_to_do():
     port = free_port()
     with pytest.raises(torc.Unreachable, match=rf"no server answers at 127.0.0.1:{port} "
-                                               r"\(connection refused\): start one with `torc server`"):
+                                               r"\(connection refused\); .* to start one: torc server$"):
         torc.Client(f"http://127.0.0.1:{port}").get("/ping")
 
 
@@ -4032,7 +4033,7 @@ def test_a_deleted_workflow_ends_its_runner_without_wrong_advice(tmp_path):
     assert runner.wait(60) == 1
     log = (tmp_path / "run.log").read_text()
     assert "the workflow is gone" in log
-    assert "continues from here" not in log and "tried again" not in log
+    assert "to go on" not in log and "tried again" not in log
     assert not list((tmp_path / "torc_output" / "journal").iterdir())
 
 
@@ -4225,7 +4226,7 @@ def test_a_server_that_stays_away_costs_no_job(tmp_path):
     assert runner.wait(60) == 1
     log = (tmp_path / "run.log").read_text()
     assert "as long as the workflow allows: the results wait in the journal" in log
-    assert "`torc run 1` continues from here" in log
+    assert re.search("to go on:\n  .* run 1\n", log)
     server = Server(tmp_path / "x.db")
     assert start_run(tmp_path, 1, "--url", server.url).wait(60) == 0
     assert (tmp_path / "runs").read_text() == "once\n"
@@ -4335,7 +4336,7 @@ def test_a_runner_that_is_signaled_leaves_though_the_server_does_not_answer(tmp_
     runner.send_signal(signal.SIGINT)
     assert runner.wait(25) == 130         # ten seconds are for the server
     log = (tmp_path / "run.log").read_text()
-    assert "the results wait in the journal" in log and "`torc run 1` continues from here" in log
+    assert "the results wait in the journal" in log and re.search("to go on:\n  .* run 1\n", log)
     until(lambda: not processes_in(tmp_path) or how == signal.SIGSTOP)
     server.process.send_signal(signal.SIGCONT)
     server.kill()
@@ -5342,7 +5343,7 @@ def test_recover_raises_only_what_failed_and_runs_it_again(run, cli, monkeypatch
     assert [(job["job_name"], job["cause"]) for job in before["jobs"]] == [("a", "memory")]
     assert [job["job_name"] for job in before["skipped"]] == ["c"]
     code, out, _ = cli("recover", 1)
-    assert code == 0 and "torc run 1 continues from here" in out
+    assert code == 0 and "1 job of workflow 1 to run again:\n  torc run 1\n" in out
     needs = {job["name"]: job["resource_requirements_id"]
              for job in cli_json(cli, "jobs", "list", 1)["jobs"]}
     assert needs["a"] != needs["b"]
@@ -7142,7 +7143,7 @@ def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
         "be run where it does" in err
     assert cli("server", "service", "uninstall", "--user")[0] == 0 and not path.exists()
     code, _, err = cli("server", "service", "start", "--user")
-    assert code == 1 and "torc server service install creates it" in err
+    assert code == 1 and err.endswith("to create it:\n  torc server service install --user\n")
 
 
 # ==================================================================================================
@@ -8440,11 +8441,29 @@ def test_run_refuses_missing_inputs_before_anything_is_created(cli, tmp_path):
     assert cli_json(cli, "workflows", "list") == {"workflows": []}
 
 
+def test_sentences_that_end_with_a_command_end_with_one_that_exists():
+    """Such a command is printed on a line of its own, to be pasted."""
+    tree, found = ast.parse(SOURCE), []
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if id(node) in inside or not isinstance(node, (ast.JoinedStr, ast.Constant)):
+            continue
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        text = "".join(str(part.value) if isinstance(part, ast.Constant) else "1"
+                       for part in parts)
+        match = torc.NEXT_COMMAND.fullmatch(text)
+        if match and "\n" not in text and match[2].startswith("torc ") and match[2] != "torc 1 1":
+            found.append(match[2])
+            head, name, rest = torc.find_command(shlex.split(match[2])[1:])
+            torc.parse_command(torc.COMMANDS[name], head, rest)
+    assert len(found) > 20
+
+
 def test_run_of_a_canceled_workflow_says_how_to_go_on(cli, local):
     make(local, {"a": []})
     cli("cancel", 1, ok=0)
     code, _, err = cli("run", "1")
-    assert code == 1 and "reset-status 1 --failed-only --reinitialize" in err
+    assert code == 1 and err.endswith("to start it again:\n  torc run 1 --failed\n")
 
 
 def test_status_has_no_negative_times_and_all_its_fields(cli, local):
@@ -8452,7 +8471,7 @@ def test_status_has_no_negative_times_and_all_its_fields(cli, local):
     report = cli_json(cli, "status")
     assert report["total_exec_time_formatted"] == "0.0s" and report["walltime_seconds"] == 0
     assert len(report["jobs_by_status"]) == 11 and not report["is_complete"]
-    assert "no runner is active: torc run 1" in cli("status", ok=0)[1]
+    assert cli("status", ok=0)[2].endswith("to run it:\n  torc run 1\n")
     end_jobs(local, workflow_id, ids, a=0, b=0)
     assert cli_json(cli, "status")["total_exec_time_minutes"] == 1.0
     assert "complete" in cli("status", ok=0)[1]
@@ -8470,7 +8489,7 @@ def test_wait_ends_with_3_at_its_timeout_and_when_nothing_can_happen(cli, local)
     make(local, {"a": []})
     code, _, err = cli("wait", "--timeout", "0.1")
     assert code == 3 and "not ended" in err
-    assert err.count("no runner is active on workflow 1: `torc run 1` starts one") == 1
+    assert err.count("no runner is active on workflow 1:\n  torc run 1\n") == 1
     make(local, {"a": []}, start=False)
     code, _, err = cli("wait", 2)
     assert code == 3 and '"a" (job 2, uninitialized)' in err
@@ -10788,7 +10807,7 @@ def test_what_sbatch_refuses_leaves_no_workflow(cluster, scheduler, said):
     done = site.torc("submit", spec, "-o", site.output, ok=False)
     assert done.returncode == 1 and said in done.stderr
     assert re.search(r"workflow \d+ is gone again: fix this and submit again", done.stderr)
-    script = re.search(r"sbatch --test-only (\S+) tries it", done.stderr)[1]
+    script = re.search(r"sbatch --test-only (\S+)\n", done.stderr)[1]
     assert said in cluster.run("sbatch", "--test-only", script).stderr
     assert site.json("workflows", "list") == {"workflows": []}
 
@@ -10804,8 +10823,8 @@ def test_a_workflow_that_has_an_allocation_stays_when_the_next_is_refused(cluste
     path.write_text(json.dumps(spec))
     done = site.torc("submit", path, "-o", site.output, ok=False)
     assert done.returncode == 1 and "gone again" not in done.stderr
-    assert re.search(r'scheduler "bad"; .* 1 allocation submitted: Slurm job \d+; `torc slurm '
-                     "schedule-nodes 1` requests more", done.stderr, re.S), done.stderr
+    assert re.search(r'scheduler "bad"; .* 1 allocation submitted: Slurm job \d+; to request more:\n'
+                     "  .*slurm schedule-nodes 1", done.stderr, re.S), done.stderr
     site.torc("wait", 1)
     assert site.statuses() == {"a": "completed"}
 
@@ -10835,9 +10854,9 @@ def test_an_allocation_that_will_never_begin_says_so(cluster):
         said = site.torc("status", workflow_id).stdout
         shown = dash.json(f"/dash/allocations?workflow_id={workflow_id}")["lines"]
         cluster.run("scancel", number)
-        assert [line for line in shown if f"`scancel {number}`, and ask for less" in line], shown
+        assert [line for line in shown if f"and ask for less: scancel {number}" in line], shown
         assert re.search(rf"Slurm job {number} is pending \(Partition\w+\): it asks for more", said)
-        assert f"so it will not start: `scancel {number}`, and ask for less" in said
+        assert f"so it will not start; cancel it, and ask for less:\n  scancel {number}\n" in said
 
 
 @pytest.mark.slurm

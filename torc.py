@@ -3007,11 +3007,16 @@ def store_event(store, workflow_id, now, event):
                         (workflow_id, int(now * 1000), compact(event)))
 
 
+def restart_text(workflow_id):
+    """What to do about a canceled workflow."""
+    return f"workflow {workflow_id} is canceled; to start it again: torc run {workflow_id} --failed"
+
+
 def refuse_archived(store, workflow_id):
     """Raise Invalid for an archived workflow."""
     if workflow_row(store, workflow_id, "is_archived")[0]:
-        raise Invalid(f"workflow {workflow_id} is archived: torc workflows archive false "
-                      f"{workflow_id} brings it back")
+        raise Invalid(f"workflow {workflow_id} is archived; to bring it back: torc workflows "
+                      f"archive false {workflow_id}")
 
 
 # ---- live events
@@ -3897,8 +3902,7 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
     """
     refuse_archived(store, workflow_id)
     if workflow_row(store, workflow_id, "is_canceled")[0]:
-        raise Invalid(f"workflow {workflow_id} is canceled: torc workflows reset-status "
-                      f"{workflow_id} --failed-only --reinitialize starts it again")
+        raise Invalid(restart_text(workflow_id))
     for job in find_jobs(store, f"id IN {IDS}", (compact(ids),)):
         if job.status not in FINAL_SET:
             raise Invalid(f"job {job.id} is {STATUS_NAMES[job.status]}: only a job that has ended "
@@ -4339,15 +4343,16 @@ def why(store, job_id):
                 + (f" ({meaning})" if meaning else "")
                 + f" on {node_name(store, node_id)} at {when} (run {run}, attempt {attempt})"
                 + (f": {last[0]}" if last else "") + (
-                    f". Since then {join_names(changed)}: torc workflows reinit "
-                    f"{job.workflow_id} runs it again" if changed else ""))
+                    f". Since then {join_names(changed)}; to run it again: torc workflows reinit "
+                    f"{job.workflow_id}" if changed else ""))
     if job.cascaded:
         return f"it was canceled because {bad_dependency(store, job_id)}"
     canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
+    begun = store.one(f"SELECT 1 FROM job WHERE workflow_id = ? AND status <> {UNINITIALIZED}"
+                      " LIMIT 1", (job.workflow_id,))
     return {
-        UNINITIALIZED: f"it is not initialized: torc run {job.workflow_id} or torc submit "
-                       f"{job.workflow_id} starts the workflow, torc workflows reinit "
-                       f"{job.workflow_id} what is new or has changed in one that has run",
+        UNINITIALIZED: f"it is not initialized: torc {'workflows reinit' if begun else 'run'} "
+                       f"{job.workflow_id}",
         PENDING: f"it is claimed by {node_name(store, job.compute_node_id)}, which is about to "
                  "start it",
         RUNNING: f"it is running on {node_name(store, job.compute_node_id)} (attempt "
@@ -4369,12 +4374,6 @@ def why_blocked(store, job):
         "it is blocked, though it waits for no job"
 
 
-def restart_text(workflow_id):
-    """What to do about a canceled workflow."""
-    return (f"workflow {workflow_id} is canceled: torc workflows reset-status {workflow_id} "
-            "--failed-only --reinitialize starts it again")
-
-
 def why_ready(store, job):
     """Why a ready job is not running."""
     if job.compute_node_id:
@@ -4389,17 +4388,16 @@ def why_ready(store, job):
         return f"it is ready: {blocker_text('no runner', 1, found['no runner'])}"
     seen = nodes or nodes_of(store, job.workflow_id, "1 ORDER BY id DESC LIMIT 1")
     lacks = unfit(store, need_id, seen)
-    start = "" if nodes else f"no runner is active on workflow {job.workflow_id}: torc run " \
-        f"{job.workflow_id}"
+    start = "" if nodes else f": torc run {job.workflow_id}"
     if lacks:
         need, (want, most) = lacks
         host = seen[0].host
         whose = (f"the last runner, on {host}, had" if not nodes else
                  f"the runner on {host} has" if len(seen) == 1 else "the largest runner has")
         return f'it needs {want}, {whose} {most} (resource requirements "{need["name"]}")' + (
-            f"; {start} on a larger machine" if start else "")
+            start and f"; on a larger machine{start}")
     if start:
-        return f"it is ready, but {start}"
+        return f"it is ready, but no runner is active on workflow {job.workflow_id}{start}"
     ahead = store.one(f"""
         SELECT count(*) FROM job j, job me
         WHERE me.id = ? AND j.workflow_id = me.workflow_id AND j.status = {READY}
@@ -7684,8 +7682,8 @@ class Client(Calls):
             return Unreachable(f"the connection to {at} broke: {error}")
         if state == "refused" and is_loopback(self.address.host):
             return Unreachable(
-                f"no server answers at {at} (connection refused): start one with `torc server`, or "
-                "name another with --url or TORC_API_URL")
+                f"no server answers at {at} (connection refused); --url or TORC_API_URL names "
+                "another; to start one: torc server")
         return Unreachable(f"no server answers at {at}: {text}")
 
     def _decode(self, status, content_type, answer, path):
@@ -7789,9 +7787,8 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
     path = database or os.path.join(output_dir, LOCAL_DATABASE)
     if not os.path.exists(path):
         if not create:
-            raise Unreachable(f"there is no database {path} yet: `torc run SPEC` or `torc create "
-                              "SPEC` makes it; name another with --database, or a server with "
-                              "--url")
+            raise Unreachable(f"there is no database {path} yet; torc run SPEC makes it, "
+                              "--database names another, --url a server")
         os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
     tell(f"using the local database {path}")
     return LocalClient(path)
@@ -8884,8 +8881,6 @@ class Stopping:
             with self.talk:
                 self.talk.wait(0.2)
             self._end_all("interrupt")    # one may just have begun
-        if not self.gone:
-            self.say(f"`torc run {self.workflow_id}` continues from here once the cause is fixed")
         self.code = 128 + self.interrupted if self.interrupted else 1
 
 
@@ -9543,8 +9538,7 @@ class Leaving:
         if self.fault:
             if not self._is_hopeless():
                 return None
-            self.say(f"jobs cannot be started on this machine: {self.fault}; `torc run "
-                     f"{self.workflow_id}` continues from here once that is fixed")
+            self.say(f"jobs cannot be started on this machine: {self.fault}")
             return 1
         report = self._ask_for("unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
@@ -9638,8 +9632,6 @@ class Leaving:
         how = {0: "completed", 1: "ended with failures", 3: "is not finished"}.get(
             code, "was interrupted")
         self.say(f"workflow {self.workflow_id} {how} after {elapsed}: {self.progress.summary()}")
-        if code >= 128:
-            self.say(f"`torc run {self.workflow_id}` continues from here")
         self.code = code
 
 
@@ -10245,14 +10237,14 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
                 "cluster": cluster_name()}, once=True, action_id=action_id)
         except BaseException as error:    # also Ctrl-C: nobody would know of the job
             error.submitted = made
-            more = (f"allocation {index} of {number}, scheduler \"{scheduler['name']}\"; sbatch "
-                    f"--test-only {quote(path)} tries it")
+            more = (f"allocation {index} of {number}, scheduler \"{scheduler['name']}\"; to try "
+                    f"again what was asked for: sbatch --test-only {quote(path)}")
             if job_id:
                 more = f"so Slurm job {job_id}, which it does not know of, was canceled again"
                 with contextlib.suppress(TorcError):
                     slurm("scancel", job_id)
             if isinstance(error, TorcError):
-                error.args = (f"{error} ({more})",)
+                error.args = (f"{error}; {more}",)
             raise
         made.append(job_id)
         if not request.keep_script:
@@ -11718,15 +11710,14 @@ def check_idle(client, workflow_id, force):
     """Raise unless the workflow may be reset; returns its counts. Nothing is changed."""
     counted = client.get(f"/workflows/{workflow_id}/counts")
     if counted["is_archived"]:
-        raise Invalid(f"workflow {workflow_id} is archived: torc workflows archive false "
-                      f"{workflow_id} brings it back")
+        raise Invalid(f"workflow {workflow_id} is archived; to bring it back: torc workflows "
+                      f"archive false {workflow_id}")
     busy = counted["pending"] + counted["running"]
     scheduled = client.get(f"/workflows/{workflow_id}/unfinished")["scheduled"]
     if (busy or scheduled) and not force:
         raise Invalid(f"workflow {workflow_id} is active ({plural(busy, 'job')} pending or "
                       f"running, {plural(scheduled, 'allocation')} scheduled), so nothing was "
-                      f"changed: torc cancel {workflow_id} first, torc run {workflow_id} if its "
-                      "runner has died, or use --force")
+                      f"changed; cancel it first, or use --force: torc cancel {workflow_id}")
     return counted
 
 
@@ -11758,15 +11749,14 @@ def missing_message(workflow_id, files, user_data=()):
     missing = [f"input {what} missing: {named(texts)}" for what, texts in
                (("files", files), ("user data", user_data)) if texts]
     return missing and (f"workflow {workflow_id}: {'; '.join(missing)}. No job creates them: "
-                        f"create them, or torc workflows init {workflow_id} --force goes on "
-                        "without") or ""
+                        "create them; to go on without: torc workflows init "
+                        f"{workflow_id} --force") or ""
 
 
 def refuse_canceled(workflow_id, counted):
     """Raise Invalid for a canceled workflow. counted: its counts or status."""
     if counted["is_canceled"]:
-        raise Invalid(f"workflow {workflow_id} is canceled: torc workflows reset-status "
-                      f"{workflow_id} --failed-only --reinitialize starts it again")
+        raise Invalid(restart_text(workflow_id))
 
 
 def required_files(client, workflow_id, counted):
@@ -11965,8 +11955,30 @@ def stall_reasons(client, workflow_id):
                 f"{waiting or 'nothing that will happen'}"), None
     if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
         return None, None
-    return None, (f"no runner is active on workflow {workflow_id}: `torc run {workflow_id}` "
-                  "starts one; waiting")
+    return None, (f"waiting, but no runner is active on workflow {workflow_id}: torc run "
+                  f"{workflow_id}")
+
+
+def next_step(client, workflow_id):
+    """What a person would do next about a workflow, as a sentence that ends with the command; "" if
+    there is nothing to do."""
+    counted = client.get(f"/workflows/{workflow_id}/counts")
+    left = client.get(f"/workflows/{workflow_id}/unfinished")
+    undecided = [job["job_id"] for job in left["waiting"] if job["status"] == "pending_failed"]
+    if counted["is_canceled"]:
+        return restart_text(workflow_id)
+    if undecided:
+        return f"to decide what becomes of what failed: torc jobs resolve {undecided[0]} retry"
+    if counted["is_complete"]:
+        bad = counted["failed"] + counted["canceled"] + counted["terminated"]
+        return f"what failed, and why: torc failures {workflow_id}" if bad else ""
+    if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
+        return ""
+    if counted["uninitialized"] and counted["uninitialized"] < counted["total"]:
+        return f"to start what is new: torc workflows reinit {workflow_id}"
+    if had_allocations(client, workflow_id):
+        return f"to request another allocation: torc slurm schedule-nodes {workflow_id}"
+    return f"to run it: torc run {workflow_id}"
 
 
 # ---- allocations
@@ -12030,17 +12042,15 @@ def submit_start(client, workflow_id, request):
     except TorcError as error:
         some = getattr(error, "submitted", None)
         if some:
-            error.args = (f"{error}. {submitted(len(some), some)}; `torc slurm schedule-nodes "
-                          f"{workflow_id}` requests more",)
+            error.args = (f"{error}. {submitted(len(some), some)}; to request more: torc slurm "
+                          f"schedule-nodes {workflow_id}",)
         raise
     ids = [number for _, numbers in done for number in numbers]
     if not ids:
-        raise TorcError(f"the allocations of workflow {workflow_id} have been submitted before: "
-                        f"`torc slurm schedule-nodes {workflow_id}` requests more, `torc status "
-                        f"{workflow_id}` shows its status")
+        raise TorcError(f"the allocations of workflow {workflow_id} have been submitted before; "
+                        f"to request more: torc slurm schedule-nodes {workflow_id}")
     return Outcome(f"Successfully submitted workflow {workflow_id}: {submitted(len(ids), ids)}; "
-                   f"logs in {request.output_dir}; `torc status {workflow_id}` shows its status, "
-                   f"`torc watch {workflow_id}` waits",
+                   f"logs in {request.output_dir}; to look after it: torc watch {workflow_id}",
                    {"workflow_id": workflow_id, "slurm_jobs": ids,
                     "message": f"Successfully submitted workflow {workflow_id}"})
 
@@ -12111,11 +12121,11 @@ def cancel_allocations(client, workflow_id):
 STUCK_ALLOCATIONS = (
     (r"TimeLimit|WallDuration|NodeLimit|PartitionConfig|PerJobLimit|BadConstraints",
      "it asks for more time, more nodes or others than its partition or account may give, so it "
-     "will not start: `scancel {0}`, and ask for less"),
-    (r"NotAllowed|InvalidAccount|InvalidQOS", "its account, QOS and partition do not go together: "
-     "`scancel {0}`, and submit with others"),
-    (r"JobHeld", "it is held: `scontrol release {0}`"),
-    (r"NeverSatisfied", "what it depends on has failed, so it will not start: `scancel {0}`"))
+     "will not start; cancel it, and ask for less: scancel {0}"),
+    (r"NotAllowed|InvalidAccount|InvalidQOS", "its account, QOS and partition do not go together; "
+     "cancel it, and submit with others: scancel {0}"),
+    (r"JobHeld", "it is held: scontrol release {0}"),
+    (r"NeverSatisfied", "what it depends on has failed, so it will not start: scancel {0}"))
 
 
 def pending_advice(number, entry):
@@ -12146,7 +12156,7 @@ def allocation_lines(client, workflow_id):
         elif not entry or entry.phase == "unknown":
             text = f"was {record['status']}; Slurm no longer knows it, or does not answer"
         elif entry.phase == "over":
-            text = f"has ended: torc workflows sync-status {workflow_id} cleans up after it"
+            text = f"has ended; to clean up after it: torc workflows sync-status {workflow_id}"
         else:
             left = "" if entry.phase == "pending" or entry.time_left_s is None else \
                 f", {format_duration(entry.time_left_s)} left"
@@ -12327,8 +12337,8 @@ def check_recoverable(client, workflow_id):
                       f"{plural(moving, 'job')} are ready or running")
     if runners or left["scheduled"]:
         raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, {runners} "
-                      f"runners and {left['scheduled']} allocations are at work or wait for it: "
-                      f"torc cancel {workflow_id} ends them, torc wait {workflow_id} waits")
+                      f"runners and {left['scheduled']} allocations are at work or wait for it; "
+                      f"to wait until they have ended: torc wait {workflow_id}")
 
 
 def apply_diagnoses(client, workflow_id, chosen):
@@ -12709,7 +12719,8 @@ def plan_submit(client, target, wishes):
     return plan._replace(
         title=f"Submit workflow {name} to Slurm", lines=tuple(lines), data={"scripts": scripts},
         choices=(Choice("y", f"submit {number}", do),), sure=False, text="\n".join(whole),
-        obstacle=plan.obstacle and f"{plan.obstacle}; --ignore-missing-data goes on without")
+        obstacle=plan.obstacle and plan.obstacle.partition("; to go on")[0]
+        + "; --ignore-missing-data goes on without")
 
 
 def plan_recover(client, workflow_id, wishes):
@@ -12738,9 +12749,9 @@ def plan_recover(client, workflow_id, wishes):
         client.post(f"/workflows/{workflow_id}/reset_status", force=True)
         apply_diagnoses(client, workflow_id, chosen)
         ids = regenerate(client, workflow_id, wishes, submit=True)["slurm_jobs"] if on_slurm else ()
-        step = submitted(len(ids), ids) if ids else f"torc run {workflow_id} continues from here"
-        return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again; "
-                       f"{step}", report(len(chosen), ids))
+        step = f"; {submitted(len(ids), ids)}" if ids else f": torc run {workflow_id}"
+        return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again{step}",
+                       report(len(chosen), ids))
 
     every, choices = wishes.retry_unknown or wishes.recovery_hook, []
     for key, chosen, words, is_offered in (
@@ -12856,7 +12867,7 @@ def plan_archive(client, ids, wishes):
         return Outcome(f"Workflow {shown} is {'' if wishes.archived else 'no longer '}archived",
                        done, errors + trouble)
 
-    lines = (*errors, *(["Lists no longer show what is archived; `torc workflows archive false ID` "
+    lines = (*errors, *(["Lists no longer show what is archived; torc workflows archive false ID "
                          "brings it back."] if wishes.archived else []))
     verb = "archive" if wishes.archived else "bring back"
     return Plan(f"{verb.capitalize()} workflow {names}", lines, (Choice("y", verb, do),),
@@ -13973,8 +13984,8 @@ def lock_pid_file(path):
     if other:
         where = f" at {other.urls[0]}" if other.urls else ""
         raise Conflict(f"a server runs in the background already (pid {other.pid}{where}, since "
-                       f"{local_time(other.since)}): torc server stop ends it, --pid-file FILE is "
-                       "for one more")
+                       f"{local_time(other.since)}); --pid-file FILE is for one more; to end it: "
+                       "torc server stop")
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -13982,8 +13993,8 @@ def lock_pid_file(path):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise Conflict(f"another server starts or runs with {path}: torc server status shows "
-                           "it, --pid-file FILE is for one more") from None
+            raise Conflict(f"another server starts or runs with {path}; --pid-file FILE is for "
+                           "one more; to see it: torc server status") from None
         except OSError:                   # a file system without locks: its text has to do
             pass
         with contextlib.suppress(FileNotFoundError):
@@ -17279,6 +17290,7 @@ def parse_command(found, head, rest):
     args = build_parser("", GLOBAL).parse_args(head)
     if args.log_level is None:
         args.log_level = default_log_level()
+    args.argv = [*head, *rest]
     parser = build_parser(found.name, found.options)
     # Intermixed, so that an optional WORKFLOW_ID may also follow the options.
     args.prog = parser.prog
@@ -17469,17 +17481,42 @@ def show_record(args, record):
         print(f"{name + ':':<{width + 1}} {cell(record, name)}")
 
 
+NEXT_COMMAND = re.compile(r"(.*:) ((?:torc|sbatch|scancel|scontrol) [^:]*)", re.S)
+PLACES = ("--database", "--url", "-o", "--output-dir")
+
+
+def pasteable(sentence, argv):
+    """Put the command that a sentence ends with on a line of its own, so that it works when pasted:
+    with the name of this program, and the options in `argv` that say where the workflows are."""
+    import shlex
+    import shutil
+    match = NEXT_COMMAND.fullmatch(sentence)
+    if not match:
+        return sentence
+    program, *words = shlex.split(match[2])
+    if program == "torc":
+        found = COMMANDS.get(find_command(words)[1])
+        known = flags_of([*GLOBAL, *found.options] if found else GLOBAL)
+        for index, word in enumerate(argv):
+            flag, joined, _ = word.partition("=")
+            if flag in PLACES and flag in known:
+                words += argv[index:index + 1 + (not joined)]
+        if sys.argv[0].endswith((".py", ".pyz")):
+            python = os.path.basename(sys.executable)
+            program = python if shutil.which(python) == sys.executable else sys.executable
+            words.insert(0, sys.argv[0])
+    return f"{match[1]}\n  {' '.join(map(shlex.quote, [program, *words]))}"
+
+
 def say(args, sentence, **values):
     """Print what a command did: a sentence, or its values as JSON."""
-    if args.format == "json":
-        print_json(values)
-    else:
-        print(sentence)
+    show(args, values, sentence)
 
 
-def print_lines(title, lines):
+def print_lines(args, title, lines):
     """Print a title, and lines indented below it."""
-    parts = [part for text in (title, *lines) for part in text.splitlines()]
+    parts = [part for text in (title, *lines)
+             for part in pasteable(text, args.argv).splitlines()]
     print("\n  ".join(map(clean, parts)))
 
 
@@ -17488,13 +17525,20 @@ def show(args, data, title, lines=()):
     if args.format == "json":
         print_json(data)
     else:
-        print_lines(title, lines)
+        print_lines(args, title, lines)
 
 
 def tell(args, sentence, level="info"):
     """Print a progress message on stderr."""
     if LOG_LEVELS.index(level) <= LOG_LEVELS.index(args.log_level):
-        print(f"torc: {clean(sentence)}", file=sys.stderr, flush=True)
+        print(f"torc: {pasteable(clean(sentence), args.argv)}", file=sys.stderr, flush=True)
+
+
+def say_next(args, client, workflow_id):
+    """End a command with what to do next about its workflow, if anything."""
+    step = next_step(client, workflow_id)
+    if step:
+        tell(args, step)
 
 
 # ---- asking
@@ -17571,6 +17615,9 @@ def carry_out(args, client, plan, ask=True, start=None):
         show(args, done.data, done.sentence)
     else:                                 # a document, which is JSON whatever was asked for
         print_json(done.data)
+    record = done.data[0] if isinstance(done.data, list) and done.data else done.data
+    if done.sentence and "workflow_id" in record and plan.choices[0].verb != "delete":
+        say_next(args, client, record["workflow_id"])
     return 1 if done.errors else 0
 
 
@@ -17583,7 +17630,7 @@ def pick(args, title, records, columns, *flags):
     lines = "\n".join(record_lines(read_columns(columns), records))
     if not can_ask():
         example = " ".join([args.prog, *flags, str(records[0]["id"])])
-        raise UsageError(f"which {title}? Name its id:\n{lines}\n{example}")
+        raise UsageError(f"which {title}? Name its id:\n{lines}\nsuch as: {example}")
     print(lines, file=sys.stderr)
     answer = ask(f"Which {title} (ID)?")
     if answer not in {str(one["id"]) for one in records}:
@@ -17609,8 +17656,8 @@ def choose_workflow(args, client):
     found = client.page("/workflows", user=client.user, is_archived=False, limit=50,
                         sort_by="id", reverse_sort=True)["items"]
     if not found:
-        raise TorcError(f"{client.user} has no workflow in {client.where}: torc create SPEC or "
-                        "torc run SPEC makes one")
+        raise TorcError(f"{client.user} has no workflow in {client.where}; torc create SPEC and "
+                        "torc run SPEC make one, such as: torc run --example hello")
     if len(found) > 1:
         return pick(args, "workflow", found,
                     "ID=id, Name=name, Description=description, Created=timestamp")
@@ -17683,8 +17730,8 @@ SPEC_OPTIONS = """
 def example_text(name):
     """Return the text of a built-in specification. Raises UsageError."""
     if name not in SPEC_EXAMPLES:
-        raise UsageError(f"no example {name!r}{did_you_mean(name, SPEC_EXAMPLES)}: torc examples "
-                         "lists them")
+        raise UsageError(f"no example {name!r}{did_you_mean(name, SPEC_EXAMPLES)}; to list them: "
+                         "torc examples")
     return SPEC_EXAMPLES[name]
 
 
@@ -17735,7 +17782,7 @@ def check_spec(args):
             "has_schedule_nodes_action") else "local only (no schedule_nodes action)"))
     for title, texts in (("Errors", errors), ("Warnings", warnings)):
         if texts:
-            print_lines(f"{title}:", texts)
+            print_lines(args, f"{title}:", texts)
     print(f"Validation: {'FAILED' if errors else 'PASSED'}")
     return 1 if errors else 0
 
@@ -17800,13 +17847,23 @@ def do_run(args, client):
         end_time = args.end_time
         if end_time is None and args.time_limit is not None:
             end_time = time.time() + parse_duration(args.time_limit)
-        code = Runner(client, start.workflow_id, RunOptions(
+        runner = Runner(client, start.workflow_id, RunOptions(
             output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
             num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
             end_time=end_time, share_password=args.share_password, schedule=scheduling(
-                client, lambda: worker_request(client, wishes_of(args))))).run()
+                client, lambda: worker_request(client, wishes_of(args)))))
+        code = runner.run()
         if args.format == "json":
             print_json({**workflow_report(client, start.workflow_id), "exit_code": code})
+        stuck = code == 3 and end_time is None and client.page(
+            "/jobs", workflow_id=start.workflow_id, status="ready", limit=1)["items"]
+        if stuck:
+            tell(args, f"why it does not run here: torc why {stuck[0]['id']}")
+        elif code > 128 or runner.gave_up:               # the server may not answer
+            if not runner.gone:
+                tell(args, f"to go on: torc run {start.workflow_id}")
+        else:
+            say_next(args, client, start.workflow_id)
         return code
 
     def plan(client, target, wishes):
@@ -17875,9 +17932,9 @@ def workflow_report(client, workflow_id):
         "is_canceled": counted["is_canceled"]}
 
 
-def verdict(report, on_slurm):
-    """Describe the status of a workflow in a sentence. on_slurm: whether it had allocations."""
-    by_status, workflow_id = report["jobs_by_status"], report["workflow_id"]
+def verdict(report):
+    """Describe the status of a workflow in a sentence."""
+    by_status = report["jobs_by_status"]
     bad = ", ".join(f"{by_status[name]} {name}" for name in FAILED_STATUSES if by_status[name])
     ending = f" ({bad})" if bad else ""
     if report["is_canceled"]:
@@ -17885,18 +17942,13 @@ def verdict(report, on_slurm):
     if report["is_complete"]:
         return f"The workflow is complete{' with failures' if bad else ''}{ending}."
     if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
-        return f"The workflow has not been started: torc run {workflow_id}"
+        return "The workflow has not been started."
     if report["active_compute_nodes"]:
         return f"The workflow is in progress{ending}."
     queued = report["active_scheduled_nodes"] + report["pending_scheduled_nodes"]
     if queued:
         return f"The workflow waits for {plural(queued, 'allocation')} of Slurm{ending}."
-    new = by_status["uninitialized"]
-    start = f"torc slurm schedule-nodes {workflow_id} requests another allocation, torc run " \
-            f"{workflow_id} works here" if on_slurm else f"torc run {workflow_id}"
-    return (f"The workflow is not complete{ending}, and no runner is active: {start}" + (
-        f" (and torc workflows reinit {workflow_id} before, for {plural(new, 'job')} that are not "
-        "initialized)" if new else ""))
+    return f"The workflow is not complete{ending}, and no runner is active."
 
 
 @command("status", WORKFLOW, OUTPUT_DIR, WORKER_URL, example="torc status 3")
@@ -17909,7 +17961,7 @@ def do_status(args, client):
     if args.format == "json":
         print_json(report)
         return
-    print_lines(f'Workflow {report["workflow_id"]} "{report["workflow_name"]}" of '
+    print_lines(args, f'Workflow {report["workflow_id"]} "{report["workflow_name"]}" of '
                 f'{report["workflow_user"]}: {plural(report["total_jobs"], "job")}',
                 [f"{name:<15}{number:>8}" for name, number in report["jobs_by_status"].items()
                  if number])
@@ -17923,9 +17975,8 @@ def do_status(args, client):
     if report["active_scheduled_nodes"] or report["pending_scheduled_nodes"]:
         print(f"Allocations: {report['active_scheduled_nodes']} active, "
               f"{report['pending_scheduled_nodes']} pending")
-    for line in report["allocations"]:
-        print(f"  {clean(line)}")
-    print(verdict(report, had_allocations(client, args.workflow_id)))
+    print_lines(args, verdict(report), report["allocations"])
+    say_next(args, client, args.workflow_id)
 
 
 @command("wait", WORKFLOW, OUTPUT_DIR, WORKER_URL, "--timeout S",
@@ -17963,6 +18014,7 @@ def do_wait(args, client):
     code = code or end_code(counted)
     say(args, f"Workflow {args.workflow_id}: {counts_text(counted) or 'no jobs'}",
         workflow_id=args.workflow_id, exit_code=code, **counted)
+    say_next(args, client, args.workflow_id)
     return code
 
 
@@ -18143,7 +18195,7 @@ def do_why(args, client):
         node = client.get(f"/compute_nodes/{answer['compute_node_id']}")
         evidence = node["is_active"] and local_evidence(node)
         if evidence:
-            answer["sentence"] = f"{evidence.text}: torc run {workflow_id} runs the job again"
+            answer["sentence"] = f"{evidence.text}; to run the job again: torc run {workflow_id}"
     elif status in ("failed", "terminated", "pending_failed"):
         for result in client.items("/results", workflow_id=workflow_id, job_id=args.job_id,
                                    include_stderr=True):
@@ -18154,7 +18206,7 @@ def do_why(args, client):
          f'Job {answer["job_id"]} "{answer["job_name"]}" is {status}: {answer["sentence"]}',
          [answer.get("next", ""), *answer.get("allocations", ())])
     if tail.strip() and args.format == "table":
-        print_lines("Last lines of stderr:", tail.splitlines()[-20:])
+        print_lines(args, "Last lines of stderr:", tail.splitlines()[-20:])
 
 
 # ---- records: the same verbs for every kind
@@ -18842,8 +18894,8 @@ def doctor_urls(args, how):
         return [url]
     server = default_server(how)
     if not server:
-        raise Unreachable(f"no server is named, and none of yours listens on port {DEFAULT_PORT}: "
-                          "use --url, or start one with `torc server`")
+        raise Unreachable(f"no server is named, and none of yours listens on port {DEFAULT_PORT}; "
+                          "--url names one; to start one: torc server")
     return urls_of(server)
 
 
@@ -18999,7 +19051,7 @@ def choose_scheduler(args, client):
     if len(found) == 1:
         return found[0]
     if not found:
-        raise TorcError(f"workflow {args.workflow_id} has no Slurm scheduler: torc slurm create "
+        raise TorcError(f"workflow {args.workflow_id} has no Slurm scheduler; torc slurm create "
                         f"{args.workflow_id} -n NAME -a ACCOUNT makes one")
     number = pick(args, "scheduler", found, COLUMNS["slurm_scheduler"], "--scheduler-config-id")
     return client.get(f"/slurm_schedulers/{number}")
@@ -19245,7 +19297,9 @@ def do_watch(args, client):
 
     Exit code 0: all completed; 1: some failed or were canceled, or could not be recovered.
     """
-    return Watcher(args, client, wishes_of(args), functools.partial(tell, args)).run()
+    code = Watcher(args, client, wishes_of(args), functools.partial(tell, args)).run()
+    say_next(args, client, args.workflow_id)
+    return code
 
 
 # ---- HPC profiles
@@ -20526,10 +20580,11 @@ def service_verb(verb, summary):
     def act(args, client):
         path = unit_path(args.user)
         if not os.path.exists(path):
-            raise NotFound(f"there is no {path}: torc server service install creates it")
+            raise NotFound(f"there is no {path}; to create it: torc server service install"
+                           + (" --user" if args.user else ""))
         code, said = systemctl(args.user, verb, UNIT_NAME)
         if code is None:
-            raise TorcError(f"{said}: torc server run --daemon needs no systemd")
+            raise TorcError(f"{said}; without systemd: torc server run --daemon")
         say(args, said or f"systemd did {verb} {UNIT_NAME}", output=said, code=code)
         return 1 if code else 0
 
@@ -20678,13 +20733,13 @@ def execute(argv):
     return 0 if asked else 2
 
 
-def report_error(error, as_json):
+def report_error(error, argv):
     """Print an error on stderr, one line each, and as JSON on stdout; returns the exit code."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     prefix = "\x1b[31mtorc:\x1b[0m" if colour else "torc:"
     for line in getattr(error, "errors", None) or [str(error)]:
-        print(f"{prefix} {line}", file=sys.stderr)
-    if as_json:
+        print(f"{prefix} {pasteable(line, argv)}", file=sys.stderr)
+    if wants_json(argv):
         print_json({"error": {"error": error.title, "message": str(error),
                               **({"errors": error.errors} if hasattr(error, "errors") else {})}})
     return error.exit_code
@@ -20700,7 +20755,7 @@ def main(argv=None):
         try:
             return execute(argv)
         except TorcError as error:
-            return report_error(error, wants_json(argv))
+            return report_error(error, argv)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt as error:    # with what it has left behind, if anything
@@ -20712,7 +20767,7 @@ def main(argv=None):
         return 141
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return report_error(TorcError(f"{place}{error.strerror or error}"), wants_json(argv))
+        return report_error(TorcError(f"{place}{error.strerror or error}"), argv)
 
 
 def program(word):
