@@ -18336,8 +18336,9 @@ def refuse_foreign_user_data(args, client, values):
     owner = own and client.get(f"/user_data/{args.id}")["workflow_id"]
     if own and str(owner) != own and not args.any_workflow:
         raise UsageError(f"user data {args.id} belongs to workflow {owner}, but this job to "
-                         f"workflow {own} (TORC_WORKFLOW_ID), so nothing was changed: torc "
-                         f"user-data list {own} shows its own; --any-workflow changes it")
+                         f"workflow {own} (TORC_WORKFLOW_ID), so nothing was changed; "
+                         "--any-workflow changes it; to see its own: torc user-data list "
+                         f"{own}")
     return values
 
 
