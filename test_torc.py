@@ -8064,6 +8064,12 @@ def test_a_branch_alone_is_a_usage_error_and_with_help_is_not(cli):
     assert cli("help", "jobs", "list", ok=0)[1] == cli("jobs", "list", "-h", ok=0)[1]
 
 
+def test_the_help_of_the_server_names_the_commands_below_it(cli):
+    out = cli("server", "--help", ok=0)[1]
+    for name in ("run", "stop", "status", "service install"):
+        assert re.search(rf"^  server {name} +[A-Z]", out, re.M), name
+
+
 def test_version_names_the_hash_of_the_text_and_the_api(cli):
     digest = hashlib.sha256(SOURCE.encode()).hexdigest()[:12]
     assert cli("--version", ok=0)[1] == f"torc 0.1.0 ({digest}, speaks Torc API 0.12.0)\n"
@@ -8160,6 +8166,30 @@ def test_an_unexpected_file_is_no_traceback(cli, tmp_path):
 
 def test_a_password_in_the_arguments_is_warned_about(cli, local):
     assert "visible" in cli("--password", "secret", "ping")[2]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["ping", "--prompt-password"], "torc: there is no terminal to ask for a password on: set TORC_PASSWORD\n"),
+    (["htpasswd", "hash"], "torc: there is no password on standard input\n")])
+def test_a_password_that_cannot_be_asked_for_is_a_sentence(words, said, tmp_path):
+    done = subprocess.run([*COMMAND, *words, "--url", "http://localhost:1"], cwd=tmp_path, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, start_new_session=True)
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_ctrl_d_at_a_password_is_a_sentence(cli, monkeypatch):
+    def end_of_file(*_):
+        raise EOFError
+
+    monkeypatch.setattr("getpass.getpass", end_of_file)
+    assert cli("ping", "--prompt-password")[::2] == (2, "torc: no password was typed\n")
+
+
+def test_inside_a_job_a_command_does_not_say_what_it_uses(cli, local, monkeypatch):
+    assert "using the local database" in cli("ping", ok=0)[2]
+    monkeypatch.setenv("TORC_JOB_ID", "1")
+    assert cli("ping", ok=0)[2] == ""
+    assert "99" in cli("jobs", "get", 99)[2]
 
 
 @pytest.mark.parametrize("text, seconds", [

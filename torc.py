@@ -17365,18 +17365,26 @@ def overview():
                      lines, "torc run --example hello")
 
 
+def commands_below(branch):
+    """The commands of a group with their summaries, one per line."""
+    found = {name: known.summary for name, known in COMMANDS.items()
+             if name.startswith(branch + " ")}
+    width = max(map(len, found), default=0) + 2
+    return [f"  {name:<{width}}{summary}" for name, summary in found.items()]
+
+
 def branch_help(branch):
     """The help of a group of commands."""
-    names = [name for name in COMMANDS if name.startswith(branch + " ")]
-    width = max(map(len, names)) + 2
-    return help_page(summary_of(branch), branch,
-                     [f"  {name:<{width}}{COMMANDS[name].summary}" for name in names],
-                     COMMANDS[names[0]].example)
+    first = next(found for name, found in COMMANDS.items() if name.startswith(branch + " "))
+    return help_page(summary_of(branch), branch, commands_below(branch), first.example)
 
 
 def command_help(found):
     """The help of a command."""
     text = "\n".join(line.strip() for line in found.text.splitlines()).strip()
+    below = commands_below(found.name)
+    if below:
+        text = "\n".join([text, "", "Commands, of which the first needs no name:", *below])
     return build_parser(found.name, found.options, text, found.example).format_help().rstrip()
 
 
@@ -17552,6 +17560,21 @@ def ask(question):
     """Ask a question on stderr and return the line typed."""
     print(question, end=" ", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip()
+
+
+def ask_password(question):
+    """Ask for a password on the terminal, which does not show it. Raises UsageError."""
+    import getpass
+    import warnings
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", getpass.GetPassWarning)
+            return getpass.getpass(question, sys.stderr)
+    except getpass.GetPassWarning:
+        raise UsageError("there is no terminal to ask for a password on: set TORC_PASSWORD") \
+            from None
+    except EOFError:
+        raise UsageError("no password was typed") from None
 
 
 def confirm(question, sure, option="--force", strict=True):
@@ -19636,11 +19659,13 @@ def new_password(args, twice=True):
         tell(args, "--password is visible to everybody in the list of processes: use "
              "--password-stdin, or let it be asked for", "warn")
         return args.password
-    if args.password_stdin or not sys.stdin.isatty():
-        return sys.stdin.readline().rstrip("\n")
-    import getpass
-    password = getpass.getpass("Password: ", sys.stderr)
-    if twice and getpass.getpass("Again: ", sys.stderr) != password:
+    if args.password_stdin or not (sys.stdin and sys.stdin.isatty()):
+        line = sys.stdin and sys.stdin.readline()
+        if not line:
+            raise UsageError("there is no password on standard input")
+        return line.rstrip("\n")
+    password = ask_password("Password: ")
+    if twice and ask_password("Again: ") != password:
         raise UsageError("the two passwords differ: nothing was changed")
     return password
 
@@ -20682,8 +20707,9 @@ def do_bundle(args, client):
 def open_client(args, make):
     """Connect as the options and the environment say."""
     directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
-    return connect(args.database, args.url, directory, client_options(args),
-                   functools.partial(tell, args), make)
+    # What a job writes to stderr is read for the cause of its failure.
+    say_which = None if os.environ.get("TORC_JOB_ID") else functools.partial(tell, args)
+    return connect(args.database, args.url, directory, client_options(args), say_which, make)
 
 
 def client_options(args):
@@ -20693,8 +20719,7 @@ def client_options(args):
         tell(args, "--password is visible to everybody in the list of processes: use "
              "TORC_PASSWORD or --prompt-password", "warn")
     elif args.prompt_password:
-        import getpass
-        password = getpass.getpass(f"Password of {user_name()}: ", sys.stderr)
+        password = ask_password(f"Password of {user_name()}: ")
     insecure = os.environ.get("TORC_TLS_INSECURE", "").lower() in ("1", "true", "yes")
     return {"password": password,
             "tls": {"ca_cert": args.tls_ca_cert or os.environ.get("TORC_TLS_CA_CERT"),
