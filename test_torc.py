@@ -8774,12 +8774,20 @@ def test_jobs_are_created_one_by_one_and_from_a_file(cli, local, tmp_path):
     assert jobs["job8"] == "echo 1" and jobs["job9"] == "echo 2"
 
 
-def test_a_runtime_of_one_job_leaves_the_others_alone(cli, local):
+def test_requirements_of_one_job_leave_the_others_alone(cli, local):
     make(local, {"a": [], "b": []}, start=False)
-    cli("jobs", "update", 1, "--runtime", "PT2H", ok=0)
-    cli("jobs", "update", 1, "--runtime", "PT3H", "--priority", 4, ok=0)
+    code, _, err = cli("jobs", "update", 1, "--runtime", "PT2H", "--priority", 4)
+    assert code == 2 and "job 1 has no resource requirements yet: give --memory" in err
+    assert cli_json(cli, "jobs", "get", 1).get("priority") != 4
+    cli("jobs", "update", 1, "--memory", "2g", ok=0)
+    cli("jobs", "update", 1, "--runtime", "PT3H", "--num-cpus", 2, "--num-gpus", 1, "--priority", 4, ok=0)
     rows = cli_json(cli, "jobs", "list-resource-requirements", 1)["jobs"]
-    assert [row["runtime"] for row in rows] == ["PT3H", "P0DT1M"]
+    assert [[row[name] for name in ("memory", "runtime", "num_cpus", "num_gpus", "num_nodes")] for row in rows] == [
+        ["2g", "PT3H", 2, 1, 1], ["1m", "P0DT1M", 1, 0, 1]]
+    other = local.post("/resource_requirements", {"workflow_id": 1, "name": "r", "memory": "5g", "runtime": "PT9M"})
+    cli("jobs", "update", 2, "--resource-requirements-id", other["id"], "--memory", "6g", ok=0)
+    rows = cli_json(cli, "jobs", "list-resource-requirements", 1)["jobs"]
+    assert (rows[1]["memory"], rows[1]["runtime"]) == ("6g", "PT9M")
     assert cli_json(cli, "jobs", "get", 1)["priority"] == 4
 
 

@@ -18685,16 +18685,26 @@ def do_jobs_list(args, client):
               without=[column.lower() for column in without])
 
 
-def own_runtime(args, client, values):
-    """Return the values; with --runtime they include requirements of the job's own, a copy of its
-    present ones with another runtime."""
-    if not args.runtime:
+def own_requirements(args, client, values):
+    """Return the values; if a requirement is given they include requirements of the job's own, a
+    copy of its present ones with what is given. Raises UsageError."""
+    given = options_for(args, KINDS["resource_requirements"].fields)
+    given.pop("name", None)               # is the job's
+    if not given:
         return values
-    path = f"/jobs/{args.id}"             # what is refused must not leave other requirements
-    job = client.put(path, values) if values else client.get(path)
-    needs = client.get(f"/resource_requirements/{job['resource_requirements_id']}")
+    path = f"/jobs/{args.id}"
+    job = client.get(path)
+    present = {**job, **values}["resource_requirements_id"]
+    needs = client.get(f"/resource_requirements/{present}")
+    if needs["name"] == "default":        # which limit nothing, as a copy of them would
+        if not args.memory:
+            raise UsageError(f"job {args.id} has no resource requirements yet: give --memory, too, "
+                             "the most that it may use")
+        needs["runtime"] = "PT1H"
+    if values:                            # what is refused must not leave other requirements
+        job = client.put(path, values)
     name = f"{job['name']}_{job['id']}"
-    changed = {**needs, "name": name, "runtime": args.runtime}
+    changed = {**needs, "name": name, **given}
     if needs["name"] == name:
         client.put(f"/resource_requirements/{needs['id']}", changed)
     else:
@@ -18708,12 +18718,12 @@ api_command("jobs update", "PUT /jobs/{id}",
             -c, --command COMMAND
             --priority NUMBER
             --resource-requirements-id RESOURCE_REQUIREMENTS_ID
-            --runtime DURATION  of this job alone, as in PT30M
-            """,
-            summary="Change a job; name and command only while it is uninitialized.",
-            before=own_runtime,
+            """, REQUIREMENTS,
+            summary="Change a job; name and command only while it is uninitialized.\n\nWhat it "
+                    "requires changes for this job alone.",
+            before=own_requirements,
             told="Updated job {id}",
-            example="torc jobs update 17 --priority 5")
+            example="torc jobs update 17 --memory 2g --runtime PT2H")
 
 
 def jobs_of(args, client):
