@@ -2513,9 +2513,12 @@ def test_failures_are_grouped_by_exit_and_last_line(api):
         (1, "exit 152, time limit", "runtime", "Rerun with 28 min…")]
     first = answer["groups"][0]
     assert first["line"] == "bad mesh in case 0" and first["tail"] == "x\nbad mesh in case 0\n"
-    for name, advice in (("case_3", "Asked for 2.0 GB and held 2.0 GB."), ("case_4", "Ran into the "
-                         "runtime of 20m 00s asked for.")):
-        assert api.get(f"/jobs/{past.ids[name]}/why")["next"] == advice
+    for name, advice, option in (("case_3", "Asked for 2.0 GB and held 2.0 GB.", "--memory 3073m"), (
+            "case_4", "Ran into the runtime of 20m 00s asked for.", "--runtime PT28M")):
+        number = past.ids[name]
+        assert api.get(f"/jobs/{number}/why")["next"] == (
+            f"{advice} torc jobs update {number} {option} raises that; torc jobs retry {number} runs it again; torc "
+            f"recover {past.workflow_id} does both for all such jobs")
     [one] = past.get("/failures", group=first["id"])["groups"]
     assert one["job_ids"] == [past.ids[f"case_{number}"] for number in range(3)]
 
@@ -3679,7 +3682,10 @@ def test_a_missing_output_file_fails_the_job_and_is_named(run):
               files=[{"name": "there", "path": "there"}, {"name": "gone", "path": "sub/gone"}])
     [result] = ran.results()["a"]
     assert ran.code == 1 and (result["status"], result["return_code"]) == ("failed", 1)
-    assert result["stderr_tail"] == "torc: output file missing: sub/gone\n" == ran.output(1, "e")
+    assert result["stderr_tail"] == f"torc: output file missing: {ran.directory}/sub/gone\n" == ran.output(1, "e")
+    answer = ran.client.get("/jobs/1/why")
+    assert answer["sentence"].endswith("/sub/gone") and answer["next"].startswith(
+        "The command succeeded without writing that file there")
 
 
 def test_modification_times_of_outputs_are_kept(run):
@@ -3743,6 +3749,20 @@ def test_a_failing_recovery_script_ends_the_retries(run):
     ran = run({"a": {"command": "exit 7", "failure_handler": "h"}}, failure_handlers=rules)
     [result] = ran.results()["a"]
     assert "the recovery script failed: return code 5" in result["stderr_tail"]
+
+
+def test_an_attempt_that_is_tried_again_says_by_which_handler_and_leaves_an_event(run):
+    ran = run({"a": {"command": "test $TORC_ATTEMPT_ID = 2 || exit 7; torc() { %s \"$@\"; }; torc -f json why 1"
+                                % " ".join(map(str, COMMAND)), "failure_handler": "h"}}, failure_handlers=HANDLER)
+    assert ran.code == 0, ran.log
+    assert 'failed: return code 7; failure handler "h" tries it again: attempt 2 of 3' in ran.log
+    assert json.loads(ran.output(1, attempt=2))["sentence"].endswith(
+        '; failure handler "h" tries it again after attempt 1 failed with return code 7')
+    [event] = [one["data"] for one in ran.client.items("/events", workflow_id=1)
+               if one["data"].get("event_type") == "job_retried"]
+    assert event == {"event_type": "job_retried", "job_id": 1, "job_name": "a", "run_id": 1, "previous_attempt": 1,
+                     "new_attempt": 2, "return_code": 7, "failure_handler": "h",
+                     "message": 'failure handler "h" tries job a again'}
 
 
 def test_pending_failed_is_for_failures_without_a_rule(run):
@@ -6027,8 +6047,8 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
         assert page in (terminal, [None]) or name == "reset", (page, terminal)
     assert operation.command in torc.COMMANDS
     if name not in ("watch", "create", "reset"):      # they have no dry run, or their own
-        torc.main([*operation.command.split(), *(["true"] if name == "archive" else []), str(target), "--dry-run",
-                   "--url", server.url])
+        torc.main([*operation.command.split(), *(["true"] if name == "archive" else []), str(target),
+                   *(["retry"] if name == "resolve" else []), "--dry-run", "--url", server.url])
         out, err = capsys.readouterr()
         lines = [re.sub("^(torc|Dry run): ", "", line.strip()) for line in (out or err).splitlines()
                  if "using the server" not in line]
@@ -8701,8 +8721,33 @@ def test_why_adds_the_last_lines_of_stderr(cli, local):
     job = talk.step(limit=1)["jobs"][0]
     talk.step([talk.done(job, 1, stderr_tail="one\ntwo\n")])
     out = cli("why", ids["a"], ok=0)[1]
-    assert "return code 1" in out and out.endswith("one\n  two\n")
+    assert "return code 1" in out and out.count("two") == 1
+    assert "(run 1, attempt 1): two\n  Before that on stderr:\n  | one\n" in out
+    assert out.endswith(f"torc jobs retry {ids['a']} runs it again\n")
     assert cli_json(cli, "why", ids["a"])["stderr_tail"] == "one\ntwo\n"
+
+
+def test_why_of_a_job_without_stderr_says_so_and_where_something_is(cli, local, tmp_path):
+    workflow_id, ids = make(local, {"a": []})
+    directory = tmp_path / "out"
+    (directory / "job_stdio").mkdir(parents=True)
+    complete(local, ids["a"], workflow_id, make_node(local, workflow_id, output_dir=str(directory)), 1)
+    assert "nothing to stderr" not in cli("why", ids["a"], ok=0)[1]       # its files are elsewhere
+    for ending in ("e", "o"):
+        (directory / stdio_name(workflow_id, ids["a"], 1, 1, ending)).touch()
+    assert "  It wrote nothing to stderr, nor to stdout.\n" in cli("why", ids["a"], ok=0)[1]
+    (directory / stdio_name(workflow_id, ids["a"], 1, 1, "o")).write_text("x")
+    assert f"torc logs {ids['a']} --stdout shows what it wrote to stdout" in cli("why", ids["a"], ok=0)[1]
+
+
+def test_a_job_killed_for_memory_is_run_again_by_the_commands_of_why(cli, local):
+    past = Past(local, {"a": []})
+    past.end("a", 5, 10, code=137)
+    out = cli("why", past.ids["a"], ok=0)[1]
+    assert "torc jobs update 1 --memory 2g raises that; torc jobs retry 1 runs it again" in out and "recover" not in out
+    cli("jobs", "update", 1, "--memory", "2g", ok=0)
+    cli("jobs", "retry", 1, "--force", ok=0)
+    assert statuses(local, past.workflow_id) == {"a": "ready"}
 
 
 # ---- records
@@ -8789,6 +8834,39 @@ def test_requirements_of_one_job_leave_the_others_alone(cli, local):
     rows = cli_json(cli, "jobs", "list-resource-requirements", 1)["jobs"]
     assert (rows[1]["memory"], rows[1]["runtime"]) == ("6g", "PT9M")
     assert cli_json(cli, "jobs", "get", 1)["priority"] == 4
+
+
+def undecided(client, jobs):
+    """A workflow whose first job has failed and waits for a decision."""
+    workflow_id, ids = make(client, jobs)
+    first, node = next(iter(ids.values())), make_node(client, workflow_id)
+    complete(client, first, workflow_id, node, 4, status="pending_failed")
+    client.put(f"/compute_nodes/{node}", {"is_active": False})
+    return workflow_id, first
+
+
+def test_a_failure_that_waits_for_a_decision_is_retried_or_stands(cli, local):
+    workflow_id, first = undecided(local, {"a": [], "b": ["a"], "c": ["b"]})
+    for words, line in ((("status", 1), "The workflow waits for your decision (1 pending_failed): "),
+                        (("why", first), "  "), (("wait", 1), "torc: workflow 1 is stuck: ")):
+        out = "".join(cli(*words)[1:])
+        assert any(row.startswith(line) and row.endswith(
+            f"torc jobs resolve {first} retry runs it again, torc jobs resolve {first} fail lets the failure stand")
+            for row in out.splitlines()), out
+    assert cli("jobs", "resolve", first, "fail", "--dry-run", ok=0)[1].splitlines() == [
+        'Dry run: decide on job 1 "a"',
+        '  fail: Jobs that depend on this are canceled too, unless they say otherwise: "b"']
+    assert statuses(local, 1)["a"] == "pending_failed"
+    assert cli("jobs", "resolve", first, "retry", "--no-prompts", ok=0)[1] == 'job 1 "a" will run again\n'
+    assert statuses(local, 1) == {"a": "ready", "b": "blocked", "c": "blocked"}
+    assert local.get(f"/jobs/{first}")["attempt_id"] == 2
+    assert "a waits for no decision: it is ready" in cli("jobs", "resolve", first, "fail")[2]
+    _, first = undecided(local, {"a": [], "b": ["a"], "c": ["b"]})
+    cli("jobs", "resolve", first, "fail", "--force", ok=0)
+    assert statuses(local, 2) == {"a": "failed", "b": "canceled", "c": "canceled"}
+    assert "with return code 4" in cli("why", first, ok=0)[1]
+    with pytest.raises(torc.Invalid, match="not as failed"):
+        local.post(f"/jobs/{first}/stop", status="failed")
 
 
 def test_jobs_are_canceled_terminated_and_run_again(cli, local):

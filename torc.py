@@ -3530,9 +3530,25 @@ def apply_completion(store, job, values, result):
                       (file["st_mtime"], file["id"], job.workflow_id))
     if values.get("requeue"):
         set_status(store, [job.id], BLOCKED, None, again=1, result=result)
+        handler = values["status"] == "failed" and store.one("""
+            SELECT h.name FROM job j
+            JOIN failure_handler h ON h.id = j.failure_handler_id
+            WHERE j.id = ?""", (job.id,))
+        if handler:                       # otherwise it was interrupted
+            store_retry(store, job, values["run_id"], parse_time(values["completion_time"]) / 1000,
+                        f'failure handler "{handler[0]}" tries job {job.name} again',
+                        return_code=values["return_code"], failure_handler=handler[0])
     else:
         finish(store, job.workflow_id, [job.id], STATUS_OF_NAME[values["status"]],
                values["return_code"], owner=None, result=result)
+
+
+def store_retry(store, job, run_id, now, message, **more):
+    """In a transaction: store the event that a job gets another attempt. Upstream: job_retried."""
+    store_event(store, job.workflow_id, now, {
+        "event_type": "job_retried", "job_id": job.id, "job_name": job.name, "run_id": run_id,
+        "previous_attempt": job.attempt_id, "new_attempt": job.attempt_id + 1, **more,
+        "message": message})
 
 
 def release_jobs(store, jobs):
@@ -3872,25 +3888,24 @@ def retry_job(store, job_id, run_id, now, max_retries):
     require_unblocked(store, [job_id])
     reopen_jobs(store, [job_id], again=1)
     propagate(store, job.workflow_id)
-    store_event(store, job.workflow_id, now, {
-        "event_type": "job_retried", "job_id": job_id, "job_name": job.name, "run_id": run_id,
-        "previous_attempt": job.attempt_id, "new_attempt": job.attempt_id + 1,
-        "message": f"job {job.name} is retried"})
+    store_retry(store, job, run_id, now, f"job {job.name} is retried")
 
 
 def stop_job(store, job_id, status):
-    """In a transaction: cancel or terminate a job; its runner is told to end the process.
+    """In a transaction: cancel or terminate a job; its runner is told to end the process. A failure
+    that waits for a decision may also become failed.
 
     Dependents follow the rules of unblock_jobs. Raises NotFound; Invalid if it has ended already.
     """
     job = job_row(store, job_id)
     refuse_archived(store, job.workflow_id)
-    if status not in (CANCELED, TERMINATED):
+    stands = status == FAILED and job.status == PENDING_FAILED
+    if not stands and status not in (CANCELED, TERMINATED):
         raise Invalid("a job can be stopped as canceled or terminated, not as "
                       f"{STATUS_NAMES[status]}")
     if job.status in COMPLETE_SET:
         raise Invalid(f"job {job_id} has already ended ({STATUS_NAMES[job.status]})")
-    finish(store, job.workflow_id, [job_id], status, result=None)
+    finish(store, job.workflow_id, [job_id], status, result=KEEP if stands else None)
     propagate(store, job.workflow_id)
 
 
@@ -4296,8 +4311,17 @@ def unfinished(store, workflow_id):
     scheduled = store.one("""
         SELECT count(*) FROM scheduled_compute_node
         WHERE workflow_id = ? AND status IN ('pending', 'active')""", (workflow_id,))[0]
+    undecided = job_ids(store, f"workflow_id = ? AND status = {PENDING_FAILED} ORDER BY id LIMIT 20",
+                        (workflow_id,))
     return {"by_status": by_status, "ready": ready, "waiting": waiting_for(store, workflow_id),
-            "active_nodes": nodes, "scheduled": scheduled}
+            "active_nodes": nodes, "scheduled": scheduled, "decision": decision_text(undecided)}
+
+
+def decision_text(ids):
+    """The commands that decide on failures that wait; "" if there are none."""
+    words = " ".join(map(str, ids))
+    return words and (f"torc jobs resolve {words} retry runs {'it' if len(ids) == 1 else 'them'} "
+                      f"again, torc jobs resolve {words} fail lets the failure stand")
 
 
 def waiting_for(store, workflow_id):
@@ -4339,7 +4363,7 @@ def why(store, job_id):
         last = (tail or "").strip().splitlines()[-1:]
         changed = changes_since(store, "j.id = ?", (job_id,)).get(job_id)
         meaning = exit_meaning(code)
-        return (f"it {STATUS_NAMES[job.status].replace('_', ' ')} with return code {code}"
+        return (f"it {STATUS_NAMES[job.status].rpartition('_')[2]} with return code {code}"
                 + (f" ({meaning})" if meaning else "")
                 + f" on {node_name(store, node_id)} at {when} (run {run}, attempt {attempt})"
                 + (f": {last[0]}" if last else "") + (
@@ -4361,6 +4385,17 @@ def why(store, job_id):
                   + (", as was the whole workflow" if canceled else ""),
         DISABLED: "it is disabled, so it never runs, and its dependents wait forever",
     }.get(job.status, f"it is {STATUS_NAMES[job.status]}; there is no result")
+
+
+def retry_text(store, job):
+    """The end of a sentence: which failure handler runs a job again; "" if none does."""
+    row = job.status not in FINAL_SET and store.one(f"""
+        SELECT h.name, r.attempt_id, r.return_code FROM job j
+        JOIN result r ON r.id = j.result_id
+        JOIN failure_handler h ON h.id = j.failure_handler_id
+        WHERE j.id = ? AND r.status = {FAILED} AND r.attempt_id = j.attempt_id - 1""", (job.id,))
+    return row and '; failure handler "{}" tries it again after attempt {} failed with return ' \
+        "code {}".format(*row) or ""
 
 
 def why_blocked(store, job):
@@ -4930,6 +4965,7 @@ def graph_around(store, workflow_id, job_id, now, most=5):
 # ---- failures
 
 UNSUCCESSFUL_SQL = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
+MISSING_OUTPUT = "torc: output file missing: "       # what a runner adds to stderr
 
 
 class Failure(NamedTuple):
@@ -5000,7 +5036,9 @@ def failure_group(store, members, codes):
     families = list(dict.fromkeys(family_name(one.name) for one in jobs))
     hosts = sorted({one.host for one in jobs if one.host})
     ended = [one.ended_ms for one in jobs if one.ended_ms]
-    verdict, remedy, advice = failure_remedy(jobs, codes)
+    verdict, remedy, advice, _ = failure_remedy(jobs, codes)
+    if first.status == PENDING_FAILED:
+        remedy = "Decide…"
     tail = store.one("SELECT stderr_tail FROM result WHERE id = ?", (first.result_id,))
     return {"count": len(jobs), "status": STATUS_NAMES[first.status], "line": line,
             "cause": exit_text(first.code, codes, first.status) if first.code is not None
@@ -5013,7 +5051,8 @@ def failure_group(store, members, codes):
 
 
 def failure_remedy(jobs, codes):
-    """(verdict, label of a button, advice) for jobs that failed the same way."""
+    """(verdict, label of a button, advice, option of `torc jobs update` that helps) for jobs that
+    failed the same way."""
     one, peak = jobs[0], max((job.peak or 0 for job in jobs), default=0)
     ran = max((job.ran_s or 0 for job in jobs), default=0)
     alike = "They fail alike: look at one before rerunning them." if len(jobs) > 1 else \
@@ -5027,23 +5066,26 @@ def failure_remedy(jobs, codes):
             else "was killed"
         if not known and not peak:
             return ("memory", "Rerun these…", f"{held[0].upper()}{held[1:]}, perhaps for memory: "
-                    "no resource requirements are there that could be raised.")
+                    "no resource requirements are there that could be raised.", "--memory 2g")
         return ("memory", f"Rerun with {format_bytes(more)}…",
                 f"Asked for {format_bytes(limit)} and {held}." if known else
-                f"Asked for nothing and {held}.")
+                f"Asked for nothing and {held}.", f"--memory {more >> 20}m")
     late = known and ran > 0.9 * one.runtime_s
     if one.code == codes["time"] and not late:
-        return ("lost", "Rerun these…", "The runner or allocation ran out of time.")
+        return ("lost", "Rerun these…", "The runner or allocation ran out of time.", "")
     if late and (one.code == codes["time"] or one.status != FAILED):
         more = max(1, math.ceil(1.4 * max(ran, one.runtime_s) / 60))
         return ("runtime", f"Rerun with {more} min…", f"Ran into the runtime of "
-                f"{span(one.runtime_s)} asked for.")
+                f"{span(one.runtime_s)} asked for.", f"--runtime PT{more}M")
     if one.code == ORPHAN_RETURN_CODE:
         return ("lost", "Rerun these…", "Their runner died; the jobs themselves may be fine."
-                if len(jobs) > 1 else "Its runner died; the job itself may be fine.")
+                if len(jobs) > 1 else "Its runner died; the job itself may be fine.", "")
     missing = {126: "The command cannot be executed: is the file executable?",
                127: "The command was not found: a module that is not loaded, or a wrong path."}
-    return "unknown", "Rerun these…", missing.get(one.code, alike)
+    if MISSING_OUTPUT in (one.tail or ""):
+        alike = ("The command succeeded without writing that file there: correct what it writes, or "
+                 "the path of the file (torc files update).")
+    return "unknown", "Rerun these…", missing.get(one.code, alike), ""
 
 
 # ---- over time
@@ -5356,11 +5398,18 @@ def explain_job(store, job_id):
     """One sentence: why a job is not running, or how it ended (ours)."""
     job = job_row(store, job_id)
     answer = {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
-              "sentence": why(store, job_id)}
+              "sentence": why(store, job_id) + retry_text(store, job)}
     if job.compute_node_id:
         answer["compute_node_id"] = job.compute_node_id
     for one in failed_jobs(store, "t.id = ?", (job_id, 1)):
-        answer["next"] = failure_remedy([one], exit_codes(store, job.workflow_id))[2]
+        *_, advice, option = failure_remedy([one], exit_codes(store, job.workflow_id))
+        first = f"torc jobs update {job_id} {option} raises that" if option else \
+            f"torc logs {job_id} shows its output"
+        then = decision_text([job_id] if job.status == PENDING_FAILED else ()) or \
+            f"torc jobs retry {job_id} runs it again"
+        answer["next"] = f"{advice} {first}; {then}"
+        if option and (one.peak or one.need != "default"):
+            answer["next"] += f"; torc recover {job.workflow_id} does both for all such jobs"
     return answer
 
 
@@ -8998,7 +9047,7 @@ class Reaping:
                     break
                 time.sleep(pause)         # no event tells of a file on another host
                 pause = min(2 * pause, 5)
-            child.note = "".join(f"torc: output file missing: {path}\n" for path in still)
+            child.note = "".join(f"{MISSING_OUTPUT}{os.path.abspath(path)}\n" for path in still)
             child.status, child.return_code = ("failed", 1) if still else ("completed", 0)
             self._report(child)
 
@@ -9089,7 +9138,10 @@ class Reaping:
         if done["status"] in ("failed", "pending_failed", "terminated") and not self.interrupted:
             then = f" (torc logs {job['id']})"
             if done.get("requeue"):
-                then = "" if self.gone else "; it will be tried again"
+                rule = self._rule(job, done["return_code"])
+                then = "" if self.gone else (
+                    f"; failure handler \"{rule['handler']}\" tries it again: attempt "
+                    f"{job['attempt_id'] + 1} of {rule.get('max_retries', 3)}")
             last = done.get("stderr_tail", "").strip().rpartition("\n")[2]
             cause = last[6:] if last.startswith("torc: ") else f"return code {done['return_code']}"
             self.say(f"job {job['id']} \"{job['name']}\" {done['status'].replace('_', ' ')}: "
@@ -9602,6 +9654,8 @@ class Leaving:
             parts.append(f"\"{entry['job_name']}\" (job {entry['job_id']}) is {entry['status']}"
                          + (f" and {entry['dependents']} jobs wait for it" if entry["dependents"]
                             else ""))
+        if report.get("decision"):
+            parts.append(report["decision"])
         if "uninitialized" in report["by_status"]:
             parts.append(f"`torc workflows reinit {self.workflow_id}` starts what is new")
         if others:
@@ -9762,7 +9816,8 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
             import ctypes                 # orphans of jobs become our children: none escapes unseen
             ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
         handlers = self.client.items(f"/workflows/{self.workflow_id}/failure_handlers")
-        self.handlers = {handler["id"]: [rule for rule in json.loads(handler["rules"])
+        self.handlers = {handler["id"]: [{**rule, "handler": handler["name"]}
+                                         for rule in json.loads(handler["rules"])
                                          if isinstance(rule, dict)] for handler in handlers}
         self.null = os.open(os.devnull, os.O_RDWR)
         self.lease_at = time.monotonic()
@@ -11575,6 +11630,7 @@ class Wishes(NamedTuple):
     failed_only: bool | None = None       # of a reset: of failed jobs, of all; None: lets choose
     reinitialize: bool = True             # of a reset: the jobs are ready then
     only: bool = False                    # of a retry: without what depends on the jobs
+    decision: str | None = None           # on failures: retry or fail; None: lets choose
     archived: bool = True
     account: str | None = None            # of new allocations, as the profile, and so on
     profile: str | None = None
@@ -11951,8 +12007,9 @@ def stall_reasons(client, workflow_id):
     if not any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
         waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
                             for job in left["waiting"][:5])
-        return (f"workflow {workflow_id} is stuck: it waits for "
-                f"{waiting or 'nothing that will happen'}"), None
+        trouble = (f"workflow {workflow_id} is stuck: it waits for "
+                   f"{waiting or 'nothing that will happen'}")
+        return ": ".join(filter(None, [trouble, left.get("decision")])), None
     if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
         return None, None
     return None, (f"waiting, but no runner is active on workflow {workflow_id}: torc run "
@@ -12926,10 +12983,11 @@ def plan_stop(client, ids, status):
 
     jobs, errors = each(ids, look)
     lines, at_work = list(errors), sum(job["status"] in ("pending", "running") for job in jobs)
+    waiting = sum(job["status"] != "pending_failed" for job in jobs) - at_work
     if at_work:
         lines.append(f"{plural(at_work, 'job')} pending or running: SIGTERM, then SIGKILL.")
-    if at_work < len(jobs):
-        lines.append(f"{plural(len(jobs) - at_work, 'waiting job')} will not start.")
+    if waiting:
+        lines.append(f"{plural(waiting, 'waiting job')} will not start.")
     below = {row["id"]: row["name"] for job in jobs[:20] for row in client.page(
         "/jobs", workflow_id=job["workflow_id"], upstream_job_id=job["id"], status="blocked",
         limit=MAX_NAMED + 1)["items"]}
@@ -12944,7 +13002,7 @@ def plan_stop(client, ids, status):
         return Outcome(f"{jobs_named(jobs)} {are} {status}", one_or_all("jobs", done),
                        errors + trouble)
 
-    verb = "cancel" if status == "canceled" else "terminate"
+    verb = {"canceled": "cancel", "terminated": "terminate", "failed": "fail"}[status]
     return Plan(f"{verb.capitalize()} {jobs_named(jobs)}", tuple(lines), (
         Choice("y", f"{verb} {plural(len(jobs), 'job')}", do),), one_or_all("jobs", jobs))
 
@@ -12982,7 +13040,7 @@ def plan_retry(client, ids, wishes):
     ended = Counter(job["status"] for job in jobs)
     lines = [", ".join(f"{number} {said(status)}" for status, number in ended.items())
              + "; earlier results are kept."]
-    if set(ended) != {"completed"}:
+    if set(ended) - {"completed", "pending_failed"}:
         lines.append("Jobs that were canceled because of this wait for it again.")
     if below:
         lines.append(f"Jobs downstream that have already run will run again: {named(below)}")
@@ -12994,6 +13052,23 @@ def plan_retry(client, ids, wishes):
 
     return Plan(f"Run {jobs_named(jobs)} again", tuple(lines), (Choice(
         "y", f"run {plural(len(again), 'job')} again", do),), one_or_all("jobs", again))
+
+
+def plan_resolve(client, ids, wishes):
+    """Decide on jobs that failed and wait for it: retry runs them again, fail lets the failure
+    stand.
+    """
+    jobs = [client.get(f"/jobs/{number}") for number in ids]
+    for job in jobs:
+        if job["status"] != "pending_failed":
+            raise Invalid(f"{job['name']} waits for no decision: it is {said(job['status'])}")
+    plans = {name: plan for name, plan in (
+        ("retry", plan_retry(client, ids, wishes)), ("fail", plan_stop(client, ids, "failed")))
+        if wishes.decision in (None, name)}
+    return Plan(f"Decide on {jobs_named(jobs)}", tuple(
+        f"{name}: {line}" for name, plan in plans.items() for line in plan.lines),
+        tuple(plan.choices[0]._replace(key=name[0]) for name, plan in plans.items()),
+        one_or_all("jobs", jobs))
 
 
 class Operation(NamedTuple):
@@ -13025,7 +13100,8 @@ OPERATIONS = {
     "create": Operation(plan_create, "spec", "create"),
     "cancel_job": Operation(plan_cancel_jobs, "jobs", "jobs cancel"),
     "terminate_job": Operation(plan_terminate_jobs, "jobs", "jobs terminate"),
-    "retry": Operation(plan_retry, "jobs", "jobs retry")}
+    "retry": Operation(plan_retry, "jobs", "jobs retry"),
+    "resolve": Operation(plan_resolve, "jobs", "jobs resolve")}
 
 
 # ---- watching
@@ -13098,7 +13174,7 @@ class Watcher:
         if self.args.auto_schedule:
             self.schedule(counted)
         elif not counted["is_complete"]:
-            _, hint = stall_reasons(client, workflow_id)
+            hint = next(filter(None, stall_reasons(client, workflow_id)), None)
             if hint and hint != self.told:
                 self.say(hint)
                 self.told = hint
@@ -14929,8 +15005,9 @@ def load_jobs(client, page, terminal):
 
 def why_sentence(client, job_id):
     """Explain the status of a job in a sentence."""
-    sentence = client.get(f"/jobs/{job_id}/why")["sentence"]
-    return sentence[:1].upper() + sentence[1:]
+    answer = client.get(f"/jobs/{job_id}/why")
+    sentence = answer["sentence"]
+    return ". ".join([sentence[:1].upper() + sentence[1:], *filter(None, [answer.get("next")])])
 
 
 def load_job(client, page, terminal):
@@ -15761,11 +15838,13 @@ KEYS = read_keys("""
     o             order          order      order by another column
     l             log            log        what the job wrote
     y             retry          rerun      run the job again
+    D             resolve        -          decide on a failure that waits: retry it, or let it stand
     c             cancel_job     cancel     cancel the job: it never starts, or its process is ended
     t             terminate_job  -          end the job as a time limit would
   job = Job
     l Enter       enter          log        what the job wrote, or what the row leads to
     y             retry          rerun      run the job again
+    D             resolve        -          decide on a failure that waits: retry it, or let it stand
     c             cancel_job     cancel     cancel the job
     t             terminate_job  terminate  end the job as a time limit would
   log = Log
@@ -17930,7 +18009,8 @@ def workflow_report(client, workflow_id):
     workflow = client.get(f"/workflows/{workflow_id}")
     counted = client.get(f"/workflows/{workflow_id}/counts")
     total, wall = run_times(client.items("/results", workflow_id=workflow_id))
-    active = client.get(f"/workflows/{workflow_id}/unfinished")["active_nodes"]
+    left = client.get(f"/workflows/{workflow_id}/unfinished")
+    active = left["active_nodes"]
     dead = [node for node in active if local_evidence(node)]
     silent = [node for node in active
               if node not in dead and node.get("silent_s", 0) > SILENT_AFTER_S]
@@ -17952,7 +18032,8 @@ def workflow_report(client, workflow_id):
         "active_scheduled_nodes": nodes["active"],
         "pending_scheduled_nodes": nodes["pending"],
         "is_complete": counted["is_complete"],
-        "is_canceled": counted["is_canceled"]}
+        "is_canceled": counted["is_canceled"],
+        "decision": left.get("decision", "")}
 
 
 def verdict(report):
@@ -17966,6 +18047,8 @@ def verdict(report):
         return f"The workflow is complete{' with failures' if bad else ''}{ending}."
     if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
         return "The workflow has not been started."
+    if report["decision"] and not any(by_status[name] for name in ("ready", "pending", "running")):
+        return f"The workflow waits for your decision{ending}: {report['decision']}"
     if report["active_compute_nodes"]:
         return f"The workflow is in progress{ending}."
     queued = report["active_scheduled_nodes"] + report["pending_scheduled_nodes"]
@@ -18208,6 +18291,18 @@ def do_logs(args, client):
     return 1 if errors else 0
 
 
+def silence(client, job):
+    """A sentence on a job without stderr, "" if its files are not here."""
+    with contextlib.suppress(NotFound, OSError, TypeError):
+        attempt = find_attempt(client, job, None)
+        if not os.path.getsize(attempt.stderr):
+            there = attempt.stdout and os.path.getsize(attempt.stdout)
+            return "It wrote nothing to stderr" + (
+                f"; torc logs {job['id']} --stdout shows what it wrote to stdout." if there else
+                ", nor to stdout.")
+    return ""
+
+
 @command("why", "JOB_ID", example="torc why 17")
 def do_why(args, client):
     """Say why a job is not running, or how it ended."""
@@ -18223,13 +18318,15 @@ def do_why(args, client):
         for result in client.items("/results", workflow_id=workflow_id, job_id=args.job_id,
                                    include_stderr=True):
             tail = result.get("stderr_tail") or ""
+        if not tail.strip():
+            answer["output"] = silence(client, client.get(f"/jobs/{args.job_id}"))
     elif status == "ready":
         answer["allocations"] = allocation_lines(client, workflow_id)
+    before = [f"| {line}" for line in tail.rstrip().splitlines()[-21:-1]]      # the last was said
     show(args, {**answer, "stderr_tail": tail} if tail else answer,
          f'Job {answer["job_id"]} "{answer["job_name"]}" is {status}: {answer["sentence"]}',
-         [answer.get("next", ""), *answer.get("allocations", ())])
-    if tail.strip() and args.format == "table":
-        print_lines(args, "Last lines of stderr:", tail.splitlines()[-20:])
+         [answer.get("output", ""), *(["Before that on stderr:", *before] if before else ()),
+          answer.get("next", ""), *answer.get("allocations", ())])
 
 
 # ---- records: the same verbs for every kind
@@ -18768,6 +18865,8 @@ for _name in ("cancel_job", "terminate_job"):
                       example=f"torc {OPERATIONS[_name].command} 17 18")
 operation_command("retry", JOBS, "--only  without what depends on them and has run", FORCE,
                   NO_PROMPTS, example="torc jobs retry 17 18 --dry-run")
+operation_command("resolve", JOBS, "retry|fail -> decision", FORCE, NO_PROMPTS,
+                  example="torc jobs resolve 17 18 retry")
 
 
 # ---- the lists that differ
@@ -22017,9 +22116,10 @@ function jobPage({id, job: jobId}) {
       host: r.compute_node_id === items[0].compute_node_id ? job.host : `node ${r.compute_node_id}`,
       ran_s: r.exec_time_minutes * 60}));
     const verbs = () => job.status === "running" ? {cancel_job: "Cancel job…", terminate_job: "Terminate job…"}
+      : job.status === "pending_failed" ? {resolve: "Decide…"}
       : TONES[job.status] || job.status === "canceled" ? {retry: "Rerun job…"} : {};
     const head = () => h("div.headline", h("h1.grow", job.name, chip(job.status)), Object.entries(verbs()).map(([verb, label]) =>
-      h("button", {"data-verb": verb, "data-ids": job.id, class: verb === "retry" ? "primary" : "danger"}, label)));
+      h("button", {"data-verb": verb, "data-ids": job.id, class: verb in {retry: 1, resolve: 1} ? "primary" : "danger"}, label)));
     const reason = () => h("p.why", {class: TONES[job.status]}, why.sentence, why.next && h("small", why.next));
     const tries = () => h("div", items.length ? plainTable("Attempts", ATTEMPTS, results())
       : h("p.muted", "None has ended yet."));
@@ -22175,7 +22275,7 @@ function failuresPage({id}) {
     const jobs = group.jobs.map((job, i) => [i > 0 && ", ",
       h("a.go", {class: i ? "" : "row", href: `#/w/${id}/jobs/${job.id}`}, job.name)]);
     return h("li.group", h("b.c-failed", num(group.count)), h("div", chip(group.status, group.cause)),
-      h("div.acts", show, h("button", {"data-verb": "rerun", "data-group": group.id}, group.remedy)),
+      h("div.acts", show, h("button", {"data-verb": group.status === "pending_failed" ? "resolve" : "rerun", "data-group": group.id}, group.remedy)),
       h("p.mono", group.line), h("p", group.advice),
       h("p.muted", when, jobs, more > 0 && ` and ${num(more)} more`), tail);
   }
