@@ -4015,7 +4015,26 @@ def test_run_with_json_tells_at_the_end_how_it_went(tmp_path):
     assert report["jobs_by_status"]["failed"] == 1 and report["is_complete"]
     done = subprocess.run([*COMMAND, "run", "1", "--database", "x.db"], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert "all jobs of workflow 1 have ended before: `torc workflows reset-status 1" in done.stderr
+    assert ("all jobs of workflow 1 have ended before: `torc run 1 --failed` runs again what failed or was canceled "
+            "(1 job)" in done.stderr)
+
+
+def test_what_has_ended_and_not_changed_is_told_what_runs_it_again(cli, local):
+    make(local, {"a": [], "b": []})
+    node = make_node(local, 1)
+    for job_id in (1, 2):
+        complete(local, job_id, 1, node)
+    local.put(f"/compute_nodes/{node}", {"is_active": False})
+    for words, then in ((("run", 1), "`torc workflows reinit 1` readies what has changed, `torc workflows init 1` "),
+                        (("workflows", "reinit", 1), "`torc workflows init 1` runs everything again")):
+        out = cli(*words, "--dry-run", ok=0)[1]
+        assert then in out and "--failed" not in out
+    _, ids = make(local, {"a": [], "b": ["a"]})
+    complete(local, ids["a"], 2, node := make_node(local, 2), 3)
+    local.put(f"/compute_nodes/{node}", {"is_active": False})
+    for words in (("run", 2), ("workflows", "reinit", 2)):
+        assert "`torc run 2 --failed` runs again what failed or was canceled (2 jobs)" in cli(
+            *words, "--dry-run", ok=0)[1]
 
 
 def test_somebody_elses_workflow_is_run_only_if_that_is_said(tmp_path):
@@ -6805,13 +6824,16 @@ def test_a_group_shares_a_workflow_until_the_link_is_cut(walls):
     alice, bob, zoe = clients["alice"], clients["bob"], clients["zoe"]
     workflow_id, ids = make(alice, {"a": []})
     group = zoe.post("/access_groups", {"name": "team", "description": "d"})
+    with pytest.raises(torc.Forbidden, match="alice is not an admin: ask zoe$"):
+        alice.post("/access_groups", {"name": "hers"})
     assert group["name"] == "team" and re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d",
                                                     group["created_at"])
     with pytest.raises(torc.Conflict, match="another access group has this name already"):
         zoe.post("/access_groups", {"name": "team"})
+    members = f"/access_groups/{group['id']}/members"
     with pytest.raises(torc.Forbidden):
-        bob.post(f"/access_groups/{group['id']}/members", {"user_name": "bob", "role": "member"})
-    zoe.post(f"/access_groups/{group['id']}/members", {"user_name": "bob", "role": "member"})
+        bob.post(members, {"user_name": "bob", "role": "member"})
+    assert "warning" not in zoe.post(members, {"user_name": "bob", "role": "member"})
     assert bob.get("/users/bob/groups")["items"] == [group]
     with pytest.raises(torc.Forbidden):
         bob.get("/users/alice/groups")
@@ -6836,6 +6858,22 @@ def test_a_group_shares_a_workflow_until_the_link_is_cut(walls):
     with pytest.raises(torc.NotFound):
         zoe.delete(f"/access_groups/{group['id']}/members/bob")
     assert zoe.delete(f"/access_groups/{group['id']}") == group
+
+
+def test_who_may_not_change_a_group_is_told_whom_to_ask_and_an_unknown_user_is_warned_about(walls, cli, monkeypatch):
+    server, clients = walls
+    clients["zoe"].post("/access_groups", {"name": "team"})
+    monkeypatch.setenv("TORC_API_URL", server.url)
+    monkeypatch.setenv("TORC_USERNAME", "zoe")
+    monkeypatch.setenv("TORC_PASSWORD", "zoe's own")
+    assert cli("access-groups", "add-user", 2, "alice", "-r", "admin", ok=0)[2].count("\n") == 1
+    assert ("torc: the server's password file has no user 'bbo' (did you mean \"bob\"?): torc access-groups "
+            "remove-user 2 bbo takes this back\n") in cli("access-groups", "add-user", 2, "bbo", ok=0)[2]
+    monkeypatch.setenv("TORC_USERNAME", "bob")
+    monkeypatch.setenv("TORC_PASSWORD", BOB)
+    assert "bob is not an admin of group 2: ask alice and zoe" in cli("access-groups", "add-user", 2, "bob")[2]
+    with pytest.raises(torc.Forbidden, match="ask who runs the server"):
+        clients[None].get("/access_groups")
 
 
 def test_the_system_group_can_be_neither_deleted_nor_joined(client):

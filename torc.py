@@ -6017,6 +6017,14 @@ def is_admin(store, user, group_id=ADMIN_GROUP):
                            OR (group_id = ? AND role = 'admin')))""", (user, group_id))[0] == 1
 
 
+def admins(store, group_id):
+    """Names of those for whom is_admin holds."""
+    return [row[0] for row in store.query(f"""
+        SELECT DISTINCT user_name FROM user_group_membership
+        WHERE role = 'admin' AND group_id IN (?, {ADMIN_GROUP})
+        ORDER BY group_id = {ADMIN_GROUP}, user_name""", (group_id,))]
+
+
 def has_access(store, workflow_id, user):
     """Whether a user owns a workflow or shares it by a group; admin power does not count."""
     return bool(user) and store.one(
@@ -6715,7 +6723,9 @@ def require_admin(request, group_id=ADMIN_GROUP):
     """Raise Forbidden unless the caller is a system admin, or an admin of the group."""
     if request.access.enforced and not is_admin(request.store, request.user, group_id):
         whom = "an admin" if group_id == ADMIN_GROUP else f"an admin of group {group_id}"
-        raise Forbidden(f"{request.subject} is not {whom}")
+        known = join_names(admins(request.store, group_id) if request.user else ())
+        raise Forbidden(f"{request.subject} is not {whom}: ask "
+                        + (known or "who runs the server (torc-server run --admin-user NAME)"))
 
 
 def require_self(request, user):
@@ -6769,9 +6779,15 @@ def require_members_changeable(request, group_id):
 
 
 def add_member(request, store, group_id, body):
-    """Put a user into a group. Upstream: add_user_to_group."""
+    """Put a user into a group, with a warning (ours) if the password file lacks the name. Upstream:
+    add_user_to_group."""
     require_members_changeable(request, group_id)
-    return kept(store, {**body, "group_id": group_id}, MEMBER)
+    member = kept(store, {**body, "group_id": group_id}, MEMBER)
+    gate, user = request.access.gate, body["user_name"]
+    if gate and user not in gate.file.users:
+        member["warning"] = (f"the server's password file has no user {user!r:.80}"
+                             f"{did_you_mean(user, gate.file.users)}")
+    return member
 
 
 def list_members(request, store, group_id, page):
@@ -11993,6 +12009,13 @@ def counts_text(counted):
     return ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
 
 
+def rerun_failed_text(workflow_id, counted):
+    """The command that runs again what failed; "" if nothing did."""
+    number = sum(counted[name] for name in FAILED_STATUSES)
+    return number and (f"`torc run {workflow_id} --failed` runs again what failed or was canceled "
+                       f"({plural(number, 'job')})") or ""
+
+
 def end_code(counted):
     """A workflow's exit code: 0 all jobs completed, 1 some failed, 3 some have not ended."""
     if counted["is_canceled"] or any(counted[name] for name in FAILED_STATUSES):
@@ -12589,11 +12612,14 @@ def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
 
 def plan_reinitialize(client, workflow_id, wishes):
     """Run again what changed: files, commands, user data, and all that depends on them."""
-    check_idle(client, workflow_id, wishes.force)
+    counted = check_idle(client, workflow_id, wishes.force)
     again = Rerun(client, workflow_id)
     data, number = again.report(), plural(again.number, "job")
     if not again.number:
-        return Plan(f"Nothing has changed in workflow {workflow_id}: no job runs again", data=data)
+        hint = rerun_failed_text(workflow_id, counted) or \
+            f"`torc workflows init {workflow_id}` runs everything again"
+        return Plan(f"Nothing has changed in workflow {workflow_id}: no job runs again. {hint}",
+                    data=data)
 
     def do(client):
         again.apply(client, wishes.force)
@@ -12692,9 +12718,10 @@ def plan_run(client, target, wishes):
         name = target
         counted = client.get(f"/workflows/{target}/counts")
         if counted["is_complete"] and counted["total"]:
-            steps = [f"all jobs of workflow {target} have ended before: `torc workflows "
-                     f"reset-status {target} --failed-only --reinitialize` readies those that "
-                     f"failed, `torc workflows init {target}` all"]
+            hint = rerun_failed_text(target, counted) or (
+                f"`torc workflows reinit {target}` readies what has changed, `torc workflows init "
+                f"{target}` everything")
+            steps = [f"all jobs of workflow {target} have ended before: {hint}"]
         hosts = [node["hostname"] for node in client.items(
             "/compute_nodes", workflow_id=target, is_active=True) if not local_evidence(node)]
     lines = [*plan.lines, *steps]
@@ -19908,6 +19935,9 @@ def do_group_add_user(args, client):
     member = client.post(f"/access_groups/{args.group_id}/members", {
         "user_name": args.user_name, "role": args.role, "group_id": args.group_id})
     say(args, f"Added {args.user_name} to access group {args.group_id} as {args.role}", **member)
+    if "warning" in member:
+        tell(args, f"{member['warning']}: torc access-groups remove-user {args.group_id} "
+             f"{args.user_name} takes this back", "warn")
 
 
 @command("access-groups remove-user", GROUP_ID, USER_NAME,
