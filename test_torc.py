@@ -2126,7 +2126,7 @@ READ_BY_THE_PAGES = [
     ("/workflows/W/graph", {}, {"total": int, "nodes": [NODE], "edges": [list]}),
     ("/workflows/W/graph", {"around": "J"}, {"nodes": [NODE], "edges": [list], "more": str}),
     ("/workflows/W/failures", {}, {"total": int, "downstream": int, "groups": [{
-        "id": str, "count": int, "status": str, "cause": str, "line": str, "remedy": str,
+        "id": str, "count": int, "status": str, "cause": str, "line": str,
         "advice": str, "verdict": str, "family": str, "first_ms": MAYBE, "last_ms": MAYBE,
         "hosts": str, "tail": str, "jobs": [{"id": int, "name": str}]}]}),
     ("/workflows/W/timeline", {"bins": 10}, {"from": int, "to": int, "runners": [{
@@ -2506,15 +2506,12 @@ def test_failures_are_grouped_by_exit_and_last_line(api):
     past.end("case_4", 5, 1200, code=152)
     answer = past.get("/failures")
     assert answer["total"] == 5
-    assert [(group["count"], group["cause"], group["verdict"], group["remedy"])
-            for group in answer["groups"]] == [
-        (3, "exit 1", "unknown", "Rerun these…"),
-        (1, "exit 137, out of memory", "memory", "Rerun with 3.0 GB…"),
-        (1, "exit 152, time limit", "runtime", "Rerun with 28 min…")]
+    assert [(group["count"], group["cause"], group["verdict"]) for group in answer["groups"]] == [
+        (3, "exit 1", "unknown"), (1, "exit 137, out of memory", "memory"), (1, "exit 152, time limit", "runtime")]
     first = answer["groups"][0]
     assert first["line"] == "bad mesh in case 0" and first["tail"] == "x\nbad mesh in case 0\n"
-    for name, advice, option in (("case_3", "Asked for 2.0 GB and held 2.0 GB.", "--memory 3073m"), (
-            "case_4", "Ran into the runtime of 20m 00s asked for.", "--runtime PT28M")):
+    for name, advice, option in (("case_3", "Used 2.0 GB, requested 2.0 GB.", "--memory 3073m"), (
+            "case_4", "Ran for 20m00s, requested 20m00s.", "--runtime PT28M")):
         number = past.ids[name]
         assert api.get(f"/jobs/{number}/why")["next"] == (
             f"{advice} torc jobs update {number} {option} raises that; torc jobs retry {number} runs it again; torc "
@@ -3761,8 +3758,8 @@ def test_an_attempt_that_is_tried_again_says_by_which_handler_and_leaves_an_even
     [event] = [one["data"] for one in ran.client.items("/events", workflow_id=1)
                if one["data"].get("event_type") == "job_retried"]
     assert event == {"event_type": "job_retried", "job_id": 1, "job_name": "a", "run_id": 1, "previous_attempt": 1,
-                     "new_attempt": 2, "return_code": 7, "failure_handler": "h",
-                     "message": 'failure handler "h" tries job a again'}
+                     "new_attempt": 2, "message": 'job a: failure handler "h" tries it again after attempt 1 failed '
+                                                  'with return code 7'}
 
 
 def test_pending_failed_is_for_failures_without_a_rule(run):
@@ -5351,6 +5348,7 @@ NEED = {"name": "r", "memory": "1g", "runtime": "PT1H"}
     (NEED, {"return_code": 152, "exec_time_minutes": 5}, 0, "lost", {}),
     (NEED, {"return_code": -128, "exec_time_minutes": 0}, 0, "lost", {}),
     (NEED, {"return_code": 1, "exec_time_minutes": 5}, 0, "unknown", {}),
+    (NEED, {"return_code": 1, "exec_time_minutes": 58}, 0, "unknown", {}),
     ({**NEED, "name": "default", "memory": "1m"}, {"return_code": 1, "exec_time_minutes": 5}, GB,
      "unknown", {}),
     ({**NEED, "name": "default", "memory": "1m"}, {"return_code": 137, "exec_time_minutes": 5}, 0,
@@ -5359,9 +5357,10 @@ NEED = {"name": "r", "memory": "1g", "runtime": "PT1H"}
      "memory", {"memory": "1536m"}),
 ])
 def test_a_failure_is_diagnosed(need, result, peak, cause, change):
-    found = torc.diagnose({"id": 1, "status": "failed"}, result, need, torc.read_limits({}), peak,
-                          1.5, 1.4)
-    assert (found.cause, found.need) == (cause, change)
+    found, _, changed = torc.diagnose(
+        False, result["return_code"], result["exec_time_minutes"] * 60, peak,
+        (need["name"], *torc.parsed_requirements(need).values()), {"memory": 137, "time": 152})
+    assert (found, changed) == (cause, change)
 
 
 def test_what_jobs_write_is_the_users_own(run):
@@ -7209,6 +7208,12 @@ def test_a_unit_of_systemd_starts_this_very_program(cli, monkeypatch):
 # ==================================================================================================
 
 
+def screen_text(state):
+    """The screen as plain text."""
+    lines = ["".join(text for text, _ in line).rstrip() for line in torc.draw(state)]
+    return [torc.to_ascii(line) for line in lines] if state.plain else lines
+
+
 class Hands:
     """Presses keys of a Terminal that has no terminal, and reads its screen."""
 
@@ -7245,7 +7250,7 @@ class Hands:
 
     def text(self):
         """The screen; each line fits."""
-        lines = torc.screen_text(self.state)
+        lines = screen_text(self.state)
         assert len(lines) == self.state.height
         assert all(torc.text_width(line) <= self.state.width for line in lines), lines
         return "\n".join(lines)
@@ -7360,7 +7365,7 @@ def test_wheel_and_click_move_open_and_turn_pages(api, tmp_path):
     assert hands.state.page.cursor == 3
     hands.terminal.click(10, 4)           # tabs are line 1, heads line 2
     assert hands.state.page.cursor == 1
-    hands.terminal.click(torc.screen_text(hands.state)[1].index("Graph") + 2, 1)
+    hands.terminal.click(screen_text(hands.state)[1].index("Graph") + 2, 1)
     hands.propagate()
     assert hands.state.page.name == "graph"
     hands.terminal.click(5, 3)
@@ -8227,7 +8232,7 @@ def test_a_password_in_the_arguments_is_warned_about(cli, local):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["ping", "--prompt-password"], "torc: there is no terminal to ask for a password on: set TORC_PASSWORD\n"),
+    (["ping", "--prompt-password"], "torc: no password was typed (without a terminal, set TORC_PASSWORD)\n"),
     (["htpasswd", "hash"], "torc: there is no password on standard input\n")])
 def test_a_password_that_cannot_be_asked_for_is_a_sentence(words, said, tmp_path):
     done = subprocess.run([*COMMAND, *words, "--url", "http://localhost:1"], cwd=tmp_path, stdin=subprocess.DEVNULL,
@@ -8240,7 +8245,8 @@ def test_ctrl_d_at_a_password_is_a_sentence(cli, monkeypatch):
         raise EOFError
 
     monkeypatch.setattr("getpass.getpass", end_of_file)
-    assert cli("ping", "--prompt-password")[::2] == (2, "torc: no password was typed\n")
+    assert cli("ping", "--prompt-password")[::2] == (
+        2, "torc: no password was typed (without a terminal, set TORC_PASSWORD)\n")
 
 
 def test_inside_a_job_a_command_does_not_say_what_it_uses(cli, local, monkeypatch):
@@ -8623,7 +8629,7 @@ def test_recover_with_json_is_one_document(cli, local, tmp_path):
 def test_a_job_ended_by_its_runners_time_limit_is_not_told_of_another(cli, local, tmp_path):
     (tmp_path / "w.yaml").write_text("name: w\njobs:\n  - {name: a, command: sleep 60}\n")
     cli("run", "w.yaml", "--time-limit", "PT3S")
-    assert "The runner or allocation ran out of time." in cli("why", 1)[1]
+    assert "The time of the runner was up after" in cli("why", 1)[1]
     assert "the time of its runner was up after" in cli("recover", 1, "--dry-run", "--no-prompts")[1]
 
 
@@ -8760,7 +8766,7 @@ def test_why_adds_the_last_lines_of_stderr(cli, local):
     talk.step([talk.done(job, 1, stderr_tail="one\ntwo\n")])
     out = cli("why", ids["a"], ok=0)[1]
     assert "return code 1" in out and out.count("two") == 1
-    assert "(run 1, attempt 1): two\n  Before that on stderr:\n  | one\n" in out
+    assert "(run 1, attempt 1): two\n  stderr| one\n" in out
     assert out.endswith(f"torc jobs retry {ids['a']} runs it again\n")
     assert cli_json(cli, "why", ids["a"])["stderr_tail"] == "one\ntwo\n"
 
@@ -8889,11 +8895,11 @@ def test_a_failure_that_waits_for_a_decision_is_retried_or_stands(cli, local):
                         (("why", first), "  "), (("wait", 1), "torc: workflow 1 is stuck: ")):
         out = "".join(cli(*words)[1:])
         assert any(row.startswith(line) and row.endswith(
-            f"torc jobs resolve {first} retry runs it again, torc jobs resolve {first} fail lets the failure stand")
+            f"torc jobs resolve {first} retry runs again what failed, torc jobs resolve {first} fail lets the failure stand")
             for row in out.splitlines()), out
     assert cli("jobs", "resolve", first, "fail", "--dry-run", ok=0)[1].splitlines() == [
         'Dry run: decide on job 1 "a"',
-        '  fail: Jobs that depend on this are canceled too, unless they say otherwise: "b"']
+        '  fail: Fail job 1 "a". Jobs that depend on this are canceled too, unless they say otherwise: "b"']
     assert statuses(local, 1)["a"] == "pending_failed"
     assert cli("jobs", "resolve", first, "retry", "--no-prompts", ok=0)[1] == 'job 1 "a" will run again\n'
     assert statuses(local, 1) == {"a": "ready", "b": "blocked", "c": "blocked"}

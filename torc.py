@@ -3530,25 +3530,32 @@ def apply_completion(store, job, values, result):
                       (file["st_mtime"], file["id"], job.workflow_id))
     if values.get("requeue"):
         set_status(store, [job.id], BLOCKED, None, again=1, result=result)
-        handler = values["status"] == "failed" and store.one("""
-            SELECT h.name FROM job j
-            JOIN failure_handler h ON h.id = j.failure_handler_id
-            WHERE j.id = ?""", (job.id,))
-        if handler:                       # otherwise it was interrupted
+        again = retry_text(store, job.id)
+        if again:                         # otherwise it was interrupted
             store_retry(store, job, values["run_id"], parse_time(values["completion_time"]) / 1000,
-                        f'failure handler "{handler[0]}" tries job {job.name} again',
-                        return_code=values["return_code"], failure_handler=handler[0])
+                        f"job {job.name}: {again}")
     else:
         finish(store, job.workflow_id, [job.id], STATUS_OF_NAME[values["status"]],
                values["return_code"], owner=None, result=result)
 
 
-def store_retry(store, job, run_id, now, message, **more):
+def retry_text(store, job_id):
+    """Which failure handler tries a job again that has not ended, in words; "" if none does."""
+    row = store.one(f"""
+        SELECT 'failure handler "' || h.name || '" tries it again after attempt ' || r.attempt_id
+            || ' failed with return code ' || r.return_code
+        FROM job j
+        JOIN result r ON r.id = j.result_id
+        JOIN failure_handler h ON h.id = j.failure_handler_id
+        WHERE j.id = ? AND r.status = {FAILED} AND r.attempt_id = j.attempt_id - 1""", (job_id,))
+    return row[0] if row else ""
+
+
+def store_retry(store, job, run_id, now, message):
     """In a transaction: store the event that a job gets another attempt. Upstream: job_retried."""
     store_event(store, job.workflow_id, now, {
         "event_type": "job_retried", "job_id": job.id, "job_name": job.name, "run_id": run_id,
-        "previous_attempt": job.attempt_id, "new_attempt": job.attempt_id + 1, **more,
-        "message": message})
+        "previous_attempt": job.attempt_id, "new_attempt": job.attempt_id + 1, "message": message})
 
 
 def release_jobs(store, jobs):
@@ -4311,8 +4318,8 @@ def unfinished(store, workflow_id):
     scheduled = store.one("""
         SELECT count(*) FROM scheduled_compute_node
         WHERE workflow_id = ? AND status IN ('pending', 'active')""", (workflow_id,))[0]
-    undecided = job_ids(store, f"workflow_id = ? AND status = {PENDING_FAILED} ORDER BY id LIMIT 20",
-                        (workflow_id,))
+    undecided = job_ids(store, f"workflow_id = ? AND status = {PENDING_FAILED} ORDER BY id"
+                        " LIMIT 20", (workflow_id,))
     return {"by_status": by_status, "ready": ready, "waiting": waiting_for(store, workflow_id),
             "active_nodes": nodes, "scheduled": scheduled, "decision": decision_text(undecided)}
 
@@ -4320,8 +4327,8 @@ def unfinished(store, workflow_id):
 def decision_text(ids):
     """The commands that decide on failures that wait; "" if there are none."""
     words = " ".join(map(str, ids))
-    return words and (f"torc jobs resolve {words} retry runs {'it' if len(ids) == 1 else 'them'} "
-                      f"again, torc jobs resolve {words} fail lets the failure stand")
+    return words and (f"torc jobs resolve {words} retry runs again what failed, torc jobs resolve "
+                      f"{words} fail lets the failure stand")
 
 
 def waiting_for(store, workflow_id):
@@ -4350,7 +4357,7 @@ def why(store, job_id):
     job = job_row(store, job_id)
     result = store.one("""
         SELECT r.return_code, r.completion_time, r.compute_node_id, r.attempt_id, r.run_id,
-            r.stderr_tail
+            coalesce(r.stderr_tail, '')
         FROM job j
         JOIN result r ON r.id = j.result_id
         WHERE j.id = ?""", (job_id,))
@@ -4360,13 +4367,13 @@ def why(store, job_id):
         return why_ready(store, job)
     if job.status in (FAILED, TERMINATED, COMPLETED, PENDING_FAILED) and result:
         code, when, node_id, attempt, run, tail = result
-        last = (tail or "").strip().splitlines()[-1:]
+        last = tail.strip().rpartition("\n")[2]
         changed = changes_since(store, "j.id = ?", (job_id,)).get(job_id)
         meaning = exit_meaning(code)
         return (f"it {STATUS_NAMES[job.status].rpartition('_')[2]} with return code {code}"
                 + (f" ({meaning})" if meaning else "")
                 + f" on {node_name(store, node_id)} at {when} (run {run}, attempt {attempt})"
-                + (f": {last[0]}" if last else "") + (
+                + (f": {last}" if last else "") + (
                     f". Since then {join_names(changed)}; to run it again: torc workflows reinit "
                     f"{job.workflow_id}" if changed else ""))
     if job.cascaded:
@@ -4374,28 +4381,16 @@ def why(store, job_id):
     canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
     begun = store.one(f"SELECT 1 FROM job WHERE workflow_id = ? AND status <> {UNINITIALIZED}"
                       " LIMIT 1", (job.workflow_id,))
+    place = node_name(store, job.compute_node_id)
     return {
         UNINITIALIZED: f"it is not initialized: torc {'workflows reinit' if begun else 'run'} "
                        f"{job.workflow_id}",
-        PENDING: f"it is claimed by {node_name(store, job.compute_node_id)}, which is about to "
-                 "start it",
-        RUNNING: f"it is running on {node_name(store, job.compute_node_id)} (attempt "
-                 f"{job.attempt_id})",
+        PENDING: f"it is claimed by {place}, which is about to start it",
+        RUNNING: f"it is running on {place} (attempt {job.attempt_id})",
         CANCELED: "it was canceled by a user"
                   + (", as was the whole workflow" if canceled else ""),
         DISABLED: "it is disabled, so it never runs, and its dependents wait forever",
     }.get(job.status, f"it is {STATUS_NAMES[job.status]}; there is no result")
-
-
-def retry_text(store, job):
-    """The end of a sentence: which failure handler runs a job again; "" if none does."""
-    row = job.status not in FINAL_SET and store.one(f"""
-        SELECT h.name, r.attempt_id, r.return_code FROM job j
-        JOIN result r ON r.id = j.result_id
-        JOIN failure_handler h ON h.id = j.failure_handler_id
-        WHERE j.id = ? AND r.status = {FAILED} AND r.attempt_id = j.attempt_id - 1""", (job.id,))
-    return row and '; failure handler "{}" tries it again after attempt {} failed with return ' \
-        "code {}".format(*row) or ""
 
 
 def why_blocked(store, job):
@@ -4966,6 +4961,8 @@ def graph_around(store, workflow_id, job_id, now, most=5):
 
 UNSUCCESSFUL_SQL = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
 MISSING_OUTPUT = "torc: output file missing: "       # what a runner adds to stderr
+UNKNOWN_ADVICE = {126: "the command cannot be executed: make the file executable",
+                  127: "the command was not found: a module that is not loaded, or a wrong path"}
 
 
 class Failure(NamedTuple):
@@ -4976,11 +4973,11 @@ class Failure(NamedTuple):
     status: int
     result_id: int | None
     code: int | None
-    ran_s: float | None
+    ran_s: float
     ended_ms: int | None
-    peak: int | None
+    peak: int
     host: str | None
-    tail: str | None
+    tail: str
     memory: int
     runtime_s: int
     need: str
@@ -4990,8 +4987,9 @@ def failed_jobs(store, where, params):
     """[Failure, ...], the latest first. where: on t; params: of it, and how many at most."""
     return [Failure(*row) for row in store.query(f"""
         SELECT t.id, t.name, t.status, r.id, r.return_code,
-            (r.end_ms - r.start_ms) / 1000.0, r.end_ms, r.peak_memory_bytes, n.hostname,
-            substr(r.stderr_tail, -400), q.memory_bytes, q.runtime_s, q.name
+            coalesce(r.end_ms - r.start_ms, 0) / 1000.0, r.end_ms,
+            coalesce(r.peak_memory_bytes, 0), n.hostname,
+            coalesce(substr(r.stderr_tail, -400), ''), q.memory_bytes, q.runtime_s, q.name
         FROM job t {ENDED}
         JOIN resource_requirements q ON q.id = t.resource_requirements_id
         WHERE {where} AND t.status IN {UNSUCCESSFUL_SQL}
@@ -5014,8 +5012,7 @@ def failures(store, workflow_id, most=5000, group=None):
     groups, answer = {}, []
     rows = failed_jobs(store, "t.workflow_id = ?", (workflow_id, most))
     for one in rows:
-        lines = (one.tail or "").strip().splitlines()
-        line = lines[-1].strip()[-300:] if lines else ""
+        line = one.tail.strip().rpartition("\n")[2].strip()[-300:]
         key = one.status, one.code, re.sub(r"\d+", "#", line)
         groups.setdefault(key, []).append((one, line))
     for key, members in groups.items():
@@ -5036,56 +5033,66 @@ def failure_group(store, members, codes):
     families = list(dict.fromkeys(family_name(one.name) for one in jobs))
     hosts = sorted({one.host for one in jobs if one.host})
     ended = [one.ended_ms for one in jobs if one.ended_ms]
-    verdict, remedy, advice, _ = failure_remedy(jobs, codes)
-    if first.status == PENDING_FAILED:
-        remedy = "Decide…"
-    tail = store.one("SELECT stderr_tail FROM result WHERE id = ?", (first.result_id,))
+    verdict, advice, _ = failure_remedy(jobs, codes)
+    tail, = store.one("SELECT coalesce(max(stderr_tail), '') FROM result WHERE id = ?",
+                      (first.result_id,))
     return {"count": len(jobs), "status": STATUS_NAMES[first.status], "line": line,
             "cause": exit_text(first.code, codes, first.status) if first.code is not None
-            else "there is no result", "verdict": verdict, "remedy": remedy, "advice": advice,
+            else "there is no result", "verdict": verdict, "advice": advice,
             "family": join_names(families), "first_ms": min(ended, default=None),
             "last_ms": max(ended, default=None),
-            "hosts": f"{len(hosts)} nodes" if len(hosts) > 3 else join_names(hosts) if hosts
-            else "no node", "jobs": [{"id": one.job_id, "name": one.name} for one in jobs[:3]],
-            "tail": (tail[0] if tail else "") or ""}
+            "hosts": join_names(hosts) or "no node",
+            "jobs": [{"id": one.job_id, "name": one.name} for one in jobs[:3]],
+            "tail": tail}
+
+
+def diagnose(terminated, code, ran_s, peak, need, codes, more_memory=1.5, more_time=1.4):
+    """Why an attempt failed: (memory, runtime, lost or unknown; the same in words; the fields of
+    its resource requirements that would help).
+
+    peak: bytes, 0 if unknown. need: its requirements: name, bytes, seconds. codes: see exit_codes.
+    Memory: it was over its limit, or was killed before 80 % of its runtime. Runtime: it was ended
+    after 90 % of it.
+    """
+    name, limit, runtime_s = need
+    known = name != "default"             # those requirements mean nothing
+    if known and peak > limit or code == codes["memory"] and (
+            not known or ran_s < 0.8 * runtime_s):
+        if not known and not peak:
+            return "unknown", "killed, perhaps for lack of memory; it requests none yet", {}
+        used = f"used {format_bytes(peak)}" if peak else "killed"
+        more = math.ceil(max(limit if known else 0, peak) * more_memory / 2**20)
+        return "memory", f"{used}, requested {format_bytes(limit) if known else 'nothing'}", {
+            "memory": f"{more}m" if more % 1024 else f"{more // 1024}g"}
+    if code == ORPHAN_RETURN_CODE:
+        return "lost", "the runner died; the command itself may be fine", {}
+    ended = terminated or code == codes["time"]
+    if known and ran_s > 0.9 * runtime_s and (ended or code > 128):
+        return "runtime", (f"ran for {format_duration(ran_s)}, requested "
+                           f"{format_duration(runtime_s)}"), {
+            "runtime": f"PT{math.ceil(max(ran_s, runtime_s, 1) * more_time / 60)}M"}
+    return ("lost", f"the time of the runner was up after {format_duration(ran_s)}", {}) \
+        if ended else ("unknown", f"return code {code}", {})
 
 
 def failure_remedy(jobs, codes):
-    """(verdict, label of a button, advice, option of `torc jobs update` that helps) for jobs that
-    failed the same way."""
-    one, peak = jobs[0], max((job.peak or 0 for job in jobs), default=0)
-    ran = max((job.ran_s or 0 for job in jobs), default=0)
-    alike = "They fail alike: look at one before rerunning them." if len(jobs) > 1 else \
-        "Look at its output before rerunning it."
-    known = one.need != "default"         # that one asks for nothing
-    limit = max(job.memory for job in jobs)
-    over = known and peak > limit
-    if over or one.code == codes["memory"] and (not known or ran < 0.8 * one.runtime_s):
-        more = -(-int(1.5 * max(limit if known else 0, peak)) // 2**20) * 2**20
-        held = f"held {format_bytes(peak)}" if peak else "were killed" if len(jobs) > 1 \
-            else "was killed"
-        if not known and not peak:
-            return ("memory", "Rerun these…", f"{held[0].upper()}{held[1:]}, perhaps for memory: "
-                    "no resource requirements are there that could be raised.", "--memory 2g")
-        return ("memory", f"Rerun with {format_bytes(more)}…",
-                f"Asked for {format_bytes(limit)} and {held}." if known else
-                f"Asked for nothing and {held}.", f"--memory {more >> 20}m")
-    late = known and ran > 0.9 * one.runtime_s
-    if one.code == codes["time"] and not late:
-        return ("lost", "Rerun these…", "The runner or allocation ran out of time.", "")
-    if late and (one.code == codes["time"] or one.status != FAILED):
-        more = max(1, math.ceil(1.4 * max(ran, one.runtime_s) / 60))
-        return ("runtime", f"Rerun with {more} min…", f"Ran into the runtime of "
-                f"{span(one.runtime_s)} asked for.", f"--runtime PT{more}M")
-    if one.code == ORPHAN_RETURN_CODE:
-        return ("lost", "Rerun these…", "Their runner died; the jobs themselves may be fine."
-                if len(jobs) > 1 else "Its runner died; the job itself may be fine.", "")
-    missing = {126: "The command cannot be executed: is the file executable?",
-               127: "The command was not found: a module that is not loaded, or a wrong path."}
-    if MISSING_OUTPUT in (one.tail or ""):
-        alike = ("The command succeeded without writing that file there: correct what it writes, or "
-                 "the path of the file (torc files update).")
-    return "unknown", "Rerun these…", missing.get(one.code, alike), ""
+    """(cause, advice, option of `torc jobs update` that helps) for jobs that failed the same way;
+    see diagnose."""
+    one, memory = jobs[0], max(job.memory for job in jobs)
+    cause, text, need = diagnose(
+        one.status == TERMINATED, one.code, max(job.ran_s for job in jobs),
+        max(job.peak for job in jobs), (one.need, memory, one.runtime_s), codes)
+    if cause == "unknown" and one.need == "default" and one.code == codes["memory"]:
+        need["memory"] = "2g"
+    elif cause == "unknown":
+        text = UNKNOWN_ADVICE.get(one.code, "look at its output before rerunning it"
+                                  if len(jobs) == 1 else
+                                  "they fail alike: look at one before rerunning them")
+        if MISSING_OUTPUT in one.tail:
+            text = ("the command succeeded without writing that file there: correct what it "
+                    "writes, or the path of the file (torc files update)")
+    return cause, f"{text[0].upper()}{text[1:]}.", " ".join(
+        f"--{name} {value}" for name, value in need.items())
 
 
 # ---- over time
@@ -5398,17 +5405,17 @@ def explain_job(store, job_id):
     """One sentence: why a job is not running, or how it ended (ours)."""
     job = job_row(store, job_id)
     answer = {"job_id": job_id, "job_name": job.name, "status": STATUS_NAMES[job.status],
-              "sentence": why(store, job_id) + retry_text(store, job)}
+              "sentence": "; ".join(filter(None, (why(store, job_id), retry_text(store, job_id))))}
     if job.compute_node_id:
         answer["compute_node_id"] = job.compute_node_id
     for one in failed_jobs(store, "t.id = ?", (job_id, 1)):
-        *_, advice, option = failure_remedy([one], exit_codes(store, job.workflow_id))
+        cause, advice, option = failure_remedy([one], exit_codes(store, job.workflow_id))
         first = f"torc jobs update {job_id} {option} raises that" if option else \
-            f"torc logs {job_id} shows its output"
-        then = decision_text([job_id] if job.status == PENDING_FAILED else ()) or \
+            f"torc logs {job_id} prints what it wrote"
+        then = decision_text([job_id]) if job.status == PENDING_FAILED else \
             f"torc jobs retry {job_id} runs it again"
         answer["next"] = f"{advice} {first}; {then}"
-        if option and (one.peak or one.need != "default"):
+        if option and cause != "unknown":
             answer["next"] += f"; torc recover {job.workflow_id} does both for all such jobs"
     return answer
 
@@ -6009,19 +6016,11 @@ def set_admins(store, admins):
                 VALUES (?, {ADMIN_GROUP}, 'admin')""", (name,))
 
 
-def is_admin(store, user, group_id=ADMIN_GROUP):
-    """Whether a user is a system admin, or has the role admin in a group."""
-    return bool(user) and store.one(f"""
-        SELECT EXISTS (SELECT 1 FROM user_group_membership
-                       WHERE user_name = ? AND (group_id = {ADMIN_GROUP}
-                           OR (group_id = ? AND role = 'admin')))""", (user, group_id))[0] == 1
-
-
-def admins(store, group_id):
-    """Names of those for whom is_admin holds."""
+def admins(store, group_id=ADMIN_GROUP):
+    """Names of the system admins, and before them of those with the role admin in a group."""
     return [row[0] for row in store.query(f"""
         SELECT DISTINCT user_name FROM user_group_membership
-        WHERE role = 'admin' AND group_id IN (?, {ADMIN_GROUP})
+        WHERE group_id = {ADMIN_GROUP} OR (group_id = ? AND role = 'admin')
         ORDER BY group_id = {ADMIN_GROUP}, user_name""", (group_id,))]
 
 
@@ -6268,7 +6267,7 @@ def visible(request):
     wanted = {}
     if request.only is not None:
         wanted["id"] = request.only
-    if request.access.enforced and not is_admin(request.store, request.user):
+    if request.access.enforced and request.user not in admins(request.store):
         wanted["usable_by"] = request.user
     return wanted
 
@@ -6721,11 +6720,12 @@ MEMBER = Kind("membership", "user_group_membership", "", fields("""
 
 def require_admin(request, group_id=ADMIN_GROUP):
     """Raise Forbidden unless the caller is a system admin, or an admin of the group."""
-    if request.access.enforced and not is_admin(request.store, request.user, group_id):
+    known = admins(request.store, group_id)
+    if request.access.enforced and request.user not in known:
         whom = "an admin" if group_id == ADMIN_GROUP else f"an admin of group {group_id}"
-        known = join_names(admins(request.store, group_id) if request.user else ())
-        raise Forbidden(f"{request.subject} is not {whom}: ask "
-                        + (known or "who runs the server (torc-server run --admin-user NAME)"))
+        raise Forbidden(f"{request.subject} is not {whom}: ask " + (
+            request.user and join_names(known)
+            or "who runs the server (torc-server run --admin-user NAME)"))
 
 
 def require_self(request, user):
@@ -6785,8 +6785,10 @@ def add_member(request, store, group_id, body):
     member = kept(store, {**body, "group_id": group_id}, MEMBER)
     gate, user = request.access.gate, body["user_name"]
     if gate and user not in gate.file.users:
-        member["warning"] = (f"the server's password file has no user {user!r:.80}"
-                             f"{did_you_mean(user, gate.file.users)}")
+        member["warning"] = (
+            f"the server's password file has no user {user!r:.80}"
+            f"{did_you_mean(user, gate.file.users)}: torc access-groups remove-user {group_id} "
+            f"{user} takes this back")
     return member
 
 
@@ -7163,8 +7165,8 @@ def run(endpoint, values, request):
 def may_use(request, workflow_id):
     """Whether the caller may use a workflow: as its owner, in a group, or as an admin."""
     store, user = request.store, request.user
-    return not request.access.enforced or has_access(store, workflow_id, user) or is_admin(
-        store, user)
+    return not request.access.enforced or has_access(store, workflow_id, user) or (
+        user in admins(store))
 
 
 def admit(request, workflow_id):
@@ -9670,8 +9672,7 @@ class Leaving:
             parts.append(f"\"{entry['job_name']}\" (job {entry['job_id']}) is {entry['status']}"
                          + (f" and {entry['dependents']} jobs wait for it" if entry["dependents"]
                             else ""))
-        if report.get("decision"):
-            parts.append(report["decision"])
+        parts += filter(None, [report.get("decision")])
         if "uninitialized" in report["by_status"]:
             parts.append(f"`torc workflows reinit {self.workflow_id}` starts what is new")
         if others:
@@ -11825,12 +11826,6 @@ def missing_message(workflow_id, files, user_data=()):
                         f"{workflow_id} --force") or ""
 
 
-def refuse_canceled(workflow_id, counted):
-    """Raise Invalid for a canceled workflow. counted: its counts or status."""
-    if counted["is_canceled"]:
-        raise Invalid(restart_text(workflow_id))
-
-
 def required_files(client, workflow_id, counted):
     """Records of the files that jobs read and none writes."""
     wanted = set(client.get(f"/workflows/{workflow_id}/required_existing_files")["files"])
@@ -12010,10 +12005,11 @@ def counts_text(counted):
 
 
 def rerun_failed_text(workflow_id, counted):
-    """The command that runs again what failed; "" if nothing did."""
+    """The command that runs again what failed, None if nothing did."""
     number = sum(counted[name] for name in FAILED_STATUSES)
-    return number and (f"`torc run {workflow_id} --failed` runs again what failed or was canceled "
-                       f"({plural(number, 'job')})") or ""
+    if number:
+        return (f"`torc run {workflow_id} --failed` runs again what failed or was canceled "
+                f"({plural(number, 'job')})")
 
 
 def end_code(counted):
@@ -12336,53 +12332,12 @@ class Diagnosis(NamedTuple):
     need: dict                            # changed fields of its resource requirements
 
 
-def larger_memory(size, factor):
-    """A memory size for requirements, `factor` times as large, in whole MB or GB."""
-    megabytes = math.ceil(size * factor / 2**20)
-    return f"{megabytes // 1024}g" if megabytes % 1024 == 0 else f"{megabytes}m"
-
-
-def longer_runtime(seconds, factor):
-    """A runtime for requirements, `factor` times as long, in whole minutes."""
-    return f"PT{max(1, math.ceil(seconds * factor / 60))}M"
-
-
-def diagnose(job, result, need, limits, peak, memory_factor, runtime_factor):
-    """The Diagnosis of a job that failed or was terminated.
-
-    result, need: its records; peak: bytes, 0 if unknown. Memory: it was over its limit, or was
-    killed before 80 % of its runtime. Runtime: the time limit's code, or over 90 % of it.
-    """
-    code, spent = result["return_code"], result["exec_time_minutes"] * 60
-    limit, runtime = parse_memory(need["memory"]), parse_duration(need["runtime"])
-    known = need["name"] != "default"     # those requirements mean nothing
-    if known and peak > limit or code == limits.oom_exit_code and (
-            spent < 0.8 * runtime or not known):
-        if not known and not peak:
-            return Diagnosis(job, "unknown", "it was killed, perhaps for lack of memory; it has no "
-                             "resource requirements that could be raised", {})
-        more = larger_memory(max(limit if known else 0, peak), memory_factor)
-        used = f"used {format_bytes(peak)}" if peak else "was killed"
-        return Diagnosis(job, "memory", f"it {used}, its limit is {need['memory']}",
-                         {"memory": more})
-    if code == ORPHAN_RETURN_CODE:
-        return Diagnosis(job, "lost", "its runner died", {})
-    if job["status"] == "terminated" or code == limits.timeout_exit_code or (
-            known and spent > 0.9 * runtime):
-        if known and spent > 0.9 * runtime:
-            return Diagnosis(job, "runtime", f"it ran for {format_duration(spent)}, its runtime is "
-                             f"{need['runtime']}",
-                             {"runtime": longer_runtime(max(spent, runtime), runtime_factor)})
-        return Diagnosis(job, "lost", "the time of its runner was up after "
-                         f"{format_duration(spent)}", {})
-    return Diagnosis(job, "unknown", f"return code {code}", {})
-
-
 def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
     """Diagnoses of all jobs that failed or were terminated; the unknown causes come last."""
     limits = read_limits(client.get(f"/workflows/{workflow_id}"))
-    needs = {need["id"]: need for need in client.items("/resource_requirements",
-                                                       workflow_id=workflow_id)}
+    codes = {"memory": limits.oom_exit_code, "time": limits.timeout_exit_code}
+    needs = {need["id"]: (need["name"], *parsed_requirements(need).values())
+             for need in client.items("/resource_requirements", workflow_id=workflow_id)}
     results = {result["job_id"]: result for result in client.items("/results",
                                                                    workflow_id=workflow_id)}
     peaks = {attempt_key(record): record.get("max_rss_bytes") or 0
@@ -12395,8 +12350,9 @@ def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
             found.append(Diagnosis(job, "unknown", "there is no result", {}))
             continue
         peak = max(result.get("peak_memory_bytes") or 0, peaks.get(attempt_key(result), 0))
-        found.append(diagnose(job, result, needs[job["resource_requirements_id"]], limits, peak,
-                              memory_factor, runtime_factor))
+        found.append(Diagnosis(job, *diagnose(
+            job["status"] == "terminated", result["return_code"], result["exec_time_minutes"] * 60,
+            peak, needs[job["resource_requirements_id"]], codes, memory_factor, runtime_factor)))
     return sorted(found, key=lambda one: one.cause == "unknown")
 
 
@@ -12687,7 +12643,8 @@ def plan_start(client, target, wishes):
             "them, so no workflow was created")
     owner = client.get(f"/workflows/{target}")["user"]
     counted = client.get(f"/workflows/{target}/counts")
-    refuse_canceled(target, counted)
+    if counted["is_canceled"]:
+        raise Invalid(restart_text(target))
     lines, consent = (), ()
     if owner != client.user:
         lines = (f"Workflow {target} belongs to {owner}; its commands would run as you, "
@@ -13089,12 +13046,12 @@ def plan_resolve(client, ids, wishes):
     for job in jobs:
         if job["status"] != "pending_failed":
             raise Invalid(f"{job['name']} waits for no decision: it is {said(job['status'])}")
-    plans = {name: plan for name, plan in (
-        ("retry", plan_retry(client, ids, wishes)), ("fail", plan_stop(client, ids, "failed")))
-        if wishes.decision in (None, name)}
+    plans = {"retry": plan_retry(client, ids, wishes), "fail": plan_stop(client, ids, "failed")}
+    if wishes.decision:
+        plans = {wishes.decision: plans[wishes.decision]}
     return Plan(f"Decide on {jobs_named(jobs)}", tuple(
-        f"{name}: {line}" for name, plan in plans.items() for line in plan.lines),
-        tuple(plan.choices[0]._replace(key=name[0]) for name, plan in plans.items()),
+        f"{name}: {plan.title}. {' '.join(plan.lines)}" for name, plan in plans.items()), tuple(
+        plan.choices[0]._replace(key=name[0]) for name, plan in plans.items()),
         one_or_all("jobs", jobs))
 
 
@@ -15033,8 +14990,8 @@ def load_jobs(client, page, terminal):
 def why_sentence(client, job_id):
     """Explain the status of a job in a sentence."""
     answer = client.get(f"/jobs/{job_id}/why")
-    sentence = answer["sentence"]
-    return ". ".join([sentence[:1].upper() + sentence[1:], *filter(None, [answer.get("next")])])
+    text = f"{answer['sentence']}. {answer.get('next', '')}".rstrip(". ")
+    return text[:1].upper() + text[1:]
 
 
 def load_job(client, page, terminal):
@@ -15754,12 +15711,6 @@ def draw(state):
     return [fit(line, width) for line in lines]
 
 
-def screen_text(state):
-    """The screen as plain text."""
-    lines = ["".join(text for text, _ in line).rstrip() for line in draw(state)]
-    return [to_ascii(line) for line in lines] if state.plain else lines
-
-
 def to_ascii(text):
     """A string for a terminal that knows only ASCII."""
     return text.translate(ASCII_MARKS).encode("ascii", "replace").decode()
@@ -15865,13 +15816,13 @@ KEYS = read_keys("""
     o             order          order      order by another column
     l             log            log        what the job wrote
     y             retry          rerun      run the job again
-    D             resolve        -          decide on a failure that waits: retry it, or let it stand
+    D             resolve        -          decide on a failure that waits: retry, or let it stand
     c             cancel_job     cancel     cancel the job: it never starts, or its process is ended
     t             terminate_job  -          end the job as a time limit would
   job = Job
     l Enter       enter          log        what the job wrote, or what the row leads to
     y             retry          rerun      run the job again
-    D             resolve        -          decide on a failure that waits: retry it, or let it stand
+    D             resolve        -          decide on a failure that waits: retry, or let it stand
     c             cancel_job     cancel     cancel the job
     t             terminate_job  terminate  end the job as a time limit would
   log = Log
@@ -17481,16 +17432,16 @@ def commands_below(branch):
 
 def branch_help(branch):
     """The help of a group of commands."""
-    first = next(found for name, found in COMMANDS.items() if name.startswith(branch + " "))
-    return help_page(summary_of(branch), branch, commands_below(branch), first.example)
+    return help_page(summary_of(branch), branch, commands_below(branch),
+                     COMMANDS[f"{branch} {words_after(branch)[0]}"].example)
 
 
 def command_help(found):
     """The help of a command."""
-    text = "\n".join(line.strip() for line in found.text.splitlines()).strip()
-    below = commands_below(found.name)
+    lines, below = [line.strip() for line in found.text.splitlines()], commands_below(found.name)
     if below:
-        text = "\n".join([text, "", "Commands, of which the first needs no name:", *below])
+        lines += ["", "Commands, of which the first needs no name:", *below]
+    text = "\n".join(lines).strip()
     return build_parser(found.name, found.options, text, found.example).format_help().rstrip()
 
 
@@ -17676,11 +17627,8 @@ def ask_password(question):
         with warnings.catch_warnings():
             warnings.simplefilter("error", getpass.GetPassWarning)
             return getpass.getpass(question, sys.stderr)
-    except getpass.GetPassWarning:
-        raise UsageError("there is no terminal to ask for a password on: set TORC_PASSWORD") \
-            from None
-    except EOFError:
-        raise UsageError("no password was typed") from None
+    except (EOFError, getpass.GetPassWarning):
+        raise UsageError("no password was typed (without a terminal, set TORC_PASSWORD)") from None
 
 
 def confirm(question, sure, option="--force", strict=True):
@@ -18074,7 +18022,7 @@ def verdict(report):
         return f"The workflow is complete{' with failures' if bad else ''}{ending}."
     if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
         return "The workflow has not been started."
-    if report["decision"] and not any(by_status[name] for name in ("ready", "pending", "running")):
+    if report["decision"] and not by_status["ready"] + by_status["running"]:
         return f"The workflow waits for your decision{ending}: {report['decision']}"
     if report["active_compute_nodes"]:
         return f"The workflow is in progress{ending}."
@@ -18323,10 +18271,9 @@ def silence(client, job):
     with contextlib.suppress(NotFound, OSError, TypeError):
         attempt = find_attempt(client, job, None)
         if not os.path.getsize(attempt.stderr):
-            there = attempt.stdout and os.path.getsize(attempt.stdout)
             return "It wrote nothing to stderr" + (
-                f"; torc logs {job['id']} --stdout shows what it wrote to stdout." if there else
-                ", nor to stdout.")
+                f"; torc logs {job['id']} --stdout shows what it wrote to stdout."
+                if os.path.getsize(attempt.stdout) else ", nor to stdout.")
     return ""
 
 
@@ -18334,8 +18281,8 @@ def silence(client, job):
 def do_why(args, client):
     """Say why a job is not running, or how it ended."""
     answer = client.get(f"/jobs/{args.job_id}/why")
-    workflow_id = client.get(f"/jobs/{args.job_id}")["workflow_id"]
-    status, tail = answer["status"], ""
+    job = client.get(f"/jobs/{args.job_id}")
+    workflow_id, status, tail = job["workflow_id"], answer["status"], ""
     if status in ("pending", "running") and "compute_node_id" in answer:
         node = client.get(f"/compute_nodes/{answer['compute_node_id']}")
         evidence = node["is_active"] and local_evidence(node)
@@ -18346,14 +18293,14 @@ def do_why(args, client):
                                    include_stderr=True):
             tail = result.get("stderr_tail") or ""
         if not tail.strip():
-            answer["output"] = silence(client, client.get(f"/jobs/{args.job_id}"))
+            answer["output"] = silence(client, job)
     elif status == "ready":
         answer["allocations"] = allocation_lines(client, workflow_id)
-    before = [f"| {line}" for line in tail.rstrip().splitlines()[-21:-1]]      # the last was said
+    before = [f"stderr| {line}" for line in tail.rstrip().splitlines()[-21:-1]]
     show(args, {**answer, "stderr_tail": tail} if tail else answer,
          f'Job {answer["job_id"]} "{answer["job_name"]}" is {status}: {answer["sentence"]}',
-         [answer.get("output", ""), *(["Before that on stderr:", *before] if before else ()),
-          answer.get("next", ""), *answer.get("allocations", ())])
+         [answer.get("output", ""), *before, answer.get("next", ""),
+          *answer.get("allocations", ())])      # the sentence ends with the last line of stderr
 
 
 # ---- records: the same verbs for every kind
@@ -19936,8 +19883,7 @@ def do_group_add_user(args, client):
         "user_name": args.user_name, "role": args.role, "group_id": args.group_id})
     say(args, f"Added {args.user_name} to access group {args.group_id} as {args.role}", **member)
     if "warning" in member:
-        tell(args, f"{member['warning']}: torc access-groups remove-user {args.group_id} "
-             f"{args.user_name} takes this back", "warn")
+        tell(args, member["warning"], "warn")
 
 
 @command("access-groups remove-user", GROUP_ID, USER_NAME,
@@ -22305,7 +22251,8 @@ function failuresPage({id}) {
     const jobs = group.jobs.map((job, i) => [i > 0 && ", ",
       h("a.go", {class: i ? "" : "row", href: `#/w/${id}/jobs/${job.id}`}, job.name)]);
     return h("li.group", h("b.c-failed", num(group.count)), h("div", chip(group.status, group.cause)),
-      h("div.acts", show, h("button", {"data-verb": group.status === "pending_failed" ? "resolve" : "rerun", "data-group": group.id}, group.remedy)),
+      h("div.acts", show, group.status === "pending_failed" ? h("button", {"data-verb": "resolve", "data-group": group.id}, "Decide…")
+        : h("button", {"data-verb": "rerun", "data-group": group.id}, "Rerun these…")),
       h("p.mono", group.line), h("p", group.advice),
       h("p.muted", when, jobs, more > 0 && ` and ${num(more)} more`), tail);
   }
