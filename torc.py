@@ -20167,9 +20167,10 @@ class DashActions:
         if ids:
             ids = parse_ids(str(ids))
         elif group is not None:
-            ids = client.get(f"/workflows/{workflow_id}/failures", group=group).get("job_ids")
-            if not ids:
+            found = client.get(f"/workflows/{workflow_id}/failures", group=group)["groups"]
+            if not found:
                 raise NotFound("these failures are gone: reload the page")
+            ids = found[0]["job_ids"]
         if verb in ("rerun", "reset"):
             wishes = wishes._replace(failed_only=verb == "rerun", reinitialize=verb == "rerun")
             verb = "retry" if ids else "reset"
