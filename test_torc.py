@@ -7895,7 +7895,17 @@ def test_no_colour_and_no_utf_8_still_tell_every_status(tty, tmp_path, environme
 def test_a_terminal_that_cannot_be_drawn_on_is_one_sentence(tty, term):
     screen = tty(TERM=term)
     screen.see(r"torc: torc tui cannot draw on a terminal of type")
-    assert screen.end() == 1
+    assert screen.end() == 1 and screen.sane()
+
+
+@pytest.mark.parametrize("term", ["xterm-kitty", "no-such-terminal"])
+def test_a_terminal_unknown_here_is_drawn_on_if_it_answers_like_xterm(tty, term):
+    screen = tty(TERM=term)
+    screen.screen.write_process_input = screen.send      # what it answers
+    screen.see("no workflow", then="?")
+    screen.see("Moving", then="\x1b")
+    screen.see("no workflow", then="q")
+    assert screen.end() == 0 and screen.sane()
 
 
 def test_without_a_terminal_there_is_one_sentence_and_exit_code_1(cli):

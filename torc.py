@@ -16691,6 +16691,9 @@ KEY_NAMES = {"KEY_UP": "Up", "KEY_DOWN": "Down", "KEY_LEFT": "Left", "KEY_RIGHT"
              "\x0c": "Ctrl-L", "\x15": "Ctrl-U", "\x1a": "Ctrl-Z"}
 
 
+ANSWER_S = 2.0                            # a terminal far away
+
+
 def require_terminal():
     """The curses module. Raises TorcError if this terminal cannot be drawn on."""
     try:
@@ -16702,16 +16705,38 @@ def require_terminal():
         if stream is None or not stream.isatty():
             raise TorcError(f"torc tui needs a terminal, and its {name} is none: `torc status` "
                             "and `torc jobs list` work without")
-    term = os.environ.get("TERM", "")
-    try:
-        curses.setupterm(term or "unknown", sys.stdout.fileno())
+    term, able = os.environ.get("TERM") or "unknown", None
+    with contextlib.suppress(curses.error):
+        try:
+            curses.setupterm(term)
+        except curses.error:              # of a type that this machine does not know
+            if not answers_like_xterm():
+                raise
+            os.environ["TERM"] = "xterm-256color"
+            curses.setupterm()
         able = curses.tigetstr("cup")
-    except curses.error:
-        able = None
     if not able:
-        raise TorcError(f"torc tui cannot draw on a terminal of type {term or 'unknown'!r}: say "
-                        "TERM=xterm or TERM=vt100 if it is one")
+        raise TorcError(f"torc tui cannot draw on a terminal of type {term!r}: set TERM="
+                        "xterm-256color or TERM=vt100 if it is like one")
     return curses
+
+
+def answers_like_xterm():
+    """Whether the terminal answers the question what it is (DA1, ECMA-48) as xterm and its
+    successors do."""
+    import select
+    import termios
+    import tty
+    fd, answer = sys.stdin.fileno(), b""
+    before = termios.tcgetattr(fd)
+    tty.setcbreak(fd)
+    try:
+        os.write(sys.stdout.fileno(), b"\x1b[c")
+        while not answer.endswith(b"c") and select.select([fd], [], [], ANSWER_S)[0]:
+            answer += os.read(fd, 99) or b"c"            # the terminal is gone
+    finally:
+        termios.tcsetattr(fd, termios.TCSANOW, before)
+    return b"\x1b[?" in answer
 
 
 class Canvas:
