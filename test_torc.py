@@ -6287,7 +6287,7 @@ def test_a_busy_port_does_not_give_a_traceback(tmp_path):
     (["--host", "no-such-host.invalid"], "the host name 'no-such-host.invalid' is unknown"),
     (["--host", "192.0.2.7"], "192.0.2.7 is not an address of this machine"),
     (["--database", "missing/x.db"], "database missing/x.db: No such file or directory"),
-    (["--log-dir", "file/log"], "log directory file/log: Not a directory"),
+    (["--log-dir", "file/log"], "file/log: Not a directory: name another --log-dir"),
     (["--log-level", "loud"], "invalid choice: 'loud'"),
 ])
 def test_what_the_user_got_wrong_is_one_line(tmp_path, words, message):
@@ -7115,6 +7115,64 @@ def test_a_server_goes_to_the_background_and_is_ended_again(background, tmp_path
     assert not (home / "torc-server.pid").exists() and not list((home / "servers").iterdir())
     assert background("status").returncode == 1
     assert "no server runs in the background" in background("stop").stderr
+
+
+@pytest.mark.slow
+def test_torc_home_moves_what_is_kept_for_the_user(background, tmp_path, cli, monkeypatch):
+    home = tmp_path / "moved"
+    monkeypatch.setenv("TORC_HOME", str(home))
+    assert background("run", "--daemon", "--port", 0, "--database", "a.db").returncode == 0
+    assert json.loads(background("status", "-f", "json").stdout)["database"] == str(tmp_path / "a.db")
+    dash = Dash(tmp_path, "--standalone", "--port", 0, "--server-host", "127.0.0.1")
+    dash.enter()
+    assert len(list((home / "servers").iterdir())) == 2 and dash.stop() == 0
+    (home / "hpc").mkdir()
+    (home / "hpc" / "blue.json").write_text('{"name": "blue", "partitions": []}')
+    assert "blue" in cli("hpc", "list", ok=0)[1]
+    unit = cli_json(cli, "server", "service", "install", "--user", "--dry-run")["unit"]
+    assert f'Environment="TORC_HOME={home}"' in unit and f"--database {home}/torc.db" in unit
+    assert torc.submission_environment(torc.Client("http://h"))["TORC_HOME"] == str(home)
+    assert background("stop").returncode == 0
+    assert {path.name for path in home.iterdir()} == {"servers", "logs", "dash", "hpc", "torc.db"}
+    assert not list(Path.home().iterdir())
+
+
+def test_what_needs_no_home_goes_on_without_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null")
+    with Server(tmp_path / "a.db").closing() as server:
+        for words in (["run", "--example", "hello"], ["ping", "--url", server.url], ["hpc", "list"]):
+            done = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+
+MOVE = "set TORC_HOME to a directory that you can write to, or "
+
+
+@pytest.mark.parametrize("words, place, advice", [
+    (["server", "run", "--daemon", "--port", "0"], "/dev/null/.torc", MOVE + "name another --pid-file"),
+    (["server", "run", "--daemon", "--port", "0", "--pid-file", "pid"], "/dev/null/.torc",
+     "name another --log-dir"),
+    (["server", "service", "install", "--user"], "/dev/null/.torc", MOVE + "name another --log-dir"),
+    (["dash", "--standalone", "--port", "0"], "/dev/null/.local", MOVE + "name a --database"),
+    (["dash", "--standalone", "--port", "0", "--database", "x.db"], "/dev/null/.torc",
+     MOVE + "use --auth-file"),
+    (["run", "--example", "hello", "-o", "/dev/null/x"], "/dev/null/x",
+     "name another --output-dir or --database"),
+    (["dash", "--url", "URL", "--socket", "/dev/null/x/s"], "/dev/null/x", "name another --socket")])
+def test_where_a_home_is_needed_one_sentence_says_what_helps(server, tmp_path, monkeypatch, words, place,
+                                                             advice):
+    monkeypatch.setenv("HOME", "/dev/null")
+    words = [server.url if word == "URL" else word for word in words]
+    done = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"torc: {place}: Not a directory: {advice}"
+
+
+def test_a_home_on_which_nothing_can_be_written_says_what_helps(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORC_HOME", str(tmp_path))
+    (tmp_path / "dash" / "password").mkdir(parents=True)
+    with pytest.raises(torc.Unreachable, match="cannot be written: .*: set TORC_HOME to a directory"):
+        torc.own_password(print)
 
 
 def test_a_killed_server_in_the_background_is_followed_by_another(background):

@@ -7218,6 +7218,7 @@ IDLE_S = 100.0                            # servers close idle connections after
 PAGE_SIZE = 10_000
 BUSY_PATIENCE_S = 15.0                    # while others guess passwords in our name
 PROXY_HINT = "is a Torc server there? the answer is not one of its"
+MOVE_HOME = "set TORC_HOME to a directory that you can write to"
 
 
 def user_name():
@@ -7232,14 +7233,33 @@ def user_name():
         return "unknown"
 
 
-def torc_home():
-    """Return the directory in the user's home where servers leave their notes."""
-    return os.path.join(os.path.expanduser("~"), ".torc")
+def torc_home(*names):
+    """Return a path in the directory for what is the user's own and of no workflow: TORC_HOME, by
+    default ~/.torc. It need not exist."""
+    home = os.path.expanduser(os.environ.get("TORC_HOME") or "~/.torc")
+    return os.path.abspath(os.path.join(home, *names))
+
+
+@contextlib.contextmanager
+def advising(advice):
+    """Say what helps where a file or directory cannot be written. Raises Unreachable."""
+    try:
+        yield
+    except OSError as error:
+        raise Unreachable(f"{error.filename}: {error.strerror}: {advice}") from None
+    except Unreachable as error:          # of write_private()
+        raise Unreachable(f"{error}: {advice}") from None
+
+
+def make_private(directory, advice="name another --output-dir"):
+    """Make a directory, unless it exists, that only this user can enter. Raises Unreachable."""
+    with advising(advice):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
 
 
 def server_note(server_id):
     """Return the path of the note in which a server says where it is (0600)."""
-    return os.path.join(torc_home(), "servers", f"{server_id}.json")
+    return torc_home("servers", f"{server_id}.json")
 
 
 def read_note(server_id):
@@ -7856,7 +7876,8 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
         if not create:
             raise Unreachable(f"there is no database {path} yet; torc run SPEC makes it, "
                               "--database names another, --url a server")
-        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+        make_private(os.path.dirname(os.path.abspath(path)),
+                     "name another --output-dir or --database")
     tell(f"using the local database {path}")
     return LocalClient(path)
 
@@ -10267,7 +10288,7 @@ def submission_environment(client):
     kept = {name: value for name, value in os.environ.items()
             if not name.startswith(("SLURM_", "TORC_")) or name == "SLURM_CONF"}
     given = {"TORC_USERNAME": client.user, "TORC_PASSWORD": client.password,
-             "TORC_COOKIE_HEADER": client.cookie}
+             "TORC_COOKIE_HEADER": client.cookie, "TORC_HOME": os.environ.get("TORC_HOME")}
     return {**kept, **{name: value for name, value in given.items() if value}}
 
 
@@ -10282,7 +10303,7 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
         request = request._replace(one_worker_per_node=(
             scheduler["nodes"] > 1 and not by_steps(workflow)
             and not needs_whole_nodes(client, workflow["id"])))
-    os.makedirs(request.output_dir, mode=0o700, exist_ok=True)
+    make_private(request.output_dir)
     words = worker_words(client, workflow, scheduler, request, number)
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
     if (client.password or client.cookie) and exports_nothing(scheduler, defaults):
@@ -11050,8 +11071,8 @@ def known_profiles():
 
     Raises TorcError for a file that is wrong.
     """
-    directory, own = os.path.expanduser("~/.torc/hpc"), {}
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    directory, own = torc_home("hpc"), {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         for name in sorted(os.listdir(directory)):
             if name.endswith(".json"):
                 profile = read_profile(os.path.join(directory, name))
@@ -11705,7 +11726,7 @@ class Started:
 
     def __init__(self, wanted, client, output_dir, name):
         import subprocess
-        os.makedirs(output_dir, mode=0o700, exist_ok=True)
+        make_private(output_dir)
         self.title, self.started = wanted.title, time.time()
         self.log = os.path.abspath(os.path.join(output_dir, f"{name}.log"))
         environment = {name: value for name, value in os.environ.items()
@@ -13107,7 +13128,7 @@ class Watcher:
         self.pause = 0.0                  # seconds between that request and the next
         self.ready_since = None           # when jobs became ready
         self.told = None
-        os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
+        make_private(args.output_dir)
         import socket
         self.log = os.path.join(args.output_dir,
                                 f"watch_{socket.gethostname()}_wf{self.workflow_id}.log")
@@ -13865,13 +13886,10 @@ def make_log(level, directory, as_json):
     logging.raiseExceptions = False       # a closed stderr must not disturb the server
     handlers = [logging.StreamHandler(quiet_stderr())]
     if directory:
-        try:
+        with advising("name another --log-dir"):
             os.makedirs(directory, exist_ok=True)
             handlers.append(logging.handlers.RotatingFileHandler(
                 os.path.join(directory, "torc-server.log"), maxBytes=10 * 2**20, backupCount=5))
-        except OSError as error:
-            raise Unreachable(f"log directory {directory}: {error.strerror}: name another with "
-                              "--log-dir") from None
     log = logging.getLogger("torc")
     log.handlers = []
     for handler in handlers:
@@ -13921,8 +13939,8 @@ def write_note(note):
     """Tell clients with the same home directory where this server is. Without write access to it
     they do without."""
     path = server_note(note["id"])
-    with contextlib.suppress(OSError, Unreachable):
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with contextlib.suppress(Unreachable):
+        make_private(os.path.dirname(path))
         write_private(path, compact(note))
 
 
@@ -13993,11 +14011,6 @@ class ServerProcess(NamedTuple):
     database: str
 
 
-def default_pid_file():
-    """Return the default of --pid-file."""
-    return os.path.join(torc_home(), "torc-server.pid")
-
-
 def running_server(pid_file):
     """Return the ServerProcess that a pid file names, None if it has exited. The first line is the
     pid, the second the server's note."""
@@ -14017,7 +14030,7 @@ def open_store(database):
     try:
         return Store(database, server=True)
     except Conflict as error:
-        folder, other = os.path.dirname(server_note("")), ""
+        folder, other = torc_home("servers"), ""
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
             note = read_note(name.rpartition(".")[0])
             if note.get("hostname") == socket.gethostname() and os.path.realpath(
@@ -14035,6 +14048,7 @@ def wait_for_end(pid, seconds):
     return process_start(pid) is None
 
 
+@advising(f"{MOVE_HOME}, or name another --pid-file")
 def lock_pid_file(path):
     """Lock a pid file until this process exits, and remove it then; return its descriptor.
     Raises Conflict if another server holds it."""
@@ -14072,7 +14086,7 @@ def go_to_background(args):
     Raises Conflict if the pid file names a server that runs.
     """
     import signal
-    args.log_dir = os.path.abspath(args.log_dir or os.path.join(torc_home(), "logs"))
+    args.log_dir = os.path.abspath(args.log_dir or torc_home("logs"))
     read_end, write_end = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -14084,7 +14098,7 @@ def go_to_background(args):
     os.close(read_end)
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    held = lock_pid_file(os.path.abspath(args.pid_file or default_pid_file()))
+    held = lock_pid_file(os.path.abspath(args.pid_file or torc_home("torc-server.pid")))
 
     def ready(note):
         os.truncate(held, 0)
@@ -14125,6 +14139,7 @@ After=network-online.target
 [Service]
 Type=simple
 ExecStart={command}
+Environment="TORC_HOME={directory}"
 WorkingDirectory={directory}
 Restart=on-failure
 RestartSec=5
@@ -14150,7 +14165,7 @@ def unit_text(words, directory, user):
 
 def unit_path(user):
     """Return the path of the unit."""
-    home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return os.path.join(home, "systemd", "user", UNIT_NAME) if user else \
         os.path.join("/etc/systemd/system", UNIT_NAME)
 
@@ -14604,6 +14619,7 @@ def private_socket(path):
         if trouble != errno.ECONNREFUSED:
             raise Unreachable(f"{path}: {os.strerror(trouble)}: name another --socket")
         os.unlink(path)                   # whoever made it is gone
+    make_private(os.path.dirname(os.path.abspath(path)), "name another --socket")
     made = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
@@ -17970,7 +17986,7 @@ def do_run(args, client):
 
     def plan(client, target, wishes):
         if not args.dry_run:              # before there is a workflow
-            os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
+            make_private(args.output_dir)
         return plan_run(client, target, wishes)
 
     if args.dry_run and not names_workflow(args):    # needs neither server nor database
@@ -19242,7 +19258,7 @@ def do_slurm_sacct(args, client):
         rows = [dict(zip(names, values)) for values in slurm_rows(
             len(names), "sacct", "-n", "-P", "-j", ",".join(map(str, ids)), "-o", ACCOUNT_FIELDS)]
     for number in ids if args.save_json else ():
-        os.makedirs(args.output_dir, mode=0o700, exist_ok=True)
+        make_private(args.output_dir)
         write_private(os.path.join(args.output_dir, f"sacct_{number}.json"),
                       slurm("sacct", "-j", number, "--json"))
     show_list(args, "steps", "step", ACCOUNT_COLUMNS, rows)
@@ -19567,7 +19583,7 @@ def hpc_generate(args, client):
         print(text)
         return
     write_whole(args.output, f"{text}\n".encode())
-    own = os.path.expanduser("~/.torc/hpc")
+    own = torc_home("hpc")
     used = os.path.dirname(os.path.abspath(args.output)) == own and args.output.endswith(".json")
     say(args, f"Wrote {args.output}: profile {name}, {plural(len(kept), 'partition')}, for hosts "
         f"like {hostname}" + ("" if used else f". Put it into {own} to use it"),
@@ -20249,12 +20265,12 @@ jobs:
 """
 
 
+@advising(f"{MOVE_HOME}, or use --auth-file")
 def own_password(say):
     """(password, file that keeps it for this user (0600), htpasswd file) of our own server."""
     import secrets
-    folder = os.path.join(torc_home(), "dash")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    path, users = os.path.join(folder, "password"), os.path.join(folder, "users")
+    os.makedirs(torc_home("dash"), mode=0o700, exist_ok=True)
+    path, users = torc_home("dash", "password"), torc_home("dash", "users")
     password = read_text(path)
     if not password or not os.path.exists(users):
         password = secrets.token_urlsafe(24)
@@ -20270,10 +20286,10 @@ def start_own_server(args, say):
     """(process, URL, password) of the server that `dash --standalone` starts. Raises Unreachable.
     """
     import subprocess
-    home = os.environ.get("XDG_DATA_HOME") or os.path.join(
-        os.path.expanduser("~"), ".local", "share")
-    database = args.database or os.path.join(home, "torc", "torc.db")
-    os.makedirs(os.path.dirname(os.path.abspath(database)), mode=0o700, exist_ok=True)
+    home = torc_home() if os.environ.get("TORC_HOME") else os.path.join(
+        os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "torc")
+    database = args.database or os.path.join(home, "torc.db")
+    make_private(os.path.dirname(os.path.abspath(database)), f"{MOVE_HOME}, or name a --database")
     password, note, users = None, None, args.auth_file and os.path.abspath(args.auth_file)
     if not users and not args.no_auth:
         password, note, users = own_password(say)
@@ -20602,7 +20618,7 @@ def do_server_stop(args, client):
     """Stop a server that runs in the background."""
     import signal
     import socket
-    path = args.pid_file or default_pid_file()
+    path = args.pid_file or torc_home("torc-server.pid")
     found = running_server(path)
     if not found:
         raise NotFound(f"no server runs in the background: {path} "
@@ -20620,7 +20636,7 @@ def do_server_stop(args, client):
 @command("server status", PID_FILE, client=False, example="torc server status")
 def do_server_status(args, client):
     """Show whether a server runs in the background, and where; exit code 1 if none does."""
-    found = running_server(args.pid_file or default_pid_file())
+    found = running_server(args.pid_file or torc_home("torc-server.pid"))
     if not found:
         say(args, "No server runs in the background", running=False)
         return 1
@@ -20684,7 +20700,7 @@ def do_service_install(args, client):
         say(args, f"# {path}\n{text}", path=path, unit=text, dry_run=True)
         return
     for directory in (home, args.log_dir):
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        make_private(directory, f"{MOVE_HOME}, or name another --log-dir")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_private(path, text)
     say(args, f"Wrote {path}", path=path, unit=text)
