@@ -11826,6 +11826,19 @@ def test_the_readmes_commands_for_clusters_do_what_they_say(cluster, number):
     assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
 
 
+def test_torc_client_gives_a_password_as_the_readme_says(tmp_path, passwords):
+    python = outside_python("torc.openapi_client")
+    [text] = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    with guarded(tmp_path / "x.db", passwords, "--require-auth").closing() as server:
+        text = re.sub(r'host=".*?"', f"host={server.url!r}", text)
+        done = subprocess.run([python, "-c", text], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "TORC_PASSWORD": ALICE}, timeout=60)
+        assert done.stdout == "1 []\n", done.stderr
+        client = torc.Client(server.url, "alice", ALICE)
+        assert [job["status"] for job in client.items("/jobs", workflow_id=1)] == ["ready", "blocked"]
+        client.close()
+
+
 def test_the_first_output_of_the_readme_is_real(shell):
     block = re.search(r"^```\n(.*?)^```", README, re.S | re.M)[1]
     commands = re.findall(r"^\$ (.*)$", block, re.M)
