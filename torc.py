@@ -20346,7 +20346,8 @@ def dash_addresses(args, port):
          --base-path PREFIX              at which a proxy shows it: /node/login1/{{port}}, or with
                                          its https://host in front; known in JupyterHub
          -a, --api-url URL               same as --url
-         --standalone                    start a server for as long as the dashboard runs
+         --standalone                    start a server for as long as the dashboard runs; TORC_HOME
+                                         says where it keeps its database
          --server-host NAME=0.0.0.0      of that server
          --server-port PORT=0            of that server
          --auth-file FILE=$TORC_AUTH_FILE  passwords for that server
@@ -20589,7 +20590,8 @@ SERVER_OPTIONS = f"""
 
 
 PID_FILE = """
-    --pid-file FILE  of a server in the background (default: ~/.torc/torc-server.pid)
+    --pid-file FILE  of a server in the background (default: ~/.torc/torc-server.pid; TORC_HOME moves
+                     ~/.torc)
     """
 DAEMON = ("--daemon  run in the background once it is ready", PID_FILE)
 
