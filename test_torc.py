@@ -7168,8 +7168,13 @@ def test_where_a_home_is_needed_one_sentence_says_what_helps(server, tmp_path, m
     assert done.stderr.splitlines()[-1] == f"torc: {place}: Not a directory: {advice}"
 
 
-def test_a_home_on_which_nothing_can_be_written_says_what_helps(tmp_path, monkeypatch):
+def test_a_home_on_which_nothing_can_be_written_says_what_helps(tmp_path, cli, monkeypatch):
     monkeypatch.setenv("TORC_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/dev/null/x")
+    assert cli("server", "service", "install", "--user", ok=1)[2] == (
+        "torc: /dev/null/x: Not a directory: torc server run --daemon needs no unit\n")
+    assert cli("bundle", "/dev/null/x/torc.pyz", ok=1)[2] == (
+        "torc: /dev/null/x/torc.pyz cannot be written: Not a directory\n")
     (tmp_path / "dash" / "password").mkdir(parents=True)
     with pytest.raises(torc.Unreachable, match="cannot be written: .*: set TORC_HOME to a directory"):
         torc.own_password(print)

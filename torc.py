@@ -19593,9 +19593,9 @@ def hpc_generate(args, client):
 def write_whole(path, data, executable=False):
     """Write bytes to a file atomically, creating its directory. Raises TorcError."""
     directory = os.path.dirname(os.path.abspath(path))
-    os.makedirs(directory, exist_ok=True)
     part = os.path.join(directory, f".{os.path.basename(path)}.{os.getpid()}")
     try:
+        os.makedirs(directory, exist_ok=True)
         with open(part, "wb") as file:
             file.write(data)
         if executable:
@@ -20703,7 +20703,7 @@ def do_service_install(args, client):
         return
     for directory in (home, args.log_dir):
         make_private(directory, f"{MOVE_HOME}, or name another --log-dir")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_private(os.path.dirname(path), "torc server run --daemon needs no unit")
     write_private(path, text)
     say(args, f"Wrote {path}", path=path, unit=text)
     service_step(args, "daemon-reload")
