@@ -20590,8 +20590,8 @@ SERVER_OPTIONS = f"""
 
 
 PID_FILE = """
-    --pid-file FILE  of a server in the background (default: ~/.torc/torc-server.pid; TORC_HOME moves
-                     ~/.torc)
+    --pid-file FILE  of a server in the background (default: ~/.torc/torc-server.pid; TORC_HOME
+                     moves ~/.torc)
     """
 DAEMON = ("--daemon  run in the background once it is ready", PID_FILE)
 
