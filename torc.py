@@ -4325,10 +4325,10 @@ def unfinished(store, workflow_id):
 
 
 def decision_text(ids):
-    """The commands that decide on failures that wait; "" if there are none."""
+    """How to decide on failures that wait; "" if there are none."""
     words = " ".join(map(str, ids))
-    return words and (f"torc jobs resolve {words} retry runs again what failed, torc jobs resolve "
-                      f"{words} fail lets the failure stand")
+    return words and ("`retry` runs again what failed, `fail` lets the failure stand: torc jobs "
+                      f"resolve {words} retry")
 
 
 def waiting_for(store, workflow_id):
@@ -5410,13 +5410,15 @@ def explain_job(store, job_id):
         answer["compute_node_id"] = job.compute_node_id
     for one in failed_jobs(store, "t.id = ?", (job_id, 1)):
         cause, advice, option = failure_remedy([one], exit_codes(store, job.workflow_id))
-        first = f"torc jobs update {job_id} {option} raises that" if option else \
-            f"torc logs {job_id} prints what it wrote"
-        then = decision_text([job_id]) if job.status == PENDING_FAILED else \
-            f"torc jobs retry {job_id} runs it again"
-        answer["next"] = f"{advice} {first}; {then}"
-        if option and cause != "unknown":
-            answer["next"] += f"; torc recover {job.workflow_id} does both for all such jobs"
+        update, retry = f"torc jobs update {job_id} {option}", f"torc jobs retry {job_id}"
+        then = f"To see what it wrote, before {retry}: torc logs {job_id}"
+        if job.status == PENDING_FAILED:
+            then = f"To decide, {decision_text([job_id])}"
+        elif option and cause == "unknown":
+            then = f"To raise that, before {retry}: {update}"
+        elif option:
+            then = f"{update}, then {retry}; for all such jobs: torc recover {job.workflow_id}"
+        answer["next"] = f"{advice} {then}"
     return answer
 
 
@@ -6787,8 +6789,8 @@ def add_member(request, store, group_id, body):
     if gate and user not in gate.file.users:
         member["warning"] = (
             f"the server's password file has no user {user!r:.80}"
-            f"{did_you_mean(user, gate.file.users)}: torc access-groups remove-user {group_id} "
-            f"{user} takes this back")
+            f"{did_you_mean(user, gate.file.users)}; to take this back: torc access-groups "
+            f"remove-user {group_id} {user}")
     return member
 
 
@@ -9693,9 +9695,6 @@ class Leaving:
             parts.append(f"\"{entry['job_name']}\" (job {entry['job_id']}) is {entry['status']}"
                          + (f" and {entry['dependents']} jobs wait for it" if entry["dependents"]
                             else ""))
-        parts += filter(None, [report.get("decision")])
-        if "uninitialized" in report["by_status"]:
-            parts.append(f"`torc workflows reinit {self.workflow_id}` starts what is new")
         if others:
             parts.append(f"{len(others)} other runners have made nothing ready for "
                          f"{self._patience_s()} s")
@@ -12047,9 +12046,8 @@ def stall_reasons(client, workflow_id):
     if not any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
         waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
                             for job in left["waiting"][:5])
-        trouble = (f"workflow {workflow_id} is stuck: it waits for "
-                   f"{waiting or 'nothing that will happen'}")
-        return ": ".join(filter(None, [trouble, left.get("decision")])), None
+        return (f"workflow {workflow_id} is stuck: it waits for "
+                f"{waiting or 'nothing that will happen'}"), None
     if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
         return None, None
     return None, (f"waiting, but no runner is active on workflow {workflow_id}: torc run "
@@ -12061,11 +12059,10 @@ def next_step(client, workflow_id):
     there is nothing to do."""
     counted = client.get(f"/workflows/{workflow_id}/counts")
     left = client.get(f"/workflows/{workflow_id}/unfinished")
-    undecided = [job["job_id"] for job in left["waiting"] if job["status"] == "pending_failed"]
     if counted["is_canceled"]:
         return restart_text(workflow_id)
-    if undecided:
-        return f"to decide what becomes of what failed: torc jobs resolve {undecided[0]} retry"
+    if left["decision"]:
+        return left["decision"]
     if counted["is_complete"]:
         bad = counted["failed"] + counted["canceled"] + counted["terminated"]
         return f"what failed, and why: torc failures {workflow_id}" if bad else ""
@@ -13179,7 +13176,9 @@ class Watcher:
         if self.args.auto_schedule:
             self.schedule(counted)
         elif not counted["is_complete"]:
-            hint = next(filter(None, stall_reasons(client, workflow_id)), None)
+            trouble, hint = stall_reasons(client, workflow_id)
+            if trouble:
+                hint = "; ".join(filter(None, [trouble, next_step(client, workflow_id)]))
             if hint and hint != self.told:
                 self.say(hint)
                 self.told = hint
@@ -18064,7 +18063,7 @@ def verdict(report):
     if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
         return "The workflow has not been started."
     if report["decision"] and not by_status["ready"] + by_status["running"]:
-        return f"The workflow waits for your decision{ending}: {report['decision']}"
+        return f"The workflow waits for your decision{ending}."
     if report["active_compute_nodes"]:
         return f"The workflow is in progress{ending}."
     queued = report["active_scheduled_nodes"] + report["pending_scheduled_nodes"]
