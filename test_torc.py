@@ -9337,6 +9337,43 @@ def test_the_other_programs_are_commands_of_this_one(monkeypatch, capsys):
     assert seen == [("127.0.0.1", 1), ("127.0.0.1", 2), ("127.0.0.1", 8080)]
 
 
+@pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])
+def test_letters_that_the_locale_lacks_fail_no_job(tmp_path, locale):
+    env = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if locale != "C":                     # not on every machine
+        made = shutil.which("localedef") and subprocess.run(
+            ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(tmp_path / locale)], capture_output=True)
+        if not made or made.returncode:
+            pytest.skip("localedef cannot make en_US.ISO-8859-1 here")
+        env["LOCPATH"] = str(tmp_path)
+
+    def run(*words, ok=0, **more):
+        done = subprocess.run([*COMMAND, *words], capture_output=True, cwd=tmp_path, env=env, **more)
+        assert done.returncode == ok, done.stderr
+        return done.stdout
+
+    (tmp_path / "in-\u6f22").write_text("x")
+    (tmp_path / "\u03bb.json").write_text(json.dumps({
+        "name": "\u03bb", "files": [{"name": "in", "path": "in-\u6f22"}, {"name": "out", "path": "\u03bb/\u6f22"}],
+        "actions": [{"trigger_type": "on_workflow_start", "action_type": "run_commands",
+                     "commands": ["mkdir ../\u03bb"]}],
+        "jobs": [{"name": "j\u03bb\u6f22\xe9", "command": "cat ${files.input.in} > ${files.output.out}; echo \u03bb;"
+                  " echo $TORC_JOB_NAME $LC_ALL ${PYTHONUTF8}"}]}, ensure_ascii=False), encoding="utf-8")
+    run("run", "\u03bb.json", "-o", "out\u6f22")
+    assert (tmp_path / "\u03bb" / "\u6f22").read_text() == "x"
+    database = "--database", "out\u6f22/torc.db"
+    logs = run("logs", "1", *database).decode()
+    assert logs.endswith(f"\u03bb\nj\u03bb\u6f22\xe9 {locale} 0\n")
+    assert rb"j\u03bb\u6f22" + (b"\xe9" if locale != "C" else rb"\xe9") in run("jobs", "list", "1", *database)
+    assert json.loads(run("-f", "json", "jobs", "get", "1", *database))["name"] == "j\u03bb\u6f22\xe9"
+    run("why", "1", *database)
+    if locale != "C":                     # what is typed, and a directory that is named in the locale's letters
+        run("workflows", "update", "1", "-n", b"\xe9", *database)
+        assert json.loads(run("workflows", "get", "1", "-f", "json", *database))["name"] == "\xe9"
+        os.mkdir(os.path.join(os.fsencode(tmp_path), b"\xe9"))
+        run("run", "--example", "hello", "-o", b"\xe9")
+
+
 def test_an_interrupt_is_130_and_a_closed_pipe_is_quiet(cli, monkeypatch):
     monkeypatch.setattr(torc, "execute", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli("ping")[0] == 130

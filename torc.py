@@ -20899,12 +20899,27 @@ def report_error(error, argv):
     return error.exit_code
 
 
+def ensure_utf8():
+    """Start this program anew with UTF-8 for arguments, environment and paths where the locale has
+    another encoding: the letters that it lacks would fail jobs. Stay where the directory or an
+    argument is in that encoding."""
+    if sys.getfilesystemencoding() == "utf-8" or "utf8" in sys._xoptions:
+        return
+    words = getattr(sys, "orig_argv", [*torc_command(), *sys.argv[1:]])      # since Python 3.10
+    with contextlib.suppress(OSError, UnicodeDecodeError, AttributeError):   # no directory, stdout
+        os.fsencode("".join([os.getcwd(), *words])).decode("utf-8")
+        os.execv(sys.executable, [        # options, since jobs would inherit a variable
+            sys.executable, "-X", "utf8", "-X", f"torc={sys.stdout.encoding}", *words[1:]])
+
+
 def main(argv=None):
     """Run a command line; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        ensure_utf8()
+        argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(AttributeError, ValueError):     # still in the locale's encoding
+            stream.reconfigure(encoding=sys._xoptions.get("torc"), errors="backslashreplace")
     try:
         try:
             return execute(argv)
@@ -20927,7 +20942,8 @@ def main(argv=None):
 def program(word):
     """Entry point of the program torc-WORD, which is `torc WORD`."""
     def run():
-        return main([word, *sys.argv[1:]])
+        sys.argv.insert(1, word)
+        return main()
     return run
 
 
