@@ -8381,6 +8381,16 @@ def test_long_json_lists_are_one_record_a_line(cli, local):
     assert len(json.loads(out)["jobs"]) == 1001 and out.count("\n") == 1003
 
 
+def test_tables_have_times_that_people_read_and_json_has_minutes(cli, local):
+    workflow_id, ids = make(local, {"a": [], "b": []})
+    end_jobs(local, workflow_id, ids, a=0, b=0)
+    local.put("/results/1", {"exec_time_minutes": 3.2})
+    lines = cli("results", "list", ok=0)[1].splitlines()
+    assert "Exec Time  " in lines[1] and "    3m12s  " in lines[3] and "      30s  " in lines[4]
+    assert cli_json(cli, "results", "list")["results"][0]["exec_time_minutes"] == 3.2
+    assert cli("results", "get", 1, ok=0)[1].count("3m12s") == 1
+
+
 # ---- which workflow
 
 def test_the_only_workflow_is_taken_and_named(cli, local):

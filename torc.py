@@ -13282,7 +13282,7 @@ COLUMNS = {                               # kind: "title=field width least, ..."
            " Priority=priority 8> 130, Command=command 50 160",
     "result": "ID=id 6>, Job ID=job_id 6> 140, Job Name=job_name, WF ID=workflow_id 5> 200,"
               " Run ID=run_id 6>, Attempt=attempt_id 7>, Return Code=return_code 11>,"
-              " Exec Time (min)=exec_time_minutes 15> 100, Peak Mem=peak_memory_bytes 9>,"
+              " Exec Time=exec_time_minutes 9> 100, Peak Mem=peak_memory_bytes 9>,"
               " Avg CPU %=avg_cpu_percent 9> 110, Completion Time=completion_time 15 120,"
               " Status=status 16, Node=compute_node_id 6> 140",
     "file": "ID=id 6>, Name=name 24, Path=path, Modified=st_mtime 12",
@@ -13318,7 +13318,9 @@ def read_columns(text):
 WRITTEN = {**dict.fromkeys(("peak_memory_bytes", "max_rss_bytes", "max_vm_size_bytes",
                             "max_disk_read_bytes", "max_disk_write_bytes"), format_bytes),
            **dict.fromkeys(("duration_seconds", "ran_s"), format_duration),
-           "exec_time_minutes": "{:.3f}".format, "avg_cpu_percent": "{:.1f}".format}
+           "exec_time_minutes": lambda minutes: format_duration(60 * minutes),
+           "memory_mb": lambda size: format_bytes(size * 2**20), "max_walltime_secs": slurm_time,
+           "avg_cpu_percent": "{:.1f}".format}
 TIMES = ("st_mtime", "timestamp", "executed_at", "start_time", "completion_time")
 
 
@@ -17514,7 +17516,8 @@ def table_lines(titles, rows):
         while sum(widths) > room and max(widths) > 8:        # the widest column shrinks first
             widths[widths.index(max(widths))] -= 1
         rows = [[shorten(text, width) for text, width in zip(row, widths)] for row in rows]
-    right = [all(re.fullmatch(r"-?[\d.]*%?", text) for text in column) for column in zip(*rows)]
+    right = [all(re.fullmatch(r"(-?[\d.]+(%|[\ddhms]*| [KMGT]?B))?", text) for text in column)
+             for column in zip(*rows)]
 
     def line(texts):
         cells = []
