@@ -4,9 +4,11 @@ from __future__ import annotations
 import ast
 import atexit
 import contextlib
+import csv
 import hashlib
 import http.client
 import http.server
+import io
 import json
 import math
 import os
@@ -8379,6 +8381,64 @@ def test_long_json_lists_are_one_record_a_line(cli, local):
     make(local, {f"j{number}": [] for number in range(1001)}, start=False)
     out = cli("-f", "json", "jobs", "list", 1, ok=0)[1]
     assert len(json.loads(out)["jobs"]) == 1001 and out.count("\n") == 1003
+
+
+def csv_rows(text):
+    """The records of CSV (RFC 4180), each as a dict."""
+    assert text.endswith("\r\n")
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def test_csv_is_the_whole_list_with_the_values_of_json(cli, local):
+    texts = ['a "b", c', "=1+2", "+x", "-y", "@z", "two\nlines", " \u03bb"]
+    payload = {"workflow": {"name": "w", "user": "tester"}, "jobs": [
+        {"name": f"j{number}", "command": text, "depends_on_job_ids": list(range(1, number))}
+        for number, text in enumerate(texts, 1)]}
+    local.post("/workflow_specs", payload)
+    rows = csv_rows(cli("-f", "csv", "jobs", "list", 1, "--include-relationships", ok=0)[1])
+    assert [row["command"] for row in rows] == texts
+    assert rows[2]["depends_on_job_ids"] == "[1,2]" and rows[0]["status"] == "uninitialized"
+    assert cli("jobs", "list", 1, "--format=csv", "-s", "failed", ok=0)[1] == \
+        "id,name,status,attempt_id,priority,command\r\n"
+    assert rows[0]["id"] == csv_rows(cli("jobs", "list", 1, "-f", "csv", "-x", "command", ok=0)[1])[0]["id"]
+
+
+def test_csv_has_bytes_minutes_and_nothing_for_what_is_absent(cli, local, monkeypatch):
+    workflow_id, ids = make(local, {"a": []})
+    end_jobs(local, workflow_id, ids, a=0)
+    row, = csv_rows(cli("results", "list", "-f", "csv", ok=0)[1])
+    assert (row["job_name"], row["exec_time_minutes"], row["peak_memory_bytes"]) == ("a", "0.5", "")
+    assert csv_rows(cli("compute-nodes", "list", "-f", "csv", ok=0)[1])[0]["is_active"] == "true"
+    (whole, _), (partition, *_) = (csv_rows(cli(*words, "-f", "csv", ok=0)[1]) for words in (
+        ("hpc", "list"), ("hpc", "partitions", "kestrel")))
+    assert whole["own"] == "false" and partition["memory_mb"] == "246064"
+    monkeypatch.setattr(torc, "show_record", lambda args, record: torc.write_csv(["x", "y"], [
+        {"x": math.nan}, {"x": 1e-7, "y": None}]))
+    assert cli("jobs", "get", 1, ok=0)[1] == "x,y\r\n,\r\n1e-07,\r\n"
+
+
+@pytest.mark.parametrize("name", sorted(torc.COMMANDS))
+def test_csv_is_for_lists_and_refused_before_anything_is_done(cli, local, monkeypatch, name):
+    prints_list = any(option.dest == "format" for option in torc.COMMANDS[name].options)
+    assert prints_list == bool(re.search(
+        r" list|job-dependencies|sacct|stats|partitions|match|plan-alloc|examples|failures|doctor", name))
+    if not prints_list:
+        called = []
+        monkeypatch.setitem(torc.COMMANDS, name, torc.COMMANDS[name]._replace(
+            function=lambda *args: called.append(name), texts=("[WORD...]",), client=False))
+        code, out, err = cli("-f", "csv", *name.split())
+        assert (code, out, called) == (2, "", []) and f"torc {name} has no csv, which is for lists alone: use -f json" in err
+
+
+def test_a_list_of_many_jobs_streams_as_csv(cli, local, monkeypatch):
+    make(local, {f"j{number}": [] for number in range(25)}, start=False)
+    monkeypatch.setattr(torc, "PAGE_SIZE", 10)
+    seen, get = [], torc.LocalClient.request
+    monkeypatch.setattr(torc.LocalClient, "request", lambda self, method, path, query=None, body=None: (
+        path == "/jobs" and seen.append(sys.stdout.getvalue().count("\n")), get(self, method, path, query, body))[1])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert torc.main(["jobs", "list", "1", "-f", "csv"]) == 0
+    assert seen == [0, 11, 21] and sys.stdout.getvalue().count("\n") == 26
 
 
 def test_tables_have_times_that_people_read_and_json_has_minutes(cli, local):

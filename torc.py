@@ -17271,20 +17271,24 @@ SHARE_PASSWORD = """
 WORKERS = (OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, SHARE_PASSWORD, POLL)
 
 
-PAGING = """
+LIST = """
+    -f, --format table|json|csv=table  how to print; csv: the table's columns, with the names and
+                                       values of json; a list in one of them is JSON
+    """
+PAGING = LIST + """
     -l, --limit NUMBER   at most this many
     --offset NUMBER=0    skip this many
     --sort-by FIELD      a field of the JSON output
     --reverse-sort       in descending order
     """
-SHORT_PAGING = """
+SHORT_PAGING = LIST + """
     -l, --limit NUMBER       at most this many
     -o, --offset NUMBER=0    skip this many
     -s, --sort-by FIELD      a field of the JSON output
     -r, --reverse-sort       in descending order
     """
 GLOBAL = read_options((f"""
-    -f, --format table|json=table   how to print
+    -f, --format table|json|csv=table  how to print; csv is for lists
     --database FILE                 work on this database file, without a server (TORC_DATABASE)
     --url URL                       work with this server, such as {DEFAULT_URL} (TORC_API_URL)
     --prompt-password               ask for the server's password; the environment's is
@@ -17393,7 +17397,10 @@ def parse_command(found, head, rest):
     parser = build_parser(found.name, found.options)
     # Intermixed, so that an optional WORKFLOW_ID may also follow the options.
     args.prog = parser.prog
-    return parser.parse_intermixed_args(rest, args)
+    args = parser.parse_intermixed_args(rest, args)
+    if args.format == "csv" and all(option.dest != "format" for option in found.options):
+        raise UsageError(f"torc {found.name} has no csv, which is for lists alone: use -f json")
+    return args
 
 
 def has_flag(words, short, long):
@@ -17552,12 +17559,32 @@ def print_json(value):
     print("{" + ",\n".join(parts) + "}")
 
 
+def write_csv(names, records):
+    """Print these fields of records as CSV (RFC 4180); what is absent or not a number is empty."""
+    import csv
+    write = csv.writer(sys.stdout).writerow
+    write(names)
+    for record in records:
+        write([compact(value) if isinstance(value, (bool, list, dict)) else
+               value if value == value else "" for value in map(record.get, names)])
+
+
 def show_list(args, key, noun, columns_text, records, place=None, without=()):
-    """Print records as JSON {key: [...]}, or as a table with heading and total.
+    """Print records as JSON {key: [...]}, as CSV, or as a table with heading and total.
 
     columns_text: a key of COLUMNS, or columns in that format. without: titles to leave out.
     place: where the records are from, if not from the command's workflow.
     """
+    always = {field.name for field in KINDS[columns_text].fields} if columns_text in KINDS else ()
+    columns = [column for column in read_columns(COLUMNS.get(columns_text, columns_text))
+               if column.title.lower() not in without]
+    if args.format == "csv":              # as they come: what the first has, others have too
+        records = iter(records)
+        first = list(itertools.islice(records, 1))
+        write_csv([column.field for column in columns if not always or any(
+            column.field in known for known in (always, *first))],
+            itertools.chain(first, records))
+        return
     records = list(records)
     if args.format == "json":
         print_json({key: records})
@@ -17569,11 +17596,8 @@ def show_list(args, key, noun, columns_text, records, place=None, without=()):
     if not records:
         print(f"No {heading} found{where}.")
         return
-    kind = KINDS.get(columns_text)
-    always = {field.name for field in kind.fields} if kind else ()
-    shown = [column for column in read_columns(COLUMNS.get(columns_text, columns_text))
-             if column.title.lower() not in without and (column.field in always or any(
-                 column.field in record for record in records))]
+    shown = [column for column in columns if column.field in always or any(
+        column.field in record for record in records)]
     print(f"{heading[0].upper()}{heading[1:]}{where}:")
     print("\n".join(record_lines(shown, records)))
     print(f"\nTotal: {plural(len(records), noun)}")
@@ -17996,7 +18020,7 @@ def do_run(args, client):
     return carry_out_start(args, plan, run)
 
 
-@command("examples", "[NAME]", client=False,
+@command("examples", "[NAME]", LIST, client=False,
          example="torc examples hello > hello.json")
 def do_examples(args, client):
     """List the built-in specifications, or print one."""
@@ -18561,12 +18585,7 @@ NOUNS = (
             --consumer-job-id JOB_ID
             --producer-job-id JOB_ID
             """,),
-         paging="""
-             -l, --limit NUMBER     at most this many
-             -o, --offset NUMBER=0  skip this many
-             --sort-by FIELD        a field of the JSON output
-             --reverse-sort         in descending order
-             """, before=refuse_foreign_user_data),
+         paging=SHORT_PAGING, before=refuse_foreign_user_data),
     Noun("results", "result", "get delete"),
     Noun("events", "event", "create get delete",
          create=("-d, --data JSON  (required)",)),
@@ -18671,19 +18690,13 @@ operation_command("reinitialize", WORKFLOW, FORCE_INPUTS, ask=False,
                   example="torc workflows reinit 3 --dry-run")
 
 
-@command("workflows list-actions", WORKFLOW, example="torc workflows list-actions 3")
+@command("workflows list-actions", WORKFLOW, LIST, example="torc workflows list-actions 3")
 def do_workflows_list_actions(args, client):
     """List a workflow's actions and their progress."""
-    records = client.get(f"/workflows/{args.workflow_id}/actions")
-    if args.format == "table":
-        for action in records:
-            triggered = action["trigger_count"] >= action["required_triggers"]
-            action["progress"] = f"{action['trigger_count']}/{action['required_triggers']}"
-            action["status"] = "Executed" if action["executed"] else \
-                "Pending" if triggered else "Waiting"
     show_list(args, "actions", "action", "ID=id, Trigger=trigger_type, Action=action_type,"
-              " Progress=progress, Status=status, Executed At=executed_at, Job IDs=job_ids",
-              records)
+              " Triggered=trigger_count, Of=required_triggers, Executed=executed,"
+              " Executed At=executed_at, Job IDs=job_ids",
+              client.get(f"/workflows/{args.workflow_id}/actions"))
 
 
 @command("workflows is-complete", WORKFLOW, example="torc workflows is-complete 3")
@@ -18776,9 +18789,10 @@ def do_jobs_create_from_file(args, client):
         workflow_id=workflow_id, jobs_created=len(made), job_ids=[job["id"] for job in made])
 
 
-# The last three appear with --include-relationships.
-JOB_COLUMNS = COLUMNS["job"] + ", Depends On=depends_on_job_ids, Input Files=input_file_ids," \
-                               " Output Files=output_file_ids"
+RELATED = ", Depends On=depends_on_job_ids, Input Files=input_file_ids," \
+          " Output Files=output_file_ids"
+JOB_COLUMNS = "ID=id, Name=name, Status=status, Attempt=attempt_id, Priority=priority," \
+              " Command=command"
 
 
 @command("jobs list", WORKFLOW, """
@@ -18791,11 +18805,12 @@ JOB_COLUMNS = COLUMNS["job"] + ", Depends On=depends_on_job_ids, Input Files=inp
 def do_jobs_list(args, client):
     """List the jobs of a workflow."""
     without = args.exclude or []
-    titles = [column.title.lower() for column in read_columns(JOB_COLUMNS)]
+    shown = JOB_COLUMNS + (RELATED if args.include_relationships else "")
+    titles = [column.title.lower() for column in read_columns(shown)]
     for column in without:
         if column.lower() not in titles:
             raise UsageError(f"the table has no column {column!r}{did_you_mean(column, titles)}")
-    show_list(args, "jobs", "job", JOB_COLUMNS, gather(args, client, "/jobs"),
+    show_list(args, "jobs", "job", shown, gather(args, client, "/jobs"),
               without=[column.lower() for column in without])
 
 
@@ -18858,7 +18873,7 @@ def jobs_with(args, client, key, records, columns_text):
 JOB_ID = "-j, --job-id JOB_ID  only this job"
 
 
-@command("jobs list-resource-requirements", WORKFLOW, JOB_ID,
+@command("jobs list-resource-requirements", WORKFLOW, JOB_ID, LIST,
          example="torc jobs list-resource-requirements 3")
 def do_jobs_list_requirements(args, client):
     """List what each job needs."""
@@ -18868,7 +18883,7 @@ def do_jobs_list_requirements(args, client):
               " GPUs=num_gpus, Nodes=num_nodes, Memory=memory, Runtime=runtime")
 
 
-@command("jobs list-failure-handlers", WORKFLOW, JOB_ID,
+@command("jobs list-failure-handlers", WORKFLOW, JOB_ID, LIST,
          example="torc jobs list-failure-handlers 3")
 def do_jobs_list_handlers(args, client):
     """List the failure handler of each job that has one."""
@@ -18893,7 +18908,7 @@ def list_of_some(name, place, table, summary):
     kind = KINDS[table]
     key = kind.path[1:]
 
-    @command(name, WORKFLOW, summary=summary, example=f"torc {name} 3")
+    @command(name, WORKFLOW, LIST, summary=summary, example=f"torc {name} 3")
     def list_some(args, client):
         ids = set(client.get(f"/workflows/{args.workflow_id}/{place}")[key])
         records = client.items(kind.path, workflow_id=args.workflow_id)
@@ -18973,17 +18988,18 @@ api_command("job-dependencies job-user-data",
          example="torc results list 3 --failed")
 def do_results_list(args, client):
     """List the results of jobs: return codes, times, memory."""
+    if args.include_logs and args.format == "csv":
+        raise UsageError("--include-logs prints JSON, not csv")
     # Results of a run that is given may have been superseded by later ones.
-    results = list(gather(args, client, "/results",
-                          args.failed and (lambda result: result["return_code"] != 0),
-                          all_runs=args.all_runs or args.run_id is not None))
+    results = gather(args, client, "/results",
+                     args.failed and (lambda result: result["return_code"] != 0),
+                     all_runs=args.all_runs or args.run_id is not None)
     if args.include_logs:
-        print_json(log_report(args, client, results))
+        print_json(log_report(args, client, list(results)))
         return
-    if args.format == "table" and results:
-        jobs = jobs_of(args, client)
-        for result in results:
-            result["job_name"] = jobs[result["job_id"]]["name"]
+    if args.format != "json":
+        names = {job_id: job["name"] for job_id, job in jobs_of(args, client).items()}
+        results = ({**result, "job_name": names.get(result["job_id"])} for result in results)
     show_list(args, "results", "result", "result", results)
 
 
@@ -19155,7 +19171,7 @@ def urls_for_workers(urls, how):
 @command("doctor", """
          --from-compute       look from a compute node, too (a Slurm job of a few seconds)
          --srun-options TEXT  as in '--partition=debug --account=a'
-         """, OUTPUT_DIR, """
+         """, OUTPUT_DIR, LIST, """
          --token TOKEN  hidden
          --at URL...    hidden
          """,
@@ -19170,10 +19186,10 @@ def do_doctor(args, client):
         away = [url for url in urls if not is_loopback(split_url(url)[1])]
         checks += check_from_compute(args, away or urls_for_workers(urls, how))
     failed = any(check.verdict == "fail" for check in checks)
+    records = [check._asdict() for check in dict.fromkeys(checks)]
     if args.format == "json":
-        print_json({"checks": [check._asdict() for check in checks], "ok": not failed})
+        print_json({"checks": records, "ok": not failed})
     else:
-        records = [check._asdict() for check in dict.fromkeys(checks)]
         show_list(args, "checks", "check", "Host=place, What=check, Verdict=verdict, Detail=detail,"
                   " Next Step=next_step", records)
     return 1 if failed else 0
@@ -19228,15 +19244,15 @@ def do_slurm_schedule(args, client):
     say(args, submitted(len(ids), ids), workflow_id=args.workflow_id, slurm_jobs=ids)
 
 
-@command("slurm stats", WORKFLOW, JOB_ID, """
-         --run-id NUMBER
-         --attempt-id NUMBER
-         """, example="torc slurm stats 3")
-def do_slurm_stats(args, client):
-    """List Slurm's accounting records of jobs that ran as steps of srun."""
-    show_list(args, "slurm_stats", "record", "slurm_stats",
-              client.items("/slurm_stats", workflow_id=args.workflow_id, job_id=args.job_id,
-                           run_id=args.run_id, attempt_id=args.attempt_id))
+api_command("slurm stats", "GET /slurm_stats",
+            WORKFLOW, JOB_ID, """
+            --run-id NUMBER
+            --attempt-id NUMBER
+            """, PAGING,
+            summary="List Slurm's accounting records of jobs that ran as steps of srun.",
+            noun="record",
+            columns="slurm_stats",
+            example="torc slurm stats 3")
 
 
 ACCOUNT_COLUMNS = ("Slurm Job=slurm_job, Job Step=job_step, State=state, Exit Code=exit_code,"
@@ -19247,7 +19263,7 @@ ACCOUNT_FIELDS = "JobIDRaw,JobName,State,ExitCode,Elapsed,MaxRSS,CPUTime,NodeLis
 @command("slurm sacct", WORKFLOW, f"""
          -o, --output-dir DIR={DEFAULT_OUTPUT_DIR}  for --save-json
          --save-json                     keep sacct's own JSON of each allocation
-         """,
+         """, LIST,
          example="torc slurm sacct 3")
 def do_slurm_sacct(args, client):
     """Show Slurm's accounting of a workflow's allocations and their steps."""
@@ -19455,30 +19471,13 @@ def do_watch(args, client):
 # ---- HPC profiles
 
 PROFILE_NAME = "[NAME]  a profile: torc hpc list; default: the one of this machine"
-PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory, Walltime=walltime,"
-                     " GPUs=gpus, Nodes=nodes, Shared=shared,"
-                     " On Request=requires_explicit_request, Best=best")
+PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory_mb, Walltime=max_walltime_secs,"
+                     " GPUs=gpus_per_node, GPU Type=gpu_type, Min Nodes=min_nodes,"
+                     " Max Nodes=max_nodes, Shared=shared, On Request=requires_explicit_request,"
+                     " Best=best")
 
 
-def partition_texts(one):
-    """What the table shows for a Partition in place of its numbers."""
-    return {"gpus": f"{one.gpus_per_node} {one.gpu_type or ''}" if one.gpus_per_node else "",
-            "memory": "" if one.memory_mb is None else format_bytes(one.memory_mb * 2**20),
-            "walltime": "" if one.max_walltime_secs is None else slurm_time(one.max_walltime_secs),
-            "nodes": f"{one.min_nodes or 1}-{one.most_nodes or ''}"}
-
-
-def show_partitions(args, profile, partitions, **more):
-    """Print Partitions. more: {name: function of a Partition} for additional fields."""
-    rows = [{**one._asdict(), **{name: value(one) for name, value in more.items()}}
-            for one in partitions]
-    if args.format == "table":
-        for row, one in zip(rows, partitions):
-            row.update(partition_texts(one))
-    show_list(args, "partitions", "partition", PARTITION_COLUMNS, rows, profile.name)
-
-
-@command("hpc list", client=False, example="torc hpc list")
+@command("hpc list", LIST, client=False, example="torc hpc list")
 def hpc_list(args, client):
     """List the profiles of HPC systems: your own in ~/.torc/hpc and the built-in ones."""
     profiles = known_profiles()
@@ -19489,7 +19488,7 @@ def hpc_list(args, client):
                    "partitions": len({part.name for part in one.partitions}),
                    "own": one is not BUILT_IN_PROFILES.get(one.name), "detected": one is here}
                   for one in profiles.values()])
-    if args.format != "json":
+    if args.format == "table":
         print(f"Any other cluster: --profile {DYNAMIC_PROFILE} asks its own Slurm.")
 
 
@@ -19519,23 +19518,23 @@ def hpc_show(args, client):
         return
     signs = [f"{sign.name}={sign.value}" if sign.type == "env" else f"{sign.type} {sign.value}"
              for sign in profile.detection]
-    fields = {**profile._asdict(), "detection": " or ".join(signs), **profile.metadata}
-    del fields["metadata"], fields["partitions"]         # shown after the other fields
-    fields["partitions"] = ", ".join(dict.fromkeys(one.name for one in profile.partitions))
+    fields = {**profile._asdict(), **profile.metadata, "metadata": "",
+              "detection": " or ".join(signs),
+              "partitions": ", ".join(dict.fromkeys(one.name for one in profile.partitions))}
     show_record(args, {name: value for name, value in fields.items() if value not in (None, "")})
 
 
 @command("hpc partitions", PROFILE_NAME, """
          --gpu     only those with GPUs
          --shared  only those whose nodes are shared
-         """,
+         """, LIST,
          client=False, example="torc hpc partitions kestrel --gpu")
 def hpc_partitions(args, client):
     """List a system's partitions: what their nodes have, and the limits for jobs."""
     profile = find_profile(args.name)
-    show_partitions(args, profile, [
-        one for one in profile.partitions
-        if (one.gpus_per_node or not args.gpu) and (one.shared or not args.shared)])
+    show_list(args, "partitions", "partition", PARTITION_COLUMNS, [
+        one._asdict() for one in profile.partitions
+        if (one.gpus_per_node or not args.gpu) and (one.shared or not args.shared)], profile.name)
 
 
 @command("hpc match", PROFILE_NAME, """
@@ -19544,7 +19543,7 @@ def hpc_partitions(args, client):
          --walltime TIME=0  04:00:00, 1-12:00:00 or PT4H
          --gpus NUMBER=0    on a node
          --nodes N=1
-         """,
+         """, LIST,
          client=False, example="torc hpc match kestrel --cpus 52 --memory 100g --walltime 06:00:00")
 def hpc_match(args, client):
     """List the partitions that fit a job, best first."""
@@ -19555,7 +19554,8 @@ def hpc_match(args, client):
     best = best_partition(profile, need, walltime)
     if not found:
         raise TorcError(why_no_partition(profile, need, walltime))
-    show_partitions(args, profile, found, best=lambda one: one is best)
+    show_list(args, "partitions", "partition", PARTITION_COLUMNS, [
+        {**one._asdict(), "best": one is best} for one in found], profile.name)
 
 
 @command("hpc generate", """
@@ -19733,7 +19733,7 @@ def predicted_start(scheduler):
 @command("slurm plan-allocations", PLANNING, """
          --offline         do not contact the cluster
          --skip-test-only  do not ask Slurm when they would start
-         """,
+         """, LIST,
          client=False, example="torc slurm plan-allocations workflow.yaml --profile kestrel "
          "--offline")
 def slurm_plan_allocations(args, client):
@@ -19845,8 +19845,8 @@ def do_htpasswd_remove(args, client):
     after_change(args, f"Removed {args.user} from {args.file}")
 
 
-@command("htpasswd list", PASSWORD_FILE, client=False,
-         example="torc htpasswd list --file users.htpasswd")
+@command("htpasswd list", PASSWORD_FILE, "--format table|json|csv=table  how to print",
+         client=False, example="torc htpasswd list --file users.htpasswd")
 def do_htpasswd_list(args, client):
     """List the users of a password file."""
     records = [{"user": user, "hash": next(name for start, name in HASHES.items()
@@ -19937,14 +19937,14 @@ def do_group_remove_user(args, client):
     say(args, f"Removed {args.user_name} from access group {args.group_id}", **member)
 
 
-@command("access-groups list-members", GROUP_ID, example="torc access-groups list-members 2")
+@command("access-groups list-members", GROUP_ID, LIST, example="torc access-groups list-members 2")
 def do_group_members(args, client):
     """List the users in a group."""
     show_list(args, "members", "member", MEMBER_COLUMNS,
               client.items(f"/access_groups/{args.group_id}/members"))
 
 
-@command("access-groups list-user-groups", USER_NAME,
+@command("access-groups list-user-groups", USER_NAME, LIST,
          example="torc access-groups list-user-groups bob")
 def do_user_groups(args, client):
     """List the groups a user belongs to."""
@@ -19952,7 +19952,7 @@ def do_user_groups(args, client):
               client.items(f"/users/{args.user_name}/groups"))
 
 
-@command("access-groups list-workflow-groups", WORKFLOW,
+@command("access-groups list-workflow-groups", WORKFLOW, LIST,
          example="torc access-groups list-workflow-groups 3")
 def do_workflow_groups(args, client):
     """List the groups a workflow is shared with."""
