@@ -9259,6 +9259,37 @@ def test_reset_status_of_failures_takes_along_what_they_canceled(cli, local):
     assert set(statuses(local, 1).values()) == {"uninitialized"}
 
 
+def test_run_failed_resets_and_runs_in_one(cli, tmp_path):
+    spec = write_spec(tmp_path, {"a": "test -e good", "b": {"command": "true", "depends_on": ["a"]}, "c": "true"})
+    cli("run", spec, ok=1)
+    plan = cli_json(cli, "run", 1, "--failed", "--dry-run")
+    assert {job["job_name"]: job["reason"] for job in plan["jobs"]} == {"a": "it failed", "b": "it was canceled"}
+    assert "  a (failed): it failed\n" in cli("run", 1, "--failed", "--dry-run", ok=0)[1]
+    assert cli_json(cli, "status")["jobs_by_status"]["failed"] == 1
+    (tmp_path / "good").touch()
+    _, _, err = cli("run", 1, "--failed", ok=0)
+    assert "torc: reset 2 jobs\n" in err and "have ended before" not in err
+    assert len(cli_json(cli, "results", "list", "--all-runs")["results"]) == 4
+    code, _, err = cli("run", 1, "--failed")
+    assert code == 1 and "No job of workflow 1 has failed, so none is reset" in err
+    for more in ((), ("--dry-run",)):
+        code, _, err = cli("run", spec, "--failed", *more)
+        assert code == 2 and "--failed runs the failed jobs of an existing workflow: name its id" in err
+    assert len(cli_json(cli, "workflows", "list")["workflows"]) == 1
+
+
+def test_run_failed_restarts_what_was_canceled_but_not_beside_a_runner(cli, local):
+    workflow_id, ids = make(local, {"a": [], "b": ["a"]})
+    node = end_jobs(local, workflow_id, ids, a=1)
+    code, _, err = cli("run", 1, "--failed")
+    assert code == 1 and "a runner works on workflow 1, on here: torc wait 1 waits for it" in err
+    assert statuses(local, 1)["a"] == "failed"
+    local.put(f"/compute_nodes/{node}", {"is_active": False})
+    cli("cancel", 1, ok=0)
+    cli("run", 1, "--failed", ok=0)
+    assert statuses(local, 1) == {"a": "completed", "b": "completed"}
+
+
 @pytest.mark.parametrize("words", ["reset-status 1 --no-prompts", "reset-status 1 --dry-run",
                                    "reset-status 1 -r --no-prompts", "reinit 1"])
 def test_a_workflow_at_work_is_not_half_reset(cli, local, words):

@@ -11664,7 +11664,7 @@ class Wishes(NamedTuple):
     include_results: bool = False         # in an export
     include_events: bool = False
     output: str | None = None             # file of an export
-    failed_only: bool | None = None       # of a reset: of failed jobs, of all; None: lets choose
+    failed_only: bool | None = None       # of a reset or run: failed jobs, all; None: lets choose
     reinitialize: bool = True             # of a reset: the jobs are ready then
     only: bool = False                    # of a retry: without what depends on the jobs
     decision: str | None = None           # on failures: retry or fail; None: lets choose
@@ -12661,7 +12661,7 @@ def plan_start(client, target, wishes):
             "them, so no workflow was created")
     owner = client.get(f"/workflows/{target}")["user"]
     counted = client.get(f"/workflows/{target}/counts")
-    if counted["is_canceled"]:
+    if counted["is_canceled"] and not wishes.failed_only:                # which are reset first
         raise Invalid(restart_text(target))
     lines, consent = (), ()
     if owner != client.user:
@@ -12686,8 +12686,10 @@ def plan_run(client, target, wishes):
     target: its id, or the Spec of a new one.
     """
     plan = plan_start(client, target, wishes)
-    steps, hosts = [], []
+    steps, hosts, reset = [], [], Plan("")
     if isinstance(target, Spec):
+        if wishes.failed_only:
+            raise UsageError("--failed runs the failed jobs of an existing workflow: name its id")
         name = f'"{target.payload["workflow"]["name"]}"'
     else:
         name = target
@@ -12699,13 +12701,23 @@ def plan_run(client, target, wishes):
             steps = [f"all jobs of workflow {target} have ended before: {hint}"]
         hosts = [node["hostname"] for node in client.items(
             "/compute_nodes", workflow_id=target, is_active=True) if not local_evidence(node)]
-    lines = [*plan.lines, *steps]
+        if wishes.failed_only:
+            if hosts:
+                raise Invalid(f"a runner works on workflow {target}, on {join_names(hosts)}; to "
+                              f"wait for it: torc wait {target}")
+            reset = plan_reset(client, target, wishes)
+            if not reset.choices:
+                raise Invalid(reset.title)
+            steps = [reset.choices[0].verb]
+    lines = [*plan.lines, *steps, *reset.lines]
     if hosts:
         lines.append(f"{plural(len(hosts), 'runner')} {'works' if len(hosts) == 1 else 'work'} on "
                      f"it already, on {', '.join(dict.fromkeys(hosts))}; another one shares the "
                      "ready jobs.")
 
     def do(client):
+        for choice in reset.choices:
+            choice.do(client)
         made = plan.choices[0].do(client)
         workflow_id, owner = made.data["workflow_id"], made.data.get("user", client.user)
         return Start(f"run of workflow {workflow_id}", (
@@ -12713,7 +12725,8 @@ def plan_run(client, target, wishes):
             workflow_id, (*steps, made.sentence))
 
     return plan._replace(title=f"Run workflow {name} here", lines=tuple(lines), strict=False,
-                         choices=(Choice("y", "run it", do),), sure=not lines)
+                         choices=(Choice("y", "run it", do),), sure=not lines,
+                         data={**plan.data, **reset.data}, obstacle=plan.obstacle or reset.obstacle)
 
 
 def plan_watch(client, workflow_id, wishes):
@@ -17971,8 +17984,9 @@ def carry_out_start(args, make_plan, start=None):
 
 
 @command("run", SPEC, SPEC_OPTIONS, """
-         --max-parallel-jobs N  run at most this many at a time, whatever they need
-         --num-cpus N           default: those of this machine
+         --failed -> failed_only    reset what failed or was canceled, and what depends on it, first
+         -j, --max-parallel-jobs N  run at most this many at a time, whatever they need
+         --num-cpus N               default: those of this machine
          --memory-gb GB
          --num-gpus NUMBER
          """, OUTPUT_DIR, """
