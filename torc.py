@@ -4717,8 +4717,10 @@ def runners_text(nodes):
     return f"{len(nodes)} on {where}, {plural(sum(one.cpus for one in nodes), 'CPU')}"
 
 
-def summary(store, workflow_id, now):
-    """Everything that the overview of a workflow shows."""
+def summary(store, workflow_id, now, totals=False):
+    """Everything that the overview of a workflow shows. totals: look at each result, for all
+    failures and, in seconds, the run times of all jobs and the time from first start to last end.
+    """
     workflow_row(store, workflow_id, "id")           # NotFound if it was just deleted
     answer = progress(store, [workflow_id])[workflow_id]
     counted, total = answer["counts"], answer["total"]
@@ -4734,11 +4736,19 @@ def summary(store, workflow_id, now):
         ("uninitialized", "not initialized yet"), ("disabled", "disabled, will not run"))
         if counted.get(status)]
     answer.update(pace(store, workflow_id, answer["run_id"], now))
+    if totals:
+        answer["ran_s"], answer["wall_s"] = store.one("""
+            SELECT total(max(end_ms - start_ms, 0)) / 1000,
+                coalesce(max(end_ms) - min(start_ms), 0) / 1000.0
+            FROM job j
+            JOIN result r ON r.id = j.result_id
+            WHERE j.workflow_id = ?""", (workflow_id,))
     left = total - answer["done"]
     longest = job_ids(store, f"workflow_id = ? AND status = {RUNNING} ORDER BY started_ms, id"
                       " LIMIT 5", (workflow_id,))
     failed = any(counted.get(name) for name in ("failed", "terminated", "pending_failed"))
-    groups = failures(store, workflow_id, most=1000)["groups"] if failed else []
+    most = MAX_LIMIT if totals else 1000
+    groups = failures(store, workflow_id, most)["groups"] if failed else []
     return {**answer, "left_s": round(60 * left / answer["rate"]) if answer["rate"] and left
             and nodes else None, "runners": len(nodes), "runners_text": runners_text(nodes),
             "waiting": [{"count": number, "status": status, "why": why_text}
@@ -6978,7 +6988,7 @@ ROUTES = (
     route("GET /workflows/<workflow>/events/stream", stream_events, 'level str = "info"',
           who=PERSON),
     route("GET /workflows/<workflow>/unfinished", unfinished),
-    route("GET /workflows/<workflow>/summary", summary),
+    route("GET /workflows/<workflow>/summary", summary, "totals bool = false"),
     route("GET /workflows/<workflow>/graph", graph, "around int, data bool = false"),
     route("GET /workflows/<workflow>/failures", failures, "group str"),
     route("GET /workflows/<workflow>/timeline", timeline,
@@ -18046,17 +18056,6 @@ def do_examples(args, client):
     show_list(args, "examples", "example", "Name=name, Description=description", records)
 
 
-def run_times(results):
-    """Return (sum of run times, time from first start to last end) in seconds."""
-    total, first, last = 0.0, math.inf, -math.inf
-    for result in results:
-        total += max(0.0, result["exec_time_minutes"] * 60)
-        with contextlib.suppress(ValueError):        # another server's may be in any form
-            times = result_times(result)
-            first, last = min(first, times["start_ms"]), max(last, times["end_ms"])
-    return total, max(0.0, last - first) / 1000
-
-
 SILENT_AFTER_S = 75.0                     # a runner silent for longer is not counted as active
 
 
@@ -18064,7 +18063,8 @@ def workflow_report(client, workflow_id):
     """Collect what `torc status` reports, as JSON."""
     workflow = client.get(f"/workflows/{workflow_id}")
     counted = client.get(f"/workflows/{workflow_id}/counts")
-    total, wall = run_times(client.items("/results", workflow_id=workflow_id))
+    summed = client.get(f"/workflows/{workflow_id}/summary", totals=True)
+    total, wall = summed["ran_s"], summed["wall_s"]
     left = client.get(f"/workflows/{workflow_id}/unfinished")
     active = left["active_nodes"]
     dead = [node for node in active if local_evidence(node)]
@@ -18089,7 +18089,8 @@ def workflow_report(client, workflow_id):
         "pending_scheduled_nodes": nodes["pending"],
         "is_complete": counted["is_complete"],
         "is_canceled": counted["is_canceled"],
-        "decision": left.get("decision", "")}
+        "decision": left.get("decision", ""),
+        "failures": summed["failures"]}
 
 
 def verdict(report):
