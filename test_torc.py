@@ -9290,6 +9290,24 @@ def test_run_failed_restarts_what_was_canceled_but_not_beside_a_runner(cli, loca
     assert statuses(local, 1) == {"a": "completed", "b": "completed"}
 
 
+def test_failures_are_listed_by_cause_with_their_jobs(cli, local):
+    workflow_id, ids = make(local, {**{f"j{number:02d}": [] for number in range(13)}, "memory": [], "fine": []})
+    assert cli("failures", ok=0)[1] == "No job of workflow 1 has failed.\n"
+    end_jobs(local, workflow_id, ids, fine=0, **{f"j{number:02d}": 3 for number in range(13)})
+    assert "Failures by cause (torc failures 1):\n  13 jobs: exit 3\n" in cli("status", ok=0)[1]
+    assert cli_json(cli, "status")["failures"] == [{"count": 13, "cause": "exit 3", "line": ""}]
+    lines = cli("failures", ok=0)[1].splitlines()
+    assert lines[:2] == ["13 jobs failed: exit 3", "  They fail alike: look at one before rerunning them."]
+    assert lines[2].startswith('  "j12 (job 13)", "j11 (job 12)"') and lines[2].endswith('"j03 (job 4)" and 3 more')
+    assert lines[3] == "torc run 1 --failed runs them again"
+    group, = cli_json(cli, "failures")["groups"]
+    assert len(group["jobs"]) == group["count"] == 13
+    rows = csv_rows(cli("failures", "-f", "csv", ok=0)[1])
+    assert len(rows) == 13 and (rows[12]["job_name"], rows[12]["cause"]) == ("j00", "exit 3")
+    end_jobs(local, workflow_id, ids, memory=137)
+    assert "torc recover 1 runs them again with more memory or time" in cli("failures", ok=0)[1]
+
+
 @pytest.mark.parametrize("words", ["reset-status 1 --no-prompts", "reset-status 1 --dry-run",
                                    "reset-status 1 -r --no-prompts", "reinit 1"])
 def test_a_workflow_at_work_is_not_half_reset(cli, local, words):

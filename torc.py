@@ -5007,11 +5007,11 @@ def failed_jobs(store, where, params):
         LIMIT ?""", params)]
 
 
-def failures(store, workflow_id, most=5000, group=None):
+def failures(store, workflow_id, most=5000, group=None, jobs=3):
     """Jobs that ended unsuccessfully, grouped by cause: exit and last line of stderr.
 
     most: how many of the latest are examined. group: id of the only group wanted, with all its job
-    ids.
+    ids. jobs: how many of each group are named.
     """
     codes = exit_codes(store, workflow_id)
     total, downstream = store.one(f"""
@@ -5020,7 +5020,7 @@ def failures(store, workflow_id, most=5000, group=None):
             (SELECT total(cascaded) FROM job WHERE workflow_id = ? AND status = {CANCELED})""",
         (workflow_id, workflow_id))
     groups, answer = {}, []
-    rows = failed_jobs(store, "t.workflow_id = ?", (workflow_id, most))
+    rows = failed_jobs(store, "t.workflow_id = ?", (workflow_id, max(most, jobs)))
     for one in rows:
         line = one.tail.strip().rpartition("\n")[2].strip()[-300:]
         key = one.status, one.code, re.sub(r"\d+", "#", line)
@@ -5028,7 +5028,7 @@ def failures(store, workflow_id, most=5000, group=None):
     for key, members in groups.items():
         group_id = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
         if group in (None, group_id):
-            answer.append({"id": group_id, **failure_group(store, members, codes)})
+            answer.append({"id": group_id, **failure_group(store, members, codes, jobs)})
             if group:
                 answer[-1]["job_ids"] = sorted(one.job_id for one, _ in members)
     answer.sort(key=lambda one: (-one["count"], one["first_ms"] or 0))
@@ -5036,8 +5036,14 @@ def failures(store, workflow_id, most=5000, group=None):
             "looked_at": len(rows)}
 
 
-def failure_group(store, members, codes):
-    """The description of jobs that failed the same way. members: [(Failure, last line), ...]."""
+def failure_text(group):
+    """How the jobs of a group failed: "exit 137, out of memory: what stderr said last"."""
+    return ": ".join(filter(None, [group["cause"], group["line"]]))
+
+
+def failure_group(store, members, codes, most):
+    """The description of jobs that failed the same way, with the names of the latest `most`.
+    members: [(Failure, last line), ...]."""
     jobs = [one for one, _ in members]
     first, line = members[-1]             # they come with the latest first
     families = list(dict.fromkeys(family_name(one.name) for one in jobs))
@@ -5051,8 +5057,8 @@ def failure_group(store, members, codes):
             else "there is no result", "verdict": verdict, "advice": advice,
             "family": join_names(families), "first_ms": min(ended, default=None),
             "last_ms": max(ended, default=None),
-            "hosts": join_names(hosts) or "no node",
-            "jobs": [{"id": one.job_id, "name": one.name} for one in jobs[:3]],
+            "hosts": f"{len(hosts)} nodes" if len(hosts) > 3 else join_names(hosts) if hosts
+            else "no node", "jobs": [{"id": one.job_id, "name": one.name} for one in jobs[:most]],
             "tail": tail}
 
 
@@ -6990,7 +6996,7 @@ ROUTES = (
     route("GET /workflows/<workflow>/unfinished", unfinished),
     route("GET /workflows/<workflow>/summary", summary, "totals bool = false"),
     route("GET /workflows/<workflow>/graph", graph, "around int, data bool = false"),
-    route("GET /workflows/<workflow>/failures", failures, "group str"),
+    route("GET /workflows/<workflow>/failures", failures, "group str, jobs int = 3"),
     route("GET /workflows/<workflow>/timeline", timeline,
           "from float as begin, to float as end, bins int = 300, jobs bool = true"),
     route("GET /workflows/<workflow>/usage", usage,
@@ -11844,7 +11850,7 @@ def named(texts):
     """The first few strings in quotes, and how many more there are."""
     quoted = ", ".join(f'"{text}"' for text in texts[:MAX_NAMED])
     more = len(texts) - MAX_NAMED
-    return quoted + (f" and {more} more" if more > 0 else "")
+    return quoted + (f" and {more:,} more" if more > 0 else "")
 
 
 def missing_message(workflow_id, files, user_data=()):
@@ -15259,7 +15265,7 @@ def overview_rows(state, page, width):
         "Why not": [(f"{one['count']:>7,} ", one["status"], one["why"], ("jobs", one["status"]))
                     for one in data["waiting"]],
         "Failures": [(f"{one['count']:>7,} ", "failed",
-                      ": ".join(filter(None, [one["cause"], one["line"]])), ("failures", None))
+                      failure_text(one), ("failures", None))
                      for one in data["failures"]],
         "Running longest": [("", "running", " ".join(filter(None, [
             job["name"], cell(job, "ran_s"), job["host"] and f"on {job['host']}"])), ("job", job))
@@ -17440,7 +17446,7 @@ def wants_json(argv):
 # ---- help
 
 GROUPS = (
-    ("Workflows", "run create submit examples status wait cancel delete workflows"),
+    ("Workflows", "run create submit examples status failures wait cancel delete workflows"),
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
@@ -18138,8 +18144,34 @@ def do_status(args, client):
     if report["active_scheduled_nodes"] or report["pending_scheduled_nodes"]:
         print(f"Allocations: {report['active_scheduled_nodes']} active, "
               f"{report['pending_scheduled_nodes']} pending")
+    if report["failures"]:
+        print_lines(args, "Failures by cause:", [
+            f"{plural(group['count'], 'job')}: {failure_text(group)}"
+            for group in report["failures"]])
     print_lines(args, verdict(report), report["allocations"])
     say_next(args, client, args.workflow_id)
+
+
+@command("failures", WORKFLOW, LIST, example="torc failures 3")
+def do_failures(args, client):
+    """List what failed by cause, with the jobs, and what to do; csv has a line for each job."""
+    workflow_id = args.workflow_id
+    answer = client.get(f"/workflows/{workflow_id}/failures", jobs=MAX_LIMIT)
+    groups = answer["groups"]
+    if args.format == "json":
+        return print_json(answer)
+    if args.format == "csv":
+        return write_csv(("job_id", "job_name", "status", "cause", "line", "advice"), (
+            {**group, "job_id": job["id"], "job_name": job["name"]}
+            for group in groups for job in group["jobs"]))
+    for group in groups:
+        print_lines(args, f"{plural(group['count'], 'job')} {said(group['status'])}: "
+                    f"{failure_text(group)}", [group["advice"], named(
+                        [f"{job['name']} (job {job['id']})" for job in group["jobs"]])])
+    mendable = any(group["verdict"] in ("memory", "runtime") for group in groups)
+    print_lines(args, f"To run them again with more memory or time: torc recover {workflow_id}"
+                if mendable else f"To run them again: torc run {workflow_id} --failed" if groups
+                else f"No job of workflow {workflow_id} has failed.", ())
 
 
 @command("wait", WORKFLOW, OUTPUT_DIR, WORKER_URL, "--timeout S",
