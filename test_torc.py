@@ -8187,6 +8187,15 @@ def test_the_example_of_every_command_can_be_parsed(name):
     torc.parse_command(torc.COMMANDS[found], head, rest)
 
 
+@pytest.mark.parametrize("line", ["run w.json", "submit w.json", "watch 1", "recover 1", "slurm regenerate 1",
+                                  "slurm-job-runner http://h 1 out", "slurm schedule-nodes 1 -j prefix"])
+def test_j_is_how_many_jobs_run_at_a_time(line):
+    short = ["-m"] if "schedule-nodes" in line else ["-j"] if line[:3] == "run" else ["-j", "-m"]
+    for flag in (*short, "--max-parallel-jobs"):
+        head, found, rest = torc.find_command([*line.split(), flag, "3"])
+        assert torc.parse_command(torc.COMMANDS[found], head, rest).max_parallel_jobs == 3
+
+
 def test_torc_alone_prints_grouped_help_that_names_every_command(cli):
     _, out, _ = cli(ok=0)
     for name in torc.COMMANDS:

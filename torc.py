@@ -17289,7 +17289,7 @@ WORKER_URL = """
                          (TORC_WORKER_URL); may be repeated
     """
 MAX_PARALLEL = """
-    -m, --max-parallel-jobs N  each worker runs at most this many at a time
+    -j, -m, --max-parallel-jobs N  each worker runs at most this many at a time
     """
 KEEP_SCRIPTS = "--keep-submission-scripts  keep the batch scripts in the output directory"
 POLL = "-p, --poll-interval S  hidden"
@@ -17297,7 +17297,7 @@ SHARE_PASSWORD = """
     --share-password  jobs find your password in TORC_PASSWORD, not a token that is good for their
                       workflow while they run
     """
-WORKERS = (OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, SHARE_PASSWORD, POLL)
+WORKERS = (MAX_PARALLEL, OUTPUT_DIR, WORKER_URL, KEEP_SCRIPTS, SHARE_PASSWORD, POLL)
 
 
 LIST = """
@@ -19270,7 +19270,8 @@ def choose_scheduler(args, client):
     return client.get(f"/slurm_schedulers/{number}")
 
 
-@command("slurm schedule-nodes", WORKFLOW, WORKERS, """
+@command("slurm schedule-nodes", WORKFLOW, WORKERS[1:], """
+         -m, --max-parallel-jobs N  each worker runs at most this many at a time
          -n, --num-hpc-jobs N=1    allocations
          --scheduler-config-id SLURM_SCHEDULER_ID  one of torc slurm list
          --start-one-worker-per-node
