@@ -8460,6 +8460,42 @@ def test_tables_have_times_that_people_read_and_json_has_minutes(cli, local):
     assert cli("results", "get", 1, ok=0)[1].count("3m12s") == 1
 
 
+def test_archived_workflows_are_marked_in_lists(cli, local):
+    for _ in range(2):
+        make(local, {"a": []})
+    cli("workflows", "archive", "true", 1, ok=0)
+    assert [one["is_archived"] for one in cli_json(cli, "workflows", "list", "--include-archived")["workflows"]] == [
+        True, False]
+    lines = cli("workflows", "list", "--include-archived", ok=0)[1].splitlines()
+    at = lines[1].index("Archived")
+    assert [line[at:at + 3] for line in lines[3:5]] == ["yes", "no "]
+    assert [row["is_archived"] for row in csv_rows(
+        cli("workflows", "list", "--archived-only", "-f", "csv", ok=0)[1])] == ["true"]
+    assert "Archived" not in cli("workflows", "list", ok=0)[1]
+
+
+def test_shared_workflows_are_listed_but_are_not_her_only_one(cli, walls, monkeypatch):
+    server, clients = walls
+    for name in ("hers", "not hers"):
+        workflow = clients["alice"].post("/workflows", {"name": name, "user": "alice"})
+    group = clients["zoe"].post("/access_groups", {"name": "team"})["id"]
+    clients["zoe"].post(f"/access_groups/{group}/members", {"user_name": "bob", "role": "member"})
+    clients["alice"].post(f"/workflows/1/access_groups/{group}")
+    monkeypatch.setenv("TORC_API_URL", server.url)
+    for user, password, names in (("bob", BOB, ["hers"]), ("zoe", "zoe's own", []),
+                                  ("alice", ALICE, ["hers", "not hers"])):
+        monkeypatch.setenv("TORC_USERNAME", user)
+        monkeypatch.setenv("TORC_PASSWORD", password)
+        assert [one["name"] for one in cli_json(cli, "workflows", "list")["workflows"]] == names, user
+        assert cli("workflows", "list", ok=0)[1].partition("\n")[2].count(" alice") == len(names)
+        page = types.SimpleNamespace(everybody=False, filter="", offset=0, limit=9)
+        assert {one["name"] for one in torc.load_workflows(clients[user], page, None)["rows"]} == set(names)
+        if user == "bob":
+            assert "bob has no workflow" in cli("status")[2]
+            own = clients["bob"].post("/workflows", {"name": "own", "user": "bob"})["id"]
+            assert cli_json(cli, "status")["workflow_id"] == own != workflow["id"]
+
+
 # ---- which workflow
 
 def test_the_only_workflow_is_taken_and_named(cli, local):

@@ -4591,7 +4591,8 @@ def workflow_state(statuses, canceled, active, run_id):
 
 
 def progress(store, workflow_ids):
-    """{workflow id: counts by status name, total, done, state, created_ms, run_id, output_dir}."""
+    """{workflow id: counts by status name, total, done, state, created_ms, run_id, output_dir,
+    is_archived}."""
     answer = {}
     for row in store.query(f"""
             SELECT id,
@@ -4604,7 +4605,7 @@ def progress(store, workflow_ids):
                 (SELECT output_dir FROM compute_node
                  WHERE workflow_id = w.id AND output_dir IS NOT NULL
                  ORDER BY id DESC LIMIT 1) AS output_dir,
-                is_canceled,
+                is_canceled, is_archived,
                 EXISTS (SELECT 1 FROM compute_node
                         WHERE workflow_id = w.id AND is_active = 1) AS active
             FROM workflow w
@@ -4618,7 +4619,8 @@ def progress(store, workflow_ids):
                     store, workflow_id, nodes_of(store, workflow_id))):
             state = "stuck"
         done = sum(number.get(STATUS_NAMES[status], 0) for status in DONE_SET)
-        row.update(counts=number, total=sum(number.values()), done=done, state=state)
+        row.update(counts=number, total=sum(number.values()), done=done, state=state,
+                   is_archived=bool(row["is_archived"]))
         answer[workflow_id] = row
     return answer
 
@@ -6294,7 +6296,7 @@ def list_workflows(request, query):
     """All workflows; sorting by the status columns needs the is_archived filter, as upstream.
 
     Ours: search (in name, project and description), all_users=false (only those of the user whose
-    name is given), include_counts.
+    name is given), usable_by (those of this user and those shared with her), include_counts.
     """
     wanted = {**query, **visible(request)}
     if not query["all_users"] and request.user:
@@ -6979,7 +6981,8 @@ ROUTES = (
           who=SOMEBODY),
     route("POST /workflows", create_workflow, body="workflow", who=SOMEBODY),
     route("GET /workflows", list_workflows,
-          listed("workflow", "search str, all_users bool = true, include_counts bool = false"),
+          listed("workflow", "search str, all_users bool = true, usable_by str,"
+               " include_counts bool = false"),
           who=ANYONE),
     route("GET /named/<table:str>", find_named,
           "name str required, user str, home int, pattern bool = false", who=ANYONE),
@@ -13304,8 +13307,9 @@ class Column(NamedTuple):
 
 COLUMNS = {                               # kind: "title=field width least, ..."; 6> is to the right
     "workflow": "ID=id 6>, Name=name, State=state 17, Done=share 6>, Jobs=total 8>,"
-                " Failed=failed 7>, Created=timestamp 12, User=user 12 100,"
-                " Project=project 16 140, Description=description 60 170, Metadata=metadata 40 230",
+                " Failed=failed 7>, Archived=is_archived 8 999, Created=timestamp 12,"
+                " User=user 12 100, Project=project 16 140, Description=description 60 170,"
+                " Metadata=metadata 40 230",
     "job": "ID=id 6>, Name=name, Status=status 16, =note 20, Ran=ran_s 6>,"
            " Memory=peak_memory_bytes 9> 92, Host=host 14 110, Attempt=attempt_id 7> 120,"
            " Priority=priority 8> 130, Command=command 50 160",
@@ -15005,7 +15009,7 @@ def load_workflows(client, page, terminal):
     """Load the visible part of the list of workflows."""
     window = list_window(client.page(
         "/workflows", is_archived=False, sort_by="id", reverse_sort=True, include_counts=True,
-        user=None if page.everybody else client.user, search=page.filter.strip() or None,
+        usable_by=None if page.everybody else client.user, search=page.filter.strip() or None,
         offset=page.offset, limit=page.limit))
     for record in window["rows"]:
         record["share"] = percent(record["done"], record["total"])
@@ -18696,12 +18700,13 @@ def do_workflows_new(args, client):
          --all-users -> everybody
          """, example="torc workflows list --include-archived")
 def do_workflows_list(args, client):
-    """List your workflows."""
+    """List your workflows, and those that are shared with you."""
     archived = True if args.archived_only else None if args.include_archived else False
     user = None if args.everybody else client.user
-    records = gather(args, client, "/workflows", is_archived=archived, user=user)
+    records = gather(args, client, "/workflows", is_archived=archived, usable_by=user,
+                     include_counts=True)
     show_list(args, "workflows", "workflow", "workflow", records, user and f"user {user}",
-              ["user"] if user else [])
+              ["archived"] if archived is False else [])
 
 
 api_command("workflows get", "GET /workflows/{workflow_id}",
@@ -22074,7 +22079,7 @@ function workflowsPage({query}) {
       ["Created", flow => clock(flow.created_ms, false), "num wider", "9.5rem", "timestamp"],
     ],
     load: async page => api("/workflows", {...newest(page), search: query.get("q"), include_counts: true,
-      is_archived: false, user: query.has("all") ? "" : await me()}),
+      is_archived: false, usable_by: query.has("all") ? "" : await me()}),
     pick: ids => morph(chosen, h("span.tools", ids.size > 0 && [many(ids.size, "workflow"),
       h("button", {"data-verb": "archive", "data-ids": [...ids]}, "Archive"),
       h("button.danger", {"data-verb": "delete", "data-ids": [...ids]}, "Delete…")])),
