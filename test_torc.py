@@ -8496,6 +8496,31 @@ def test_shared_workflows_are_listed_but_are_not_her_only_one(cli, walls, monkey
             assert cli_json(cli, "status")["workflow_id"] == own != workflow["id"]
 
 
+def test_the_database_last_used_here_is_found_and_named(cli, tmp_path):
+    cli("run", "--example", "hello", "-o", "results", ok=0)
+    assert not (tmp_path / "torc_output").exists()
+    said = "using the local database results/torc.db, the last one used here\n"
+    for words in (("logs", 1), ("status", 1), ("why", 1), ("run", 1), ("jobs", "list", 1)):
+        assert said in cli(*words, ok=0)[2], words
+    cli("create", "--example", "diamond", ok=0)          # what is new goes where it always went
+    assert cli_json(cli, "workflows", "list")["workflows"][0]["name"] == "diamond"
+    assert "database results/torc.db\n" in cli("status", 1, "-o", "results", ok=0)[2]
+    assert said in cli("run", 1, "-o", "more", ok=0)[2]          # one without a database of its own
+    shutil.rmtree(tmp_path / "results")
+    assert "database torc_output/torc.db\n" in cli("workflows", "list", ok=0)[2]
+
+
+def test_a_database_of_another_user_and_a_home_without_room_are_no_trap(cli, tmp_path, monkeypatch):
+    cli("run", "--example", "hello", "-o", "results", ok=0)
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    assert "no database torc_output/torc.db" in cli("jobs", "list", 1)[2]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/proc/none")
+    cli("run", "--example", "hello", "-o", "results", ok=0)
+    cli("status", "-o", "results", 2, ok=0)
+
+
 # ---- which workflow
 
 def test_the_only_workflow_is_taken_and_named(cli, local):

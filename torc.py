@@ -7871,6 +7871,23 @@ def default_server(how):
     return None
 
 
+def local_database(output_dir, create=False):
+    """Return the path of the database of an output directory or, unless it is to be created, of the
+    one that was last used from the current directory. A note in the home says which that was."""
+    usual = os.path.join(DEFAULT_OUTPUT_DIR, LOCAL_DATABASE)
+    path = os.path.join(output_dir, LOCAL_DATABASE)
+    note = os.path.join(torc_home(), "databases", hashlib.sha256(os.getcwdb()).hexdigest()[:16])
+    last = read_text(note) or usual
+    with contextlib.suppress(OSError, TorcError):    # a home that cannot be written, no such file
+        if create or path != usual and os.path.exists(path):
+            if path != last:
+                os.makedirs(os.path.dirname(note), mode=0o700, exist_ok=True)
+                write_private(note, path)
+        elif os.stat(last).st_uid == os.getuid():
+            return last
+    return path
+
+
 def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, tell=None,
             create=True):
     """Return a command's client: database, url, the user's own server, or the local file.
@@ -7892,14 +7909,15 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
     if server:
         tell(f"using your server {server.where}")
         return server
-    path = database or os.path.join(output_dir, LOCAL_DATABASE)
+    own = database or os.path.join(output_dir, LOCAL_DATABASE)
+    path = database or local_database(output_dir, create)
     if not os.path.exists(path):
         if not create:
             raise Unreachable(f"there is no database {path} yet; torc run SPEC makes it, "
                               "--database names another, --url a server")
         make_private(os.path.dirname(os.path.abspath(path)),
                      "name another --output-dir or --database")
-    tell(f"using the local database {path}")
+    tell(f"using the local database {path}" + (path != own and ", the last one used here" or ""))
     return LocalClient(path)
 
 
@@ -20372,8 +20390,8 @@ def dash_client(args, say):
     if server:
         return server, None
     if not args.standalone:               # serve a local database, on this machine only
-        args.database = args.database or os.environ.get("TORC_DATABASE") or os.path.join(
-            args.output_dir, LOCAL_DATABASE)
+        args.database = args.database or os.environ.get("TORC_DATABASE") or local_database(
+            args.output_dir)
         if not os.path.exists(args.database):
             raise Unreachable(f"no server is named, none of yours listens on port {DEFAULT_PORT}, "
                               f"and there is no {args.database}: name a server with --url, or let "
@@ -20505,7 +20523,7 @@ def do_tui(args, client):
         server, url = start_server(args.port, args.database, args.output_dir)
         client = Client(url, **client_options(args))
     else:
-        client = open_client(args, make=True)
+        client = open_client(args, make=not os.path.exists(local_database(args.output_dir)))
     try:
         return run_terminal(client, TerminalTools(args), server)
     finally:
