@@ -9730,8 +9730,8 @@ class Leaving:
                          f"{verb} {' and '.join(lacks)}")
         for entry in report["waiting"][:3]:
             parts.append(f"\"{entry['job_name']}\" (job {entry['job_id']}) is {entry['status']}"
-                         + (f" and {entry['dependents']} jobs wait for it" if entry["dependents"]
-                            else ""))
+                         + (f" and holds up {plural(entry['dependents'], 'job')}"
+                            if entry["dependents"] else ""))
         if others:
             parts.append(f"{len(others)} other runners have made nothing ready for "
                          f"{self._patience_s()} s")
@@ -20776,7 +20776,7 @@ def do_service_install(args, client):
         return
     for directory in (home, args.log_dir):
         make_private(directory, f"{MOVE_HOME}, or name another --log-dir")
-    make_private(os.path.dirname(path), "torc server run --daemon needs no unit")
+    make_private(os.path.dirname(path), "without a unit: torc server run --daemon")
     write_private(path, text)
     say(args, f"Wrote {path}", path=path, unit=text)
     service_step(args, "daemon-reload")
