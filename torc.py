@@ -17684,7 +17684,7 @@ def pasteable(sentence, argv):
             flag, joined, _ = word.partition("=")
             if flag in PLACES and flag in known:
                 words += argv[index:index + 1 + (not joined)]
-        if sys.argv[0].endswith((".py", ".pyz")):
+        if os.path.abspath(sys.argv[0]) == torc_command()[1]:            # not installed
             python = os.path.basename(sys.executable)
             program = python if shutil.which(python) == sys.executable else sys.executable
             words.insert(0, sys.argv[0])
