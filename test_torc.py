@@ -4014,8 +4014,8 @@ def test_run_with_json_tells_at_the_end_how_it_went(tmp_path):
     assert report["jobs_by_status"]["failed"] == 1 and report["is_complete"]
     done = subprocess.run([*COMMAND, "run", "1", "--database", "x.db"], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert ("all jobs of workflow 1 have ended before: `torc run 1 --failed` runs again what failed or was canceled "
-            "(1 job)" in done.stderr)
+    assert re.search("all jobs of workflow 1 have ended before; to run again what failed:\n"
+                     "  .* run 1 --failed --database x.db\n", done.stderr)
 
 
 def test_what_has_ended_and_not_changed_is_told_what_runs_it_again(cli, local):
@@ -4024,16 +4024,15 @@ def test_what_has_ended_and_not_changed_is_told_what_runs_it_again(cli, local):
     for job_id in (1, 2):
         complete(local, job_id, 1, node)
     local.put(f"/compute_nodes/{node}", {"is_active": False})
-    for words, then in ((("run", 1), "`torc workflows reinit 1` readies what has changed, `torc workflows init 1` "),
-                        (("workflows", "reinit", 1), "`torc workflows init 1` runs everything again")):
-        out = cli(*words, "--dry-run", ok=0)[1]
-        assert then in out and "--failed" not in out
+    for words in (("run", 1), ("workflows", "reinit", 1)):
+        assert cli(*words, "--dry-run", ok=0)[1].endswith(
+            "to run everything again:\n  torc workflows init 1\n")
     _, ids = make(local, {"a": [], "b": ["a"]})
     complete(local, ids["a"], 2, node := make_node(local, 2), 3)
     local.put(f"/compute_nodes/{node}", {"is_active": False})
     for words in (("run", 2), ("workflows", "reinit", 2)):
-        assert "`torc run 2 --failed` runs again what failed or was canceled (2 jobs)" in cli(
-            *words, "--dry-run", ok=0)[1]
+        assert cli(*words, "--dry-run", ok=0)[1].endswith(
+            "to run again what failed:\n  torc run 2 --failed\n")
 
 
 def test_somebody_elses_workflow_is_run_only_if_that_is_said(tmp_path):
@@ -6070,7 +6069,8 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
         torc.main([*operation.command.split(), *(["true"] if name == "archive" else []), str(target),
                    *(["retry"] if name == "resolve" else []), "--dry-run", "--url", server.url])
         out, err = capsys.readouterr()
-        lines = [re.sub("^(torc|Dry run): ", "", line.strip()) for line in (out or err).splitlines()
+        whole = (out or err).replace(":\n  torc ", ": torc ")             # on a line of its own
+        lines = [re.sub("^(torc|Dry run): ", "", line.strip()) for line in whole.splitlines()
                  if "using the server" not in line]
         assert lines == [terminal[0] if not out or "Dry run" not in out else torc.lower_first(terminal[0]),
                          *terminal[1:]]
@@ -7558,7 +7558,7 @@ def test_jobs_are_reset_and_initialized_from_the_terminal(client, ui, tmp_path, 
     assert "2 jobs to run" in hands.press("y")
     assert statuses(client, workflow_id)["first"] == "ready"
     screen = hands.press("i")
-    assert "are reset and run again" in screen and "in.txt" not in screen
+    assert "to run again; results of earlier runs" in screen and "in.txt" not in screen
     hands.press("y")
     finish_all(client, workflow_id, tmp_path)
     screen = hands.press("R")
@@ -8768,6 +8768,60 @@ def test_sentences_that_end_with_a_command_end_with_one_that_exists():
     assert len(found) > 20
 
 
+PASTED = {
+    # what is typed first, and the commands that its last line leads to, one after the other
+    "ends": ("create fine.json", ["run 1", ""]),
+    "fails": ("run bad.json -o out", ["failures 1", "run 1 --failed", "failures 1"]),
+    "is interrupted": ("run bad.json --time-limit PT0S", ["run 1", "failures 1"]),
+    "waits": ("run wait.json", ["jobs resolve 1 retry", "run 1", "jobs resolve 1 retry"]),
+    "does not fit": ("run large.json", ["why 1", "run 1"]),
+    "is canceled": ("create fine.json && torc cancel 1", ["run 1 --failed", ""]),
+    "is archived": ("create fine.json && torc workflows archive true 1 && torc run 1",
+                    ["workflows archive false 1", ""]),
+    "lacks memory": ("run memory.json", ["failures 1", "recover 1", "run 1"]),
+    "is over": ("run fine.json && torc run 1 --dry-run", ["workflows init 1"]),
+    "has no server": ("status 1 --url http://127.0.0.1:9", ["server"]),
+    "has no such example": ("run --example nothing", ["examples", ""]),
+    "is reset": ("run bad.json && true; torc workflows reset-status 1 --no-prompts", ["run 1"]),
+}
+
+
+@pytest.mark.parametrize("case", PASTED)
+def test_the_last_line_of_a_command_works_when_it_is_pasted(case, tmp_path):
+    job = {"name": "a", "command": "true", "resource_requirements": "r"}
+    needs = {"name": "r", "num_cpus": 1, "memory": "64m", "runtime": "PT1M"}
+    for name, changed, more in (
+            ("fine", {}, {}), ("bad", {"command": "echo no >&2; exit 3"}, {}),
+            ("wait", {"command": "exit 3"}, {"use_pending_failed": True}),
+            ("large", {}, {"resource_requirements": [{**needs, "num_cpus": 10_000}]}),
+            ("memory", {"command": "exit 137"}, {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({
+            "name": name, "resource_requirements": [needs], "jobs": [{**job, **changed}], **more}))
+    program = tmp_path / "torc"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, COMMAND))} "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "TORC_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    line = f"torc {PASTED[case][0]}"
+    for wanted in PASTED[case][1]:
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.STDOUT, env=environment)
+        last = done.stdout.splitlines()[-1]
+        assert done.returncode in (0, 1, 2 if "example" in case else 3), done.stdout
+        if not wanted:
+            assert not last.startswith("  "), done.stdout
+            return
+        assert last == f"  torc {wanted}", done.stdout
+        line = last
+
+
+def test_a_program_that_is_not_installed_is_pasted_by_its_file(tmp_path):
+    (tmp_path / "a.json").write_text('{"name": "a", "jobs": [{"name": "a", "command": "true"}]}')
+    done = subprocess.run([PYTHON, TORC, "create", "a.json", "--database", "x y.db"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    words = shlex.split(done.stderr.splitlines()[-1])
+    assert shutil.which(words[0]) and words[1:] == [str(TORC), "run", "1", "--database", "x y.db"]
+
+
 def test_run_of_a_canceled_workflow_says_how_to_go_on(cli, local):
     make(local, {"a": []})
     cli("cancel", 1, ok=0)
@@ -9376,6 +9430,7 @@ def test_failures_are_listed_by_cause_with_their_jobs(cli, local):
     assert len(group["jobs"]) == group["count"] == 13
     rows = csv_rows(cli("failures", "-f", "csv", ok=0)[1])
     assert len(rows) == 13 and (rows[12]["job_name"], rows[12]["cause"]) == ("j00", "exit 3")
+    cli("jobs", "update", ids["memory"], "--memory", "1g", ok=0)
     end_jobs(local, workflow_id, ids, memory=137)
     assert cli("failures", ok=0)[1].endswith("with more memory or time:\n  torc recover 1\n")
 
@@ -10291,7 +10346,7 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
         visit.menu("Export")
     document = json.loads(Path(download.value.path()).read_text())
     assert [job["name"] for job in document["jobs"]] == ["a", "b"]
-    visit.menu("Reinitialize…", see="Nothing has changed in workflow 1: no job runs again")
+    visit.menu("Reinitialize…", see="Nothing has changed in workflow 1, so no job runs again")
     (tmp_path / "raw.csv").write_text("other")
     visit.menu("Reinitialize…", see='a (completed): its input file "raw.csv" changed')
     visit.click("Keep as it is")

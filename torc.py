@@ -12061,12 +12061,11 @@ def counts_text(counted):
     return ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
 
 
-def rerun_failed_text(workflow_id, counted):
-    """The command that runs again what failed, None if nothing did."""
-    number = sum(counted[name] for name in FAILED_STATUSES)
-    if number:
-        return (f"`torc run {workflow_id} --failed` runs again what failed or was canceled "
-                f"({plural(number, 'job')})")
+def rerun_text(workflow_id, counted):
+    """How to run again a workflow that has ended."""
+    if any(counted[name] for name in FAILED_STATUSES):
+        return f"to run again what failed: torc run {workflow_id} --failed"
+    return f"to run everything again: torc workflows init {workflow_id}"
 
 
 def end_code(counted):
@@ -12592,7 +12591,7 @@ def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
                                                      is_output=True)
                if present_time(file["path"]) is not None] if look_at_outputs else []
     ran = counted["total"] - counted["uninitialized"] - counted["disabled"]
-    lines = [f"{plural(ran, 'job')} are reset and run again; results of earlier runs are kept."
+    lines = [f"Resets {plural(ran, 'job')}, to run again; results of earlier runs are kept."
              ] if ran else []
     for title, texts in (("Missing input files", missing), ("Missing user data", missing_data),
                          ("Output files that exist", outputs)):
@@ -12627,10 +12626,8 @@ def plan_reinitialize(client, workflow_id, wishes):
     again = Rerun(client, workflow_id)
     data, number = again.report(), plural(again.number, "job")
     if not again.number:
-        hint = rerun_failed_text(workflow_id, counted) or \
-            f"`torc workflows init {workflow_id}` runs everything again"
-        return Plan(f"Nothing has changed in workflow {workflow_id}: no job runs again. {hint}",
-                    data=data)
+        return Plan(f"Nothing has changed in workflow {workflow_id}, so no job runs again; "
+                    f"{rerun_text(workflow_id, counted)}", data=data)
 
     def do(client):
         again.apply(client, wishes.force)
@@ -12672,9 +12669,7 @@ def plan_reset(client, workflow_id, wishes):
                 client.post(f"/workflows/{workflow_id}/reset_status", force=wishes.force)
                 client.post(f"/workflows/{workflow_id}/reset_job_status",
                             failed_only=again.reset == "failed")
-            step = "run" if wishes.reinitialize else "workflows reinit"
-            return Outcome(f"Reset {number} of workflow {workflow_id}; go on with torc {step} "
-                           f"{workflow_id}", data)
+            return Outcome(f"Reset {number} of workflow {workflow_id}", data)
 
         choices.append(Choice(key, f"reset {number}", do))
     if not choices:
@@ -12732,10 +12727,8 @@ def plan_run(client, target, wishes):
         name = target
         counted = client.get(f"/workflows/{target}/counts")
         if counted["is_complete"] and counted["total"]:
-            hint = rerun_failed_text(target, counted) or (
-                f"`torc workflows reinit {target}` readies what has changed, `torc workflows init "
-                f"{target}` everything")
-            steps = [f"all jobs of workflow {target} have ended before: {hint}"]
+            steps = [f"all jobs of workflow {target} have ended before; "
+                     f"{rerun_text(target, counted)}"]
         hosts = [node["hostname"] for node in client.items(
             "/compute_nodes", workflow_id=target, is_active=True) if not local_evidence(node)]
         if wishes.failed_only:
@@ -17444,7 +17437,6 @@ def parse_command(found, head, rest):
     args = build_parser("", GLOBAL).parse_args(head)
     if args.log_level is None:
         args.log_level = default_log_level()
-    args.argv = [*head, *rest]
     parser = build_parser(found.name, found.options)
     # Intermixed, so that an optional WORKFLOW_ID may also follow the options.
     args.prog = parser.prog
@@ -17668,9 +17660,9 @@ NEXT_COMMAND = re.compile(r"(.*:) ((?:torc|sbatch|scancel|scontrol) [^:]*)", re.
 PLACES = ("--database", "--url", "-o", "--output-dir")
 
 
-def pasteable(sentence, argv):
+def pasteable(sentence):
     """Put the command that a sentence ends with on a line of its own, so that it works when pasted:
-    with the name of this program, and the options in `argv` that say where the workflows are."""
+    with the name of this program, and its options that say where the workflows are."""
     import shlex
     import shutil
     match = NEXT_COMMAND.fullmatch(sentence)
@@ -17680,10 +17672,10 @@ def pasteable(sentence, argv):
     if program == "torc":
         found = COMMANDS.get(find_command(words)[1])
         known = flags_of([*GLOBAL, *found.options] if found else GLOBAL)
-        for index, word in enumerate(argv):
+        for index, word in enumerate(sys.argv):
             flag, joined, _ = word.partition("=")
-            if flag in PLACES and flag in known:
-                words += argv[index:index + 1 + (not joined)]
+            if flag in PLACES and flag in known and words[0] != "server":
+                words += sys.argv[index:index + 1 + (not joined)]
         if os.path.abspath(sys.argv[0]) == torc_command()[1]:            # not installed
             python = os.path.basename(sys.executable)
             program = python if shutil.which(python) == sys.executable else sys.executable
@@ -17696,10 +17688,9 @@ def say(args, sentence, **values):
     show(args, values, sentence)
 
 
-def print_lines(args, title, lines):
+def print_lines(title, lines):
     """Print a title, and lines indented below it."""
-    parts = [part for text in (title, *lines)
-             for part in pasteable(text, args.argv).splitlines()]
+    parts = [part for text in (title, *lines) for part in pasteable(text).splitlines()]
     print("\n  ".join(map(clean, parts)))
 
 
@@ -17708,13 +17699,13 @@ def show(args, data, title, lines=()):
     if args.format == "json":
         print_json(data)
     else:
-        print_lines(args, title, lines)
+        print_lines(title, lines)
 
 
 def tell(args, sentence, level="info"):
     """Print a progress message on stderr."""
     if LOG_LEVELS.index(level) <= LOG_LEVELS.index(args.log_level):
-        print(f"torc: {pasteable(clean(sentence), args.argv)}", file=sys.stderr, flush=True)
+        print(f"torc: {pasteable(clean(sentence))}", file=sys.stderr, flush=True)
 
 
 def say_next(args, client, workflow_id):
@@ -17977,7 +17968,7 @@ def check_spec(args):
             "has_schedule_nodes_action") else "local only (no schedule_nodes action)"))
     for title, texts in (("Errors", errors), ("Warnings", warnings)):
         if texts:
-            print_lines(args, f"{title}:", texts)
+            print_lines(f"{title}:", texts)
     print(f"Validation: {'FAILED' if errors else 'PASSED'}")
     return 1 if errors else 0
 
@@ -18152,7 +18143,7 @@ def do_status(args, client):
     if args.format == "json":
         print_json(report)
         return
-    print_lines(args, f'Workflow {report["workflow_id"]} "{report["workflow_name"]}" of '
+    print_lines(f'Workflow {report["workflow_id"]} "{report["workflow_name"]}" of '
                 f'{report["workflow_user"]}: {plural(report["total_jobs"], "job")}',
                 [f"{name:<15}{number:>8}" for name, number in report["jobs_by_status"].items()
                  if number])
@@ -18167,10 +18158,10 @@ def do_status(args, client):
         print(f"Allocations: {report['active_scheduled_nodes']} active, "
               f"{report['pending_scheduled_nodes']} pending")
     if report["failures"]:
-        print_lines(args, "Failures by cause:", [
+        print_lines("Failures by cause:", [
             f"{plural(group['count'], 'job')}: {failure_text(group)}"
             for group in report["failures"]])
-    print_lines(args, verdict(report), report["allocations"])
+    print_lines(verdict(report), report["allocations"])
     say_next(args, client, args.workflow_id)
 
 
@@ -18187,11 +18178,11 @@ def do_failures(args, client):
             {**group, "job_id": job["id"], "job_name": job["name"]}
             for group in groups for job in group["jobs"]))
     for group in groups:
-        print_lines(args, f"{plural(group['count'], 'job')} {said(group['status'])}: "
+        print_lines(f"{plural(group['count'], 'job')} {said(group['status'])}: "
                     f"{failure_text(group)}", [group["advice"], named(
                         [f"{job['name']} (job {job['id']})" for job in group["jobs"]])])
     mendable = any(group["verdict"] in ("memory", "runtime") for group in groups)
-    print_lines(args, f"To run them again with more memory or time: torc recover {workflow_id}"
+    print_lines(f"To run them again with more memory or time: torc recover {workflow_id}"
                 if mendable else f"To run them again: torc run {workflow_id} --failed" if groups
                 else f"No job of workflow {workflow_id} has failed.", ())
 
@@ -20966,7 +20957,7 @@ def report_error(error, argv):
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     prefix = "\x1b[31mtorc:\x1b[0m" if colour else "torc:"
     for line in getattr(error, "errors", None) or [str(error)]:
-        print(f"{prefix} {pasteable(line, argv)}", file=sys.stderr)
+        print(f"{prefix} {pasteable(line)}", file=sys.stderr)
     if wants_json(argv):
         print_json({"error": {"error": error.title, "message": str(error),
                               **({"errors": error.errors} if hasattr(error, "errors") else {})}})
