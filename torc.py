@@ -4800,7 +4800,7 @@ def job_views(store, ids, now):
         elif status == "blocked":
             view["note"] = f"waits for {waits:,} jobs"
         elif status == "ready":
-            view["note"] = "waits for a free slot"
+            view["note"] = "waits for a runner"
         hindered += [view["id"]] if cascaded or status == "blocked" and waits == 1 else []
         view["family"] = family_name(view["name"])
         views[view["id"]] = view
@@ -5107,8 +5107,7 @@ def failure_remedy(jobs, codes):
                                   if len(jobs) == 1 else
                                   "they fail alike: look at one before rerunning them")
         if MISSING_OUTPUT in one.tail:
-            text = ("the command succeeded without writing that file there: correct what it "
-                    "writes, or the path of the file (torc files update)")
+            text = "the command succeeded without writing that file there: correct what it writes"
     return cause, f"{text[0].upper()}{text[1:]}.", " ".join(
         f"--{name} {value}" for name, value in need.items())
 
@@ -5429,7 +5428,7 @@ def explain_job(store, job_id):
     for one in failed_jobs(store, "t.id = ?", (job_id, 1)):
         cause, advice, option = failure_remedy([one], exit_codes(store, job.workflow_id))
         update, retry = f"torc jobs update {job_id} {option}", f"torc jobs retry {job_id}"
-        then = f"To see what it wrote, before {retry}: torc logs {job_id}"
+        then = f"Then {retry} runs it again; what it wrote: torc logs {job_id}"
         if job.status == PENDING_FAILED:
             then = f"To decide, {decision_text([job_id])}"
         elif option and cause == "unknown":
@@ -6491,8 +6490,9 @@ def update_job(request, store, job_id, body):
     status = values.pop("status", None)
     for name in values:
         if name in LOCKED and job["status"] != "uninitialized":
-            raise Invalid(f"{name} of job {job_id} can be changed only while it is uninitialized; "
-                          f"it is {job['status']}")
+            raise Invalid(f"{name} of job {job_id} can be changed only while it is uninitialized, "
+                          f"and it is {job['status']}; to reset what failed: torc workflows "
+                          f"reset-status {job['workflow_id']} --failed-only")
         if name in RELATIONS and name not in LOCKED:
             raise Invalid(f"{name} of a job is immutable")
     if status and (status, job["status"]) != ("disabled", "uninitialized"):
@@ -7791,7 +7791,7 @@ class Client(Calls):
         if state == "refused" and is_loopback(self.address.host):
             return Unreachable(
                 f"no server answers at {at} (connection refused); --url or TORC_API_URL names "
-                "another; to start one: torc server")
+                "another, torc server starts one")
         return Unreachable(f"no server answers at {at}: {text}")
 
     def _decode(self, status, content_type, answer, path):
@@ -11874,13 +11874,13 @@ def named(texts):
     return quoted + (f" and {more:,} more" if more > 0 else "")
 
 
-def missing_message(workflow_id, files, user_data=()):
+def missing_message(workflow_id, files, user_data=(), verb="init"):
     """Which inputs that no job makes are missing, and what to do; "" if none are."""
     missing = [f"input {what} missing: {named(texts)}" for what, texts in
                (("files", files), ("user data", user_data)) if texts]
     return missing and (f"workflow {workflow_id}: {'; '.join(missing)}. No job creates them: "
-                        "create them; to go on without: torc workflows init "
-                        f"{workflow_id} --force") or ""
+                        f"create them; to go on without: torc workflows {verb} {workflow_id} "
+                        "--force") or ""
 
 
 def required_files(client, workflow_id, counted):
@@ -12097,7 +12097,7 @@ def next_step(client, workflow_id):
     left = client.get(f"/workflows/{workflow_id}/unfinished")
     if counted["is_canceled"]:
         return restart_text(workflow_id)
-    if left["decision"]:
+    if left["decision"] and not counted["ready"]:
         return left["decision"]
     if counted["is_complete"]:
         bad = counted["failed"] + counted["canceled"] + counted["terminated"]
@@ -12105,7 +12105,7 @@ def next_step(client, workflow_id):
     if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
         return ""
     if counted["uninitialized"] and counted["uninitialized"] < counted["total"]:
-        return f"to start what is new: torc workflows reinit {workflow_id}"
+        return f"to make ready what is not initialized: torc workflows reinit {workflow_id}"
     if had_allocations(client, workflow_id):
         return f"to request another allocation: torc slurm schedule-nodes {workflow_id}"
     return f"to run it: torc run {workflow_id}"
@@ -12227,7 +12227,7 @@ def cancel_allocations(client, workflow_id):
     for record in unended_allocations(client, workflow_id):
         if on_other_cluster(record):
             away.append(f"Slurm job {record['scheduler_id']} is on the cluster "
-                        f"{record['cluster']}: scancel it there")
+                        f"{record['cluster']}; cancel it there")
         else:
             scheduled.append(record)
     if not scheduled:
@@ -12636,7 +12636,7 @@ def plan_reinitialize(client, workflow_id, wishes):
     verb = f"run {number}" + (" without what is missing" if again.missing else "")
     return Plan(f"Reinitialize workflow {workflow_id}", tuple(again.lines()),
                 (Choice("y", verb, do),), data,
-                obstacle=missing_message(workflow_id, again.missing))
+                obstacle=missing_message(workflow_id, again.missing, verb="reinit"))
 
 
 def plan_reset(client, workflow_id, wishes):
@@ -12644,16 +12644,16 @@ def plan_reset(client, workflow_id, wishes):
 
     What depends on those that failed is set back with them.
     """
-    check_idle(client, workflow_id, wishes.force)
+    counted = check_idle(client, workflow_id, wishes.force)
     lines, choices, data, obstacle = [], [], {}, ""
     for key, reset in (("f", "failed"), ("a", "all")):
         if wishes.failed_only not in (None, reset == "failed"):
             continue
         again = Rerun(client, workflow_id, reset, wishes.reinitialize)
         data = again.report()
-        obstacle = obstacle or missing_message(workflow_id, again.missing)
+        obstacle = obstacle or missing_message(workflow_id, again.missing, verb="reset-status")
         number = plural(len(again.reasons), "job")
-        if not again.reasons:
+        if not again.reasons and not counted["is_canceled"]:
             continue
         if wishes.failed_only is None:
             names = [row["job_name"] for row in data["jobs"]]
@@ -12803,7 +12803,7 @@ def plan_submit(client, target, wishes):
                     client.delete(f"/workflows/{workflow_id}")
                     kept = f"No allocation was submitted, so workflow {workflow_id} is gone " \
                            "again: fix this and submit again"
-            error.args = (f"{error}. {kept}" if str(error) else kept,)
+            error.args = (f"{kept}. {error}" if str(error) else kept,)
             if isinstance(error, OSError):
                 raise TorcError(str(error)) from None
             raise
@@ -12851,7 +12851,7 @@ def plan_recover(client, workflow_id, wishes):
         client.post(f"/workflows/{workflow_id}/reset_status", force=True)
         apply_diagnoses(client, workflow_id, chosen)
         ids = regenerate(client, workflow_id, wishes, submit=True)["slurm_jobs"] if on_slurm else ()
-        step = f"; {submitted(len(ids), ids)}" if ids else f": torc run {workflow_id}"
+        step = f"; {submitted(len(ids), ids)}" if ids else ""
         return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again{step}",
                        report(len(chosen), ids))
 
@@ -13092,7 +13092,7 @@ def plan_retry(client, ids, wishes):
 
     def do(client):
         done = [client.get(f"/jobs/{job['id']}") for job in rerun(client, False)]
-        more = f", and {plural(len(below), 'job')} that depend on that" if below else ""
+        more = f", and {plural(len(below), 'job')} after that" if below else ""
         return Outcome(f"{jobs_named(jobs)} will run again{more}", one_or_all("jobs", done))
 
     return Plan(f"Run {jobs_named(jobs)} again", tuple(lines), (Choice(
@@ -13426,7 +13426,7 @@ def is_closed_by_peer(channel):
     try:
         poll.register(channel.socket, getattr(select, "POLLRDHUP", 0x2000))
         return not channel.connected or bool(poll.poll(0))
-    except (OSError, ValueError):         # closed here already
+    except (OSError, ValueError, TypeError):             # closed here already
         return True
 
 
@@ -14104,7 +14104,7 @@ def lock_pid_file(path):
         where = f" at {other.urls[0]}" if other.urls else ""
         raise Conflict(f"a server runs in the background already (pid {other.pid}{where}, since "
                        f"{local_time(other.since)}); --pid-file FILE is for one more; to end it: "
-                       "torc server stop")
+                       f"torc server stop --pid-file {path}")
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -14113,7 +14113,7 @@ def lock_pid_file(path):
         except BlockingIOError:
             os.close(fd)
             raise Conflict(f"another server starts or runs with {path}; --pid-file FILE is for "
-                           "one more; to see it: torc server status") from None
+                           f"one more; to see it: torc server status --pid-file {path}") from None
         except OSError:                   # a file system without locks: its text has to do
             pass
         with contextlib.suppress(FileNotFoundError):
@@ -17676,7 +17676,8 @@ def pasteable(sentence):
             flag, joined, _ = word.partition("=")
             if flag in PLACES and flag in known and words[0] != "server":
                 words += sys.argv[index:index + 1 + (not joined)]
-        if os.path.abspath(sys.argv[0]) == torc_command()[1]:            # not installed
+        path = torc_command()[1]
+        if os.path.abspath(sys.argv[0]) == path and "site-packages" not in path:
             python = os.path.basename(sys.executable)
             program = python if shutil.which(python) == sys.executable else sys.executable
             words.insert(0, sys.argv[0])
@@ -17801,9 +17802,9 @@ def carry_out(args, client, plan, ask=True, start=None):
         show(args, done.data, done.sentence)
     else:                                 # a document, which is JSON whatever was asked for
         print_json(done.data)
-    record = done.data[0] if isinstance(done.data, list) and done.data else done.data
-    if done.sentence and "workflow_id" in record and plan.choices[0].verb != "delete":
-        say_next(args, client, record["workflow_id"])
+    about = re.search(r'"workflow_id":(\d+)', compact(done.data))
+    if done.sentence and about and plan.choices[0].verb != "delete":
+        say_next(args, client, int(about[1]))
     return 1 if done.errors else 0
 
 
@@ -17861,9 +17862,10 @@ def find_ids(args, client, option, text):
         if many or len(ids) == 1:
             return ids
     if kind is GROUP:
-        groups = {one["name"]: one["id"] for one in client.items("/access_groups")}
-        if text in groups:
-            return [groups[text]]
+        for path in (f"/users/{client.user}/groups", "/access_groups"):      # admins see all
+            groups = {one["name"]: one["id"] for one in client.items(path)}
+            if text in groups:
+                return [groups[text]]
         raise NotFound(f'there is no access group "{text}"{did_you_mean(text, groups)}')
     home = kind.table != "workflow" and (
         getattr(args, "workflow_id", None) or job_workflow(args)) or None
@@ -17879,7 +17881,7 @@ def find_ids(args, client, option, text):
 def replace_names(found, args, client):
     """Replace the names of records among the values of a command's options by ids, and choose a
     workflow where none is named."""
-    for option in found.options:
+    for option in sorted(found.options, key=lambda option: option.dest != "workflow_id"):
         value = getattr(args, option.dest)
         if option.kind and value is not None:
             texts = value if isinstance(value, list) else [value]
@@ -18174,7 +18176,7 @@ def do_failures(args, client):
     if args.format == "json":
         return print_json(answer)
     if args.format == "csv":
-        return write_csv(("job_id", "job_name", "status", "cause", "line", "advice"), (
+        return write_csv(("job_id", "job_name", "status", "cause", "advice"), (
             {**group, "job_id": job["id"], "job_name": job["name"]}
             for group in groups for job in group["jobs"]))
     for group in groups:
@@ -18182,8 +18184,10 @@ def do_failures(args, client):
                     f"{failure_text(group)}", [group["advice"], named(
                         [f"{job['name']} (job {job['id']})" for job in group["jobs"]])])
     mendable = any(group["verdict"] in ("memory", "runtime") for group in groups)
+    left = client.get(f"/workflows/{workflow_id}/unfinished")
     print_lines(f"To run them again with more memory or time: torc recover {workflow_id}"
-                if mendable else f"To run them again: torc run {workflow_id} --failed" if groups
+                if mendable else left["decision"] or
+                f"To run them again: torc run {workflow_id} --failed" if groups
                 else f"No job of workflow {workflow_id} has failed.", ())
 
 
@@ -18199,25 +18203,31 @@ def do_wait(args, client):
     news = client.get(f"{path}/changes", since=-1)
     code, told = None, None
     while not news["is_complete"]:
-        for sentence in run_pending_allocations(client, args.workflow_id, wishes_of(args)):
-            tell(args, sentence)
-        trouble, hint = stall_reasons(client, args.workflow_id)
-        if hint and hint != told:
-            tell(args, hint)
-            told = hint
-        asked = time.monotonic()
-        left = deadline - asked
+        left = deadline - time.monotonic()
+        trouble = None
+        try:
+            for sentence in run_pending_allocations(client, args.workflow_id, wishes_of(args)):
+                tell(args, sentence)
+            trouble, hint = stall_reasons(client, args.workflow_id)
+            if hint and hint != told:
+                tell(args, hint)
+                told = hint
+            if not trouble and left > 0:
+                asked = time.monotonic()
+                news = client.get(f"{path}/changes", since=news["generation"],
+                                  wait_s=max(1, math.ceil(min(left, 60))))
+                # Too many clients wait already, or the workflow changes all the time.
+                pause = news.get("retry_after_s", 0.2 - (time.monotonic() - asked))
+                time.sleep(max(0.0, min(pause, left)))
+        except Unreachable as error:
+            tell(args, f"{error}; trying again", "warn")
+            time.sleep(max(0.0, min(2.0, left)))         # a server that comes back tells nobody
         if trouble is None and left <= 0:
             trouble = f"workflow {args.workflow_id} has not ended within {args.timeout:g} s"
-            code = 3
         if trouble:
             tell(args, trouble, "error")
+            code = 3
             break
-        news = client.get(f"{path}/changes", since=news["generation"],
-                          wait_s=max(1, math.ceil(min(left, 60))))
-        # Too many clients wait already, or the workflow changes all the time.
-        pause = news.get("retry_after_s", 0.2 - (time.monotonic() - asked))
-        time.sleep(max(0.0, min(pause, left)))
     counted = client.get(f"{path}/counts")
     code = code or end_code(counted)
     say(args, f"Workflow {args.workflow_id}: {counts_text(counted) or 'no jobs'}",
@@ -18440,6 +18450,7 @@ class Noun(NamedTuple):
     verbs: str
     create: tuple = ()                    # options whose names are fields
     update: tuple = ()
+    get: tuple = ()
     filters: tuple = ()                   # options of the list, passed on as they are
     paging: tuple = PAGING
     before: Any = None                    # of an update, see api_command
@@ -18497,6 +18508,8 @@ def api_command(name, place, *texts, summary, example, noun="", columns="", told
         answer = client.request(method, path, options_for(args, endpoint.query), body or None)
         if told:
             say(args, told.format(**answer), **answer)
+        elif getattr(args, "value", False):
+            print_json(answer.get("data"))
         else:
             show_record(args, answer)
 
@@ -18531,7 +18544,7 @@ def list_verb(noun):
 def get_verb(noun):
     """Register `NOUN get`."""
     api_command(f"{noun.word} get", f"GET {noun.kind.path}/{{id}}",
-                f"{noun.table.upper()}_ID -> id",
+                f"{noun.table.upper()}_ID -> id", noun.get,
                 summary=f"Show {article(noun.kind.name)}.",
                 example=f"torc {noun.word} get 17")
 
@@ -18639,6 +18652,7 @@ NOUNS = (
             --ephemeral true|false -> is_ephemeral
             --any-workflow  in a job: of another workflow, too
             """),
+         get=("--value  print the data alone, as JSON",),
          filters=("""
             --name TEXT  part of the name
             --is-ephemeral true|false
@@ -19121,8 +19135,8 @@ def doctor_urls(args, how):
         return [url]
     server = default_server(how)
     if not server:
-        raise Unreachable(f"no server is named, and none of yours listens on port {DEFAULT_PORT}; "
-                          "--url names one; to start one: torc server")
+        raise Unreachable(f"no server is named, and none of yours listens on port {DEFAULT_PORT}: "
+                          "--url names one, and torc server starts one")
     return urls_of(server)
 
 
@@ -21278,6 +21292,7 @@ section { margin-top: 24px; } section > h2 { margin-bottom: 6px; } h1.unseen + d
 /* 6 Narrow screens, motion, forced colours */
 @media (max-width: 1000px) { .wider { display: none !important; } .split { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 720px) {
+  .menu { position: static; } .menu > div { left: 8px; right: 8px; top: auto; }
   :root { --gutter: 12px; --row: 40px; }
   html { font-size: 87.5%; }
   .wide, #pulse { display: none !important; }
@@ -21464,7 +21479,7 @@ async function again() {
 
 // One event stream in the whole browser: the tab that came to the front last takes the lock, others ask every 15 s.
 const EVENTS = ["workflow_started", "workflow_reinitialized", "job_started", "job_completed", "job_failed",
-  "job_canceled", "job_terminated", "job_pending_failed", "compute_node_started", "compute_node_stopped",
+  "job_canceled", "job_terminated", "job_pending_failed", "job_retried", "compute_node_started", "compute_node_stopped",
   "scheduler_node_created", "warning"];
 const stream = {stop: null, asking: 0, asked: 0, gap: false};
 async function follow(id) {
@@ -21539,7 +21554,7 @@ const PAGES = [
   ["/w/:id/graph",      "Graph",     "d", graphPage],
   ["/w/:id/timeline",   "Timeline",  "t", timelinePage],
   ["/w/:id/resources",  "Resources", "r", resourcesPage],
-  ["/w/:id/failures",   "Failures",  "f", failuresPage,   s => num(s.counts.failed || 0)],
+  ["/w/:id/failures",   "Failures",  "f", failuresPage,   s => num((s.counts.failed || 0) + (s.counts.pending_failed || 0))],
   ["/w/:id/nodes",      "Nodes",     "n", nodesPage,      s => num(s.runners)],
   ["/w/:id/events",     "Events",    "e", eventsPage],
   ["/w/:id/data",       "Data",      "a", dataPage],
@@ -22543,7 +22558,8 @@ async function act(verb, target) {
     if (done.log) outputDialog(done);
     if (!store.workflow) render();   // a list
     else if (done.gone) location.hash = "#/";
-    else refresh();
+    else await refresh();
+    if (location.hash.endsWith("/failures")) render();   // which shows what was, else
   } catch (error) {
     toast(error.message, true);
   }
