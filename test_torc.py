@@ -6870,6 +6870,9 @@ def test_who_may_not_change_a_group_is_told_whom_to_ask_and_an_unknown_user_is_w
     assert cli("access-groups", "add-user", 2, "alice", "-r", "admin", ok=0)[2].count("\n") == 1
     assert ("torc: the server's password file has no user 'bbo' (did you mean \"bob\"?); to take this back:\n"
             "  torc access-groups remove-user 2 bbo\n") in cli("access-groups", "add-user", 2, "bbo", ok=0)[2]
+    monkeypatch.setenv("TORC_USERNAME", "alice")          # who may not list all groups
+    monkeypatch.setenv("TORC_PASSWORD", ALICE)
+    assert "bbo" in cli("access-groups", "list-members", "team", ok=0)[1]
     monkeypatch.setenv("TORC_USERNAME", "bob")
     monkeypatch.setenv("TORC_PASSWORD", BOB)
     assert "bob is not an admin of group 2: ask alice and zoe" in cli("access-groups", "add-user", 2, "bob")[2]
