@@ -18495,10 +18495,11 @@ def api_command(name, place, *texts, summary, example, noun="", columns="", told
     """
     @command(name, *texts, summary=summary, example=example)
     def act(args, client):
-        method, path = place.format(**vars(args)).split()
+        method, path = place.split()
+        path = path.format(**vars(args))
         if columns:
-            return show_list(args, path.rpartition("/")[2], noun, columns,
-                             gather(args, client, path))
+            key = path.rpartition("/")[2].replace("access_", "")
+            return show_list(args, key, noun, columns, gather(args, client, path))
         endpoint, _ = find_endpoint(method, path)
         body = options_for(args, endpoint.body or ())
         if before:
@@ -18506,6 +18507,8 @@ def api_command(name, place, *texts, summary, example, noun="", columns="", told
         if method == "PUT" and not body:
             raise UsageError(f"name what to change: see torc {name} --help")
         answer = client.request(method, path, options_for(args, endpoint.query), body or None)
+        if answer.get("warning"):
+            tell(args, answer["warning"], "warn")
         if told:
             say(args, told.format(**answer), **answer)
         elif getattr(args, "value", False):
@@ -19952,30 +19955,25 @@ def do_htpasswd_hash(args, client):
 GROUP_ID = "GROUP_ID"
 USER_NAME = "USER -> user_name"
 GROUP_COLUMNS = "ID=id, Name=name, Description=description, Created=created_at"
-MEMBER_COLUMNS = "ID=id, User=user_name, Role=role, Created=created_at"
 
 
-@command("access-groups create", """
-         NAME
-         -d, --description TEXT
-         """,
-         example="torc access-groups create climate -d 'the climate team'")
-def do_group_create(args, client):
-    """Create a group of users with whom workflows can be shared."""
-    group = client.post("/access_groups", {"name": args.name, "description": args.description})
-    say(args, f"Created access group {group['id']} \"{clean(args.name)}\"", **group)
-
-
-@command("access-groups get", GROUP_ID, example="torc access-groups get 2")
-def do_group_get(args, client):
-    """Show a group."""
-    show_record(args, client.get(f"/access_groups/{args.group_id}"))
-
-
-@command("access-groups list", SHORT_PAGING, example="torc access-groups list")
-def do_group_list(args, client):
-    """List all groups."""
-    show_list(args, "groups", "group", GROUP_COLUMNS, gather(args, client, "/access_groups"))
+api_command("access-groups create", "POST /access_groups", """
+            NAME
+            -d, --description TEXT
+            """,
+            summary="Create a group of users with whom workflows can be shared.",
+            told='Created access group {id} "{name}"',
+            example="torc access-groups create climate -d 'the climate team'")
+api_command("access-groups get", "GET /access_groups/{group_id}",
+            GROUP_ID,
+            summary="Show a group.",
+            example="torc access-groups get 2")
+api_command("access-groups list", "GET /access_groups",
+            SHORT_PAGING,
+            summary="List all groups.",
+            noun="group",
+            columns=GROUP_COLUMNS,
+            example="torc access-groups list")
 
 
 @command("access-groups delete", GROUP_ID, FORCE, NO_PROMPTS, DRY_RUN,
@@ -19994,63 +19992,45 @@ def do_group_delete(args, client):
                                         group, strict=True))
 
 
-@command("access-groups add-user", GROUP_ID, USER_NAME, "-r, --role member|admin=member",
-         example="torc access-groups add-user 2 bob")
-def do_group_add_user(args, client):
-    """Add a user to a group; admins of a group may change its members."""
-    member = client.post(f"/access_groups/{args.group_id}/members", {
-        "user_name": args.user_name, "role": args.role, "group_id": args.group_id})
-    say(args, f"Added {args.user_name} to access group {args.group_id} as {args.role}", **member)
-    if "warning" in member:
-        tell(args, member["warning"], "warn")
-
-
-@command("access-groups remove-user", GROUP_ID, USER_NAME,
-         example="torc access-groups remove-user 2 bob")
-def do_group_remove_user(args, client):
-    """Remove a user from a group."""
-    member = client.delete(f"/access_groups/{args.group_id}/members/{args.user_name}")
-    say(args, f"Removed {args.user_name} from access group {args.group_id}", **member)
-
-
-@command("access-groups list-members", GROUP_ID, LIST, example="torc access-groups list-members 2")
-def do_group_members(args, client):
-    """List the users in a group."""
-    show_list(args, "members", "member", MEMBER_COLUMNS,
-              client.items(f"/access_groups/{args.group_id}/members"))
-
-
-@command("access-groups list-user-groups", USER_NAME, LIST,
-         example="torc access-groups list-user-groups bob")
-def do_user_groups(args, client):
-    """List the groups a user belongs to."""
-    show_list(args, "groups", "group", GROUP_COLUMNS,
-              client.items(f"/users/{args.user_name}/groups"))
-
-
-@command("access-groups list-workflow-groups", WORKFLOW, LIST,
-         example="torc access-groups list-workflow-groups 3")
-def do_workflow_groups(args, client):
-    """List the groups a workflow is shared with."""
-    show_list(args, "groups", "group", GROUP_COLUMNS,
-              client.items(f"/workflows/{args.workflow_id}/access_groups"), "")
-
-
-@command("access-groups add-workflow", "WORKFLOW_ID", GROUP_ID,
-         example="torc access-groups add-workflow 3 2")
-def do_group_add_workflow(args, client):
-    """Let a group use a workflow: see it, run it, change it."""
-    link = client.post(f"/workflows/{args.workflow_id}/access_groups/{args.group_id}")
-    say(args, f"Shared workflow {args.workflow_id} with access group {args.group_id}", **link)
-
-
-@command("access-groups remove-workflow", "WORKFLOW_ID", GROUP_ID,
-         example="torc access-groups remove-workflow 3 2")
-def do_group_remove_workflow(args, client):
-    """Stop sharing a workflow with a group."""
-    link = client.delete(f"/workflows/{args.workflow_id}/access_groups/{args.group_id}")
-    say(args, f"Workflow {args.workflow_id} is no longer shared with access group {args.group_id}",
-        **link)
+api_command("access-groups add-user", "POST /access_groups/{group_id}/members",
+            GROUP_ID, USER_NAME, "-r, --role member|admin=member",
+            summary="Add a user to a group; admins of a group may change its members.",
+            told="Added {user_name} to access group {group_id} as {role}",
+            example="torc access-groups add-user 2 bob")
+api_command("access-groups remove-user", "DELETE /access_groups/{group_id}/members/{user_name}",
+            GROUP_ID, USER_NAME,
+            summary="Remove a user from a group.",
+            told="Removed {user_name} from access group {group_id}",
+            example="torc access-groups remove-user 2 bob")
+api_command("access-groups list-members", "GET /access_groups/{group_id}/members",
+            GROUP_ID, SHORT_PAGING,
+            summary="List the users in a group.",
+            noun="member",
+            columns="ID=id, User=user_name, Role=role, Created=created_at",
+            example="torc access-groups list-members 2")
+api_command("access-groups list-user-groups", "GET /users/{user_name}/groups",
+            USER_NAME, SHORT_PAGING,
+            summary="List the groups a user belongs to.",
+            noun="group",
+            columns=GROUP_COLUMNS,
+            example="torc access-groups list-user-groups bob")
+api_command("access-groups list-workflow-groups", "GET /workflows/{workflow_id}/access_groups",
+            WORKFLOW, SHORT_PAGING,
+            summary="List the groups a workflow is shared with.",
+            noun="group",
+            columns=GROUP_COLUMNS,
+            example="torc access-groups list-workflow-groups 3")
+SHARE = "/workflows/{workflow_id}/access_groups/{group_id}"
+api_command("access-groups add-workflow", f"POST {SHARE}",
+            "WORKFLOW_ID", GROUP_ID,
+            summary="Let a group use a workflow: see it, run it, change it.",
+            told="Shared workflow {workflow_id} with access group {group_id}",
+            example="torc access-groups add-workflow 3 2")
+api_command("access-groups remove-workflow", f"DELETE {SHARE}",
+            "WORKFLOW_ID", GROUP_ID,
+            summary="Stop sharing a workflow with a group.",
+            told="Workflow {workflow_id} is no longer shared with access group {group_id}",
+            example="torc access-groups remove-workflow 3 2")
 
 
 @command("admin reload-auth", example="torc admin reload-auth")
