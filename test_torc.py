@@ -2516,7 +2516,7 @@ def test_failures_are_grouped_by_exit_and_last_line(api):
             "case_4", "Ran for 20m00s, requested 20m00s.", "--runtime PT28M")):
         number = past.ids[name]
         assert api.get(f"/jobs/{number}/why")["next"] == (
-            f"{advice} torc jobs update {number} {option}, then torc jobs retry {number}; for all such jobs: torc recover "
+            f"{advice} Run torc jobs update {number} {option}, then torc jobs retry {number}; for all such jobs: torc recover "
             f"{past.workflow_id}")
     [one] = past.get("/failures", group=first["id"])["groups"]
     assert one["job_ids"] == [past.ids[f"case_{number}"] for number in range(3)]
@@ -3768,7 +3768,7 @@ def test_pending_failed_is_for_failures_without_a_rule(run):
               use_pending_failed=True)
     assert ran.code == 3 and statuses(ran.client, 1) == {"a": "pending_failed", "b": "blocked"}
     assert '"a" (job 1) is pending_failed and holds up 1 job\n' in ran.log
-    assert re.search("lets the failure stand:\n  .* jobs resolve 1 retry ", ran.log)
+    assert re.search("makes their failure final:\n  .* jobs resolve 1 retry ", ran.log)
 
 
 @pytest.mark.slow
@@ -4014,7 +4014,7 @@ def test_run_with_json_tells_at_the_end_how_it_went(tmp_path):
     assert report["jobs_by_status"]["failed"] == 1 and report["is_complete"]
     done = subprocess.run([*COMMAND, "run", "1", "--database", "x.db"], cwd=tmp_path,
                           capture_output=True, text=True)
-    assert re.search("all jobs of workflow 1 have ended before; to run again what failed:\n"
+    assert re.search("all jobs of workflow 1 have already ended; to rerun the failed jobs:\n"
                      "  .* run 1 --failed --database x.db\n", done.stderr)
 
 
@@ -4032,7 +4032,7 @@ def test_what_has_ended_and_not_changed_is_told_what_runs_it_again(cli, local):
     local.put(f"/compute_nodes/{node}", {"is_active": False})
     for words in (("run", 2), ("workflows", "reinit", 2)):
         assert cli(*words, "--dry-run", ok=0)[1].endswith(
-            "to run again what failed:\n  torc run 2 --failed\n")
+            "to rerun the failed jobs:\n  torc run 2 --failed\n")
 
 
 def test_somebody_elses_workflow_is_run_only_if_that_is_said(tmp_path):
@@ -6868,7 +6868,7 @@ def test_who_may_not_change_a_group_is_told_whom_to_ask_and_an_unknown_user_is_w
     monkeypatch.setenv("TORC_USERNAME", "zoe")
     monkeypatch.setenv("TORC_PASSWORD", "zoe's own")
     assert cli("access-groups", "add-user", 2, "alice", "-r", "admin", ok=0)[2].count("\n") == 1
-    assert ("torc: the server's password file has no user 'bbo' (did you mean \"bob\"?); to take this back:\n"
+    assert ("torc: the server's password file has no user 'bbo' (did you mean \"bob\"?); to undo this:\n"
             "  torc access-groups remove-user 2 bbo\n") in cli("access-groups", "add-user", 2, "bbo", ok=0)[2]
     monkeypatch.setenv("TORC_USERNAME", "alice")          # who may not list all groups
     monkeypatch.setenv("TORC_PASSWORD", ALICE)
@@ -8440,7 +8440,7 @@ def test_csv_is_for_lists_and_refused_before_anything_is_done(cli, local, monkey
         monkeypatch.setitem(torc.COMMANDS, name, torc.COMMANDS[name]._replace(
             function=lambda *args: called.append(name), texts=("[WORD...]",), client=False))
         code, out, err = cli("-f", "csv", *name.split())
-        assert (code, out, called) == (2, "", []) and f"torc {name} has no csv, which is for lists alone: use -f json" in err
+        assert (code, out, called) == (2, "", []) and f"torc {name} has no CSV output (only lists do): use -f json" in err
 
 
 def test_a_list_of_many_jobs_streams_as_csv(cli, local, monkeypatch):
@@ -8537,7 +8537,7 @@ def test_of_several_workflows_none_is_guessed(cli, local):
     make(local, {"a": []})
     make(local, {"a": []})
     code, out, err = cli("status")
-    assert (code, out) == (2, "") and err.count(" test ") == 2 and err.endswith("such as:\n  torc status 2\n")
+    assert (code, out) == (2, "") and err.count(" test ") == 2 and err.endswith("for example:\n  torc status 2\n")
     local.put("/workflows/2/status", {"run_id": 1, "is_canceled": False, "is_archived": True})
     assert cli("status", ok=0)[1].startswith('Workflow 1 "test"')
 
@@ -8576,7 +8576,7 @@ def test_a_name_in_several_workflows_is_refused_and_listed(cli, local):
     for name in ("study", "study2"):
         named_workflow(local, name, "b", "b_2")
     code, out, err = cli("why", "b")
-    assert (code, out) == (2, "") and 'which job "b"?' in err and err.endswith("such as:\n  torc why 3\n")
+    assert (code, out) == (2, "") and 'which job "b"?' in err and err.endswith("for example:\n  torc why 3\n")
     assert re.findall(r'(\d) +b +\d "(\w+)" of tester', err) == [("3", "study2"), ("1", "study")]
     assert cli("jobs", "cancel", "b*", "--dry-run")[0] == 2
     local.put("/workflows/2/status", {"run_id": 0, "is_canceled": False, "is_archived": True})
@@ -8610,7 +8610,7 @@ def test_a_workflow_is_named_by_id_name_or_latest(cli, local):
         named_workflow(local, name, "a")
     assert cli_json(cli, "status", "last")["workflow_id"] == cli_json(cli, "status", "latest")["workflow_id"] == 3
     code, _, err = cli("status", "study")
-    assert code == 2 and 'which workflow "study"?' in err and err.endswith("such as:\n  torc status 2\n")
+    assert code == 2 and 'which workflow "study"?' in err and err.endswith("for example:\n  torc status 2\n")
     cli("workflows", "archive", "true", 2, ok=0)
     assert cli_json(cli, "status", "study")["workflow_id"] == 1       # the others are out of sight
     cli("workflows", "archive", "true", "last", ok=0)
@@ -8901,8 +8901,8 @@ def test_recover_with_json_is_one_document(cli, local, tmp_path):
 def test_a_job_ended_by_its_runners_time_limit_is_not_told_of_another(cli, local, tmp_path):
     (tmp_path / "w.yaml").write_text("name: w\njobs:\n  - {name: a, command: sleep 60}\n")
     cli("run", "w.yaml", "--time-limit", "PT3S")
-    assert "The time of the runner was up after" in cli("why", 1)[1]
-    assert "the time of the runner was up after" in cli("recover", 1, "--dry-run", "--no-prompts")[1]
+    assert "Ended by the runner's time limit after" in cli("why", 1)[1]
+    assert "ended by the runner's time limit after" in cli("recover", 1, "--dry-run", "--no-prompts")[1]
 
 
 def test_cancel_and_its_dry_run(cli, local):
@@ -9060,7 +9060,7 @@ def test_a_job_killed_for_memory_is_run_again_by_the_commands_of_why(cli, local)
     past = Past(local, {"a": []})
     past.end("a", 5, 10, code=137)
     out = cli("why", past.ids["a"], ok=0)[1]
-    assert out.endswith("To raise that, before torc jobs retry 1:\n  torc jobs update 1 --memory 2g\n")
+    assert out.endswith("To request more before torc jobs retry 1:\n  torc jobs update 1 --memory 2g\n")
     cli("jobs", "update", 1, "--memory", "2g", ok=0)
     cli("jobs", "retry", 1, "--force", ok=0)
     assert statuses(local, past.workflow_id) == {"a": "ready"}
@@ -9164,7 +9164,7 @@ def undecided(client, jobs):
 def test_a_failure_that_waits_for_a_decision_is_retried_or_stands(cli, local):
     workflow_id, first = undecided(local, {"a": [], "b": ["a"], "c": ["b"]})
     for words in (("status", 1), ("why", first), ("wait", 1)):
-        assert ("`retry` runs again what failed, `fail` lets the failure stand:\n"
+        assert ("`retry` reruns failed jobs, `fail` makes their failure final:\n"
                 f"  torc jobs resolve {first} retry\n") in "".join(cli(*words)[1:])
     assert cli("jobs", "resolve", first, "fail", "--dry-run", ok=0)[1].splitlines() == [
         'Dry run: decide on job 1 "a"',
@@ -9173,7 +9173,7 @@ def test_a_failure_that_waits_for_a_decision_is_retried_or_stands(cli, local):
     assert cli("jobs", "resolve", first, "retry", "--no-prompts", ok=0)[1] == 'job 1 "a" will run again\n'
     assert statuses(local, 1) == {"a": "ready", "b": "blocked", "c": "blocked"}
     assert local.get(f"/jobs/{first}")["attempt_id"] == 2
-    assert "a waits for no decision: it is ready" in cli("jobs", "resolve", first, "fail")[2]
+    assert "a does not need a decision: it is ready" in cli("jobs", "resolve", first, "fail")[2]
     _, first = undecided(local, {"a": [], "b": ["a"], "c": ["b"]})
     cli("jobs", "resolve", first, "fail", "--force", ok=0)
     assert statuses(local, 2) == {"a": "failed", "b": "canceled", "c": "canceled"}
@@ -9397,7 +9397,7 @@ def test_run_failed_resets_and_runs_in_one(cli, tmp_path):
     assert cli_json(cli, "status")["jobs_by_status"]["failed"] == 1
     (tmp_path / "good").touch()
     _, _, err = cli("run", 1, "--failed", ok=0)
-    assert "torc: reset 2 jobs\n" in err and "have ended before" not in err
+    assert "torc: reset 2 jobs\n" in err and "have already ended" not in err
     assert len(cli_json(cli, "results", "list", "--all-runs")["results"]) == 4
     code, _, err = cli("run", 1, "--failed")
     assert code == 1 and "No job of workflow 1 has failed, so none is reset" in err

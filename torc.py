@@ -4327,7 +4327,7 @@ def unfinished(store, workflow_id):
 def decision_text(ids):
     """How to decide on failures that wait; "" if there are none."""
     words = " ".join(map(str, ids))
-    return words and ("`retry` runs again what failed, `fail` lets the failure stand: torc jobs "
+    return words and ("`retry` reruns failed jobs, `fail` makes their failure final: torc jobs "
                       f"resolve {words} retry")
 
 
@@ -4974,7 +4974,7 @@ def graph_around(store, workflow_id, job_id, now, most=5):
 UNSUCCESSFUL_SQL = f"({FAILED}, {TERMINATED}, {PENDING_FAILED})"
 MISSING_OUTPUT = "torc: output file missing: "       # what a runner adds to stderr
 UNKNOWN_ADVICE = {126: "the command cannot be executed: make the file executable",
-                  127: "the command was not found: a module that is not loaded, or a wrong path"}
+                  127: "the command was not found: load its module, or correct its path"}
 
 
 class Failure(NamedTuple):
@@ -5077,7 +5077,7 @@ def diagnose(terminated, code, ran_s, peak, need, codes, more_memory=1.5, more_t
     if known and peak > limit or code == codes["memory"] and (
             not known or ran_s < 0.8 * runtime_s):
         if not known and not peak:
-            return "unknown", "killed, perhaps for lack of memory; it requests none yet", {}
+            return "unknown", "killed, perhaps out of memory; it has no memory request", {}
         used = f"used {format_bytes(peak)}" if peak else "killed"
         more = math.ceil(max(limit if known else 0, peak) * more_memory / 2**20)
         return "memory", f"{used}, requested {format_bytes(limit) if known else 'nothing'}", {
@@ -5089,7 +5089,7 @@ def diagnose(terminated, code, ran_s, peak, need, codes, more_memory=1.5, more_t
         return "runtime", (f"ran for {format_duration(ran_s)}, requested "
                            f"{format_duration(runtime_s)}"), {
             "runtime": f"PT{math.ceil(max(ran_s, runtime_s, 1) * more_time / 60)}M"}
-    return ("lost", f"the time of the runner was up after {format_duration(ran_s)}", {}) \
+    return ("lost", f"ended by the runner's time limit after {format_duration(ran_s)}", {}) \
         if ended else ("unknown", f"return code {code}", {})
 
 
@@ -5107,7 +5107,7 @@ def failure_remedy(jobs, codes):
                                   if len(jobs) == 1 else
                                   "they fail alike: look at one before rerunning them")
         if MISSING_OUTPUT in one.tail:
-            text = "the command succeeded without writing that file there: correct what it writes"
+            text = "the command succeeded without writing that file there: correct the command"
     return cause, f"{text[0].upper()}{text[1:]}.", " ".join(
         f"--{name} {value}" for name, value in need.items())
 
@@ -5430,11 +5430,12 @@ def explain_job(store, job_id):
         update, retry = f"torc jobs update {job_id} {option}", f"torc jobs retry {job_id}"
         then = f"Then {retry} runs it again; what it wrote: torc logs {job_id}"
         if job.status == PENDING_FAILED:
-            then = f"To decide, {decision_text([job_id])}"
+            then = f"The decision is yours: {decision_text([job_id])}"
         elif option and cause == "unknown":
-            then = f"To raise that, before {retry}: {update}"
+            then = f"To request more before {retry}: {update}"
         elif option:
-            then = f"{update}, then {retry}; for all such jobs: torc recover {job.workflow_id}"
+            then = (f"Run {update}, then {retry}; for all such jobs: "
+                    f"torc recover {job.workflow_id}")
         answer["next"] = f"{advice} {then}"
     return answer
 
@@ -6807,7 +6808,7 @@ def add_member(request, store, group_id, body):
     if gate and user not in gate.file.users:
         member["warning"] = (
             f"the server's password file has no user {user!r:.80}"
-            f"{did_you_mean(user, gate.file.users)}; to take this back: torc access-groups "
+            f"{did_you_mean(user, gate.file.users)}; to undo this: torc access-groups "
             f"remove-user {group_id} {user}")
     return member
 
@@ -7913,7 +7914,7 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
     path = database or local_database(output_dir, create)
     if not os.path.exists(path):
         if not create:
-            raise Unreachable(f"there is no database {path} yet; torc run SPEC makes it, "
+            raise Unreachable(f"there is no database {path} yet; torc run SPEC creates it, "
                               "--database names another, --url a server")
         make_private(os.path.dirname(os.path.abspath(path)),
                      "name another --output-dir or --database")
@@ -12064,7 +12065,7 @@ def counts_text(counted):
 def rerun_text(workflow_id, counted):
     """How to run again a workflow that has ended."""
     if any(counted[name] for name in FAILED_STATUSES):
-        return f"to run again what failed: torc run {workflow_id} --failed"
+        return f"to rerun the failed jobs: torc run {workflow_id} --failed"
     return f"to run everything again: torc workflows init {workflow_id}"
 
 
@@ -12101,11 +12102,11 @@ def next_step(client, workflow_id):
         return left["decision"]
     if counted["is_complete"]:
         bad = counted["failed"] + counted["canceled"] + counted["terminated"]
-        return f"what failed, and why: torc failures {workflow_id}" if bad else ""
+        return f"to see what failed and why: torc failures {workflow_id}" if bad else ""
     if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
         return ""
     if counted["uninitialized"] and counted["uninitialized"] < counted["total"]:
-        return f"to make ready what is not initialized: torc workflows reinit {workflow_id}"
+        return f"to initialize the remaining jobs: torc workflows reinit {workflow_id}"
     if had_allocations(client, workflow_id):
         return f"to request another allocation: torc slurm schedule-nodes {workflow_id}"
     return f"to run it: torc run {workflow_id}"
@@ -12427,7 +12428,7 @@ def check_recoverable(client, workflow_id):
                       f"{plural(moving, 'job')} are ready or running")
     if runners or left["scheduled"]:
         raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, {runners} "
-                      f"runners and {left['scheduled']} allocations are at work or wait for it; "
+                      f"runners and {left['scheduled']} allocations are active or queued; "
                       f"to wait until they have ended: torc wait {workflow_id}")
 
 
@@ -12727,7 +12728,7 @@ def plan_run(client, target, wishes):
         name = target
         counted = client.get(f"/workflows/{target}/counts")
         if counted["is_complete"] and counted["total"]:
-            steps = [f"all jobs of workflow {target} have ended before; "
+            steps = [f"all jobs of workflow {target} have already ended; "
                      f"{rerun_text(target, counted)}"]
         hosts = [node["hostname"] for node in client.items(
             "/compute_nodes", workflow_id=target, is_active=True) if not local_evidence(node)]
@@ -13100,13 +13101,12 @@ def plan_retry(client, ids, wishes):
 
 
 def plan_resolve(client, ids, wishes):
-    """Decide on jobs that failed and wait for it: retry runs them again, fail lets the failure
-    stand.
+    """Decide about pending_failed jobs: retry reruns them, fail makes the failure final.
     """
     jobs = [client.get(f"/jobs/{number}") for number in ids]
     for job in jobs:
         if job["status"] != "pending_failed":
-            raise Invalid(f"{job['name']} waits for no decision: it is {said(job['status'])}")
+            raise Invalid(f"{job['name']} does not need a decision: it is {said(job['status'])}")
     plans = {"retry": plan_retry(client, ids, wishes), "fail": plan_stop(client, ids, "failed")}
     if wishes.decision:
         plans = {wishes.decision: plans[wishes.decision]}
@@ -14103,8 +14103,8 @@ def lock_pid_file(path):
     if other:
         where = f" at {other.urls[0]}" if other.urls else ""
         raise Conflict(f"a server runs in the background already (pid {other.pid}{where}, since "
-                       f"{local_time(other.since)}); --pid-file FILE is for one more; to end it: "
-                       f"torc server stop --pid-file {path}")
+                       f"{local_time(other.since)}); --pid-file FILE starts another; to stop "
+                       f"this one: torc server stop --pid-file {path}")
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -14112,8 +14112,8 @@ def lock_pid_file(path):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise Conflict(f"another server starts or runs with {path}; --pid-file FILE is for "
-                           f"one more; to see it: torc server status --pid-file {path}") from None
+            raise Conflict(f"another server starts or runs with {path}; --pid-file FILE starts "
+                           f"another; to see it: torc server status --pid-file {path}") from None
         except OSError:                   # a file system without locks: its text has to do
             pass
         with contextlib.suppress(FileNotFoundError):
@@ -15872,7 +15872,7 @@ KEYS = read_keys("""
     o             output_dir     -          change the output directory of what is started here
     u             url            -          change the server's URL
   jobs = Jobs
-    Enter         enter          open       open the job: why, attempts, neighbours
+    Enter         enter          open       open the job: why, attempts, neighbors
     f /           filter         filter     only jobs with these words, a status, or family:NAME
     o             order          order      order by another column
     l             log            log        what the job wrote
@@ -17284,8 +17284,8 @@ def read_options(texts):
 
 
 WORKFLOW = """
-    [WORKFLOW_ID]  id, name, or latest; default: in a job its own, the only one you have, else you
-                   are asked
+    [WORKFLOW_ID]  id, name, or latest; default: inside a job, the job's workflow; otherwise your
+                   only workflow, or you are asked
     """
 JOBS = """
     JOB_ID... -> ids  ids, names, WORKFLOW/NAME, or patterns such as 'align_*'
@@ -17316,8 +17316,8 @@ WORKERS = (MAX_PARALLEL, OUTPUT_DIR, WORKER_URL, KEEP_SCRIPTS, SHARE_PASSWORD, P
 
 
 LIST = """
-    -f, --format table|json|csv=table  how to print; csv: the table's columns, with the names and
-                                       values of json; a list in one of them is JSON
+    -f, --format table|json|csv=table  output format; csv: the table's columns, with the field names
+                                       and values of json; nested lists are JSON
     """
 PAGING = LIST + """
     -l, --limit NUMBER   at most this many
@@ -17442,7 +17442,7 @@ def parse_command(found, head, rest):
     args.prog = parser.prog
     args = parser.parse_intermixed_args(rest, args)
     if args.format == "csv" and all(option.dest != "format" for option in found.options):
-        raise UsageError(f"torc {found.name} has no csv, which is for lists alone: use -f json")
+        raise UsageError(f"torc {found.name} has no CSV output (only lists do): use -f json")
     return args
 
 
@@ -17532,7 +17532,7 @@ def command_help(found):
     """The help of a command."""
     lines, below = [line.strip() for line in found.text.splitlines()], commands_below(found.name)
     if below:
-        lines += ["", "Commands, of which the first needs no name:", *below]
+        lines += ["", "Commands (the first one is the default):", *below]
     text = "\n".join(lines).strip()
     return build_parser(found.name, found.options, text, found.example).format_help().rstrip()
 
@@ -17817,7 +17817,7 @@ def pick(args, title, records, columns, *flags):
     lines = "\n".join(record_lines(read_columns(columns), records))
     if not can_ask():
         example = " ".join([args.prog, *flags, str(records[0]["id"])])
-        raise UsageError(f"which {title}? Name its id:\n{lines}\nsuch as: {example}")
+        raise UsageError(f"which {title}? Give its id:\n{lines}\nfor example: {example}")
     print(lines, file=sys.stderr)
     answer = ask(f"Which {title} (ID)?")
     if answer not in {str(one["id"]) for one in records}:
@@ -17844,7 +17844,7 @@ def choose_workflow(args, client):
                         sort_by="id", reverse_sort=True)["items"]
     if not found:
         raise TorcError(f"{client.user} has no workflow in {client.where}; torc create SPEC and "
-                        "torc run SPEC make one, such as: torc run --example hello")
+                        "torc run SPEC create one, for example: torc run --example hello")
     if len(found) > 1:
         return pick(args, "workflow", found,
                     "ID=id, Name=name, Description=description, Created=timestamp")
@@ -17907,7 +17907,7 @@ def operation_command(name, *texts, example, ask=True):
 # ---- life of a workflow
 
 SPEC_ENDINGS = (".yaml", ".yml", ".json", ".json5", ".kdl")
-SPEC = "[SPEC|WORKFLOW] -> spec  specification, or id, name, or latest of a workflow"
+SPEC = "[SPEC|WORKFLOW] -> spec  a specification file, or a workflow: id, name, or latest"
 SPEC_OPTIONS = """
     --example NAME            a built-in specification: torc examples lists them
     --no-resource-monitoring  do not measure memory and CPU use
@@ -18015,7 +18015,7 @@ def carry_out_start(args, make_plan, start=None):
 
 
 @command("run", SPEC, SPEC_OPTIONS, """
-         --failed -> failed_only    reset what failed or was canceled, and what depends on it, first
+         --failed -> failed_only    first reset failed and canceled jobs and their dependents
          -j, --max-parallel-jobs N  run at most this many at a time, whatever they need
          --num-cpus N               default: those of this machine
          --memory-gb GB
@@ -18126,12 +18126,12 @@ def verdict(report):
     if report["total_jobs"] == by_status["uninitialized"] + by_status["disabled"]:
         return "The workflow has not been started."
     if report["decision"] and not by_status["ready"] + by_status["running"]:
-        return f"The workflow waits for your decision{ending}."
+        return f"The workflow is waiting for your decision{ending}."
     if report["active_compute_nodes"]:
         return f"The workflow is in progress{ending}."
     queued = report["active_scheduled_nodes"] + report["pending_scheduled_nodes"]
     if queued:
-        return f"The workflow waits for {plural(queued, 'allocation')} of Slurm{ending}."
+        return f"The workflow is waiting for {plural(queued, 'Slurm allocation')}{ending}."
     return f"The workflow is not complete{ending}, and no runner is active."
 
 
@@ -18169,7 +18169,7 @@ def do_status(args, client):
 
 @command("failures", WORKFLOW, LIST, example="torc failures 3")
 def do_failures(args, client):
-    """List what failed by cause, with the jobs, and what to do; csv has a line for each job."""
+    """List failed jobs by cause, and what to do about them; csv has one line per job."""
     workflow_id = args.workflow_id
     answer = client.get(f"/workflows/{workflow_id}/failures", jobs=MAX_LIMIT)
     groups = answer["groups"]
@@ -18201,10 +18201,9 @@ def do_wait(args, client):
     path = f"/workflows/{args.workflow_id}"
     deadline = time.monotonic() + (math.inf if args.timeout is None else args.timeout)
     news = client.get(f"{path}/changes", since=-1)
-    code, told = None, None
-    while not news["is_complete"]:
+    trouble, told = None, None
+    while not news["is_complete"] and not trouble:
         left = deadline - time.monotonic()
-        trouble = None
         try:
             for sentence in run_pending_allocations(client, args.workflow_id, wishes_of(args)):
                 tell(args, sentence)
@@ -18224,12 +18223,11 @@ def do_wait(args, client):
             time.sleep(max(0.0, min(2.0, left)))         # a server that comes back tells nobody
         if trouble is None and left <= 0:
             trouble = f"workflow {args.workflow_id} has not ended within {args.timeout:g} s"
-        if trouble:
-            tell(args, trouble, "error")
-            code = 3
-            break
     counted = client.get(f"{path}/counts")
-    code = code or end_code(counted)
+    code = end_code(counted)
+    if trouble and not counted["is_complete"]:           # it may have ended since
+        tell(args, trouble, "error")
+        code = 3
     say(args, f"Workflow {args.workflow_id}: {counts_text(counted) or 'no jobs'}",
         workflow_id=args.workflow_id, exit_code=code, **counted)
     say_next(args, client, args.workflow_id)
@@ -18333,8 +18331,8 @@ def tail_position(path, lines):
 
 @command("logs", """
          [JOB_ID...] -> ids  ids, names, WORKFLOW/NAME, or patterns such as 'align_*'
-         -w, --workflow WORKFLOW_ID -> workflow_id  where names are looked for, or failed jobs
-         --failed      of all failed jobs
+         -w, --workflow WORKFLOW_ID -> workflow_id  workflow of these names, or of the failed jobs
+         --failed      print the output of all failed jobs
          -n, --tail N  only the last lines (default with --failed: 10)
          --follow      follow the output while the jobs run
          --stdout      only stdout
@@ -18343,7 +18341,7 @@ def tail_position(path, lines):
          """,
          example="torc logs 17 --stderr")
 def do_logs(args, client):
-    """Print what jobs wrote; of several jobs each line begins with the job's name."""
+    """Print the output of jobs; with several jobs, each line begins with the job's name."""
     if bool(args.ids) == args.failed:
         raise UsageError("name a job, or --failed for all that failed")
     jobs = [client.get(f"/jobs/{number}") for number in args.ids]
