@@ -7268,7 +7268,8 @@ def advising(advice):
     try:
         yield
     except OSError as error:
-        raise Unreachable(f"{error.filename}: {error.strerror}: {advice}") from None
+        place = f"{error.filename}: " if error.filename else ""
+        raise Unreachable(f"{place}{error.strerror}: {advice}") from None
     except Unreachable as error:          # of write_private()
         raise Unreachable(f"{error}: {advice}") from None
 
@@ -7877,9 +7878,10 @@ def local_database(output_dir, create=False):
     one that was last used from the current directory. A note in the home says which that was."""
     usual = os.path.join(DEFAULT_OUTPUT_DIR, LOCAL_DATABASE)
     path = os.path.join(output_dir, LOCAL_DATABASE)
-    note = os.path.join(torc_home(), "databases", hashlib.sha256(os.getcwdb()).hexdigest()[:16])
-    last = read_text(note) or usual
     with contextlib.suppress(OSError, TorcError):    # a home that cannot be written, no such file
+        directory = hashlib.sha256(os.getcwdb()).hexdigest()[:16]
+        note = torc_home("databases", directory)
+        last = read_text(note) or usual
         if create or path != usual and os.path.exists(path):
             if path != last:
                 os.makedirs(os.path.dirname(note), mode=0o700, exist_ok=True)
@@ -14494,10 +14496,12 @@ class Dashboard(Site):
         """Remove the prefix that a proxy has kept from a request's path. If that is all of it,
         return its last word, which lacks a slash."""
         for prefix in (*self.prefixes, http.headers.raw("X-Forwarded-Prefix", "").rstrip("/")):
+            rest = http.path[len(prefix):]
             if prefix and http.path == prefix:
                 return prefix.rpartition("/")[2]
-            if prefix and http.path.startswith(f"{prefix}/"):
-                http.environ["PATH_INFO"] = http.path[len(prefix):]
+            if prefix and http.path.startswith(f"{prefix}/") and (
+                    rest in self.files or rest.startswith((API_PREFIX, "/dash/", "/favicon"))):
+                http.environ["PATH_INFO"] = rest
                 break
         return ""
 
@@ -14506,7 +14510,7 @@ class Dashboard(Site):
         lacking = self.strip_prefix(http)
         if lacking:                       # addresses in the pages are relative to a directory
             response.status = 302
-            response.set_header("Location", f"{lacking}/?{http.query_string}")
+            response.set_header("Location", f"./{lacking}/?{http.query_string}")
             return ""
         self.check_place(http)
         if not self.trusted and not self.knows(http):
@@ -20413,7 +20417,7 @@ def dash_addresses(args, port):
 def do_dash(args, client):
     """Show workflows in a browser: a dashboard for you, on this machine.
 
-    From elsewhere: ssh -L 8090:localhost:8090 you@this-machine, then open the link.
+    From elsewhere: ssh -L 8090:127.0.0.1:8090 you@this-machine, then open the link.
     """
     import socket
     speak = functools.partial(tell, args)
@@ -20506,7 +20510,8 @@ def do_tui(args, client):
         server, url = start_server(args.port, args.database, args.output_dir)
         client = Client(url, **client_options(args))
     else:
-        client = open_client(args, make=not os.path.exists(local_database(args.output_dir)))
+        path = args.database or os.environ.get("TORC_DATABASE") or local_database(args.output_dir)
+        client = open_client(args, make=not os.path.exists(path))
     try:
         return run_terminal(client, TerminalTools(args), server)
     finally:
@@ -20979,6 +20984,8 @@ def main(argv=None):
             stream.reconfigure(encoding=sys._xoptions.get("torc"), errors="backslashreplace")
     try:
         try:
+            if os.environ.get("TORC_HOME"):              # workers start in other directories
+                os.environ["TORC_HOME"] = torc_home()
             return execute(argv)
         except TorcError as error:
             return report_error(error, argv)
