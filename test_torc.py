@@ -9193,7 +9193,7 @@ def test_a_decision_is_offered_by_the_dashboard_and_the_terminal_too(client, tmp
     hands = Hands(client, tmp_path)
     hands.terminal.open("job", {"id": first, "name": "a"})
     hands.propagate()
-    assert "torc jobs resolve" in " ".join(hands.text.split())()
+    assert "torc jobs resolve" in " ".join(hands.text().split())
     screen = hands.press("D")
     assert "r run 1 job again" in screen and "f fail 1 job" in screen
     hands.press("r")
