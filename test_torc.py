@@ -774,7 +774,7 @@ def test_what_explodes_is_refused_in_little_memory_and_time(tmp_path):
         done = subprocess.run([PYTHON, "-c", MEASURED, "create", "--dry-run", name], cwd=tmp_path, timeout=60,
                               env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert "more than" in done.stdout + done.stderr, done
-        assert int(done.stdout.split("PEAK")[1]) < 200
+        assert int(done.stdout.split("PEAK")[1]) < 250
 
 
 def test_a_circle_of_forty_thousand_jobs_names_ten_of_them():
@@ -4057,10 +4057,10 @@ def test_a_runner_that_was_killed_is_not_taken_for_alive(tmp_path):
 
     until(lambda: "is running: it is running on" in ask("why", "1"))
     runner.kill(), runner.wait()
-    assert f"the runner with pid {runner.pid} on {socket.gethostname()} is gone: torc run 1 runs the job again" in ask(
+    assert f"the runner with pid {runner.pid} on {socket.gethostname()} is gone; to run the job again:\n  torc run 1" in ask(
         "why", "1")
     assert f"Active runners: 0 (and 1 that died: pid {runner.pid})" in ask("status", "1")
-    assert "no runner is active: torc run 1" in ask("status", "1")
+    assert "no runner is active" in ask("status", "1")
 
 
 def test_a_deleted_workflow_ends_its_runner_without_wrong_advice(tmp_path):
@@ -4263,7 +4263,7 @@ def test_a_server_that_stays_away_costs_no_job(tmp_path):
     assert runner.wait(60) == 1
     log = (tmp_path / "run.log").read_text()
     assert "as long as the workflow allows: the results wait in the journal" in log
-    assert re.search("to go on:\n  .* run 1\n", log)
+    assert re.search("to go on:\n  .* run 1 --url ", log)
     server = Server(tmp_path / "x.db")
     assert start_run(tmp_path, 1, "--url", server.url).wait(60) == 0
     assert (tmp_path / "runs").read_text() == "once\n"
@@ -4373,7 +4373,7 @@ def test_a_runner_that_is_signaled_leaves_though_the_server_does_not_answer(tmp_
     runner.send_signal(signal.SIGINT)
     assert runner.wait(25) == 130         # ten seconds are for the server
     log = (tmp_path / "run.log").read_text()
-    assert "the results wait in the journal" in log and re.search("to go on:\n  .* run 1\n", log)
+    assert "the results wait in the journal" in log and re.search("to go on:\n  .* run 1 --url ", log)
     until(lambda: not processes_in(tmp_path) or how == signal.SIGSTOP)
     server.process.send_signal(signal.SIGCONT)
     server.kill()
