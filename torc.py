@@ -4367,7 +4367,7 @@ def why(store, job_id):
         return why_ready(store, job)
     if job.status in (FAILED, TERMINATED, COMPLETED, PENDING_FAILED) and result:
         code, when, node_id, attempt, run, tail = result
-        last = tail.strip().rpartition("\n")[2]
+        last = (tail.strip().splitlines() or [""])[-1]
         changed = changes_since(store, "j.id = ?", (job_id,)).get(job_id)
         meaning = exit_meaning(code)
         return (f"it {STATUS_NAMES[job.status].rpartition('_')[2]} with return code {code}"
@@ -4379,8 +4379,8 @@ def why(store, job_id):
     if job.cascaded:
         return f"it was canceled because {bad_dependency(store, job_id)}"
     canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
-    begun = store.one(f"SELECT 1 FROM job WHERE workflow_id = ? AND status <> {UNINITIALIZED}"
-                      " LIMIT 1", (job.workflow_id,))
+    begun = store.one(f"SELECT 1 FROM job WHERE workflow_id = ? AND status NOT IN ({UNINITIALIZED},"
+                      f" {DISABLED}) LIMIT 1", (job.workflow_id,))
     place = node_name(store, job.compute_node_id)
     return {
         UNINITIALIZED: f"it is not initialized: torc {'workflows reinit' if begun else 'run'} "
@@ -5023,8 +5023,9 @@ def failures(store, workflow_id, most=5000, group=None, jobs=3):
         (workflow_id, workflow_id))
     groups, answer = {}, []
     rows = failed_jobs(store, "t.workflow_id = ?", (workflow_id, max(most, jobs)))
+    jobs = max(jobs, 0)
     for one in rows:
-        line = one.tail.strip().rpartition("\n")[2].strip()[-300:]
+        line = (one.tail.strip().splitlines() or [""])[-1].strip()[-300:]
         key = one.status, one.code, re.sub(r"\d+", "#", line)
         groups.setdefault(key, []).append((one, line))
     for key, members in groups.items():
@@ -5570,6 +5571,8 @@ def named_records(store, table, condition, name, user=None, home=None, pattern=F
     NotFound, with the nearest name.
     """
     kind = KINDS.get(table)
+    if len(name) > 1000:                  # SQLite limits patterns
+        raise BadRequest("a name has at most 1000 characters")
     if not kind or "name" not in [field.name for field in columns(kind)]:
         raise BadRequest(f"{table:.80} records have no names: use an id")
     where, params = condition
@@ -6808,8 +6811,8 @@ def add_member(request, store, group_id, body):
     if gate and user not in gate.file.users:
         member["warning"] = (
             f"the server's password file has no user {user!r:.80}"
-            f"{did_you_mean(user, gate.file.users)}; to undo this: torc access-groups "
-            f"remove-user {group_id} {user}")
+            + (did_you_mean(user, gate.file.users) if request.user in admins(request.store) else "")
+            + f"; to undo this: torc access-groups remove-user {group_id} {user}")
     return member
 
 
@@ -7892,12 +7895,12 @@ def local_database(output_dir, create=False):
 
 
 def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, tell=None,
-            create=True):
+            create=True, named=False):
     """Return a command's client: database, url, the user's own server, or the local file.
 
     how: keyword arguments of Client. tell: called with one sentence that says which it was.
-    create: make the local file if there is none. Raises UsageError when both are given,
-    Unreachable.
+    create: make the local file if there is none. named: the user named the output directory, whose
+    database then counts if there is one. Raises UsageError when both are given, Unreachable.
     """
     database = database or (None if url else os.environ.get("TORC_DATABASE"))
     url = url or (None if database else os.environ.get("TORC_API_URL"))
@@ -7913,7 +7916,7 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
         tell(f"using your server {server.where}")
         return server
     own = database or os.path.join(output_dir, LOCAL_DATABASE)
-    path = database or local_database(output_dir, create)
+    path = database or local_database(output_dir, create or named and os.path.exists(own))
     if not os.path.exists(path):
         if not create:
             raise Unreachable(f"there is no database {path} yet; torc run SPEC creates it, "
@@ -9218,11 +9221,12 @@ class Reaping:
                 self.talk.notify_all()
         if done["status"] in ("failed", "pending_failed", "terminated") and not self.interrupted:
             then = f" (torc logs {job['id']})"
+            rule = done.get("requeue") and self._rule(job, done["return_code"])
             if done.get("requeue"):
-                rule = self._rule(job, done["return_code"])
-                then = "" if self.gone else (
+                then = "; it will be tried again" if not rule else (
                     f"; failure handler \"{rule['handler']}\" tries it again: attempt "
                     f"{job['attempt_id'] + 1} of {rule.get('max_retries', 3)}")
+                then = "" if self.gone else then
             last = done.get("stderr_tail", "").strip().rpartition("\n")[2]
             cause = last[6:] if last.startswith("torc: ") else f"return code {done['return_code']}"
             self.say(f"job {job['id']} \"{job['name']}\" {done['status'].replace('_', ' ')}: "
@@ -11882,8 +11886,8 @@ def missing_message(workflow_id, files, user_data=(), verb="init"):
     missing = [f"input {what} missing: {named(texts)}" for what, texts in
                (("files", files), ("user data", user_data)) if texts]
     return missing and (f"workflow {workflow_id}: {'; '.join(missing)}. No job creates them: "
-                        f"create them; to go on without: torc workflows {verb} {workflow_id} "
-                        "--force") or ""
+                        "create them" + (f"; to go on without: torc workflows {verb} "
+                                         f"{workflow_id} --force" if verb else "")) or ""
 
 
 def required_files(client, workflow_id, counted):
@@ -12107,7 +12111,7 @@ def next_step(client, workflow_id):
         return f"to see what failed and why: torc failures {workflow_id}" if bad else ""
     if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
         return ""
-    if counted["uninitialized"] and counted["uninitialized"] < counted["total"]:
+    if 0 < counted["uninitialized"] < counted["total"] - counted["disabled"]:
         return f"to initialize the remaining jobs: torc workflows reinit {workflow_id}"
     if had_allocations(client, workflow_id):
         return f"to request another allocation: torc slurm schedule-nodes {workflow_id}"
@@ -12654,7 +12658,7 @@ def plan_reset(client, workflow_id, wishes):
             continue
         again = Rerun(client, workflow_id, reset, wishes.reinitialize)
         data = again.report()
-        obstacle = obstacle or missing_message(workflow_id, again.missing, verb="reset-status")
+        obstacle = obstacle or missing_message(workflow_id, again.missing, verb="")
         number = plural(len(again.reasons), "job")
         if not again.reasons and not counted["is_canceled"]:
             continue
@@ -13109,9 +13113,11 @@ def plan_resolve(client, ids, wishes):
     for job in jobs:
         if job["status"] != "pending_failed":
             raise Invalid(f"{job['name']} does not need a decision: it is {said(job['status'])}")
-    plans = {"retry": plan_retry(client, ids, wishes), "fail": plan_stop(client, ids, "failed")}
-    if wishes.decision:
-        plans = {wishes.decision: plans[wishes.decision]}
+    plans = {}
+    if wishes.decision != "fail":
+        plans["retry"] = plan_retry(client, ids, wishes)
+    if wishes.decision != "retry":
+        plans["fail"] = plan_stop(client, ids, "failed")
     return Plan(f"Decide on {jobs_named(jobs)}", tuple(
         f"{name}: {plan.title}. {' '.join(plan.lines)}" for name, plan in plans.items()), tuple(
         plan.choices[0]._replace(key=name[0]) for name, plan in plans.items()),
@@ -14101,12 +14107,13 @@ def lock_pid_file(path):
     Raises Conflict if another server holds it."""
     import atexit
     import fcntl
+    import shlex
     other = running_server(path)
     if other:
         where = f" at {other.urls[0]}" if other.urls else ""
         raise Conflict(f"a server runs in the background already (pid {other.pid}{where}, since "
                        f"{local_time(other.since)}); --pid-file FILE starts another; to stop "
-                       f"this one: torc server stop --pid-file {path}")
+                       f"this one: torc server stop --pid-file {shlex.quote(path)}")
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -17660,8 +17667,19 @@ def show_record(args, record):
         print(f"{name + ':':<{width + 1}} {cell(record, name)}")
 
 
-NEXT_COMMAND = re.compile(r"(.*:) ((?:torc|sbatch|scancel|scontrol) [^:]*)", re.S)
-PLACES = ("--database", "--url", "-o", "--output-dir")
+# Without quotes: what is quoted is a job's.
+NEXT_COMMAND = re.compile(r"(.*:) ((?:torc|sbatch|scancel|scontrol) [^:\"']+)", re.S)
+PLACES = ("database", "url", "output_dir")
+
+
+def accepted_flags(words):
+    """The flags of the command that a command line names, with what each sets; {} if it names
+    none."""
+    with contextlib.suppress(UsageError):
+        found = COMMANDS.get(find_command(words)[1])
+        options = [*GLOBAL, *found.options] if found else ()
+        return {flag: option.dest for flag, option in flags_of(options).items()}
+    return {}
 
 
 def pasteable(sentence):
@@ -17674,11 +17692,12 @@ def pasteable(sentence):
         return sentence
     program, *words = shlex.split(match[2])
     if program == "torc":
-        found = COMMANDS.get(find_command(words)[1])
-        known = flags_of([*GLOBAL, *found.options] if found else GLOBAL)
+        known, typed = accepted_flags(words), accepted_flags(sys.argv[1:])
+        if not known:
+            return sentence
         for index, word in enumerate(sys.argv):
             flag, joined, _ = word.partition("=")
-            if flag in PLACES and flag in known and words[0] != "server":
+            if known.get(flag, "") == typed.get(flag) in PLACES and words[0] != "server":
                 words += sys.argv[index:index + 1 + (not joined)]
         path = torc_command()[1]
         if os.path.abspath(sys.argv[0]) == path and "site-packages" not in path:
@@ -17694,9 +17713,10 @@ def say(args, sentence, **values):
 
 
 def print_lines(title, lines):
-    """Print a title, and lines indented below it."""
-    parts = [part for text in (title, *lines) for part in pasteable(text).splitlines()]
-    print("\n  ".join(map(clean, parts)))
+    """Print a title, and lines indented below it; the last one may end with a command."""
+    parts = [clean(part) for part in title.splitlines()]
+    parts += [f"  {clean(part)}" for text in lines for part in text.splitlines()]
+    print("\n".join([*parts[:-1], pasteable(parts[-1])]))
 
 
 def show(args, data, title, lines=()):
@@ -17715,9 +17735,10 @@ def tell(args, sentence, level="info"):
 
 def say_next(args, client, workflow_id):
     """End a command with what to do next about its workflow, if anything."""
-    step = next_step(client, workflow_id)
-    if step:
-        tell(args, step)
+    with contextlib.suppress(TorcError):  # what was asked for is done
+        step = next_step(client, workflow_id)
+        if step:
+            tell(args, step)
 
 
 # ---- asking
@@ -17812,7 +17833,7 @@ def carry_out(args, client, plan, ask=True, start=None):
     return 1 if done.errors else 0
 
 
-def pick(args, title, records, columns, *flags):
+def pick(args, title, records, columns, *flags, text=None):
     """Return the id of one of several records, for which the user is asked.
 
     columns: of their table, see read_columns. flags: of the option that takes the id. Raises
@@ -17820,7 +17841,11 @@ def pick(args, title, records, columns, *flags):
     """
     lines = "\n".join(record_lines(read_columns(columns), records))
     if not can_ask():
-        example = " ".join([args.prog, *flags, str(records[0]["id"])])
+        number = str(records[0]["id"])
+        example = " ".join([args.prog, *flags, number])
+        if text in sys.argv[1:]:
+            example = " ".join(["torc", *(number if word == text else word
+                                          for word in sys.argv[1:])])
         raise UsageError(f"which {title}? Give its id:\n{lines}\nfor example: {example}")
     print(lines, file=sys.stderr)
     answer = ask(f"Which {title} (ID)?")
@@ -17878,7 +17903,8 @@ def find_ids(args, client, option, text):
     if found[1:] and (found[0]["name"] == found[1]["name"]
                       or found[0]["workflow"] != found[-1]["workflow"]):
         return [pick(args, f'{kind.name} "{text}"', found[:50],
-                     "ID=id, Name=name, Workflow=workflow, Created=timestamp", *option.flags[-1:])]
+                     "ID=id, Name=name, Workflow=workflow, Created=timestamp", *option.flags[-1:],
+                     text=text)]
     return [one["id"] for one in found]
 
 
@@ -18164,9 +18190,9 @@ def do_status(args, client):
         print(f"Allocations: {report['active_scheduled_nodes']} active, "
               f"{report['pending_scheduled_nodes']} pending")
     if report["failures"]:
-        print_lines("Failures by cause:", [
-            f"{plural(group['count'], 'job')}: {failure_text(group)}"
-            for group in report["failures"]])
+        print("Failures by cause:")
+    for group in report["failures"]:
+        print(f"  {plural(group['count'], 'job')}: {clean(failure_text(group))}")
     print_lines(verdict(report), report["allocations"])
     say_next(args, client, args.workflow_id)
 
@@ -18223,7 +18249,9 @@ def do_wait(args, client):
                 pause = news.get("retry_after_s", 0.2 - (time.monotonic() - asked))
                 time.sleep(max(0.0, min(pause, left)))
         except Unreachable as error:
-            tell(args, f"{error}; trying again", "warn")
+            if told != str(error):
+                tell(args, f"{error}; trying again", "warn")
+            told = str(error)
             time.sleep(max(0.0, min(2.0, left)))         # a server that comes back tells nobody
         if trouble is None and left <= 0:
             trouble = f"workflow {args.workflow_id} has not ended within {args.timeout:g} s"
@@ -20899,7 +20927,9 @@ def open_client(args, make):
     directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
     # What a job writes to stderr is read for the cause of its failure.
     say_which = None if os.environ.get("TORC_JOB_ID") else functools.partial(tell, args)
-    return connect(args.database, args.url, directory, client_options(args), say_which, make)
+    named = {"-o", "--output-dir"} & {word.partition("=")[0] for word in sys.argv}
+    return connect(args.database, args.url, directory, client_options(args), say_which, make,
+                   bool(named))
 
 
 def client_options(args):
