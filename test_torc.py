@@ -8825,6 +8825,74 @@ def test_a_program_that_is_not_installed_is_pasted_by_its_file(tmp_path):
     assert shutil.which(words[0]) and words[1:] == [str(TORC), "run", "1", "--database", "x y.db"]
 
 
+REFUSED = """
+import sys, threading, time
+import torc
+client = torc.LocalClient("x.db")
+workflow_id = client.post("/workflows", {"name": "w", "user": client.user})["id"]
+client.post("/bulk_jobs", {"jobs": [{"workflow_id": workflow_id, "name": name, "command": "sleep 60"} for name in "ab"]})
+torc.initialize_new(client, workflow_id)
+runner = torc.Runner(client, workflow_id, torc.RunOptions(output_dir="out", max_parallel_jobs=2))
+request, refused = client.request, []
+
+def refuse(*args, **more):
+    if len(runner.children) == 2 and threading.current_thread() is runner.talker and not refused:
+        refused.append(True)
+        raise torc.Forbidden("the password has changed")
+    return request(*args, **more)
+
+def hurry():
+    while not refused:
+        runner.wake()
+        time.sleep(0.05)
+
+client.request = refuse
+threading.Thread(target=hurry, daemon=True).start()
+print(runner.run())
+"""
+
+
+def test_a_runner_that_is_refused_ends_its_jobs_and_says_so(tmp_path):
+    done = subprocess.run([PYTHON, "-c", REFUSED], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "1\n" and "it will be tried again" in done.stderr, done
+
+
+@pytest.mark.parametrize("text", [
+    "RuntimeError: torc can't find it", "x: torc delete 1 --force", "x: torc ", "x: torc nothing", "x: sbatch 'a"])
+def test_what_a_job_wrote_is_never_taken_for_a_command(cli, local, text):
+    workflow_id, ids = make(local, {"a": []})
+    talk = Conversation(local, workflow_id)
+    job = talk.step(limit=1)["jobs"][0]
+    talk.step([talk.done(job, 1, stderr_tail=f"{text}\n")])
+    for words in (("why", ids["a"]), ("failures", 1), ("status", 1)):
+        out = cli(*words, ok=0)[1]
+        assert f": {text.strip()}\n" in out and "  torc delete" not in out, out
+
+
+def test_an_output_directory_that_is_named_has_the_database_meant(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(SPEC))
+    environment = {**os.environ, "TORC_HOME": str(tmp_path / "home")}
+
+    def said(*words):
+        return subprocess.run([*COMMAND, *words], cwd=tmp_path, env=environment, capture_output=True, text=True).stderr
+
+    said("create", "a.json")
+    assert "the local database results/torc.db\n" in said("run", "a.json", "-o", "results")
+    assert "results/torc.db, the last one used here" in said("status", "1")
+    assert "the local database torc_output/torc.db\n" in said("status", "1", "-o", "torc_output")
+
+
+def test_an_ambiguous_name_is_replaced_where_it_was_typed(tmp_path):
+    client = torc.LocalClient(str(tmp_path / "x.db"))
+    for _ in range(2):
+        client.post("/workflows", {"name": "study", "user": client.user})
+    client.close()
+    done = subprocess.run([*COMMAND, "workflows", "archive", "true", "study", "--database", "x.db"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("  torc workflows archive true 2 --database x.db"), done.stderr
+
+
 def test_run_of_a_canceled_workflow_says_how_to_go_on(cli, local):
     make(local, {"a": []})
     cli("cancel", 1, ok=0)
@@ -9177,6 +9245,9 @@ def test_a_failure_that_waits_for_a_decision_is_retried_or_stands(cli, local):
     _, first = undecided(local, {"a": [], "b": ["a"], "c": ["b"]})
     cli("jobs", "resolve", first, "fail", "--force", ok=0)
     assert statuses(local, 2) == {"a": "failed", "b": "canceled", "c": "canceled"}
+    _, first = undecided(local, {"a": [], "b": ["a"]})
+    local.put("/workflows/3/cancel")      # which cannot be retried
+    cli("jobs", "resolve", first, "fail", "--force", ok=0)
     assert "with return code 4" in cli("why", first, ok=0)[1]
     with pytest.raises(torc.Invalid, match="not as failed"):
         local.post(f"/jobs/{first}/stop", status="failed")
