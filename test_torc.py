@@ -8789,6 +8789,7 @@ PASTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PASTED)
 def test_the_last_line_of_a_command_works_when_it_is_pasted(case, tmp_path):
     job = {"name": "a", "command": "true", "resource_requirements": "r"}
@@ -9688,6 +9689,7 @@ def test_the_other_programs_are_commands_of_this_one(monkeypatch, capsys):
     assert seen == [("127.0.0.1", 1), ("127.0.0.1", 2), ("127.0.0.1", 8080)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])
 def test_letters_that_the_locale_lacks_fail_no_job(tmp_path, locale):
     env = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
