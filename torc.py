@@ -17667,8 +17667,8 @@ def show_record(args, record):
         print(f"{name + ':':<{width + 1}} {cell(record, name)}")
 
 
-# Without quotes: what is quoted is a job's.
-NEXT_COMMAND = re.compile(r"(.*:) ((?:torc|sbatch|scancel|scontrol) [^:\"']+)", re.S)
+# Without quotes and backslashes, which only what a job wrote has there.
+NEXT_COMMAND = re.compile(r"(.*:) ((?:torc|sbatch|scancel|scontrol) [^:\"'\\]+)", re.S)
 PLACES = ("database", "url", "output_dir")
 
 
