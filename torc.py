@@ -1171,22 +1171,17 @@ def core_loader(yaml):
                 if not isinstance(key, yaml.ScalarNode):
                     raise wrong("a key is not a string", key.start_mark)
                 if key.tag == tag + "merge":
-                    merged += self.merged_pairs(value)
+                    for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                        if not isinstance(one, yaml.MappingNode):
+                            raise wrong("<< takes a mapping or a list of mappings", one.start_mark)
+                        self.flatten_mapping(one)
+                        merged += one.value
                 elif key.value in own:
                     raise wrong(f'the key "{key.value}" occurs twice', key.start_mark)
                 else:
                     own[key.value] = key, value
-            kept = {key.value: (key, value) for key, value in reversed(merged)
-                    if key.value not in own}
-            node.value = [*reversed(kept.values()), *own.values()]
-
-        def merged_pairs(self, node):
-            if isinstance(node, yaml.SequenceNode):
-                return [pair for one in node.value for pair in self.merged_pairs(one)]
-            if not isinstance(node, yaml.MappingNode):
-                raise wrong("<< takes a mapping or a list of mappings", node.start_mark)
-            self.flatten_mapping(node)
-            return node.value
+            pairs = [*reversed(merged), *own.values()]       # the last one of a name counts
+            node.value = list({key.value: (key, value) for key, value in pairs}.values())
 
     def integer(loader, node):
         text = loader.construct_scalar(node)
@@ -1224,7 +1219,7 @@ def number_of(text, exact=True):
     return None
 
 
-LIST_ITEM = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|([^,'"\[\]]*?))\s*(?:,|$)""")
+LIST_ITEM = re.compile(r"""\s*('[^']*'|"[^"]*"|[^,'"\[\]]*?)\s*(?:,|$)""")
 
 
 def parameter_values(value):
@@ -1257,24 +1252,20 @@ def parameter_values(value):
 def listed_values(text):
     """The values of a list that is written as a text: [1, 2], ['a,b', "c"], [a, b]. Raises
     ValueError."""
-    inner, place, words, quoted = text[1:-1], 0, [], False
-    if not inner.strip():
+    rest, words = text[1:-1], []
+    if not rest.strip():
         raise ValueError(f"{text!r} is an empty list")
-    while place < len(inner):
-        match = LIST_ITEM.match(inner, place)
-        if not match or match.end() == place:
-            raise ValueError(f"{text!r:.60} has an empty value or an unmatched quote at "
-                             f"{inner[place:place + 20]!r}")
-        word, bare = match[match.lastindex], match.lastindex == 3
-        quoted = quoted or not bare
-        if bare and not word:
-            raise ValueError(f"{text!r:.60} has an empty value")
-        words.append(word)
-        place = match.end()
-    if inner.rstrip().endswith(","):
+    while rest:
+        match = LIST_ITEM.match(rest)
+        if not match or not match[1]:
+            raise ValueError(f"{text!r:.60} has an empty value or an unmatched quote at {rest!r:.20}")
+        words.append(match[1])
+        rest = rest[match.end():]
+    if match[0].endswith(","):
         raise ValueError(f"{text!r:.60} has an empty value after its last comma")
     numbers = [number_of(word) for word in words]
-    return words if quoted or None in numbers else numbers
+    return numbers if None not in numbers else [
+        word[1:-1] if word[0] in "'\"" else word for word in words]
 
 
 def range_values(text, parts):
@@ -1751,12 +1742,9 @@ def spec_summary(top, payload):
     workflow = payload["workflow"]
     return {
         "workflow_name": workflow["name"], "workflow_description": workflow.get("description"),
-        "job_count": len(payload["jobs"]), "job_count_before_expansion": len(top["jobs"]),
-        "file_count": len(payload["files"]),
+        **{f"{table}_count": len(payload[name]) for name, table in SPEC_LISTS.items()},
+        "job_count_before_expansion": len(top["jobs"]),
         "file_count_before_expansion": len(top.get("files", ())),
-        "user_data_count": len(payload["user_data"]),
-        "resource_requirements_count": len(payload["resource_requirements"]),
-        "slurm_scheduler_count": len(payload["slurm_schedulers"]),
         "action_count": len(payload["actions"]),
         "has_schedule_nodes_action": any(action["action_type"] == "schedule_nodes"
                                          for action in payload["actions"]),
