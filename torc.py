@@ -2971,11 +2971,6 @@ def workflow_row(store, workflow_id, names):
     return row
 
 
-def is_complete(store, workflow_id):
-    """See IS_COMPLETE."""
-    return bool(workflow_row(store, workflow_id, IS_COMPLETE)[0])
-
-
 def counts(store, workflow_id):
     """The number of jobs per status (all eleven) and the flags of the workflow. Raises NotFound."""
     run_id, canceled, archived, complete = workflow_row(
@@ -5461,60 +5456,49 @@ def relationships(store, workflow_id, what, page):
     return envelope(items, page, total)
 
 
-def is_workflow_complete(store, workflow_id):
-    """Whether all is done, and the flags that tell how."""
-    canceled, script = workflow_row(
-        store, workflow_id, "is_canceled, has_detected_need_to_run_completion_script")
-    return {"is_complete": is_complete(store, workflow_id), "is_canceled": bool(canceled),
-            "needs_to_run_completion_script": bool(script)}
-
-
-def is_workflow_uninitialized(store, workflow_id):
-    """Whether every job is uninitialized or disabled."""
-    return {"is_uninitialized": not store.one(f"""
-        SELECT EXISTS (SELECT 1 FROM job WHERE workflow_id = ?
-                       AND status NOT IN ({UNINITIALIZED}, {DISABLED}))""", (workflow_id,))[0]}
-
-
-def list_job_ids(store, workflow_id):
-    """Ids of all jobs, ascending."""
-    ids = sorted(job_ids(store, "workflow_id = ?", (workflow_id,)))
-    return {"job_ids": ids, "count": len(ids)}
-
-
-def needed(store, workflow_id, what, also="1"):
-    """Ids of records that some job reads and none writes, or that a completed job has written."""
-    return [row[0] for row in store.query(f"""
-        SELECT t.id FROM {what} t
-        WHERE t.workflow_id = ? AND {also} AND (
-            (EXISTS (SELECT 1 FROM job_input_{what} i WHERE i.{what}_id = t.id)
-             AND NOT EXISTS (SELECT 1 FROM job_output_{what} o WHERE o.{what}_id = t.id))
-            OR EXISTS (SELECT 1 FROM job_output_{what} o JOIN job j ON j.id = o.job_id
-                       WHERE o.{what}_id = t.id AND j.status = {COMPLETED}))
-        ORDER BY t.id""", (workflow_id,))]
-
-
-def required_existing_files(store, workflow_id):
-    """Files that must exist now."""
-    return {"files": needed(store, workflow_id, "file")}
-
-
-def missing_user_data(store, workflow_id):
-    """User data without a value that should have one."""
-    return {"user_data": needed(store, workflow_id, "user_data", "t.data IS NULL")}
-
-
-def ready_job_requirements(store, workflow_id):
-    """Totals over the ready jobs."""
-    return store.query(f"""
-        SELECT count(*) AS num_jobs, CAST(total(r.num_cpus) AS INTEGER) AS num_cpus,
-            CAST(total(r.num_gpus) AS INTEGER) AS num_gpus,
-            total(r.memory_bytes) / 1073741824 AS memory_gb,
-            coalesce(max(r.num_nodes), 0) AS max_num_nodes,
-            'PT' || coalesce(max(r.runtime_s), 0) || 'S' AS max_runtime
+BOOLEAN = "json(CASE WHEN {} THEN 'true' ELSE 'false' END)"      # SQL for JSON
+NEEDED = f"""json((
+    SELECT json_group_array(id) FROM (
+        SELECT t.id FROM {{0}} t
+        WHERE t.workflow_id = workflow.id AND {{1}} AND (
+            (EXISTS (SELECT 1 FROM job_input_{{0}} i WHERE i.{{0}}_id = t.id)
+             AND NOT EXISTS (SELECT 1 FROM job_output_{{0}} o WHERE o.{{0}}_id = t.id))
+            OR EXISTS (SELECT 1 FROM job_output_{{0}} o JOIN job j ON j.id = o.job_id
+                       WHERE o.{{0}}_id = t.id AND j.status = {COMPLETED}))
+        ORDER BY t.id)))"""
+# Views that SQL makes of a workflow, as JSON, by the ends of their paths.
+SMALL_VIEWS = {
+    "is_complete": f"""json_object(
+        'is_complete', {BOOLEAN.format(IS_COMPLETE)},
+        'is_canceled', {BOOLEAN.format('is_canceled')},
+        'needs_to_run_completion_script',
+            {BOOLEAN.format('has_detected_need_to_run_completion_script')})""",
+    "is_uninitialized": "json_object('is_uninitialized', " + BOOLEAN.format(f"""NOT EXISTS (
+        SELECT 1 FROM job
+        WHERE workflow_id = workflow.id AND status NOT IN ({UNINITIALIZED}, {DISABLED}))""") + ")",
+    "job_ids": """(
+        SELECT json_object('job_ids', json_group_array(id), 'count', count(*))
+        FROM (SELECT id FROM job WHERE workflow_id = workflow.id ORDER BY id))""",
+    # Files and user data that some job reads and none writes, or that a completed job has written:
+    # files that must exist now, and user data that should have a value.
+    "required_existing_files": f"json_object('files', {NEEDED.format('file', 1)})",
+    "missing_user_data":
+        f"json_object('user_data', {NEEDED.format('user_data', 't.data IS NULL')})",
+    "ready_job_requirements": f"""(
+        SELECT json_object(
+            'num_jobs', count(*), 'num_cpus', CAST(total(r.num_cpus) AS INTEGER),
+            'num_gpus', CAST(total(r.num_gpus) AS INTEGER),
+            'memory_gb', total(r.memory_bytes) / 1073741824,
+            'max_num_nodes', coalesce(max(r.num_nodes), 0),
+            'max_runtime', 'PT' || coalesce(max(r.runtime_s), 0) || 'S')
         FROM job j
         JOIN resource_requirements r ON r.id = j.resource_requirements_id
-        WHERE j.workflow_id = ? AND j.status = {READY}""", (workflow_id,), dicts_of)[0]
+        WHERE j.workflow_id = workflow.id AND j.status = {READY})"""}
+
+
+def small_view(store, workflow_id, name):
+    """One of SMALL_VIEWS. Raises NotFound."""
+    return json.loads(workflow_row(store, workflow_id, SMALL_VIEWS[name])[0])
 
 
 # ---- names
@@ -7012,8 +6996,6 @@ ROUTES = (
           "only_uninitialized bool = false, clear_ephemeral_user_data bool = false"),
     route("POST /workflows/<workflow>/process_changed_job_inputs",
           process_changed_job_inputs, "dry_run bool = false"),
-    route("GET /workflows/<workflow>/is_complete", is_workflow_complete),
-    route("GET /workflows/<workflow>/is_uninitialized", is_workflow_uninitialized),
     route("POST /workflows/<workflow>/claim_next_jobs", claim_next_jobs, "limit int = 10",
           who=PERSON),
     route("POST /workflows/<workflow>/claim_jobs_based_on_resources/<limit:int>",
@@ -7021,14 +7003,11 @@ ROUTES = (
           "id int, num_cpus int required, memory_gb float required, num_gpus int required,"
           " num_nodes int required, time_limit duration, scheduler_config_id int",
           PERSON),
-    route("GET /workflows/<workflow>/job_ids", list_job_ids),
+    *(route(f"GET /workflows/<workflow>/{name}", small_view, name=name) for name in SMALL_VIEWS),
     route("GET /workflows/<workflow>/job_dependencies", relationships, CUT_PAGE, what="job"),
     route("GET /workflows/<workflow>/job_file_relationships", relationships, CUT_PAGE, what="file"),
     route("GET /workflows/<workflow>/job_user_data_relationships",
           relationships, CUT_PAGE, what="user_data"),
-    route("GET /workflows/<workflow>/required_existing_files", required_existing_files),
-    route("GET /workflows/<workflow>/missing_user_data", missing_user_data),
-    route("GET /workflows/<workflow>/ready_job_requirements", ready_job_requirements),
     route("GET /workflows/<workflow>/failure_handlers",
           list_records, (*PAGE, *AFTER_ID), kind=KINDS["failure_handler"]),
     route("POST /workflows/<workflow>/actions", create_action,
