@@ -551,10 +551,7 @@ class Kind(NamedTuple):
     unsorted: str = ""                    # fields a list cannot be sorted by
     ops: str = "create list clear get update delete"
     derive: Any = None                    # columns that follow from others: a function of a record
-
-    def field(self, name):
-        """The field called `name`."""
-        return next(field for field in self.fields if field.name == name)
+    keys: str = "t.id"                    # what a list is sorted by last
 
 
 def result_times(result):
@@ -2795,8 +2792,8 @@ class Page(NamedTuple):
 
 def envelope(items, page, total):
     """The answer that all lists share."""
-    return {"items": items, "offset": page.offset, "max_limit": MAX_LIMIT, "count": len(items),
-            "total_count": total, "has_more": max(page.offset, 0) + len(items) < total}
+    return {"items": items, "offset": page.offset, "limit": page.limit, "max_limit": MAX_LIMIT,
+            "count": len(items), "total_count": total, "has_more": max(page.offset, 0) + len(items) < total}
 
 
 # A user whose name is NULL, which equals nothing, can use none of them.
@@ -2836,8 +2833,8 @@ FILTERS = {                               # [table.]filter: condition, unless it
     "event.after_timestamp": "t.timestamp > ?",
     "access_group.user":
         "t.id IN (SELECT group_id FROM user_group_membership WHERE user_name = ?)",
-    "access_group.workflow":
-        "t.id IN (SELECT group_id FROM workflow_access_group WHERE workflow_id = ?)",
+    "access_group.workflow_id": "(? IS NULL OR t.id IN (SELECT group_id FROM workflow_access_group"
+                                " WHERE workflow_id = ?))",
 }
 
 
@@ -2876,14 +2873,15 @@ def listing(store, kind, page, wanted, without=(), joined="", orders=()):
                 f"t.{field.name}" for field in kind_columns
                 if field.name not in kind.unsorted.split()}
     sortable.update(orders)
-    direction = "DESC" if page.reverse else "ASC"
+    direction = " DESC" if page.reverse else " ASC"
+    order = filter(None, (sortable.get(page.sort_by), *kind.keys.split()))
     names = ", ".join(f"t.{field.name}" for field in kind_columns)
     total = store.one(f"SELECT count(*) FROM {kind.table} t WHERE {where}", params)[0]
     also = joined if page.sort_by in orders else ""
     chosen = f"""
         FROM {kind.table} t {also}
         WHERE {where}
-        ORDER BY {sortable.get(page.sort_by, 't.id')} {direction}, t.id {direction}
+        ORDER BY {', '.join(one + direction for one in order)}
         LIMIT ? OFFSET ?"""
     # Sort ids alone: with long commands, whole rows take ten times as long. CROSS JOIN keeps order.
     sql = (f"SELECT {names} FROM (SELECT t.id {chosen}) k CROSS JOIN {kind.table} t ON t.id = k.id"
@@ -5426,34 +5424,37 @@ def explain_job(store, job_id):
 
 # ---- what belongs to what, for clients
 
-def relationships(store, workflow_id, what, page):
-    """A list envelope of which job writes and reads which file or user data, a row for each
-    combination; what "job": of which job depends on which. Absent values are left out."""
-    if what == "job":
-        names = "job_id, job_name, depends_on_job_id, depends_on_job_name, workflow_id"
-        shown = "t.id, t.name, p.id, p.name, t.workflow_id"
-        order = ["p.id", "t.id"] if page.sort_by == "depends_on_job_id" else ["t.id", "p.id"]
-        joined = ("JOIN job_dependency d ON d.job_id = t.id JOIN job p ON p.id ="
-                  " d.depends_on_job_id")
-    else:
-        names = (f"{what}_id, {what}_name, workflow_id, producer_job_id, producer_job_name,"
-                 " consumer_job_id, consumer_job_name, file_path")
-        path = "t.path" if what == "file" else "NULL"
-        shown = f"t.id, t.name, t.workflow_id, p.id, p.name, c.id, c.name, {path}"
-        order = ["t.id", "p.id", "c.id"]
-        joined = (f"LEFT JOIN job_output_{what} o ON o.{what}_id = t.id LEFT JOIN job p ON p.id ="
-                  f" o.job_id LEFT JOIN job_input_{what} i ON i.{what}_id = t.id LEFT JOIN job c ON"
-                  " c.id = i.job_id")
-    names = names.split(", ")
-    source = f"FROM {what} t {joined} WHERE t.workflow_id = ?"
-    direction = " DESC" if page.reverse else " ASC"
-    total = store.one(f"SELECT count(*) {source}", (workflow_id,))[0]
-    by = ", ".join(column + direction for column in order)
-    rows = store.bulk(f"SELECT {shown} {source} ORDER BY {by} LIMIT ? OFFSET ?", len(names),
-                      (workflow_id, page.limit, max(page.offset, 0)))
-    items = [{name: value for name, value in zip(names, row) if value is not None}
-             for row in rows]
-    return envelope(items, page, total)
+# Which job depends on which, and which job writes and reads which file or user data, a row for each
+# combination: lists like those of records.
+LINKS = {"job": Kind("job dependency", """(
+        SELECT j.id AS job_id, j.name AS job_name, p.id AS depends_on_job_id,
+            p.name AS depends_on_job_name, j.workflow_id
+        FROM job j
+        JOIN job_dependency d ON d.job_id = j.id
+        JOIN job p ON p.id = d.depends_on_job_id)""", "", fields("""
+        job_id              int
+        job_name            str
+        depends_on_job_id   int
+        depends_on_job_name str
+        workflow_id         int"""), keys="t.job_id t.depends_on_job_id")}
+for _what, _path in (("file", "f.path"), ("user_data", "NULL")):
+    LINKS[_what] = Kind(f"{_what} relationship", f"""(
+        SELECT f.id AS {_what}_id, f.name AS {_what}_name, f.workflow_id, p.id AS producer_job_id,
+            p.name AS producer_job_name, c.id AS consumer_job_id, c.name AS consumer_job_name,
+            {_path} AS file_path
+        FROM {_what} f
+        LEFT JOIN job_output_{_what} o ON o.{_what}_id = f.id
+        LEFT JOIN job p ON p.id = o.job_id
+        LEFT JOIN job_input_{_what} i ON i.{_what}_id = f.id
+        LEFT JOIN job c ON c.id = i.job_id)""", "", fields(f"""
+        {_what}_id          int
+        {_what}_name        str
+        workflow_id         int
+        producer_job_id     int
+        producer_job_name   str
+        consumer_job_id     int
+        consumer_job_name   str
+        file_path           str"""), keys=f"t.{_what}_id t.producer_job_id t.consumer_job_id")
 
 
 BOOLEAN = "json(CASE WHEN {} THEN 'true' ELSE 'false' END)"      # SQL for JSON
@@ -6175,9 +6176,9 @@ def create_record(store, body, kind):
     return {**body, "id": add_many(store, kind, [body])[0]}
 
 
-def kept(store, record, kind):
+def kept(store, body, kind):
     """Store a record; the answer is what is kept, with defaults."""
-    return fetch(store, kind, add_many(store, kind, [record])[0])
+    return fetch(store, kind, add_many(store, kind, [body])[0])
 
 
 def get_record(store, record_id, kind):
@@ -6730,35 +6731,9 @@ def require_self(request, user):
         require_admin(request)
 
 
-def short_listing(store, page, kind, **wanted):
-    """A list of groups or members; upstream gives it an envelope of its own."""
-    answer = listing(store, kind, page, wanted)
-    return {"limit": page.limit, **{name: answer[name] for name in (
-        "items", "offset", "total_count", "has_more")}}
-
-
-def create_access_group(request, store, body):
-    """A group of users, with whom workflows can be shared."""
-    require_admin(request)
-    return kept(store, body, GROUP)
-
-
-def list_access_groups(request, store, page):
-    """All groups."""
-    require_admin(request)
-    return short_listing(store, page, GROUP)
-
-
-def get_access_group(request, store, group_id):
-    """One group."""
-    group = fetch(store, GROUP, group_id)
-    require_admin(request)
-    return group
-
-
-def delete_access_group(request, store, group_id):
+def delete_access_group(store, group_id):
     """Delete a group with its memberships and shares."""
-    group = get_access_group(request, store, group_id)
+    group = fetch(store, GROUP, group_id)
     if group_id == ADMIN_GROUP:
         raise Forbidden(f"the system group {group['name']} cannot be deleted")
     remove(store, GROUP, id=group_id)
@@ -6792,7 +6767,7 @@ def list_members(request, store, group_id, page):
     """The members of a group."""
     fetch(store, GROUP, group_id)
     require_admin(request, group_id)
-    return short_listing(store, page, MEMBER, group_id=group_id)
+    return listing(store, MEMBER, page, {"group_id": group_id})
 
 
 def remove_member(request, store, group_id, user):
@@ -6808,12 +6783,7 @@ def remove_member(request, store, group_id, user):
 def list_user_groups(request, store, user, page):
     """The groups a user is in."""
     require_self(request, user)
-    return short_listing(store, page, GROUP, user=user)
-
-
-def list_workflow_groups(store, workflow_id, page):
-    """The groups a workflow is shared with."""
-    return short_listing(store, page, GROUP, workflow=workflow_id)
+    return listing(store, GROUP, page, {"user": user})
 
 
 def shared(request, workflow_id, group_id):
@@ -6854,7 +6824,6 @@ def access_check(request, store, workflow_id, user):
 
 def reload_auth(request):
     """Read the password file again. Upstream: reload_auth."""
-    require_admin(request)
     gate = request.access.gate
     try:
         faults = gate.reload() if gate else ["the server was started without --auth-file"]
@@ -6870,6 +6839,7 @@ def reload_auth(request):
 # ---- the whole surface
 
 ANYONE, SOMEBODY, ITSELF = "anyone", "anyone with a name", "whom the operation lets"
+ADMIN = "a system admin"
 PERSON = "whoever may use the workflow, but none of its jobs"
 NAMED = "whoever may use the workflow that the operation finds"
 ANY = fields("value any")                 # a body of any JSON
@@ -7004,10 +6974,11 @@ ROUTES = (
           " num_nodes int required, time_limit duration, scheduler_config_id int",
           PERSON),
     *(route(f"GET /workflows/<workflow>/{name}", small_view, name=name) for name in SMALL_VIEWS),
-    route("GET /workflows/<workflow>/job_dependencies", relationships, CUT_PAGE, what="job"),
-    route("GET /workflows/<workflow>/job_file_relationships", relationships, CUT_PAGE, what="file"),
+    route("GET /workflows/<workflow>/job_dependencies", list_records, CUT_PAGE, kind=LINKS["job"]),
+    route("GET /workflows/<workflow>/job_file_relationships",
+          list_records, CUT_PAGE, kind=LINKS["file"]),
     route("GET /workflows/<workflow>/job_user_data_relationships",
-          relationships, CUT_PAGE, what="user_data"),
+          list_records, CUT_PAGE, kind=LINKS["user_data"]),
     route("GET /workflows/<workflow>/failure_handlers",
           list_records, (*PAGE, *AFTER_ID), kind=KINDS["failure_handler"]),
     route("POST /workflows/<workflow>/actions", create_action,
@@ -7057,17 +7028,17 @@ ROUTES = (
           "once bool = false, action_id int", "scheduled_compute_node"),
     route("GET /slurm_stats", list_slurm_stats, listed("slurm_stats", page=CUT_PAGE)),
     route("POST /slurm_stats", add_slurm_stats, body="slurm_stats"),
-    route("POST /admin/reload-auth", reload_auth, who=ITSELF),
-    route("POST /access_groups", create_access_group, body=GROUP.fields, who=ITSELF),
-    route("GET /access_groups", list_access_groups, PAGE, who=ITSELF),
-    route("GET /access_groups/<id:int>", get_access_group, who=ITSELF),
-    route("DELETE /access_groups/<id:int>", delete_access_group, who=ITSELF),
+    route("POST /admin/reload-auth", reload_auth, who=ADMIN),
+    route("POST /access_groups", kept, body=GROUP.fields, who=ADMIN, kind=GROUP),
+    route("GET /access_groups", list_records, PAGE, who=ADMIN, kind=GROUP),
+    route("GET /access_groups/<id:int>", get_record, who=ADMIN, kind=GROUP),
+    route("DELETE /access_groups/<id:int>", delete_access_group, who=ADMIN),
     route("POST /access_groups/<id:int>/members", add_member, body=MEMBER.fields, who=ITSELF),
     route("GET /access_groups/<id:int>/members", list_members, PAGE, who=ITSELF),
     route("DELETE /access_groups/<id:int>/members/<user:str>", remove_member, who=ITSELF),
     route("GET /users/<user:str>/groups", list_user_groups, PAGE, who=ITSELF),
     route("GET /access_check/<id:int>/<user:str>", access_check, who=ITSELF),
-    route("GET /workflows/<workflow>/access_groups", list_workflow_groups, PAGE),
+    route("GET /workflows/<workflow>/access_groups", list_records, PAGE, kind=GROUP),
     route("POST /workflows/<workflow>/access_groups/<group:int>", share_workflow, who=PERSON),
     route("DELETE /workflows/<workflow>/access_groups/<group:int>", unshare_workflow, who=PERSON),
     *crud_routes(),
@@ -7136,6 +7107,8 @@ def run(endpoint, values, request):
     if endpoint.who == SOMEBODY and request.access.enforced and not request.user:
         raise Forbidden(f"{request.subject} may not create workflows here: give a user name and "
                         "password (TORC_USERNAME, TORC_PASSWORD)")
+    if endpoint.who == ADMIN:
+        require_admin(request)
     if endpoint.who in ("", PERSON):
         if endpoint.types:
             workflow_ids = [workflow_of(request.store, KINDS[endpoint.types[0]], values[0])]
