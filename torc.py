@@ -3295,27 +3295,22 @@ def reset_workflow(store, workflow_id, subject, now, force):
 
 # ---- claims
 
-class Capacity:
-    """The free resources of `nodes` equal nodes, as claimed jobs use them up.
+def packed(found, node, nodes):
+    """Those of the candidates that fit into `nodes` equal nodes: (cpus, memory, gpus) each.
 
     A job of several nodes takes whole nodes; single-node jobs share the rest, of which only the sum
     is checked.
     """
-
-    def __init__(self, cpus, memory, gpus, nodes):
-        self.node = (cpus, memory, gpus)
-        self.nodes = nodes
-        self.shared = (0, 0, 0)
-
-    def take(self, need, nodes):
-        """Take (cpus, memory, gpus) on `nodes` nodes; returns whether they fit."""
-        whole = nodes if nodes > 1 else 0
-        shared = self.shared if whole else tuple(map(sum, zip(self.shared, need)))
-        rest = self.nodes - whole
-        if rest < 0 or any(used > one * rest for one, used in zip(self.node, shared)):
-            return False
-        self.nodes, self.shared = rest, shared
-        return True
+    chosen, shared = [], (0, 0, 0)
+    for row in found:
+        _, *need, count = row
+        whole = count if count > 1 else 0
+        more = shared if whole else tuple(map(sum, zip(shared, need)))
+        rest = nodes - whole
+        if rest >= 0 and all(used <= one * rest for one, used in zip(node, more)):
+            nodes, shared = rest, more
+            chosen.append(row)
+    return chosen
 
 
 class Bins:
@@ -3405,8 +3400,7 @@ def claim_by_resources(store, workflow_id, limit, want):
     found = for_scheduler(
         store, workflow_id, limit, "r.num_cpus <= ? AND r.memory_bytes <= ? AND r.num_gpus <= ? AND"
         " r.num_nodes <= ? AND r.runtime_s <= ?", [*node, want["time_left_s"]], want)
-    capacity = Capacity(*node)
-    return take(store, [row for row in found if capacity.take(row[1:4], row[4])])
+    return take(store, packed(found, node[:3], want["num_nodes"]))
 
 
 def claim_for_runner(store, workflow_id, node_id, claim):
