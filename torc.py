@@ -3928,13 +3928,6 @@ def find_duplicate_name(store, workflow_id, names):
             (compact(names), workflow_id)))
 
 
-def default_requirements(store, workflow_id):
-    """The id of the requirements of jobs that name none."""
-    return store.one("""
-        SELECT min(id) FROM resource_requirements
-        WHERE workflow_id = ? AND name = 'default'""", (workflow_id,))[0]
-
-
 def insert_jobs(store, jobs):
     """In a transaction: insert checked jobs of one workflow, completing their bodies; returns their
     ids. Raises Conflict if a name is taken."""
@@ -3945,7 +3938,9 @@ def insert_jobs(store, jobs):
         store, workflow_id, list(names))
     if twice:
         raise Conflict(f'job name "{twice[0]:.80}" is used twice in workflow {workflow_id}')
-    default = default_requirements(store, workflow_id)
+    default, = store.one("""
+        SELECT min(id) FROM resource_requirements
+        WHERE workflow_id = ? AND name = 'default'""", (workflow_id,))
     for job in jobs:
         job.setdefault("resource_requirements_id", default)
         job.pop("status", None)           # always uninitialized
@@ -6386,12 +6381,10 @@ def replace_ids(records, wanted, ids):
 
 def create_jobs(store, bodies):
     """Insert jobs of one workflow; returns their echoes."""
-    if not bodies:
-        return []
-    ids = insert_jobs(store, [dict(job) for job in bodies])
-    default = default_requirements(store, bodies[0]["workflow_id"])
-    return [{"resource_requirements_id": default, **job, "id": job_id, "status": "uninitialized"}
-            for job, job_id in zip(bodies, ids)]
+    jobs = [dict(job) for job in bodies]
+    ids = insert_jobs(store, jobs)        # which completes them
+    return [{**job, **body, "id": job_id, "status": "uninitialized"}
+            for job, body, job_id in zip(jobs, bodies, ids)]
 
 
 def create_job(store, body):
