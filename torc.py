@@ -744,7 +744,7 @@ KINDS = {kind.table: kind for kind in (
         id                  int     server
         workflow_id         int     required > workflow
         timestamp           int     server
-        data                any"""),
+        data                any     required"""),
         filters=fields("after_timestamp int"), ops="list clear get delete"),
 )}
 RELATIONS = {                             # a job's list of ids: its table, this column, theirs
@@ -838,14 +838,14 @@ HINTS = {"slurm_config": "it was removed: use slurm_defaults and execution_confi
 
 # ---- reading values
 
-def read_part(value, part, strict=True):
-    """The values of an object by PARTS. Raises ValueError with all that is wrong; strict: unknown
-    fields are."""
+def read_part(value, wanted, strict=True, partial=False):
+    """The values of an object by its fields: see check_record. Raises ValueError with all that is
+    wrong."""
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.80} is not an object")
     faults = []
-    good = check_record(value, PARTS[part], lambda sentence, name="": faults.append(sentence),
-                        strict=strict)
+    good = check_record(value, wanted, lambda sentence, name="": faults.append(sentence), partial,
+                        strict)
     if faults:
         raise ValueError("; ".join(faults))
     return good
@@ -861,9 +861,9 @@ def read_value(value, kind, strict=False):
             raise ValueError(f"{value!r:.80} is not one of {', '.join(known)}"
                              f"{did_you_mean(value, known)}")
     elif kind == "part":
-        return read_part(value, more, strict)
+        return read_part(value, PARTS[more], strict)
     elif kind == "parts" and isinstance(value, list):
-        return [read_part(one, more) for one in value]
+        return [read_part(one, PARTS[more]) for one in value]
     elif kind == "json":                  # an object, or the text of one, which stays as it is
         try:
             inner = json.loads(value) if is_string(value) else value
@@ -872,7 +872,7 @@ def read_value(value, kind, strict=False):
         if not is_json(inner) or inner is None:
             raise ValueError(f"{value!r:.80} is not JSON")
         if more or not isinstance(value, str):
-            read_part(inner, more or "slurm_defaults", strict and bool(more))
+            read_part(inner, PARTS[more or "slurm_defaults"], strict and bool(more))
         return compact(value) if isinstance(value, dict) else value
     else:
         check, expected = TYPES["list" if kind == "parts" else kind]
@@ -6084,10 +6084,6 @@ OFFERED = ("request", "store", "query", "body", "now", "subject", "page")
 PAGE = fields("offset int = 0, limit limit = 100000, sort_by str, reverse_sort bool = false")
 # A limit that is too large is cut here, as upstream.
 CUT_PAGE = fields("offset int = 0, limit int = 100000, sort_by str, reverse_sort bool = false")
-WORDS = {"bool": {"true": True, "false": False}, "status": STATUS_OF_NAME,
-         "managed": STATUS_OF_NAME}
-WHOLE = int, r"[-+]?\d{1,18}"
-NUMBERS = {"int": WHOLE, "limit": WHOLE, "float": (float, r"-?\d{1,16}(\.\d+)?")}
 
 
 def parse_value(kind, text, place):
@@ -6095,23 +6091,18 @@ def parse_value(kind, text, place):
 
     place: how the error names what is not of its type.
     """
-    try:
-        if not is_string(text):
-            raise ValueError
+    check, expected = TYPES[kind]
+    with contextlib.suppress(ValueError, KeyError, RecursionError):
         if kind == "managed" and STATUS_OF_NAME[text] in COMPLETE_SET:   # upstream's first check
             raise Invalid(f"status {text} is set by complete_job only")
-        if kind == "limit" and len(text) < 9 and int(text) > MAX_LIMIT:
-            raise ValueError
-        if kind in NUMBERS:
-            number, pattern = NUMBERS[kind]
-            if not re.fullmatch(pattern, text):
-                raise ValueError
-            return number(text)
         if kind == "statuses":            # one, or several with commas
             return compact([STATUS_OF_NAME[one] for one in text.split(",")])
-        return WORDS[kind][text] if kind in WORDS else text
-    except (ValueError, KeyError):
-        raise BadRequest(f"{place} is not {TYPES[kind][1]}") from None
+        if kind in ("status", "managed"):
+            return STATUS_OF_NAME[text]
+        value = text if kind == "str" else json.loads(text)
+        if check(value):
+            return value
+    raise BadRequest(f"{place} is not {expected}")
 
 
 def read_query(wanted, query):
@@ -6143,12 +6134,10 @@ def check_body(body, wanted, partial=False):
     """
     if not isinstance(body, dict):
         raise BadShape(f"the body is {type(body).__name__}, not a JSON object")
-    faults = []
-    values = check_record(body, {field.name: field for field in wanted},
-                          lambda sentence, name="": faults.append(sentence), partial)
-    if faults:
-        raise BadShape("; ".join(faults))
-    return values
+    try:
+        return read_part(body, {field.name: field for field in wanted}, partial=partial)
+    except ValueError as fault:
+        raise BadShape(str(fault)) from None
 
 
 # ---- the six operations that most kinds share
@@ -6599,8 +6588,6 @@ def create_result(store, body):
 
 def create_event(store, body, now):
     """Store an event; the server's clock sets its time."""
-    if "data" not in body:
-        raise BadShape("missing field `data`")
     event_id = store_event(store, body["workflow_id"], now, body["data"])
     return fetch(store, KINDS["event"], event_id)
 
@@ -6653,7 +6640,7 @@ def check_action(action):
         raise Invalid("action_config is not an object")
     if action["action_type"] == "schedule_nodes":
         try:
-            read_part(config, "allocations")
+            read_part(config, PARTS["allocations"])
         except ValueError as error:
             raise Invalid(f"action_config of schedule_nodes: {error}") from None
     elif list(config) != ["commands"] or not TYPES["strs"][0](config["commands"]) or not all(
