@@ -1249,15 +1249,16 @@ def parameter_values(value):
 def listed_values(text):
     """The values of a list that is written as a text: [1, 2], ['a,b', "c"], [a, b]. Raises
     ValueError."""
-    rest, words = text[1:-1], []
-    if not rest.strip():
+    inner, place, words = text[1:-1], 0, []
+    if not inner.strip():
         raise ValueError(f"{text!r} is an empty list")
-    while rest:
-        match = LIST_ITEM.match(rest)
+    while place < len(inner):
+        match = LIST_ITEM.match(inner, place)
         if not match or not match[1]:
-            raise ValueError(f"{text!r:.60} has an empty value or an unmatched quote at {rest!r:.20}")
+            raise ValueError(f"{text!r:.60} has an empty value or an unmatched quote at "
+                             f"{inner[place:place + 20]!r}")
         words.append(match[1])
-        rest = rest[match.end():]
+        place = match.end()
     if match[0].endswith(","):
         raise ValueError(f"{text!r:.60} has an empty value after its last comma")
     numbers = [number_of(word) for word in words]
@@ -2793,7 +2794,8 @@ class Page(NamedTuple):
 def envelope(items, page, total):
     """The answer that all lists share."""
     return {"items": items, "offset": page.offset, "limit": page.limit, "max_limit": MAX_LIMIT,
-            "count": len(items), "total_count": total, "has_more": max(page.offset, 0) + len(items) < total}
+            "count": len(items), "total_count": total,
+            "has_more": max(page.offset, 0) + len(items) < total}
 
 
 # A user whose name is NULL, which equals nothing, can use none of them.
