@@ -2323,7 +2323,7 @@ class Subscription:
 
     def close(self):
         """End the subscription."""
-        self.store.unsubscribe(self)
+        self.store.listening.discard(self)
 
 
 def refusal(error):
@@ -2361,7 +2361,7 @@ class Store:
         self._writer_thread = None
         self._news = set()
         self._events = []                 # of this transaction, for subscribers
-        self._listening = ()              # Subscriptions
+        self.listening = set()            # Subscriptions; copied before a loop, as they come and go
         self._waiting = weakref.WeakValueDictionary()  # workflow: Condition, while a client waits
         self._waiting_lock = threading.Lock()
         self._readers = []
@@ -2471,7 +2471,7 @@ class Store:
         """End all waiting, now and in the future, because the program is about to stop."""
         self.closing = True
         with self._waiting_lock:
-            waiting = [*self._waiting.values(), *(one.changed for one in self._listening)]
+            waiting = [*self._waiting.values(), *(one.changed for one in [*self.listening])]
         for condition in waiting:
             with condition:
                 condition.notify_all()
@@ -2505,11 +2505,10 @@ class Store:
                 yield
                 self._writer.execute("COMMIT")
                 news = self._news
-                if self._events:
-                    self._publish(self._events)
+                self._publish(self._events)
             except sqlite3.IntegrityError as error:
                 raise refusal(error) from None
-            except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+            except sqlite3.DatabaseError as error:
                 raise self._trouble(error) from error
             finally:
                 self._writer_thread = None
@@ -2588,18 +2587,12 @@ class Store:
     def subscribe(self, workflow_id, severity):
         """A Subscription to the events of a workflow, which the caller must close."""
         one = Subscription(self, workflow_id, severity)
-        with self._waiting_lock:
-            self._listening += (one,)
+        self.listening.add(one)
         return one
-
-    def unsubscribe(self, subscription):
-        """See Subscription.close."""
-        with self._waiting_lock:
-            self._listening = tuple(one for one in self._listening if one is not subscription)
 
     def has_listeners(self, workflow_id):
         """Whether a workflow's events have subscribers; without any, none need be created."""
-        return any(one.workflow_id == workflow_id for one in self._listening)
+        return any(one.workflow_id == workflow_id for one in [*self.listening])
 
     def tell(self, workflow_id, kind, severity, data, number=1):
         """In a transaction: send an event to the subscribers once it is committed.
@@ -2617,7 +2610,7 @@ class Store:
             text = data if data is None else f"event: {kind}\ndata: " + compact({
                 "workflow_id": workflow_id, "timestamp": timestamp, "event_type": kind,
                 "severity": severity, "data": data}) + "\n\n"
-            for one in self._listening:
+            for one in [*self.listening]:
                 if one.workflow_id == workflow_id:
                     one.put(SEVERITIES.index(severity), text, number)
 
