@@ -2342,6 +2342,12 @@ def dicts_of(cursor):
     return [dict(zip(names, row)) for row in cursor]
 
 
+def objects_of(cursor):
+    """The rows of a cursor as objects with the names of its columns."""
+    from types import SimpleNamespace
+    return [SimpleNamespace(**row) for row in dicts_of(cursor)]
+
+
 class Store:
     """A database file with one writer at a time, concurrent readers, and news for waiting clients.
 
@@ -4159,31 +4165,20 @@ def exit_codes(store, workflow_id):
 
 # ---- why jobs do not run
 
-class Node(NamedTuple):
-    """A compute node, as views see it: a runner."""
-
-    id: int
-    host: str
-    cpus: int                             # of all its nodes
-    memory: float                         # of one, in bytes
-    gpus: int
-    nodes: int
-    start: float                          # ms since the epoch
-    end: float                            # now, if it is active
-    active: int
-
-
 def nodes_of(store, workflow_id, which="is_active = 1 ORDER BY id", now=0):
-    """The active Nodes of a workflow. which: an SQL condition that selects others."""
+    """The active compute nodes of a workflow, as views see them: runners, with the CPUs of all
+    their nodes, the memory of one in bytes, and their start and end (now, if active) in ms since
+    the epoch. which: an SQL condition that selects others."""
     start = MS.format("start_time")
-    return [Node(*row) for row in store.query(f"""
-        SELECT id, hostname, num_cpus * max(num_nodes, 1), memory_gb * 1073741824, num_gpus,
-            max(num_nodes, 1), coalesce({start}, :now),
+    return store.query(f"""
+        SELECT id, hostname AS host, num_cpus * max(num_nodes, 1) AS cpus,
+            memory_gb * 1073741824 AS memory, num_gpus AS gpus, max(num_nodes, 1) AS nodes,
+            coalesce({start}, :now) AS start, is_active AS active,
             CASE WHEN is_active THEN :now
-                 ELSE coalesce({start} + duration_seconds * 1000, :now) END, is_active
+                 ELSE coalesce({start} + duration_seconds * 1000, :now) END AS end
         FROM compute_node
         WHERE workflow_id = :workflow AND {which}
-        """, {"workflow": workflow_id, "now": now * 1000})]
+        """, {"workflow": workflow_id, "now": now * 1000}, objects_of)
 
 
 def shortfalls(need, cpus, memory_bytes, gpus, nodes):
@@ -4942,36 +4937,20 @@ UNKNOWN_ADVICE = {126: "the command cannot be executed: make the file executable
                   127: "the command was not found: load its module, or correct its path"}
 
 
-class Failure(NamedTuple):
-    """A job that ended unsuccessfully, with its result."""
-
-    job_id: int
-    name: str
-    status: int
-    result_id: int | None
-    code: int | None
-    ran_s: float
-    ended_ms: int | None
-    peak: int
-    host: str | None
-    tail: str
-    memory: int
-    runtime_s: int
-    need: str
-
-
 def failed_jobs(store, where, params):
-    """[Failure, ...], the latest first. where: on t; params: of it, and how many at most."""
-    return [Failure(*row) for row in store.query(f"""
-        SELECT t.id, t.name, t.status, r.id, r.return_code,
-            coalesce(r.end_ms - r.start_ms, 0) / 1000.0, r.end_ms,
-            coalesce(r.peak_memory_bytes, 0), n.hostname,
-            coalesce(substr(r.stderr_tail, -400), ''), q.memory_bytes, q.runtime_s, q.name
+    """Jobs that ended unsuccessfully, with their results (if any), the latest first. where: on t;
+    params: of it, and how many at most."""
+    return store.query(f"""
+        SELECT t.id AS job_id, t.name, t.status, r.id AS result_id, r.return_code AS code,
+            coalesce(r.end_ms - r.start_ms, 0) / 1000.0 AS ran_s, r.end_ms AS ended_ms,
+            coalesce(r.peak_memory_bytes, 0) AS peak, n.hostname AS host,
+            coalesce(substr(r.stderr_tail, -400), '') AS tail, q.memory_bytes AS memory,
+            q.runtime_s, q.name AS need
         FROM job t {ENDED}
         JOIN resource_requirements q ON q.id = t.resource_requirements_id
         WHERE {where} AND t.status IN {UNSUCCESSFUL_SQL}
         ORDER BY r.id DESC
-        LIMIT ?""", params)]
+        LIMIT ?""", params, objects_of)
 
 
 def failures(store, workflow_id, most=5000, group=None, jobs=3):
@@ -5011,7 +4990,7 @@ def failure_text(group):
 
 def failure_group(store, members, codes, most):
     """The description of jobs that failed the same way, with the names of the latest `most`.
-    members: [(Failure, last line), ...]."""
+    members: [(job of failed_jobs, last line), ...]."""
     jobs = [one for one, _ in members]
     first, line = members[-1]             # they come with the latest first
     families = list(dict.fromkeys(family_name(one.name) for one in jobs))
@@ -5122,15 +5101,14 @@ class Window(NamedTuple):
 
 
 def stretch(store, workflow_id, begin, end, now, bins):
-    """(the Window to show: what is asked for, or else the current run; all Nodes)."""
+    """(the Window to show: what is asked for, or else the current run; all nodes: see nodes_of)."""
     nodes = nodes_of(store, workflow_id, "1 ORDER BY id", now)
-    run_id = workflow_row(store, workflow_id, "run_id")[0]
-    began = store.one("SELECT min(start_ms) FROM result WHERE workflow_id = ? AND run_id = ?",
-                      (workflow_id, run_id))[0]
-    starts = [began] if began is not None else [node.start for node in nodes if node.active]
-    ends = [node.end for node in nodes]
-    begin = int(begin if begin is not None else min(starts, default=now * 1000 - 60_000))
-    end = int(end if end is not None else max(ends, default=now * 1000))
+    began, = workflow_row(store, workflow_id, "(SELECT min(start_ms) FROM result"
+                          " WHERE workflow_id = workflow.id AND run_id = workflow.run_id)")
+    starts = begin, began, min((node.start for node in nodes if node.active),
+                               default=now * 1000 - 60_000)
+    begin = int(next(moment for moment in starts if moment is not None))
+    end = int(end if end is not None else max((node.end for node in nodes), default=now * 1000))
     # SQLite multiplies times by bins in 64 bits.
     begin, end = (max(0, min(moment, 2**48)) for moment in (begin, end))
     return Window(begin, max(end, begin + 1000), bins), nodes
