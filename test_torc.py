@@ -2719,13 +2719,13 @@ def basic(user, password):
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-def checked(gate, header, address="10.0.0.1", liar=False):
+def checked(gate, header, address="10.0.0.1"):
     """The final Verdict of a gate."""
     verdict = gate.judge(header, address)
     if verdict.state != "unsure":
         return verdict
     answers = []
-    gate.ask(header, address, verdict.digest, liar, answers.append)
+    gate.ask(header, address, verdict.digest, answers.append)
     until(lambda: answers)
     return answers[0]
 
@@ -2854,12 +2854,12 @@ def test_a_flood_of_guesses_delays_its_own_lane_only(passwords, monkeypatch):
     monkeypatch.setattr(torc, "check_password", check)
     answers = []
 
-    def ask(user, password, address, liar=False):
+    def ask(user, password, address):
         header = basic(user, password)
-        gate.ask(header, address, gate.judge(header, address).digest, liar, answers.append)
+        gate.ask(header, address, gate.judge(header, address).digest, answers.append)
 
     for number in range(torc.LANE_QUEUE + 5):
-        ask("alice", f"guess {number}", "10.0.0.1", liar=number > 3)
+        ask("alice", f"guess {number}", "10.0.0.1")
     assert [answer.state for answer in answers] == ["busy"] * (len(answers)) and len(answers) >= 3
     ask("bob", BOB, "10.0.0.1"), ask("alice", ALICE, "10.0.0.2")
     go.set()
@@ -2874,7 +2874,7 @@ def test_the_same_question_asked_often_costs_one_hash(passwords, monkeypatch):
                         lambda *_: go.wait(20) and not hashed.append(1))
     header = basic("alice", ALICE)
     for _ in range(50):
-        gate.ask(header, "10.0.0.1", gate.judge(header, "10.0.0.1").digest, False, answers.append)
+        gate.ask(header, "10.0.0.1", gate.judge(header, "10.0.0.1").digest, answers.append)
     go.set()
     until(lambda: len(answers) == 50)
     assert len(hashed) == 1 and {answer.user for answer in answers} == {"alice"}

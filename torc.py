@@ -5765,7 +5765,7 @@ class Gate:
         self.told, self.told_since = 0, -math.inf    # of wrong ones in the log, since when
         self.refuted = collections.OrderedDict()     # digests of wrong credentials
         self.failures = collections.OrderedDict()    # lane: (number, time of the last)
-        self.lanes = collections.OrderedDict()       # lane: (first attempts, those of known liars)
+        self.lanes = collections.OrderedDict()       # lane: (digest, address) of its attempts
         self.attempts = {}                # digest: Guess that waits or is at work
         self.condition = threading.Condition()
         self.looked = time.monotonic()
@@ -5861,23 +5861,18 @@ class Gate:
 
     # -- hashing
 
-    def ask(self, header, address, digest, liar, callback):
-        """Have credentials checked; callback(Verdict) comes from another thread.
-
-        digest: of judge(). liar: the connection has sent wrong ones before, so others go first.
-        """
-        import collections
+    def ask(self, header, address, digest, callback):
+        """Have credentials checked; callback(Verdict) comes from another thread. digest: of
+        judge()."""
         user, password = basic_credentials(header)
         hashed = self.file.users.get(user)
         with self.condition:
             guess = self.attempts.get(digest)
-            waiting = sum(map(len, self.lanes.get((address, user), ())))
-            if not guess and hashed is not None and waiting < LANE_QUEUE and (
+            lane = self.lanes.get((address, user), [])
+            if not guess and hashed is not None and len(lane) < LANE_QUEUE and (
                     len(self.attempts) < HASH_QUEUE):
                 guess = self.attempts[digest] = Guess(user, hashed, password, [])
-                lane = self.lanes.setdefault((address, user), (collections.deque(),
-                                                               collections.deque()))
-                lane[bool(liar)].append((digest, address))
+                self.lanes[address, user] = [*lane, (digest, address)]
                 if self.threads < max(1, min(4, len(os.sched_getaffinity(0)) // 2)):
                     self.threads += 1
                     threading.Thread(target=self._hash, daemon=True).start()
@@ -5893,10 +5888,9 @@ class Gate:
             with self.condition:
                 while not self.lanes:
                     self.condition.wait()
-                name, lane = self.lanes.popitem(last=False)
-                digest, address = (lane[0] or lane[1]).popleft()
-                if any(lane):
-                    self.lanes[name] = lane
+                name, ((digest, address), *rest) = self.lanes.popitem(last=False)
+                if rest:
+                    self.lanes[name] = rest
                 attempt = self.attempts[digest]
             try:
                 good = check_password(attempt.password, attempt.hashed)
@@ -13561,7 +13555,6 @@ def channel_class(gate, tls):
 
     class Channel(HTTPChannel):
         judged = None, NOBODY             # the request at work, and the verdict on it
-        liar = False                      # wrong credentials came over this connection
 
         def service(self):
             request = self.requests[0]
@@ -13571,7 +13564,7 @@ def channel_class(gate, tls):
                 if verdict.state == "unsure":
                     uid = peer_uid(self.socket)
                     gate.ask(header, self.addr[0] if uid is None else f"uid {uid}", verdict.digest,
-                             self.liar, lambda verdict: self.decided(request, verdict))
+                             lambda verdict: self.decided(request, verdict))
                     return
                 if verdict.delay_s:
                     self.decided(request, verdict)
@@ -13582,7 +13575,6 @@ def channel_class(gate, tls):
         def decided(self, request, verdict):
             """Serve a request whose verdict is known; one with wrong credentials is served late."""
             self.judged = request, verdict
-            self.liar = self.liar or verdict.state == "wrong"
             later.add(verdict.delay_s, lambda: self.server.add_task(self))
 
     return tls_channel(Channel, tls) if tls else Channel
