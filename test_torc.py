@@ -2600,7 +2600,7 @@ def test_both_kinds_of_runners_are_heard_and_failed_transactions_are_not(store, 
     assert set(events[6][1]) == {"compute_node_id", "hostname", "pid", "duration_seconds",
                                  "compute_node_type"}
     subscription.close()
-    assert not store.has_listeners(workflow_id)
+    assert not store.listening
 
 
 def test_initializing_and_scheduling_are_heard(store, api):

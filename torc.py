@@ -2596,10 +2596,6 @@ class Store:
         self.listening.add(one)
         return one
 
-    def has_listeners(self, workflow_id):
-        """Whether a workflow's events have subscribers; without any, none need be created."""
-        return any(one.workflow_id == workflow_id for one in [*self.listening])
-
     def tell(self, workflow_id, kind, severity, data, number=1):
         """In a transaction: send an event to the subscribers once it is committed.
 
@@ -2607,7 +2603,7 @@ class Store:
         """
         if len(self._events) >= EVENT_QUEUE:
             data = None
-        if self.has_listeners(workflow_id):
+        if any(one.workflow_id == workflow_id for one in [*self.listening]):
             self._events.append((workflow_id, kind, severity, data, number))
 
     def _publish(self, events):
@@ -3016,8 +3012,7 @@ def emit_node_event(store, node_id, started):
 
 def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=None, started_ms=None,
                result=KEEP):
-    """In a transaction: change the status of jobs, which happens nowhere else; see finish for jobs
-    that end.
+    """In a transaction: change the status of jobs of a workflow, which happens nowhere else.
 
     owner: the compute node that has them, None if no process of them is left. KEEP leaves them with
     their node if it is active and runs our runner, which will report when they have ended.
@@ -3047,24 +3042,23 @@ def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=Non
         SET {' = ?, '.join(values)} = ?, attempt_id = attempt_id + ?{keep}
         WHERE id {'= ?' if is_one else f'IN {IDS}'}""",
         (*values.values(), again, ids[0] if is_one else compact(ids)))
+    if status in ENDED_SEVERITY and store.listening:
+        tell_ended(store, ids, status, code)
 
 
 ENDED_SEVERITY = {COMPLETED: "info", FAILED: "error", CANCELED: "warning", TERMINATED: "warning",
                   PENDING_FAILED: "info"}
 
 
-def finish(store, workflow_id, ids, status, code=None, **more):
-    """In a transaction: end jobs of a workflow with a status; more: see set_status."""
-    set_status(store, ids, status, code=code, **more)
-    if not ids or not store.has_listeners(workflow_id):
-        return
+def tell_ended(store, ids, status, code):
+    """In a transaction: send the events that jobs of a workflow have ended."""
     kind, severity = f"job_{STATUS_NAMES[status]}", ENDED_SEVERITY[status]
     for job in find_jobs(store, f"id IN {IDS}", (compact(ids[:EVENT_QUEUE]),)):
-        store.tell(workflow_id, kind, severity, {
+        store.tell(job.workflow_id, kind, severity, {
             "job_id": job.id, "job_name": job.name, "status": STATUS_NAMES[status],
             "return_code": code})
     if len(ids) > EVENT_QUEUE:
-        store.tell(workflow_id, kind, severity, None, len(ids) - EVENT_QUEUE)
+        store.tell(job.workflow_id, kind, severity, None, len(ids) - EVENT_QUEUE)
 
 
 def unblock_jobs(store, workflow_id):
@@ -3095,7 +3089,7 @@ def unblock_jobs(store, workflow_id):
         freed += becomes[READY]
         if not becomes[CANCELED]:         # otherwise there may be more below them
             break
-        finish(store, workflow_id, becomes[CANCELED], CANCELED, cascaded=True, result=None)
+        set_status(store, becomes[CANCELED], CANCELED, cascaded=True, result=None)
     return freed
 
 
@@ -3262,7 +3256,7 @@ def cancel_workflow(store, workflow_id, subject, now):
     """In a transaction: cancel a workflow and its pending and running jobs, but no others."""
     store.execute("UPDATE workflow SET is_canceled = 1 WHERE id = ?", (workflow_id,))
     jobs = job_ids(store, f"workflow_id = ? AND status IN ({PENDING}, {RUNNING})", (workflow_id,))
-    finish(store, workflow_id, jobs, CANCELED)
+    set_status(store, jobs, CANCELED)
     store_event(store, workflow_id, now, {"category": "workflow_canceled", "user": subject,
                                           "workflow_id": workflow_id})
     store.news(workflow_id)
@@ -3511,8 +3505,8 @@ def apply_completion(store, job, values, result):
             store_retry(store, job, values["run_id"], parse_time(values["completion_time"]) / 1000,
                         f"job {job.name}: {again}")
     else:
-        finish(store, job.workflow_id, [job.id], STATUS_OF_NAME[values["status"]],
-               values["return_code"], owner=None, result=result)
+        set_status(store, [job.id], STATUS_OF_NAME[values["status"]], None,
+                   code=values["return_code"], result=result)
 
 
 def retry_text(store, job_id):
@@ -3747,7 +3741,7 @@ def release_node(store, node_id, now, evidence, ended=None):
                 "status": STATUS_NAMES[status], "stderr_tail":
                 f"torc: {evidence.text}"}, replace=True)
         if job.status == RUNNING and ended:
-            finish(store, workflow_id, [job.id], status, code, owner=None, result=result)
+            set_status(store, [job.id], status, None, code=code, result=result)
         elif job.status in (PENDING, RUNNING):
             set_status(store, [job.id], BLOCKED, None, again=1, result=result)
             requeued.append(job.id)
@@ -3808,8 +3802,8 @@ def complete_job(store, job_id, status, run_id, body):
         raise Invalid(f"job {job_id} is {STATUS_NAMES[job.status]}")
     if job.status not in (PENDING, RUNNING):
         reopen_jobs(store, [job_id], PENDING)        # unclaimed, or canceled by the cascade
-    finish(store, job.workflow_id, [job_id], status, body["return_code"],
-           result=store_result(store, body))
+    set_status(store, [job_id], status, code=body["return_code"],
+               result=store_result(store, body))
     propagate(store, job.workflow_id)
 
 
@@ -3888,7 +3882,7 @@ def stop_job(store, job_id, status):
                       f"{STATUS_NAMES[status]}")
     if job.status in COMPLETE_SET:
         raise Invalid(f"job {job_id} has already ended ({STATUS_NAMES[job.status]})")
-    finish(store, job.workflow_id, [job_id], status, result=KEEP if stands else None)
+    set_status(store, [job_id], status, result=KEEP if stands else None)
     propagate(store, job.workflow_id)
 
 
