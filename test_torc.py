@@ -2379,17 +2379,17 @@ def test_jobs_that_come_and_go_break_no_view_that_is_asked_meanwhile(api, monkey
     monkeypatch.setattr(torc, "FEW_JOBS", 5)
     workflow_id, ids = make(api, {**{f"a_{number}": [] for number in range(9)}, "a_9": ["a_0"]})
     api.delete(f"/jobs/{ids['a_3']}")     # ids with a gap
-    real = torc.json_columns
+    real = torc.Store.bulk
 
-    def late(store, names, source, params):
-        if "d.job_id" in names:           # after the families were read, before their edges are
-            monkeypatch.setattr(torc, "json_columns", real)
+    def late(store, sql, width, params):
+        if "d.job_id" in sql:             # after the families were read, before their edges are
+            monkeypatch.setattr(torc.Store, "bulk", real)
             api.post("/jobs", {"workflow_id": workflow_id, "name": "z_1", "command": "true",
                                "depends_on_job_ids": [ids["a_1"]]})
-        return real(store, names, source, params)
-    monkeypatch.setattr(torc, "json_columns", late)
+        return real(store, sql, width, params)
+    monkeypatch.setattr(torc.Store, "bulk", late)
     assert [node["name"] for node in api.get(f"/workflows/{workflow_id}/graph")["nodes"]] == ["a_*"]
-    assert torc.json_columns is real
+    assert torc.Store.bulk is real
     assert api.get(f"/workflows/{workflow_id}/graph")["edges"] == [["f0", "f1"]]
 
 

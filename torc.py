@@ -2563,14 +2563,15 @@ class Store:
         return rows[0] if rows else None
 
     def bulk(self, sql, width, params=()):
-        """All rows of a SELECT of `width` columns, fetched as one row of JSON: while another thread
-        is busy, each row fetched separately would wait for the interpreter's lock. Floats keep 15
-        digits."""
-        names = ", ".join(f"c{number}" for number in range(width))
-        return json.loads(self.one(f"""
-            WITH q ({names}) AS ({sql})
-            SELECT json_group_array(json_array({names}))
-            FROM q""", params)[0])
+        """The columns of all rows of a SELECT, as `width` lists, fetched as JSON: while another
+        thread is busy, each row fetched separately would wait for the interpreter's lock. Floats
+        keep 15 digits."""
+        names = [f"c{number}" for number in range(width)]
+        lists = ", ".join(f"json_group_array({name})" for name in names)
+        return [json.loads(text) for text in self.one(f"""
+            WITH q ({', '.join(names)}) AS ({sql})
+            SELECT {lists}
+            FROM q""", params)]
 
     # ---- news
 
@@ -2771,7 +2772,7 @@ def with_relations(store, jobs):
         f" WHERE {mine} IN {IDS}"
         for name, (table, mine, theirs) in RELATIONS.items()) + " ORDER BY name, job, other"
     params = [compact(list(by_id))] * len(RELATIONS)
-    rows = store.query(sql, params) if len(jobs) < 100 else store.bulk(sql, 3, params)
+    rows = store.query(sql, params) if len(jobs) < 100 else zip(*store.bulk(sql, 3, params))
     for name, job_id, other in rows:
         by_id[job_id].setdefault(name, []).append(other)
     return jobs
@@ -2886,7 +2887,7 @@ def listing(store, kind, page, wanted, without=(), joined="", orders=()):
     params = [*params, page.limit, max(page.offset, 0)]
     exact = any(field.type == "float" for field in kind_columns)
     large = min(total, page.limit if page.limit >= 0 else total) > 500
-    rows = (store.bulk(sql, len(kind_columns), params) if large and not exact
+    rows = (zip(*store.bulk(sql, len(kind_columns), params)) if large and not exact
             else store.query(sql, params))
     return envelope([to_record(kind_columns, row) for row in rows], page, total)
 
@@ -4416,12 +4417,6 @@ def node_name(store, node_id):
 
 # ---- families
 
-def json_columns(store, names, source, params):
-    """Columns of a SELECT, each as one JSON list: see Store.bulk."""
-    lists = ", ".join(f"json_group_array({name})" for name in names)
-    return [json.loads(text) for text in store.one(f"SELECT {lists} {source}", params)]
-
-
 def family_name(name):
     """The family of a job: its name without trailing numbers."""
     return name.rstrip("0123456789_-.") or "#"
@@ -4456,8 +4451,8 @@ class Families:
         from collections import Counter
         self.workflow_id = workflow_id
         self.last_result = 0
-        ids, names = json_columns(store, ("id", "name"), "FROM (SELECT id, name FROM job WHERE"
-                                  " workflow_id = ? ORDER BY id)", (workflow_id,))
+        ids, names = store.bulk("SELECT id, name FROM job WHERE workflow_id = ? ORDER BY id", 2,
+                                (workflow_id,))
         found = family_names(names)
         first = dict(zip(reversed(found), reversed(names)))
         self.by_name = {name: Family(place, name, first[name], size)
@@ -4471,7 +4466,7 @@ class Families:
             source = ("FROM job j CROSS JOIN job_dependency d ON d.job_id = j.id"
                       " WHERE j.workflow_id = ?")
             params = (workflow_id,)
-        after, before = json_columns(store, ("d.job_id", "d.depends_on_job_id"), source, params)
+        after, before = store.bulk(f"SELECT d.job_id, d.depends_on_job_id {source}", 2, params)
         pairs = zip(map(self.of_job.get, before), map(self.of_job.get, after))
         for (one, other), edges in Counter(pairs).items():
             if one and other:             # else a job was just added
@@ -4479,9 +4474,9 @@ class Families:
 
     def read_results(self, store):
         """Add new results to the times of their families."""
-        ids, jobs, times = json_columns(
-            store, ("id", "job_id", "end_ms - start_ms"),
-            "FROM result WHERE workflow_id = ? AND id > ?", (self.workflow_id, self.last_result))
+        ids, jobs, times = store.bulk(
+            "SELECT id, job_id, end_ms - start_ms FROM result WHERE workflow_id = ? AND id > ?", 3,
+            (self.workflow_id, self.last_result))
         self.last_result = max(ids, default=self.last_result)
         for family, ran in zip(map(self.of_job.get, jobs), times):
             if family:
@@ -4496,8 +4491,8 @@ class Families:
             (self.workflow_id,))]
         answer = {family: {} for family in self.by_name.values()}
         for status in statuses[1:]:
-            ids, = json_columns(store, ("id",), "FROM job WHERE workflow_id = ? AND status = ?",
-                                (self.workflow_id, status))
+            ids, = store.bulk("SELECT id FROM job WHERE workflow_id = ? AND status = ?", 1,
+                              (self.workflow_id, status))
             for family, number in Counter(map(self.of_job.get, ids)).items():
                 if family:
                     answer[family][STATUS_NAMES[status]] = number
