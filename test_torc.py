@@ -849,6 +849,10 @@ def test_parameters_stand_for_their_values(value, expected):
     assert torc.parameter_values(value) == expected
 
 
+def test_a_long_list_in_a_string_is_read_in_time_that_grows_with_it():
+    assert len(torc.parameter_values(str(["a"] * 300_000))) == 300_000
+
+
 @pytest.mark.parametrize("text, expected", [
     ("{i:03d}_{i}_{x:.2f}", "007_7_0.50"), ("${i} {i}", "${i} 7"), ("{other} {i}", "{other} 7"),
     ("awk '{print $1}'", "awk '{print $1}'"), ("{one}", "1"), ("{s:>5}", "    t")])
