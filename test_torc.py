@@ -8443,7 +8443,7 @@ def test_csv_is_for_lists_and_refused_before_anything_is_done(cli, local, monkey
     if not prints_list:
         called = []
         monkeypatch.setitem(torc.COMMANDS, name, torc.COMMANDS[name]._replace(
-            function=lambda *args: called.append(name), texts=("[WORD...]",), client=False))
+            function=lambda *args: called.append(name), texts=("[WORD...]",)))
         code, out, err = cli("-f", "csv", *name.split())
         assert (code, out, called) == (2, "", []) and f"torc {name} has no CSV output (only lists do): use -f json" in err
 

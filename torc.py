@@ -16912,10 +16912,10 @@ def loop(terminal, canvas, signals):
 # ==================================================================================================
 # 16 Command line
 # ==================================================================================================
-# A command is a function of (args, client) with its options beside it; COMMANDS holds them all and
-# feeds parser, help and completion. argparse builds only the parser of the command that is called.
-# A command fetches data, then prints a table or JSON through show_list, show_record or say. Errors
-# are raised anywhere and shown once, by main.
+# A command is a function of (args, client), or of args alone if it needs no client, with its options
+# beside it; COMMANDS holds them all and feeds parser, help and completion. argparse builds only the
+# parser of the command that is called. A command fetches data, then prints a table or JSON through
+# show_list, show_record or say. Errors are raised anywhere and shown once, by main.
 
 class Command(NamedTuple):
     """A command, its options and the client it needs."""
@@ -16925,7 +16925,7 @@ class Command(NamedTuple):
     texts: tuple                          # its options, as for read_options
     text: str                             # what it does; the first line is the summary
     example: str
-    client: Any                           # True, False: needs none, "make": makes the local file
+    make: bool                            # the local database, if there is none
 
     @property
     def summary(self):
@@ -16937,17 +16937,21 @@ class Command(NamedTuple):
         """Its Options, in the order of its help."""
         return read_options(self.texts)
 
+    @property
+    def takes_client(self):
+        """Whether its function has a second parameter, the client."""
+        return self.function.__code__.co_argcount == 2
+
 
 COMMANDS = {}                             # by the words that are typed: "jobs list"
 LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
 
 
-def command(name, *texts, example, client=True, summary=None):
+def command(name, *texts, example, make=False, summary=None):
     """Register a function as a command. texts: its options, see read_options; its docstring is its
     help, unless there is a summary."""
     def register(function):
-        COMMANDS[name] = Command(name, function, texts, summary or function.__doc__, example,
-                                 client)
+        COMMANDS[name] = Command(name, function, texts, summary or function.__doc__, example, make)
         return function
     return register
 
@@ -17875,8 +17879,8 @@ def check_spec(args):
 
 @command("create", "[FILE]  specification, - for stdin", SPEC_OPTIONS,
          "--dry-run  only check; needs neither server nor database",
-         client=False, example="torc create workflow.yaml --dry-run")
-def do_create(args, client):
+         example="torc create workflow.yaml --dry-run")
+def do_create(args):
     """Create a workflow from a specification; torc run starts it."""
     if args.dry_run:
         return check_spec(args)
@@ -17923,9 +17927,9 @@ def carry_out_start(args, make_plan, start=None):
          --end-time MOMENT      as in 2026-01-02T03:04:05Z; counts before --time-limit
          --allow-owner NAME...  run workflows of this user too, whose commands then run as you; may
                                 be repeated
-         """, WORKER_URL, SHARE_PASSWORD, POLL, DRY_RUN, client=False,
+         """, WORKER_URL, SHARE_PASSWORD, POLL, DRY_RUN,
          example="torc run workflow.yaml --num-cpus 4")
-def do_run(args, client):
+def do_run(args):
     """Run a specification, or an existing workflow, on this machine."""
     def run(client, start):
         for sentence in clean_up_dead(client, start.workflow_id, args.output_dir):
@@ -17963,9 +17967,8 @@ def do_run(args, client):
     return carry_out_start(args, plan, run)
 
 
-@command("examples", "[NAME]", LIST, client=False,
-         example="torc examples hello > hello.json")
-def do_examples(args, client):
+@command("examples", "[NAME]", LIST, example="torc examples hello > hello.json")
+def do_examples(args):
     """List the built-in specifications, or print one."""
     if args.name:
         print(example_text(args.name).strip())
@@ -18608,7 +18611,7 @@ for _noun in NOUNS:
 @command("workflows new", """
          -n, --name NAME  (required)
          -d, --description TEXT
-         """, client="make",
+         """, make=True,
          example="torc workflows new -n study")
 def do_workflows_new(args, client):
     """Create an empty workflow."""
@@ -18706,7 +18709,7 @@ operation_command("export", WORKFLOW, """
          --skip-results  accepted: results are not imported
          --skip-events   accepted: events are not imported
          """,
-         client="make", example="torc workflows import study.json --name again")
+         make=True, example="torc workflows import study.json --name again")
 def do_workflows_import(args, client):
     """Recreate an exported workflow, with new ids and uninitialized jobs."""
     payload = import_payload(json_file(args.file), args.name)
@@ -19150,9 +19153,8 @@ def urls_for_workers(urls, how):
          """, OUTPUT_DIR, LIST, """
          --token TOKEN  hidden
          --at URL...    hidden
-         """,
-         client=False, example="torc doctor --url http://login1:8080 --from-compute")
-def do_doctor(args, client):
+         """, example="torc doctor --url http://login1:8080 --from-compute")
+def do_doctor(args):
     """Find out why clients or workers cannot reach their server; exit code 1 if they cannot."""
     how = client_options(args)
     urls = args.at or doctor_urls(args, how)
@@ -19178,9 +19180,8 @@ def do_doctor(args, client):
          -i, --ignore-missing-data -> force  even if inputs are missing
          --allow-owner NAME...      submit workflows of this user too, whose commands then run as
                                     you; may be repeated
-         """, DRY_RUN,
-         client=False, example="torc submit workflow.yaml")
-def do_submit(args, client):
+         """, DRY_RUN, example="torc submit workflow.yaml")
+def do_submit(args):
     """Run a workflow in Slurm allocations, as its on_workflow_start actions request them."""
     return carry_out_start(args, plan_submit)
 
@@ -19273,9 +19274,9 @@ def do_slurm_sacct(args, client):
          --strict-scheduler-match     only jobs of that scheduler
          --credentials FILE           a file that `torc submit` has written, where allocations get
                                       no environment
-         """, SHARE_PASSWORD, "--program-hash HASH  hidden", client=False,
+         """, SHARE_PASSWORD, "--program-hash HASH  hidden",
          example="torc slurm-job-runner http://login1:8080 3 torc_output")
-def do_slurm_job_runner(args, client):
+def do_slurm_job_runner(args):
     """Work on a workflow inside a Slurm allocation; `torc submit` starts it."""
     import random
     where = read_allocation(os.environ)
@@ -19454,8 +19455,8 @@ PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory_mb, Walltime=
                      " Best=best")
 
 
-@command("hpc list", LIST, client=False, example="torc hpc list")
-def hpc_list(args, client):
+@command("hpc list", LIST, example="torc hpc list")
+def hpc_list(args):
     """List the profiles of HPC systems: your own in ~/.torc/hpc and the built-in ones."""
     profiles = known_profiles()
     here = detect_profile(profiles)
@@ -19469,8 +19470,8 @@ def hpc_list(args, client):
         print(f"Any other cluster: --profile {DYNAMIC_PROFILE} asks its own Slurm.")
 
 
-@command("hpc detect", client=False, example="torc hpc detect")
-def hpc_detect(args, client):
+@command("hpc detect", example="torc hpc detect")
+def hpc_detect(args):
     """Tell which HPC system this machine belongs to; exit code 1 if none is known."""
     import shutil
     found = detect_profile(known_profiles())
@@ -19486,8 +19487,8 @@ def hpc_detect(args, client):
         return 1
 
 
-@command("hpc show", PROFILE_NAME, client=False, example="torc hpc show kestrel")
-def hpc_show(args, client):
+@command("hpc show", PROFILE_NAME, example="torc hpc show kestrel")
+def hpc_show(args):
     """Show a profile: how it is detected, account, charge factors; with -f json all of it."""
     profile = find_profile(args.name)
     if args.format == "json":
@@ -19504,9 +19505,8 @@ def hpc_show(args, client):
 @command("hpc partitions", PROFILE_NAME, """
          --gpu     only those with GPUs
          --shared  only those whose nodes are shared
-         """, LIST,
-         client=False, example="torc hpc partitions kestrel --gpu")
-def hpc_partitions(args, client):
+         """, LIST, example="torc hpc partitions kestrel --gpu")
+def hpc_partitions(args):
     """List a system's partitions: what their nodes have, and the limits for jobs."""
     profile = find_profile(args.name)
     show_list(args, "partitions", "partition", PARTITION_COLUMNS, [
@@ -19520,9 +19520,8 @@ def hpc_partitions(args, client):
          --walltime TIME=0  04:00:00, 1-12:00:00 or PT4H
          --gpus NUMBER=0    on a node
          --nodes N=1
-         """, LIST,
-         client=False, example="torc hpc match kestrel --cpus 52 --memory 100g --walltime 06:00:00")
-def hpc_match(args, client):
+         """, LIST, example="torc hpc match kestrel --cpus 52 --memory 100g --walltime 06:00:00")
+def hpc_match(args):
     """List the partitions that fit a job, best first."""
     profile = find_profile(args.name)
     need = Need(args.cpus, slurm_memory(args.memory), args.gpus, args.nodes)
@@ -19540,9 +19539,8 @@ def hpc_match(args, client):
          -d, --display-name TEXT  shown to people
          -o, --output FILE        default: standard output; one in ~/.torc/hpc is used from then on
          --skip-stdby             omit standby partitions
-         """,
-         client=False, example="torc hpc generate -n mycluster -o ~/.torc/hpc/mycluster.json")
-def hpc_generate(args, client):
+         """, example="torc hpc generate -n mycluster -o ~/.torc/hpc/mycluster.json")
+def hpc_generate(args):
     """Write a profile of this cluster as JSON, from what its Slurm says; edit it as you like."""
     import socket
     profile, hostname = slurm_profile(), socket.gethostname()
@@ -19651,9 +19649,8 @@ def show_plan(args, profile, plan):
          -o, --output FILE  default: standard output
          --no-actions       only schedulers, without actions that request allocations
          --dry-run          show the schedulers, but write nothing
-         """,
-         client=False, example="torc slurm generate workflow.yaml --account proj -o for_slurm.yaml")
-def slurm_generate(args, client):
+         """, example="torc slurm generate workflow.yaml --account proj -o for_slurm.yaml")
+def slurm_generate(args):
     """Add to a specification the Slurm schedulers and allocations that its jobs need."""
     document, spec, from_json = read_for_planning(args)
     profile, plan = make_plan(args, document, spec)
@@ -19710,10 +19707,9 @@ def predicted_start(scheduler):
 @command("slurm plan-allocations", PLANNING, """
          --offline         do not contact the cluster
          --skip-test-only  do not ask Slurm when they would start
-         """, LIST,
-         client=False, example="torc slurm plan-allocations workflow.yaml --profile kestrel "
+         """, LIST, example="torc slurm plan-allocations workflow.yaml --profile kestrel "
          "--offline")
-def slurm_plan_allocations(args, client):
+def slurm_plan_allocations(args):
     """Show the allocations that slurm generate would request, idle nodes, and predicted starts."""
     document, spec, _ = read_for_planning(args)
     if args.offline and args.profile == DYNAMIC_PROFILE:
@@ -19797,8 +19793,8 @@ def after_change(args, sentence):
 
 
 @command("htpasswd add", "USER", PASSWORD_FILE, PASSWORD, COST, RELOAD,
-         client=False, example="torc htpasswd add --file users.htpasswd alice")
-def do_htpasswd_add(args, client):
+         example="torc htpasswd add --file users.htpasswd alice")
+def do_htpasswd_add(args):
     """Add a user, or change a password; creates the file (0600) if there is none."""
     file = open_password_file(args, absent=True)
     known = args.user in file.users
@@ -19810,8 +19806,8 @@ def do_htpasswd_add(args, client):
 
 
 @command("htpasswd remove", "USER", PASSWORD_FILE, RELOAD,
-         client=False, example="torc htpasswd remove --file users.htpasswd alice")
-def do_htpasswd_remove(args, client):
+         example="torc htpasswd remove --file users.htpasswd alice")
+def do_htpasswd_remove(args):
     """Remove a user from the file."""
     file = open_password_file(args)
     if args.user not in file.users:
@@ -19823,8 +19819,8 @@ def do_htpasswd_remove(args, client):
 
 
 @command("htpasswd list", PASSWORD_FILE, "--format table|json|csv=table  how to print",
-         client=False, example="torc htpasswd list --file users.htpasswd")
-def do_htpasswd_list(args, client):
+         example="torc htpasswd list --file users.htpasswd")
+def do_htpasswd_list(args):
     """List the users of a password file."""
     records = [{"user": user, "hash": next(name for start, name in HASHES.items()
                                            if hashed.startswith(start))}
@@ -19832,9 +19828,9 @@ def do_htpasswd_list(args, client):
     show_list(args, "users", "user", "User=user, Hash=hash", records, args.file)
 
 
-@command("htpasswd verify", "USER", PASSWORD_FILE, PASSWORD, client=False,
+@command("htpasswd verify", "USER", PASSWORD_FILE, PASSWORD,
          example="torc htpasswd verify --file users.htpasswd alice")
-def do_htpasswd_verify(args, client):
+def do_htpasswd_verify(args):
     """Check a user's password; exit code 1 if it is wrong."""
     hashed = open_password_file(args).users.get(args.user)
     good = bool(hashed) and check_password(new_password(args, twice=False), hashed)
@@ -19842,9 +19838,8 @@ def do_htpasswd_verify(args, client):
     return 0 if good else 1
 
 
-@command("htpasswd hash", "[USER]", PASSWORD, COST, client=False,
-         example="torc htpasswd hash alice")
-def do_htpasswd_hash(args, client):
+@command("htpasswd hash", "[USER]", PASSWORD, COST, example="torc htpasswd hash alice")
+def do_htpasswd_hash(args):
     """Print the line of a password file for a password, without touching a file."""
     hashed = hash_password(good_password(args, args.user), args.cost)
     say(args, f"{args.user}:{hashed}" if args.user else hashed, user=args.user, hash=hashed)
@@ -20309,8 +20304,8 @@ def dash_addresses(args, port):
          --auth-file FILE=$TORC_AUTH_FILE  passwords for that server
          --require-auth                  it always does, unless --no-auth
          --no-auth                       let that server accept requests without a password
-         """, OUTPUT_DIR, client=False, example="torc dash --standalone")
-def do_dash(args, client):
+         """, OUTPUT_DIR, example="torc dash --standalone")
+def do_dash(args):
     """Show workflows in a browser: a dashboard for you, on this machine.
 
     From elsewhere: ssh -L 8090:127.0.0.1:8090 you@this-machine, then open the link.
@@ -20392,8 +20387,8 @@ class TerminalTools:
 @command("tui", f"""
          --standalone                  start a server that stops with the program
          --port NUMBER={DEFAULT_PORT}  of that server, 0 for any free one
-         """, OUTPUT_DIR, client=False, example="torc tui --standalone --port 0")
-def do_tui(args, client):
+         """, OUTPUT_DIR, example="torc tui --standalone --port 0")
+def do_tui(args):
     """Monitor and manage workflows in the terminal, with a server or a local database.
 
     ? shows every key.
@@ -20511,9 +20506,8 @@ def fish_option(name, option):
     return f"complete -c torc{where}{names}{values} -d {fish_text(option.help)}"
 
 
-@command("completions", "bash|zsh|fish -> shell", client=False,
-         example="source <(torc completions bash)")
-def do_completions(args, client):
+@command("completions", "bash|zsh|fish -> shell", example="source <(torc completions bash)")
+def do_completions(args):
     """Print a completion script for a shell."""
     print(fish_completion() if args.shell == "fish" else shell_completion(args.shell))
 
@@ -20553,9 +20547,9 @@ PID_FILE = """
 DAEMON = ("--daemon  run in the background once it is ready", PID_FILE)
 
 
-@command("server run", SERVER_OPTIONS, DAEMON, client=False,
+@command("server run", SERVER_OPTIONS, DAEMON,
          example="torc server run --host 0.0.0.0 --port 8080 --database torc.db")
-def do_server(args, client):
+def do_server(args):
     """Serve workflows over HTTP until interrupted."""
     return serve(server_settings(args))
 
@@ -20572,8 +20566,8 @@ def server_settings(args):
 COMMANDS["server"] = COMMANDS["server run"]._replace(name="server")
 
 
-@command("server stop", PID_FILE, client=False, example="torc server stop")
-def do_server_stop(args, client):
+@command("server stop", PID_FILE, example="torc server stop")
+def do_server_stop(args):
     """Stop a server that runs in the background."""
     import signal
     import socket
@@ -20592,8 +20586,8 @@ def do_server_stop(args, client):
     say(args, f"The server (pid {found.pid}) has ended", pid=found.pid, status="stopped")
 
 
-@command("server status", PID_FILE, client=False, example="torc server status")
-def do_server_status(args, client):
+@command("server status", PID_FILE, example="torc server status")
+def do_server_status(args):
     """Show whether a server runs in the background, and where; exit code 1 if none does."""
     found = running_server(args.pid_file or torc_home("torc-server.pid"))
     if not found:
@@ -20641,10 +20635,10 @@ def server_words(args):
     return words
 
 
-@command("server service install", SERVER_OPTIONS, USER_UNIT, DRY_RUN, client=False,
+@command("server service install", SERVER_OPTIONS, USER_UNIT, DRY_RUN,
          example="torc server service install --user --host 0.0.0.0 --auth-file users "
                  "--require-auth")
-def do_service_install(args, client):
+def do_service_install(args):
     """Make systemd run the server, also after a reboot."""
     if not sys.platform.startswith("linux"):
         raise TorcError("services are for Linux with systemd: use torc server run --daemon")
@@ -20670,9 +20664,9 @@ def do_service_install(args, client):
                    "in, if the site allows that")
 
 
-@command("server service uninstall", USER_UNIT, DRY_RUN, client=False,
+@command("server service uninstall", USER_UNIT, DRY_RUN,
          example="torc server service uninstall --user")
-def do_service_uninstall(args, client):
+def do_service_uninstall(args):
     """Stop the service and remove its unit; database and logs are kept."""
     path = unit_path(args.user)
     if not os.path.exists(path):
@@ -20687,9 +20681,9 @@ def do_service_uninstall(args, client):
 
 def service_verb(verb, summary):
     """Add `server service VERB`."""
-    @command(f"server service {verb}", USER_UNIT, client=False, summary=summary,
+    @command(f"server service {verb}", USER_UNIT, summary=summary,
              example=f"torc server service {verb} --user")
-    def act(args, client):
+    def act(args):
         path = unit_path(args.user)
         if not os.path.exists(path):
             raise NotFound(f"there is no {path}; to create it: torc server service install"
@@ -20779,9 +20773,9 @@ def bundle(path):
     write_whole(path, data.getvalue(), executable=True)
 
 
-@command("bundle", "[FILE=torc.pyz] -> path", client=False,
+@command("bundle", "[FILE=torc.pyz] -> path",
          example="torc bundle torc.pyz && ./torc.pyz run --example hello")
-def do_bundle(args, client):
+def do_bundle(args):
     """Write one executable file with torc and its packages, for machines with bare Python."""
     bundle(args.path)
     say(args, f"Wrote {args.path} ({format_bytes(os.path.getsize(args.path))})", path=args.path,
@@ -20817,14 +20811,11 @@ def client_options(args):
 
 def call_command(found, args):
     """Run a command with the client it needs; returns the exit code."""
-    if not found.client:
-        return found.function(args, None) or 0
-    client = open_client(args, make=found.client == "make")
-    try:
+    if not found.takes_client:
+        return found.function(args) or 0
+    with contextlib.closing(open_client(args, found.make)) as client:
         replace_names(found, args, client)
         return found.function(args, client) or 0
-    finally:
-        client.close()
 
 
 def execute(argv):
