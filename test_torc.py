@@ -7520,7 +7520,7 @@ def test_a_list_of_jobs_is_filtered_by_status_words_and_family(client, ui):
 
 def answers(hands):
     """The keys of the question that is asked."""
-    return [choice[0] for choice in hands.state.question.plan.choices]
+    return [choice.key for choice in hands.state.question.plan.choices]
 
 
 def test_what_changes_something_is_asked_first_and_no_is_the_default(client, ui):

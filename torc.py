@@ -11596,17 +11596,17 @@ class Wishes(NamedTuple):
 class Choice(NamedTuple):
     """One way to carry out a Plan."""
 
-    key: str                              # that chooses it in a terminal
     verb: str                             # "cancel 3 jobs"
     do: Any                               # function of a client: gives an Outcome or a Start
+    key: str = "y"                        # that chooses it in a terminal
 
 
 class Plan(NamedTuple):
     """What an operation would do, and how to do it."""
 
     title: str                            # "Cancel workflow 3"; a sentence if there is no choice
-    lines: tuple = ()                     # what would happen, in sentences
-    choices: tuple = ()                   # none: there is nothing to do
+    lines: Any = ()                       # what would happen, in sentences
+    choices: Any = ()                     # none: there is nothing to do
     data: Any = {}                        # the same as JSON
     sure: bool = False                    # nothing is lost by it, so nobody has to be asked
     strict: bool = False                  # never done unasked, unless it is forced
@@ -11614,6 +11614,10 @@ class Plan(NamedTuple):
     typed: str = ""                       # what a browser lets type before something is destroyed
     consent: tuple = ()                   # (question, option that answers it) that is always asked
     text: str = ""                        # what a dry run prints in place of title and lines
+
+    def do(self, client):
+        """Carry out the first choice."""
+        return self.choices[0].do(client)
 
 
 class Outcome(NamedTuple):
@@ -11788,7 +11792,7 @@ def initialize_workflow(client, workflow_id, force=False):
     plan = plan_initialize(client, workflow_id, Wishes(force=force), look_at_outputs=False)
     if plan.obstacle and not force:
         raise TorcError(plan.obstacle)
-    plan.choices[0].do(client)
+    plan.do(client)
 
 
 class Rerun:
@@ -12444,8 +12448,8 @@ def plan_export(client, workflow_id, wishes):
     where = f" to {wishes.output}" if wishes.output else ""
     return Plan(f"Export workflow {workflow_id}{where}", (
         f"{plural(jobs, 'job')} with what they refer to" + "".join(f", {name}" for name in more),),
-        (Choice("y", "export it", do),), {"path": wishes.output, "workflow_id": workflow_id,
-                                          "job_count": jobs}, sure=True)
+        [Choice("export it", do)], {"path": wishes.output, "workflow_id": workflow_id,
+                                    "job_count": jobs}, sure=True)
 
 
 # ---- operations on workflows
@@ -12493,7 +12497,7 @@ def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
                        {**report, "status": "success"})
 
     verb = "start without what is missing" if obstacle else "start from the beginning"
-    return Plan(f"Initialize workflow {workflow_id}", tuple(lines), (Choice("y", verb, do),),
+    return Plan(f"Initialize workflow {workflow_id}", lines, [Choice(verb, do)],
                 report, sure=not lines, strict=bool(ran), obstacle=obstacle)
 
 
@@ -12511,8 +12515,8 @@ def plan_reinitialize(client, workflow_id, wishes):
         return Outcome(f"Reinitialized workflow {workflow_id}: {number} to run", data)
 
     verb = f"run {number}" + (" without what is missing" if again.missing else "")
-    return Plan(f"Reinitialize workflow {workflow_id}", tuple(again.lines()),
-                (Choice("y", verb, do),), data,
+    return Plan(f"Reinitialize workflow {workflow_id}", again.lines(),
+                [Choice(verb, do)], data,
                 obstacle=missing_message(workflow_id, again.missing, verb="reinit"))
 
 
@@ -12548,12 +12552,12 @@ def plan_reset(client, workflow_id, wishes):
                             failed_only=again.reset == "failed")
             return Outcome(f"Reset {number} of workflow {workflow_id}", data)
 
-        choices.append(Choice(key, f"reset {number}", do))
+        choices.append(Choice(f"reset {number}", do, key))
     if not choices:
         which = "failed" if wishes.failed_only else "run"
         return Plan(f"No job of workflow {workflow_id} has {which}, so none is reset", data=data)
     lines.append("Results of earlier runs are kept.")
-    return Plan(f"Reset jobs of workflow {workflow_id}", tuple(lines), tuple(choices), data,
+    return Plan(f"Reset jobs of workflow {workflow_id}", lines, choices, data,
                 strict=True, obstacle=obstacle)
 
 
@@ -12579,7 +12583,7 @@ def plan_start(client, target, wishes):
         if owner not in wishes.allow_owner:
             consent = f"{lines[0]} Run them?", f"--allow-owner {owner}"
     found = Outcome("", {"workflow_id": target, "user": owner})
-    return Plan(f"Start workflow {target}", lines, (Choice("y", "start it", lambda client: found),),
+    return Plan(f"Start workflow {target}", lines, [Choice("start it", lambda client: found)],
                 {"workflow_id": target}, strict=bool(lines), consent=consent)
 
 
@@ -12625,14 +12629,14 @@ def plan_run(client, target, wishes):
     def do(client):
         for choice in reset.choices:
             choice.do(client)
-        made = plan.choices[0].do(client)
+        made = plan.do(client)
         workflow_id, owner = made.data["workflow_id"], made.data.get("user", client.user)
         return Start(f"run of workflow {workflow_id}", (
             "run", str(workflow_id), "--output-dir", wishes.output_dir, "--allow-owner", owner),
             workflow_id, (*steps, made.sentence))
 
-    return plan._replace(title=f"Run workflow {name} here", lines=tuple(lines), strict=False,
-                         choices=(Choice("y", "run it", do),), sure=not lines,
+    return plan._replace(title=f"Run workflow {name} here", lines=lines, strict=False,
+                         choices=[Choice("run it", do)], sure=not lines,
                          data={**plan.data, **reset.data}, obstacle=plan.obstacle or reset.obstacle)
 
 
@@ -12641,7 +12645,7 @@ def plan_watch(client, workflow_id, wishes):
     start = Start(f"watch of workflow {workflow_id}", (
         "watch", str(workflow_id), "--output-dir", wishes.output_dir), workflow_id)
     return Plan(f"Watch workflow {workflow_id}", (),
-                (Choice("y", "watch it", lambda client: start),), sure=True)
+                [Choice("watch it", lambda client: start)], sure=True)
 
 
 def plan_submit(client, target, wishes):
@@ -12665,7 +12669,7 @@ def plan_submit(client, target, wishes):
     number = plural(sum(script["num_allocations"] for script in scripts), "allocation")
 
     def do(client):
-        made = plan.choices[0].do(client)
+        made = plan.do(client)
         workflow_id = made.data["workflow_id"]
         try:
             initialize_new(client, workflow_id, wishes.force)
@@ -12696,8 +12700,8 @@ def plan_submit(client, target, wishes):
         whole.append(f"# {what} would be submitted:\n{one['script']}")
     lines.append(f"Workers reach the server at {request.urls[0]}.")
     return plan._replace(
-        title=f"Submit workflow {name} to Slurm", lines=tuple(lines), data={"scripts": scripts},
-        choices=(Choice("y", f"submit {number}", do),), sure=False, text="\n".join(whole),
+        title=f"Submit workflow {name} to Slurm", lines=lines, data={"scripts": scripts},
+        choices=[Choice(f"submit {number}", do)], sure=False, text="\n".join(whole),
         obstacle=plan.obstacle and plan.obstacle.partition("; to go on")[0]
         + "; --ignore-missing-data goes on without")
 
@@ -12738,8 +12742,8 @@ def plan_recover(client, workflow_id, wishes):
             ("a", found, "" if every else ", whatever the cause",
              every or wishes.retry_unknown is None and unknown)):
         if chosen and is_offered:
-            choices.append(Choice(key, f"run {plural(len(chosen), 'job')} again{words}",
-                                  functools.partial(recover, chosen=chosen)))
+            choices.append(Choice(f"run {plural(len(chosen), 'job')} again{words}",
+                                  functools.partial(recover, chosen=chosen), key))
     if not choices:
         raise Invalid(f"workflow {workflow_id}: nothing to recover" + (
             f", {plural(len(found), 'job')} failed for other reasons: --retry-unknown runs them "
@@ -12753,7 +12757,7 @@ def plan_recover(client, workflow_id, wishes):
                      "not fix.")
     if on_slurm:
         lines.append("New Slurm allocations are submitted for them.")
-    return Plan(f"Recover workflow {workflow_id}", tuple(lines), tuple(choices),
+    return Plan(f"Recover workflow {workflow_id}", lines, choices,
                 report(len(found if every else known)))
 
 
@@ -12786,8 +12790,8 @@ def plan_cancel(client, workflow_id, wishes):
             {**data, "status": "partial_success" if errors else "success",
              "canceled_slurm_jobs": canceled, "errors": errors or None}, tuple(errors))
 
-    return Plan(f"Cancel workflow {workflow_id}", tuple(lines), (Choice(
-        "y", f"cancel {plural(busy, 'job')}" if busy else "cancel the workflow", do),), data)
+    return Plan(f"Cancel workflow {workflow_id}", lines, [Choice(
+        f"cancel {plural(busy, 'job')}" if busy else "cancel the workflow", do)], data)
 
 
 def plan_delete(client, ids, wishes):
@@ -12826,8 +12830,8 @@ def plan_delete(client, ids, wishes):
         gone, trouble = each(found, delete)
         return Outcome(f"Deleted workflow {names}", gone, errors + trouble)
 
-    return Plan(f"Delete workflow {names}", tuple(lines), (Choice(
-        "y", f"delete {plural(len(found), 'workflow')}", do),), found, strict=True,
+    return Plan(f"Delete workflow {names}", lines, [Choice(
+        f"delete {plural(len(found), 'workflow')}", do)], found, strict=True,
         typed=found[0]["name"] if len(found) == 1 else f"delete {len(found)}")
 
 
@@ -12849,7 +12853,7 @@ def plan_archive(client, ids, wishes):
     lines = (*errors, *(["Lists no longer show what is archived; torc workflows archive false ID "
                          "brings it back."] if wishes.archived else []))
     verb = "archive" if wishes.archived else "bring back"
-    return Plan(f"{verb.capitalize()} workflow {names}", lines, (Choice("y", verb, do),),
+    return Plan(f"{verb.capitalize()} workflow {names}", lines, [Choice(verb, do)],
                 {"workflows": [one["id"] for one in found]})
 
 
@@ -12866,7 +12870,7 @@ def plan_release(client, workflow_id, wishes):
                        {"workflow_id": workflow_id, "dry_run": False, "changes": done})
 
     return Plan(f"Clean up after runners and allocations of workflow {workflow_id} that have ended",
-                tuple(lines) or ("There is nothing to clean up.",), (Choice("y", "clean up", do),),
+                lines or ["There is nothing to clean up."], [Choice("clean up", do)],
                 {"workflow_id": workflow_id, "changes": lines}, sure=True)
 
 
@@ -12888,8 +12892,8 @@ def plan_create(client, spec, wishes):
                        {"workflow_id": made["id"], "jobs": made["jobs"], "status": "success",
                         "message": f"Created workflow {made['id']}"})
 
-    return Plan(f"Create workflow \"{payload['workflow']['name']}\"", tuple(lines),
-                (Choice("y", "create it", do),), {"summary": summary, "warnings": warnings},
+    return Plan(f"Create workflow \"{payload['workflow']['name']}\"", lines,
+                [Choice("create it", do)], {"summary": summary, "warnings": warnings},
                 sure=not warnings)
 
 
@@ -12925,8 +12929,8 @@ def plan_stop(client, ids, status):
                        errors + trouble)
 
     verb = {"canceled": "cancel", "terminated": "terminate", "failed": "fail"}[status]
-    return Plan(f"{verb.capitalize()} {jobs_named(jobs)}", tuple(lines), (
-        Choice("y", f"{verb} {plural(len(jobs), 'job')}", do),), one_or_all("jobs", jobs))
+    return Plan(f"{verb.capitalize()} {jobs_named(jobs)}", lines, [
+        Choice(f"{verb} {plural(len(jobs), 'job')}", do)], one_or_all("jobs", jobs))
 
 
 def plan_cancel_jobs(client, ids, wishes):
@@ -12972,8 +12976,8 @@ def plan_retry(client, ids, wishes):
         more = f", and {plural(len(below), 'job')} after that" if below else ""
         return Outcome(f"{jobs_named(jobs)} will run again{more}", one_or_all("jobs", done))
 
-    return Plan(f"Run {jobs_named(jobs)} again", tuple(lines), (Choice(
-        "y", f"run {plural(len(again), 'job')} again", do),), one_or_all("jobs", again))
+    return Plan(f"Run {jobs_named(jobs)} again", lines, [Choice(
+        f"run {plural(len(again), 'job')} again", do)], one_or_all("jobs", again))
 
 
 def plan_resolve(client, ids, wishes):
@@ -12988,9 +12992,9 @@ def plan_resolve(client, ids, wishes):
         plans["retry"] = plan_retry(client, ids, wishes)
     if wishes.decision != "retry":
         plans["fail"] = plan_stop(client, ids, "failed")
-    return Plan(f"Decide on {jobs_named(jobs)}", tuple(
-        f"{name}: {plan.title}. {' '.join(plan.lines)}" for name, plan in plans.items()), tuple(
-        plan.choices[0]._replace(key=name[0]) for name, plan in plans.items()),
+    return Plan(f"Decide on {jobs_named(jobs)}", [
+        f"{name}: {plan.title}. {' '.join(plan.lines)}" for name, plan in plans.items()], [
+        plan.choices[0]._replace(key=name[0]) for name, plan in plans.items()],
         one_or_all("jobs", jobs))
 
 
@@ -13177,7 +13181,7 @@ class Watcher:
             return 1
         for line in plan.lines:
             self.say(line)
-        self.say(plan.choices[0].do(client).sentence)
+        self.say(plan.do(client).sentence)
         self.retries += 1
         return None
 
@@ -15569,8 +15573,8 @@ def question_lines(state, width, most):
     body = [line for text in plan.lines for line in wrap_text(text, width - 4) or [""]]
     if len(body) > most - 3:
         body = [*body[:most - 4], f"and {plural(len(body) - most + 4, 'line')} more"]
-    choices = [span for key, words, _ in plan.choices
-               for span in ((f" {key} ", "key"), f"{words}   ")]
+    choices = [span for choice in plan.choices
+               for span in ((f" {choice.key} ", "key"), f"{choice.verb}   ")]
     return [[("─" * width, "dim")], [(f" {plan.title}{'?' if choices else ''}", "title")],
             *[["   " + line] for line in body],
             [*choices, (" n ", "hit"), "keep as it is" if choices else "close"]]
@@ -16174,14 +16178,14 @@ class Moving:
             self.ended = True
             return
         lines = [f"{child.title} (pid {child.process.pid})" for child in running]
-        choices = [Choice("k", "leave and keep them running", True),
-                   Choice("e", "leave and end them", False)]
+        choices = [Choice("leave and keep them running", True, "k"),
+                   Choice("leave and end them", False, "e")]
         if self.server:
             choices = choices[1:]
             lines.append("The server that they use was started for this program and ends with it.")
         self.question = Question(Plan(
             f"Leave torc while {plural(len(running), 'process')} started here still "
-            f"{'runs' if len(running) == 1 else 'run'}", lines, tuple(choices)), self.leave)
+            f"{'runs' if len(running) == 1 else 'run'}", lines, choices), self.leave)
 
     def leave(self, keep):
         """End the program. keep: let the processes started here go on."""
@@ -16410,7 +16414,7 @@ class Operating:
         elif not plan.choices:
             self.say(plan.title)
         elif plan.sure:
-            self.carry_out(plan.choices[0].do)
+            self.carry_out(plan.do)
         else:
             self.question = Question(plan, self.carry_out)
 
@@ -16440,7 +16444,7 @@ class Operating:
         if text_width(text) < self.width - 2 and "\n" not in text:
             self.say(text, "alarm")
         else:
-            self.question = Question(Plan("That does not work", tuple(text.splitlines())))
+            self.question = Question(Plan("That does not work", text.splitlines()))
 
     def start(self, wanted):
         """Start a child process of our own command line."""
@@ -16478,7 +16482,7 @@ class Operating:
         self.question = Question(Plan(
             f"End {child.title} (pid {child.process.pid})",
             ("It gets SIGTERM. A runner ends its jobs, which are ready again then.",),
-            (Choice("y", "end it", None),)), take)
+            [Choice("end it", None)]), take)
 
     def do_create(self):
         self.ask_line("Specification file", "", lambda text: text and self.act(
@@ -17688,7 +17692,7 @@ def carry_out(args, client, plan, ask=True, start=None):
         raise TorcError(plan.obstacle)
     confirm("\n".join([*plan.lines, plan.title + "?"]), not ask or plan.sure or forced or unasked,
             "--force" if "force" in args else "--no-prompts", plan.strict)
-    done = plan.choices[0].do(client)
+    done = plan.do(client)
     for step in filter(None, done.steps):
         tell(args, lower_first(step))
     if isinstance(done, Start):
@@ -18498,8 +18502,8 @@ def delete_verb(noun):
             return Outcome(f"Deleted {kind.name} {names}", one_or_all(kind.path[1:], gone),
                            errors + trouble)
 
-        return carry_out(args, client, Plan(f"Delete {kind.name} {names}", errors, (
-            Choice("y", "delete", do),), one_or_all(kind.path[1:], found)))
+        return carry_out(args, client, Plan(f"Delete {kind.name} {names}", errors, [
+            Choice("delete", do)], one_or_all(kind.path[1:], found)))
 
 
 def delete_all_verb(noun):
@@ -18517,7 +18521,7 @@ def delete_all_verb(noun):
             return Outcome(f"Deleted {what}", {**data, "count": gone, "dry_run": False})
 
         return carry_out(args, client, Plan(
-            f"Delete {what}", (), (Choice("y", "delete", do),), data, strict=True))
+            f"Delete {what}", (), [Choice("delete", do)], data, strict=True))
 
 
 NAME = "-n, --name NAME  (required)"
@@ -19881,7 +19885,7 @@ def do_group_delete(args, client):
         client.delete(path)
         return Outcome(f"Deleted {name}", group)
 
-    return carry_out(args, client, Plan(f"Delete {name}", (), (Choice("y", "delete it", do),),
+    return carry_out(args, client, Plan(f"Delete {name}", (), [Choice("delete it", do)],
                                         group, strict=True))
 
 
@@ -20046,7 +20050,7 @@ class DashActions:
     def export(self, client, workflow_id):
         """The workflow with its results and events, for the browser to save."""
         wishes = Wishes(include_results=True, include_events=True)
-        return plan_export(client, int(workflow_id), wishes).choices[0].do(client).data
+        return plan_export(client, int(workflow_id), wishes).do(client).data
 
     # -- new workflows
 
@@ -20075,11 +20079,11 @@ class DashActions:
 
     def create(self, client, spec, run=False):
         """Create a workflow from a specification, and run it here on request."""
-        done = plan_create(client, pasted(spec), None).choices[0].do(client)
+        done = plan_create(client, pasted(spec), None).do(client)
         answer = {"id": done.data["workflow_id"], "message": done.sentence}
         if run:
             plan = plan_run(client, answer["id"], Wishes(self.output_dir))
-            self.start(client, plan.choices[0].do(client))
+            self.start(client, plan.do(client))
             answer["message"] += "; a runner starts"
         return answer
 
