@@ -7206,7 +7206,7 @@ def test_a_server_in_the_background_runs_on_when_the_clock_is_set(background, mo
     path, clock = Path.home() / ".torc" / "torc-server.pid", time.time
     monkeypatch.setattr(time, "time", lambda: clock() + seconds)
     os.utime(path, (clock() + seconds, clock() + seconds))
-    assert torc.running_server(path).pid == daemon_pid()
+    assert torc.running_server(path)["pid"] == daemon_pid()
 
 
 def test_of_two_that_take_one_pid_file_one_runs(background, tmp_path):
@@ -7221,7 +7221,8 @@ def test_of_two_that_take_one_pid_file_one_runs(background, tmp_path):
 
 def test_a_pid_file_of_another_host_is_not_acted_upon(background, tmp_path):
     path = tmp_path / "pid"
-    path.write_text(f"{os.getpid()}\n" + json.dumps({**torc.identity(), "hostname": "other", "since": 1.0}))
+    path.write_text(f"{os.getpid()}\n" + json.dumps({
+        **torc.identity(), "hostname": "other", "since": 1.0, "urls": ["http://other"], "database": "a.db"}))
     assert "runs on other: stop it there" in background("stop", "--pid-file", path).stderr
     assert "on other, since" in background("status", "--pid-file", path).stdout
 
@@ -8148,7 +8149,7 @@ def pipeline(client, directory, start=True):
     ids = {job["name"]: job["id"] for job in client.items("/jobs", workflow_id=workflow_id)}
     if start:
         (directory / "in.txt").write_text("1")
-        torc.initialize_workflow(client, workflow_id)
+        torc.initialize_new(client, workflow_id)
         finish_all(client, workflow_id, directory)
     return workflow_id, ids
 
@@ -8604,7 +8605,7 @@ def test_a_name_that_does_not_exist_is_answered_with_the_nearest(cli, local):
     ("sim[1]", {"sim[1]"}), ("sim*", {"sim[1]", "sim1"}), ("1,b", {"align_1", "b"}), ("2,3", {"align_2", "b"})])
 def test_jobs_are_meant_by_a_pattern_where_there_may_be_several(cli, local, pattern, found):
     workflow_id = named_workflow(local, "study", "align_1", "align_2", "b", "sim[1]", "sim1")
-    torc.initialize_workflow(local, workflow_id)
+    torc.initialize_new(local, workflow_id)
     code, _, err = cli("jobs", "cancel", *([pattern] if pattern != "1,b" else ["1", "b", "1"]))
     assert code == 0, err
     assert {name for name, status in statuses(local, workflow_id).items() if status == "canceled"} == found
@@ -9399,7 +9400,7 @@ def change_user_data(directory, client):
     """Let "alone" read user data, run it, and change the data."""
     record = client.post("/user_data", {"workflow_id": 1, "name": "u", "data": 1},
                          consumer_job_id=3)
-    torc.initialize_workflow(client, 1)
+    torc.initialize_new(client, 1)
     finish_all(client, 1, directory)
     client.put(f"/user_data/{record['id']}", {"data": 2})
 
@@ -9566,7 +9567,7 @@ def test_everything_runs_again_with_few_requests(local, tmp_path, monkeypatch):
                         for number in range(300)]}
     workflow_id = local.post("/workflow_specs", payload)["id"]
     (tmp_path / "in").write_text("")
-    torc.initialize_workflow(local, workflow_id)
+    torc.initialize_new(local, workflow_id)
     finish_all(local, workflow_id, tmp_path)
     touch(tmp_path / "in")
     calls = []

@@ -93,6 +93,9 @@ class TorcError(Exception):
     exit_code = 1
     title = "InternalServerError"         # what clients get beside the message
     plain = False                         # True: the body is plain text, not JSON
+    errors = ()                           # if there are several: each in a sentence
+    submitted = ()                        # Slurm jobs that were submitted before
+    unsure = False                        # whether Slurm got a submission, nobody knows
 
 
 class BadRequest(TorcError):
@@ -10344,10 +10347,10 @@ def schedule_pending(client, workflow_id, request, triggers=None, waiting=False)
         except Conflict:
             continue
         except BaseException as error:    # also Ctrl-C: else nobody could go on
-            some = getattr(error, "submitted", [])
+            some = error.submitted
             with contextlib.suppress(TorcError):
                 client.delete(f"{path}/{action['id']}/claim")
-            error.submitted = [number for _, ids in done for number in ids] + some
+            error.submitted = [*(number for _, ids in done for number in ids), *some]
             raise
     return done
 
@@ -11784,17 +11787,6 @@ def required_user_data(client, workflow_id, counted):
             if record["id"] in missing] if missing else []
 
 
-def initialize_workflow(client, workflow_id, force=False):
-    """Start a workflow from the beginning: all jobs blocked or ready, the next run_id.
-
-    Raises TorcError if inputs are missing, Invalid if it is active; both only without force.
-    """
-    plan = plan_initialize(client, workflow_id, Wishes(force=force), look_at_outputs=False)
-    if plan.obstacle and not force:
-        raise TorcError(plan.obstacle)
-    plan.do(client)
-
-
 class Rerun:
     """Which jobs of a workflow run again, and why; apply() makes the change."""
 
@@ -12051,7 +12043,7 @@ def submit_start(client, workflow_id, request):
     try:
         done = schedule_pending(client, workflow_id, request, START_ACTIONS, True)
     except TorcError as error:
-        some = getattr(error, "submitted", None)
+        some = error.submitted
         if some:
             error.args = (f"{error}. {submitted(len(some), some)}; to request more: torc slurm "
                           f"schedule-nodes {workflow_id}",)
@@ -12249,7 +12241,7 @@ def regenerate(client, workflow_id, wishes, submit=False, dry_run=False):
                     client, workflow, record, one["num_allocations"], request._replace(
                         one_worker_per_node=one["start_one_worker_per_node"] or None))
             except TorcError as error:
-                ids = error.submitted = report["slurm_jobs"] + getattr(error, "submitted", [])
+                ids = error.submitted = [*report["slurm_jobs"], *error.submitted]
                 if ids:
                     error.args = (f"{error}. {submitted(len(ids), ids)}",)
                 raise
@@ -12588,9 +12580,13 @@ def plan_start(client, target, wishes):
 
 
 def initialize_new(client, workflow_id, force=False):
-    """Initialize a workflow that never was."""
+    """Initialize a workflow that never was. Raises TorcError if inputs are missing, unless forced.
+    """
     if client.get(f"/workflows/{workflow_id}/is_uninitialized")["is_uninitialized"]:
-        initialize_workflow(client, workflow_id, force)
+        plan = plan_initialize(client, workflow_id, Wishes(force=force), look_at_outputs=False)
+        if plan.obstacle and not force:
+            raise TorcError(plan.obstacle)
+        plan.do(client)
 
 
 def plan_run(client, target, wishes):
@@ -12677,9 +12673,8 @@ def plan_submit(client, target, wishes):
         except (TorcError, OSError, KeyboardInterrupt) as error:
             if not is_new:
                 raise
-            maybe = any(getattr(error, name, None) for name in ("submitted", "unsure"))
             kept = f"Workflow {workflow_id} was created and is kept"
-            if isinstance(error, TorcError) and not maybe:
+            if isinstance(error, TorcError) and not (error.submitted or error.unsure):
                 with contextlib.suppress(TorcError):
                     client.delete(f"/workflows/{workflow_id}")
                     kept = f"No allocation was submitted, so workflow {workflow_id} is gone " \
@@ -13926,26 +13921,14 @@ def server_access(args, log):
 
 # ---- in the background
 
-class ServerProcess(NamedTuple):
-    """A server that runs in the background."""
-
-    pid: int
-    host: str
-    since: float                          # seconds since the epoch
-    urls: tuple                           # as its note tells them
-    database: str
-
-
 def running_server(pid_file):
-    """Return the ServerProcess that a pid file names, None if it has exited. The first line is the
-    pid, the second the server's note."""
+    """Return the note of the server that a pid file names, None if it has exited. The first line is
+    the pid, the second the note."""
     try:
         note = json.loads(read_text(pid_file).partition("\n")[2])
     except ValueError:                    # it has not begun yet
         return None
-    return None if local_evidence(note) else ServerProcess(
-        note["pid"], note["hostname"], note["since"], tuple(note.get("urls", ())),
-        note.get("database", ""))
+    return None if local_evidence(note) else note
 
 
 def open_store(database):
@@ -13982,10 +13965,10 @@ def lock_pid_file(path):
     import shlex
     other = running_server(path)
     if other:
-        where = f" at {other.urls[0]}" if other.urls else ""
-        raise Conflict(f"a server runs in the background already (pid {other.pid}{where}, since "
-                       f"{local_time(other.since)}); --pid-file FILE starts another; to stop "
-                       f"this one: torc server stop --pid-file {shlex.quote(path)}")
+        raise Conflict(f"a server runs in the background already (pid {other['pid']} at "
+                       f"{other['urls'][0]}, since {local_time(other['since'])}); --pid-file FILE "
+                       "starts another; to stop this one: torc server stop --pid-file "
+                       f"{shlex.quote(path)}")
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -19192,15 +19175,14 @@ def do_submit(args):
 
 def choose_scheduler(args, client):
     """The Slurm scheduler that was named, or the only one of the workflow."""
-    if args.scheduler_config_id is not None:
-        return client.get(f"/slurm_schedulers/{args.scheduler_config_id}")
-    found = list(client.items("/slurm_schedulers", workflow_id=args.workflow_id))
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise TorcError(f"workflow {args.workflow_id} has no Slurm scheduler; torc slurm create "
-                        f"{args.workflow_id} -n NAME -a ACCOUNT makes one")
-    number = pick(args, "scheduler", found, COLUMNS["slurm_scheduler"], "--scheduler-config-id")
+    number = args.scheduler_config_id
+    if number is None:
+        found = list(client.items("/slurm_schedulers", workflow_id=args.workflow_id))
+        if not found:
+            raise TorcError(f"workflow {args.workflow_id} has no Slurm scheduler; torc slurm create "
+                            f"{args.workflow_id} -n NAME -a ACCOUNT makes one")
+        number = found[0]["id"] if len(found) == 1 else pick(
+            args, "scheduler", found, COLUMNS["slurm_scheduler"], "--scheduler-config-id")
     return client.get(f"/slurm_schedulers/{number}")
 
 
@@ -20060,7 +20042,7 @@ class DashActions:
             found = pasted(spec)
         except (SpecError, MissingPackage) as error:
             problems = []
-            for sentence in getattr(error, "errors", None) or [str(error)]:
+            for sentence in error.errors or [str(error)]:
                 line, message, hint = re.match(
                     r"(?:spec\.\w+(?: line (\d+))?: )?(.*?)(?: \((did you mean .*)\))?$",
                     sentence, re.S).groups()
@@ -20580,14 +20562,14 @@ def do_server_stop(args):
     if not found:
         raise NotFound(f"no server runs in the background: {path} "
                        + ("names no running process" if os.path.exists(path) else "does not exist"))
-    if found.host != socket.gethostname():
-        raise NotFound(f"the server (pid {found.pid}) runs on {found.host}: stop it there")
-    os.kill(found.pid, signal.SIGTERM)
-    if not wait_for_end(found.pid, 60):
-        raise TorcError(f"the server (pid {found.pid}) has not ended within a minute: it waits for "
-                        f"requests in progress; kill -9 {found.pid} loses nothing that was "
-                        "answered")
-    say(args, f"The server (pid {found.pid}) has ended", pid=found.pid, status="stopped")
+    pid, host = found["pid"], found["hostname"]
+    if host != socket.gethostname():
+        raise NotFound(f"the server (pid {pid}) runs on {host}: stop it there")
+    os.kill(pid, signal.SIGTERM)
+    if not wait_for_end(pid, 60):
+        raise TorcError(f"the server (pid {pid}) has not ended within a minute: it waits for "
+                        f"requests in progress; kill -9 {pid} loses nothing that was answered")
+    say(args, f"The server (pid {pid}) has ended", pid=pid, status="stopped")
 
 
 @command("server status", PID_FILE, example="torc server status")
@@ -20597,11 +20579,10 @@ def do_server_status(args):
     if not found:
         say(args, "No server runs in the background", running=False)
         return 1
-    say(args, f"A server runs in the background: pid {found.pid} on {found.host}, since "
-        f"{local_time(found.since)}"
-        + (f", {found.database}, at {', '.join(found.urls)}" if found.urls else ""),
-        running=True, pid=found.pid, since=iso_time(found.since), urls=list(found.urls),
-        database=found.database)
+    say(args, f"A server runs in the background: pid {found['pid']} on {found['hostname']}, since "
+        f"{local_time(found['since'])}, {found['database']}, at {', '.join(found['urls'])}",
+        running=True, pid=found["pid"], since=iso_time(found["since"]), urls=found["urls"],
+        database=found["database"])
     return 0
 
 
@@ -20846,11 +20827,11 @@ def report_error(error, argv):
     """Print an error on stderr, one line each, and as JSON on stdout; returns the exit code."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     prefix = "\x1b[31mtorc:\x1b[0m" if colour else "torc:"
-    for line in getattr(error, "errors", None) or [str(error)]:
+    for line in error.errors or [str(error)]:
         print(f"{prefix} {pasteable(line)}", file=sys.stderr)
     if wants_json(argv):
         print_json({"error": {"error": error.title, "message": str(error),
-                              **({"errors": error.errors} if hasattr(error, "errors") else {})}})
+                              **({"errors": error.errors} if error.errors else {})}})
     return error.exit_code
 
 
