@@ -8116,6 +8116,9 @@ def test_lists_of_groups_have_pages_and_names_of_any_letters(cli, server):
     assert names("access-groups", "list-user-groups", "y z%20?") == ["c"]
     cli("access-groups", "remove-user", group["id"], "y z%20?", "--url", server.url, ok=0)
     assert names("access-groups", "list-user-groups", "y z%20?") == []
+    assert "use --force" in cli("access-groups", "delete", "a", "b", "--url", server.url)[2]
+    cli("access-groups", "delete", "a", "b", "--force", "--url", server.url, ok=0)
+    assert names("access-groups", "list")[-1] == "c" and len(everything) - 2 == len(names("access-groups", "list"))
 
 
 @pytest.fixture
@@ -8887,7 +8890,9 @@ def test_an_output_directory_that_is_named_has_the_database_meant(tmp_path):
     said("create", "a.json")
     assert "the local database results/torc.db\n" in said("run", "a.json", "-o", "results")
     assert "results/torc.db, the last one used here" in said("status", "1")
-    assert "the local database torc_output/torc.db\n" in said("status", "1", "-o", "torc_output")
+    assert "the last one used here" in said("compute-nodes", "list", "1", "-o", "0")     # an offset
+    told = said("status", "1", "-otorc_output")
+    assert "the local database torc_output/torc.db\n" in told and told.endswith(" run 1 -otorc_output\n")
 
 
 def test_an_ambiguous_name_is_replaced_where_it_was_typed(tmp_path):

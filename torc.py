@@ -5677,13 +5677,20 @@ class PasswordFile:
 
 def write_private(path, text):
     """Replace a file in one step; 0600 from its first byte. Raises Unreachable."""
+    write_whole(path, text.encode(), 0o600)
+
+
+def write_whole(path, data, mode=0o666):
+    """Replace a file in one step, or create it, and its directory. mode: as of open(2), so less the
+    umask. Raises Unreachable."""
     path = os.path.realpath(path)         # a link stays a link
     temporary = f"{path}.{os.getpid()}.new"
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            with open(fd, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(fd, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -16251,7 +16258,8 @@ class Listing:
         page = self.page
         hint = "words of the name; failed, running, ...; family:NAME" if page.name == "jobs" \
             else "words of name, project, description"
-        self.ask_line("Filter", page.filter, lambda text: self.set_filter(page, text), hint)
+        self.prompt = Prompt("Filter", page.filter, lambda text: self.set_filter(page, text),
+                             hint)
 
     def set_filter(self, page, text):
         """Show only what matches."""
@@ -16273,8 +16281,8 @@ class Listing:
             except TorcError as error:
                 self.say(str(error), "alarm")
 
-        self.ask_line("Server", "" if self.client.is_local else self.client.where, take,
-                    f"as in {DEFAULT_URL}")
+        self.prompt = Prompt("Server", "" if self.client.is_local else self.client.where, take,
+                             f"as in {DEFAULT_URL}")
 
     def connect(self, client):
         """Show another server's workflows."""
@@ -16290,7 +16298,7 @@ class Listing:
                 self.tools.output_dir = text
                 self.say(f"What is started here writes to {os.path.abspath(text)}")
 
-        self.ask_line("Output directory", self.tools.output_dir, take)
+        self.prompt = Prompt("Output directory", self.tools.output_dir, take)
 
 
 class Reading:
@@ -16348,7 +16356,7 @@ class Reading:
             page.wanted, page.hit = text, None
             self.find(-1 if page.follow else page.top - 1, 1)
 
-        self.ask_line("Find", page.wanted, take)
+        self.prompt = Prompt("Find", page.wanted, take)
 
     def find(self, start, step):
         """Show the next line after `start` that matches the search."""
@@ -16468,7 +16476,7 @@ class Operating:
             [Choice("end it", None)]), take)
 
     def do_create(self):
-        self.ask_line("Specification file", "", lambda text: text and self.act(
+        self.prompt = Prompt("Specification file", "", lambda text: text and self.act(
             "create", os.path.expanduser(text)), "path of a .yaml, .json, ... file")
 
 
@@ -16591,10 +16599,6 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
             prompt.text += " "
         elif len(key) == 1 and key.isprintable():
             prompt.text += key
-
-    def ask_line(self, label, text, take, hint=""):
-        """Have the user type a line."""
-        self.prompt = Prompt(label, text, take, hint)
 
     def do_mouse(self):
         self.mouse = not self.mouse
@@ -17242,6 +17246,11 @@ def flags_of(options):
     return {flag: option for option in options for flag in option.flags}
 
 
+def flag_of(word):
+    """The flag of a word such as --url, --url=URL, -o or -oDIR."""
+    return word.partition("=")[0] if word[:2] == "--" else word[:2]
+
+
 def find_command(argv):
     """Split a command line into (global options before the command, the command, the rest)."""
     known, head, name, rest = flags_of(GLOBAL), [], "", list(argv)
@@ -17250,7 +17259,7 @@ def find_command(argv):
         if word[:1] == "-" and len(word) > 1:
             if name in COMMANDS:
                 break
-            flag = word.partition("=")[0] if word[:2] == "--" else word[:2]
+            flag = flag_of(word)
             if flag not in known:
                 raise UsageError(f"unknown option {flag}{did_you_mean(flag, known)}: see torc "
                                  "--help")
@@ -17295,7 +17304,7 @@ def check_options(found, rest):
     for word in rest:
         if word == "--":
             return
-        flag = word.partition("=")[0] if word[:2] == "--" else word[:2]
+        flag = flag_of(word)
         if re.match(r"--?[A-Za-z]", word) and " " not in word and flag not in known:
             raise UsageError(f"torc {found.name} has no option {flag}{did_you_mean(flag, known)}: "
                              f"see torc {found.name} --help")
@@ -17541,6 +17550,17 @@ def accepted_flags(words):
     return {}
 
 
+def typed_places():
+    """Yield (attribute, flag, words) of the options of our own command line that say where the
+    workflows are."""
+    words = sys.argv[1:]
+    known = accepted_flags(words)
+    for index, word in enumerate(words):
+        flag = flag_of(word)
+        if known.get(flag) in PLACES:
+            yield known[flag], flag, words[index:index + 1 + (flag == word)]
+
+
 def pasteable(sentence):
     """Put the command that a sentence ends with on a line of its own, so that it works when pasted:
     with the name of this program, and its options that say where the workflows are."""
@@ -17551,13 +17571,11 @@ def pasteable(sentence):
         return sentence
     program, *words = shlex.split(match[2])
     if program == "torc":
-        known, typed = accepted_flags(words), accepted_flags(sys.argv[1:])
+        known = accepted_flags(words)
         if not known:
             return sentence
-        for index, word in enumerate(sys.argv):
-            flag, joined, _ = word.partition("=")
-            if known.get(flag, "") == typed.get(flag) in PLACES and words[0] != "server":
-                words += sys.argv[index:index + 1 + (not joined)]
+        for name, flag, typed in typed_places() if words[0] != "server" else ():
+            words += typed if known.get(flag) == name else []
         path = torc_command()[1]
         if os.path.abspath(sys.argv[0]) == path and "site-packages" not in path:
             python = os.path.basename(sys.executable)
@@ -17639,10 +17657,11 @@ def confirm(question, sure, option="--force", strict=True):
         raise UsageError(f"{question} There is no terminal to ask on: use {option}")
 
 
-def wishes_of(args):
-    """Collect the Wishes given as options of a command."""
-    return Wishes(**{name: getattr(args, name) for name in Wishes._fields
-                     if getattr(args, name, None) is not None})
+def wishes_of(args, kind=Wishes, **more):
+    """Collect the Wishes, or RunOptions, given as options of a command."""
+    given = {name: getattr(args, name) for name in kind._fields
+             if getattr(args, name, None) is not None}
+    return kind(**{**given, **more})
 
 
 def lower_first(text):
@@ -17925,10 +17944,8 @@ def do_run(args):
         end_time = args.end_time
         if end_time is None and args.time_limit is not None:
             end_time = time.time() + parse_duration(args.time_limit)
-        runner = Runner(client, start.workflow_id, RunOptions(
-            output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
-            num_cpus=args.num_cpus, memory_gb=args.memory_gb, num_gpus=args.num_gpus,
-            end_time=end_time, share_password=args.share_password, schedule=scheduling(
+        runner = Runner(client, start.workflow_id, wishes_of(
+            args, RunOptions, end_time=end_time, schedule=scheduling(
                 client, lambda: worker_request(client, wishes_of(args)))))
         code = runner.run()
         if args.format == "json":
@@ -18342,11 +18359,12 @@ class Noun(NamedTuple):
     filters: tuple = ()                   # options of the list, passed on as they are
     paging: tuple = PAGING
     before: Any = None                    # of an update, see api_command
+    lost: str = ""                        # what a deletion takes along
 
     @property
     def kind(self):
         """Its row of KINDS."""
-        return KINDS[self.table]
+        return KINDS.get(self.table, GROUP)
 
 
 def options_for(args, wanted):
@@ -18472,7 +18490,7 @@ def delete_verb(noun):
     kind = noun.kind
 
     @command(f"{noun.word} delete", f"{noun.table.upper()}_ID... -> ids", FORCE, NO_PROMPTS,
-             DRY_RUN, summary=f"Delete {several(kind.name)}.",
+             DRY_RUN, summary=f"Delete {several(kind.name)}{noun.lost}.",
              example=f"torc {noun.word} delete 17 18")
     def delete(args, client):
         found, errors = each(args.ids, lambda number: client.get(f"{kind.path}/{number}"))
@@ -18480,13 +18498,12 @@ def delete_verb(noun):
                           for one in found)
 
         def do(_):
-            gone, trouble = each([one["id"] for one in found],
-                                 lambda number: client.delete(f"{kind.path}/{number}"))
+            gone, trouble = each(found, lambda one: client.delete(f"{kind.path}/{one['id']}"))
             return Outcome(f"Deleted {kind.name} {names}", one_or_all(kind.path[1:], gone),
                            errors + trouble)
 
         return carry_out(args, client, Plan(f"Delete {kind.name} {names}", errors, [
-            Choice("delete", do)], one_or_all(kind.path[1:], found)))
+            Choice("delete", do)], one_or_all(kind.path[1:], found), strict=bool(noun.lost)))
 
 
 def delete_all_verb(noun):
@@ -18578,6 +18595,8 @@ NOUNS = (
             -n, --nodes N
             --walltime TIME
             """, SCHEDULER)),
+    Noun("access-groups", "group", "get delete",
+         lost="; their workflows are no longer shared with their members"),
 )
 NOUN_EXAMPLES = {
     "slurm": "torc slurm create 3 -n small -a myaccount -p short -W 00:30:00",
@@ -19306,11 +19325,9 @@ def work_in_allocation(args, client, where):
         if before.get("node_index") == where.node_index and (
                 before.get("restarts", 0) < where.restarts):
             clean_up_node(client, node, "requeued by Slurm")
-    options = RunOptions(
-        output_dir=args.output_dir, max_parallel_jobs=args.max_parallel_jobs,
-        share_password=args.share_password, schedule=scheduling(client, lambda: WorkerRequest(
-            os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others),
-            share_password=args.share_password)))
+    options = wishes_of(args, RunOptions, schedule=scheduling(client, lambda: WorkerRequest(
+        os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others),
+        share_password=args.share_password)))
     runner = SlurmRunner(client, workflow_id, options, where, args.scheduler_config_id,
                          args.strict_scheduler_match, args.is_subtask)
     try:
@@ -19551,22 +19568,6 @@ def hpc_generate(args):
     say(args, f"Wrote {args.output}: profile {name}, {plural(len(kept), 'partition')}, for hosts "
         f"like {hostname}" + ("" if used else f". Put it into {own} to use it"),
         name=name, file=args.output, partitions=len(kept))
-
-
-def write_whole(path, data, executable=False):
-    """Write bytes to a file atomically, creating its directory. Raises TorcError."""
-    directory = os.path.dirname(os.path.abspath(path))
-    part = os.path.join(directory, f".{os.path.basename(path)}.{os.getpid()}")
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(data)
-        if executable:
-            os.chmod(part, 0o755)
-        os.replace(part, path)
-    except OSError as error:
-        remove_file(part)
-        raise TorcError(f"{path} cannot be written: {error.strerror}") from None
 
 
 PLANNING = """
@@ -19843,34 +19844,12 @@ api_command("access-groups create", "POST /access_groups", """
             summary="Create a group of users with whom workflows can be shared.",
             told='Created access group {id} "{name}"',
             example="torc access-groups create climate -d 'the climate team'")
-api_command("access-groups get", "GET /access_groups/{group_id}",
-            GROUP_ID,
-            summary="Show a group.",
-            example="torc access-groups get 2")
 api_command("access-groups list", "GET /access_groups",
             SHORT_PAGING,
             summary="List all groups.",
             noun="group",
             columns=GROUP_COLUMNS,
             example="torc access-groups list")
-
-
-@command("access-groups delete", GROUP_ID, FORCE, NO_PROMPTS, DRY_RUN,
-         example="torc access-groups delete 2")
-def do_group_delete(args, client):
-    """Delete a group; its workflows are no longer shared with its members."""
-    path = f"/access_groups/{args.group_id}"
-    group = client.get(path)
-    name = f"access group {args.group_id} \"{group['name']}\""
-
-    def do(client):
-        client.delete(path)
-        return Outcome(f"Deleted {name}", group)
-
-    return carry_out(args, client, Plan(f"Delete {name}", (), [Choice("delete it", do)],
-                                        group, strict=True))
-
-
 api_command("access-groups add-user", "POST /access_groups/{group_id}/members",
             GROUP_ID, USER_NAME, "-r, --role member|admin=member",
             summary="Add a user to a group; admins of a group may change its members.",
@@ -20755,7 +20734,7 @@ def bundle(path):
     with zipfile.ZipFile(data, "w") as archive:
         for name, text in contents:
             archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
-    write_whole(path, data.getvalue(), executable=True)
+    write_whole(path, data.getvalue(), 0o777)
 
 
 @command("bundle", "[FILE=torc.pyz] -> path",
@@ -20774,9 +20753,8 @@ def open_client(args, make):
     directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
     # What a job writes to stderr is read for the cause of its failure.
     say_which = None if os.environ.get("TORC_JOB_ID") else functools.partial(tell, args)
-    named = {"-o", "--output-dir"} & {word.partition("=")[0] for word in sys.argv}
-    return connect(args.database, args.url, directory, client_options(args), say_which, make,
-                   bool(named))
+    named = any(name == "output_dir" for name, _, _ in typed_places())
+    return connect(args.database, args.url, directory, client_options(args), say_which, make, named)
 
 
 def client_options(args):
