@@ -9996,6 +9996,16 @@ def test_a_log_is_handed_on_in_whole_letters(tmp_path):
     assert seen == "größe 1 red\nend €" and offset == path.stat().st_size
 
 
+def test_the_dashboard_has_the_checks_of_the_doctor(dash, server):
+    dash.enter()
+    checks = {check["check"]: check for check in dash.json("/dash/doctor")["checks"]}
+    assert "a Torc server, id " in checks[torc.Client(server.url).where]["detail"]
+    assert checks["credentials"]["verdict"] == checks["output directory"]["verdict"] == "ok"
+    assert (checks["workers"]["verdict"], checks["workers"]["detail"]) == (
+        "warn", "on compute nodes cannot reach the server")
+    assert "--host 0.0.0.0" in checks["workers"]["next_step"]
+
+
 def test_the_dashboard_runs_a_workflow_from_its_text_to_its_output(dash, server, tmp_path):
     dash.enter()
     bad = dash.json("/dash/validate", {"spec": "name: x\njobs:\n  - name: a\n    comand: c\n"})
@@ -10569,7 +10579,7 @@ def test_a_browser_filters_sorts_turns_pages_and_deletes_several(chromium, dash,
         visit.see("Initialize")
         visit.go("/")
     assert {one["name"] for one in client.items("/workflows")} == {"beta", "w", "wizard"}
-    visit.go("/network", see="From here")
+    visit.go("/network", see="Checks of the server")
     assert visit.trouble == []
 
 

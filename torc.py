@@ -16903,10 +16903,10 @@ def loop(terminal, canvas, signals):
 # ==================================================================================================
 # 16 Command line
 # ==================================================================================================
-# A command is a function of (args, client), or of args alone if it needs no client, with its options
-# beside it; COMMANDS holds them all and feeds parser, help and completion. argparse builds only the
-# parser of the command that is called. A command fetches data, then prints a table or JSON through
-# show_list, show_record or say. Errors are raised anywhere and shown once, by main.
+# A command is a function of (args, client), or of args alone if it needs no client, with its
+# options beside it; COMMANDS holds them all and feeds parser, help and completion. argparse builds
+# only the parser of the command that is called. A command fetches data, then prints a table or JSON
+# through show_list, show_record or say. Errors are raised anywhere and shown once, by main.
 
 class Command(NamedTuple):
     """A command, its options and the client it needs."""
@@ -19058,42 +19058,47 @@ def checked(check, good, detail, remedy="", bad="fail"):
 
 
 def check_server(url, how):
-    """Check a server at a URL from this machine, in the order in which things can fail."""
+    """Yield the checks of a server at a URL from this machine, in the order in which things can
+    fail."""
     from email.utils import parsedate_to_datetime
     _, host, _, _ = split_url(url)
     addresses = list(dict.fromkeys(resolved(host)))
-    checks = [checked(f"name {host}", addresses, ", ".join(addresses[:3]) or "unknown here",
-                      MEANINGS["unknown name"])]
+    where = ", only this machine" if all(map(is_loopback, addresses)) else ""
+    yield checked(f"name {host}", addresses, ", ".join(addresses[:3]) + where if addresses else
+                  "unknown here", MEANINGS["unknown name"])
     if not addresses:
-        return checks
+        return
+    began = time.monotonic()
     found = probe(url, None, 5.0, how.get("tls"))
-    if found.state != "ok":
-        return [*checks, checked(url, False, found.state, found.text)]
-    checks.append(checked(url, True, f"a Torc server, id {found.server_id}"))
+    good = found.state == "ok"
+    spent_ms = 1000 * (time.monotonic() - began)
+    yield checked(url, good, f"a Torc server, id {found.server_id}, answers in {spent_ms:.1f} ms"
+                  if good else found.state, found.text)
+    if not good:
+        return
     client = Client(url, **how)
     try:
         asked = time.time()
         told = client.get("/version")
         major = str(told.get("api_version", "?")).partition(".")[0]
-        checks.append(checked("version", major == API_VERSION.partition(".")[0],
-                              f"{told.get('server', told['version'])}, API {told['api_version']}",
-                              f"this program speaks API {API_VERSION}"))
+        yield checked("version", major == API_VERSION.partition(".")[0],
+                      f"{told.get('server', told['version'])}, API {told['api_version']}",
+                      f"this program speaks API {API_VERSION}")
         client.page("/workflows", limit=1)
-        checks.append(checked("credentials", True, f"user {client.user}" + (
-            "" if client.password else ", without a password")))
+        yield checked("credentials", True, f"user {client.user}" + (
+            "" if client.password else ", without a password"))
         with contextlib.suppress(TypeError, ValueError):         # the answer has no Date
             date = parsedate_to_datetime(client.date).timestamp()
             apart = abs(date - (asked + time.time()) / 2)
-            checks.append(checked(
-                "clocks", apart < 5, f"{apart:.0f} s apart",
-                "files may seem older or newer than they are: set the clocks (NTP)", "warn"))
+            yield checked("clocks", apart < 5, f"{apart:.0f} s apart",
+                          "files may seem older or newer than they are: set the clocks (NTP)",
+                          "warn")
     except Unauthorized as error:
-        checks.append(checked("credentials", False, f"user {client.user} is refused", str(error)))
+        yield checked("credentials", False, f"user {client.user} is refused", str(error))
     except TorcError as error:
-        checks.append(checked("operations", False, str(error)))
+        yield checked("operations", False, str(error))
     finally:
         client.close()
-    return checks
 
 
 def check_directory(directory, token):
@@ -19142,6 +19147,21 @@ def check_from_compute(args, urls):
                       "name another partition with --srun-options, or try again later")]
     finally:
         remove_file(mark)
+
+
+def check_client(client, directory):
+    """The checks of the server or database that is in use here, and of the output directory."""
+    try:
+        workers = True, f"reach the server at {worker_urls(client)[0]}", ""
+    except TorcError as error:
+        workers = False, "on compute nodes cannot reach the server", str(error)
+    if client.is_local:
+        client.get("/ping")
+        found = [checked("local database", True, client.where)]
+    else:
+        how = {"password": client.password, "tls": client.tls, "cookie": client.cookie}
+        found = [check for url in urls_of(client) for check in check_server(url, how)]
+    return [*found, checked("workers", *workers, "warn"), check_directory(directory, None)]
 
 
 def urls_for_workers(urls, how):
@@ -19198,8 +19218,8 @@ def choose_scheduler(args, client):
     if number is None:
         found = list(client.items("/slurm_schedulers", workflow_id=args.workflow_id))
         if not found:
-            raise TorcError(f"workflow {args.workflow_id} has no Slurm scheduler; torc slurm create "
-                            f"{args.workflow_id} -n NAME -a ACCOUNT makes one")
+            raise TorcError(f"workflow {args.workflow_id} has no Slurm scheduler; torc slurm "
+                            f"create {args.workflow_id} -n NAME -a ACCOUNT makes one")
         number = found[0]["id"] if len(found) == 1 else pick(
             args, "scheduler", found, COLUMNS["slurm_scheduler"], "--scheduler-config-id")
     return client.get(f"/slurm_schedulers/{number}")
@@ -20077,44 +20097,12 @@ class DashActions:
     # -- the server
 
     def doctor(self, client, place=""):
-        """Whether the server is reachable from here, and with place=node from a compute node."""
-        info = {}
-        with contextlib.suppress(NotFound):
-            info = client.get("/server_info")
-        urls = list(dict.fromkeys([client.where, *info.get("urls", ())]))
-        try:
-            best, trouble = worker_urls(client)[0], ""
-        except TorcError as error:
-            best, trouble = "", str(error)
-        node, there = self.look_from_node(urls) if place == "node" else ("a node", {})
-        addresses = []
-        for url in urls:
-            began = time.monotonic()
-            found = probe(url, client.id, 5.0, client.tls)
-            here = ["completed", f"{1000 * (time.monotonic() - began):.1f} ms"] \
-                if found.state == "ok" else ["failed", found.state]
-            means = found.text or ("workers use this one" if url == best else
-                                   "only this machine" if is_loopback(split_url(url)[1]) else "")
-            addresses.append({"url": url, "here": here, "means": means,
-                              "there": there.get(url, ["uninitialized", "not checked"])})
-        version = client.get("/version")
-        facts = [["Address", client.where], ["Id", client.server_id()],
-                 ["Password", "needed" if info.get("auth_required") else "not needed"],
-                 ["Version", f"{version['version']}, API {version['api_version']}"]]
-        return {"good": not trouble, "node": node, "addresses": addresses, "server": facts,
-                "sentence": f"Workers reach the server at {best}." if best else
-                "Workers on compute nodes cannot reach the server.", "next": trouble,
-                "fixes": [["Look from a compute node:", "torc doctor --from-compute"],
-                          ["Listen where compute nodes can reach it:",
-                           "torc-server run --host 0.0.0.0 --auth-file users --require-auth"]]}
-
-    def look_from_node(self, urls):
-        """(host, {url: [status, text]}) as seen from a compute node. Raises TorcError."""
-        self.args.srun_options = None
-        checks = check_from_compute(self.args, urls)
-        words = {"ok": "completed", "warn": "pending_failed", "fail": "failed"}
-        return checks[0].place, {check.check: [words[check.verdict], check.detail]
-                                 for check in checks if check.check in urls}
+        """The checks of `torc doctor` from here, and with place=node from a compute node, too."""
+        checks = check_client(client, self.output_dir)
+        if place == "node":
+            self.args.srun_options = None
+            checks += check_from_compute(self.args, urls_of(client))
+        return {"checks": [check._asdict() for check in checks]}
 
     # -- actions
 
@@ -20335,14 +20323,8 @@ class TerminalTools:
         return find_attempt(client, job, None, self.output_dir)
 
     def checks(self, client):
-        """The checks of `torc doctor`; a local database has some, too."""
-        place = check_directory(self.output_dir, None)
-        if client.is_local:
-            client.get("/ping")
-            return [Check(place.place, "local database", "ok", client.where), place]
-        how = {"password": client.password, "tls": client.tls, "cookie": client.cookie}
-        return [*(check for url in urls_of(client)
-                  for check in check_server(url, how)), place]
+        """The checks of `torc doctor` on what is in use here."""
+        return check_client(client, self.output_dir)
 
     def connect(self, url):
         """A Client of another server."""
@@ -22338,17 +22320,23 @@ function dataPage({id, query}) {
 }
 
 function networkPage() {
-  const el = h("div"), verdict = ([status, text]) => chip(status, text), columns = node => [
-    ["Address", a => h("span.mono", a.url), "key verdict"], ["From here", a => verdict(a.here), "wide", "9.5rem"],
-    [`From ${node}`, a => verdict(a.there), "", "12rem"], ["What it means", a => a.means, "verdict wide", "52%"]];
-  const load = probe => fill(el, () => api("/dash/doctor", {place: probe}), data => [
-    h("p.why", {class: data.good ? "good" : "bad"}, data.sentence, h("small", data.next)),
-    h("div.tools", h("h2", "Addresses of the server"),
-      h("div.far", button("Check from a compute node", () => load("node")))),
-    plainTable("Addresses", columns(data.node), data.addresses),
-    h("div.split", section("When workers cannot reach the server", null,
-      data.fixes.map(([title, command]) => [h("p", title), code(command)])),
-      section("Server", null, facts(data.server)))]);
+  const el = h("div"), words = {ok: "completed", warn: "pending_failed", fail: "failed"}, columns = [
+    ["What", c => c.check, "key verdict"], ["Verdict", c => chip(words[c.verdict], c.verdict), "wide", "6rem"],
+    ["Detail", c => c.detail, "verdict wide", "40%"], ["What to do", c => c.next_step, "verdict wide", "30%"],
+    ["Host", c => c.place, "", "8rem"]];
+  const load = probe => fill(el, () => api("/dash/doctor", {place: probe}), ({checks}) => {
+    const workers = checks.find(check => check.check === "workers");
+    return [
+      h("p.why", {class: workers.verdict === "ok" ? "good" : "bad"}, `Workers ${workers.detail}.`,
+        h("small", workers.next_step)),
+      h("div.tools", h("h2", "Checks of the server"),
+        h("div.far", button("Check from a compute node", () => load("node")))),
+      plainTable("Checks", columns, checks),
+      section("When workers cannot reach the server", null,
+        h("p", "Look from a compute node:"), code("torc doctor --from-compute"),
+        h("p", "Listen where compute nodes can reach it:"),
+        code("torc-server run --host 0.0.0.0 --auth-file users --require-auth"))];
+  });
   return load();
 }
 
