@@ -16908,6 +16908,9 @@ def loop(terminal, canvas, signals):
 # only the parser of the command that is called. A command fetches data, then prints a table or JSON
 # through show_list, show_record or say. Errors are raised anywhere and shown once, by main.
 
+USUAL_IDS = {"workflow": "3", "access_group": "2"}           # in examples
+
+
 class Command(NamedTuple):
     """A command, its options and the client it needs."""
 
@@ -16915,7 +16918,7 @@ class Command(NamedTuple):
     function: Any
     texts: tuple                          # its options, as for read_options
     text: str                             # what it does; the first line is the summary
-    example: str
+    typed: str                            # an example, if it needs more than ids
     make: bool                            # the local database, if there is none
 
     @property
@@ -16929,6 +16932,13 @@ class Command(NamedTuple):
         return read_options(self.texts)
 
     @property
+    def example(self):
+        """A command line that calls it."""
+        ids = [USUAL_IDS.get(option.kind.table, "17 18" if "..." in option.metavar else "17")
+               for option in self.options if option.kind and not option.flags]
+        return self.typed or " ".join(["torc", self.name, *ids])
+
+    @property
     def takes_client(self):
         """Whether its function has a second parameter, the client."""
         return self.function.__code__.co_argcount == 2
@@ -16938,7 +16948,7 @@ COMMANDS = {}                             # by the words that are typed: "jobs l
 LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
 
 
-def command(name, *texts, example, make=False, summary=None):
+def command(name, *texts, example="", make=False, summary=None):
     """Register a function as a command. texts: its options, see read_options; its docstring is its
     help, unless there is a summary."""
     def register(function):
@@ -17799,7 +17809,7 @@ def replace_names(found, args, client):
             args.workflow_id = choose_workflow(args, client)
 
 
-def operation_command(name, *texts, example, ask=True):
+def operation_command(name, *texts, example="", ask=True):
     """Register the command of an operation."""
     operation = OPERATIONS[name]
 
@@ -18040,7 +18050,7 @@ def verdict(report):
     return f"The workflow is not complete{ending}, and no runner is active."
 
 
-@command("status", WORKFLOW, OUTPUT_DIR, WORKER_URL, example="torc status 3")
+@command("status", WORKFLOW, OUTPUT_DIR, WORKER_URL)
 def do_status(args, client):
     """Show the status of a workflow: jobs by status, run times, runners."""
     for sentence in run_pending_allocations(client, args.workflow_id, wishes_of(args)):
@@ -18072,7 +18082,7 @@ def do_status(args, client):
     say_next(args, client, args.workflow_id)
 
 
-@command("failures", WORKFLOW, LIST, example="torc failures 3")
+@command("failures", WORKFLOW, LIST)
 def do_failures(args, client):
     """List failed jobs by cause, and what to do about them; csv has one line per job."""
     workflow_id = args.workflow_id
@@ -18141,14 +18151,14 @@ def do_wait(args, client):
     return code
 
 
-operation_command("cancel", WORKFLOW, example="torc cancel 3", ask=False)
+operation_command("cancel", WORKFLOW, ask=False)
 
 
 operation_command("delete", "WORKFLOW_ID... -> ids  ids or names", FORCE, NO_PROMPTS,
                   example="torc delete 3 4 --force")
 
 
-@command("ping", example="torc ping")
+@command("ping")
 def do_ping(args, client):
     """Check that the server (or the local database) answers."""
     answer = client.get("/ping")
@@ -18319,7 +18329,7 @@ def silence(client, job):
     return ""
 
 
-@command("why", "JOB_ID", example="torc why 17")
+@command("why", "JOB_ID")
 def do_why(args, client):
     """Say why a job is not running, or how it ended."""
     answer = client.get(f"/jobs/{args.job_id}/why")
@@ -18392,7 +18402,8 @@ def gather(args, client, path, keep=None, **more):
                             args.limit)
 
 
-def api_command(name, place, *texts, summary, example, noun="", columns="", told="", before=None):
+def api_command(name, place, *texts, summary, example="", noun="", columns="", told="",
+                before=None):
     """Register a command that calls an operation of the API, "METHOD /path/{option}".
 
     Options become its query and body. noun, columns: of a list, as for show_list. told: a sentence
@@ -18446,16 +18457,14 @@ def list_verb(noun):
                 WORKFLOW, noun.filters, noun.paging,
                 summary=f"List the {several(noun.kind.name)} of a workflow.",
                 noun=noun.kind.name,
-                columns=noun.table,
-                example=f"torc {noun.word} list 3")
+                columns=noun.table)
 
 
 def get_verb(noun):
     """Register `NOUN get`."""
     api_command(f"{noun.word} get", f"GET {noun.kind.path}/{{id}}",
                 f"{noun.table.upper()}_ID -> id", noun.get,
-                summary=f"Show {article(noun.kind.name)}.",
-                example=f"torc {noun.word} get 17")
+                summary=f"Show {article(noun.kind.name)}.")
 
 
 def update_verb(noun):
@@ -18490,8 +18499,7 @@ def delete_verb(noun):
     kind = noun.kind
 
     @command(f"{noun.word} delete", f"{noun.table.upper()}_ID... -> ids", FORCE, NO_PROMPTS,
-             DRY_RUN, summary=f"Delete {several(kind.name)}{noun.lost}.",
-             example=f"torc {noun.word} delete 17 18")
+             DRY_RUN, summary=f"Delete {several(kind.name)}{noun.lost}.")
     def delete(args, client):
         found, errors = each(args.ids, lambda number: client.get(f"{kind.path}/{number}"))
         names = ", ".join(str(one["id"]) + (f' "{one["name"]}"' if "name" in one else "")
@@ -18644,8 +18652,7 @@ def do_workflows_list(args, client):
 
 api_command("workflows get", "GET /workflows/{workflow_id}",
             WORKFLOW,
-            summary="Show a workflow's settings.",
-            example="torc workflows get 3")
+            summary="Show a workflow's settings.")
 api_command("workflows update", "PUT /workflows/{workflow_id}",
             WORKFLOW, """
             -n, --name NAME
@@ -18675,7 +18682,7 @@ operation_command("reinitialize", WORKFLOW, FORCE_INPUTS, ask=False,
                   example="torc workflows reinit 3 --dry-run")
 
 
-@command("workflows list-actions", WORKFLOW, LIST, example="torc workflows list-actions 3")
+@command("workflows list-actions", WORKFLOW, LIST)
 def do_workflows_list_actions(args, client):
     """List a workflow's actions and their progress."""
     show_list(args, "actions", "action", "ID=id, Trigger=trigger_type, Action=action_type,"
@@ -18684,7 +18691,7 @@ def do_workflows_list_actions(args, client):
               client.get(f"/workflows/{args.workflow_id}/actions"))
 
 
-@command("workflows is-complete", WORKFLOW, example="torc workflows is-complete 3")
+@command("workflows is-complete", WORKFLOW)
 def do_workflows_is_complete(args, client):
     """Tell whether a workflow is complete; the exit code is always 0 (see torc wait)."""
     answer = client.get(f"/workflows/{args.workflow_id}/is_complete")
@@ -18695,8 +18702,8 @@ def do_workflows_is_complete(args, client):
 
 for _name in ("create", "run", "status", "cancel", "delete"):     # where older releases had them
     COMMANDS[f"workflows {_name}"] = COMMANDS[_name]._replace(
-        name=f"workflows {_name}", example=COMMANDS[_name].example.replace("torc ",
-                                                                           "torc workflows ", 1))
+        name=f"workflows {_name}",
+        typed=COMMANDS[_name].typed.replace("torc ", "torc workflows ", 1))
 
 
 # ---- export and import
@@ -18858,8 +18865,7 @@ def jobs_with(args, client, key, records, columns_text):
 JOB_ID = "-j, --job-id JOB_ID  only this job"
 
 
-@command("jobs list-resource-requirements", WORKFLOW, JOB_ID, LIST,
-         example="torc jobs list-resource-requirements 3")
+@command("jobs list-resource-requirements", WORKFLOW, JOB_ID, LIST)
 def do_jobs_list_requirements(args, client):
     """List what each job needs."""
     jobs_with(args, client, "resource_requirements_id",
@@ -18868,8 +18874,7 @@ def do_jobs_list_requirements(args, client):
               " GPUs=num_gpus, Nodes=num_nodes, Memory=memory, Runtime=runtime")
 
 
-@command("jobs list-failure-handlers", WORKFLOW, JOB_ID, LIST,
-         example="torc jobs list-failure-handlers 3")
+@command("jobs list-failure-handlers", WORKFLOW, JOB_ID, LIST)
 def do_jobs_list_handlers(args, client):
     """List the failure handler of each job that has one."""
     jobs_with(args, client, "failure_handler_id",
@@ -18878,8 +18883,7 @@ def do_jobs_list_handlers(args, client):
 
 
 for _name in ("cancel_job", "terminate_job"):
-    operation_command(_name, JOBS, FORCE, NO_PROMPTS,
-                      example=f"torc {OPERATIONS[_name].command} 17 18")
+    operation_command(_name, JOBS, FORCE, NO_PROMPTS)
 operation_command("retry", JOBS, "--only  without what depends on them and has run", FORCE,
                   NO_PROMPTS, example="torc jobs retry 17 18 --dry-run")
 operation_command("resolve", JOBS, "retry|fail -> decision", FORCE, NO_PROMPTS,
@@ -18893,7 +18897,7 @@ def list_of_some(name, place, table, summary):
     kind = KINDS[table]
     key = kind.path[1:]
 
-    @command(name, WORKFLOW, LIST, summary=summary, example=f"torc {name} 3")
+    @command(name, WORKFLOW, LIST, summary=summary)
     def list_some(args, client):
         ids = set(client.get(f"/workflows/{args.workflow_id}/{place}")[key])
         records = client.items(kind.path, workflow_id=args.workflow_id)
@@ -18922,7 +18926,7 @@ def do_events_list(args, client):
               gather(args, client, "/events", args.type and is_wanted))
 
 
-@command("events get-latest-event", WORKFLOW, example="torc events get-latest-event 3")
+@command("events get-latest-event", WORKFLOW)
 def do_events_latest(args, client):
     """Show the latest event of a workflow."""
     found = client.page("/events", workflow_id=args.workflow_id, sort_by="timestamp",
@@ -18937,16 +18941,14 @@ api_command("job-dependencies job-job", "GET /workflows/{workflow_id}/job_depend
             summary="Which job waits for which.",
             noun="dependency",
             columns="Job ID=job_id, Job Name=job_name,"
-                    " Waits For ID=depends_on_job_id, Waits For=depends_on_job_name",
-            example="torc job-dependencies job-job 3")
+                    " Waits For ID=depends_on_job_id, Waits For=depends_on_job_name")
 api_command("job-dependencies job-file", "GET /workflows/{workflow_id}/job_file_relationships",
             WORKFLOW, PAGING,
             summary="Which job writes and reads which file.",
             noun="relationship",
             columns="File ID=file_id, Name=file_name, Path=file_path,"
                     " Producer ID=producer_job_id, Producer=producer_job_name,"
-                    " Consumer ID=consumer_job_id, Consumer=consumer_job_name",
-            example="torc job-dependencies job-file 3")
+                    " Consumer ID=consumer_job_id, Consumer=consumer_job_name")
 api_command("job-dependencies job-user-data",
             "GET /workflows/{workflow_id}/job_user_data_relationships",
             WORKFLOW, PAGING,
@@ -18954,8 +18956,7 @@ api_command("job-dependencies job-user-data",
             noun="relationship",
             columns="User Data ID=user_data_id, Name=user_data_name,"
                     " Producer ID=producer_job_id, Producer=producer_job_name,"
-                    " Consumer ID=consumer_job_id, Consumer=consumer_job_name",
-            example="torc job-dependencies job-user-data 3")
+                    " Consumer ID=consumer_job_id, Consumer=consumer_job_name")
 
 
 @command("results list", WORKFLOW, JOB_ID, """
@@ -19254,8 +19255,7 @@ api_command("slurm stats", "GET /slurm_stats",
             """, PAGING,
             summary="List Slurm's accounting records of jobs that ran as steps of srun.",
             noun="record",
-            columns="slurm_stats",
-            example="torc slurm stats 3")
+            columns="slurm_stats")
 
 
 ACCOUNT_COLUMNS = ("Slurm Job=slurm_job, Job Step=job_step, State=state, Exit Code=exit_code,"
@@ -19266,8 +19266,7 @@ ACCOUNT_FIELDS = "JobIDRaw,JobName,State,ExitCode,Elapsed,MaxRSS,CPUTime,NodeLis
 @command("slurm sacct", WORKFLOW, f"""
          -o, --output-dir DIR={DEFAULT_OUTPUT_DIR}  for --save-json
          --save-json                     keep sacct's own JSON of each allocation
-         """, LIST,
-         example="torc slurm sacct 3")
+         """, LIST)
 def do_slurm_sacct(args, client):
     """Show Slurm's accounting of a workflow's allocations and their steps."""
     ids = sorted({record["scheduler_id"] for record in client.items(
@@ -19478,7 +19477,7 @@ PARTITION_COLUMNS = ("Name=name, CPUs=cpus_per_node, Memory=memory_mb, Walltime=
                      " Best=best")
 
 
-@command("hpc list", LIST, example="torc hpc list")
+@command("hpc list", LIST)
 def hpc_list(args):
     """List the profiles of HPC systems: your own in ~/.torc/hpc and the built-in ones."""
     profiles = known_profiles()
@@ -19493,7 +19492,7 @@ def hpc_list(args):
         print(f"Any other cluster: --profile {DYNAMIC_PROFILE} asks its own Slurm.")
 
 
-@command("hpc detect", example="torc hpc detect")
+@command("hpc detect")
 def hpc_detect(args):
     """Tell which HPC system this machine belongs to; exit code 1 if none is known."""
     import shutil
@@ -19868,8 +19867,7 @@ api_command("access-groups list", "GET /access_groups",
             SHORT_PAGING,
             summary="List all groups.",
             noun="group",
-            columns=GROUP_COLUMNS,
-            example="torc access-groups list")
+            columns=GROUP_COLUMNS)
 api_command("access-groups add-user", "POST /access_groups/{group_id}/members",
             GROUP_ID, USER_NAME, "-r, --role member|admin=member",
             summary="Add a user to a group; admins of a group may change its members.",
@@ -19884,8 +19882,7 @@ api_command("access-groups list-members", "GET /access_groups/{group_id}/members
             GROUP_ID, SHORT_PAGING,
             summary="List the users in a group.",
             noun="member",
-            columns="ID=id, User=user_name, Role=role, Created=created_at",
-            example="torc access-groups list-members 2")
+            columns="ID=id, User=user_name, Role=role, Created=created_at")
 api_command("access-groups list-user-groups", "GET /users/{user_name}/groups",
             USER_NAME, SHORT_PAGING,
             summary="List the groups a user belongs to.",
@@ -19896,22 +19893,19 @@ api_command("access-groups list-workflow-groups", "GET /workflows/{workflow_id}/
             WORKFLOW, SHORT_PAGING,
             summary="List the groups a workflow is shared with.",
             noun="group",
-            columns=GROUP_COLUMNS,
-            example="torc access-groups list-workflow-groups 3")
+            columns=GROUP_COLUMNS)
 SHARE = "/workflows/{workflow_id}/access_groups/{group_id}"
 api_command("access-groups add-workflow", f"POST {SHARE}",
             "WORKFLOW_ID", GROUP_ID,
             summary="Let a group use a workflow: see it, run it, change it.",
-            told="Shared workflow {workflow_id} with access group {group_id}",
-            example="torc access-groups add-workflow 3 2")
+            told="Shared workflow {workflow_id} with access group {group_id}")
 api_command("access-groups remove-workflow", f"DELETE {SHARE}",
             "WORKFLOW_ID", GROUP_ID,
             summary="Stop sharing a workflow with a group.",
-            told="Workflow {workflow_id} is no longer shared with access group {group_id}",
-            example="torc access-groups remove-workflow 3 2")
+            told="Workflow {workflow_id} is no longer shared with access group {group_id}")
 
 
-@command("admin reload-auth", example="torc admin reload-auth")
+@command("admin reload-auth")
 def do_reload_auth(args, client):
     """Make the server reload its password file."""
     answer = client.post("/admin/reload-auth")
@@ -20513,7 +20507,7 @@ def server_settings(args):
 COMMANDS["server"] = COMMANDS["server run"]._replace(name="server")
 
 
-@command("server stop", PID_FILE, example="torc server stop")
+@command("server stop", PID_FILE)
 def do_server_stop(args):
     """Stop a server that runs in the background."""
     import signal
@@ -20533,7 +20527,7 @@ def do_server_stop(args):
     say(args, f"The server (pid {pid}) has ended", pid=pid, status="stopped")
 
 
-@command("server status", PID_FILE, example="torc server status")
+@command("server status", PID_FILE)
 def do_server_status(args):
     """Show whether a server runs in the background, and where; exit code 1 if none does."""
     found = running_server(args.pid_file or torc_home("torc-server.pid"))
