@@ -6054,7 +6054,7 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
     target = {"jobs": ids["a" if "_job" in name else "c"], "spec": "spec.json"}.get(operation.target, workflow_id)
 
     try:
-        plan = torc.TerminalTools(args).plan(name, client, target)
+        plan = torc.plan_for(name, client, target, args.output_dir)
         terminal = [plan.title, *plan.lines]
     except torc.TorcError as error:
         terminal = [str(error)]
@@ -7292,8 +7292,8 @@ class Hands:
     """Presses keys of a Terminal that has no terminal, and reads its screen."""
 
     def __init__(self, client, directory, size=(80, 24), plain=False):
-        args = torc.parse_command(torc.COMMANDS["tui"], [], ["-o", str(directory / "out")])
-        self.terminal = torc.Terminal(client, torc.TerminalTools(args), size, plain)
+        self.terminal = torc.Terminal(client, torc.TerminalTools(
+            torc.find_attempt, torc.check_client, torc.Client, str(directory / "out")), size, plain)
         self.state = self.terminal
         self.terminal.watcher.ask = lambda *args: None     # its news come when they come
         self.propagate()

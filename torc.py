@@ -399,6 +399,12 @@ def read_text(path):
     return read_bytes(path).decode("utf-8", "replace").strip()
 
 
+def on_path(program):
+    """The path of a program, None if there is none on the PATH."""
+    import shutil
+    return shutil.which(program)
+
+
 def remove_file(path):
     """Remove a file, if it is there and may be removed."""
     with contextlib.suppress(OSError):
@@ -11680,6 +11686,30 @@ class Started:
                 self.process.wait(wait_s)
 
 
+class Operation(NamedTuple):
+    """An operation as the faces find it."""
+
+    plan: Any                             # function(client, target, wishes): gives a Plan
+    target: str                           # workflow, workflows, jobs or spec
+    command: str                          # its name in the command line
+
+    @property
+    def help(self):
+        """What it does, in a line."""
+        return " ".join(self.plan.__doc__.partition("\n\n")[0].split())
+
+
+OPERATIONS = {}                           # by the names of their functions, without plan_
+
+
+def operation_of(command, target="workflow"):
+    """Register a function that plans as an operation; its docstring is the help."""
+    def register(plan):
+        OPERATIONS[plan.__name__[5:]] = Operation(plan, target, command)
+        return plan
+    return register
+
+
 def each(targets, action):
     """(results of action(target), error messages); raises the errors if no target succeeds."""
     results, errors = [], []
@@ -11774,24 +11804,28 @@ def missing_message(workflow_id, files, user_data=(), verb="init"):
                                          f"{workflow_id} --force" if verb else "")) or ""
 
 
+def records_of(client, workflow_id, place, key, without=()):
+    """The records whose ids a workflow has at a place of the API, except those `without`."""
+    wanted = set(client.get(f"/workflows/{workflow_id}/{place}")[key]).difference(without)
+    return [record for record in client.items(f"/{key}", workflow_id=workflow_id)
+            if record["id"] in wanted] if wanted else []
+
+
 def required_files(client, workflow_id, counted):
     """Records of the files that jobs read and none writes."""
-    wanted = set(client.get(f"/workflows/{workflow_id}/required_existing_files")["files"])
-    if wanted and counted["completed"]:   # then outputs of completed jobs are among them
-        wanted -= {file["id"] for file in client.items("/files", workflow_id=workflow_id,
-                                                       is_output=True)}
-    return [file for file in client.items("/files", workflow_id=workflow_id)
-            if file["id"] in wanted] if wanted else []
+    outputs = client.items("/files", workflow_id=workflow_id, is_output=True) if \
+        counted["completed"] else ()      # then those of completed jobs are among them
+    return records_of(client, workflow_id, "required_existing_files", "files",
+                      [file["id"] for file in outputs])
 
 
 def required_user_data(client, workflow_id, counted):
     """Names of user data without a value that jobs read and none writes."""
-    missing = set(client.get(f"/workflows/{workflow_id}/missing_user_data")["user_data"])
-    if missing and counted["completed"]:
-        missing -= {row["user_data_id"] for row in client.items(
-            f"/workflows/{workflow_id}/job_user_data_relationships") if "producer_job_id" in row}
-    return [record["name"] for record in client.items("/user_data", workflow_id=workflow_id)
-            if record["id"] in missing] if missing else []
+    path = f"/workflows/{workflow_id}/job_user_data_relationships"
+    rows = client.items(path) if counted["completed"] else ()
+    return [record["name"] for record in records_of(
+        client, workflow_id, "missing_user_data", "user_data",
+        [row["user_data_id"] for row in rows if "producer_job_id" in row])]
 
 
 class Rerun:
@@ -11956,6 +11990,11 @@ def end_code(counted):
     return 0 if ended == counted["total"] else 3
 
 
+def is_served(left):
+    """Whether a runner is active or an allocation requested. left: of a workflow's /unfinished."""
+    return left["scheduled"] or not all(map(local_evidence, left["active_nodes"]))
+
+
 def stall_reasons(client, workflow_id):
     """(why a workflow is stuck, why nothing is happening now); None for what does not apply."""
     left = client.get(f"/workflows/{workflow_id}/unfinished")
@@ -11964,10 +12003,8 @@ def stall_reasons(client, workflow_id):
                             for job in left["waiting"][:5])
         return (f"workflow {workflow_id} is stuck: it waits for "
                 f"{waiting or 'nothing that will happen'}"), None
-    if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
-        return None, None
-    return None, (f"waiting, but no runner is active on workflow {workflow_id}: torc run "
-                  f"{workflow_id}")
+    return None, None if is_served(left) else (
+        f"waiting, but no runner is active on workflow {workflow_id}: torc run {workflow_id}")
 
 
 def next_step(client, workflow_id):
@@ -11982,7 +12019,7 @@ def next_step(client, workflow_id):
     if counted["is_complete"]:
         bad = counted["failed"] + counted["canceled"] + counted["terminated"]
         return f"to see what failed and why: torc failures {workflow_id}" if bad else ""
-    if left["scheduled"] or not all(map(local_evidence, left["active_nodes"])):
+    if is_served(left):
         return ""
     if 0 < counted["uninitialized"] < counted["total"] - counted["disabled"]:
         return f"to initialize the remaining jobs: torc workflows reinit {workflow_id}"
@@ -12068,8 +12105,7 @@ def submit_start(client, workflow_id, request):
 def run_pending_allocations(client, workflow_id, wishes):
     """Carry out pending schedule_nodes actions of the user's own workflow if no live runner can;
     returns what was done, in sentences. Commands such as `status` call it in passing."""
-    import shutil
-    if client.is_local or not shutil.which("sbatch"):
+    if client.is_local or not on_path("sbatch"):
         return []
     pending = [action for action in client.get(f"/workflows/{workflow_id}/actions/pending")
                if action["action_type"] == "schedule_nodes"
@@ -12089,9 +12125,8 @@ def run_pending_allocations(client, workflow_id, wishes):
 def clean_up_dead(client, workflow_id, output_dir, watch=None):
     """Clean up after runners of this host and allocations of this cluster that have ended; returns
     what was done, in sentences."""
-    import shutil
     said = release_dead_nodes(client, workflow_id, output_dir)
-    if watch or shutil.which("squeue"):
+    if watch or on_path("squeue"):
         try:
             said += close_ended_allocations(client, workflow_id, watch)
         except Unreachable:
@@ -12149,10 +12184,9 @@ def pending_advice(number, entry):
 def allocation_lines(client, workflow_id):
     """A sentence on each allocation that has not ended, and what its worker reports if it cannot
     start."""
-    import shutil
     scheduled = unended_allocations(client, workflow_id)
     queue, lines = None, []
-    if scheduled and shutil.which("squeue"):
+    if scheduled and on_path("squeue"):
         with contextlib.suppress(TorcError):
             queue = ask_queue({record["scheduler_id"] for record in scheduled
                                if not on_other_cluster(record)})
@@ -12427,6 +12461,7 @@ def import_action(action, ids):
     return made
 
 
+@operation_of("workflows export")
 def plan_export(client, workflow_id, wishes):
     """Write a workflow as one JSON document."""
     jobs = count_records(client, "/jobs", workflow_id=workflow_id)
@@ -12460,6 +12495,7 @@ SUMMARY_LINES = (("Jobs", "job_count"), ("Files", "file_count"),
                  ("Workflow actions", "action_count"))
 
 
+@operation_of("workflows init")
 def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
     """Start a workflow from the beginning: all jobs blocked or ready."""
     counted = check_idle(client, workflow_id, wishes.force)
@@ -12500,6 +12536,7 @@ def plan_initialize(client, workflow_id, wishes, look_at_outputs=True):
                 report, sure=not lines, strict=bool(ran), obstacle=obstacle)
 
 
+@operation_of("workflows reinit")
 def plan_reinitialize(client, workflow_id, wishes):
     """Run again what changed: files, commands, user data, and all that depends on them."""
     counted = check_idle(client, workflow_id, wishes.force)
@@ -12519,6 +12556,7 @@ def plan_reinitialize(client, workflow_id, wishes):
                 obstacle=missing_message(workflow_id, again.missing, verb="reinit"))
 
 
+@operation_of("workflows reset-status")
 def plan_reset(client, workflow_id, wishes):
     """Set jobs back to uninitialized: all, or those that failed.
 
@@ -12596,6 +12634,7 @@ def initialize_new(client, workflow_id, force=False):
         plan.do(client)
 
 
+@operation_of("run")
 def plan_run(client, target, wishes):
     """Run a workflow on this machine.
 
@@ -12643,6 +12682,7 @@ def plan_run(client, target, wishes):
                          data={**plan.data, **reset.data}, obstacle=plan.obstacle or reset.obstacle)
 
 
+@operation_of("watch")
 def plan_watch(client, workflow_id, wishes):
     """Look after a workflow until it ends: runners, allocations, recovery."""
     start = Start(f"watch of workflow {workflow_id}", (
@@ -12651,6 +12691,7 @@ def plan_watch(client, workflow_id, wishes):
                 [Choice("watch it", lambda client: start)], sure=True)
 
 
+@operation_of("submit")
 def plan_submit(client, target, wishes):
     """Run a workflow in Slurm allocations, as its actions request them.
 
@@ -12708,6 +12749,7 @@ def plan_submit(client, target, wishes):
         + "; --ignore-missing-data goes on without")
 
 
+@operation_of("recover")
 def plan_recover(client, workflow_id, wishes):
     """Rerun what failed, with more memory or time where that was the cause.
 
@@ -12763,6 +12805,7 @@ def plan_recover(client, workflow_id, wishes):
                 report(len(found if every else known)))
 
 
+@operation_of("cancel")
 def plan_cancel(client, workflow_id, wishes):
     """Cancel a workflow: no more jobs start, and running ones are ended."""
     counted = client.get(f"/workflows/{workflow_id}/counts")
@@ -12796,6 +12839,7 @@ def plan_cancel(client, workflow_id, wishes):
         f"cancel {plural(busy, 'job')}" if busy else "cancel the workflow", do)], data)
 
 
+@operation_of("delete", "workflows")
 def plan_delete(client, ids, wishes):
     """Delete workflows with everything that belongs to them.
 
@@ -12837,6 +12881,7 @@ def plan_delete(client, ids, wishes):
         typed=found[0]["name"] if len(found) == 1 else f"delete {len(found)}")
 
 
+@operation_of("workflows archive", "workflows")
 def plan_archive(client, ids, wishes):
     """Hide workflows from lists, or bring them back."""
     found, errors = each(ids, lambda number: client.get(f"/workflows/{number}"))
@@ -12859,6 +12904,7 @@ def plan_archive(client, ids, wishes):
                 {"workflows": [one["id"] for one in found]})
 
 
+@operation_of("workflows sync-status")
 def plan_release(client, workflow_id, wishes):
     """Clean up after runners that died and allocations that ended."""
     lines = close_ended_allocations(client, workflow_id, dry_run=True) + [
@@ -12876,6 +12922,7 @@ def plan_release(client, workflow_id, wishes):
                 {"workflow_id": workflow_id, "changes": lines}, sure=True)
 
 
+@operation_of("create", "spec")
 def plan_create(client, spec, wishes):
     """Create a workflow from a specification.
 
@@ -12935,12 +12982,14 @@ def plan_stop(client, ids, status):
         Choice(f"{verb} {plural(len(jobs), 'job')}", do)], one_or_all("jobs", jobs))
 
 
-def plan_cancel_jobs(client, ids, wishes):
+@operation_of("jobs cancel", "jobs")
+def plan_cancel_job(client, ids, wishes):
     """Cancel jobs: they never start, or are ended; jobs that depend on them are canceled."""
     return plan_stop(client, ids, "canceled")
 
 
-def plan_terminate_jobs(client, ids, wishes):
+@operation_of("jobs terminate", "jobs")
+def plan_terminate_job(client, ids, wishes):
     """End jobs as a time limit would."""
     return plan_stop(client, ids, "terminated")
 
@@ -12950,6 +12999,7 @@ def jobs_named(jobs):
     return f'job {jobs[0]["id"]} "{jobs[0]["name"]}"' if len(jobs) == 1 else f"{len(jobs)} jobs"
 
 
+@operation_of("jobs retry", "jobs")
 def plan_retry(client, ids, wishes):
     """Run jobs again that have ended, and what has run downstream of them."""
     jobs = [client.get(f"/jobs/{number}") for number in ids]
@@ -12982,6 +13032,7 @@ def plan_retry(client, ids, wishes):
         f"run {plural(len(again), 'job')} again", do)], one_or_all("jobs", again))
 
 
+@operation_of("jobs resolve", "jobs")
 def plan_resolve(client, ids, wishes):
     """Decide about pending_failed jobs: retry reruns them, fail makes the failure final.
     """
@@ -13000,37 +13051,11 @@ def plan_resolve(client, ids, wishes):
         one_or_all("jobs", jobs))
 
 
-class Operation(NamedTuple):
-    """An operation as the faces find it."""
-
-    plan: Any                             # function(client, target, wishes): gives a Plan
-    target: str                           # workflow, workflows, jobs or spec
-    command: str                          # its name in the command line
-
-    @property
-    def help(self):
-        """What it does, in a line."""
-        return " ".join(self.plan.__doc__.partition("\n\n")[0].split())
-
-
-OPERATIONS = {
-    "initialize": Operation(plan_initialize, "workflow", "workflows init"),
-    "reinitialize": Operation(plan_reinitialize, "workflow", "workflows reinit"),
-    "reset": Operation(plan_reset, "workflow", "workflows reset-status"),
-    "run": Operation(plan_run, "workflow", "run"),
-    "submit": Operation(plan_submit, "workflow", "submit"),
-    "watch": Operation(plan_watch, "workflow", "watch"),
-    "recover": Operation(plan_recover, "workflow", "recover"),
-    "cancel": Operation(plan_cancel, "workflow", "cancel"),
-    "release": Operation(plan_release, "workflow", "workflows sync-status"),
-    "export": Operation(plan_export, "workflow", "workflows export"),
-    "archive": Operation(plan_archive, "workflows", "workflows archive"),
-    "delete": Operation(plan_delete, "workflows", "delete"),
-    "create": Operation(plan_create, "spec", "create"),
-    "cancel_job": Operation(plan_cancel_jobs, "jobs", "jobs cancel"),
-    "terminate_job": Operation(plan_terminate_jobs, "jobs", "jobs terminate"),
-    "retry": Operation(plan_retry, "jobs", "jobs retry"),
-    "resolve": Operation(plan_resolve, "jobs", "jobs resolve")}
+def plan_for(name, client, target, output_dir):
+    """The Plan of an operation. target: id of a workflow or job, or path of a specification."""
+    kind = OPERATIONS[name].target
+    target = read_spec(target) if kind == "spec" else target if kind == "workflow" else [target]
+    return OPERATIONS[name].plan(client, target, Wishes(output_dir))
 
 
 # ---- watching
@@ -13235,7 +13260,7 @@ COLUMNS = {                               # kind: "title=field width least, ..."
                    " Nodes=node_list 14"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_columns(text):
     """The Columns of a text such as those in COLUMNS; width and more may be left out."""
     parts = re.findall(r" *([^,=]*)=(\w+) ?(\d*)(>?) ?(\d*)", text)
@@ -14033,8 +14058,7 @@ def go_to_background(args):
 
 def logout_hint():
     """Return a hint where logging out kills a user's processes (logind.conf(5)), else ""."""
-    import shutil
-    if not os.path.isdir("/run/systemd/system") or not shutil.which("loginctl"):
+    if not os.path.isdir("/run/systemd/system") or not on_path("loginctl"):
         return ""
     with contextlib.suppress(TorcError, OSError):
         if run_program(["loginctl", "show-user", str(os.getuid()), "-p", "Linger"], 5)[1].strip() \
@@ -14088,8 +14112,7 @@ def unit_path(user):
 
 def systemctl(user, *words):
     """Run systemctl; return (exit code, output), or (None, reason) where systemd does not run."""
-    import shutil
-    if not shutil.which("systemctl") or not os.path.isdir("/run/systemd/system"):
+    if not on_path("systemctl") or not os.path.isdir("/run/systemd/system"):
         return None, "systemd is not running here"
     code, out, err = run_program(["systemctl", *(["--user"] if user else []), *words], 60)
     return code, (out + err).strip()
@@ -14884,17 +14907,20 @@ def fetch_each(client, path, ids):
     return found
 
 
-def list_window(page):
-    """The loaded records of a list, their offset and the total."""
-    return {"rows": page["items"], "offset": page["offset"], "total": page["total_count"]}
+NEWEST = {"sort_by": "id", "reverse_sort": True}
+
+
+def list_window(client, page, path, **query):
+    """Load the visible records of a list: with their offset and the total."""
+    found = client.page(path, offset=page.offset, limit=page.limit, **query)
+    return {"rows": found["items"], "offset": found["offset"], "total": found["total_count"]}
 
 
 def load_workflows(client, page, terminal):
     """Load the visible part of the list of workflows."""
-    window = list_window(client.page(
-        "/workflows", is_archived=False, sort_by="id", reverse_sort=True, include_counts=True,
-        usable_by=None if page.everybody else client.user, search=page.filter.strip() or None,
-        offset=page.offset, limit=page.limit))
+    window = list_window(
+        client, page, "/workflows", is_archived=False, include_counts=True, **NEWEST,
+        usable_by=None if page.everybody else client.user, search=page.filter.strip() or None)
     for record in window["rows"]:
         record["share"] = percent(record["done"], record["total"])
         record["failed"] = record["counts"].get("failed") or None
@@ -14916,9 +14942,9 @@ JOB_ORDERS_SHOWN = (                      # words, sort_by, in descending order
 def load_jobs(client, page, terminal):
     """Load the visible part of the list of jobs."""
     words, sort_by, reverse = JOB_ORDERS_SHOWN[page.order]
-    return {"order": words, **list_window(client.page(
-        "/jobs", workflow_id=page.workflow["id"], sort_by=sort_by, reverse_sort=reverse or None,
-        include_results=True, offset=page.offset, limit=page.limit, **read_filter(page.filter)))}
+    return {"order": words, **list_window(
+        client, page, "/jobs", workflow_id=page.workflow["id"], sort_by=sort_by,
+        reverse_sort=reverse or None, include_results=True, **read_filter(page.filter))}
 
 
 def why_sentence(client, job_id):
@@ -14951,7 +14977,7 @@ def load_log(client, page, terminal):
     job, known = client.get(f"/jobs/{page.subject['id']}"), page.data
     key = job["attempt_id"], job["status"] in ("pending", "ready", "blocked")
     attempt = known["attempt"] if known.get("key") == key else \
-        terminal.tools.find_output(client, job)
+        terminal.tools.find_output(client, job, None, terminal.output_dir)
     names = ["stderr", "stdout"] if job["status"] in FAILED_STATUSES else ["stdout", "stderr"]
     streams = {}
     for name, path in (("stdout", attempt.stdout), ("stderr", attempt.stderr)):
@@ -15067,9 +15093,8 @@ def load_timeline(client, page, terminal):
 
 def load_list(client, page, terminal):
     """Load the visible part of a list of records of a workflow."""
-    data = list_window(client.page(
-        KINDS[page.kind.columns].path, workflow_id=page.workflow["id"], offset=page.offset,
-        limit=page.limit, **page.kind.query))
+    data = list_window(client, page, KINDS[page.kind.columns].path,
+                       workflow_id=page.workflow["id"], **page.kind.query)
     data["names"] = names = dict(page.data.get("names", {}))
     new = [record["job_id"] for record in data["rows"]
            if "job_id" in record and record["job_id"] not in names]
@@ -15084,7 +15109,7 @@ def load_list(client, page, terminal):
 
 def load_network(client, page, terminal):
     """Run the checks of `torc doctor`."""
-    return {"checks": terminal.tools.checks(client)}
+    return {"checks": terminal.tools.checks(client, terminal.output_dir)}
 
 
 def load_static(client, page, terminal):
@@ -15092,7 +15117,7 @@ def load_static(client, page, terminal):
     return {"there": True}
 
 
-def workflow_hint(client, record, tools):
+def workflow_hint(client, record):
     """Explain why the workflow in focus is not done."""
     if record["done"] == record["total"] or record["state"] in ("not initialized", "canceled"):
         return record.get("description") or ""
@@ -15100,12 +15125,12 @@ def workflow_hint(client, record, tools):
     return f"{rows[0]['count']:,} {said(rows[0]['status'])}: {rows[0]['why']}" if rows else ""
 
 
-def job_hint(client, record, tools):
+def job_hint(client, record):
     """Explain the status of the job in focus."""
     return why_sentence(client, record["id"])
 
 
-def allocation_hint(client, record, tools):
+def allocation_hint(client, record):
     """What Slurm says about the allocation in focus."""
     start = f"Slurm job {record['scheduler_id']} "
     return next((line for line in allocation_lines(client, record["workflow_id"])
@@ -15670,7 +15695,6 @@ class PageKind(NamedTuple):
     empty: str = "There is nothing here yet."
 
 
-NEWEST = {"sort_by": "id", "reverse_sort": True}
 PAGES = {
     "workflows": PageKind(
         "Workflows", "w", load_workflows, columns="workflow", enter="overview", inside=False,
@@ -16042,7 +16066,7 @@ class Loading:
         def answer(text, error):
             page.hints[key] = "" if error else text
 
-        self.worker.ask("hint", lambda client: page.kind.hint(client, record, self.tools), answer)
+        self.worker.ask("hint", lambda client: page.kind.hint(client, record), answer)
 
     def heard(self, aim, news, error):
         """Event: the answer to a request for news of a workflow."""
@@ -16295,10 +16319,10 @@ class Listing:
     def do_output_dir(self):
         def take(text):
             if text:
-                self.tools.output_dir = text
+                self.output_dir = text
                 self.say(f"What is started here writes to {os.path.abspath(text)}")
 
-        self.prompt = Prompt("Output directory", self.tools.output_dir, take)
+        self.prompt = Prompt("Output directory", self.output_dir, take)
 
 
 class Reading:
@@ -16394,8 +16418,8 @@ class Operating:
             self.say("The server does not answer.", "alarm")
         else:
             self.busy = f"Checking what this would do: {said(verb)}"
-            self.worker.ask("act", lambda client: self.tools.plan(verb, client, target),
-                            self.planned)
+            self.worker.ask("act", lambda client: plan_for(
+                verb, client, target, self.output_dir), self.planned)
 
     def planned(self, plan, error):
         """Event: a plan is ready."""
@@ -16440,7 +16464,7 @@ class Operating:
     def start(self, wanted):
         """Start a child process of our own command line."""
         try:
-            child = Started(wanted, self.client, self.tools.output_dir,
+            child = Started(wanted, self.client, self.output_dir,
                             process_log_name(len(self.children) + 1))
         except OSError as error:
             self.say(f"{error.filename or 'torc'}: {error.strerror}", "alarm")
@@ -16480,17 +16504,25 @@ class Operating:
             "create", os.path.expanduser(text)), "path of a .yaml, .json, ... file")
 
 
+class TerminalTools(NamedTuple):
+    """What section 16 lends the terminal UI."""
+
+    find_output: Any                      # function(client, job, attempt, directory)
+    checks: Any                           # function(client, directory)
+    connect: Any                          # function(url): a client
+    output_dir: str                       # of new processes and of logs, at first
+
+
 class Terminal(State, Loading, Moving, Listing, Reading, Operating):
     """The terminal UI without its terminal: the State that is drawn, and what changes it.
 
-    tools: what section 16 lends: plan(verb, client, target), find_output(client, job),
-    checks(client), connect(url), and output_dir. wake: called when there is an event.
+    wake: called when there is an event.
     """
 
     def __init__(self, client, tools, size=MIN_SIZE, plain=False, wake=None, server=None):
         import collections
         super().__init__(size, plain)
-        self.tools, self.server = tools, server
+        self.tools, self.output_dir, self.server = tools, tools.output_dir, server
         self.wake = wake or (lambda: None)
         self.events, self.typed = collections.deque(), collections.deque()
         self.hint_asked = None
@@ -17080,7 +17112,7 @@ class Option(NamedTuple):
     dest: str                             # the attribute in which argparse stores the value
     metavar: str                          # as in VALUES; "" for an option that takes no value
     needed: bool
-    default: str | None
+    default: str                          # $NAME:x: of an environment variable, otherwise x
     help: str
 
     @property
@@ -17088,6 +17120,14 @@ class Option(NamedTuple):
         """The Kind of record that JOB_ID or FILE_ID... names; None for other placeholders."""
         table, is_id, _ = self.metavar.partition("_ID")
         return KINDS.get(table.lower(), GROUP) if is_id else None
+
+    @property
+    def value(self):
+        """Its value if it is not given; None for none."""
+        name, _, other = self.default.partition(":")
+        if name[:1] == "$":
+            return os.environ.get(name[1:]) or other or None
+        return self.default or None
 
     @property
     def hidden(self):
@@ -17110,7 +17150,7 @@ class Option(NamedTuple):
             return
         many, metavar = self.metavar.endswith("..."), self.metavar.replace("...", "")
         convert = VALUES.get(metavar, str)
-        settings.update(metavar=metavar.replace("_ID", ""), default=self.default,
+        settings.update(metavar=metavar.replace("_ID", ""), default=self.value,
                         type=readable(convert))
         if self.choices and convert is str:
             settings["choices"] = self.choices
@@ -17137,19 +17177,17 @@ def read_option(line):
     if not text and "_ID" in metavar:
         text = "id, name, or WORKFLOW/NAME" if "JOB_ID" in metavar else "id or name"
     if default[:1] == "$":                # an environment variable, and a fallback
-        name, _, default = default[1:].partition(":")
-        default = os.environ.get(name) or default
-        text = f"{text} ({name})"
+        text = f"{text} ({default[1:].partition(':')[0]})"
     elif default:
         text = f"{text} (default: {default})".strip()
     if not dest:
         long = next((flag for flag in flags if flag[:2] == "--"), metavar.replace("...", ""))
         dest = long.lstrip("-").lower()
     needed = "(required)" in text if flags else not optional
-    return Option(flags, dest.replace("-", "_"), metavar, needed, default or None, text)
+    return Option(flags, dest.replace("-", "_"), metavar, needed, default, text)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_options(texts):
     """Parse options as the help shows them, one per line: flags, placeholder, two blanks, what it
     is for, which may continue on indented lines. [FILE] is optional, URL... accepts several values,
@@ -17223,12 +17261,10 @@ GLOBAL = read_options((f"""
                                     TORC_PASSWORD, the user TORC_USERNAME or USER
     --password TEXT                 visible to everybody in the list of processes: better
                                     TORC_PASSWORD or --prompt-password
-    --tls-ca-cert FILE              PEM of the CA that signed the server's certificate
-                                    (TORC_TLS_CA_CERT)
+    --tls-ca-cert FILE=$TORC_TLS_CA_CERT  PEM of the CA that signed the server's certificate
     --tls-insecure                  take any certificate: anybody between here and the server can
                                     then read along (TORC_TLS_INSECURE)
-    --cookie-header TEXT            a Cookie header for sites behind a login page
-                                    (TORC_COOKIE_HEADER)
+    --cookie-header TEXT=$TORC_COOKIE_HEADER  a Cookie header for sites behind a login page
     --log-level error|warn|info|debug|trace  what is logged to stderr (RUST_LOG; default: info)
     --skip-version-check            accepted for compatibility; nothing is checked
     -V, --version                   print version and hash of this program
@@ -17575,7 +17611,6 @@ def pasteable(sentence):
     """Put the command that a sentence ends with on a line of its own, so that it works when pasted:
     with the name of this program, and its options that say where the workflows are."""
     import shlex
-    import shutil
     match = NEXT_COMMAND.fullmatch(sentence)
     if not match:
         return sentence
@@ -17589,7 +17624,7 @@ def pasteable(sentence):
         path = torc_command()[1]
         if os.path.abspath(sys.argv[0]) == path and "site-packages" not in path:
             python = os.path.basename(sys.executable)
-            program = python if shutil.which(python) == sys.executable else sys.executable
+            program = python if on_path(python) == sys.executable else sys.executable
             words.insert(0, sys.argv[0])
     return f"{match[1]}\n  {' '.join(map(shlex.quote, [program, *words]))}"
 
@@ -18899,10 +18934,7 @@ def list_of_some(name, place, table, summary):
 
     @command(name, WORKFLOW, LIST, summary=summary)
     def list_some(args, client):
-        ids = set(client.get(f"/workflows/{args.workflow_id}/{place}")[key])
-        records = client.items(kind.path, workflow_id=args.workflow_id)
-        show_list(args, key, kind.name, table,
-                  [record for record in records if record["id"] in ids])
+        show_list(args, key, kind.name, table, records_of(client, args.workflow_id, place, key))
 
 
 list_of_some("files list-required-existing", "required_existing_files", "file",
@@ -19124,9 +19156,8 @@ def check_from_compute(args, urls):
     """Run the checks on a compute node of Slurm."""
     import secrets
     import shlex
-    import shutil
     import subprocess
-    if not shutil.which("srun"):
+    if not on_path("srun"):
         raise TorcError("there is no srun on the PATH: --from-compute asks a compute node of Slurm")
     token, path = secrets.token_hex(8), os.path.abspath(args.output_dir)
     mark = os.path.join(path, ".torc_doctor")
@@ -19383,8 +19414,7 @@ def scheduling(client, make_request):
 
     make_request: returns the WorkerRequest; called only when it is needed.
     """
-    import shutil
-    if client.is_local or not shutil.which("sbatch"):
+    if client.is_local or not on_path("sbatch"):
         return None
 
     def schedule(client, action):
@@ -19495,18 +19525,17 @@ def hpc_list(args):
 @command("hpc detect")
 def hpc_detect(args):
     """Tell which HPC system this machine belongs to; exit code 1 if none is known."""
-    import shutil
     found = detect_profile(known_profiles())
     if found:
-        say(args, f"{found.name} ({found.display_name})", detected=True, name=found.name,
-            display_name=found.display_name)
-    elif shutil.which("sinfo"):
-        say(args, f"{DYNAMIC_PROFILE} (no known system, but it has Slurm, which is asked for its "
-            "partitions)", detected=True, name=DYNAMIC_PROFILE, display_name="this cluster")
+        name, title, sentence = found.name, found.display_name, f"{found.name} ({found.display_name})"
+    elif on_path("sinfo"):
+        name, title = DYNAMIC_PROFILE, "this cluster"
+        sentence = f"{name} (no known system, but it has Slurm, which is asked for its partitions)"
     else:
         say(args, "no known HPC system, and no Slurm (no sinfo on the PATH)",
             detected=False, name=None)
         return 1
+    say(args, sentence, detected=True, name=name, display_name=title)
 
 
 @command("hpc show", PROFILE_NAME, example="torc hpc show kestrel")
@@ -20296,35 +20325,6 @@ def do_dash(args):
 
 # ---- terminal UI
 
-class TerminalTools:
-    """What the terminal UI borrows from the command line; see Terminal."""
-
-    def __init__(self, args):
-        self.args = args
-        self.output_dir = args.output_dir      # of new processes and of logs
-
-    def plan(self, verb, client, target):
-        """The Plan of an operation. target: id of a workflow or job, or path of a specification."""
-        operation = OPERATIONS[verb]
-        if operation.target == "spec":
-            target = read_spec(target)
-        elif operation.target != "workflow":
-            target = [target]
-        return operation.plan(client, target, Wishes(self.output_dir))
-
-    def find_output(self, client, job):
-        """The latest Attempt of a job, with the paths of its output. Raises NotFound."""
-        return find_attempt(client, job, None, self.output_dir)
-
-    def checks(self, client):
-        """The checks of `torc doctor` on what is in use here."""
-        return check_client(client, self.output_dir)
-
-    def connect(self, url):
-        """A Client of another server."""
-        return Client(url, **client_options(self.args))
-
-
 @command("tui", f"""
          --standalone                  start a server that stops with the program
          --port NUMBER={DEFAULT_PORT}  of that server, 0 for any free one
@@ -20345,7 +20345,9 @@ def do_tui(args):
         path = args.database or os.environ.get("TORC_DATABASE") or local_database(args.output_dir)
         client = open_client(args, make=not os.path.exists(path))
     try:
-        return run_terminal(client, TerminalTools(args), server)
+        return run_terminal(client, TerminalTools(
+            find_attempt, check_client, lambda url: Client(url, **client_options(args)),
+            args.output_dir), server)
     finally:
         client.close()
 
@@ -20462,7 +20464,7 @@ SERVER_OPTIONS = f"""
     -d, --database FILE             default: DATABASE_URL=sqlite:FILE, else torc.db
     -t, --threads N=8               requests served at a time
     -l, --log-level error|warn|info|debug|trace  RUST_LOG; default: info
-    --log-dir DIR                   log to files there too (TORC_LOG_DIR)
+    --log-dir DIR=$TORC_LOG_DIR     log to files there too
     --json-logs                     one JSON object per line
     --auth-file FILE=$TORC_AUTH_FILE  user names and password hashes as of torc-htpasswd
     --require-auth                  refuse requests without a valid password
@@ -20497,7 +20499,6 @@ def do_server(args):
 
 def server_settings(args):
     """The options of a server, completed from the environment."""
-    args.log_dir = args.log_dir or os.environ.get("TORC_LOG_DIR")
     args.database = args.database or environment_database()
     args.admin_user = args.admin_user or [
         name.strip() for name in os.environ.get("TORC_ADMIN_USERS", "").split(",") if name.strip()]
@@ -20743,9 +20744,9 @@ def client_options(args):
         password = ask_password(f"Password of {user_name()}: ")
     insecure = os.environ.get("TORC_TLS_INSECURE", "").lower() in ("1", "true", "yes")
     return {"password": password,
-            "tls": {"ca_cert": args.tls_ca_cert or os.environ.get("TORC_TLS_CA_CERT"),
+            "tls": {"ca_cert": args.tls_ca_cert,
                     "insecure": args.tls_insecure or insecure},
-            "cookie": args.cookie_header or os.environ.get("TORC_COOKIE_HEADER")}
+            "cookie": args.cookie_header}
 
 
 def call_command(found, args):
