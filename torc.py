@@ -33,17 +33,21 @@ from __future__ import annotations
 # ==================================================================================================
 # 1 Head
 # ==================================================================================================
-# Standard library only, and only what every command needs, so that --version stays fast. Modules
-# that a single part needs (http.client, sqlite3, subprocess) are imported by its functions.
+# Standard library only, and only what every command needs or Python has loaded anyway, so that
+# --version stays fast. Modules that a single part needs (http.client, sqlite3, subprocess) are
+# imported by its functions.
+import collections
 import contextlib
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import re
+import stat
 import sys
 import threading
 import time
@@ -397,6 +401,11 @@ def read_bytes(path):
 def read_text(path):
     """The stripped text of a small file, or "" if it cannot be read."""
     return read_bytes(path).decode("utf-8", "replace").strip()
+
+
+def rows_of(text):
+    """The rows of a table that is written as a string; two blanks or more are between cells."""
+    return [re.split(" {2,}", line.strip()) for line in text.strip().splitlines()]
 
 
 def on_path(program):
@@ -3000,11 +3009,16 @@ def restart_text(workflow_id):
     return f"workflow {workflow_id} is canceled; to start it again: torc run {workflow_id} --failed"
 
 
+def archived_error(workflow_id):
+    """The error of a change to an archived workflow."""
+    return Invalid(f"workflow {workflow_id} is archived; to bring it back: torc workflows archive "
+                   f"false {workflow_id}")
+
+
 def refuse_archived(store, workflow_id):
     """Raise Invalid for an archived workflow."""
     if workflow_row(store, workflow_id, "is_archived")[0]:
-        raise Invalid(f"workflow {workflow_id} is archived; to bring it back: torc workflows "
-                      f"archive false {workflow_id}")
+        raise archived_error(workflow_id)
 
 
 # ---- live events
@@ -3937,8 +3951,7 @@ def insert_jobs(store, jobs):
     """In a transaction: insert checked jobs of one workflow, completing their bodies; returns their
     ids. Raises Conflict if a name is taken."""
     workflow_id = jobs[0]["workflow_id"] if jobs else 0
-    from collections import Counter
-    names = Counter(job["name"] for job in jobs)
+    names = collections.Counter(job["name"] for job in jobs)
     twice = [name for name, number in names.items() if number > 1] or find_duplicate_name(
         store, workflow_id, list(names))
     if twice:
@@ -4457,7 +4470,6 @@ class Families:
     """The families of a workflow, valid while workflow.shape is `shape`."""
 
     def __init__(self, store, workflow_id, shape):
-        from collections import Counter
         self.workflow_id = workflow_id
         self.last_result = 0
         ids, names = store.bulk("SELECT id, name FROM job WHERE workflow_id = ? ORDER BY id", 2,
@@ -4465,7 +4477,7 @@ class Families:
         found = family_names(names)
         first = dict(zip(reversed(found), reversed(names)))
         self.by_name = {name: Family(place, name, first[name], size)
-                        for place, (name, size) in enumerate(Counter(found).items())}
+                        for place, (name, size) in enumerate(collections.Counter(found).items())}
         self.of_job = dict(zip(ids, map(self.by_name.get, found)))
         # Contiguous ids are a range of the table's key, so the jobs need not be read.
         if ids and ids[-1] - ids[0] + 1 == len(ids):
@@ -4477,7 +4489,7 @@ class Families:
             params = (workflow_id,)
         after, before = store.bulk(f"SELECT d.job_id, d.depends_on_job_id {source}", 2, params)
         pairs = zip(map(self.of_job.get, before), map(self.of_job.get, after))
-        for (one, other), edges in Counter(pairs).items():
+        for (one, other), edges in collections.Counter(pairs).items():
             if one and other:             # else a job was just added
                 other.before[one] = edges
 
@@ -4494,7 +4506,6 @@ class Families:
 
     def counts(self, store):
         """{Family: {status name: jobs}}, in the order of their first jobs."""
-        from collections import Counter
         statuses = [row[0] for row in store.query(
             "SELECT status FROM job WHERE workflow_id = ? GROUP BY status ORDER BY count(*) DESC",
             (self.workflow_id,))]
@@ -4502,7 +4513,7 @@ class Families:
         for status in statuses[1:]:
             ids, = store.bulk("SELECT id FROM job WHERE workflow_id = ? AND status = ?", 1,
                               (self.workflow_id, status))
-            for family, number in Counter(map(self.of_job.get, ids)).items():
+            for family, number in collections.Counter(map(self.of_job.get, ids)).items():
                 if family:
                     answer[family][STATUS_NAMES[status]] = number
         for family, number in answer.items():
@@ -5758,7 +5769,6 @@ class Gate:
     """
 
     def __init__(self, path, required=False, ttl_s=60.0, warn=lambda text: None):
-        import collections
         self.required, self.ttl_s, self.warn = required, ttl_s, warn
         self.workflow_of_token = lambda user, token: None       # once there is a store: ours
         self.file = PasswordFile(path)
@@ -8538,7 +8548,6 @@ class Progress:
     finished_at_start = None
 
     def __init__(self, quiet, log_path):
-        import collections
         self.terminal = sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb"
         self.quiet = quiet
         self.began = time.monotonic()
@@ -9671,7 +9680,6 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     own_allocations = 0                   # scheduled ones that bring no other runner
 
     def __init__(self, client, workflow_id, options=RunOptions()):
-        import collections
         import secrets
         import socket
         self.client = client
@@ -10836,7 +10844,6 @@ def least(*values):
 
 def record_class(name, text):
     """Return a named tuple class with the Fields of a string; its `wanted` has them by name."""
-    import collections
     wanted = {field.name: field for field in fields(text)}
     made = collections.namedtuple(name, wanted, defaults=[one.default for one in wanted.values()])
     made.wanted = wanted
@@ -11731,8 +11738,8 @@ def one_or_all(key, records):
 
 # ---- initialize and reinitialize
 
-HAS_RUN = ("completed", "failed", "canceled", "terminated", "pending_failed")
 FAILED_STATUSES = ("failed", "canceled", "terminated", "pending_failed")
+HAS_RUN = ("completed", *FAILED_STATUSES)
 MTIME_TOLERANCE_S = 0.01
 MAX_NAMED = 10
 
@@ -11761,8 +11768,7 @@ def check_idle(client, workflow_id, force):
     """Raise unless the workflow may be reset; returns its counts. Nothing is changed."""
     counted = client.get(f"/workflows/{workflow_id}/counts")
     if counted["is_archived"]:
-        raise Invalid(f"workflow {workflow_id} is archived; to bring it back: torc workflows "
-                      f"archive false {workflow_id}")
+        raise archived_error(workflow_id)
     busy = counted["pending"] + counted["running"]
     scheduled = client.get(f"/workflows/{workflow_id}/unfinished")["scheduled"]
     if (busy or scheduled) and not force:
@@ -12047,11 +12053,11 @@ def later_request(client, workflow_id, wishes):
     return worker_request(client, wishes)._replace(**places)
 
 
-def submitted(number, ids):
-    """What was submitted, as a sentence."""
-    names = ", ".join(map(str, ids[:MAX_NAMED]))
-    return (f"{plural(number, 'allocation')} submitted: Slurm job{'' if number == 1 else 's'} "
-            f"{names}" + (" ..." if number > MAX_NAMED else ""))
+def submitted(ids):
+    """What was submitted, as a sentence. ids: of Slurm jobs."""
+    names = ", ".join(map(str, ids[:MAX_NAMED])) + (" ..." if len(ids) > MAX_NAMED else "")
+    return (f"{plural(len(ids), 'allocation')} submitted: Slurm job{'' if len(ids) == 1 else 's'} "
+            f"{names}")
 
 
 START_ACTIONS = ("on_workflow_start",)
@@ -12089,14 +12095,14 @@ def submit_start(client, workflow_id, request):
     except TorcError as error:
         some = error.submitted
         if some:
-            error.args = (f"{error}. {submitted(len(some), some)}; to request more: torc slurm "
+            error.args = (f"{error}. {submitted(some)}; to request more: torc slurm "
                           f"schedule-nodes {workflow_id}",)
         raise
     ids = [number for _, numbers in done for number in numbers]
     if not ids:
         raise TorcError(f"the allocations of workflow {workflow_id} have been submitted before; "
                         f"to request more: torc slurm schedule-nodes {workflow_id}")
-    return Outcome(f"Successfully submitted workflow {workflow_id}: {submitted(len(ids), ids)}; "
+    return Outcome(f"Successfully submitted workflow {workflow_id}: {submitted(ids)}; "
                    f"logs in {request.output_dir}; to look after it: torc watch {workflow_id}",
                    {"workflow_id": workflow_id, "slurm_jobs": ids,
                     "message": f"Successfully submitted workflow {workflow_id}"})
@@ -12115,7 +12121,7 @@ def run_pending_allocations(client, workflow_id, wishes):
         return []
     try:
         request = later_request(client, workflow_id, wishes)
-        return [f"action {action['id']} ({action['trigger_type']}): {submitted(len(ids), ids)}"
+        return [f"action {action['id']} ({action['trigger_type']}): {submitted(ids)}"
                 for action, ids in schedule_pending(client, workflow_id, request, sorted(
                     {action["trigger_type"] for action in pending}))]
     except TorcError as error:
@@ -12284,7 +12290,7 @@ def regenerate(client, workflow_id, wishes, submit=False, dry_run=False):
             except TorcError as error:
                 ids = error.submitted = [*report["slurm_jobs"], *error.submitted]
                 if ids:
-                    error.args = (f"{error}. {submitted(len(ids), ids)}",)
+                    error.args = (f"{error}. {submitted(ids)}",)
                 raise
     return report
 
@@ -12488,11 +12494,14 @@ def plan_export(client, workflow_id, wishes):
 
 # ---- operations on workflows
 
-SUMMARY_LINES = (("Jobs", "job_count"), ("Files", "file_count"),
-                 ("User data records", "user_data_count"),
-                 ("Resource requirements", "resource_requirements_count"),
-                 ("Slurm schedulers", "slurm_scheduler_count"),
-                 ("Workflow actions", "action_count"))
+SUMMARY_LINES = rows_of("""
+    Jobs                   job_count
+    Files                  file_count
+    User data records      user_data_count
+    Resource requirements  resource_requirements_count
+    Slurm schedulers       slurm_scheduler_count
+    Workflow actions       action_count
+    """)
 
 
 @operation_of("workflows init")
@@ -12776,7 +12785,7 @@ def plan_recover(client, workflow_id, wishes):
         client.post(f"/workflows/{workflow_id}/reset_status", force=True)
         apply_diagnoses(client, workflow_id, chosen)
         ids = regenerate(client, workflow_id, wishes, submit=True)["slurm_jobs"] if on_slurm else ()
-        step = f"; {submitted(len(ids), ids)}" if ids else ""
+        step = f"; {submitted(ids)}" if ids else ""
         return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again{step}",
                        report(len(chosen), ids))
 
@@ -13014,8 +13023,7 @@ def plan_retry(client, ids, wishes):
 
     again = rerun(client, True)
     below = [job["name"] for job in again if job["id"] not in ids]
-    from collections import Counter
-    ended = Counter(job["status"] for job in jobs)
+    ended = collections.Counter(job["status"] for job in jobs)
     lines = [", ".join(f"{number} {said(status)}" for status, number in ended.items())
              + "; earlier results are kept."]
     if set(ended) - {"completed", "pending_failed"}:
@@ -13180,7 +13188,7 @@ class Watcher:
                          f"{span(args.auto_schedule_cooldown)}", "warn")
                 return
             self.say(f"{plural(ready, 'job')} are ready and no runner takes them: "
-                     + submitted(len(made["slurm_jobs"]), made["slurm_jobs"]))
+                     + submitted(made["slurm_jobs"]))
 
     def at_end(self):
         """The workflow is complete: the exit code, or None if it goes on after a recovery."""
@@ -13815,7 +13823,6 @@ def quiet_stderr():
 
     A pipe is opened anew without blocking: that leaves the flags of others who share it alone.
     """
-    import stat
     try:
         if stat.S_ISFIFO(os.fstat(2).st_mode):
             fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -14547,7 +14554,6 @@ def private_socket(path):
     Replaces nothing but a socket of this user to which nobody listens any more. Raises Unreachable.
     """
     import socket
-    import stat
     if os.path.lexists(path):
         found = os.lstat(path)
         if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.getuid():
@@ -14633,9 +14639,15 @@ STYLES = read_styles("""
     """)
 # The statuses, in the order of bars and legends.
 STATUS_STYLES = {name: style for name, style in STYLES.items() if style.glyphs}
-STATE_STATUS = {"not initialized": "uninitialized", "waiting": "ready", "running": "running",
-                "done": "completed", "failed": "failed", "stuck": "pending_failed",
-                "canceled": "canceled"}
+STATE_STATUS = dict(rows_of("""
+    not initialized  uninitialized
+    waiting          ready
+    running          running
+    done             completed
+    failed           failed
+    stuck            pending_failed
+    canceled         canceled
+    """))
 ASCII_MARKS = str.maketrans("▌│├└─↓·█–→‹›▁▂▃▄▅▆▇",
                             "*||`-v-#-><>__.-=+*")
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
@@ -14933,18 +14945,23 @@ def load_overview(client, page, terminal):
     return {**client.get(path + "/summary"), "workflow": client.get(path)}
 
 
-JOB_ORDERS_SHOWN = (                      # words, sort_by, in descending order
-    ("id", "id", False), ("name", "name", False), ("status", "status", False),
-    ("run time", "ran", True), ("memory", "memory", True), ("start", "start", True),
-    ("latest id", "id", True))
+JOB_ORDERS_SHOWN = rows_of("""
+    id         id
+    name       name
+    status     status
+    run time   ran     descending
+    memory     memory  descending
+    start      start   descending
+    latest id  id      descending
+    """)                                  # words, sort_by
 
 
 def load_jobs(client, page, terminal):
     """Load the visible part of the list of jobs."""
-    words, sort_by, reverse = JOB_ORDERS_SHOWN[page.order]
+    words, sort_by, *reverse = JOB_ORDERS_SHOWN[page.order]
     return {"order": words, **list_window(
         client, page, "/jobs", workflow_id=page.workflow["id"], sort_by=sort_by,
-        reverse_sort=reverse or None, include_results=True, **read_filter(page.filter))}
+        reverse_sort=bool(reverse) or None, include_results=True, **read_filter(page.filter))}
 
 
 def why_sentence(client, job_id):
@@ -15748,14 +15765,14 @@ def read_keys(text):
     below. An action is an operation, or a method do_... of Terminal with its number; - is no word.
     """
     found = {}
-    for line in text.strip().splitlines():
-        name, equals, title = line.strip().partition(" = ")
-        if equals:
+    for first, *more in rows_of(text):
+        if not more:
+            name, title = first.split(" = ")
             rows = []
             found[name] = title, rows
-        else:
-            keys, action, word, help_text = re.split(" {2,}", line.strip())
-            rows.append((keys, action, help_text, "" if word == "-" else word))
+            continue
+        action, word, help_text = more
+        rows.append((first, action, help_text, "" if word == "-" else word))
     return found
 
 
@@ -16224,12 +16241,8 @@ class Moving:
 
     def wheel(self, rows):
         """Scroll by the mouse wheel."""
-        if self.question or self.prompt:
-            return
-        if self.page.kind.lines:
-            self.log_step(rows)
-        else:
-            self.move(self.page, self.page.cursor + rows)
+        if not self.question and not self.prompt:
+            self.do_step(rows)
 
     def click(self, x, y):
         """Handle a click on a tab or a row; a second click opens the row."""
@@ -16520,7 +16533,6 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
     """
 
     def __init__(self, client, tools, size=MIN_SIZE, plain=False, wake=None, server=None):
-        import collections
         super().__init__(size, plain)
         self.tools, self.output_dir, self.server = tools, tools.output_dir, server
         self.wake = wake or (lambda: None)
@@ -16646,12 +16658,24 @@ class Terminal(State, Loading, Moving, Listing, Reading, Operating):
 
 # ---- curses
 
-KEY_NAMES = {"KEY_UP": "Up", "KEY_DOWN": "Down", "KEY_LEFT": "Left", "KEY_RIGHT": "Right",
-             "KEY_NPAGE": "PgDn", "KEY_PPAGE": "PgUp", "KEY_HOME": "Home", "KEY_END": "End",
-             "KEY_BTAB": "BackTab", "KEY_ENTER": "Enter", "KEY_BACKSPACE": "Backspace",
-             "KEY_RESIZE": "Resize", "KEY_MOUSE": "Mouse", "\n": "Enter", "\r": "Enter",
-             "\t": "Tab", "\x1b": "Esc", " ": "Space", "\x7f": "Backspace", "\b": "Backspace",
-             "\x0c": "Ctrl-L", "\x15": "Ctrl-U", "\x1a": "Ctrl-Z"}
+KEY_NAMES = {
+    **dict(rows_of("""
+        KEY_UP         Up
+        KEY_DOWN       Down
+        KEY_LEFT       Left
+        KEY_RIGHT      Right
+        KEY_NPAGE      PgDn
+        KEY_PPAGE      PgUp
+        KEY_HOME       Home
+        KEY_END        End
+        KEY_BTAB       BackTab
+        KEY_ENTER      Enter
+        KEY_BACKSPACE  Backspace
+        KEY_RESIZE     Resize
+        KEY_MOUSE      Mouse
+        """)),
+    "\n": "Enter", "\r": "Enter", "\t": "Tab", "\x1b": "Esc", " ": "Space", "\x7f": "Backspace",
+    "\b": "Backspace", "\x0c": "Ctrl-L", "\x15": "Ctrl-U", "\x1a": "Ctrl-Z"}
 
 
 ANSWER_S = 2.0                            # a terminal far away
@@ -16867,7 +16891,6 @@ class Signals:
 
 def run_terminal(client, tools, server=None):
     """Run the terminal UI until the user leaves; returns the exit code. Raises TorcError."""
-    import io
     curses = require_terminal()
     signals = Signals()
     canvas = terminal = None
@@ -17393,25 +17416,25 @@ GROUPS = (
     ("Server and program", "server dash tui ping doctor htpasswd access-groups admin completions "
      "bundle"),
 )
-BRANCH_SUMMARIES = {
-    "htpasswd": "The server's password file: add, remove, list and verify users.",
-    "access-groups": "Groups of users with whom workflows are shared.",
-    "admin": "For admins of a server.",
-    "server service": "The server as a service of systemd.",
-    "slurm": "Slurm: schedulers of a workflow, allocations, accounting.",
-    "workflows": "Workflows: list, reset, initialize, archive.",
-    "jobs": "Jobs: list, change, cancel, run again.",
-    "results": "Results of jobs.",
-    "files": "Files that jobs read and write.",
-    "user-data": "JSON values that jobs read and write.",
-    "resource-requirements": "What jobs need: CPUs, memory, GPUs, time.",
-    "failure-handlers": "Rules for failed jobs.",
-    "job-dependencies": "Which job waits for which.",
-    "events": "What happened in a workflow.",
-    "compute-nodes": "Runners of a workflow.",
-    "scheduled-compute-nodes": "Allocations of a workflow.",
-    "hpc": "HPC systems: their partitions, and which of them suits a job.",
-}
+BRANCH_SUMMARIES = dict(rows_of("""
+    htpasswd                 The server's password file: add, remove, list and verify users.
+    access-groups            Groups of users with whom workflows are shared.
+    admin                    For admins of a server.
+    server service           The server as a service of systemd.
+    slurm                    Slurm: schedulers of a workflow, allocations, accounting.
+    workflows                Workflows: list, reset, initialize, archive.
+    jobs                     Jobs: list, change, cancel, run again.
+    results                  Results of jobs.
+    files                    Files that jobs read and write.
+    user-data                JSON values that jobs read and write.
+    resource-requirements    What jobs need: CPUs, memory, GPUs, time.
+    failure-handlers         Rules for failed jobs.
+    job-dependencies         Which job waits for which.
+    events                   What happened in a workflow.
+    compute-nodes            Runners of a workflow.
+    scheduled-compute-nodes  Allocations of a workflow.
+    hpc                      HPC systems: their partitions, and which of them suits a job.
+    """))
 UNSUPPORTED_COMMANDS = ("remote", "plot-resources", "ro-crate", "config", "mcp-server")
 
 
@@ -17537,10 +17560,11 @@ def write_csv(names, records):
                value if value == value else "" for value in map(record.get, names)])
 
 
-def show_list(args, key, noun, columns_text, records, place=None, without=()):
+def show_list(args, key, noun, columns_text, records, place=None, without=(), **more):
     """Print records as JSON {key: [...]}, as CSV, or as a table with heading and total.
 
-    columns_text: a key of COLUMNS, or columns in that format. without: titles to leave out.
+    columns_text: a key of COLUMNS, or columns in that format. without: titles to leave out. more:
+    further fields of the JSON.
     place: where the records are from, if not from the command's workflow.
     """
     always = {field.name for field in KINDS[columns_text].fields} if columns_text in KINDS else ()
@@ -17555,7 +17579,7 @@ def show_list(args, key, noun, columns_text, records, place=None, without=()):
         return
     records = list(records)
     if args.format == "json":
-        print_json({key: records})
+        print_json({key: records, **more})
         return
     if place is None and hasattr(args, "workflow_id"):
         place = f"workflow {args.workflow_id}"
@@ -18271,7 +18295,6 @@ def copy_output(path, position, prefix, ended):
 def tail_position(path, lines):
     """The position in a file where its last lines begin, all of it if that is None; what is before
     them is not read: of lines longer than 64 KiB on average there may be fewer."""
-    import collections
     position = 0
     if lines and os.path.exists(path):
         with open(path, "rb") as file:
@@ -18437,7 +18460,7 @@ def gather(args, client, path, keep=None, **more):
                             args.limit)
 
 
-def api_command(name, place, *texts, summary, example="", noun="", columns="", told="",
+def api_command(name, place, summary, *texts, example="", noun="", columns="", told="",
                 before=None):
     """Register a command that calls an operation of the API, "METHOD /path/{option}".
 
@@ -18479,8 +18502,8 @@ def article(noun):
 def create_verb(noun):
     """Register `NOUN create`."""
     api_command(f"{noun.word} create", f"POST {noun.kind.path}",
+                f"Create {article(noun.kind.name)}.",
                 WORKFLOW, noun.create,
-                summary=f"Create {article(noun.kind.name)}.",
                 told=f"Created {noun.kind.name} {{id}}",
                 example=NOUN_EXAMPLES[noun.word])
 
@@ -18489,8 +18512,8 @@ def list_verb(noun):
     """Register `NOUN list`."""
     below = "/workflows/{workflow_id}" if noun.table == "failure_handler" else ""   # as upstream
     api_command(f"{noun.word} list", f"GET {below}{noun.kind.path}",
+                f"List the {several(noun.kind.name)} of a workflow.",
                 WORKFLOW, noun.filters, noun.paging,
-                summary=f"List the {several(noun.kind.name)} of a workflow.",
                 noun=noun.kind.name,
                 columns=noun.table)
 
@@ -18498,15 +18521,15 @@ def list_verb(noun):
 def get_verb(noun):
     """Register `NOUN get`."""
     api_command(f"{noun.word} get", f"GET {noun.kind.path}/{{id}}",
-                f"{noun.table.upper()}_ID -> id", noun.get,
-                summary=f"Show {article(noun.kind.name)}.")
+                f"Show {article(noun.kind.name)}.",
+                f"{noun.table.upper()}_ID -> id", noun.get)
 
 
 def update_verb(noun):
     """Register `NOUN update`."""
     api_command(f"{noun.word} update", f"PUT {noun.kind.path}/{{id}}",
+                f"Change {article(noun.kind.name)}; fields that are not given are kept.",
                 f"{noun.table.upper()}_ID -> id", noun.update,
-                summary=f"Change {article(noun.kind.name)}; fields that are not given are kept.",
                 before=noun.before,
                 told=f"Updated {noun.kind.name} {{id}}",
                 example=f"torc {noun.word} update 17 --name new")
@@ -18641,13 +18664,13 @@ NOUNS = (
     Noun("access-groups", "group", "get delete",
          lost="; their workflows are no longer shared with their members"),
 )
-NOUN_EXAMPLES = {
-    "slurm": "torc slurm create 3 -n small -a myaccount -p short -W 00:30:00",
-    "files": "torc files create 3 -n input -p data/input.csv",
-    "user-data": "torc user-data create 3 -n config -d '{\"x\": 1}'",
-    "events": "torc events create 3 -d '{\"note\": \"started by hand\"}'",
-    "resource-requirements": "torc resource-requirements create 3 -n large --num-cpus 8 -m 16g",
-}
+NOUN_EXAMPLES = dict(rows_of("""
+    slurm                  torc slurm create 3 -n small -a myaccount -p short -W 00:30:00
+    files                  torc files create 3 -n input -p data/input.csv
+    user-data              torc user-data create 3 -n config -d '{"x": 1}'
+    events                 torc events create 3 -d '{"note": "started by hand"}'
+    resource-requirements  torc resource-requirements create 3 -n large --num-cpus 8 -m 16g
+    """))
 NOUN_VERBS = {"create": create_verb, "list": list_verb, "get": get_verb, "update": update_verb,
               "delete": delete_verb, "delete-all": delete_all_verb}
 for _noun in NOUNS:
@@ -18686,9 +18709,10 @@ def do_workflows_list(args, client):
 
 
 api_command("workflows get", "GET /workflows/{workflow_id}",
-            WORKFLOW,
-            summary="Show a workflow's settings.")
+            "Show a workflow's settings.",
+            WORKFLOW)
 api_command("workflows update", "PUT /workflows/{workflow_id}",
+            "Change a workflow's name, description, owner, project or metadata.",
             WORKFLOW, """
             -n, --name NAME
             -d, --description TEXT
@@ -18696,7 +18720,6 @@ api_command("workflows update", "PUT /workflows/{workflow_id}",
             --project TEXT
             --metadata JSON
             """,
-            summary="Change a workflow's name, description, owner, project or metadata.",
             told="Updated workflow {id}",
             example="torc workflows update 3 -d 'second try'")
 
@@ -18767,6 +18790,7 @@ def do_workflows_import(args, client):
 # ---- jobs
 
 api_command("jobs create", "POST /jobs",
+            "Create a job in a workflow that is not initialized.",
             WORKFLOW, """
             -n, --name NAME        (required)
             -c, --command COMMAND  (required)
@@ -18776,7 +18800,6 @@ api_command("jobs create", "POST /jobs",
             -i, --input-file-ids FILE_ID...
             -o, --output-file-ids FILE_ID...
             """,
-            summary="Create a job in a workflow that is not initialized.",
             told="Created job {id}",
             example="torc jobs create 3 -n post -c 'python post.py' -b 17,18")
 
@@ -18869,14 +18892,14 @@ def own_requirements(args, client, values):
 
 
 api_command("jobs update", "PUT /jobs/{id}",
+            "Change a job; name and command only while it is uninitialized.\n\nWhat it "
+            "requires changes for this job alone.",
             "JOB_ID -> id", """
             -n, --name NAME
             -c, --command COMMAND
             --priority NUMBER
             --resource-requirements-id RESOURCE_REQUIREMENTS_ID
             """, REQUIREMENTS,
-            summary="Change a job; name and command only while it is uninitialized.\n\nWhat it "
-                    "requires changes for this job alone.",
             before=own_requirements,
             told="Updated job {id}",
             example="torc jobs update 17 --memory 2g --runtime PT2H")
@@ -18969,22 +18992,22 @@ def do_events_latest(args, client):
 
 
 api_command("job-dependencies job-job", "GET /workflows/{workflow_id}/job_dependencies",
+            "Which job waits for which.",
             WORKFLOW, PAGING,
-            summary="Which job waits for which.",
             noun="dependency",
             columns="Job ID=job_id, Job Name=job_name,"
                     " Waits For ID=depends_on_job_id, Waits For=depends_on_job_name")
 api_command("job-dependencies job-file", "GET /workflows/{workflow_id}/job_file_relationships",
+            "Which job writes and reads which file.",
             WORKFLOW, PAGING,
-            summary="Which job writes and reads which file.",
             noun="relationship",
             columns="File ID=file_id, Name=file_name, Path=file_path,"
                     " Producer ID=producer_job_id, Producer=producer_job_name,"
                     " Consumer ID=consumer_job_id, Consumer=consumer_job_name")
 api_command("job-dependencies job-user-data",
             "GET /workflows/{workflow_id}/job_user_data_relationships",
+            "Which job writes and reads which user data.",
             WORKFLOW, PAGING,
-            summary="Which job writes and reads which user data.",
             noun="relationship",
             columns="User Data ID=user_data_id, Name=user_data_name,"
                     " Producer ID=producer_job_id, Producer=producer_job_name,"
@@ -19223,11 +19246,8 @@ def do_doctor(args):
         checks += check_from_compute(args, away or urls_for_workers(urls, how))
     failed = any(check.verdict == "fail" for check in checks)
     records = [check._asdict() for check in dict.fromkeys(checks)]
-    if args.format == "json":
-        print_json({"checks": records, "ok": not failed})
-    else:
-        show_list(args, "checks", "check", "Host=place, What=check, Verdict=verdict, Detail=detail,"
-                  " Next Step=next_step", records)
+    show_list(args, "checks", "check", "Host=place, What=check, Verdict=verdict, Detail=detail,"
+              " Next Step=next_step", records, ok=not failed)
     return 1 if failed else 0
 
 
@@ -19276,15 +19296,15 @@ def do_slurm_schedule(args, client):
     initialize_new(client, args.workflow_id)
     ids = submit_allocations(client, client.get(f"/workflows/{args.workflow_id}"), scheduler,
                              args.num_hpc_jobs, request)
-    say(args, submitted(len(ids), ids), workflow_id=args.workflow_id, slurm_jobs=ids)
+    say(args, submitted(ids), workflow_id=args.workflow_id, slurm_jobs=ids)
 
 
 api_command("slurm stats", "GET /slurm_stats",
+            "List Slurm's accounting records of jobs that ran as steps of srun.",
             WORKFLOW, JOB_ID, """
             --run-id NUMBER
             --attempt-id NUMBER
             """, PAGING,
-            summary="List Slurm's accounting records of jobs that ran as steps of srun.",
             noun="record",
             columns="slurm_stats")
 
@@ -19419,7 +19439,7 @@ def scheduling(client, make_request):
 
     def schedule(client, action):
         ids = schedule_action(client, action, make_request())
-        return f"action {action['id']}: {submitted(len(ids), ids)}"
+        return f"action {action['id']}: {submitted(ids)}"
     return schedule
 
 
@@ -19444,7 +19464,7 @@ def do_slurm_regenerate(args, client):
               " Nodes=nodes, Walltime=walltime, Mem=mem, Allocations=num_allocations, Jobs=jobs,"
               " When=trigger", report["schedulers"])
     if report["slurm_jobs"]:
-        print(submitted(len(report["slurm_jobs"]), report["slurm_jobs"]))
+        print(submitted(report["slurm_jobs"]))
     for one in report["schedulers"]:
         if not args.submit and not args.dry_run and one["trigger"] == "on_workflow_start":
             print(f"torc slurm schedule-nodes {args.workflow_id} --scheduler-config-id {one['id']} "
@@ -19527,7 +19547,8 @@ def hpc_detect(args):
     """Tell which HPC system this machine belongs to; exit code 1 if none is known."""
     found = detect_profile(known_profiles())
     if found:
-        name, title, sentence = found.name, found.display_name, f"{found.name} ({found.display_name})"
+        name, title = found.name, found.display_name
+        sentence = f"{name} ({title})"
     elif on_path("sinfo"):
         name, title = DYNAMIC_PROFILE, "this cluster"
         sentence = f"{name} (no known system, but it has Slurm, which is asked for its partitions)"
@@ -19885,52 +19906,52 @@ USER_NAME = "USER -> user_name"
 GROUP_COLUMNS = "ID=id, Name=name, Description=description, Created=created_at"
 
 
-api_command("access-groups create", "POST /access_groups", """
+api_command("access-groups create", "POST /access_groups",
+            "Create a group of users with whom workflows can be shared.", """
             NAME
             -d, --description TEXT
             """,
-            summary="Create a group of users with whom workflows can be shared.",
             told='Created access group {id} "{name}"',
             example="torc access-groups create climate -d 'the climate team'")
 api_command("access-groups list", "GET /access_groups",
+            "List all groups.",
             SHORT_PAGING,
-            summary="List all groups.",
             noun="group",
             columns=GROUP_COLUMNS)
 api_command("access-groups add-user", "POST /access_groups/{group_id}/members",
+            "Add a user to a group; admins of a group may change its members.",
             GROUP_ID, USER_NAME, "-r, --role member|admin=member",
-            summary="Add a user to a group; admins of a group may change its members.",
             told="Added {user_name} to access group {group_id} as {role}",
             example="torc access-groups add-user 2 bob")
 api_command("access-groups remove-user", "DELETE /access_groups/{group_id}/members/{user_name}",
+            "Remove a user from a group.",
             GROUP_ID, USER_NAME,
-            summary="Remove a user from a group.",
             told="Removed {user_name} from access group {group_id}",
             example="torc access-groups remove-user 2 bob")
 api_command("access-groups list-members", "GET /access_groups/{group_id}/members",
+            "List the users in a group.",
             GROUP_ID, SHORT_PAGING,
-            summary="List the users in a group.",
             noun="member",
             columns="ID=id, User=user_name, Role=role, Created=created_at")
 api_command("access-groups list-user-groups", "GET /users/{user_name}/groups",
+            "List the groups a user belongs to.",
             USER_NAME, SHORT_PAGING,
-            summary="List the groups a user belongs to.",
             noun="group",
             columns=GROUP_COLUMNS,
             example="torc access-groups list-user-groups bob")
 api_command("access-groups list-workflow-groups", "GET /workflows/{workflow_id}/access_groups",
+            "List the groups a workflow is shared with.",
             WORKFLOW, SHORT_PAGING,
-            summary="List the groups a workflow is shared with.",
             noun="group",
             columns=GROUP_COLUMNS)
 SHARE = "/workflows/{workflow_id}/access_groups/{group_id}"
 api_command("access-groups add-workflow", f"POST {SHARE}",
+            "Let a group use a workflow: see it, run it, change it.",
             "WORKFLOW_ID", GROUP_ID,
-            summary="Let a group use a workflow: see it, run it, change it.",
             told="Shared workflow {workflow_id} with access group {group_id}")
 api_command("access-groups remove-workflow", f"DELETE {SHARE}",
+            "Stop sharing a workflow with a group.",
             "WORKFLOW_ID", GROUP_ID,
-            summary="Stop sharing a workflow with a group.",
             told="Workflow {workflow_id} is no longer shared with access group {group_id}")
 
 
@@ -20692,7 +20713,6 @@ def bundle(path):
     """Write an executable archive of torc with bottle, waitress, and PyYAML; reproducible for the
     same input and Python. Raises TorcError, MissingPackage."""
     import importlib.util
-    import io
     import marshal
     import zipfile
     if not os.path.isfile(__file__):
