@@ -16529,7 +16529,7 @@ class TerminalTools(NamedTuple):
 class Terminal(State, Loading, Moving, Listing, Reading, Operating):
     """The terminal UI without its terminal: the State that is drawn, and what changes it.
 
-    wake: called when there is an event.
+    tools: TerminalTools. wake: called when there is an event.
     """
 
     def __init__(self, client, tools, size=MIN_SIZE, plain=False, wake=None, server=None):
@@ -17005,7 +17005,7 @@ LOG_LEVELS = ("error", "warn", "info", "debug", "trace")
 
 def command(name, *texts, example="", make=False, summary=None):
     """Register a function as a command. texts: its options, see read_options; its docstring is its
-    help, unless there is a summary."""
+    help, unless there is a summary. example: if ids are not enough. make: the local database."""
     def register(function):
         COMMANDS[name] = Command(name, function, texts, summary or function.__doc__, example, make)
         return function
@@ -22336,9 +22336,9 @@ function dataPage({id, query}) {
 
 function networkPage() {
   const el = h("div"), words = {ok: "completed", warn: "pending_failed", fail: "failed"}, columns = [
-    ["What", c => c.check, "key verdict"], ["Verdict", c => chip(words[c.verdict], c.verdict), "wide", "6rem"],
+    ["What", c => c.check, "key verdict"], ["Verdict", c => chip(words[c.verdict], c.verdict), "", "6rem"],
     ["Detail", c => c.detail, "verdict wide", "40%"], ["What to do", c => c.next_step, "verdict wide", "30%"],
-    ["Host", c => c.place, "", "8rem"]];
+    ["Host", c => c.place, "wide", "8rem"]];
   const load = probe => fill(el, () => api("/dash/doctor", {place: probe}), ({checks}) => {
     const workers = checks.find(check => check.check === "workers");
     return [
@@ -22346,7 +22346,7 @@ function networkPage() {
         h("small", workers.next_step)),
       h("div.tools", h("h2", "Checks of the server"),
         h("div.far", button("Check from a compute node", () => load("node")))),
-      plainTable("Checks", columns, checks),
+      plainTable("Checks", columns, checks.filter(check => check !== workers)),
       section("When workers cannot reach the server", null,
         h("p", "Look from a compute node:"), code("torc doctor --from-compute"),
         h("p", "Listen where compute nodes can reach it:"),
