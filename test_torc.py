@@ -2624,6 +2624,28 @@ def test_initializing_and_scheduling_are_heard(store, api):
                             "status": "pending"}
 
 
+def test_what_a_person_takes_back_is_stored_and_heard_once_for_many_jobs(store, api):
+    workflow_id, ids = make(api, {"a": [], **{f"b{number}": ["a"] for number in range(40)}})
+    node = make_node(api, workflow_id)
+    for name in ids:
+        complete(api, ids[name], workflow_id, node)
+    subscription = store.subscribe(workflow_id, "info")
+    again = {"jobs": [{"job_id": ids["a"]}]}
+    api.post(f"/workflows/{workflow_id}/rerun_jobs", again, dry_run=True)
+    api.post(f"/workflows/{workflow_id}/rerun_jobs", again)
+    complete(api, ids["a"], workflow_id, node, code=1, attempt=2)
+    api.post(f"/jobs/{ids['a']}/rerun")
+    complete(api, ids["a"], workflow_id, node, code=1, attempt=3)
+    api.post(f"/jobs/{ids['a']}/retry/1", max_retries=9)
+    api.post(f"/workflows/{workflow_id}/reset_job_status")
+    api.post("/events", {"workflow_id": workflow_id, "data": ["mine"]})
+    told = [data for kind, data in heard(subscription) if kind in ("user_action", "job_retried")]
+    stored = [event["data"] for event in api.get("/events", workflow_id=workflow_id)["items"]]
+    assert [*told, ["mine"]] == stored
+    assert [data.get("action") for data in told] == ["rerun_jobs", "rerun_jobs", None, "reset_job_status"]
+    assert [data.get("jobs") for data in told] == ["a, b0 and 39 more", "a", None, None]
+
+
 def test_a_queue_that_overflows_counts_what_it_drops(store, api):
     workflow_id, ids = make(api, {"a": [], **{f"b{number}": ["a"] for number in range(700)}})
     subscription, errors = store.subscribe(workflow_id, "info"), store.subscribe(workflow_id, "error")
@@ -10507,6 +10529,23 @@ def test_a_browser_decides_on_failures_that_wait(chromium, dash, server):
     visit.click("Decide…", see='Decide on job 1 "a"?')
     visit.click("Run 1 job again")
     until(lambda: statuses(client, 1) == {"a": "ready", "b": "blocked"})
+
+
+@pytest.mark.browser
+def test_a_page_notices_what_was_rerun_elsewhere(chromium, dash, server):
+    client = server.client()
+    workflow_id, ids = make(client, {"a": [], "b": []})
+    end_jobs(client, workflow_id, ids, a=1, b=1)
+    visit = Visit(chromium, dash)
+    visit.go(f"/w/{workflow_id}/jobs", see="failed")
+    client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": [{"job_id": one} for one in ids.values()]})
+    until(lambda: visit.page.locator("tbody").inner_text().count("ready") == 2)
+    visit.go(f"/w/{workflow_id}/events", see="rerun jobs a and b")
+    client.post(f"/jobs/{ids['a']}/stop", status="canceled")
+    client.post(f"/jobs/{ids['a']}/rerun")
+    visit.page.get_by_text("rerun jobs a", exact=True).wait_for()
+    assert visit.page.get_by_text("rerun jobs a and b").count() == 1
+    assert visit.trouble == []
 
 
 @pytest.mark.browser

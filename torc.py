@@ -2998,8 +2998,11 @@ def counts(store, workflow_id):
             "is_archived": bool(archived), "is_complete": bool(complete)}
 
 
-def store_event(store, workflow_id, now, event):
-    """In a transaction: store an event that clients can list; returns its id."""
+def store_event(store, workflow_id, now, event, told=True):
+    """In a transaction: store an event that clients can list, and send it to those who listen
+    unless told is false; returns its id."""
+    if told:
+        store.tell(workflow_id, event.get("event_type") or event["category"], "info", event)
     return store.insert("INSERT INTO event (workflow_id, timestamp, data) VALUES (?, ?, ?)",
                         (workflow_id, int(now * 1000), compact(event)))
 
@@ -3910,7 +3913,7 @@ def stop_job(store, job_id, status):
     propagate(store, job.workflow_id)
 
 
-def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
+def rerun_jobs(store, workflow_id, ids, subject, now, only=False, dry_run=False):
     """In a transaction: requeue ended jobs, each with a new attempt, and, unless `only`, the jobs
     that have run downstream of them. Jobs that their failure had canceled are blocked again.
 
@@ -3933,6 +3936,9 @@ def rerun_jobs(store, workflow_id, ids, only=False, dry_run=False):
     if not dry_run:
         reopen_jobs(store, again, again=1, result=None)
         propagate(store, workflow_id)
+        store_event(store, workflow_id, now, {
+            "category": "user_action", "action": "rerun_jobs", "user": subject,
+            "jobs": join_names([job.name for job in jobs])})
     return jobs
 
 
@@ -6448,13 +6454,13 @@ def update_job(request, store, job_id, body):
     return show_job(store, job_id)
 
 
-def rerun_job(store, job_id, only):
+def rerun_job(store, job_id, subject, now, only):
     """Run an ended job again, and what has run downstream of it; only=true: just that one
     (ours)."""
-    rerun_jobs(store, job_row(store, job_id).workflow_id, [job_id], only)
+    rerun_jobs(store, job_row(store, job_id).workflow_id, [job_id], subject, now, only)
 
 
-def rerun_selected_jobs(request, store, workflow_id, body, only, dry_run):
+def rerun_selected_jobs(request, store, workflow_id, body, subject, now, only, dry_run):
     """Run ended jobs of a workflow again, all or none of them, with other resource requirements
     where these are named; answers which run again (ours). See rerun_job."""
     rows = body["jobs"]
@@ -6463,7 +6469,7 @@ def rerun_selected_jobs(request, store, workflow_id, body, only, dry_run):
         for row in rows:                  # which may have resource_requirements_id
             change(store, KINDS["job"], row["job_id"], row)
     ids = list(dict.fromkeys(row["job_id"] for row in rows))
-    jobs = rerun_jobs(store, workflow_id, ids, only, dry_run)
+    jobs = rerun_jobs(store, workflow_id, ids, subject, now, only, dry_run)
     return {"count": len(jobs), "jobs": [
         {"id": job.id, "name": job.name, "status": STATUS_NAMES[job.status]} for job in jobs]}
 
@@ -6570,7 +6576,7 @@ def create_result(store, body):
 
 def create_event(store, body, now):
     """Store an event; the server's clock sets its time."""
-    event_id = store_event(store, body["workflow_id"], now, body["data"])
+    event_id = store_event(store, body["workflow_id"], now, body["data"], told=False)
     return fetch(store, KINDS["event"], event_id)
 
 
@@ -21314,8 +21320,9 @@ async function again() {
 // One event stream in the whole browser: the tab that came to the front last takes the lock, others ask every 15 s.
 const EVENTS = ["workflow_started", "workflow_reinitialized", "job_started", "job_completed", "job_failed",
   "job_canceled", "job_terminated", "job_pending_failed", "job_retried", "compute_node_started", "compute_node_stopped",
-  "scheduler_node_created", "warning"];
-const stream = {stop: null, asking: 0, asked: 0, gap: false};
+  "scheduler_node_created", "user_action", "workflow_canceled", "warning"];
+const MANY = /^(user_action|workflow_)/, STORED = /^(user_action|workflow_canceled|job_retried)$/;
+const stream = {stop: null, asking: 0, asked: 0, many: null, gap: false};
 async function follow(id) {
   stream.stop?.();
   if (!id || document.hidden) return;
@@ -21352,19 +21359,21 @@ function shaped(event) {
   const word = type.replace(/^job_/, "").replaceAll("_", " ");
   const code = data.return_code ? `: exit ${data.return_code}` : "";
   const text = data.message || (/^job_/.test(type) && who ? `${who} ${word}${code}`
-    : [type !== "user_action" && word, who, data.action?.replaceAll("_", " "),
+    : [type !== "user_action" && word, who, data.action?.replaceAll("_", " "), data.jobs,
       data.user && data.user !== "anonymous" && `by ${data.user}`].filter(Boolean).join(" "));
-  const status = type === "job_started" ? "running" : data.status;
+  const status = {job_started: "running", job_retried: "ready"}[type] || data.status;
   return {...event, type, text, job_id: data.job_id, host: data.hostname, data: {...data, ...(status && {status})}};
 }
 function happened(event) {
   store.events = [event, ...store.events].slice(0, 500);
   put("event", event);
+  if (MANY.test(event.type)) stream.many = event;       // it changed many jobs, and is one event
   stream.asking ||= setTimeout(refresh, 1000);          // however many events: one question a second
 }
 async function refresh() {
   clearTimeout(stream.asking);
-  [stream.asking, stream.asked] = [0, Date.now()];
+  if (stream.many) put("missed", stream.many);
+  [stream.asking, stream.asked, stream.many] = [0, Date.now(), null];
   const id = store.workflow?.id;
   if (!id) return;
   try {
@@ -21992,11 +22001,13 @@ async function before(workflow) {    // what was before the stream, asked once: 
     event_type: `job_${job.status}`, timestamp: job.start_ms + job.ran_s * 1000,
     severity: job.status === "completed" ? "info" : "error", data: {job_id: job.id, hostname: job.host,
       message: `${job.name} ${word(job.status)}${job.note && ": " + job.note}`}}));
-  const known = new Set(store.events.map(event => event.job_id)), past = [...events.items, ...ended].map(shaped);
-  if (store.workflow === workflow) store.events = [...store.events, ...past.filter(
-    event => !event.job_id || !known.has(event.job_id)).sort((a, b) => b.timestamp - a.timestamp)];
+  const streamed = store.events.filter(event => !STORED.test(event.type)), past = [...events.items, ...ended].map(shaped);
+  const known = new Set(streamed.map(event => event.job_id));
+  if (store.workflow === workflow) store.events = [...streamed, ...past.filter(
+    event => !event.job_id || !known.has(event.job_id))].sort((a, b) => b.timestamp - a.timestamp);
 }
-async function restored(draw) {      // what came while no stream was open
+async function restored(draw, event) {                  // what came while no stream was open
+  if (event.type) return;
   if (store.workflow) [store.workflow.past, store.events] = [null, []];
   if (store.workflow) await stored(draw);
 }
@@ -22005,7 +22016,7 @@ function latest(n) {
   const draw = () => morph(el, h("div", lines(store.events.slice(0, n), when, eventText)));
   stored(draw);
   watch("event", draw);
-  watch("missed", () => restored(draw));
+  watch("missed", event => restored(draw, event));
   return el;
 }
 
@@ -22304,7 +22315,7 @@ function eventsPage({id}) {
     Object.keys(kinds).map(name => h("option", name)));
   const pause = toggle("Pause", false, on => { paused = on; missed = 0; draw(); });
   stored(draw);
-  watch("missed", () => restored(draw));
+  watch("missed", event => restored(draw, event));
   watch("event", () => { missed += 1; draw(); });
   return [h("div.tools", choice, pause, h("div.far", count)), table];
 }
