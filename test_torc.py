@@ -8545,6 +8545,20 @@ def test_the_database_last_used_here_is_found_and_named(cli, tmp_path):
     assert "database torc_output/torc.db\n" in cli("workflows", "list", ok=0)[2]
 
 
+def test_a_run_goes_on_in_the_output_directory_of_the_last_one(cli, local, tmp_path):
+    make(local, {"a": [], "b": ["a"]}, a={"command": "test -e here"})
+    assert "output in results" in cli("run", 1, "-o", "results", ok=1)[2]
+    assert "output in results\n" in cli("run", 1, "--failed", ok=1)[2]
+    assert not os.path.exists(tmp_path / "torc_output/job_stdio")
+    assert "output in torc_output\n" in cli("run", 1, "--failed", "--output-dir=torc_output", ok=1)[2]
+    cli("run", 1, "--failed", "-oresults", ok=1)
+    started = torc.plan_run(local, 1, torc.Wishes()).choices[0].do(local)
+    (tmp_path / "here").touch()
+    assert "output in results\n" in cli(*started.words, "--failed", ok=0)[2]
+    shutil.rmtree(tmp_path / "results")
+    assert "output in torc_output\n" in cli("run", 1, ok=0)[2]
+
+
 def test_a_database_of_another_user_and_a_home_without_room_are_no_trap(cli, tmp_path, monkeypatch):
     cli("run", "--example", "hello", "-o", "results", ok=0)
     monkeypatch.setattr(os, "getuid", lambda: -1)

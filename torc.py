@@ -12688,8 +12688,10 @@ def plan_run(client, target, wishes):
             choice.do(client)
         made = plan.do(client)
         workflow_id, owner = made.data["workflow_id"], made.data.get("user", client.user)
+        place = wishes.output_dir
+        named = ("--output-dir", place) if place != DEFAULT_OUTPUT_DIR else ()
         return Start(f"run of workflow {workflow_id}", (
-            "run", str(workflow_id), "--output-dir", wishes.output_dir, "--allow-owner", owner),
+            "run", str(workflow_id), *named, "--allow-owner", owner),
             workflow_id, (*steps, made.sentence))
 
     return plan._replace(title=f"Run workflow {name} here", lines=lines, strict=False,
@@ -17637,6 +17639,11 @@ def typed_places():
             yield known[flag], flag, words[index:index + 1 + (flag == word)]
 
 
+def names_output_dir():
+    """Whether our own command line names the output directory."""
+    return any(name == "output_dir" for name, _, _ in typed_places())
+
+
 def pasteable(sentence):
     """Put the command that a sentence ends with on a line of its own, so that it works when pasted:
     with the name of this program, and its options that say where the workflows are."""
@@ -18037,6 +18044,10 @@ def do_run(args):
         return code
 
     def plan(client, target, wishes):
+        if names_workflow(args) and not names_output_dir():       # where the last run's is
+            last = client.get(f"/workflows/{target}/summary")["output_dir"] or ""
+            if os.access(last, os.W_OK):
+                args.output_dir = last.removeprefix(os.getcwd() + "/")
         if not args.dry_run:              # before there is a workflow
             make_private(args.output_dir)
         return plan_run(client, target, wishes)
@@ -20032,7 +20043,7 @@ class DashActions:
 
     def __init__(self, args):
         self.args = args
-        self.output_dir = os.path.abspath(args.output_dir)
+        self.output_dir = args.output_dir
         self.children = []                # processes started from the pages
 
     def table(self):
@@ -20756,8 +20767,8 @@ def open_client(args, make):
     directory = getattr(args, "output_dir", None) or DEFAULT_OUTPUT_DIR
     # What a job writes to stderr is read for the cause of its failure.
     say_which = None if os.environ.get("TORC_JOB_ID") else functools.partial(tell, args)
-    named = any(name == "output_dir" for name, _, _ in typed_places())
-    return connect(args.database, args.url, directory, client_options(args), say_which, make, named)
+    return connect(args.database, args.url, directory, client_options(args), say_which, make,
+                   names_output_dir())
 
 
 def client_options(args):
