@@ -3766,6 +3766,8 @@ def test_max_retries_counts_attempts_and_other_codes_take_the_catch_all(run):
                "b": {"command": "exit 9", "failure_handler": "h"}}, failure_handlers=HANDLER)
     assert ran.code == 1
     assert {name: len(items) for name, items in ran.results().items()} == {"a": 3, "b": 2}
+    ran.client.post("/jobs/1/retry/1", max_retries=9)    # a person's, not the handler's
+    assert "handler" not in ran.client.get("/jobs/1/why")["sentence"]
 
 
 def test_a_failing_recovery_script_ends_the_retries(run):

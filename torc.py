@@ -3890,7 +3890,7 @@ def retry_job(store, job_id, run_id, now, max_retries):
     if job.attempt_id >= max_retries:
         raise Invalid(f"job {job_id} has had {job.attempt_id} attempts of {max_retries}")
     require_unblocked(store, [job_id])
-    reopen_jobs(store, [job_id], again=1)
+    reopen_jobs(store, [job_id], again=1, result=None)
     propagate(store, job.workflow_id)
     store_retry(store, job, run_id, now, f"job {job.name} is retried")
 
