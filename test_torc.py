@@ -8948,6 +8948,11 @@ def test_run_of_a_canceled_workflow_says_how_to_go_on(cli, local):
     cli("cancel", 1, ok=0)
     code, _, err = cli("run", "1")
     assert code == 1 and err.endswith("to start it again:\n  torc run 1 --failed\n")
+    local.post("/scheduled_compute_nodes", {"workflow_id": 1, "scheduler_id": 7, "scheduler_type": "slurm",
+                                            "scheduler_config_id": 1, "status": "complete"})
+    for words in (("run", 1), ("why", 1), ("status", 1)):
+        assert "workflow 1 is canceled; to start it again, first torc workflows reset-status 1 " \
+            "--failed-only --reinitialize, then:\n  torc submit 1\n" in "".join(cli(*words)[1:]), words
 
 
 def test_status_has_no_negative_times_and_all_its_fields(cli, local):
@@ -9580,7 +9585,13 @@ def test_failures_are_listed_by_cause_with_their_jobs(cli, local):
     lines = cli("failures", ok=0)[1].splitlines()
     assert lines[:2] == ["13 jobs failed: exit 3", "  They fail alike: look at one before rerunning them."]
     assert lines[2].startswith('  "j12 (job 13)", "j11 (job 12)"') and lines[2].endswith('"j03 (job 4)" and 3 more')
-    assert lines[3:] == ["To run them again:", "  torc run 1 --failed"]
+    assert lines[3:] == ["What they wrote: torc logs --failed --workflow 1; to rerun the failed jobs:",
+                         "  torc run 1 --failed"]
+    local.post("/scheduled_compute_nodes", {"workflow_id": workflow_id, "scheduler_id": 7, "scheduler_type": "slurm",
+                                            "scheduler_config_id": 1, "status": "complete"})
+    assert cli("failures", ok=0)[1].endswith(
+        "to rerun the failed jobs, first torc workflows reset-status 1 --failed-only --reinitialize, then:\n"
+        "  torc submit 1\n")
     group, = cli_json(cli, "failures")["groups"]
     assert len(group["jobs"]) == group["count"] == 13
     rows = csv_rows(cli("failures", "-f", "csv", ok=0)[1])

@@ -2987,15 +2987,17 @@ def workflow_row(store, workflow_id, names):
 
 def counts(store, workflow_id):
     """The number of jobs per status (all eleven) and the flags of the workflow. Raises NotFound."""
-    run_id, canceled, archived, complete = workflow_row(
-        store, workflow_id, f"run_id, is_canceled, is_archived, {IS_COMPLETE}")
+    run_id, canceled, archived, complete, slurm = workflow_row(
+        store, workflow_id, f"""run_id, is_canceled, is_archived, {IS_COMPLETE}, EXISTS (
+            SELECT 1 FROM scheduled_compute_node WHERE workflow_id = workflow.id)""")
     number = dict(store.query("""
         SELECT status, count(*) FROM job
         WHERE workflow_id = ?
         GROUP BY status""", (workflow_id,)))
     return {**{name: number.get(status, 0) for status, name in enumerate(STATUS_NAMES)},
             "total": sum(number.values()), "run_id": run_id, "is_canceled": bool(canceled),
-            "is_archived": bool(archived), "is_complete": bool(complete)}
+            "is_archived": bool(archived), "is_complete": bool(complete),
+            "had_allocations": bool(slurm)}
 
 
 def store_event(store, workflow_id, now, event, told=True):
@@ -3007,9 +3009,13 @@ def store_event(store, workflow_id, now, event, told=True):
                         (workflow_id, int(now * 1000), compact(event)))
 
 
-def restart_text(workflow_id):
-    """What to do about a canceled workflow."""
-    return f"workflow {workflow_id} is canceled; to start it again: torc run {workflow_id} --failed"
+def restart_text(workflow_id, counted):
+    """How to start a canceled workflow again, or rerun the failed jobs: where it ran before."""
+    aim = (f"workflow {workflow_id} is canceled; to start it again" if counted["is_canceled"]
+           else "to rerun the failed jobs")
+    return aim + (f", first torc workflows reset-status {workflow_id} --failed-only --reinitialize,"
+                  f" then: torc submit {workflow_id}" if counted["had_allocations"]
+                  else f": torc run {workflow_id} --failed")
 
 
 def archived_error(workflow_id):
@@ -3921,7 +3927,7 @@ def rerun_jobs(store, workflow_id, ids, subject, now, only=False, dry_run=False)
     """
     refuse_archived(store, workflow_id)
     if workflow_row(store, workflow_id, "is_canceled")[0]:
-        raise Invalid(restart_text(workflow_id))
+        raise Invalid(restart_text(workflow_id, counts(store, workflow_id)))
     for job in find_jobs(store, f"id IN {IDS}", (compact(ids),)):
         if job.status not in FINAL_SET:
             raise Invalid(f"job {job.id} is {STATUS_NAMES[job.status]}: only a job that has ended "
@@ -4382,7 +4388,7 @@ def why_blocked(store, job):
     named = [f'"{name}" (job {job_id}, {STATUS_NAMES[status]})'
              for _, _, job_id, name, status in rows]
     if not named and workflow_row(store, job.workflow_id, "is_canceled")[0]:
-        return restart_text(job.workflow_id)
+        return restart_text(job.workflow_id, counts(store, job.workflow_id))
     return f"it waits for {join_names(named, 4)}" if named else \
         "it is blocked, though it waits for no job"
 
@@ -4396,7 +4402,7 @@ def why_ready(store, job):
     nodes = nodes_of(store, job.workflow_id)
     found = {cause: facts for cause, _, facts in blockers(store, job.workflow_id, nodes)}
     if "canceled" in found:
-        return restart_text(job.workflow_id)
+        return restart_text(job.workflow_id, counts(store, job.workflow_id))
     if found.get("no runner"):
         return f"it is ready: {blocker_text('no runner', 1, found['no runner'])}"
     seen = nodes or nodes_of(store, job.workflow_id, "1 ORDER BY id DESC LIMIT 1")
@@ -11977,11 +11983,6 @@ def count_records(client, path, **query):
     return client.page(path, limit=1, **query)["total_count"]
 
 
-def had_allocations(client, workflow_id):
-    """Whether the workflow has had Slurm allocations."""
-    return count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id) > 0
-
-
 def counts_text(counted):
     """How many jobs have which status, in words."""
     return ", ".join(f"{counted[name]} {name}" for name in STATUS_NAMES if counted[name])
@@ -11990,7 +11991,7 @@ def counts_text(counted):
 def rerun_text(workflow_id, counted):
     """How to run again a workflow that has ended."""
     if any(counted[name] for name in FAILED_STATUSES):
-        return f"to rerun the failed jobs: torc run {workflow_id} --failed"
+        return restart_text(workflow_id, counted)
     return f"to run everything again: torc workflows init {workflow_id}"
 
 
@@ -12025,7 +12026,7 @@ def next_step(client, workflow_id):
     counted = client.get(f"/workflows/{workflow_id}/counts")
     left = client.get(f"/workflows/{workflow_id}/unfinished")
     if counted["is_canceled"]:
-        return restart_text(workflow_id)
+        return restart_text(workflow_id, counted)
     if left["decision"] and not counted["ready"]:
         return left["decision"]
     if counted["is_complete"]:
@@ -12035,7 +12036,7 @@ def next_step(client, workflow_id):
         return ""
     if 0 < counted["uninitialized"] < counted["total"] - counted["disabled"]:
         return f"to initialize the remaining jobs: torc workflows reinit {workflow_id}"
-    if had_allocations(client, workflow_id):
+    if counted["had_allocations"]:
         return f"to request another allocation: torc slurm schedule-nodes {workflow_id}"
     return f"to run it: torc run {workflow_id}"
 
@@ -12627,7 +12628,7 @@ def plan_start(client, target, wishes):
     owner = client.get(f"/workflows/{target}")["user"]
     counted = client.get(f"/workflows/{target}/counts")
     if counted["is_canceled"] and not wishes.failed_only:                # which are reset first
-        raise Invalid(restart_text(target))
+        raise Invalid(restart_text(target, counted))
     lines, consent = (), ()
     if owner != client.user:
         lines = (f"Workflow {target} belongs to {owner}; its commands would run as you, "
@@ -12777,7 +12778,7 @@ def plan_recover(client, workflow_id, wishes):
     found = diagnose_all(client, workflow_id, wishes.memory_multiplier, wishes.runtime_multiplier)
     known = [one for one in found if one.cause != "unknown"]
     unknown = len(found) - len(known)
-    on_slurm = had_allocations(client, workflow_id)
+    on_slurm = client.get(f"/workflows/{workflow_id}/counts")["had_allocations"]
 
     def report(number, slurm_jobs=()):
         rows = [{"job_id": one.job["id"], "job_name": one.job["name"], "cause": one.cause,
@@ -18175,10 +18176,10 @@ def do_failures(args, client):
                     f"{failure_text(group)}", [group["advice"], named(
                         [f"{job['name']} (job {job['id']})" for job in group["jobs"]])])
     mendable = any(group["verdict"] in ("memory", "runtime") for group in groups)
-    left = client.get(f"/workflows/{workflow_id}/unfinished")
     print_lines(f"To run them again with more memory or time: torc recover {workflow_id}"
-                if mendable else left["decision"] or
-                f"To run them again: torc run {workflow_id} --failed" if groups
+                if mendable else client.get(f"/workflows/{workflow_id}/unfinished")["decision"] or
+                f"What they wrote: torc logs --failed --workflow {workflow_id}; " + restart_text(
+                    workflow_id, client.get(f"/workflows/{workflow_id}/counts")) if groups
                 else f"No job of workflow {workflow_id} has failed.", ())
 
 
