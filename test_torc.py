@@ -2116,7 +2116,7 @@ def has_shape(value, shape, where="answer"):
 
 NUMBER, MAYBE = (int, float), (int, float, None)
 ROW = {"id": int, "name": str, "command": str, "status": str, "attempt_id": int, "num_cpus": int,
-       "memory_bytes": int, "runtime_s": int, "requirement": str, "host": str, "start_ms": MAYBE,
+       "memory_bytes": MAYBE, "runtime_s": MAYBE, "requirement": str, "host": str, "start_ms": MAYBE,
        "ran_s": MAYBE, "peak_memory_bytes": MAYBE, "note": str, "family": str}
 FLOW = {"id": int, "name": str, "user": str, "counts": dict, "total": int, "done": int,
         "state": str, "created_ms": int, "run_id": int, "output_dir": (str, None)}
@@ -7524,6 +7524,16 @@ def test_keys_lead_where_they_should(api, tmp_path, keys, name, text):
     hands = Hands(api, tmp_path)
     screen = hands.press(*keys.split())
     assert hands.state.page.name == name and text in screen, screen
+
+
+def test_requirements_that_nobody_asked_for_are_no_limits(api, tmp_path):
+    past = Past(api, {"a": []})
+    past.run("a")
+    text = past.get("/graph")["nodes"][0]["why"]
+    assert text.startswith("runs for ") and " of " not in text
+    row, = api.get("/jobs", workflow_id=past.workflow_id, include_results=True)["items"]
+    assert (row["requirement"], row["memory_bytes"], row["runtime_s"]) == ("default", None, None)
+    assert re.search(r"Needs +1 CPU \(default\)\n", Hands(api, tmp_path, (100, 50)).press("g", "j", "Enter"))
 
 
 def test_a_list_of_jobs_is_filtered_by_status_words_and_family(client, ui):

@@ -4764,7 +4764,9 @@ def job_views(store, ids, now):
     for view in store.query(f"""
             SELECT t.id, t.name, '' AS family, t.command,
                 {STATUS_NAME.format('t')} AS status, t.attempt_id, q.num_cpus,
-                q.memory_bytes, q.runtime_s, q.name AS requirement,
+                CASE q.name WHEN 'default' THEN NULL ELSE q.memory_bytes END AS memory_bytes,
+                CASE q.name WHEN 'default' THEN NULL ELSE q.runtime_s END AS runtime_s,
+                q.name AS requirement,
                 coalesce(n.hostname, '') AS host, {orders['start']} AS start_ms,
                 ({orders['ran']}) / 1000.0 AS ran_s, r.peak_memory_bytes, '' AS note,
                 t.workflow_id, r.return_code, t.unfinished, t.cascaded
@@ -4915,8 +4917,8 @@ def job_nodes(store, workflow_id, ids, now):
     for job_id, view in job_views(store, ids, now).items():
         status, ran = view["status"], view["ran_s"]
         said = status.replace("_", " ")
-        why_text = (f"runs for {span(ran)} of {span(view['runtime_s'])}" if status == "running"
-                    and ran is not None else
+        limit = f" of {span(view['runtime_s'])}" if view["runtime_s"] else ""
+        why_text = (f"runs for {span(ran)}{limit}" if status == "running" and ran is not None else
                     f"completed in {span(ran)}" if status == "completed" and ran is not None else
                     f"{said}: {view['note']}" if view["note"] and status not in (
                         "blocked", "ready") else view["note"] or said)
@@ -15259,9 +15261,10 @@ def job_rows(state, page, width):
     amounts = [plural(needs[field], noun) for field, noun, least in (
         ("num_cpus", "CPU", 0), ("num_gpus", "GPU", 1), ("num_nodes", "node", 2))
         if needs and needs[field] >= least]
+    if needs and needs["name"] != "default":         # those limit nothing
+        amounts += [needs["memory"], needs["runtime"]]
     facts = {"Command": job["command"],
-             "Needs": needs and ", ".join([*amounts, needs["memory"], needs["runtime"]])
-             + f" ({needs['name']})",
+             "Needs": needs and f"{', '.join(amounts)} ({needs['name']})",
              "Priority": job["priority"], "Reads": job["inputs"], "Writes": job["outputs"],
              "Script": job.get("invocation_script")}
     yield Row([])
@@ -21531,7 +21534,7 @@ const go = (href, ...text) => h("a.go", {href}, ...text);
 const button = (text, onclick, more = {}) => h("button", {type: "button", onclick, ...more}, text);
 const section = (title, small, ...content) => h("section", h("h2", title, small && h("small", small)), ...content);
 const note = (title, text, ...more) => h("div.note", h("h2", title), h("p", text), ...more);
-const of = (used, all) => [used || "–", h("span.muted", " of "), all];
+const of = (used, all) => [used || "–", all && [h("span.muted", " of "), all]];    // nothing may be asked
 const facts = pairs => h("dl.facts", pairs.filter(([, value]) => value)
   .map(([name, value]) => [h("dt", name), h("dd", value)]));
 const lines = (items, first, rest) => h("ul.lines", items
@@ -21982,7 +21985,7 @@ function overviewPage({id}) {
   const flow = store.workflow, longest = [
     ["Job", job => jobLink(id, job), "key"],
     ["Runs for", job => of(span(job.ran_s), span(job.runtime_s)), "num", "13rem"],
-    ["Share", job => meter(job.ran_s, job.runtime_s), "wide", "9.5rem"],
+    ["Share", job => job.runtime_s && meter(job.ran_s, job.runtime_s), "wide", "9.5rem"],
     ["Memory", memory, "num wide", "12rem"],
     ["Node", job => job.host, "wide", "6.5rem"]];
   const story = s => [
@@ -22117,7 +22120,7 @@ function jobPage({id, job: jobId}) {
       [reason(), tries()].forEach((el, i) => morph(shown[i], el));
     }
     const about = facts([["Job", `${job.id}, priority ${job.priority}`], ["Started", clock(job.start_ms)],
-      ["Ran", job.requirement === "default" ? span(job.ran_s) : of(span(job.ran_s), span(job.runtime_s))], ["CPUs", of(job.cpu_used, job.num_cpus)],
+      ["Ran", of(span(job.ran_s), span(job.runtime_s))], ["CPUs", of(job.cpu_used, job.num_cpus)],
       ["Memory", memory(job) || bytes(job.memory_bytes)], ["Node", job.host],
       ["Needs", go(`#/w/${id}/resources`, job.requirement)], ["On failure", job.handler],
       ["Reads", job.inputs], ["Writes", job.outputs]]);
