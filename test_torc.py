@@ -9096,6 +9096,25 @@ def test_logs_of_several_jobs_begin_each_line_with_the_name(cli, local, tmp_path
     assert code == 1 and out.endswith("x\ny\n") and "there is no file" in err
 
 
+def test_the_output_in_a_directory_of_another_user_is_no_missing_file(cli, local, tmp_path, monkeypatch):
+    written_jobs(local, tmp_path / "out", {"a": (1, "", "secret\n")})
+    inside, seen = f"{tmp_path}/out/", os.path.exists
+
+    def denied(path, *more, **options):
+        if str(path).startswith(inside):
+            raise PermissionError(torc.errno.EACCES, "Permission denied", str(path))
+        return open(path, *more, **options)
+
+    monkeypatch.setattr(os.path, "exists", lambda path: seen(path) and not str(path).startswith(inside))
+    monkeypatch.setattr(torc, "open", denied, raising=False)      # mode 0700
+    said = f"permission denied: {inside}{stdio_name(1, 1, 1, 1, 'o')}. It is for tester, whose"
+    for words in (("logs", 1), ("logs", "--failed"), ("logs", 1, "-f", "json")):
+        code, _, err = cli(*words)
+        assert code == 1 and said in err and err.endswith("\n  torc logs 1\n"), err
+    cli("why", 1, ok=0)
+    assert "ermission denied:" in Hands(local, tmp_path).press("g", "j", "l")
+
+
 def test_the_json_of_logs_names_what_is_not_kept(cli, local):
     workflow_id, ids = make(local, {"a": []}, a={"stdio": json.dumps({"mode": "none"})})
     end_jobs(local, workflow_id, ids, a=0)

@@ -18264,7 +18264,7 @@ class Attempt(NamedTuple):
 
 
 def find_attempt(client, job, number, *directories):
-    """Find the Attempt of a job with this number, or the latest. Raises NotFound.
+    """Find the Attempt of a job with this number, or the latest. Raises NotFound, Forbidden.
 
     directories: where else to look if the output is not where its runner put it.
     """
@@ -18287,11 +18287,20 @@ def find_attempt(client, job, number, *directories):
     node = {}
     with contextlib.suppress(NotFound):
         node = client.get(f"/compute_nodes/{node_id}")
-    mode = stdio_mode(job, client.get(f"/workflows/{workflow_id}"))
+    workflow = client.get(f"/workflows/{workflow_id}")
+    mode = stdio_mode(job, workflow)
     places = [stdio_paths(directory, mode, job, run_id, attempt_id) for directory in (
         node.get("output_dir") or DEFAULT_OUTPUT_DIR, DEFAULT_OUTPUT_DIR, *directories)]
     paths = next((paths for paths in places
                   if any(path and os.path.exists(path) for path in paths)), places[0])
+    try:                                  # in a directory that hides it, no file seems to exist
+        open(paths[0] or paths[1] or "/").close()
+    except PermissionError as error:
+        raise Forbidden(f"permission denied: {error.filename}. It is for {workflow['user']}, whose "
+                        "workflow it is, to let you read the output directory (chmod -R g+rX), or "
+                        f"to tell you what this prints: torc logs {job['id']}") from None
+    except OSError:                       # the caller knows whether it needs the file
+        pass
     return Attempt(run_id, attempt_id, *paths, node.get("hostname", ""))
 
 
@@ -18399,7 +18408,7 @@ def do_logs(args, client):
 
 def silence(client, job):
     """A sentence on a job without stderr, "" if its files are not here."""
-    with contextlib.suppress(NotFound, OSError, TypeError):
+    with contextlib.suppress(TorcError, OSError, TypeError):
         attempt = find_attempt(client, job, None)
         if not os.path.getsize(attempt.stderr):
             return "It wrote nothing to stderr" + (
