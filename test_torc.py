@@ -6682,6 +6682,15 @@ def test_reload_auth_reads_the_file_and_tells_which_lines_are_broken(tmp_path, p
         assert answer[0] == 500 and json.loads(answer[2])["error"]["error"] == "NoAuthFile"
 
 
+def test_what_was_written_is_said_where_the_server_cannot_read_it_again(cli, server, tmp_path, passwords):
+    shutil.copy(passwords, tmp_path / "users")
+    for user, url, why in (("alice", f"http://127.0.0.1:{free_port()}", "refused"), ("bob", server.url, "--auth-file")):
+        code, out, err = cli("htpasswd", "remove", user, "--file", "users", "--reload-auth", "--url", url)
+        assert (code, out) == (1, "") and why in err and "does so by itself" in err, err
+        assert f"Removed {user} from users, but the server was not made to read it again: " in err
+        assert f"{user}:" not in (tmp_path / "users").read_text()
+
+
 @pytest.fixture
 def walls(tmp_path, passwords):
     """A server under access control, admin zoe; (server, {user: client})."""

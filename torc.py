@@ -19870,11 +19870,13 @@ def after_change(args, sentence):
     """Report a change of the password file, and with --reload-auth make the server reload it."""
     if args.reload_auth:
         args.password = args.server_password         # not the one set for a user
-        client = open_client(args, make=False)
         try:
-            sentence += ". " + client.post("/admin/reload-auth")["message"]
-        finally:
-            client.close()
+            with contextlib.closing(open_client(args, make=False)) as client:
+                sentence += ". " + client.post("/admin/reload-auth")["message"]
+        except TorcError as error:
+            raise TorcError(f"{sentence}, but the server was not made to read it again: {error}. A "
+                            "server that runs with this file does so by itself within a second or "
+                            "two, others when they start") from None
     say(args, sentence, message=sentence)
 
 
