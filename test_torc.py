@@ -4557,7 +4557,7 @@ def test_each_runner_of_a_persistent_action_has_a_token_of_its_own(walls):
     def enters(token):
         try:
             return bool(torc.Client(walls[0].url, "alice", token).get(f"/workflows/{workflow_id}"))
-        except torc.Forbidden:
+        except torc.Unauthorized:
             return False
     tokens = [alice.post(f"{path}/{action}/claim", {"compute_node_id": node, "tokens": True})["token"] for node in nodes]
     assert list(map(enters, tokens)) == [True] * 3
@@ -6647,6 +6647,8 @@ def test_optional_passwords_refuse_nobody_and_name_who_is_known(tmp_path, passwo
         assert fetch(server, "PUT", f"{path}/{made['id']}/cancel", header)[0] == 200
         [event] = server.client().page("/events", workflow_id=made["id"])["items"]
         assert event["data"]["user"] == subject
+    with pytest.raises(torc.Unauthorized, match="refuses this password of the user alice"):
+        torc.Client(server.url, "alice", "wrong").get("/ping")         # who is not told would act as nobody
 
 
 @pytest.mark.parametrize("options, message", [
@@ -6783,12 +6785,12 @@ def test_what_a_job_finds_as_password_opens_its_workflow_while_it_runs_and_nothi
                                ("POST", f"/workflows/{mine}/claim_next_jobs", None)):
         with pytest.raises(torc.Forbidden, match="jobs may not do this"):
             job.request(method, path, {}, body)
-    with pytest.raises(torc.Forbidden):
+    with pytest.raises(torc.Unauthorized):
         torc.Client(server.url, "bob", token).get(f"/workflows/{mine}")
     (tmp_path / "go").touch()
     assert runner.wait(60) == 0, (tmp_path / "run.log").read_text()
     for one in (token, found["env_of_action"].get("TORC_PASSWORD")):
-        with pytest.raises(torc.Forbidden):
+        with pytest.raises(torc.Unauthorized if one else torc.Forbidden):
             torc.Client(server.url, "alice", one).get(f"/workflows/{mine}")
 
 

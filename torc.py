@@ -7606,8 +7606,7 @@ class Client(Calls):
             headers["Authorization"] = "Basic " + base64.b64encode(word).decode()
         if self.cookie:
             headers["Cookie"] = self.cookie
-        if self.id:
-            headers["X-Torc-Server"] = self.id
+        headers["X-Torc-Server"] = self.id or ""     # by which a server knows this client
         return headers
 
     def forward(self, method, path, query, data=None, timeout=300, repeatable=False):
@@ -13444,12 +13443,14 @@ class Application(Site):
         verdict = channel_of(http).judged[1] if gate else NOBODY
         if verdict.state == "busy":
             raise HttpError(503, BUSY)
-        if gate and gate.required and verdict.state != "known":
+        wanted = http.get_header("X-Torc-Server")
+        # Upstream takes wrong credentials for none, and its clients go on; ours has to say so.
+        if verdict.state == "wrong" and wanted is not None or (
+                gate and gate.required and verdict.state != "known"):
             raise Unauthorized("Unauthorized")
         if path in ("/", "/dashboard", "/dashboard/"):
             response.content_type = HTML
             return FRONT_PAGE
-        wanted = http.get_header("X-Torc-Server")
         if wanted and wanted != self.store.id:       # the client's server was here before
             raise HttpError(421, f"this is the Torc server {self.store.id}")
         if not path.startswith(API_PREFIX + "/"):
