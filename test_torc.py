@@ -10233,12 +10233,27 @@ def test_a_standalone_dashboard_takes_other_passwords_or_none(tmp_path, cli, opt
 
 
 def test_a_database_is_served_once(server, tmp_path):
-    for words in (["server", "run", "--port", "0"], ["dash", "--standalone", "--port", "0"]):
-        done = subprocess.run([*COMMAND, *words, "--database", server.database], text=True,
-                              capture_output=True, timeout=30, cwd=tmp_path)
-        assert done.returncode == 1
-        assert f"is served already (pid {server.process.pid}, at http://127.0.0.1:{server.port}/" \
-            in done.stderr
+    done = subprocess.run([*COMMAND, "server", "run", "--port", "0", "--database", server.database], text=True,
+                          capture_output=True, timeout=30, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"is served already (pid {server.process.pid}, at http://127.0.0.1:{server.port}/" in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--standalone"]])
+def test_another_dashboard_of_a_database_uses_the_server_that_there_is(tmp_path, monkeypatch, cli, words):
+    make(torc.LocalClient(str(tmp_path / "x.db")), {"a": []})
+    dashes = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        dashes.append(Dash(tmp_path / str(number), "--port", 0, "--server-host", "127.0.0.1", "--database",
+                           "../x.db", *words))
+    said = dashes[0].log.read_text()
+    url = re.search(r"other commands use that server after: export TORC_API_URL=(\S+)\n", said)[1]
+    assert dashes[1].enter() and f"the dashboard of {url}" in dashes[1].log.read_text()
+    monkeypatch.setenv("TORC_API_URL", url)
+    assert cli_json(cli, "workflows", "list")["workflows"][0]["name"] == "test"
+    assert [dash.stop() for dash in reversed(dashes)] == [0, 0]
+    assert torc.server_of("x.db") == {}
 
 
 def test_of_two_servers_that_start_at_once_one_serves(tmp_path):

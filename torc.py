@@ -13982,21 +13982,28 @@ def running_server(pid_file):
     return None if local_evidence(note) else note
 
 
+def server_of(database):
+    """The note of this user's server on this host that serves a database, {} if there is none."""
+    import socket
+    folder = torc_home("servers")
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        note = read_note(name.rpartition(".")[0])
+        if note.get("hostname") == socket.gethostname() and os.path.realpath(
+                note["database"]) == os.path.realpath(database) and not local_evidence(note):
+            return note
+    return {}
+
+
 def open_store(database):
     """Open the Store of a server. Raises Conflict, naming the other server if its note is found, if
     the database is served already: two servers would take each other's runners for dead."""
-    import socket
     try:
         return Store(database, server=True)
     except Conflict as error:
-        folder, other = torc_home("servers"), ""
-        for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            note = read_note(name.rpartition(".")[0])
-            if note.get("hostname") == socket.gethostname() and os.path.realpath(
-                    note["database"]) == os.path.realpath(database):
-                other = f" (pid {note['pid']}, at {note['urls'][0]})"
-        raise Conflict(f"{error}{other}: use that server, or end it, or name another --database"
-                       ) from None
+        note = server_of(database)
+        other = note and f" (pid {note['pid']}, at {note['urls'][0]})"
+        raise Conflict(f"{error}{other or ''}: use that server, or end it, or name another "
+                       "--database") from None
 
 
 def wait_for_end(pid, seconds):
@@ -20264,13 +20271,17 @@ def own_password(say):
 
 
 def start_own_server(args, say):
-    """(process, URL, password) of the server that `dash --standalone` starts. Raises Unreachable.
-    """
+    """(process, URL, password) of the server that `dash --standalone` starts; no process if another
+    of this user serves that database already. Raises Unreachable."""
     import subprocess
     home = torc_home() if os.environ.get("TORC_HOME") else os.path.join(
         os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "torc")
     database = args.database or os.path.join(home, "torc.db")
     make_private(os.path.dirname(os.path.abspath(database)), f"{MOVE_HOME}, or name a --database")
+    other = server_of(database)
+    if other:
+        say(f"{database} is served already, for as long as the server with pid {other['pid']} runs")
+        return None, other["urls"][0], None
     password, note, users = None, None, args.auth_file and os.path.abspath(args.auth_file)
     if not users and not args.no_auth:
         password, note, users = own_password(say)
@@ -20284,8 +20295,9 @@ def start_own_server(args, say):
     if not line.startswith("TORC_SERVER_PORT="):
         raise Unreachable("the server has not started: it says why above (exit code "
                           f"{process.wait()})")
-    local = local_host(args.server_host)
-    return process, make_url("http", local, int(line.split("=")[1])), password
+    url = make_url("http", local_host(args.server_host), int(line.split("=")[1]))
+    say(f"other commands use that server after: export TORC_API_URL={url}")
+    return process, url, password
 
 
 def dash_client(args, say):
