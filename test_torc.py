@@ -9369,6 +9369,18 @@ def test_a_decision_is_offered_by_the_dashboard_and_the_terminal_too(client, tmp
     assert statuses(client, workflow_id) == {"a": "failed", "b": "canceled"}
 
 
+def test_the_failures_page_acts_on_the_job_in_focus(client, ui):
+    undecided(client, {"a": [], "b": ["a"]})
+    hands = ui()
+    assert "The row in focus is of no job or workflow." in hands.press("g", "f", "D")
+    while "Enter opens this job" not in hands.text():
+        hands.press("j")
+    assert "/ a / log" in hands.press("l")
+    assert "f fail 1 job" in hands.press("q", "D")
+    hands.press("f")
+    assert statuses(client, 1) == {"a": "failed", "b": "canceled"}
+
+
 def test_jobs_are_canceled_terminated_and_run_again(cli, local):
     make(local, {"a": [], "b": ["a"], "c": []})
     assert cli("jobs", "cancel", 1, "--dry-run", ok=0)[1] == (

@@ -15738,14 +15738,16 @@ PAGES = {
         keys="workflows, moves, workflow, everywhere", hint=workflow_hint,
         empty="You have no workflow here: n creates one from a specification file, and a shows "
               "those of all users."),
-    "overview": PageKind("Overview", "o", load_overview, overview_rows, every_s=2.0),
+    "overview": PageKind("Overview", "o", load_overview, overview_rows, every_s=2.0,
+                         keys="moves, job in focus, workflow, everywhere"),
     "jobs": PageKind("Jobs", "j", load_jobs, columns="job", enter="job", every_s=2.0,
                      keys="jobs, moves, workflow, everywhere", hint=job_hint,
                      empty="This workflow has no jobs."),
     "graph": PageKind("Graph", "d", load_graph, graph_rows, every_s=10.0,
                       empty="This workflow has no jobs."),
     "timeline": PageKind("Timeline", "t", load_timeline, timeline_rows, every_s=10.0),
-    "failures": PageKind("Failures", "f", load_failures, failure_rows, empty="Nothing has failed."),
+    "failures": PageKind("Failures", "f", load_failures, failure_rows, empty="Nothing has failed.",
+                         keys="moves, job in focus, workflow, everywhere"),
     "results": PageKind("Results", "r", columns="result", query={**NEWEST, "all_runs": True},
                         enter="job", empty="No job has ended yet."),
     "nodes": PageKind("Nodes", "n", columns="compute_node", query=NEWEST,
@@ -15820,6 +15822,12 @@ KEYS = read_keys("""
     D             resolve        -          decide on a failure that waits: retry, or let it stand
     c             cancel_job     cancel     cancel the job
     t             terminate_job  terminate  end the job as a time limit would
+  job in focus = Job in focus
+    l             log            -          what the job wrote
+    y             retry          -          run the job again
+    D             resolve        -          decide on a failure that waits: retry, or let it stand
+    c             cancel_job     -          cancel the job
+    t             terminate_job  -          end the job as a time limit would
   log = Log
     Tab           stream         stream     stdout or stderr
     / f           search         find       find text
@@ -16165,8 +16173,9 @@ class Moving:
         return next((page.workflow for page in reversed(self.pages) if page.workflow), None)
 
     def job(self):
-        """The record of the current job, or of the one in focus; None if there is none."""
-        return focused(self.page) if self.page.kind.columns else self.page.subject
+        """The record of the current job, or of the one to which the row in focus leads; or None."""
+        row = row_in_focus(self)
+        return self.page.subject or (row.to[1] if row and row.to and row.to[0] == "job" else None)
 
     def move(self, page, cursor):
         """Put the focus on a row, or the nearest one, and scroll it into view."""
@@ -16444,7 +16453,7 @@ class Operating:
     def act(self, verb, target):
         """Plan an operation, then ask."""
         if target is None:
-            self.say("Nothing is in focus.", "alarm")
+            self.say("The row in focus is of no job or workflow.", "alarm")
         elif self.busy:
             self.say(f"One thing at a time: {self.busy}.", "alarm")
         elif self.away:
