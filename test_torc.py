@@ -3082,7 +3082,10 @@ def test_job_updates_follow_upstreams_rules(client):
     with pytest.raises(torc.Invalid, match="immutable"):
         client.put(f"/jobs/{ids['b']}", {"input_file_ids": [1]})
     client.post(f"/workflows/{workflow_id}/initialize_jobs")
-    with pytest.raises(torc.Invalid, match="uninitialized"):
+    with pytest.raises(torc.Invalid, match="uninitialized, and it is blocked$"):
+        client.put(f"/jobs/{ids['b']}", {"name": "other"})
+    client.post(f"/jobs/{ids['b']}/stop", status="canceled")
+    with pytest.raises(torc.Invalid, match="it is canceled; to reset what failed: torc workflows reset-status "):
         client.put(f"/jobs/{ids['b']}", {"name": "other"})
     assert client.put(f"/jobs/{ids['b']}", {"invocation_script": "nice"})["invocation_script"]
 

@@ -6439,9 +6439,11 @@ def update_job(request, store, job_id, body):
     status = values.pop("status", None)
     for name in values:
         if name in LOCKED and job["status"] != "uninitialized":
+            step = (f"; to reset what failed: torc workflows reset-status {job['workflow_id']} "
+                    "--failed-only")
+            failed = STATUS_OF_NAME[job["status"]] in (*UNSUCCESSFUL, PENDING_FAILED)
             raise Invalid(f"{name} of job {job_id} can be changed only while it is uninitialized, "
-                          f"and it is {job['status']}; to reset what failed: torc workflows "
-                          f"reset-status {job['workflow_id']} --failed-only")
+                          f"and it is {job['status']}{step * failed}")
         if name in RELATIONS and name not in LOCKED:
             raise Invalid(f"{name} of a job is immutable")
     if status and (status, job["status"]) != ("disabled", "uninitialized"):
