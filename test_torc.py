@@ -618,6 +618,8 @@ BAD_JOBS = (
      "zip",
      '3: job "a_{i}_{j}": parameter_mode zip needs lists of one length: i has 3 values, j has 2 '
      "values"),
+    ("name: a_{i}_{j}\n    command: c\n    parameters: {i: '1:3', j: [1]}\n    parameter_mode: zip",
+     '3: job "a_{i}_{j}": parameter_mode zip needs lists of one length: i has 3 values, j has 1 value'),
     ("name: a_{i}\n    command: c\n    parameters: {i: '1:3'}\n    parameter_mode: cross",
      "6: job \"a_{i}\": parameter_mode: 'cross' is not one of product, zip"),
     ("name: a_{j}\n    command: c\n    parameters: {i: '1:3'}",
@@ -1468,7 +1470,7 @@ def test_cancel_touches_pending_and_running_jobs_only(api):
 def test_reset_status_refuses_a_workflow_at_work(api):
     workflow_id, _ = make(api, {"a": []})
     api.post(f"/workflows/{workflow_id}/claim_next_jobs")
-    with pytest.raises(torc.Invalid, match="1 jobs pending or running"):
+    with pytest.raises(torc.Invalid, match="1 job pending or running, 0 allocations scheduled"):
         api.post(f"/workflows/{workflow_id}/reset_status")
     api.post(f"/workflows/{workflow_id}/reset_status", force=True)
 

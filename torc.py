@@ -1053,7 +1053,7 @@ def raise_faults(name, text, faults):
     sentences = [f"{name}{f' line {lines[path]}' if path in lines else ''}: {sentence}"
                  for path, sentence in told]
     if len(faults) > MAX_ERRORS:
-        sentences.append(f"{name}: and {len(faults) - MAX_ERRORS} more errors")
+        sentences.append(f"{name}: and {plural(len(faults) - MAX_ERRORS, 'more error')}")
     raise SpecError(sentences)
 
 
@@ -1372,7 +1372,8 @@ def combinations(place, mode, found):
     lengths = [len(values) for values in found.values()]
     if mode == "zip":
         if len(set(lengths)) > 1:
-            told = ", ".join(f"{name} has {len(values)} values" for name, values in found.items())
+            told = ", ".join(f"{name} has {plural(len(values), 'value')}"
+                             for name, values in found.items())
             place.fault(f"parameter_mode zip needs lists of one length: {told}")
         number, rows = min(lengths), zip(*found.values())
     else:
@@ -1463,8 +1464,9 @@ def names_that_match(pattern, names):
                               text=True, check=True)
         return json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{pattern!r:.80} takes more than {REGEX_S:.0f} s for {len(names)} names: "
-                         "avoid nested repetition, as in (a+)+") from None
+        raise ValueError(f"{pattern!r:.80} takes more than {REGEX_S:.0f} s for "
+                         f"{plural(len(names), 'name')}: avoid nested repetition, as in "
+                         "(a+)+") from None
     except (OSError, subprocess.SubprocessError):
         return [name for name in names if search(name)]
 
@@ -3309,8 +3311,9 @@ def reset_workflow(store, workflow_id, subject, now, force):
              WHERE workflow_id = ? AND status IN ('pending', 'active'))
         """, (workflow_id, workflow_id))
     if any(busy) and not force:
-        raise Invalid(f"workflow {workflow_id} is active ({busy[0]} jobs pending or running, "
-                      f"{busy[1]} allocations scheduled): cancel it first, or use --force")
+        raise Invalid(f"workflow {workflow_id} is active ({plural(busy[0], 'job')} pending or "
+                      f"running, {plural(busy[1], 'allocation')} scheduled): cancel it first, "
+                      "or use --force")
     store.execute("""
         UPDATE workflow
         SET is_canceled = 0, is_archived = 0, has_detected_need_to_run_completion_script = 0
@@ -8806,7 +8809,8 @@ class Stopping:
         while self.received:
             number = self.received.pop(0)
             if number in (signal.SIGUSR1, signal.SIGUSR2):           # "save your state", mostly
-                self.say(f"signal {number} is forwarded to {len(self.children)} running jobs")
+                jobs = plural(len(self.children), "running job")
+                self.say(f"signal {number} is forwarded to {jobs}")
                 for child in self.children.values():
                     signal_group(child.pid, number)
             elif self.interrupted:        # the second one: at once
@@ -9792,9 +9796,10 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         # Torc's own servers have no tokens.
         self.tokens = bool(not self.client.is_local and self.client.password and self.client.id
                            and not self.options.share_password)
-        slots = (f"{self.options.max_parallel_jobs} jobs at a time" if
+        slots = (f"{plural(self.options.max_parallel_jobs, 'job')} at a time" if
                  self.options.max_parallel_jobs else
-                 f"{self.cpus} CPUs, {format_bytes(self.memory)}, {len(self.gpus)} GPUs")
+                 f"{plural(self.cpus, 'CPU')}, {format_bytes(self.memory)}, "
+                 f"{plural(len(self.gpus), 'GPU')}")
         if len(self.room.bins) > 1:
             slots = f"{len(self.room.bins)} nodes of {slots}"
         self.say(f"running workflow {self.workflow_id} \"{self.workflow['name']}\" with {slots}; "
@@ -12353,11 +12358,12 @@ def check_recoverable(client, workflow_id):
     moving = counted["ready"] + counted["pending"] + counted["running"]
     if not counted["is_complete"] and moving and not (
             counted["failed"] + counted["terminated"] + counted["pending_failed"]):
-        raise Invalid(f"cannot recover workflow {workflow_id}: nothing has failed, and "
-                      f"{plural(moving, 'job')} are ready or running")
+        raise Invalid(f"cannot recover workflow {workflow_id}: nothing has failed, and it "
+                      f"has {plural(moving, 'job')} ready or running")
     if runners or left["scheduled"]:
-        raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, {runners} "
-                      f"runners and {left['scheduled']} allocations are active or queued; "
+        raise Invalid(f"cannot recover workflow {workflow_id}: it is not complete, with "
+                      f"{plural(runners, 'runner')} and {plural(left['scheduled'], 'allocation')} "
+                      "active or queued; "
                       f"to wait until they have ended: torc wait {workflow_id}")
 
 
@@ -12883,7 +12889,7 @@ def plan_delete(client, ids, wishes):
     lines = [*errors, f"{plural(jobs, 'job')} and {plural(results, 'result')} are deleted; files "
                       "on disk are kept."]
     if busy:
-        lines.append(f"{plural(busy, 'job')} pending or running are canceled first.")
+        lines.append(f"Canceled first: {plural(busy, 'job')} pending or running.")
 
     def delete(workflow):
         path = f"/workflows/{workflow['id']}"
@@ -13199,7 +13205,7 @@ class Watcher:
                 self.say(f"{error}; trying again in "
                          f"{span(args.auto_schedule_cooldown)}", "warn")
                 return
-            self.say(f"{plural(ready, 'job')} are ready and no runner takes them: "
+            self.say(f"no runner is active for {plural(ready, 'ready job')}: "
                      + submitted(made["slurm_jobs"]))
 
     def at_end(self):
