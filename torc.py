@@ -4353,6 +4353,9 @@ def why(store, job_id):
         FROM job j
         JOIN result r ON r.id = j.result_id
         WHERE j.id = ?""", (job_id,))
+    canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
+    if canceled and job.status in (BLOCKED, READY):
+        return restart_text(job.workflow_id, counts(store, job.workflow_id))
     if job.status == BLOCKED:
         return why_blocked(store, job)
     if job.status == READY:
@@ -4370,7 +4373,6 @@ def why(store, job_id):
                     f"{job.workflow_id}" if changed else ""))
     if job.cascaded:
         return f"it was canceled because {bad_dependency(store, job_id)}"
-    canceled = workflow_row(store, job.workflow_id, "is_canceled")[0]
     begun = store.one(f"SELECT 1 FROM job WHERE workflow_id = ? AND status NOT IN ({UNINITIALIZED},"
                       f" {DISABLED}) LIMIT 1", (job.workflow_id,))
     place = node_name(store, job.compute_node_id)
@@ -4390,8 +4392,6 @@ def why_blocked(store, job):
     rows = blocking_dependencies(store, f"j.id = ? AND p.status NOT IN {COMPLETE}", (job.id,))
     named = [f'"{name}" (job {job_id}, {STATUS_NAMES[status]})'
              for _, _, job_id, name, status in rows]
-    if not named and workflow_row(store, job.workflow_id, "is_canceled")[0]:
-        return restart_text(job.workflow_id, counts(store, job.workflow_id))
     return f"it waits for {join_names(named, 4)}" if named else \
         "it is blocked, though it waits for no job"
 
@@ -4404,8 +4404,6 @@ def why_ready(store, job):
     need_id = store.one("SELECT resource_requirements_id FROM job WHERE id = ?", (job.id,))[0]
     nodes = nodes_of(store, job.workflow_id)
     found = {cause: facts for cause, _, facts in blockers(store, job.workflow_id, nodes)}
-    if "canceled" in found:
-        return restart_text(job.workflow_id, counts(store, job.workflow_id))
     if found.get("no runner"):
         return f"it is ready: {blocker_text('no runner', 1, found['no runner'])}"
     seen = nodes or nodes_of(store, job.workflow_id, "1 ORDER BY id DESC LIMIT 1")
