@@ -7994,15 +7994,14 @@ def local_evidence(record):
     import socket
     if record.get("hostname") != socket.gethostname() or record.get("pid_started") is None:
         return None
-    mine = identity()
-    pid, step = record["pid"], record.get("step")
+    mine, pid = identity(), record["pid"]
     if record.get("boot_id") != mine["boot_id"]:
         same = mine["machine_id"] and record.get("machine_id") == mine["machine_id"]
         return Evidence("reboot", f"{mine['hostname']} has rebooted since the runner with pid "
-                        f"{pid} was at work", step) if same else None
+                        f"{pid} was at work") if same else None
     if record.get("pid_namespace") in (None, mine["pid_namespace"]) and is_gone(
             pid, record["pid_started"]):
-        return Evidence("process", f"the runner with pid {pid} on {mine['hostname']} is gone", step)
+        return Evidence("process", f"the runner with pid {pid} on {mine['hostname']} is gone")
     return None
 
 
@@ -8231,32 +8230,35 @@ def release_dead_nodes(client, workflow_id, output_dir):
 
     Ends what is left of their jobs, replays their journals, requeues their jobs.
     """
-    import fnmatch
+    import glob
     said, dead = [], dead_nodes(client, workflow_id)
     directories = {os.path.abspath(output_dir), *(node.get("output_dir") for node, _ in dead)}
     server_id = client.server_id()
     for directory in sorted(filter(None, directories)):
-        folder, pattern = os.path.split(journal_path(directory, server_id, workflow_id, "*"))
-        names = []
-        with contextlib.suppress(OSError):             # another user's
-            names = fnmatch.filter(os.listdir(folder), pattern)
-        for name in sorted(names):
-            said += clean_up(client, os.path.join(folder, name))
-    for node, evidence in dead:
-        try:
-            requeued = release(client, node, evidence)["requeued"]
-        except Conflict:                  # it has spoken in the meantime
-            continue
-        said.append(evidence.text + (
-            f": {plural(len(requeued), 'job')} ready again" if requeued else ""))
-    return said
+        pattern = journal_path(glob.escape(directory), server_id, workflow_id, "*")
+        for path in sorted(glob.glob(pattern)):        # none of another user's
+            said += clean_up(client, path)
+    return said + [evidence.text + release(client, node, evidence) for node, evidence in dead]
 
 
 def release(client, node, evidence, **ended):
-    """Report to the server that a compute node's runner is dead. ended: status and return code of
-    its running jobs. Raises Conflict if it is alive."""
-    return client.post(f"/compute_nodes/{node['id']}/release", kind=evidence.kind,
-                       reason=evidence.text, step=node.get("step", 0), **ended)
+    """Report to the server that a compute node's runner on any host is dead, and what its journal
+    says; returns what was done, in words. ended: status and return code of its running jobs."""
+    path = journal_path(node.get("output_dir") or DEFAULT_OUTPUT_DIR, client.server_id(),
+                        node["workflow_id"], node["id"])
+    records, _ = read_journal(path)
+    number = replay_journal(client, path, records) if records and "header" in records[0] else 0
+    try:
+        freed = client.post(f"/compute_nodes/{node['id']}/release", kind=evidence.kind,
+                            reason=evidence.text, step=node.get("step", 0), **ended)
+    except Conflict as error:             # it has spoken in the meantime
+        return f": {error}"
+    parts = [f"{plural(number, 'result')} read from its journal"] if number else []
+    if freed["requeued"]:
+        parts.append(f"{plural(len(freed['requeued']), 'job')} ready again")
+    if ended and freed["canceled"]:
+        parts.append(f"{plural(freed['canceled'], 'job')} {ended['status']}")
+    return ": " + ", ".join(parts) if parts else ""
 
 
 def clean_up(client, path):
@@ -10456,7 +10458,8 @@ def close_ended_allocations(client, workflow_id, watch=None, dry_run=False):
                         f"{node['hostname']} at work")
             if not dry_run:
                 how = ended_as(entry.state, limits)
-                said[-1] += clean_up_node(client, node, entry.state, **how)
+                said[-1] += release(client, node, Evidence(
+                    "allocation", f"its allocation ended: {entry.state}"), **how)
         for record in scheduled:
             if record["scheduler_id"] == number and not dry_run:
                 gone = "canceled" if entry.state in ("CANCELLED", "REVOKED") else "complete"
@@ -10465,26 +10468,6 @@ def close_ended_allocations(client, workflow_id, watch=None, dry_run=False):
         if number not in inside:
             said.append(f"allocation {number} has ended ({entry.state})")
     return said
-
-
-def clean_up_node(client, node, state, **ended):
-    """Clean up after the dead runner of a compute node on any host: its journal and its jobs;
-    returns what was done, in words."""
-    path = journal_path(node.get("output_dir") or DEFAULT_OUTPUT_DIR, client.server_id(),
-                        node["workflow_id"], node["id"])
-    records, _ = read_journal(path)
-    number = replay_journal(client, path, records) if records and "header" in records[0] else 0
-    try:
-        freed = release(client, node, Evidence("allocation", f"its allocation ended: {state}"),
-                        **ended)
-    except Conflict as error:
-        return f": {error}"
-    parts = [f"{plural(number, 'result')} read from its journal"] if number else []
-    if freed["requeued"]:
-        parts.append(f"{plural(len(freed['requeued']), 'job')} ready again")
-    if ended and freed["canceled"]:
-        parts.append(f"{plural(freed['canceled'], 'job')} {ended['status']}")
-    return ": " + ", ".join(parts) if parts else ""
 
 
 # ---- the worker in an allocation
@@ -19447,7 +19430,8 @@ def work_in_allocation(args, client, where):
         before = node["scheduler"]
         if before.get("node_index") == where.node_index and (
                 before.get("restarts", 0) < where.restarts):
-            clean_up_node(client, node, "requeued by Slurm")
+            release(client, node, Evidence(
+                "allocation", "its allocation ended: requeued by Slurm"))
     options = wishes_of(args, RunOptions, schedule=scheduling(client, lambda: WorkerRequest(
         os.path.abspath(args.output_dir), os.getcwd(), (client.where, *client.others),
         share_password=args.share_password)))
