@@ -8176,9 +8176,7 @@ def read_journal(path):
     for line in filter(None, read_bytes(path).split(b"\n")):
         crc, _, text = line.partition(b" ")
         try:
-            if line.startswith(b"{"):     # of a version whose lines had no checksum
-                text = line
-            elif int(crc, 16) != zlib.crc32(text):
+            if int(crc, 16) != zlib.crc32(text):
                 raise ValueError
             records.append(json.loads(text))
         except ValueError:
@@ -8190,16 +8188,12 @@ def replay_journal(client, path, records):
     """Report to the server what a dead runner could not, and remove its journal; returns the number
     of completions."""
     header, starts, ends = records[0]["header"], {}, {}
-    for record in records:                # by numbers of starts; older journals have attempts only
-        if "start" in record:
-            starts[record.get("n") or tuple(record["start"])] = record["start"]
-        if "end" in record:
-            end = record["end"]
-            ends[record.get("n") or tuple(map(end.get, ATTEMPT_KEY))] = end
-        for number in record.get("ok", ()):
-            number = tuple(number) if isinstance(number, list) else number
-            starts.pop(number, None)
-            ends.pop(number, None)
+    for record in records:
+        for word, found in (("start", starts), ("end", ends)):
+            if word in record:
+                found[record.get("n")] = record[word]
+            for number in record.get("ok", ()):
+                found.pop(number, None)
     step = {
         "compute_node_id": header["compute_node_id"], "step": 0, "replay": True, "held": [],
         "starts": [{"job_id": job, "attempt_id": attempt} for job, _, attempt in starts.values()],
