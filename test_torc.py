@@ -1572,7 +1572,7 @@ def test_jobs_are_packed_node_by_node(client, kinds, bins, claimed):
     room = torc.Room(len(bins), (3, 2**36, 0))
     room.bins = [(cpus, 2**36, 0) for cpus in bins]  # and the runner finds room for all of them
     needs = {int(key): torc.read_need(need) for key, need in answer["requirements"].items()}
-    before = room.copy().bins
+    before = list(room.bins)
     placed = [(needs[job["resource_requirements_id"]], room.place(needs[
         job["resource_requirements_id"]])) for job in answer["jobs"]]
     assert all(places for _, places in placed)

@@ -7862,6 +7862,7 @@ JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete")
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
 ATTEMPT_KEY = ("job_id", "run_id", "attempt_id")
+KEY_VARIABLES = ("TORC_JOB_ID", "TORC_RUN_ID", "TORC_ATTEMPT_ID")
 TOO_LONG = 131_071                        # bytes of one argument: MAX_ARG_STRLEN, execve(2)
 UNKNOWN_KB = 2**40                        # a peak that could not be read, for now
 
@@ -8018,13 +8019,12 @@ def pids():
 def marked_processes(token):
     """Return [(pid, (job, run, attempt)), ...] of this user's processes whose environment names the
     runner; those of actions have (0, 0, 0)."""
-    mark, found = f"TORC_RUNNER={token}".encode(), []
-    names = (b"TORC_JOB_ID", b"TORC_RUN_ID", b"TORC_ATTEMPT_ID")
+    found = []
     for name in pids():
-        words = read_bytes(f"/proc/{name}/environ").split(b"\0")
-        if mark in words:
-            values = dict(word.partition(b"=")[::2] for word in words)
-            found.append((int(name), tuple(int(values.get(one) or 0) for one in names)))
+        words = read_text(f"/proc/{name}/environ").split("\0")
+        if f"TORC_RUNNER={token}" in words:
+            values = dict(word.partition("=")[::2] for word in words)
+            found.append((int(name), tuple(int(values.get(one) or 0) for one in KEY_VARIABLES)))
     return found
 
 
@@ -8300,13 +8300,6 @@ class Room(Bins):
         self.most = most
         self.number = 0                   # of jobs at work
 
-    def copy(self):
-        """Return an independent copy."""
-        import copy
-        other = copy.copy(self)
-        other.bins = list(self.bins)
-        return other
-
     def place(self, need):
         """Reserve room for a job; returns the indexes of its nodes, or None if it does not fit."""
         if self.most:
@@ -8335,17 +8328,28 @@ def command_fault(error):
     return str(error)                     # ValueError: a NUL in it
 
 
-class Child:
+class Process:
+    """A process that we have started: of a job, or the script of an action or a recovery."""
+
+    key = 0, 0, 0                         # (job, run, attempt), as marked_processes has it
+    step = None                           # name of its step of srun, if it is one
+    verdict = None                        # why we end it: timeout, oom, interrupt, or the status
+                                          # that the server wants: canceled, terminated
+    kill_at = math.inf                    # monotonic time of SIGKILL
+
+    def __init__(self, pid):
+        self.pid = pid
+
+
+class Child(Process):
     """A claimed job until its completion is confirmed: its process and what is known of it."""
 
     places = None                         # the nodes it has
     gpus = ()
     stdio = None                          # {"mode", "delete_on_success"}
     outputs = None, None                  # paths of its stdout and stderr, if they are kept
-    step = None                           # name of its step of srun, if it is one
     environment = None                    # for a recovery script
     script = None                         # path of a command too long for an argument
-    pid = 0
     start = 0                             # its number in the journal
     started = 0.0                         # time.monotonic(),
     ended = None                          # and seconds since the epoch
@@ -8356,14 +8360,12 @@ class Child:
     return_code = None
     present = ()                          # [{id, st_mtime}] of its output files
     done = None                           # its completion, as the server takes it
-    verdict = None                        # why we end it: timeout, oom, interrupt, or the status
-                                          # that the server wants: canceled, terminated
-    kill_at = math.inf                    # monotonic time of SIGKILL
     note = ""                             # for the tail of its stderr
     limit = None                          # bytes, enforced by the sampler
     ticks = None                          # (monotonic, CPU ticks) of the last sample
 
     def __init__(self, job, need, give_back_at=math.inf):
+        super().__init__(0)
         self.job = job
         self.need = need                  # its Need
         self.give_back_at = give_back_at  # monotonic time, if it is not started by then
@@ -8748,8 +8750,7 @@ class Starting:
         import signal
         job = child.job
         child.environment = environment = self._environment_of(job)
-        environment.update(TORC_JOB_ID=str(job["id"]), TORC_JOB_NAME=job["name"],
-                           TORC_ATTEMPT_ID=str(job["attempt_id"]), TORC_RUN_ID=str(job["run_id"]))
+        environment.update(zip(KEY_VARIABLES, map(str, child.key)), TORC_JOB_NAME=job["name"])
         if child.gpus:
             environment.update(dict.fromkeys(GPU_VARIABLES, ",".join(child.gpus)))
         command = job["command"]
@@ -8808,10 +8809,8 @@ class Stopping:
                 for child in self.children.values():
                     signal_group(child.pid, number)
             elif self.interrupted:        # the second one: at once
-                for child in self.children.values():
-                    child.kill_at = time.monotonic()
-                with self.lock:
-                    self.scripts = dict.fromkeys(self.scripts, time.monotonic())
+                for process in self._processes():
+                    process.kill_at = time.monotonic()
             else:
                 self.interrupted = number
                 self.say(f"signal {number}: ending {len(self.children)} running jobs; they will be "
@@ -8823,34 +8822,34 @@ class Stopping:
 
     def _end_all(self, verdict, lead=STOP_LEAD_S):
         """Stop starting jobs, return the queued ones, and ask all jobs and scripts to end."""
-        import signal
         with self.talk:
             self.draining = True
             self._return(list(self.queue))
-            for process, kill_at in self.scripts.items():
-                if kill_at == math.inf and process.poll() is None:
-                    self.scripts[process] = time.monotonic() + STOP_LEAD_S
-                    signal_group(process.pid, signal.SIGTERM)
-        self._end(list(self.children.values()), verdict, lead)
+        self._end(self._processes(), verdict, lead)
         self.wake()
 
-    def _end(self, children, verdict, lead=STOP_LEAD_S):
-        """Ask jobs to end; SIGKILL follows after the lead time, or the workflow's if that is
+    def _processes(self):
+        """Return all that runs: jobs, and scripts of actions and recoveries."""
+        with self.lock:
+            return [*self.children.values(), *self.scripts.values()]
+
+    def _end(self, processes, verdict, lead=STOP_LEAD_S):
+        """Ask processes to end; SIGKILL follows after the lead time, or the workflow's if that is
         shorter."""
         import signal
-        asked = [child for child in children if not child.verdict and not has_exited(child.pid)]
-        for child in asked:
-            child.verdict = verdict
-            child.kill_at = time.monotonic() + min(lead, self.limits.sigterm_lead_seconds)
+        asked = [one for one in processes if not one.verdict and not has_exited(one.pid)]
+        for process in asked:
+            process.verdict = verdict
+            process.kill_at = time.monotonic() + min(lead, self.limits.sigterm_lead_seconds)
         self._signal(asked, getattr(signal, self.limits.termination_signal, signal.SIGTERM))
 
-    def _signal(self, children, number):
-        """Signal the process groups of jobs, and processes that have left them but bear their mark;
-        scans all processes once."""
-        for child in children:
-            signal_group(child.pid, number)
-        groups = {child.key: child.pid for child in children}
-        for pid, key in marked_processes(self.token) if children else ():
+    def _signal(self, processes, number):
+        """Signal process groups, and processes that have left them but bear their mark; scans all
+        processes once."""
+        for process in processes:
+            signal_group(process.pid, number)
+        groups = {process.key: process.pid for process in processes}
+        for pid, key in marked_processes(self.token) if processes else ():
             with contextlib.suppress(OSError):
                 if key in groups and os.getpgid(pid) != groups[key]:
                     os.kill(pid, number)
@@ -8858,20 +8857,15 @@ class Stopping:
     def _enforce(self, now):
         """Send SIGKILL where the lead time is over, and enforce the time limit."""
         import signal
-        due = [child for child in self.children.values() if now >= child.kill_at]
-        for child in due:
-            child.kill_at = now + 5       # until it is gone
+        due = [process for process in self._processes() if now >= process.kill_at]
+        for process in due:
+            process.kill_at = now + 5     # until it is gone
         self._signal(due, signal.SIGKILL)
         if self.retry_at and now >= self.retry_at:
             self.retry_at = 0.0
             self._request_step()
-        with self.lock:
-            for process, kill_at in self.scripts.items():
-                if now >= kill_at:
-                    signal_group(process.pid, signal.SIGKILL)
-                    self.scripts[process] = now + 5
-            leaving = self.interrupted and not self.children and not self.scripts
-            self.leave_at = min(self.leave_at, now + FINAL_WAIT_S) if leaving else math.inf
+        leaving = self.interrupted and not self._processes()
+        self.leave_at = min(self.leave_at, now + FINAL_WAIT_S) if leaving else math.inf
         if now >= self.leave_at:
             self.leave_at, self.server_given_up = now + 1, True
             self.client.interrupt()       # a frozen server must not hold us
@@ -8951,7 +8945,7 @@ class Reaping:
     def _reap_orphans(self):
         """Reap orphans of jobs, which have become our children."""
         with self.lock:
-            own = {self.guardian, *self.children, *(process.pid for process in self.scripts)}
+            own = {self.guardian, *self.children, *self.scripts}
             for word in read_text(f"/proc/self/task/{os.getpid()}/children").split():
                 if int(word) not in own:
                     with contextlib.suppress(ChildProcessError):
@@ -9293,7 +9287,8 @@ class Talking:
 
     def _claim(self):
         """Return what this runner could take now, or None."""
-        room = self.room.copy()
+        import copy
+        room = copy.deepcopy(self.room)
         waiting = sum(room.place(child.need) is None for child in self.queue)
         prefetch = self._prefetch()
         claim = {**self.claim_values, "limit": 0}
@@ -9399,13 +9394,14 @@ class Talking:
 
     def _stop(self, stops):
         """End jobs that the server wants ended or has reassigned."""
-        wanted = {(stop["job_id"], stop["attempt_id"]): stop["status"] for stop in stops}
+        wanted = {(stop["job_id"], stop["attempt_id"]):
+                  "terminated" if stop["status"] == "terminated" else "canceled" for stop in stops}
         with self.lock:
             self._forget([child for child in self.queue if child.attempt in wanted])
-            ending = [child for child in self.children.values() if child.attempt in wanted]
-        terminated = [child for child in ending if wanted[child.attempt] == "terminated"]
-        self._end(terminated, "terminated")
-        self._end([child for child in ending if child not in terminated], "canceled")
+            running = list(self.children.values())
+        for verdict in ("terminated", "canceled"):
+            self._end([child for child in running if wanted.get(child.attempt) == verdict],
+                      verdict)
 
     def _listener(self):
         """Keep a request for changes open and wake the talker at news (a thread)."""
@@ -9556,7 +9552,7 @@ class Acting:
                 process = subprocess.Popen(
                     [self.bash, "-c", script], cwd=cwd, stdin=subprocess.DEVNULL, stdout=file,
                     stderr=file, start_new_session=True, env=environment)
-                self.scripts[process] = math.inf
+                self.scripts[process.pid] = Process(process.pid)
             while True:
                 try:
                     code = process.wait(HEARTBEAT_S)
@@ -9565,7 +9561,7 @@ class Acting:
                     if threading.current_thread() is self.talker:    # which is what tells else
                         self._heartbeat()
         with self.lock:
-            del self.scripts[process]
+            del self.scripts[process.pid]
         return code
 
 
@@ -9711,7 +9707,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.suspect_failures = []        # (when to tell, child that failed)
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
         self.situation = {}               # the server's last answer
-        self.scripts = {}                 # Popen of actions and recoveries: when to kill
+        self.scripts = {}                 # pid: Process of an action or a recovery
         self.tried_actions = set()
         self.ended = threading.Event()
         self.wake_pipe = os.pipe()
@@ -9877,11 +9873,9 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
     def _patience(self):
         """Return the milliseconds until something is due, a day at most."""
         now = time.monotonic()
-        due = [child.kill_at for child in self.children.values()]
+        due = [self.leave_at, self._stop_at(), *(one.kill_at for one in self._processes())]
         with self.lock:
             due += [when for when, _ in self.suspect_failures]
-            due += self.scripts.values()
-        due += self.leave_at, self._stop_at()
         if self.retry_at > now:
             due.append(self.retry_at)
         if self.progress.terminal:
