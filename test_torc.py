@@ -4550,7 +4550,13 @@ def test_an_action_that_somebody_else_has_ends_no_runner(client):
     client.post(f"{path}/{action['id']}/claim", {})
     runner = torc.Runner(client, workflow_id)
     runner.node_id, runner.tokens = make_node(client, workflow_id), False
-    assert runner._claim_action(client, action) is False
+    runner._runnable, runner._run_commands = lambda *_: [action], pytest.fail    # as they were a moment ago
+    runner.run_actions(client, ("on_worker_start",))
+    action = client.post(path, action)
+    assert [client.post(f"{path}/{action['id']}/claim", {"compute_node_id": runner.node_id})["success"]
+            for _ in range(2)] == [True, True]           # the first answer may have been lost
+    with pytest.raises(torc.Conflict):
+        client.post(f"{path}/{action['id']}/claim", {"compute_node_id": make_node(client, workflow_id)})
 
 
 def test_each_runner_of_a_persistent_action_has_a_token_of_its_own(walls):

@@ -4113,9 +4113,10 @@ def action_row(store, workflow_id, action_id):
 
 
 def claim_action(store, workflow_id, action_id, node_id, now):
-    """In a transaction: claim an action. Raises NotFound; Conflict if another node has it."""
-    executed, persistent, _ = action_row(store, workflow_id, action_id)
-    if executed and not persistent:
+    """In a transaction: claim an action; a node may do so again, if it did not get the answer.
+    Raises NotFound; Conflict if another node has it."""
+    executed, persistent, owner = action_row(store, workflow_id, action_id)
+    if executed and not persistent and (not node_id or owner != node_id):
         raise Conflict(f"action {action_id} has been claimed by another compute node")
     store.execute("""
         UPDATE workflow_action
@@ -9485,12 +9486,15 @@ class Acting:
             if self.draining and triggers == JOB_TRIGGERS:
                 return                    # left for the next runner
             self.tried_actions.add(action["id"])
-            if not self._claim_action(client, action):
+            path = f"/workflows/{self.workflow_id}/actions/{action['id']}/claim"
+            body = {"compute_node_id": self.node_id, "tokens": self.tokens}
+            try:
+                action.update(self._retry_until_answered(client.post, path, body))
+            except Conflict:              # another runner has it
                 continue
             carry_out = self._run_commands if action["action_type"] == "run_commands" else \
                 self._schedule_nodes
             if carry_out(client, action):     # else it is given back when this runner leaves
-                path = f"/workflows/{self.workflow_id}/actions/{action['id']}/claim"
                 with contextlib.suppress(Conflict):          # it was another's by then
                     self._retry_until_answered(client.put, path, compute_node_id=self.node_id)
 
@@ -9506,19 +9510,6 @@ class Acting:
                 client.delete(f"/workflows/{self.workflow_id}/actions/{action['id']}/claim",
                               compute_node_id=self.node_id)
             return False
-
-    def _claim_action(self, client, action):
-        """Claim an action; returns False if another runner has it."""
-        actions = f"/workflows/{self.workflow_id}/actions"
-        body = {"compute_node_id": self.node_id, "tokens": self.tokens}
-        try:
-            answer = self._retry_until_answered(
-                client.post, f"{actions}/{action['id']}/claim", body)
-            action["token"] = answer.get("token", "")
-            return True
-        except Conflict:                  # or it is ours, and the answer that said so was lost
-            return any(one["id"] == action["id"] and one.get("executed_by") == self.node_id
-                       for one in self._retry_until_answered(client.get, actions))
 
     def _run_commands(self, client, action):
         """Run the commands of an action one after another, up to the first failure. Returns False
