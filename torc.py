@@ -8329,6 +8329,12 @@ def command_fault(error):
     return str(error)                     # ValueError: a NUL in it
 
 
+def code_of(verdict, limits):
+    """Return (status, return code) of a job that was ended by a verdict on it, or None."""
+    return {"oom": ("failed", limits.oom_exit_code),
+            "timeout": ("terminated", limits.timeout_exit_code)}.get(verdict)
+
+
 class Process:
     """A process that we have started: of a job, or the script of an action or a recovery."""
 
@@ -8668,8 +8674,15 @@ class Starting:
 
     def _start_ready_jobs(self):
         """Start the queued jobs that fit; one that cannot be started does not hold up others."""
+        ready = []
         with self.lock:
-            ready = list(iter(self._next, None)) if time.monotonic() >= self.retry_at else []
+            for child in list(self.queue) if time.monotonic() >= self.retry_at else ():
+                child.places = self.room.place(child.need)
+                if child.places is not None:
+                    self.queue.remove(child)
+                    ready.append(child)
+                elif child.job.get("prefetched"):
+                    break                 # those behind it need as much
         for child in ready:
             if not self.draining:
                 self._spawn(child)
@@ -8677,17 +8690,6 @@ class Starting:
             with self.lock:               # meanwhile it was decided to end
                 self.room.leave(child.need, child.places)
                 self._return([child])
-
-    def _next(self):
-        """Take the first queued job that fits off the queue. Caller holds the lock."""
-        for child in self.queue:
-            child.places = self.room.place(child.need)
-            if child.places is not None:
-                self.queue.remove(child)
-                return child
-            if child.job.get("prefetched"):
-                return None               # those behind it need as much
-        return None
 
     def _spawn(self, child):
         """Start a job's process."""
@@ -8825,7 +8827,7 @@ class Stopping:
         """Stop starting jobs, return the queued ones, and ask all jobs and scripts to end."""
         with self.talk:
             self.draining = True
-            self._return(list(self.queue))
+            self._return(self.queue)
         self._end(self._processes(), verdict, lead)
         self.wake()
 
@@ -8972,7 +8974,7 @@ class Reaping:
         meanwhile, so were their jobs."""
         with self.lock:
             told = [one for one in self.suspect_failures
-                    if now >= one[0] or self.interrupted or self.draining]
+                    if now >= one[0] or self.draining]
             self.suspect_failures = [one for one in self.suspect_failures if one not in told]
         for _, child in told:
             if self.interrupted and not child.verdict:
@@ -8987,10 +8989,8 @@ class Reaping:
         """Determine the status and return code of an attempt that has ended."""
         job, code, limits = child.job, child.code, self.limits
         status = "completed" if code == 0 else "failed"
-        if child.verdict == "oom":
-            status, code = "failed", limits.oom_exit_code
-        elif child.verdict == "timeout" and code != 0:
-            status, code = "terminated", limits.timeout_exit_code
+        if child.verdict == "oom" or child.verdict == "timeout" and code != 0:
+            status, code = code_of(child.verdict, limits)
         elif child.verdict in ("canceled", "terminated"):
             status = child.verdict
         elif code == 0 and job.get("output_files"):
@@ -9244,9 +9244,7 @@ class Talking:
     def _forget(self, children):
         """Drop children from what is held and queued. Caller holds the lock."""
         self.held.difference_update(children)
-        for child in self.queue.copy():
-            if child not in self.held:
-                self.queue.remove(child)
+        self.queue = [child for child in self.queue if child in self.held]
 
     def _patience_s(self):
         """Return how long to wait for new jobs while others may make some ready."""
@@ -9356,7 +9354,7 @@ class Talking:
         away = now - self.lease_at
         if away > lease:
             with self.lock:
-                self._forget(list(self.queue))
+                self._forget(self.queue)
                 idle = not (self.held or self.scripts)
             if idle:
                 raise Unreachable(f"{error}; it has been away for {format_duration(away)}, as long "
@@ -9691,7 +9689,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.lock = threading.Lock()
         self.talk = threading.Condition(self.lock)   # wakes the talker
         self.held = set()                 # every Child that is here and not reported yet
-        self.queue = collections.deque()  # those not started
+        self.queue = []                   # those not started
         self.children = {}                # pid: those that run; only the loop adds and removes any
         self.starts, self.returns = [], []           # to be told,
         self.done = []                    # whose completion the server has not confirmed
@@ -10386,9 +10384,7 @@ def on_other_cluster(record):
 def ended_as(state, limits):
     """{status, return_code} of the jobs that ran when an allocation ended in this state, or {}:
     they are ready again."""
-    return {"timeout": {"status": "terminated", "return_code": limits.timeout_exit_code},
-            "oom": {"status": "failed", "return_code": limits.oom_exit_code}}.get(
-                VERDICTS.get(state), {})
+    return dict(zip(("status", "return_code"), code_of(VERDICTS.get(state), limits) or ()))
 
 
 def live_allocations(client, workflow_id):
@@ -10604,7 +10600,6 @@ class SlurmRunner(Runner):
             self.end_time = max(self.end_time, time.monotonic() + left)
 
     def _leave(self):
-        self.ended.set()
         if self.steps:
             self.accounts.finish()
         super()._leave()
@@ -10623,7 +10618,7 @@ class SlurmRunner(Runner):
 
     def _completed(self, child):
         """See Runner; of a step, Slurm's accounting is asked first."""
-        if child.step and not (child.verdict or self.interrupted or self.draining):
+        if child.step and not (child.verdict or self.draining):
             self.accounts.add(child)
         else:
             super()._completed(child)
