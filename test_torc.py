@@ -5043,7 +5043,8 @@ def test_a_recovery_script_that_this_machine_cannot_start_is_tried_again(tmp_pat
     runner._run_script = script
     child = torc.Child({}, None)
     child.environment, child.done = {}, {"return_code": 1}
-    runner._recover(child, {"recovery_script": "x"})
+    child.rule = {"recovery_script": "x"}
+    runner._recover(child)
     assert calls == ["tries", "rests", "tries", True]
 
 
@@ -5346,7 +5347,7 @@ def test_a_dead_allocations_jobs_get_what_ended_them(client):
     ("OUT_OF_MEMORY", {"status": "failed", "return_code": 137}), ("CANCELLED", {}),
     ("NODE_FAIL", {}), ("PREEMPTED", {}), ("FAILED", {}), ("UNKNOWN", {})])
 def test_the_fate_of_jobs_follows_slurms_state(state, ended):
-    assert torc.ended_as(state, torc.read_limits({})) == ended
+    assert torc.ended_as(torc.VERDICTS.get(state), torc.read_limits({})) == ended
 
 
 def test_a_slurm_job_is_stored_once(client):

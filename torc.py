@@ -8329,10 +8329,10 @@ def command_fault(error):
     return str(error)                     # ValueError: a NUL in it
 
 
-def code_of(verdict, limits):
-    """Return (status, return code) of a job that was ended by a verdict on it, or None."""
-    return {"oom": ("failed", limits.oom_exit_code),
-            "timeout": ("terminated", limits.timeout_exit_code)}.get(verdict)
+def ended_as(verdict, limits):
+    """Return {status, return_code} of jobs ended by the verdict timeout or oom; {} for others."""
+    return {"timeout": {"status": "terminated", "return_code": limits.timeout_exit_code},
+            "oom": {"status": "failed", "return_code": limits.oom_exit_code}}.get(verdict, {})
 
 
 class Process:
@@ -8366,6 +8366,7 @@ class Child(Process):
     status = None                         # of the attempt, which may differ from the process's,
     return_code = None
     present = ()                          # [{id, st_mtime}] of its output files
+    rule = None                           # of its failure handler, that tries it again
     done = None                           # its completion, as the server takes it
     note = ""                             # for the tail of its stderr
     limit = None                          # bytes, enforced by the sampler
@@ -8425,6 +8426,18 @@ def own_peak():
     return int(match[1]) + 256 if match else UNKNOWN_KB    # the kernel counts in lumps
 
 
+def ancestor(pid, stats, owner):
+    """Return the job of owner (by pid) among a process's ancestors, or None. stats: of all
+    processes, the parent first."""
+    for _ in range(64):
+        pid = stats.get(pid, (0,))[0]
+        if pid <= 1:
+            return None
+        if pid in owner:
+            return owner[pid]
+    return None
+
+
 @contextlib.contextmanager
 def opened(paths):
     """Open files for a job; yields {path: descriptor}, without None. Done in Python, since
@@ -8455,108 +8468,6 @@ def read_limits(workflow):
                                    **with_defaults("resource_monitor", monitor))
     limits.stdio = with_defaults("stdio", limits.stdio or {})
     return limits
-
-
-# ---- what the jobs use
-
-class Sampler:
-    """Samples memory and CPU of the jobs every second; ends those over their memory limit."""
-
-    page = os.sysconf("SC_PAGE_SIZE")
-    tick = os.sysconf("SC_CLK_TCK")
-    series = None
-    series_at = 0.0
-
-    def __init__(self, runner):
-        self.runner = runner
-
-    def loop(self):
-        """Sample until the runner ends."""
-        while not self.runner.ended.wait(1.0):
-            children = list(self.runner.children.values())
-            if children:
-                with contextlib.suppress(OSError):
-                    self.sample(children, time.monotonic())
-
-    def sample(self, children, now):
-        """Take one sample of all processes."""
-        stats = {}                        # pid: (parent, session, CPU ticks)
-        for name in pids():
-            words = process_stat(name)
-            if words:
-                stats[int(name)] = int(words[1]), int(words[3]), int(words[11]) + int(words[12])
-        owner = {child.pid: child for child in children}
-        used = {}                         # child: [(anonymous pages, shared pages, CPU ticks), ...]
-        for pid, (parent, session, ticks) in stats.items():
-            child = owner.get(session) or self.ancestor(pid, stats, owner)
-            if child:
-                words = read_text(f"/proc/{pid}/statm").split() or (0, 0, 0)     # it has ended
-                resident, shared = int(words[1]), int(words[2])
-                used.setdefault(child, []).append((resident - shared, shared, ticks))
-        for child, processes in used.items():
-            anonymous, shared, ticks = zip(*processes)
-            self.note(child, (sum(anonymous) + max(shared)) * self.page, sum(ticks), now)
-        limits = self.runner.limits
-        if limits.granularity == "time_series" and (
-                now - self.series_at >= limits.sample_interval_seconds):
-            self.series_at = now
-            self.write_series(used)
-
-    def ancestor(self, pid, stats, owner):
-        """Return the job among a process's ancestors, or None."""
-        for _ in range(64):
-            pid = stats.get(pid, (0,))[0]
-            if pid <= 1:
-                return None
-            if pid in owner:
-                return owner[pid]
-        return None
-
-    def note(self, child, memory, ticks, now):
-        """Record a sample; end the job if it is over its memory limit."""
-        child.memory.append(memory)
-        if child.ticks and now > child.ticks[0]:
-            spent = (ticks - child.ticks[1]) / self.tick / (now - child.ticks[0])
-            child.cpu.append(max(0.0, 100 * spent))
-        child.ticks = (now, ticks)
-        if child.limit and memory > child.limit and not child.verdict:
-            self.runner.out_of_memory(child, memory)
-
-    def write_series(self, used):
-        """Append a sample of each job to the time series database."""
-        import sqlite3
-        runner = self.runner
-        try:
-            if self.series is None:
-                self.series = self.open_series()
-            now = time.time()
-            for child, processes in used.items():
-                job = child.job
-                self.series.execute("INSERT OR REPLACE INTO job_resource_samples VALUES"
-                                    " (?, ?, ?, ?, ?)", (job["id"], now, (child.cpu or [0.0])[-1],
-                                                         child.memory[-1], len(processes)))
-                self.series.execute("INSERT OR IGNORE INTO job_metadata VALUES (?, ?)",
-                                    (job["id"], job["name"]))
-            self.series.commit()
-        except (sqlite3.Error, OSError) as error:
-            runner.say(f"time series of resources are not written: {error}")
-            runner.limits.granularity = "summary"
-
-    def open_series(self):
-        """Open the database of samples, with the tables that Torc's plots read."""
-        import sqlite3
-        runner = self.runner
-        folder = os.path.join(runner.directory, "resource_utilization")
-        os.makedirs(folder, exist_ok=True)
-        series = sqlite3.connect(os.path.join(folder, f"resource_metrics_{runner.labels()[1]}.db"),
-                                 check_same_thread=False)
-        series.executescript("""
-            CREATE TABLE IF NOT EXISTS job_resource_samples (job_id INTEGER, timestamp REAL,
-                cpu_percent REAL, memory_bytes INTEGER, num_processes INTEGER,
-                PRIMARY KEY (job_id, timestamp));
-            CREATE INDEX IF NOT EXISTS samples_job ON job_resource_samples (job_id);
-            CREATE TABLE IF NOT EXISTS job_metadata (job_id INTEGER PRIMARY KEY, job_name TEXT)""")
-        return series
 
 
 # ---- progress
@@ -8654,7 +8565,7 @@ class Progress:
         os.close(self.log)
 
 
-# ---- the runner, in six parts and what holds them together
+# ---- the runner, in seven parts and what holds them together
 
 # What a part alone looks after stands at its head, as it is at first; what they share stands in
 # Runner.__init__.
@@ -8900,8 +8811,8 @@ class Stopping:
         limits.sigkill_headroom_seconds = min(limits.sigkill_headroom_seconds, share)
         limits.sigterm_lead_seconds = min(limits.sigterm_lead_seconds, share)
 
-    def out_of_memory(self, child, used):
-        """Kill a job that is over its memory limit; called by the sampler."""
+    def _out_of_memory(self, child, used):
+        """Kill a job that is over its memory limit."""
         import signal
         child.note = (f"torc: killed: used {format_bytes(used)}, the limit is "
                       f"{format_bytes(child.limit)} (resource requirements "
@@ -8990,7 +8901,7 @@ class Reaping:
         job, code, limits = child.job, child.code, self.limits
         status = "completed" if code == 0 else "failed"
         if child.verdict == "oom" or child.verdict == "timeout" and code != 0:
-            status, code = code_of(child.verdict, limits)
+            status, code = ended_as(child.verdict, limits).values()
         elif child.verdict in ("canceled", "terminated"):
             status = child.verdict
         elif code == 0 and job.get("output_files"):
@@ -9063,15 +8974,15 @@ class Reaping:
         if child.verdict == "interrupt" and code != 0:
             done["requeue"], done["status"] = True, "terminated"
         failed = done["status"] == "failed" and not self.interrupted
-        rule = self._rule(job, code) if failed else None
-        if rule and rule.get("recovery_script"):
+        child.rule = self._rule(job, code) if failed else None
+        if child.rule and child.rule.get("recovery_script"):
             self._request_step()
-            if not start_thread(self._recover, child, rule):
+            if not start_thread(self._recover, child):
                 child.note = ""           # it has been written
                 with self.lock:           # once more, later
                     self.suspect_failures.append((time.monotonic() + BACK_OFF_S, child))
             return
-        if rule:
+        if child.rule:
             done["requeue"] = True
         self._submit_completion(child)
 
@@ -9082,13 +8993,13 @@ class Reaping:
         match = match or next((rule for rule in rules if rule.get("match_all_exit_codes")), None)
         return match if match and job["attempt_id"] < match.get("max_retries", 3) else None
 
-    def _recover(self, child, rule):
+    def _recover(self, child):
         """Run a recovery script and requeue the job if it succeeds (a thread)."""
         done, code = child.done, None
         until = time.monotonic() + self._patience_s()
         while not self.draining:
             try:
-                code = self._run_script(rule["recovery_script"], child.stderr, {
+                code = self._run_script(child.rule["recovery_script"], child.stderr, {
                     **child.environment, "TORC_RETURN_CODE": str(done["return_code"])})
                 break
             except (OSError, ValueError) as error:
@@ -9124,7 +9035,7 @@ class Reaping:
                 self.talk.notify_all()
         if done["status"] in ("failed", "pending_failed", "terminated") and not self.interrupted:
             then = f" (torc logs {job['id']})"
-            rule = done.get("requeue") and self._rule(job, done["return_code"])
+            rule = child.rule
             if done.get("requeue"):
                 then = "; it will be tried again" if not rule else (
                     f"; failure handler \"{rule['handler']}\" tries it again: attempt "
@@ -9153,6 +9064,91 @@ class Reaping:
         if child.cpu:
             known["peak_cpu_percent"] = round(max(child.cpu), 1)
         return known
+
+
+class Sampling:
+    """The part of a Runner that samples memory and CPU of the jobs every second, in a thread of its
+    own, and ends those over their memory limit."""
+
+    page = os.sysconf("SC_PAGE_SIZE")
+    tick = os.sysconf("SC_CLK_TCK")
+    series = None
+    series_at = 0.0
+
+    def _sample_all(self):
+        """Sample until the runner ends."""
+        while not self.ended.wait(1.0):
+            children = list(self.children.values())
+            if children:
+                with contextlib.suppress(OSError):
+                    self._sample(children, time.monotonic())
+
+    def _sample(self, children, now):
+        """Take one sample of all processes."""
+        stats = {}                        # pid: (parent, session, CPU ticks)
+        for name in pids():
+            words = process_stat(name)
+            if words:
+                stats[int(name)] = int(words[1]), int(words[3]), int(words[11]) + int(words[12])
+        owner = {child.pid: child for child in children}
+        used = {}                         # child: [(anonymous pages, shared pages, CPU ticks), ...]
+        for pid, (parent, session, ticks) in stats.items():
+            child = owner.get(session) or ancestor(pid, stats, owner)
+            if child:
+                words = read_text(f"/proc/{pid}/statm").split() or (0, 0, 0)     # it has ended
+                resident, shared = int(words[1]), int(words[2])
+                used.setdefault(child, []).append((resident - shared, shared, ticks))
+        for child, processes in used.items():
+            anonymous, shared, ticks = zip(*processes)
+            self._note(child, (sum(anonymous) + max(shared)) * self.page, sum(ticks), now)
+        if self.limits.granularity == "time_series" and (
+                now - self.series_at >= self.limits.sample_interval_seconds):
+            self.series_at = now
+            self._write_series(used)
+
+    def _note(self, child, memory, ticks, now):
+        """Record a sample; end the job if it is over its memory limit."""
+        child.memory.append(memory)
+        if child.ticks and now > child.ticks[0]:
+            spent = (ticks - child.ticks[1]) / self.tick / (now - child.ticks[0])
+            child.cpu.append(max(0.0, 100 * spent))
+        child.ticks = (now, ticks)
+        if child.limit and memory > child.limit and not child.verdict:
+            self._out_of_memory(child, memory)
+
+    def _write_series(self, used):
+        """Append a sample of each job to the time series database."""
+        import sqlite3
+        try:
+            if self.series is None:
+                self.series = self._open_series()
+            now = time.time()
+            for child, processes in used.items():
+                job = child.job
+                self.series.execute("INSERT OR REPLACE INTO job_resource_samples VALUES"
+                                    " (?, ?, ?, ?, ?)", (job["id"], now, (child.cpu or [0.0])[-1],
+                                                         child.memory[-1], len(processes)))
+                self.series.execute("INSERT OR IGNORE INTO job_metadata VALUES (?, ?)",
+                                    (job["id"], job["name"]))
+            self.series.commit()
+        except (sqlite3.Error, OSError) as error:
+            self.say(f"time series of resources are not written: {error}")
+            self.limits.granularity = "summary"
+
+    def _open_series(self):
+        """Open the database of samples, with the tables that Torc's plots read."""
+        import sqlite3
+        folder = os.path.join(self.directory, "resource_utilization")
+        os.makedirs(folder, exist_ok=True)
+        series = sqlite3.connect(os.path.join(folder, f"resource_metrics_{self.labels()[1]}.db"),
+                                 check_same_thread=False)
+        series.executescript("""
+            CREATE TABLE IF NOT EXISTS job_resource_samples (job_id INTEGER, timestamp REAL,
+                cpu_percent REAL, memory_bytes INTEGER, num_processes INTEGER,
+                PRIMARY KEY (job_id, timestamp));
+            CREATE INDEX IF NOT EXISTS samples_job ON job_resource_samples (job_id);
+            CREATE TABLE IF NOT EXISTS job_metadata (job_id INTEGER PRIMARY KEY, job_name TEXT)""")
+        return series
 
 
 class Talking:
@@ -9663,7 +9659,7 @@ class Leaving:
         self.code = code
 
 
-class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
+class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
     """Runs jobs of one initialized workflow on this machine until nothing is left to do.
 
     Its parts share the jobs, under one lock: all in `held` until they are handed in, those not
@@ -9798,7 +9794,7 @@ class Runner(Starting, Stopping, Reaping, Talking, Acting, Leaving):
         self.waiting = self.client.clone()
         targets = [self._run_conversation, self._listener]
         if self.limits.enabled:
-            targets.append(Sampler(self).loop)
+            targets.append(self._sample_all)
         threads = [threading.Thread(target=target, daemon=True) for target in targets]
         for thread in threads:
             thread.start()
@@ -10203,15 +10199,6 @@ def worker_words(client, workflow, scheduler, request, number):
                 "startup-delay-seconds": staggered and min(60, runners // 50)})]
 
 
-def needs_whole_nodes(client, workflow_id):
-    """Return whether the workflow has multi-node jobs."""
-    wide = {record["id"] for record in client.items("/resource_requirements",
-                                                    workflow_id=workflow_id)
-            if record["num_nodes"] > 1}
-    return bool(wide) and any(job["resource_requirements_id"] in wide for job in client.items(
-        "/jobs", workflow_id=workflow_id))
-
-
 def by_steps(workflow):
     """Return whether the jobs of a workflow run as srun steps."""
     return read_limits(workflow).mode in ("slurm", "auto")
@@ -10235,8 +10222,9 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
     from shlex import quote
     if request.one_worker_per_node is None:
         request = request._replace(one_worker_per_node=(
-            scheduler["nodes"] > 1 and not by_steps(workflow)
-            and not needs_whole_nodes(client, workflow["id"])))
+            scheduler["nodes"] > 1 and not by_steps(workflow) and all(
+                need["num_nodes"] == 1 for need in client.items("/resource_requirements",
+                                                                workflow_id=workflow["id"]))))
     make_private(request.output_dir)
     words = worker_words(client, workflow, scheduler, request, number)
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
@@ -10381,12 +10369,6 @@ def on_other_cluster(record):
     return bool(cluster) and cluster != cluster_name()
 
 
-def ended_as(state, limits):
-    """{status, return_code} of the jobs that ran when an allocation ended in this state, or {}:
-    they are ready again."""
-    return dict(zip(("status", "return_code"), code_of(VERDICTS.get(state), limits) or ()))
-
-
 def live_allocations(client, workflow_id):
     """(scheduled nodes that have not ended, {Slurm job: [active compute nodes in it]}) of this
     cluster."""
@@ -10432,7 +10414,7 @@ def close_ended_allocations(client, workflow_id, watch=None, dry_run=False):
             said.append(f"allocation {number} ended ({entry.state}) with the runner on "
                         f"{node['hostname']} at work")
             if not dry_run:
-                how = ended_as(entry.state, limits)
+                how = ended_as(VERDICTS.get(entry.state), limits)     # else they are ready again
                 said[-1] += release(client, node, Evidence(
                     "allocation", f"its allocation ended: {entry.state}"), **how)
         for record in scheduled:
@@ -10517,7 +10499,108 @@ def reach_server(urls, server_id, how, note, say):
         pause = min(2 * pause, 15.0)
 
 
-class SlurmRunner(Runner):
+STEP_BYTES = {
+    "max_rss_bytes": "MaxRSS",
+    "max_vm_size_bytes": "MaxVMSize",
+    "max_disk_read_bytes": "MaxDiskRead",
+    "max_disk_write_bytes": "MaxDiskWrite"}
+STEP_COLUMNS = ("JobName", "State", "AveCPU", "NodeList", *STEP_BYTES.values())
+
+
+class Accounting(Runner):
+    """A runner that asks sacct, in a thread of its own, for the state and resource usage of steps
+    that have ended; a failed job is reported once they are known."""
+
+    pauses = (0.3, 1.0, 2.0, 4.0, 8.0)    # accounts are written a moment after the end
+    accountant = None                     # the thread, while there are any
+    no_accounts = False                   # there is no accounting here
+    unaccounted = ()                      # children, as _completed takes them
+
+    def _completed(self, child):
+        """See Runner; of a step, success is reported at once, its figures follow."""
+        if not child.step or child.verdict or self.draining:
+            super()._completed(child)
+            return
+        if child.code == 0:
+            super()._completed(child)
+        with self.lock:
+            self.accountant = self.accountant or start_thread(self._account)
+            if self.accountant:
+                self.unaccounted = [*self.unaccounted, child]
+                return
+        self._report_step(None, child)
+
+    def _leave(self):
+        if self.accountant:               # for the figures of the last steps
+            self.accountant.join(2 * sum(self.pauses))
+        super()._leave()
+
+    def _account(self):
+        """Look up steps until none is left."""
+        with contextlib.closing(self.client.clone()) as client:
+            while True:
+                with self.lock:
+                    waiting, self.unaccounted = self.unaccounted, ()
+                    if not waiting:
+                        self.accountant = None
+                        return
+                for pause in self.pauses:
+                    if self.no_accounts or not waiting:
+                        break
+                    time.sleep(pause)
+                    rows = self._ended_steps()
+                    waiting = [child for child in waiting
+                               if not self._store_figures(client, rows, child)]
+                for child in waiting:     # nothing is known of these
+                    self._report_step(None, child)
+
+    def _ended_steps(self):
+        """Return {step name: row} of the steps of this allocation that have ended."""
+        try:
+            rows = slurm_rows(len(STEP_COLUMNS), "sacct", "-n", "-P", "-j", self.allocation.job_id,
+                              "-o", ",".join(STEP_COLUMNS), again=0)
+        except TorcError as error:
+            self.say(f"steps are not accounted for: {error}")
+            self.no_accounts = True
+            return {}
+        steps = (dict(zip(STEP_COLUMNS, values)) for values in rows)
+        return {step["JobName"]: step for step in steps
+                if step["State"] not in ("", "RUNNING", "PENDING")}
+
+    def _store_figures(self, client, rows, child):
+        """Report a step if it is in the rows; returns whether it was."""
+        row = rows.get(child.step)
+        if row is None:
+            return False
+        known = {name: slurm_number(row[column], 1024) for name, column in STEP_BYTES.items()}
+        seconds = slurm_seconds(row["AveCPU"])
+        if known["max_rss_bytes"]:
+            child.figures["peak_memory_bytes"] = known["max_rss_bytes"]
+        if child.elapsed > 0 and seconds is not None:
+            child.figures["avg_cpu_percent"] = round(100 * seconds / child.elapsed, 1)
+        self._report_step(row["State"].split()[0], child)
+        known.update(zip(ATTEMPT_KEY, child.key), workflow_id=self.workflow_id,
+                     slurm_job_id=str(self.allocation.job_id), ave_cpu_seconds=seconds,
+                     node_list=row["NodeList"] or None)
+        try:
+            client.post("/slurm_stats", known)
+        except TorcError as error:
+            self.say(f"figures of job {child.job['id']} are not kept: {error}")
+        return True
+
+    def _report_step(self, state, child):
+        """Report a step that failed."""
+        if child.code == 0:
+            return
+        if self.interrupted:
+            child.verdict = "interrupt"
+        child.verdict = VERDICTS.get(state, child.verdict)
+        if child.verdict == "oom":
+            child.note = "torc: killed: out of memory (Slurm's state is OUT_OF_MEMORY)\n"
+        super()._completed(child)
+
+
+class SlurmRunner(Accounting):
     """A runner inside an allocation: its resources and its end come from Slurm.
 
     On one node it starts jobs as any runner does. On several it starts them as steps of srun, but
@@ -10568,7 +10651,6 @@ class SlurmRunner(Runner):
             self.hosts = names[:where.nodes]
             # Memory and CPUs of steps are Slurm's business, and what is measured here is srun.
             self.limits.enabled = False
-            self.accounts = Accounts(self)
             self.free_gpus = []           # srun gives each step its own
             self.room = Room(where.nodes, self.room.node, self.room.most)
         left = self._ask_time_left()
@@ -10599,11 +10681,6 @@ class SlurmRunner(Runner):
             self.from_slurm = True
             self.end_time = max(self.end_time, time.monotonic() + left)
 
-    def _leave(self):
-        if self.steps:
-            self.accounts.finish()
-        super()._leave()
-
     # -- signals: Slurm sends SIGTERM before the time limit, and when the allocation is canceled
 
     def _handle_signals(self):
@@ -10615,13 +10692,6 @@ class SlurmRunner(Runner):
             self.from_slurm = False
             self.end_time = min(self.end_time, now + lead)           # the time limit is now
         super()._handle_signals()
-
-    def _completed(self, child):
-        """See Runner; of a step, Slurm's accounting is asked first."""
-        if child.step and not (child.verdict or self.draining):
-            self.accounts.add(child)
-        else:
-            super()._completed(child)
 
     def _failure_delay_s(self, code):
         """Slurm signals the jobs of an allocation that ends as well as us, and not at once."""
@@ -10704,110 +10774,6 @@ class SlurmRunner(Runner):
             ids = {}
         super()._signal([child for child in children       # not begun yet, or Slurm is away
                          if child.step not in ids and not has_exited(child.pid)], number)
-
-
-# ---- what Slurm's accounting says of steps
-
-STEP_BYTES = {
-    "max_rss_bytes": "MaxRSS",
-    "max_vm_size_bytes": "MaxVMSize",
-    "max_disk_read_bytes": "MaxDiskRead",
-    "max_disk_write_bytes": "MaxDiskWrite"}
-STEP_COLUMNS = ("JobName", "State", "AveCPU", "NodeList", *STEP_BYTES.values())
-
-
-class Accounts:
-    """Asks sacct in a thread of its own for the state and resource usage of steps that have ended;
-    a failed job is reported once they are known."""
-
-    PAUSES = (0.3, 1.0, 2.0, 4.0, 8.0)    # accounts are written a moment after the end
-
-    def __init__(self, runner):
-        self.runner = runner
-        self.ended = []                   # what Runner._completed takes
-        self.thread = None                # while there are any
-        self.off = False                  # there is no accounting here
-
-    def add(self, child):
-        """Take a step that has ended; success is reported at once, its figures follow."""
-        if child.code == 0:
-            Runner._completed(self.runner, child)
-        with self.runner.lock:
-            self.thread = self.thread or start_thread(self._loop)
-            if self.thread:
-                self.ended.append(child)
-                return
-        self._report(None, child)
-
-    def finish(self):
-        """Wait for the figures of the last steps; the runner has ended."""
-        thread = self.thread
-        if thread:
-            thread.join(2 * sum(self.PAUSES))
-
-    def _loop(self):
-        """Look up steps until none is left."""
-        with contextlib.closing(self.runner.client.clone()) as client:
-            while True:
-                with self.runner.lock:
-                    waiting, self.ended = self.ended, []
-                    if not waiting:
-                        self.thread = None
-                        return
-                for pause in self.PAUSES:
-                    if self.off or not waiting:
-                        break
-                    time.sleep(pause)
-                    rows = self._request_step()
-                    waiting = [child for child in waiting
-                               if not self._clean_up_dead(client, rows, child)]
-                for child in waiting:     # nothing is known of these
-                    self._report(None, child)
-
-    def _request_step(self):
-        """Return {step name: row} of the steps of this allocation that have ended."""
-        try:
-            rows = slurm_rows(len(STEP_COLUMNS), "sacct", "-n", "-P", "-j",
-                              self.runner.allocation.job_id, "-o", ",".join(STEP_COLUMNS), again=0)
-        except TorcError as error:
-            self.runner.say(f"steps are not accounted for: {error}")
-            self.off = True
-            return {}
-        steps = (dict(zip(STEP_COLUMNS, values)) for values in rows)
-        return {step["JobName"]: step for step in steps
-                if step["State"] not in ("", "RUNNING", "PENDING")}
-
-    def _clean_up_dead(self, client, rows, child):
-        """Report a step if it is in the rows; returns whether it was."""
-        row = rows.get(child.step)
-        if row is None:
-            return False
-        known = {name: slurm_number(row[column], 1024) for name, column in STEP_BYTES.items()}
-        seconds = slurm_seconds(row["AveCPU"])
-        if known["max_rss_bytes"]:
-            child.figures["peak_memory_bytes"] = known["max_rss_bytes"]
-        if child.elapsed > 0 and seconds is not None:
-            child.figures["avg_cpu_percent"] = round(100 * seconds / child.elapsed, 1)
-        self._report(row["State"].split()[0], child)
-        known.update(zip(ATTEMPT_KEY, child.key), workflow_id=self.runner.workflow_id,
-                     slurm_job_id=str(self.runner.allocation.job_id), ave_cpu_seconds=seconds,
-                     node_list=row["NodeList"] or None)
-        try:
-            client.post("/slurm_stats", known)
-        except TorcError as error:
-            self.runner.say(f"figures of job {child.job['id']} are not kept: {error}")
-        return True
-
-    def _report(self, state, child):
-        """Report a step that failed."""
-        if child.code == 0:
-            return
-        if self.runner.interrupted:
-            child.verdict = "interrupt"
-        child.verdict = VERDICTS.get(state, child.verdict)
-        if child.verdict == "oom":
-            child.note = "torc: killed: out of memory (Slurm's state is OUT_OF_MEMORY)\n"
-        Runner._completed(self.runner, child)
 
 
 # ---- HPC profiles
