@@ -5523,8 +5523,13 @@ def test_gpus_are_counted_in_generic_resources(text, gpus):
      {"gpus_per_node": 4, "gpu_type": "a100", "max_walltime_secs": None}),
     ("old|8|8000|n/a|(null)|3", scontrol("old", state="DOWN"), None),
     ("sinfo: something odd", "", None), ("", "", None)])
-def test_partitions_are_read_from_what_slurm_prints(line, more, expected):
-    found = torc.read_partitions(line + "\n", more + "\n")
+def test_partitions_are_read_from_what_slurm_prints(monkeypatch, line, more, expected):
+    monkeypatch.setattr(torc, "run_program", lambda words, *_: (
+        0, line if words[0] == "sinfo" else more, ""))
+    found = torc.slurm_profile().partitions if expected else ()
+    if not expected:
+        with pytest.raises(torc.TorcError, match="names no usable partition"):
+            torc.slurm_profile()
     assert len(found) == (expected is not None)
     for name, value in (expected or {}).items():
         assert getattr(found[0], name) == value, name
@@ -5536,9 +5541,9 @@ def want(cpus, memory, walltime_s, gpus=0, nodes=1):
 
 
 def test_a_partition_with_nodes_of_two_kinds_is_read_as_two():
-    found = torc.read_partitions(
-        "mix*|64|256000|2-00:00:00|(null)|100\nmix*|64|256000|2-00:00:00|(null)|20\n"
-        "mix*|64|512000|2-00:00:00|gpu:a100:4|8\n", scontrol("mix"))
+    found = torc.read_partitions([row.split("|") for row in (
+        "mix*|64|256000|2-00:00:00|(null)|100", "mix*|64|256000|2-00:00:00|(null)|20",
+        "mix*|64|512000|2-00:00:00|gpu:a100:4|8")], scontrol("mix"))
     assert [(one.memory_mb, one.gpus_per_node, one.max_nodes) for one in found] == [
         (256_000, None, 120), (512_000, 4, 8)]
     profile = torc.Profile("x", "x", "", (), found)
@@ -5739,11 +5744,16 @@ def test_levels_of_different_width_get_allocations_of_their_own():
 
 
 def test_levels_follow_files_and_user_data():
-    levels, after = torc.dependency_levels([
-        {"output_file_ids": [1], "resource_requirements_id": 1},
-        {"input_file_ids": [1], "output_user_data_ids": [1], "resource_requirements_id": 2},
-        {"input_user_data_ids": [1], "resource_requirements_id": 1}])
-    assert levels == [0, 1, 2] and after == [set(), {0}, {1}]
+    parts = torc.group_jobs([
+        {"name": "a", "output_file_ids": [1], "resource_requirements_id": 1},
+        {"name": "b", "input_file_ids": [1], "output_user_data_ids": [1], "resource_requirements_id": 2},
+        {"name": "c", "input_user_data_ids": [1], "resource_requirements_id": 1},
+        {"name": "d", "depends_on_job_ids": [1, 2], "resource_requirements_id": 1}], [LITTLE, HALF])
+    assert [(part.level, part.levels, part.after) for part in parts] == [
+        (0, [["a"]], set()), (1, [["b"]], {(0, 1)}), (2, [["c", "d"]], {(0, 1), (1, 2)})]
+    circle = [{"name": "x", "depends_on_job_ids": [other], "resource_requirements_id": 1} for other in (2, 1)]
+    with pytest.raises(torc.TorcError, match="in a circle can never run"):
+        torc.group_jobs(circle, [LITTLE])
 
 
 def test_jobs_without_requirements_cannot_be_planned():

@@ -11010,18 +11010,14 @@ def gpus_in(gres):
     return number or None, kind
 
 
-def read_partitions(sinfo, scontrol):
-    """Partitions from the output of `sinfo -e -h -o '%P|%c|%m|%l|%G|%D'` and `scontrol -o show
-    partition`: one for each kind of nodes; those that cannot be used now are left out."""
+def read_partitions(rows, scontrol):
+    """Partitions from the rows of `sinfo -e -h -o '%P|%c|%m|%l|%G|%D'` and the output of `scontrol
+    -o show partition`: one for each kind of nodes; those that cannot be used now are left out."""
     more, found = {}, {}
     for line in scontrol.splitlines():
         fields = dict(word.partition("=")[::2] for word in line.split())
         more[fields.get("PartitionName")] = fields
-    for line in sinfo.splitlines():
-        words = [word.strip() for word in line.split("|")]
-        if len(words) != 6:
-            continue
-        marked, cpus, memory, limit, gres, nodes = words
+    for marked, cpus, memory, limit, gres, nodes in rows:
         name, cpus, memory = marked.rstrip("*"), slurm_number(cpus), slurm_number(memory)
         fields = more.get(name, {})
         if not cpus or fields.get("State", "UP") != "UP" or fields.get("RootOnly") == "YES":
@@ -11048,7 +11044,7 @@ def read_partitions(sinfo, scontrol):
 
 def slurm_profile():
     """Return the profile of this cluster as Slurm describes it. Raises TorcError."""
-    partitions = read_partitions(slurm("sinfo", "-e", "-h", "-o", "%P|%c|%m|%l|%G|%D"),
+    partitions = read_partitions(slurm_rows(6, "sinfo", "-e", "-h", "-o", "%P|%c|%m|%l|%G|%D"),
                                  slurm("scontrol", "-o", "show", "partition"))
     if not partitions:
         raise TorcError("sinfo names no usable partition: check with `sinfo`")
@@ -11205,28 +11201,25 @@ class Part(NamedTuple):
 
 
 def dependency_levels(jobs):
-    """Return ([level of each job], [indexes of the jobs that each waits for]).
+    """Return {job: (level, number of its requirement)}, and {job: those of what it waits for}.
 
-    jobs: as in a payload, where the first has the id 1. Level 0 waits for nothing; others are one
-    above the highest they wait for; what waits for itself in a circle stays at 0.
+    jobs: as in a payload; they are named by their ids, from 1 on. Level 0 waits for nothing; others
+    are one above the highest they wait for. Raises TorcError if there is none, in a circle.
     """
     import graphlib
-    graph, parents = waits_for(jobs), []
-    for place in range(len(jobs)):
-        found = set()
-        for one in graph[place + 1]:
-            found.update(graph.get(one, ()) if isinstance(one, tuple) else [one])
-        parents.append({number - 1 for number in found} - {place})
-    sorter = graphlib.TopologicalSorter(dict(enumerate(parents)))
-    with contextlib.suppress(graphlib.CycleError):
-        sorter.prepare()
-    levels, level, ready = [0] * len(jobs), 0, sorter.get_ready()
-    while ready:
-        for place in ready:
-            levels[place] = level
-        sorter.done(*ready)
-        level, ready = level + 1, sorter.get_ready()
-    return levels, parents
+    graph, keys, after = waits_for(jobs), {}, {}
+    try:
+        order = list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError:
+        raise TorcError("jobs that wait for each other in a circle can never run: remove one of "
+                        "their dependencies") from None
+    for one in order:                     # a job, or a file or user data that some write
+        after[one] = set().union(*({keys[before]} if before in keys else after[before]
+                                   for before in graph.get(one, ())))
+        if isinstance(one, int):
+            keys[one] = (max((level for level, _ in after[one]), default=-1) + 1,
+                         jobs[one - 1]["resource_requirements_id"])
+    return keys, after
 
 
 def group_jobs(jobs, requirements):
@@ -11240,17 +11233,16 @@ def group_jobs(jobs, requirements):
         raise TorcError(f"without resource_requirements it is unknown what to request from Slurm: "
                         f"{plural(len(bare), 'job')} {'has' if len(bare) == 1 else 'have'} none "
                         f"({join_names(bare, 4)})")
-    levels, parents = dependency_levels(jobs)
-    keys = list(zip(levels, (job["resource_requirements_id"] for job in jobs)))
+    keys, after = dependency_levels(jobs)
     parts = {}
-    for job, key, others in zip(jobs, keys, parents):
+    for one, job in enumerate(jobs, 1):
+        key = level, number = keys[one]
         if key not in parts:
-            level, number = key
             record = requirements[number - 1]
             runtime_s = max(1, parse_duration(record.get("runtime") or "PT1H"))
             parts[key] = Part(read_need(record), number, runtime_s, level, [[]], set())
         parts[key].levels[0].append(job["name"])
-        parts[key].after.update(keys[other] for other in others)
+        parts[key].after.update(after[one])
     return [parts[key] for key in sorted(parts)]
 
 
@@ -11375,7 +11367,6 @@ def plan_allocations(parts, profile, account, *, partition=None, walltime=None,
     Returns [{"scheduler": record, "num_allocations", "jobs", "trigger", "trigger_jobs": those that
     must be ready, "start_one_worker_per_node"}, ...]. Raises TorcError when nothing fits.
     """
-    import functools
     wish = WalltimePolicy(strategy, multiplier, walltime and parse_walltime(walltime))
     choose = functools.lru_cache(None)(
         functools.partial(choose_partition, profile, partition, wish))
@@ -11506,18 +11497,17 @@ def specification_text(document, as_json):
     except ImportError:
         raise MissingPackage("PyYAML", "writing YAML") from None
 
-    old, new = (kind.yaml_implicit_resolvers for kind in (yaml.SafeDumper, core_loader(yaml)))
-
     class Dumper(yaml.SafeDumper):
         """Quotes what either version would not read as a string; multi-line strings are blocks."""
-        yaml_implicit_resolvers = {letter: [*old.get(letter, ()), *new.get(letter, ())]
-                                   for letter in {*old, *new}}
-
         def ignore_aliases(self, data):
             return True
 
-    Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
+    def represent(dumper, text):
+        # The versions differ in what is a number: 1e3, 0o17, 12:30.
+        style = "|" if "\n" in text else "'" if re.match(r"[-+]?\.?\d", text) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, represent)
     return yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
