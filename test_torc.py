@@ -6064,6 +6064,15 @@ def test_a_wrong_profile_is_explained(cli, text, fault):
     assert fault in errors
 
 
+def test_a_profile_that_cannot_be_read_hides_no_other(cli):
+    home = Path(os.environ["HOME"]) / ".torc" / "hpc"
+    home.mkdir(parents=True)
+    (home / "a.json").symlink_to("nowhere")
+    (home / "b.json").write_text('{"name": "blue", "partitions": []}')
+    _, out, errors = cli("hpc", "list", ok=0)
+    assert "blue" in out and f"torc: {home}/a.json is left out: it cannot be read" in errors
+
+
 def test_match_marks_the_best_partition(cli):
     rows = cli_json(cli, "hpc", "match", "kestrel", "--cpus", "52", "--memory", "100g",
                     "--walltime", "PT6H")["partitions"]

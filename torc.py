@@ -10944,16 +10944,16 @@ def read_profile(path):
 
 
 def known_profiles():
-    """Return {name: Profile}: the user's own in ~/.torc/hpc first, then the built-in ones.
-
-    Raises TorcError for a file that is wrong.
-    """
-    directory, own = torc_home("hpc"), {}
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        for name in sorted(os.listdir(directory)):
-            if name.endswith(".json"):
-                profile = read_profile(os.path.join(directory, name))
-                own[profile.name] = profile
+    """Return {name: Profile}: the user's own in ~/.torc/hpc first, then the built-in ones. A file
+    that cannot be read is mentioned. Raises TorcError for one that is wrong."""
+    import glob
+    own = {}
+    for path in sorted(glob.glob(f"{glob.escape(torc_home('hpc'))}/*.json")):
+        if os.access(path, os.R_OK):
+            profile = read_profile(path)
+            own[profile.name] = profile
+        else:
+            print(f"torc: {path} is left out: it cannot be read by you", file=sys.stderr)
     return {**own, **BUILT_IN_PROFILES, **own}
 
 
