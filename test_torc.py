@@ -5106,7 +5106,7 @@ def test_a_failure_that_waited_to_be_told_ended_when_it_ended(run):
     ran = run({"a": "date +%s%N > ended; exit 3"})
     [result] = ran.results()["a"]
     ended = int((ran.directory / "ended").read_text()) / 1e6
-    assert -2 < torc.parse_time(result["completion_time"]) - ended < 1000 * torc.FAILURE_DELAY_S
+    assert -2 < torc.parse_time(result["completion_time"]) - ended < 1000 * torc.Runner.failure_delay_s
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
@@ -5146,9 +5146,9 @@ def test_a_signal_to_jobs_and_runner_together_fails_no_job(tmp_path, gap):
     for number in range(9):               # on a busy machine the second signal may come too late
         directory = tmp_path / str(number)
         code, between = signal_together(directory, gap)
-        if between < 0.7 * torc.FAILURE_DELAY_S:
+        if between < 0.7 * torc.Runner.failure_delay_s:
             break
-    assert code == 143 and between < torc.FAILURE_DELAY_S
+    assert code == 143 and between < torc.Runner.failure_delay_s
     with contextlib.closing(torc.LocalClient(str(directory / "x.db"))) as client:
         assert statuses(client, 1) == {"traps": "ready", "python": "ready", "sleeps": "ready",
                                        "saves": "completed", "after": "blocked"}, (directory / "run.log").read_text()
@@ -5204,8 +5204,6 @@ def slurm_bytes(text):
 
 
 @pytest.mark.parametrize("function, text, value", [
-    (torc.cpus_per_node, "4(x2),2", 2), (torc.cpus_per_node, "104", 104),
-    (torc.cpus_per_node, "", None), (torc.cpus_per_node, None, None),
     (torc.slurm_seconds, "4:05", 245.0), (torc.slurm_seconds, "1-02:00:00", 93_600.0),
     (torc.slurm_seconds, "UNLIMITED", None), (torc.slurm_seconds, "INVALID", None),
     (torc.slurm_seconds, "NOT_SET", None), (slurm_bytes, "1564K", 1564 * 1024),
@@ -5262,7 +5260,7 @@ def script_of(words=("python", "torc.py"), request=None, workflow=None, **schedu
     return torc.allocation_script(
         {"id": 3, **(workflow or {})}, {"id": 1, "name": "s", "account": "acc", "nodes": 1,
                                         "walltime": "04:00:00", **scheduler}, "wf3_1_1", request,
-        list(words))
+        list(words), "me")
 
 
 def test_the_batch_script_names_everything_and_can_be_run(tmp_path):
@@ -5274,7 +5272,7 @@ def test_the_batch_script_names_everything_and_can_be_run(tmp_path):
     assert lines == [
         "#SBATCH --job-name=wf3_1_1", "#SBATCH --output='/out put/100%%/slurm_output_wf3_sl%j.o'",
         "#SBATCH --error='/out put/100%%/slurm_output_wf3_sl%j.e'", "#SBATCH --open-mode=append",
-        "#SBATCH --chdir=/work", "#SBATCH --account=acc", "#SBATCH --time=04:00:00",
+        "#SBATCH --chdir=/work", "#SBATCH --time=04:00:00", "#SBATCH --account=acc",
         "#SBATCH --nodes=1", "#SBATCH --partition=short", "#SBATCH --mem=10g", "#SBATCH --gres=gpu:2",
         "#SBATCH --signal=B:TERM@60", "#SBATCH --reservation='my own'", "#SBATCH --requeue",
         "#SBATCH --exclusive", "#SBATCH --constraint=a&b"]
@@ -5322,6 +5320,7 @@ def test_an_allocation_is_read_from_slurms_variables(monkeypatch):
              "SLURM_JOB_CPUS_PER_NODE": "4(x2)", "SLURM_MEM_PER_CPU": "1000"}
     assert torc.read_allocation(given) == (17, 1, 2, 4, 4000 * 2**20, 0)
     assert torc.read_allocation({**given, "SLURM_MEM_PER_NODE": "99999"}).memory_bytes == 8 * 2**30
+    assert torc.read_allocation({**given, "SLURM_JOB_CPUS_PER_NODE": "8,104(x2),16"}).cpus == 8
     with pytest.raises(torc.UsageError, match="there is no SLURM_JOB_ID"):
         torc.read_allocation({})
 

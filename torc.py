@@ -7855,10 +7855,10 @@ RETURN_AHEAD_S = 0.5                      # a prefetched job not started by then
 RUNTIME_GRACE_S = 120                     # by which a requirement's runtime may exceed what is left
 STOP_LEAD_S = 10.0                        # at most, from SIGTERM to SIGKILL when a job is stopped
 SUBREAPER = 36                            # PR_SET_CHILD_SUBREAPER, linux/prctl.h
-HEARTBEAT_S = 20.0                        # a runner that has nothing to say says so as often
+HEARTBEAT_S = LEASE_MARGIN_S / 4          # a runner that has nothing to say says so as often: four
+                                          # times in the shortest lease
 BACK_OFF_S = 5.0                          # after a start that failed by the machine's fault
 FINAL_WAIT_S = 1.5                        # how long a server that is away is waited for at the end
-FAILURE_DELAY_S = 0.2                     # a failure waits so long: was it meant for all?
 JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete")
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
@@ -8197,8 +8197,7 @@ def replay_journal(client, path, records):
                 found.pop(number, None)
     step = {
         "compute_node_id": header["compute_node_id"], "step": 0, "replay": True, "held": [],
-        "starts": [{"job_id": job, "attempt_id": attempt} for job, _, attempt in starts.values()],
-        "completions": list(ends.values())}
+        "starts": attempts(starts.values()), "completions": list(ends.values())}
     try:
         client.post(f"/workflows/{header['workflow_id']}/runner_step", step)
     except NotFound:
@@ -8215,8 +8214,8 @@ def journal_path(directory, server_id, workflow_id, node_id):
 def dead_nodes(client, workflow_id):
     """Return [(compute node, Evidence), ...] of active nodes whose runner this machine knows to be
     dead."""
-    nodes = client.items("/compute_nodes", workflow_id=workflow_id, is_active=True)
-    found = ((node, local_evidence(node)) for node in nodes)
+    nodes = list(client.items("/compute_nodes", workflow_id=workflow_id, is_active=True))
+    found = zip(nodes, map(local_evidence, nodes))
     return [(node, evidence) for node, evidence in found if evidence]
 
 
@@ -8415,9 +8414,9 @@ def tail_of(path):
         return ""
 
 
-def attempts(children):
-    """Return children in the form of a step's `starts` and `returns`."""
-    return [dict(zip(("job_id", "attempt_id"), child.attempt)) for child in children]
+def attempts(keys):
+    """Return keys of children in the form of a step's `starts` and `returns`."""
+    return [{"job_id": job_id, "attempt_id": attempt_id} for job_id, _, attempt_id in keys]
 
 
 def own_peak():
@@ -8440,15 +8439,15 @@ def ancestor(pid, stats, owner):
 
 @contextlib.contextmanager
 def opened(paths):
-    """Open files for a job; yields {path: descriptor}, without None. Done in Python, since
+    """Open files for a job, /dev/null for None; yields the descriptors. Done in Python, since
     posix_spawn would block every thread while a file system hangs. Raises OSError."""
-    files = {}
+    files = []
     try:
-        for path in {*paths} - {None}:
-            files[path] = os.open(path, APPEND | os.O_TRUNC, 0o666)
+        for path in paths:
+            files.append(os.open(path or os.devnull, APPEND | os.O_TRUNC, 0o666))
         yield files
     finally:
-        for fd in files.values():
+        for fd in files:
             os.close(fd)
 
 
@@ -8492,7 +8491,7 @@ class Progress:
         """Write a line for the user and to the log; never fails."""
         self.note(f"[{iso_time(time.time())}] {text}\n")
         if not self.quiet:
-            clear = "\r\x1b[K" if self.terminal and self.drawn else ""
+            clear = "\r\x1b[K" if self.terminal else ""
             self._show(f"{clear}torc: {text}\n")
 
     def _show(self, text):
@@ -8524,8 +8523,7 @@ class Progress:
 
     def finished(self):
         """Return the number of jobs in a terminal state, or disabled."""
-        return sum(self.counts.get(name, 0) for name in
-                   ("completed", "failed", "canceled", "terminated", "disabled"))
+        return sum(self.counts.get(STATUS_NAMES[status], 0) for status in DONE_SET)
 
     def summary(self):
         """Return the nonzero counts in words."""
@@ -8541,12 +8539,11 @@ class Progress:
         self.drawn = now
         width = os.get_terminal_size(2).columns if os.isatty(2) else 80
         total, done = self.counts.get("total", 0), self.finished()
-        share = done / total if total else 1.0
-        rate = (done - (self.finished_at_start or 0)) / max(now - self.began, 0.001)
+        rate = (done - self.finished_at_start) / max(now - self.began, 0.001)
         left = f", {format_duration((total - done) / rate)} left" if rate and done < total else ""
         text = f"] {done}/{total}, {self.summary()}, {rate:.1f}/s{left}"
         room = max(4, min(30, width - len(text) - 3))
-        filled = int(share * room)
+        filled = room * done // max(total, 1)
         bar = "#" * filled + "." * (room - filled)
         if "NO_COLOR" not in os.environ:
             bar = f"\x1b[3{'1' if self.counts.get('failed') else '2'}m{bar}\x1b[0m"
@@ -8680,8 +8677,8 @@ class Starting:
             words = ["bash", child.script]
         program, words = self._program(child, words)
         with opened(child.outputs) as files:
-            actions = [(os.POSIX_SPAWN_DUP2, files.get(path, self.null), number)
-                       for number, path in enumerate([None, *child.outputs])]
+            actions = [(os.POSIX_SPAWN_DUP2, fd, number)
+                       for number, fd in enumerate([self.null, *files])]
             keywords = {"file_actions": actions, "setsigmask": [],
                         "setsigdef": [signal.SIGPIPE, signal.SIGXFSZ]}
             try:
@@ -8837,6 +8834,7 @@ class Reaping:
     """The part of a Runner that reaps its processes and turns their exits into completions: status,
     resources used, output files, failure handlers."""
 
+    failure_delay_s = 0.2                 # a failure waits so long: was it a signal for all of us?
     bury_at = 0.0                         # when to look for dead orphans
     peak_kb = 0                           # of this process itself, when it was looked up
 
@@ -8892,10 +8890,6 @@ class Reaping:
                 child.verdict = "interrupt"
             self._report(child)
 
-    def _failure_delay_s(self, code):
-        """Return how long a failure waits for a signal that was meant for the whole runner."""
-        return FAILURE_DELAY_S
-
     def _completed(self, child):
         """Determine the status and return code of an attempt that has ended."""
         job, code, limits = child.job, child.code, self.limits
@@ -8911,7 +8905,7 @@ class Reaping:
         child.status, child.return_code = status, code
         if status == "failed" and not child.verdict and child.pid:
             with self.lock:               # this may be a thread
-                due = time.monotonic() + self._failure_delay_s(code)
+                due = time.monotonic() + self.failure_delay_s
                 self.suspect_failures.append((due, child))
             self.wake()
         else:
@@ -9029,8 +9023,6 @@ class Reaping:
         with self.talk:
             self.held.discard(child)
             self.done.append(child)
-            if len(self.done) == 1:
-                self.done_since = time.monotonic()
             if len(self.done) == 1 or len(self.queue) < ENOUGH_AHEAD:
                 self.talk.notify_all()
         if done["status"] in ("failed", "pending_failed", "terminated") and not self.interrupted:
@@ -9192,7 +9184,9 @@ class Talking:
             if count:
                 counted = now
             answer = self._exchange(count)
-            if self._busy() or self.news and not self.interrupted:
+            with self.lock:               # anything held, or left to report
+                busy = self.held or self.done or self.returns or self.acting
+            if busy or self.news and not self.interrupted:
                 idle_since = None
                 continue
             verdict = 0 if self.interrupted else self._idle(answer, idle_since)
@@ -9200,15 +9194,9 @@ class Talking:
                 return self._close(verdict)
             idle_since = idle_since or now
 
-    def _busy(self):
-        """Return whether any job is held or anything is left to report."""
-        with self.lock:
-            return bool(self.held or self.done or self.returns or self.acting)
-
     def _wait_for_cause(self, idle_since):
         """Sleep until there is something to report or to ask, or the heartbeat is due."""
-        lease = self.situation.get("lease_s", 120.0)
-        deadline = time.monotonic() + min(HEARTBEAT_S, lease / 4)
+        deadline = time.monotonic() + HEARTBEAT_S
         with self.talk:
             while not (self.returns or self.news):
                 now = time.monotonic()
@@ -9216,7 +9204,7 @@ class Talking:
                 if self.done:             # together with the next ones while there is work here
                     if len(self.queue) < ENOUGH_AHEAD or self.interrupted:
                         break
-                    due = min(due, self.done_since + GATHER_S)
+                    due = min(due, now + GATHER_S)
                 if self.interrupted and not (self.held or self.acting):
                     return
                 if self.starts:           # tell about long jobs soon, about short ones never
@@ -9255,8 +9243,9 @@ class Talking:
             self.news = False
             step = self._step(
                 completions=[child.done for child in told],
-                starts=attempts(child for child in starts if child not in ended),
-                returns=attempts(returns), claim=claim, counts=count, tokens=self.tokens)
+                starts=attempts(child.key for child in starts if child not in ended),
+                returns=attempts(child.key for child in returns), claim=claim, counts=count,
+                tokens=self.tokens)
         answer = self._retry_until_answered(self._post, step)
         self._take(answer, told, starts, returns, claim)
         return answer
@@ -9332,15 +9321,11 @@ class Talking:
                     self.say(f"{error}; the jobs continue, and their results are kept until it is "
                              "back")
                 self._check_lease(time.monotonic(), error)
-                leaving = self._is_leaving()
                 with self.talk:           # a completion is no reason to ask sooner, a signal is
-                    self.talk.wait_for(lambda: not leaving and self._is_leaving(),
-                                       0.2 if leaving else pause)
+                    leaving = self.interrupted and not self.children
+                    self.talk.wait_for(lambda: not leaving and self.interrupted
+                                       and not self.children, 0.2 if leaving else pause)
                 pause = min(10.0, pause * random.uniform(1.5, 2))
-
-    def _is_leaving(self):
-        """Return whether a signal was received and all jobs have ended."""
-        return self.interrupted and not self.children
 
     def _check_lease(self, now, error):
         """Raise Unreachable if the server is away and nothing is left to do; results stay in the
@@ -9367,7 +9352,6 @@ class Talking:
                    for job in answer["jobs"]]
         with self.lock:
             del self.done[:len(told)], self.starts[:len(starts)], self.returns[:len(returns)]
-            self.done_since = now         # of those that came meanwhile
             if self.draining:
                 self.returns += claimed
             else:
@@ -9377,7 +9361,6 @@ class Talking:
             if claim and got >= claim["limit"] > 0 and answer["has_ready"]:
                 self.news = True          # there may be more that fits
             self.situation = answer
-            self.run_id = answer["run_id"]
         if told:
             self.journal.add({"ok": [child.start for child in told]})
         self._stop(answer["stop"])
@@ -9566,7 +9549,8 @@ class Leaving:
                 return None
             self.say(f"jobs cannot be started on this machine: {self.fault}")
             return 1
-        report = self._ask_for("unfinished")
+        report = self._retry_until_answered(
+            self.client.get, f"/workflows/{self.workflow_id}/unfinished")
         others = [node for node in report["active_nodes"] if node["id"] != self.node_id]
         settled = self._retry_until_answered(self._clean_up_dead, others)
         if settled:
@@ -9602,10 +9586,6 @@ class Leaving:
         return self.tries >= self.most_tries or (
             time.monotonic() - self.fault_since >= self._patience_s())
 
-    def _ask_for(self, what):
-        """GET something of the workflow, waiting for the server if necessary."""
-        return self._retry_until_answered(self.client.get, f"/workflows/{self.workflow_id}/{what}")
-
     def _lacks(self, need):
         """Return what this machine lacks for a job with these requirements, even when idle."""
         lacks = [] if self.options.max_parallel_jobs else [
@@ -9637,7 +9617,8 @@ class Leaving:
 
     def _verdict(self):
         """Return the exit code: 0 or 1 by the jobs' statuses, 3 if the time limit came first."""
-        now = self._ask_for("counts")
+        now = self._retry_until_answered(
+            self.client.get, f"/workflows/{self.workflow_id}/counts")
         self.progress.update(now)
         if self.draining and not now["is_complete"]:
             self.say(f"stopping at the time limit: {self.progress.summary()}")
@@ -9756,11 +9737,10 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
             "num_gpus": len(self.gpus), "num_nodes": len(self.room.bins),
             "compute_node_type": "local", "is_active": True, "output_dir": self.directory,
             **self.node_values})["id"]
-        server_id = self.client.server_id()
         self.journal = Journal(
-            journal_path(self.directory, server_id, self.workflow_id, self.node_id),
-            {**me, "server_id": server_id, "workflow_id": self.workflow_id,
-             "compute_node_id": self.node_id, "run_id": self.run_id, "token": self.token})
+            journal_path(self.directory, self.client.server_id(), self.workflow_id, self.node_id),
+            {**me, "workflow_id": self.workflow_id, "compute_node_id": self.node_id,
+             "token": self.token})
         self.guardian, self.guardian_pipe = start_guardian(self.journal.path, self.token)
         self.base_environment = {
             **{name: value for name, value in os.environ.items() if name not in self.hidden},
@@ -9879,8 +9859,6 @@ SLURM_TIMEOUT_S = 60                      # for one call of a Slurm program
 QUEUE_EVERY_S = 60.0                      # how often squeue is asked by those who watch
 WORKER_PATIENCE_S = 600.0                 # for which a worker looks for its server
 TIME_LIMIT_SLACK_S = 75.0                 # by which Slurm's warning may come early, and more
-DEATH_NOTICE_S = 3.0                      # from the jobs' end to ours when an allocation is ended
-OTHER_NOTICE_S = 1.0                      # the same, where no signal has ended the jobs
 CONTROLLER_AWAY = re.compile(r"Unable to contact slurm controller|Socket timed out|Connection "
                              r"refused|Zero Bytes were transmitted|Transport endpoint|has not "
                              r"answered", re.I)
@@ -10013,14 +9991,6 @@ def ask_queue(ids, **how):
         raise
 
 
-def ask_accounting(ids):
-    """Return {id: Queued} of allocations by sacct; {} where there is no accounting."""
-    with contextlib.suppress(TorcError):
-        return ask_slurm(ids, 3, "sacct", "-X", "-n", "-P", "-o", "JobIDRaw,State,NodeList",
-                         again=0)
-    return {}
-
-
 class Watch:
     """Asks Slurm for the state of allocations, all of them together, at most once a minute."""
 
@@ -10034,7 +10004,9 @@ class Watch:
         Raises TorcError if Slurm does not answer."""
         if now - self._asked >= QUEUE_EVERY_S or not ids <= set(self._found):
             known = ask_queue(ids)
-            known.update(ask_accounting(ids - set(known)))
+            with contextlib.suppress(TorcError):       # there may be no accounting
+                known.update(ask_slurm(ids - set(known), 3, "sacct", "-X", "-n", "-P",
+                                       "-o", "JobIDRaw,State,NodeList", again=0))
             self._asked = now
             self._found = {number: known.get(number, Queued("UNKNOWN")) for number in ids}
             self._unknown = {number: self._unknown.get(number, now)
@@ -10106,16 +10078,15 @@ def option_words(values, written=str):
 
 def exports_nothing(scheduler, defaults):
     """Return whether the submitter's environment is known not to reach the allocation."""
-    words = re.findall(r"--export[= ](\S+)", scheduler.get("extra") or "")
-    words += [str(value) for value in (defaults.get("export"), os.environ.get("SBATCH_EXPORT"))
-              if value]
-    return any("ALL" not in word.upper().split(",") for word in words)
+    values = [defaults.get("export"), os.environ.get("SBATCH_EXPORT"),
+              *re.findall(r"--export[= ](\S+)", scheduler.get("extra") or "")]
+    return any("ALL" not in str(value).upper().split(",") for value in values if value)
 
 
 SCRIPT = """#!/bin/bash
 {options}
 # Allocation of workflow {workflow_id}, written by torc {version}.
-export SLURM_EXPORT_ENV=ALL{user}
+export SLURM_EXPORT_ENV=ALL TORC_USERNAME={user}
 trouble() {{
     echo "torc: on $(hostname): $1" | tee -a {note} >&2
     exit 1
@@ -10126,11 +10097,11 @@ exec {words}
 """
 
 
-def allocation_script(workflow, scheduler, name, request, words, user=None):
+def allocation_script(workflow, scheduler, name, request, words, user):
     """Return the batch script of an allocation (sbatch(1)).
 
-    words: the worker's command line; user: for whom, else as the environment says. The worker takes
-    the shell's place, so that Slurm's signals reach it.
+    words: the worker's command line; user: for whom. The worker takes the shell's place, so that
+    Slurm's signals reach it.
     """
     from shlex import quote
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
@@ -10143,11 +10114,9 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
     log = os.path.join(request.output_dir.replace("%", "%%"),
                        f"slurm_output_wf{workflow['id']}_sl%j")
     options = {"job-name": name, "output": f"{log}.o", "error": f"{log}.e", "open-mode": "append",
-               "chdir": request.work_dir, "account": scheduler.get("account"),
-               "time": scheduler["walltime"], "nodes": scheduler["nodes"],
-               "ntasks-per-node": scheduler.get("ntasks_per_node")}
-    for key in ("partition", "qos", "mem", "gres", "tmp"):
-        options[key] = scheduler.get(key)
+               "chdir": request.work_dir, "time": scheduler["walltime"]}
+    for key in ("account", "nodes", "ntasks-per-node", "partition", "qos", "mem", "gres", "tmp"):
+        options[key] = scheduler.get(key.replace("-", "_"))
     # A second warning beside the worker's own clock. Slurm may send it a minute early; and srun,
     # which stands before several workers, would end them at once.
     if not request.one_worker_per_node and parse_walltime(scheduler["walltime"]) >= 300:
@@ -10173,7 +10142,7 @@ def allocation_script(workflow, scheduler, name, request, words, user=None):
     return SCRIPT.format(
         options="".join(f"#SBATCH {line}\n" for line in lines if line),
         workflow_id=workflow["id"], version=VERSION, words=" ".join(map(quote, words)),
-        user=f" TORC_USERNAME={quote(user)}" if user else "",
+        user=quote(user),
         note=quote(note) + '"$SLURM_JOB_ID".note', program=quote(program), python=quote(python),
         unreadable=quote(f"{program} cannot be read there: put torc on a file system that compute "
                          "nodes see, and submit again"),
@@ -10207,9 +10176,8 @@ def by_steps(workflow):
 def submission_environment(client):
     """Return the environment for sbatch, without that of an enclosing job or allocation."""
     kept = {name: value for name, value in os.environ.items()
-            if not name.startswith(("SLURM_", "TORC_")) or name == "SLURM_CONF"}
-    given = {"TORC_USERNAME": client.user, "TORC_PASSWORD": client.password,
-             "TORC_COOKIE_HEADER": client.cookie, "TORC_HOME": os.environ.get("TORC_HOME")}
+            if not name.startswith(("SLURM_", "TORC_")) or name in ("SLURM_CONF", "TORC_HOME")}
+    given = {"TORC_PASSWORD": client.password, "TORC_COOKIE_HEADER": client.cookie}
     return {**kept, **{name: value for name, value in given.items() if value}}
 
 
@@ -10414,9 +10382,9 @@ def close_ended_allocations(client, workflow_id, watch=None, dry_run=False):
             said.append(f"allocation {number} ended ({entry.state}) with the runner on "
                         f"{node['hostname']} at work")
             if not dry_run:
-                how = ended_as(VERDICTS.get(entry.state), limits)     # else they are ready again
-                said[-1] += release(client, node, Evidence(
-                    "allocation", f"its allocation ended: {entry.state}"), **how)
+                said[-1] += release(
+                    client, node, Evidence("allocation", f"its allocation ended: {entry.state}"),
+                    **ended_as(VERDICTS.get(entry.state), limits))
         for record in scheduled:
             if record["scheduler_id"] == number and not dry_run:
                 gone = "canceled" if entry.state in ("CANCELLED", "REVOKED") else "complete"
@@ -10440,11 +10408,6 @@ class Allocation(NamedTuple):
     restarts: int                         # how often Slurm has requeued it
 
 
-def cpus_per_node(text):
-    """Return the least number in SLURM_JOB_CPUS_PER_NODE, such as "4(x2),8", or None."""
-    return min(map(int, re.findall(r"(?:^|,)(\d+)", text or "")), default=None)
-
-
 def read_allocation(environ):
     """Return the Allocation that this process runs in. Raises UsageError outside of one."""
     job_id = environ.get("SLURM_JOB_ID", "")
@@ -10456,8 +10419,9 @@ def read_allocation(environ):
         text = environ.get(name, "")
         return int(text) if text.isdigit() else default
 
-    cpus = (cpus_per_node(environ.get("SLURM_JOB_CPUS_PER_NODE"))
-            or number("SLURM_CPUS_ON_NODE") or usable_cpus())
+    # Of nodes that differ, "4(x2),8", the least.
+    numbers = re.findall(r"(?:^|,)(\d+)", environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    cpus = min(map(int, numbers), default=0) or number("SLURM_CPUS_ON_NODE") or usable_cpus()
     memory = usable_memory()
     given = number("SLURM_MEM_PER_NODE") or cpus * number("SLURM_MEM_PER_CPU", 0)
     return Allocation(int(job_id), number("SLURM_NODEID", 0), number("SLURM_JOB_NUM_NODES", 1),
@@ -10518,11 +10482,11 @@ class Accounting(Runner):
 
     def _completed(self, child):
         """See Runner; of a step, success is reported at once, its figures follow."""
-        if not child.step or child.verdict or self.draining:
+        waits = child.step and not (child.verdict or self.draining)
+        if child.code == 0 or not waits:
             super()._completed(child)
+        if not waits:
             return
-        if child.code == 0:
-            super()._completed(child)
         with self.lock:
             self.accountant = self.accountant or start_thread(self._account)
             if self.accountant:
@@ -10610,6 +10574,7 @@ class SlurmRunner(Accounting):
     hidden = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU")       # srun takes one of three
     most_tries = 3                        # a node that cannot start jobs takes no more of them
     own_allocations = 1
+    failure_delay_s = 3.0                 # Slurm may signal jobs so long before us
 
     def __init__(self, client, workflow_id, options, allocation, config_id=None, strict=False,
                  alone=False):
@@ -10646,9 +10611,8 @@ class SlurmRunner(Accounting):
             if not self.srun:
                 raise TorcError("there is no srun on the PATH, which starts jobs in an allocation "
                                 "of several nodes")
-            names = slurm("scontrol", "show", "hostnames",
-                          os.environ.get("SLURM_JOB_NODELIST", self.host)).split()
-            self.hosts = names[:where.nodes]
+            names = os.environ.get("SLURM_JOB_NODELIST", self.host)
+            self.hosts = slurm("scontrol", "show", "hostnames", names).split()[:where.nodes]
             # Memory and CPUs of steps are Slurm's business, and what is measured here is srun.
             self.limits.enabled = False
             self.free_gpus = []           # srun gives each step its own
@@ -10692,11 +10656,6 @@ class SlurmRunner(Accounting):
             self.from_slurm = False
             self.end_time = min(self.end_time, now + lead)           # the time limit is now
         super()._handle_signals()
-
-    def _failure_delay_s(self, code):
-        """Slurm signals the jobs of an allocation that ends as well as us, and not at once."""
-        import signal
-        return DEATH_NOTICE_S if code - 128 in (signal.SIGTERM, signal.SIGKILL) else OTHER_NOTICE_S
 
     def _clean_up_dead(self, others):
         """See Runner; also asks Slurm if a runner has been silent."""
@@ -10921,8 +10880,8 @@ def read_profile(path):
     """Read a Profile from a JSON file, as `torc hpc generate` writes it. Raises TorcError."""
     record = checked_record(parse_json(path, read_spec_text(path)), Profile, path)
     signs, partitions = [], []
-    for number, one in enumerate(record.get("detection", ())):
-        what = f"{path}: detection {number + 1}"
+    for number, one in enumerate(record.get("detection", ()), 1):
+        what = f"{path}: detection {number}"
         sign = Detection(**checked_record(one, Detection, what))
         if sign.type == "env" and not sign.name:
             raise TorcError(f"{what}: the field name, of the environment variable, is missing")
@@ -10931,10 +10890,9 @@ def read_profile(path):
         except re.error:
             raise TorcError(f"{what}: {sign.value!r} is not a valid regular expression") from None
         signs.append(sign)
-    for number, one in enumerate(record["partitions"]):
-        good = checked_record(one, Partition, f"{path}: " + (
-            f'partition "{one["name"]}"' if isinstance(one, dict) and isinstance(
-                one.get("name"), str) else f"partition number {number + 1}"))
+    for number, one in enumerate(record["partitions"], 1):
+        name = isinstance(one, dict) and one.get("name") or number
+        good = checked_record(one, Partition, f"{path}: partition {json.dumps(name)}")
         partitions.append(Partition(**{**good, "features": tuple(good.get("features", ()))}))
     if record["name"] == DYNAMIC_PROFILE:
         raise TorcError(f'{path}: the name "{DYNAMIC_PROFILE}" is that of the profile that is read '
@@ -11023,7 +10981,7 @@ def read_partitions(rows, scontrol):
         if not cpus or fields.get("State", "UP") != "UP" or fields.get("RootOnly") == "YES":
             continue
         gpus, gpu_type = gpus_in(gres)
-        memory = memory if memory and memory > 1 else None   # 1: the site has configured none
+        memory = None if memory == 1 else memory             # 1: the site has configured none
         debug = "debug" in name.lower()
         one = Partition(
             name,
@@ -11072,9 +11030,9 @@ def partition_shortfalls(one, need, walltime_s, named=False):
     found = []
     if need.cpus > one.cpus_per_node:
         found.append(f"only {plural(one.cpus_per_node, 'CPU')} a node")
-    if one.memory_mb is not None and need.memory > one.memory_mb * 2**20:
+    if one.memory_mb and need.memory > one.memory_mb * 2**20:
         found.append(f"only {format_bytes(one.memory_mb * 2**20)} a node")
-    if one.max_walltime_secs is not None and walltime_s > one.max_walltime_secs:
+    if one.max_walltime_secs and walltime_s > one.max_walltime_secs:
         found.append(f"at most {format_duration(one.max_walltime_secs)}")
     if need.gpus > (one.gpus_per_node or 0):
         found.append(f"only {plural(one.gpus_per_node, 'GPU')} a node" if one.gpus_per_node
@@ -11341,7 +11299,7 @@ def resources_to_request(parts, number, walltime_s):
         memory_mb = least(memory_mb, WORKER_MB + sum(math.ceil(need.memory / 2**20)
                                                      for need in needs))
         gpus = min(gpus, sum(need.gpus for need in needs))
-    if memory_mb is not None:
+    if memory_mb:
         asked["mem"] = f"{memory_mb}M"
     if gpus and any(part.need.gpus for part in parts):
         asked["gres"] = f"gpu:{gpus}"
@@ -12008,7 +11966,8 @@ def submission(client, workflow, actions, schedulers, request):
             words = worker_words(client, workflow, scheduler, wanted, config["num_allocations"])
             scripts.append({"scheduler": scheduler["name"], "num_allocations":
                             config["num_allocations"], "script": allocation_script(
-                                workflow, scheduler, f"wf{workflow['id']}", wanted, words)})
+                                workflow, scheduler, f"wf{workflow['id']}", wanted, words,
+                                client.user)})
     if not scripts:
         raise UsageError(NO_ALLOCATIONS.format(name=f'"{workflow["name"]}"'))
     return scripts
