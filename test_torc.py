@@ -4844,8 +4844,7 @@ def test_evidence_older_than_the_last_word_of_a_runner_is_refused(client):
     [job] = runner.step(limit=1)["jobs"]
     node = client.get(f"/compute_nodes/{runner.node}")
     runner.step(held=[[job["id"], job["attempt_id"]]])    # it speaks once more
-    with pytest.raises(torc.Conflict, match="has reported since it was declared dead"):
-        torc.release(client, node, torc.Evidence("process", "it is gone"))
+    assert "has reported since it was declared dead" in torc.release(client, node, torc.Evidence("process", "it is gone"))
     assert statuses(client, workflow_id) == {"a": "running"} or statuses(client, workflow_id) == {"a": "pending"}
     node = client.get(f"/compute_nodes/{runner.node}")
     torc.release(client, node, torc.Evidence("process", "it is gone"))
