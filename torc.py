@@ -17296,6 +17296,8 @@ def parse_command(found, head, rest):
     # Intermixed, so that an optional WORKFLOW_ID may also follow the options.
     args.prog = parser.prog
     args = parser.parse_intermixed_args(rest, args)
+    args.names_output_dir = any(option.dest == "output_dir" and flag_of(word) in option.flags
+                                for option in found.options for word in rest)
     if args.format == "csv" and all(option.dest != "format" for option in found.options):
         raise UsageError(f"torc {found.name} has no CSV output (only lists do): use -f json")
     return args
@@ -17536,11 +17538,6 @@ def typed_places():
         flag = flag_of(word)
         if known.get(flag) in PLACES:
             yield known[flag], flag, words[index:index + 1 + (flag == word)]
-
-
-def names_output_dir():
-    """Whether our own command line names the output directory."""
-    return any(name == "output_dir" for name, _, _ in typed_places())
 
 
 def pasteable(sentence):
@@ -17943,7 +17940,7 @@ def do_run(args):
         return code
 
     def plan(client, target, wishes):
-        if names_workflow(args) and not names_output_dir():       # where the last run's is
+        if names_workflow(args) and not args.names_output_dir:       # where the last run's is
             last = client.get(f"/workflows/{target}/summary")["output_dir"] or ""
             if os.access(last, os.W_OK):
                 args.output_dir = last.removeprefix(os.getcwd() + "/")
@@ -20684,7 +20681,7 @@ def open_client(args, make):
     # What a job writes to stderr is read for the cause of its failure.
     say_which = None if os.environ.get("TORC_JOB_ID") else functools.partial(tell, args)
     return connect(args.database, args.url, directory, client_options(args), say_which, make,
-                   names_output_dir())
+                   args.names_output_dir)
 
 
 def client_options(args):
