@@ -2224,9 +2224,18 @@ CREATE INDEX action_token_action ON action_token (action_id);
 CREATE INDEX action_token_node ON action_token (compute_node_id);
 ALTER TABLE scheduled_compute_node ADD COLUMN action_id INTEGER      -- that asked for it
 """
+DEMAND_SCHEMA = """
+ALTER TABLE workflow ADD COLUMN env TEXT;               -- {name: value} for all jobs
+ALTER TABLE workflow ADD COLUMN limits TEXT;            -- {name: how much of it there is}
+ALTER TABLE workflow ADD COLUMN source TEXT;            -- path of the specification it was made of
+ALTER TABLE workflow ADD COLUMN automatic TEXT;         -- how allocations are requested
+ALTER TABLE job ADD COLUMN env TEXT;
+ALTER TABLE job ADD COLUMN limits TEXT;                 -- {name: how much of it the job takes}
+ALTER TABLE job ADD COLUMN timeout TEXT
+"""
 # Step n brings a database from user_version n to n + 1.
 MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
-              COUNTER_SCHEMA, EVIDENCE_SCHEMA)
+              COUNTER_SCHEMA, EVIDENCE_SCHEMA, DEMAND_SCHEMA)
 
 # File systems where several hosts may open the file, so that WAL's shared memory is unsafe.
 NETWORK_FILE_SYSTEMS = re.compile(
