@@ -641,8 +641,10 @@ BAD_JOBS = (
 )
 # A line of job "a" below its command, which is line 5, and what is said of that job.
 BAD_JOB_LINES = (
-    ("env: {A: b}",
-     "unknown field 'env' (of Torc 1.0, not supported here: set variables in the command)"),
+    *((f"env: {{{name}: {value}}}", f"env: {name}: {shown} is not a string (quote it) under a name of letters, digits "
+       "and _ without TORC_ in front") for name, value, shown in (
+           ("A b", "c", "'c'"), ("TORC_JOB_ID", "c", "'c'"), ("A", "1.10", "1.1"), ("é", "c", "'c'"))),
+    ("env: [A]", "env: ['A'] is not an object"),
     ("priority: -1", "priority: -1 is not an integer of at least 0"),
     ("priority: 1.5", "priority: 1.5 is not an integer of at least 0"),
     ("depends_on: b", "depends_on: 'b' is not a list of strings"),
@@ -3216,7 +3218,7 @@ def test_the_four_json_fields_are_checked_and_taken_as_objects_too(client, field
 
 @pytest.mark.parametrize("field, hint", [
     ("depends_on", "depends_on_job_ids takes ids"), ("depend_on_job_ids", 'did you mean "depends_on_job_ids"?'),
-    ("comand", 'did you mean "command"?'), ("env", "of Torc 1.0, not supported here"),
+    ("comand", 'did you mean "command"?'),
     ("labels", "of Torc 1.0")])
 def test_a_field_that_is_not_known_is_refused_with_the_nearest(client, field, hint):
     workflow_id, ids = make(client, {"a": []})
@@ -3639,9 +3641,9 @@ def run(tmp_path):
     """run({"name": command or fields}, *options, **top level of the spec) -> Ran."""
     clients = []
 
-    def run(jobs, *options, env=None, **top):
+    def run(jobs, *options, env=None, spec={}, **top):
         database = str(tmp_path / "x.db")
-        runner = start_run(tmp_path, write_spec(tmp_path, jobs, **top), "--database", database,
+        runner = start_run(tmp_path, write_spec(tmp_path, jobs, **spec, **top), "--database", database,
                            *options, env=env)
         code = runner.wait(100)
         clients.append(torc.LocalClient(database))
@@ -3740,6 +3742,31 @@ def test_a_job_knows_who_it_is(run):
 def test_an_invocation_script_stands_before_the_command(run):
     ran = run({"a": {"command": "echo hello", "invocation_script": "env GREETING=x"}})
     assert ran.output(1) == "hello\n"
+
+
+def test_a_job_gets_the_environment_of_its_workflow_and_its_own_wins(run):
+    ran = run({"j_{i}": {"parameters": {"i": "1:2"}, "env": {"B": "{i}", "C": "it's \"$C\" é"},
+                         "invocation_script": "test $A = w &&", "command": "echo \"$B/$C/$N\""},
+               "k": "echo $B$C"}, env={"A": "shell's", "C": "C"}, spec={"env": {"A": "w", "B": "w", "N": 8}})
+    assert [ran.output(job) for job in (1, 2, 3)] == [
+        "1/it's \"$C\" é/8\n", "2/it's \"$C\" é/8\n", "wC\n"]
+    assert ran.client.get("/workflows/1")["env"] == {"A": "w", "B": "w", "N": "8"}
+
+
+def test_what_ran_in_another_environment_is_out_of_date(client):
+    workflow_id, ids = make(client, {"a": [], "b": [], "c": ["b"]}, a={"env": {"A": "1"}})
+    run_all(client, workflow_id, Conversation(client, workflow_id))
+    client.put(f"/jobs/{ids['a']}", {"env": {"A": "1"}, "priority": 3})
+    assert changed(client, workflow_id) == {}
+    client.put(f"/jobs/{ids['a']}", {"env": {"A": "2"}})
+    assert changed(client, workflow_id) == {"a": "its environment changed"}
+    client.put(f"/workflows/{workflow_id}", {"env": {"W": "w"}})
+    assert set(changed(client, workflow_id)) == {"a", "b", "c"}
+    client.post(f"/jobs/{ids['a']}/rerun")
+    [job] = Conversation(client, workflow_id).step(limit=9)["jobs"]
+    assert json.loads(job["environment"]) == {"A": "2", "W": "w"}
+    client.put(f"/jobs/{ids['a']}", {"env": {}})
+    assert client.get(f"/jobs/{ids['a']}")["env"] == {}
 
 
 def test_a_very_long_command_runs_from_a_file(run):
@@ -9323,6 +9350,22 @@ def test_jobs_are_created_one_by_one_and_from_a_file(cli, local, tmp_path):
     assert made["jobs_created"] == 2
     jobs = {job["name"]: job["command"] for job in cli_json(cli, "jobs", "list", 1)["jobs"]}
     assert jobs["job8"] == "echo 1" and jobs["job9"] == "echo 2"
+
+
+def test_variables_are_set_and_removed_by_name(cli):
+    cli("run", "--example", "hello", ok=0)
+    cli("jobs", "update", 1, "--env", "A=1", "--env", "B=x=y", ok=0)
+    cli("jobs", "update", 1, "--env", "A=", "--env", "C=7", ok=0)
+    assert json.loads(cli("jobs", "get", 1, "-f", "json")[1])["env"] == {"B": "x=y", "C": "7"}
+    cli("workflows", "update", 1, "--env", "W=w", ok=0)
+    workflow = json.loads(cli("workflows", "get", 1, "-f", "json")[1])
+    assert workflow["env"] == {"W": "w"}
+    cli("workflows", "export", 1, "-o", "w.json", ok=0)
+    cli("workflows", "import", "w.json", ok=0)
+    copies = [json.loads(cli("jobs", "get", number, "-f", "json")[1]) for number in (1, 2)]
+    assert [job["env"] for job in copies] == [{"B": "x=y", "C": "7"}] * 2
+    code, _, err = cli("jobs", "update", 1, "--env", "TORC_JOB_ID=3")
+    assert code == 1 and "env: TORC_JOB_ID: '3' is not a string (quote it) under a name" in err
 
 
 def test_requirements_of_one_job_leave_the_others_alone(cli, local):

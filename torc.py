@@ -602,11 +602,12 @@ KINDS = {kind.table: kind for kind in (
         slurm_defaults                  json:slurm_defaults     spec map
         slurm_config                    str
         execution_config                json:execution_config   spec map
+        env                             env                                 spec env
         use_pending_failed              bool                                spec bool
         enable_ro_crate                 bool                                spec bool
         status_id                       int     server"""),
         filters=fields("name str, user str, description str, is_archived bool"),
-        unsorted="slurm_config execution_config", ops=""),
+        unsorted="slurm_config execution_config env", ops=""),
     Kind("job", "job", "/jobs", fields("""
         id                              int     server
         workflow_id                     int     required > workflow
@@ -622,6 +623,7 @@ KINDS = {kind.table: kind for kind in (
         attempt_id                      int     server
         priority                        count   = 0                         spec count
         stdio                           json:stdio                          spec map
+        env                             env                                 spec env
         schedule_compute_nodes          echo
         depends_on_job_ids              ids     > job                       as depends_on
         input_file_ids                  ids     > file                      as input_files
@@ -630,7 +632,7 @@ KINDS = {kind.table: kind for kind in (
         output_user_data_ids            ids     > user_data                 as output_user_data"""),
         filters=fields("status statuses, needs_file_id int, upstream_job_id int,"
                        " active_compute_node_id int"),
-        unsorted="priority stdio", ops="clear delete"),
+        unsorted="priority stdio env", ops="clear delete"),
     Kind("file", "file", "/files", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -850,8 +852,7 @@ HINTS = {"slurm_config": "it was removed: use slurm_defaults and execution_confi
          "retries": "use a failure_handler", "depends_on": "depends_on_job_ids takes ids",
          **dict.fromkeys(("labels", "variables", "parameters_file", "use_parameters_file",
                           "dynamic_jobs", "access_groups", "serialize_allocations", "origin",
-                          "submission_directory"), "of Torc 1.0, not supported here"),
-         "env": "of Torc 1.0, not supported here: set variables in the command"}
+                          "submission_directory"), "of Torc 1.0, not supported here")}
 
 
 # ---- reading values
@@ -869,6 +870,22 @@ def read_part(value, wanted, strict=True, partial=False):
     return good
 
 
+OBJECTS = {                               # type: pattern of NAME=VALUE, type of the value, in words
+    "env": (r"(?!TORC_)[A-Za-z_]\w*=[^\0\ud800-\udfff]*", str,
+            "a string (quote it) under a name of letters, digits and _ without TORC_ in front")}
+
+
+def read_object(value, kind):
+    """An environment, sorted by name. Raises ValueError."""
+    pattern, convert, expected = OBJECTS[kind]
+    made = {}
+    for name, one in sorted(read_value(value, "map").items()):
+        if type(one) not in (int, str) or not re.fullmatch(pattern, f"{name}={one}", re.ASCII):
+            raise ValueError(f"{name:.60}: {one!r:.60} is not {expected}")
+        made[name] = convert(one)
+    return made
+
+
 def read_value(value, kind, strict=False):
     """A value as it is kept, by its type. Raises ValueError with what is wrong; strict: unknown
     fields inside of it are."""
@@ -880,6 +897,8 @@ def read_value(value, kind, strict=False):
                              f"{did_you_mean(value, known)}")
     elif kind == "part":
         return read_part(value, PARTS[more], strict)
+    elif kind in OBJECTS:
+        return read_object(value, kind)
     elif kind == "parts" and isinstance(value, list):
         return [read_part(one, PARTS[more]) for one in value]
     elif kind == "json":                  # an object, or the text of one, which stays as it is
@@ -1316,11 +1335,12 @@ def placeholder(names):
 
 
 def substitute(text, values, escape=False):
-    """Put parameter values in place of {name} and {name:03d}; ${name} is the shell's and stays.
+    """Put parameter values in place of {name} and {name:03d} in a string; ${name} is the shell's
+    and stays.
 
     escape: into a regular expression. Raises ValueError when a format does not suit a value.
     """
-    if "{" not in text or not values:
+    if not isinstance(text, str) or "{" not in text or not values:
         return text
 
     def put(match):
@@ -1396,7 +1416,8 @@ def expand(place, record, shared):
         return 0, ()
     for name, value in record.items() if shared or found else ():
         for text in value if isinstance(value, list) else [value]:
-            rest = isinstance(text, str) and leftover(text, {**shared, **found}, found)
+            rest = (isinstance(text, str) or name in OBJECTS) and leftover(
+                str(text), {**shared, **found}, found)
             if rest:
                 place.fault(f"{name}: {rest} is left as it is: write {{name}} or {{name:format}} "
                             "with the name of a parameter of it (parameters, use_parameters)",
@@ -1415,26 +1436,30 @@ def expanded(place, record, rows):
         one = {}
         for name, value in record.items():
             try:
-                if isinstance(value, str):
-                    value = substitute(value, row)
-                elif isinstance(value, list):
+                if isinstance(value, list):
                     escape = name.endswith("_regexes")
-                    value = dict.fromkeys(substitute(item, row, escape) for item in value)
+                    value = [{substitute(item, row, escape): None} for item in value]
+                elif isinstance(value, dict):
+                    value = {substitute(key, row): substitute(item, row)
+                             for key, item in value.items()}
+                else:
+                    value = substitute(value, row)
             except ValueError as error:
                 place.fault(f"{name}: {error}", name)
                 return
             one[name] = value
         before = merged.setdefault(one["name"], one)
         for name, value in one.items() if before is not one else ():
-            if isinstance(record[name], list):
-                before[name].update(value)
+            if isinstance(value, list):   # what each item gives stays together
+                for items, more in zip(before[name], value):
+                    items.update(more)
             elif before[name] != value:
                 place.fault(f"{name} differs between combinations of parameters that all give the "
                             f"name {one['name']!r}: add the placeholder to the name", name)
                 return
     for one in merged.values():
-        yield {name: list(value) if isinstance(record[name], list) else value
-               for name, value in one.items()}
+        yield {name: list(dict.fromkeys(itertools.chain(*value))) if isinstance(value, list) else
+               value for name, value in one.items()}
 
 
 # ---- names
@@ -1696,7 +1721,7 @@ def check_top(place, top):
             "enabled": True, **inner.check(monitor, PARTS["resource_monitor"])}
     if "execution_config" in top:
         record["execution_config"] = check_execution(place, top)
-    return {name: compact(value) if isinstance(value, dict) else value
+    return {name: compact(value) if isinstance(value, dict) and name not in OBJECTS else value
             for name, value in record.items() if value != {}}
 
 
@@ -2231,7 +2256,18 @@ ALTER TABLE workflow ADD COLUMN source TEXT;            -- path of the specifica
 ALTER TABLE workflow ADD COLUMN automatic TEXT;         -- how allocations are requested
 ALTER TABLE job ADD COLUMN env TEXT;
 ALTER TABLE job ADD COLUMN limits TEXT;                 -- {name: how much of it the job takes}
-ALTER TABLE job ADD COLUMN timeout TEXT
+ALTER TABLE job ADD COLUMN timeout TEXT;
+CREATE TRIGGER env_changes AFTER UPDATE OF env ON job WHEN OLD.env IS NOT NEW.env BEGIN
+    UPDATE job SET outdated = outdated | 32 WHERE id = NEW.id;
+END;
+CREATE TRIGGER workflow_env_changes AFTER UPDATE OF env ON workflow
+WHEN OLD.env IS NOT NEW.env BEGIN
+    UPDATE job SET outdated = outdated | 32 WHERE workflow_id = NEW.id;
+END;
+CREATE VIEW job_to_run AS
+    SELECT j.*, w.run_id, CASE WHEN w.env IS NULL THEN j.env
+        ELSE json_patch(w.env, coalesce(j.env, '{}')) END AS environment
+    FROM job j JOIN workflow w ON w.id = j.workflow_id
 """
 # Step n brings a database from user_version n to n + 1.
 MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
@@ -2671,16 +2707,20 @@ def columns(kind):
             if field.type not in ("ids", "echo") and field.name != "status_id"]
 
 
+AS_JSON = ("any", *OBJECTS)               # types whose values are stored as JSON
+
+
 def to_column(field, value):
     """A JSON value as SQLite stores it."""
     if value is None:
         return None
     if field.type == "status":
         return STATUS_OF_NAME[value]
-    return compact(value) if field.type == "any" else value
+    return compact(value) if field.type in AS_JSON else value
 
 
-FROM_COLUMN = {"bool": bool, "status": STATUS_NAMES.__getitem__, "any": json.loads,
+FROM_COLUMN = {"bool": bool, "status": STATUS_NAMES.__getitem__,
+               **dict.fromkeys(AS_JSON, json.loads),
                "ids": json.loads}         # of an action; those of a job have tables of their own
 
 
@@ -2748,7 +2788,7 @@ def add_many(store, kind, records):
     for field in columns(kind):
         if field.name in given:
             values[field.name] = [record.get(field.name, field.default) for record in records]
-            if field.type in ("status", "any"):
+            if field.type in ("status", *AS_JSON):
                 values[field.name] = [to_column(field, value) for value in values[field.name]]
     if kind.derive and records:
         derived = [kind.derive(record) for record in records]
@@ -3186,7 +3226,7 @@ def require_unblocked(store, ids):
 
 # The bits of job.outdated, in words. Triggers set them, a claim clears them. What does not affect
 # the outcome, such as resources and priority, is not among them. Upstream: the job input hash.
-OUTDATED = {1: "command", 2: "dependencies", 4: "input files", 8: "user data"}
+OUTDATED = {1: "command", 2: "dependencies", 4: "input files", 8: "user data", 32: "environment"}
 RAN_AGAIN = 16
 
 
@@ -3196,7 +3236,7 @@ def changes_since(store, where, params):
     changed = {}
     for job_id, bits, name in store.query(f"""
             SELECT j.id,
-                j.outdated & CASE WHEN j.status IN {RAN} THEN -1 ELSE {RAN_AGAIN - 1} END AS bits,
+                j.outdated & CASE WHEN j.status IN {RAN} THEN -1 ELSE {~RAN_AGAIN} END AS bits,
                 (SELECT min(p.name) FROM job_dependency d
                  JOIN job p ON p.id = d.depends_on_job_id
                  WHERE d.job_id = j.id AND p.result_id > j.result_id)
@@ -3626,15 +3666,15 @@ def compare_held(store, workflow_id, owned, held):
             for job_id, attempt_id in strays], [job.id for job in unknown if job.status == PENDING]
 
 
-def claimed_jobs(store, ids, run_id, prefetched=()):
+def claimed_jobs(store, ids, prefetched=()):
     """Claimed jobs as the runner needs them, in the order of `ids`, and their requirements."""
     names = ("id", "workflow_id", "name", "command", "invocation_script",
-             "resource_requirements_id", "failure_handler_id", "attempt_id", "priority", "stdio")
+             "resource_requirements_id", "failure_handler_id", "attempt_id", "priority", "stdio",
+             "environment", "run_id")
     text = compact(ids)
     jobs = {}
-    for row in store.query(f"SELECT {', '.join(names)} FROM job WHERE id IN {IDS}", (text,)):
+    for row in store.query(f"SELECT {', '.join(names)} FROM job_to_run WHERE id IN {IDS}", (text,)):
         jobs[row[0]] = {name: value for name, value in zip(names, row) if value is not None}
-        jobs[row[0]]["run_id"] = run_id
     for job_id in prefetched:
         jobs[job_id]["prefetched"] = True
     for job_id, file_id, path in store.query(f"""
@@ -3694,7 +3734,7 @@ def runner_step(store, workflow_id, step, now):
                 chosen += claimed
             if chosen or extra:
                 answer["jobs"], answer["requirements"] = claimed_jobs(
-                    store, chosen + extra, run_id, extra)
+                    store, chosen + extra, extra)
         if step.get("closing"):
             close_node(store, node_id, now)
     state = situation(store, workflow_id)
@@ -8698,7 +8738,8 @@ class Starting:
     def _environment_of(self, record):
         """Return the environment of a job or a claimed action. Its password is a token of its own
         where the server issues one."""
-        known = {**self.base_environment, **self.client.job_environment()}
+        known = {**self.base_environment, **json.loads(record.get("environment", "{}")),
+                 **self.client.job_environment()}
         if self.tokens:
             known.update(TORC_USERNAME=self.client.user, TORC_PASSWORD=record.get("token", ""))
         return known
@@ -18376,6 +18417,16 @@ def options_for(args, wanted):
     return values
 
 
+def assign(client, path, body):
+    """Replace texts NAME=VALUE by the object of the record at a path with these set in it; NAME=
+    removes."""
+    for field in OBJECTS.keys() & body.keys():
+        made = client.get(path).get(field, {})
+        for text in body[field]:
+            name, _, made[name] = text.partition("=")
+        body[field] = {name: value for name, value in made.items() if value}
+
+
 def gather(args, client, path, keep=None, **more):
     """Request the records of a list that the options select. keep: a filter that the server lacks.
     Raises UsageError for an unknown sort field."""
@@ -18408,6 +18459,7 @@ def api_command(name, place, summary, *texts, example="", noun="", columns="", t
             return show_list(args, key, noun, columns, gather(args, client, path))
         endpoint, _ = find_endpoint(method, path)
         body = options_for(args, endpoint.body or ())
+        assign(client, path, body)
         if before:
             body = before(args, client, body)
         if method == "PUT" and not body:
@@ -18639,18 +18691,21 @@ def do_workflows_list(args, client):
               ["archived"] if archived is False else [])
 
 
+SETTINGS = """
+    --env VARIABLE...  NAME=VALUE for the environment, NAME= to remove it; may be repeated
+    """
 api_command("workflows get", "GET /workflows/{workflow_id}",
             "Show a workflow's settings.",
             WORKFLOW)
 api_command("workflows update", "PUT /workflows/{workflow_id}",
-            "Change a workflow's name, description, owner, project or metadata.",
+            "Change a workflow's settings.",
             WORKFLOW, """
             -n, --name NAME
             -d, --description TEXT
             --owner-user USER -> user
             --project TEXT
             --metadata JSON
-            """,
+            """, SETTINGS,
             told="Updated workflow {id}",
             example="torc workflows update 3 -d 'second try'")
 
@@ -18830,7 +18885,7 @@ api_command("jobs update", "PUT /jobs/{id}",
             -c, --command COMMAND
             --priority NUMBER
             --resource-requirements-id RESOURCE_REQUIREMENTS_ID
-            """, REQUIREMENTS,
+            """, SETTINGS, REQUIREMENTS,
             before=own_requirements,
             told="Updated job {id}",
             example="torc jobs update 17 --memory 2g --runtime PT2H")
