@@ -602,10 +602,12 @@ BAD_JOBS = (
      "3: jobs depend on each other in a circle: a -> a"),
     ('{name: a, command: "echo ${file.output.z}"}',
      '3: job "a": command: ${file.output.z} is not one of ${files.input.NAME}, '
-     "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}"),
+     "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}, or ${files.input}, ${files.output} of a "
+     "job that lists such files"),
     ('{name: a, command: "echo ${files.output.z"}',
      '3: job "a": command: ${files.output.z is not one of ${files.input.NAME}, '
-     "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}"),
+     "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}, or ${files.input}, ${files.output} of a "
+     "job that lists such files"),
     ("name: a_{i}\n    command: c\n    parameters: {i: '5:1'}",
      "5: job \"a_{i}\": parameter i: '5:1' is empty: from 5 to 1 the step must be negative"),
     ("name: a_{i}\n    command: c\n    parameters: {i: '1:5:0'}",
@@ -645,6 +647,9 @@ BAD_JOB_LINES = (
        "and _ without TORC_ in front") for name, value, shown in (
            ("A b", "c", "'c'"), ("TORC_JOB_ID", "c", "'c'"), ("A", "1.10", "1.1"), ("é", "c", "'c'"))),
     ("env: [A]", "env: ['A'] is not an object"),
+    ("invocation_script: cat ${files.input} |", "invocation_script: ${files.input} is not one of ${files.input.NAME}, "
+     "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}, or ${files.input}, ${files.output} of a "
+     "job that lists such files"),
     ("priority: -1", "priority: -1 is not an integer of at least 0"),
     ("priority: 1.5", "priority: 1.5 is not an integer of at least 0"),
     ("depends_on: b", "depends_on: 'b' is not a list of strings"),
@@ -926,6 +931,27 @@ def test_variables_do_not_drop_the_explicit_lists():
     assert job["command"] == "cat pa > po; echo '{\"x\":[1,2]}' ${HOME}"
     assert job["invocation_script"] == "with pb"
     assert (job["input_file_ids"], job["output_file_ids"], job["input_user_data_ids"]) == ([2, 1], [3], [1])
+
+
+def test_all_files_of_a_job_stand_in_its_command_in_declared_order():
+    spec = torc.read_spec("s.yaml", textwrap.dedent("""
+        name: w
+        parameters: {i: "1:2"}
+        files:
+          [{name: a, path: pa}, {name: b, path: it's}, {name: "f{i}", path: "$p{i}", use_parameters: [i]}, {name: o, path: po}]
+        jobs:
+          - name: j
+            use_parameters: [i]
+            command: test ${files.input.a}; cat ${files.input} > ${files.output.o}
+            input_files: ["f{i}", b]
+            input_file_regexes: ["f1", "^b"]
+            output_files: [o]
+            invocation_script: touch ${files.output};
+        """))
+    [job] = spec.payload["jobs"]
+    assert job["command"] == "test pa; cat '$p1' '$p2' 'it'\"'\"'s' > po"
+    assert (job["input_file_ids"], job["output_file_ids"]) == ([3, 4, 2, 1], [5])
+    assert job["invocation_script"] == "touch po;"
 
 
 def test_a_monitor_section_without_enabled_does_not_turn_monitoring_off():

@@ -1613,8 +1613,14 @@ class Reader:
                         ids.append(self._find(place, name, one, field.refers))
                 if ids:
                     made[known] = list(dict.fromkeys(ids))
+        import shlex
+        every = {f"${{files.{way}}}": shlex.join(
+            self.records["file"][number - 1].get("path", "")
+            for number in made.get(f"{way}_file_ids", ()) if number) for way in ("input", "output")}
         for name in ("command", "invocation_script"):
             if name in made:
+                for variable, paths in every.items():
+                    made[name] = made[name].replace(variable, paths or variable)
                 made[name] = self._variables(made[name], place, name, made)
         return made
 
@@ -1642,7 +1648,8 @@ class Reader:
             return text
         for match in NEARLY_VARIABLE.finditer(VARIABLE.sub("", text)):
             place.fault(f"{field}: {match[0]} is not one of ${{files.input.NAME}}, "
-                        "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}",
+                        "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}, "
+                        "or ${files.input}, ${files.output} of a job that lists such files",
                         field)
         return VARIABLE.sub(put, text)
 
