@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -646,6 +647,8 @@ BAD_JOB_LINES = (
     *((f"env: {{{name}: {value}}}", f"env: {name}: {shown} is not a string (quote it) under a name of letters, digits "
        "and _ without TORC_ in front") for name, value, shown in (
            ("A b", "c", "'c'"), ("TORC_JOB_ID", "c", "'c'"), ("A", "1.10", "1.1"), ("é", "c", "'c'"))),
+    ("limits: [io]", 'limits: it asks for {"io":1}, the workflow has {}'),
+    ("limits: {io: 0}", "limits: io: 0 is not an integer of at least 1 under a name without blanks and ="),
     ("env: [A]", "env: ['A'] is not an object"),
     ("invocation_script: cat ${files.input} |", "invocation_script: ${files.input} is not one of ${files.input.NAME}, "
      "${files.output.NAME}, ${user_data.input.NAME}, ${user_data.output.NAME}, or ${files.input}, ${files.output} of a "
@@ -1420,6 +1423,88 @@ def test_jobs_are_packed_by_resources(api, kinds, want, limit, claimed):
     workflow_id, _ = make(api, graph, requirements=SIZES, **{
         f"j{number}": {"resource_requirements_id": kind + 1} for number, kind in enumerate(kinds)})
     assert claim_resources(api, workflow_id, limit, **want) == claimed
+
+
+LIMITED = {"workflow": {"name": "w", "user": "tester", "limits": {"io": 2, "lic": 3}}, "jobs": [
+    {"name": f"{kind}{number}", "command": "true", "limits": limits, "priority": priority}
+    for kind, limits, priority in (("io", {"io": 1}, 2), ("big", {"io": 2, "lic": 2}, 1), ("lic", {"lic": 1}, 3),
+                                   ("free", None, 0)) for number in range(3)]}
+
+
+def limited(client):
+    """A workflow whose jobs ask for limits, ready to run."""
+    workflow_id = client.post("/workflow_specs", LIMITED)["id"]
+    client.put(f"/workflows/{workflow_id}/status", {"run_id": 1, "is_canceled": False})
+    client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    return workflow_id
+
+
+@pytest.mark.parametrize("claim", ["next", "resources", "runner"])
+def test_no_claim_takes_more_than_there_is_of_a_limit(client, claim):
+    workflow_id = limited(client)
+    runner = Conversation(client, workflow_id)
+
+    def names(limit):
+        if claim == "resources":
+            return claim_resources(client, workflow_id, limit, num_cpus=99)
+        jobs = (runner.step(limit=limit)["jobs"] if claim == "runner" else
+                client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=limit)["jobs"])
+        return [job["name"] for job in jobs]
+
+    assert names(2) == ["lic0", "lic1"]
+    assert names(5) == ["lic2", "io0", "io1", "free0", "free1"]
+    assert names(9) == ["free2"]
+    assert names(9) == []
+    client.put(f"/workflows/{workflow_id}", {"limits": {"io": 4, "lic": 5}})
+    assert names(1) == ["io2"]
+    assert names(9) == []                                    # big needs two of io
+
+
+def test_a_limit_is_in_use_until_the_process_is_gone(client):
+    workflow_id = limited(client)
+    runner, other = Conversation(client, workflow_id), Conversation(client, workflow_id)
+    jobs = runner.step(limit=8)["jobs"]
+    io = [job for job in jobs if job["name"].startswith("io")]
+    client.post(f"/jobs/{io[0]['id']}/stop", status="canceled")
+    assert other.step(limit=9)["jobs"] == []                 # it may still run
+    generation = client.get(f"/workflows/{workflow_id}/changes")["generation"]
+    runner.step([runner.done(io[0], 3)])
+    assert client.get(f"/workflows/{workflow_id}/changes")["generation"] != generation      # who waits is told
+    assert [job["name"] for job in other.step(limit=9)["jobs"]] == ["io2"]
+
+
+def test_why_and_status_name_the_limit_that_is_short(client):
+    workflow_id = limited(client)
+    runner = Conversation(client, workflow_id)
+    runner.step(limit=8)
+    ids = {job["name"]: job["id"] for job in client.items("/jobs", workflow_id=workflow_id)}
+    assert client.get(f"/jobs/{ids['io2']}/why")["sentence"] == (
+        'it is ready, but it needs 1 of the limit "io" (0 of 2 free)')
+    assert {(row["count"], row["why"]) for row in client.get(f"/workflows/{workflow_id}/summary")["waiting"]} == {
+        (1, 'it needs 1 of the limit "io" (0 of 2 free)'),
+        (3, 'each needs 2 of the limit "io" (0 of 2 free) and 2 of the limit "lic" (0 of 3 free)')}
+    assert {row["short"] for row in client.get(f"/workflows/{workflow_id}/unfinished")["ready"]} == {
+        '1 of the limit "io" (0 of 2 free)',
+        '2 of the limit "io" (0 of 2 free) and 2 of the limit "lic" (0 of 3 free)'}
+
+
+def test_a_job_cannot_ask_for_more_than_there_is_of_a_limit(client):
+    workflow_id = limited(client)
+    path, job = f"/workflows/{workflow_id}", {"workflow_id": workflow_id, "name": "x", "command": "true"}
+    for limits, told in (({"lik": 1}, 'job "x": limits: it asks for {"lik":1}, the workflow has {"io":2,"lic":3}'),
+                         ({"io": 3}, 'it asks for {"io":3}, the workflow has')):
+        with pytest.raises(torc.Invalid, match=re.escape(told)):
+            client.post("/jobs", {**job, "limits": limits})
+        with pytest.raises(torc.Invalid):
+            client.put(f"/jobs/{client.items('/jobs', workflow_id=workflow_id).__next__()['id']}", {"limits": limits})
+    for limits in ({"io": 2}, {"io": 1, "lic": 3}, {}):
+        with pytest.raises(torc.Invalid, match="it asks for"):
+            client.put(path, {"limits": limits})
+    for limits in ({"io": 0}, {"io": 1.5}, {"io": True}, {"i o": 1}, {"i=o": 1}, {"\x1b": 1}, {"": 1}, 3):
+        with pytest.raises(torc.Invalid, match="is not an"):
+            client.put(path, {"limits": limits})
+    assert client.get(path)["limits"] == {"io": 2, "lic": 3}
+    assert len(list(client.items("/jobs", workflow_id=workflow_id))) == 12
 
 
 def test_claims_take_higher_priority_first_then_lower_id(api):
@@ -3919,6 +4004,32 @@ def test_mixed_sizes_never_use_more_than_there_is(run):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_limit_is_never_exceeded_by_four_runners(server, tmp_path):
+    """500 jobs, a fifth of which fails once; each writes when it began and ended."""
+    def now(what):
+        return f'echo {what} "$(date +%s%N)" >> spans/$TORC_JOB_ID; '
+    payload = {"workflow": {"name": "w", "user": "tester", "limits": {"io": 2}},
+               "failure_handlers": [{"name": "h", "rules": json.dumps([{"exit_codes": [7], "max_retries": 3}])}],
+               "jobs": [{"name": f"j{number}", "limits": {"io": 1} if number % 2 else {}, "failure_handler_id": 1,
+                         "command": now(1) + "sleep 0.005; " + now(-1)
+                         + f"test $TORC_ATTEMPT_ID != 1 -o {number % 5} != 0 || exit 7"} for number in range(500)]}
+    (tmp_path / "spans").mkdir()
+    client = server.client()
+    workflow_id = client.post("/workflow_specs", payload)["id"]
+    ids = {job["id"] for job in client.items("/jobs", workflow_id=workflow_id) if job.get("limits")}
+    client.post(f"/workflows/{workflow_id}/initialize_jobs")
+    runners = [start_run(tmp_path, workflow_id, "--url", server.url, "-j", "3", "-o", f"out{number}")
+               for number in range(4)]
+    assert [runner.wait(120) for runner in runners] == [0, 0, 0, 0], (tmp_path / "run.log").read_text()
+    assert set(statuses(client, workflow_id).values()) == {"completed"}
+    steps = sorted((int(when), int(step)) for job_id in ids
+                   for line in (tmp_path / "spans" / str(job_id)).read_text().splitlines()
+                   for step, when in [line.split()])
+    levels = list(itertools.accumulate(step for _, step in steps))
+    assert (max(levels), levels[-1], len(steps)) == (2, 0, 2 * 300)
+
+
 def test_two_runners_share_long_jobs_evenly(server, tmp_path):
     client = server.client()
     bench_workflow(client, [{"name": f"j{number}", "command": "sleep 0.6"} for number in range(20)])
@@ -9378,18 +9489,32 @@ def test_jobs_are_created_one_by_one_and_from_a_file(cli, local, tmp_path):
     assert jobs["job8"] == "echo 1" and jobs["job9"] == "echo 2"
 
 
+def test_status_says_why_ready_jobs_do_not_run(cli, tmp_path):
+    write_spec(tmp_path, {f"j{number}": {"command": "true", "limits": ["io"]} for number in range(3)}, limits={"io": 1})
+    cli("create", "spec.json", ok=0)
+    with contextlib.closing(torc.LocalClient("torc_output/torc.db")) as client:
+        client.put("/workflows/1/status", {"run_id": 1, "is_canceled": False})
+        client.post("/workflows/1/initialize_jobs")
+        Conversation(client, 1).step(limit=9)
+    assert '2 ready jobs: each needs 1 of the limit "io" (0 of 1 free)\n' in cli("status", 1, ok=0)[1]
+
+
 def test_variables_are_set_and_removed_by_name(cli):
     cli("run", "--example", "hello", ok=0)
     cli("jobs", "update", 1, "--env", "A=1", "--env", "B=x=y", ok=0)
     cli("jobs", "update", 1, "--env", "A=", "--env", "C=7", ok=0)
     assert json.loads(cli("jobs", "get", 1, "-f", "json")[1])["env"] == {"B": "x=y", "C": "7"}
-    cli("workflows", "update", 1, "--env", "W=w", ok=0)
+    cli("workflows", "update", 1, "--env", "W=w", "--limit", "io=8", "--limit", "lic=1", ok=0)
     workflow = json.loads(cli("workflows", "get", 1, "-f", "json")[1])
-    assert workflow["env"] == {"W": "w"}
+    assert (workflow["env"], workflow["limits"]) == ({"W": "w"}, {"io": 8, "lic": 1})
+    cli("jobs", "update", 1, "--limit", "io=8", ok=0)
+    code, _, err = cli("workflows", "update", 1, "--limit", "io=")
+    assert code == 1 and 'job "hello": limits: it asks for {"io":8}, the workflow has {"lic":1}' in err
     cli("workflows", "export", 1, "-o", "w.json", ok=0)
     cli("workflows", "import", "w.json", ok=0)
     copies = [json.loads(cli("jobs", "get", number, "-f", "json")[1]) for number in (1, 2)]
-    assert [job["env"] for job in copies] == [{"B": "x=y", "C": "7"}] * 2
+    assert [(job["env"], job["limits"]) for job in copies] == [({"B": "x=y", "C": "7"}, {"io": 8})] * 2
+    assert json.loads(cli("workflows", "get", 2, "-f", "json")[1])["limits"] == {"io": 8, "lic": 1}
     code, _, err = cli("jobs", "update", 1, "--env", "TORC_JOB_ID=3")
     assert code == 1 and "env: TORC_JOB_ID: '3' is not a string (quote it) under a name" in err
 

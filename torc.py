@@ -603,11 +603,12 @@ KINDS = {kind.table: kind for kind in (
         slurm_config                    str
         execution_config                json:execution_config   spec map
         env                             env                                 spec env
+        limits                          limits                              spec limits
         use_pending_failed              bool                                spec bool
         enable_ro_crate                 bool                                spec bool
         status_id                       int     server"""),
         filters=fields("name str, user str, description str, is_archived bool"),
-        unsorted="slurm_config execution_config env", ops=""),
+        unsorted="slurm_config execution_config env limits", ops=""),
     Kind("job", "job", "/jobs", fields("""
         id                              int     server
         workflow_id                     int     required > workflow
@@ -624,6 +625,7 @@ KINDS = {kind.table: kind for kind in (
         priority                        count   = 0                         spec count
         stdio                           json:stdio                          spec map
         env                             env                                 spec env
+        limits                          limits                              spec limits
         schedule_compute_nodes          echo
         depends_on_job_ids              ids     > job                       as depends_on
         input_file_ids                  ids     > file                      as input_files
@@ -632,7 +634,7 @@ KINDS = {kind.table: kind for kind in (
         output_user_data_ids            ids     > user_data                 as output_user_data"""),
         filters=fields("status statuses, needs_file_id int, upstream_job_id int,"
                        " active_compute_node_id int"),
-        unsorted="priority stdio env", ops="clear delete"),
+        unsorted="priority stdio env limits", ops="clear delete"),
     Kind("file", "file", "/files", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -872,12 +874,17 @@ def read_part(value, wanted, strict=True, partial=False):
 
 OBJECTS = {                               # type: pattern of NAME=VALUE, type of the value, in words
     "env": (r"(?!TORC_)[A-Za-z_]\w*=[^\0\ud800-\udfff]*", str,
-            "a string (quote it) under a name of letters, digits and _ without TORC_ in front")}
+            "a string (quote it) under a name of letters, digits and _ without TORC_ in front"),
+    "limits": (r"[^\0- =\x7f-\x9f\ud800-\udfff]+=[1-9]\d{,15}", int,
+               "an integer of at least 1 under a name without blanks and =")}
 
 
 def read_object(value, kind):
-    """An environment, sorted by name. Raises ValueError."""
+    """An environment, or how much there is of each limit (1 of each in a list), sorted by name.
+    Raises ValueError."""
     pattern, convert, expected = OBJECTS[kind]
+    if convert is int and list_of("str")(value):
+        value = dict.fromkeys(value, 1)
     made = {}
     for name, one in sorted(read_value(value, "map").items()):
         if type(one) not in (int, str) or not re.fullmatch(pattern, f"{name}={one}", re.ASCII):
@@ -1613,6 +1620,10 @@ class Reader:
                         ids.append(self._find(place, name, one, field.refers))
                 if ids:
                     made[known] = list(dict.fromkeys(ids))
+        asked, limits = record.get("limits", {}), self.top.get("limits", {})
+        if any(number > limits.get(name, 0) for name, number in asked.items()):
+            place.fault(f"limits: it asks for {compact(asked)}, the workflow has {compact(limits)}",
+                        "limits")
         import shlex
         every = {f"${{files.{way}}}": shlex.join(
             self.records["file"][number - 1].get("path", "")
@@ -2271,10 +2282,29 @@ CREATE TRIGGER workflow_env_changes AFTER UPDATE OF env ON workflow
 WHEN OLD.env IS NOT NEW.env BEGIN
     UPDATE job SET outdated = outdated | 32 WHERE workflow_id = NEW.id;
 END;
+DROP INDEX job_claim;
+CREATE INDEX job_claim ON job (workflow_id, status, limits, priority DESC, id);
+CREATE INDEX job_limited ON job (workflow_id, limits)   -- that may have a process
+    WHERE limits IS NOT NULL AND (status BETWEEN 3 AND 4 OR compute_node_id IS NOT NULL);
 CREATE VIEW job_to_run AS
     SELECT j.*, w.run_id, CASE WHEN w.env IS NULL THEN j.env
         ELSE json_patch(w.env, coalesce(j.env, '{}')) END AS environment
-    FROM job j JOIN workflow w ON w.id = j.workflow_id
+    FROM job j JOIN workflow w ON w.id = j.workflow_id;
+CREATE VIEW limit_free AS                  -- a job counts until its process is known to be gone
+    SELECT w.id AS workflow_id, l.key AS name, l.value AS most, l.value - coalesce((
+            SELECT sum(h.number * e.value) FROM (
+                SELECT limits, count(*) AS number FROM job INDEXED BY job_limited
+                WHERE workflow_id = w.id AND limits IS NOT NULL
+                    AND (status BETWEEN 3 AND 4 OR compute_node_id IS NOT NULL)
+                GROUP BY limits) h
+            CROSS JOIN json_each(h.limits) e ON e.key = l.key), 0) AS free
+    FROM workflow w CROSS JOIN json_each(w.limits) l;
+CREATE VIEW limit_short AS                 -- what a job asks for and is not free, in words
+    SELECT j.id AS job_id, (SELECT group_concat(e.value || ' of the limit "' || f.name || '" ('
+            || f.free || ' of ' || f.most || ' free)', ' and ')
+        FROM json_each(j.limits) e CROSS JOIN limit_free f
+        WHERE f.workflow_id = j.workflow_id AND f.name = e.key AND f.free < e.value) AS words
+    FROM job j
 """
 # Step n brings a database from user_version n to n + 1.
 MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
@@ -3390,7 +3420,7 @@ def packed(found, node, nodes):
     """
     chosen, shared = [], (0, 0, 0)
     for row in found:
-        _, *need, count = row
+        need, count = row[1:4], row[4]
         whole = count if count > 1 else 0
         more = shared if whole else tuple(map(sum, zip(shared, need)))
         rest = nodes - whole
@@ -3434,18 +3464,47 @@ class Bins:
         return places
 
 
-def candidates(store, workflow_id, limit, fit="1", params=()):
-    """Ready jobs in claim order as (id, cpus, memory, gpus, nodes).
+FREE_LIMITS = "SELECT name, free FROM limit_free WHERE workflow_id = ?"
 
-    fit: SQL condition on r (the requirement) and j (the job). Uses the index job_claim.
+
+def candidates(store, workflow_id, limit, fit="1", params=(), limited=True):
+    """Ready jobs in claim order as (id, cpus, memory, gpus, nodes, ...), as many as the limits of
+    the workflow allow together; none of a canceled one.
+
+    fit: SQL condition on r (the requirement) and j (the job). limited: also those that ask for
+    some of a limit. Uses the index job_claim, which has what jobs ask for before their order.
     """
-    return store.query(f"""
-        SELECT j.id, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes FROM job j
+    # What ready jobs ask for, as stored, where it is free; each row seeks the next in the index.
+    asked = {text: json.loads(text or "{}") for text, in store.query(f"""
+        WITH RECURSIVE asked (limits) AS (
+            SELECT min(limits) FROM job WHERE workflow_id = ?1 AND status = {READY}
+            UNION ALL SELECT (
+                SELECT min(limits) FROM job
+                WHERE workflow_id = ?1 AND status = {READY} AND limits > asked.limits)
+            FROM asked WHERE limits IS NOT NULL)
+        SELECT a.limits FROM asked a CROSS JOIN workflow w
+        WHERE w.id = ?1 AND NOT w.is_canceled AND (a.limits IS NULL OR NOT EXISTS (
+            SELECT 1 FROM json_each(a.limits) e JOIN limit_free f ON f.name = e.key
+            WHERE f.workflow_id = ?1 AND f.free < e.value))""", (workflow_id,))
+        if limited or not text}
+    found = [row for text in asked for row in store.query(f"""
+        SELECT j.id, r.num_cpus, r.memory_bytes, r.num_gpus, r.num_nodes, j.limits, -j.priority
+        FROM job j
         CROSS JOIN resource_requirements r ON r.id = j.resource_requirements_id
-        WHERE j.workflow_id = ? AND j.status = {READY} AND j.compute_node_id IS NULL
-            AND {fit}
+        WHERE j.workflow_id = ? AND j.status = {READY} AND j.limits IS ?
+            AND j.compute_node_id IS NULL AND {fit}
         ORDER BY j.priority DESC, j.id
-        LIMIT ?""", (workflow_id, *params, limit))
+        LIMIT ?""", (workflow_id, text, *params, limit))]
+    if len(asked) < 2:                    # none of those found asks for anything
+        return found
+    chosen = []
+    free = dict(store.query(FREE_LIMITS, (workflow_id,)))
+    for row in sorted(found, key=lambda row: (row[6], row[0])):
+        left = {name: free[name] - number for name, number in asked[row[5]].items()}
+        if len(chosen) != limit and min(left.values(), default=0) >= 0:
+            free.update(left)
+            chosen.append(row)
+    return chosen
 
 
 def take(store, found, node_id=None):
@@ -3460,8 +3519,6 @@ def claim_next(store, workflow_id, limit):
 
     Upstream: claim_next_jobs.
     """
-    if workflow_row(store, workflow_id, "is_canceled")[0]:
-        return []
     return take(store, candidates(store, workflow_id, limit))
 
 
@@ -3510,11 +3567,12 @@ def claim_for_runner(store, workflow_id, node_id, claim):
         taken = take(store, [row for row in found if not bins or bins.take(row[1:4], row[4])],
                      node_id)
         chosen += taken
-        if not taken or not bins or len(taken) == len(found) < limit:
+        if not taken or len(taken) == len(found) < limit:
             break
     more = claim.get("prefetch", {"limit": 0})
-    extra = candidates(store, workflow_id, min(more["limit"], 64), "r.id = ?",
-                       (more["resource_requirements_id"],)) if more["limit"] > 0 else []
+    extra = candidates(
+        store, workflow_id, min(more["limit"], 64), "r.id = ?", (more["resource_requirements_id"],),
+        limited=False) if more["limit"] > 0 else []         # what waits must not use up a limit
     return chosen, take(store, extra, node_id)
 
 
@@ -3722,6 +3780,7 @@ def runner_step(store, workflow_id, step, now):
             store.heard[node_id] = time.monotonic()
             store.execute("UPDATE compute_node SET is_active = 1, beats = 1, step = ? WHERE id = ?",
                           (number, node_id))
+        free = store.query(FREE_LIMITS, (workflow_id,))
         owned = {job.id: job for job in find_jobs(store, "compute_node_id = ?", (node_id,))}
         take_starts(store, run_id, node_id, step.get("starts", ()), owned, now)
         for done in completions:
@@ -3744,6 +3803,7 @@ def runner_step(store, workflow_id, step, now):
                     store, chosen + extra, extra)
         if step.get("closing"):
             close_node(store, node_id, now)
+        freed = freed or free != store.query(FREE_LIMITS, (workflow_id,))
     state = situation(store, workflow_id)
     if (step.get("closing") or freed and state["has_ready"]    # others may take what is left
             or completions and (state["is_complete"] or state["pending_actions"])):
@@ -4018,6 +4078,30 @@ def find_duplicate_name(store, workflow_id, names):
             (compact(names), workflow_id)))
 
 
+def check_limits(store, workflow_id):
+    """In a transaction: raise Invalid if a job asks for more than there is of a limit."""
+    # What jobs ask for, by status; each row seeks the next one in the index job_claim.
+    for sentence, in store.query("""
+            WITH RECURSIVE state (status) AS (
+                SELECT 0 UNION ALL SELECT status + 1 FROM state WHERE status < 10),
+            asked (status, limits) AS (
+                SELECT status, (SELECT min(limits) FROM job
+                                WHERE workflow_id = ?1 AND status = state.status) FROM state
+                UNION ALL SELECT status, (
+                    SELECT min(limits) FROM job
+                    WHERE workflow_id = ?1 AND status = asked.status AND limits > asked.limits)
+                FROM asked WHERE limits IS NOT NULL)
+            SELECT 'job "' || (SELECT name FROM job WHERE workflow_id = ?1
+                               AND status = a.status AND limits = a.limits LIMIT 1)
+                || '": limits: it asks for ' || a.limits || ', the workflow has '
+                || coalesce(w.limits, '{}')
+            FROM asked a CROSS JOIN workflow w CROSS JOIN json_each(a.limits) e
+            WHERE w.id = ?1
+                AND e.value > coalesce((SELECT value FROM json_each(w.limits) WHERE key = e.key), 0)
+            LIMIT 1""", (workflow_id,)):
+        raise Invalid(sentence)
+
+
 def insert_jobs(store, jobs):
     """In a transaction: insert checked jobs of one workflow, completing their bodies; returns their
     ids. Raises Conflict if a name is taken."""
@@ -4036,6 +4120,7 @@ def insert_jobs(store, jobs):
         if job.get("scheduler_id") == 0:  # means none
             del job["scheduler_id"]
     ids = add_many(store, KINDS["job"], jobs)
+    check_limits(store, workflow_id)
     bump_shape(store, workflow_id)
     store.news(workflow_id)
     return ids
@@ -4295,13 +4380,16 @@ def blockers(store, workflow_id, nodes):
     """Why the ready jobs of a workflow are not running: [(cause, jobs, facts), ...].
 
     cause: "canceled"; "no runner" (facts: pending allocations); "stopping", for jobs whose earlier
-    attempt is still being stopped; "unfit" (facts: see unfit); "busy" for all others (facts: CPUs
-    in use, CPUs in all, runners). nodes: see nodes_of.
+    attempt is still being stopped; "unfit" (facts: see unfit); "limit" (facts: what is short);
+    "busy" for all others (facts: CPUs in use, CPUs in all, runners). nodes: see nodes_of.
     """
     wanted = store.query(f"""
-        SELECT resource_requirements_id, count(*), count(compute_node_id) FROM job
-        WHERE workflow_id = ? AND status = {READY}
-        GROUP BY 1""", (workflow_id,))
+        SELECT need_id, number, stopping, words FROM (
+            SELECT resource_requirements_id AS need_id, count(*) AS number,
+                count(compute_node_id) AS stopping, min(id) AS first
+            FROM job
+            WHERE workflow_id = ? AND status = {READY}
+            GROUP BY 1, limits) CROSS JOIN limit_short ON job_id = first""", (workflow_id,))
     number, stopping = (sum(row[place] for row in wanted) for place in (1, 2))
     if workflow_row(store, workflow_id, "is_canceled")[0]:
         return [("canceled", number, None)]
@@ -4310,8 +4398,10 @@ def blockers(store, workflow_id, nodes):
             SELECT count(*) FROM scheduled_compute_node
             WHERE workflow_id = ? AND status = 'pending'""", (workflow_id,))[0])]
     found = [("stopping", stopping, None)] if stopping else []
-    found += [("unfit", count - held, facts) for need_id, count, held in wanted if count > held
-              for facts in (unfit(store, need_id, nodes),) if facts]
+    for need_id, count, held, short in wanted:
+        lacks = unfit(store, need_id, nodes)
+        if count > held and (lacks or short):
+            found.append(("unfit" if lacks else "limit", count - held, lacks or short))
     rest = number - sum(count for _, count, _ in found)
     if rest > 0:
         busy = store.one(f"""
@@ -4331,6 +4421,8 @@ def blocker_text(cause, number, facts):
                 else "no runner is active: run here, or submit to Slurm")
     if cause == "stopping":
         return "an earlier attempt is still being stopped"
+    if cause == "limit":
+        return f"{'it needs' if number == 1 else 'each needs'} {facts}"
     if cause == "unfit":
         _, (want, most) = facts
         return (f"{'it needs' if number == 1 else 'each needs'} {want}, the largest runner has "
@@ -4350,12 +4442,14 @@ def unfinished(store, workflow_id):
         ORDER BY status""", (workflow_id,)))
     # The name is that of the first: a column beside min() comes from its row.
     ready = store.query(f"""
-        SELECT resource_requirements_id AS resource_requirements, count(*) AS count,
-            min(id) AS job_id, name AS job_name, count(compute_node_id) AS stopping
-        FROM job
-        WHERE workflow_id = ? AND status = {READY}
-        GROUP BY 1
-        ORDER BY 3""", (workflow_id,), dicts_of)
+        SELECT r.*, s.words AS short FROM (
+            SELECT resource_requirements_id AS resource_requirements, count(*) AS count,
+                min(id) AS job_id, name AS job_name, count(compute_node_id) AS stopping
+            FROM job
+            WHERE workflow_id = ? AND status = {READY}
+            GROUP BY 1, limits) r
+        CROSS JOIN limit_short s ON s.job_id = r.job_id
+        ORDER BY r.job_id""", (workflow_id,), dicts_of)
     for row in ready:
         row["resource_requirements"] = fetch(store, KINDS["resource_requirements"],
                                              row["resource_requirements"])
@@ -4458,7 +4552,9 @@ def why_ready(store, job):
     if job.compute_node_id:
         return ("an earlier attempt is still being stopped on "
                 f"{node_name(store, job.compute_node_id)}")
-    need_id = store.one("SELECT resource_requirements_id FROM job WHERE id = ?", (job.id,))[0]
+    need_id, short = store.one("""
+        SELECT resource_requirements_id, (SELECT words FROM limit_short WHERE job_id = job.id)
+        FROM job WHERE id = ?""", (job.id,))
     nodes = nodes_of(store, job.workflow_id)
     found = {cause: facts for cause, _, facts in blockers(store, job.workflow_id, nodes)}
     if found.get("no runner"):
@@ -4475,6 +4571,8 @@ def why_ready(store, job):
             start and f"; on a larger machine{start}")
     if start:
         return f"it is ready, but no runner is active on workflow {job.workflow_id}{start}"
+    if short:
+        return f"it is ready, but {blocker_text('limit', 1, short)}"
     ahead = store.one(f"""
         SELECT count(*) FROM job j, job me
         WHERE me.id = ? AND j.workflow_id = me.workflow_id AND j.status = {READY}
@@ -6326,6 +6424,7 @@ def update_workflow(request, store, workflow_id, body):
     if body.get("user", owner) != owner and request.user != owner:
         require_admin(request)            # a group that shares a workflow cannot take it over
     change(store, KINDS["workflow"], workflow_id, body)
+    check_limits(store, workflow_id)
     store.news(workflow_id)
     return get_workflow(store, workflow_id)
 
@@ -6514,6 +6613,7 @@ def update_job(request, store, job_id, body):
     if "name" in values and find_duplicate_name(store, job["workflow_id"], [values["name"]]):
         raise Conflict(f'job name "{values["name"]:.80}" is taken in workflow {job["workflow_id"]}')
     change(store, KINDS["job"], job_id, values)
+    check_limits(store, job["workflow_id"])
     bump_shape(store, job["workflow_id"])
     if status or job["status"] == "ready" and "cancel_on_blocking_job_failure" in values:
         set_status(store, [job_id], DISABLED if status else BLOCKED)
@@ -9657,7 +9757,8 @@ class Leaving:
         """Return a sentence on which jobs are unfinished and why no runner can run them."""
         parts = []
         for entry in report["ready"][:3]:
-            lacks = self._lacks(entry["resource_requirements"]) or ["no more than this runner has"]
+            lacks = self._lacks(entry["resource_requirements"]) or [
+                entry.get("short") or "no more than this runner has"]
             verb = "needs" if entry["count"] == 1 else "need"
             parts.append(f"{plural(entry['count'], 'ready job')} (such as \"{entry['job_name']}\") "
                          f"{verb} {' and '.join(lacks)}")
@@ -18035,8 +18136,6 @@ def workflow_report(client, workflow_id):
     dead = [node for node in active if local_evidence(node)]
     silent = [node for node in active
               if node not in dead and node.get("silent_s", 0) > SILENT_AFTER_S]
-    nodes = {name: count_records(client, "/scheduled_compute_nodes", workflow_id=workflow_id,
-                                 status=name) for name in ("active", "pending")}
     return {
         "workflow_id": workflow_id,
         "workflow_name": workflow["name"],
@@ -18050,8 +18149,10 @@ def workflow_report(client, workflow_id):
         "dead_runners": [node["pid"] for node in dead],
         "silent_runners": [node["hostname"] for node in silent],
         "active_compute_nodes": len(active) - len(dead) - len(silent),
-        "active_scheduled_nodes": nodes["active"],
-        "pending_scheduled_nodes": nodes["pending"],
+        **{f"{name}_scheduled_nodes": count_records(
+            client, "/scheduled_compute_nodes", workflow_id=workflow_id, status=name)
+           for name in ("active", "pending")},
+        "waiting": summed["waiting"],
         "is_complete": counted["is_complete"],
         "is_canceled": counted["is_canceled"],
         "decision": left.get("decision", ""),
@@ -18107,7 +18208,9 @@ def do_status(args, client):
         print("Failures by cause:")
     for group in report["failures"]:
         print(f"  {plural(group['count'], 'job')}: {clean(failure_text(group))}")
-    print_lines(verdict(report), report["allocations"])
+    print_lines(verdict(report), report["allocations"] + [
+        f"{plural(one['count'], 'ready job')}: {one['why']}" for one in report["waiting"]
+        if one["status"] == "ready"])
     say_next(args, client, args.workflow_id)
 
 
@@ -18700,6 +18803,7 @@ def do_workflows_list(args, client):
 
 SETTINGS = """
     --env VARIABLE...  NAME=VALUE for the environment, NAME= to remove it; may be repeated
+    --limit LIMIT... -> limits  NAME=NUMBER of it, NAME= to remove it; may be repeated
     """
 api_command("workflows get", "GET /workflows/{workflow_id}",
             "Show a workflow's settings.",
