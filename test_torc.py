@@ -2015,7 +2015,7 @@ def changed(client, workflow_id):
 def run_all(client, workflow_id, runner, code=0):
     """Run what is ready until nothing is."""
     while True:
-        jobs = runner.step(limit=9)["jobs"]
+        jobs = runner.step(limit=300)["jobs"]
         if not jobs:
             return
         runner.step([runner.done(job, code) for job in jobs])
@@ -6297,6 +6297,294 @@ def test_every_operation_says_the_same_in_the_three_faces(name, server, tmp_path
     assert statuses(client, workflow_id) == before
 
 
+# ---- edit and go on
+
+def study(directory, first=1, last=990, name="old", **more):
+    """A Spec of about 1,000 jobs: work_{i} of a range, some that stand alone, and one that gathers."""
+    path = directory / "study.json"
+    path.write_text(json.dumps({
+        "name": "study", "parameters": {"i": f"{first}:{last}"}, **more.pop("top", {}),
+        "resource_requirements": [{"name": "small", "num_cpus": 1, "memory": more.pop("memory", "1m")}],
+        "jobs": [{"name": "work_{i}", "command": "true {i}", "use_parameters": ["i"]},
+                 {"name": "gather", "command": "true", "use_parameters": ["i"], "depends_on": ["work_{i}"]},
+                 {"name": name, "command": "true", "resource_requirements": "small"},
+                 {"name": "edited", "command": "true" + more.pop("edit", "")},
+                 {"name": "after", "command": "true", "depends_on": ["edited"]},
+                 {"name": "last", "command": "true", "depends_on": ["after"]},
+                 {"name": "same", "command": "true"}, *({"name": job, **fields} for job, fields in more.items())]}))
+    return torc.read_spec(str(path))
+
+
+def edited_study(directory):
+    """The Spec after an edit of each sort."""
+    return study(directory, 5, 994, "new", memory="2m", edit=" && true", fresh={"command": "true"},
+                 bad={"command": "false"}, long={"command": "true", "priority": 1})
+
+
+def made_from(client, spec):
+    """The id of a new workflow of a Spec, initialized."""
+    workflow_id = torc.plan_create(client, spec, None).choices[0].do(client).data["workflow_id"]
+    torc.initialize_new(client, workflow_id)
+    return workflow_id
+
+
+def update_plan(client, workflow_id, spec):
+    return torc.plan_update(client, workflow_id, torc.Wishes(specification=spec))
+
+
+def attempts(client, workflow_id):
+    """{job name: number of results}."""
+    names = {job["id"]: job["name"] for job in client.items("/jobs", workflow_id=workflow_id)}
+    found = dict.fromkeys(names.values(), 0)
+    for result in client.items("/results", workflow_id=workflow_id, all_runs=True):
+        found[names[result["job_id"]]] += 1
+    return found
+
+
+@pytest.mark.parametrize("at_work", [False, True], ids=["at its end", "while another runner works"])
+def test_an_edited_specification_goes_on_as_its_dry_run_said(client, tmp_path, monkeypatch, at_work):
+    monkeypatch.chdir(tmp_path)
+    workflow_id = made_from(client, study(tmp_path, gone={"command": "true"}, bad={"command": "false"},
+                                          long={"command": "true", "priority": 1}))
+    runner = Conversation(client, workflow_id)
+    [job] = runner.step(limit=1)["jobs"]
+    assert job["name"] == "long"
+    if not at_work:
+        runner.step([runner.done(job)])
+    while jobs := [job for job in runner.step(limit=300)["jobs"] if job["name"] != "long"]:
+        runner.step([runner.done(job, int(job["name"] == "bad")) for job in jobs])
+    before, run_id = statuses(client, workflow_id), client.get(f"/workflows/{workflow_id}/status")["run_id"]
+    plan = update_plan(client, workflow_id, edited_study(tmp_path))
+    added, removed = [*(f"work_{i}" for i in range(991, 995)), "new", "fresh"], [
+        *(f"work_{i}" for i in range(1, 5)), "old", "gone"]
+    assert {(one["kind"], one["change"], one["name"], one["fields"]) for one in plan.data["changes"]} == {
+        ("resource_requirements", "changed", "small", "memory"), ("job", "changed", "edited", "command"),
+        ("job", "changed", "gather", "depends_on"), *(("job", "added", name, None) for name in added),
+        *(("job", "removed", name, None) for name in removed)}
+    again = {job["job_name"]: job["reason"] for job in plan.data["jobs"]}
+    assert again == {"edited": "its command changed", "gather": "its dependencies changed", "bad": "it did not succeed",
+                     **dict.fromkeys(("after", "last"), "it depends on a job that runs again")}
+    assert statuses(client, workflow_id) == before                  # by looking, nothing
+    done = plan.choices[0].do(client)
+    assert done.data == plan.data
+    open_jobs = {name for name, status in statuses(client, workflow_id).items() if status != "completed"}
+    assert open_jobs == {*again, *added, *(["long"] if at_work else [])}
+    assert client.get(f"/workflows/{workflow_id}/status")["run_id"] == run_id + (not at_work)
+    if at_work:
+        runner.step([runner.done(job)])
+    run_all(client, workflow_id, runner)
+    assert set(statuses(client, workflow_id).values()) == {"completed"}
+    assert attempts(client, workflow_id) == {
+        name: 2 if name in again else 1 for name in statuses(client, workflow_id)}
+    plan = update_plan(client, workflow_id, edited_study(tmp_path))
+    assert (plan.lines, plan.data["changes"], plan.data["jobs"]) == (("Nothing has changed.",), [], [])
+
+
+def small_study(directory, jobs=None, **top):
+    """A Spec of in.txt -> first -> mid.txt -> second, and a job beside; jobs: other fields of theirs."""
+    jobs = jobs or {}
+    fields = {"first": {"input_files": ["in"], "output_files": ["mid"], "output_user_data": ["made"]},
+              "second": {"input_files": ["mid"]}, "beside": {"input_user_data": ["given", "made"]}}
+    path = directory / "small.json"
+    path.write_text(json.dumps({
+        "name": "small", "files": [{"name": "in", "path": "in.txt"}, {"name": "mid", "path": "mid.txt"},
+                                   {"name": "more", "path": "more.txt"}],
+        "user_data": [{"name": "given", "data": 1}, {"name": "made"}],
+        "resource_requirements": [{"name": "r", "num_cpus": 1, "memory": "1g"}], **top,
+        "jobs": [{"name": name, "command": "true", **more, **jobs.get(name, {})} for name, more in fields.items()]}))
+    return torc.read_spec(str(path))
+
+
+def done_study(client, directory, **top):
+    """The id of a small study whose jobs are completed."""
+    for name in ("in.txt", "more.txt"):
+        (directory / name).write_text("1")
+    workflow_id = made_from(client, small_study(directory, **top))
+    for record in client.items("/user_data", workflow_id=workflow_id, name="made"):
+        client.put(f"/user_data/{record['id']}", {"data": "by a job"})
+    finish_all(client, workflow_id, directory)
+    return workflow_id
+
+
+BELOW = "it depends on a job that runs again"
+
+
+@pytest.mark.parametrize("edit, reasons", [
+    ({}, {}),
+    ({"touch": "in.txt"}, {"first": "its input files changed", "second": BELOW, "beside": BELOW}),
+    ({"touch": "mid.txt"}, {"second": "its input files changed"}),
+    ({"lose": "mid.txt"}, {"first": "its output file is missing", "second": BELOW, "beside": BELOW}),
+    ({"jobs": {"second": {"input_files": ["mid", "more"]}}}, {"second": "its input files changed"}),
+    ({"files": [{"name": "in", "path": "more.txt"}, {"name": "mid", "path": "mid.txt"}]},
+     {"first": "its input files changed", "second": BELOW, "beside": BELOW}),
+    ({"user_data": [{"name": "given", "data": 2}, {"name": "made"}]}, {"beside": "its user data changed"}),
+    ({"user_data": [{"name": "given"}, {"name": "made", "data": 3}]}, {}),
+    ({"jobs": {"second": {"depends_on": ["beside"]}}}, {"second": "its dependencies changed"}),
+    ({"jobs": {"beside": {"invocation_script": "env"}}}, {"beside": "its command changed"}),
+    ({"jobs": {"first": {"priority": 3, "resource_requirements": "r", "failure_handler": "h", "scheduler": "s",
+                         "stdio": {"mode": "none"}}},
+      "failure_handlers": [{"name": "h", "rules": [{"exit_codes": [1]}]}], "description": "other",
+      "slurm_schedulers": [{"name": "s", "account": "a"}]}, {}),
+], ids=["nothing", "input", "output", "lost output", "another input", "path", "user data", "user data of a job", "dependency",
+        "script", "no outcome"])
+def test_an_update_runs_again_what_its_change_concerns(client, tmp_path, monkeypatch, edit, reasons):
+    monkeypatch.chdir(tmp_path)
+    workflow_id, edit = done_study(client, tmp_path), dict(edit)
+    for name in filter(None, [edit.pop("touch", "")]):
+        touch(tmp_path / name)
+    for name in filter(None, [edit.pop("lose", "")]):
+        (tmp_path / name).unlink()
+    plan = update_plan(client, workflow_id, small_study(tmp_path, **edit))
+    assert {job["job_name"]: job["reason"] for job in plan.data["jobs"]} == reasons
+    plan.choices[0].do(client)
+    assert {name for name, status in statuses(client, workflow_id).items() if status != "completed"} == set(reasons)
+    assert client.page("/user_data", workflow_id=workflow_id, name="made")["items"][0]["data"] == "by a job"
+    finish_all(client, workflow_id, tmp_path)
+    assert update_plan(client, workflow_id, small_study(tmp_path, **edit)).data["changes"] == []
+    assert changed(client, workflow_id) == {}
+    assert client.post("/workflows", {"name": "next", "user": "u"})["id"] == workflow_id + 1
+
+
+@pytest.mark.parametrize("edit, concerned", [
+    ({"jobs": {"first": {"priority": 1}}}, "first"), ({"jobs": {"second": {"command": "false"}}}, "second"),
+    ({"touch": "in.txt"}, "second")], ids=["changed", "command", "downstream"])
+@pytest.mark.parametrize("early", [True, False], ids=["before", "after the dry run"])
+def test_an_update_leaves_jobs_alone_that_are_at_work(client, tmp_path, monkeypatch, edit, concerned, early):
+    monkeypatch.chdir(tmp_path)
+    workflow_id, edit = done_study(client, tmp_path), dict(edit)
+    ids = {job["name"]: job["id"] for job in client.items("/jobs", workflow_id=workflow_id)}
+    if edit.pop("touch", ""):
+        touch(tmp_path / "in.txt")
+    if early:
+        rerun_and_claim(client, workflow_id, ids[concerned])
+    else:
+        plan = update_plan(client, workflow_id, small_study(tmp_path, **edit))
+        rerun_and_claim(client, workflow_id, ids[concerned])
+    before = [client.get(f"/jobs/{job_id}") for job_id in ids.values()]
+    with pytest.raises(torc.Conflict, match="jobs that would change or run again are pending or running, so nothing was "
+                                            f'changed: "{concerned}"; to wait until all jobs have ended: torc wait'):
+        (update_plan(client, workflow_id, small_study(tmp_path, **edit)) if early else plan.choices[0].do(client))
+    assert [client.get(f"/jobs/{job_id}") for job_id in ids.values()] == before
+
+
+def rerun_and_claim(client, workflow_id, job_id):
+    client.post(f"/jobs/{job_id}/rerun", only=True)
+    assert len(client.post(f"/workflows/{workflow_id}/claim_next_jobs")["jobs"]) == 1
+
+
+def test_an_update_refuses_to_remove_a_job_at_work_and_an_archived_workflow(client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workflow_id = made_from(client, study(tmp_path, 1, 2, zero={"command": "true", "priority": 1}))
+    client.post(f"/workflows/{workflow_id}/claim_next_jobs", limit=1)
+    with pytest.raises(torc.Conflict, match='nothing was changed: "zero"'):
+        update_plan(client, workflow_id, study(tmp_path, 1, 2))
+    client.put(f"/workflows/{workflow_id}/status", {"run_id": 1, "is_canceled": False, "is_archived": True})
+    with pytest.raises(torc.Invalid, match="is archived"):
+        update_plan(client, workflow_id, study(tmp_path, 1, 2))
+
+
+def test_an_update_keeps_equal_actions_and_what_was_done_of_them(client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def spec(last, *more):
+        return small_study(tmp_path, actions=[
+            commands_action("on_jobs_complete", "a", jobs=["first"]), commands_action("on_worker_start", *more),
+            {"trigger_type": "on_jobs_ready", "action_type": "schedule_nodes", "jobs": ["second"], "scheduler": "s",
+             "scheduler_type": "slurm"}, commands_action("on_workflow_complete", last)],
+            slurm_schedulers=[{"name": "s", "account": "a"}])
+
+    (tmp_path / "in.txt").write_text("1")
+    workflow_id = made_from(client, spec("b", "c"))
+    first, second, third, fourth = client.get(f"/workflows/{workflow_id}/actions")
+    complete(client, third["job_ids"][0] - 1, workflow_id, make_node(client, workflow_id))
+    node = make_node(client, workflow_id)
+    for action in (first, second):
+        client.post(f"/workflows/{workflow_id}/actions/{action['id']}/claim", {"compute_node_id": node})
+    plan = update_plan(client, workflow_id, spec("d", "e"))
+    assert [(one["change"], one["name"]) for one in plan.data["changes"]] == [
+        ("added", "on_worker_start"), ("added", "on_workflow_complete"),
+        ("removed", "on_worker_start"), ("removed", "on_workflow_complete")]
+    plan.choices[0].do(client)
+    now = {action["trigger_type"]: action for action in client.get(f"/workflows/{workflow_id}/actions")}
+    assert now["on_jobs_complete"]["executed"] and now["on_jobs_complete"]["id"] == first["id"]
+    assert now["on_jobs_ready"] == client.get(f"/workflows/{workflow_id}/actions")[1] and len(now) == 4
+    assert now["on_workflow_complete"]["action_config"] == {"commands": ["d"]}
+    pending = {action["trigger_type"] for action in client.get(f"/workflows/{workflow_id}/actions/pending")}
+    assert "on_worker_start" in pending
+
+
+def test_an_update_takes_a_canceled_workflow_up_and_keeps_what_a_recovery_raised(client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = {name: {"resource_requirements": "r"} for name in ("first", "beside")}
+    workflow_id = done_study(client, tmp_path, jobs=jobs)
+    ids = {job["name"]: job["id"] for job in client.items("/jobs", workflow_id=workflow_id)}
+    raised = client.post("/resource_requirements", {"workflow_id": workflow_id, "name": "r_recovered1", "memory": "2g"})
+    client.put(f"/jobs/{ids['beside']}", {"resource_requirements_id": raised["id"]})
+    client.post(f"/jobs/{ids['beside']}/rerun")
+    client.put(f"/workflows/{workflow_id}/cancel")
+    done = update_plan(client, workflow_id, small_study(tmp_path, jobs=jobs)).choices[0].do(client)
+    assert done.data["changes"] == [] and statuses(client, workflow_id)["beside"] == "ready"
+    assert not client.get(f"/workflows/{workflow_id}/status")["is_canceled"]
+    assert client.get(f"/jobs/{ids['beside']}")["resource_requirements_id"] == raised["id"]
+
+
+def test_run_resumes_the_newest_workflow_of_a_file(cli, local, tmp_path):
+    write_spec(tmp_path, {"good": "true", "bad": "false"})
+    assert cli("run", "spec.json", "--resume")[0] == 1               # there is none yet
+    code, _, err = cli("run", "spec.json")
+    assert code == 1 and "torc: workflow 1 of this file has not completed (1 completed, 1 failed); to go on with it " \
+        "instead:\n" in err and "run " + str(tmp_path / "spec.json") + " --resume" in err
+    write_spec(tmp_path, {"good": "true", "bad": "true", "new": "true"})
+    text = cli("run", "spec.json", "--resume", "--dry-run", ok=0)[1]
+    assert text == ("Dry run: run workflow 2 here\n  1 job added: new\n  1 job changed: bad (command)\n"
+                    "  bad (failed): its command changed\n")
+    assert [job["job_name"] for job in cli_json(cli, "workflows", "update", 2, "--dry-run")["jobs"]] == ["bad"]
+    err = cli("run", "spec.json", "--resume", ok=0)[2]
+    assert "updated workflow 2: 1 job to run again" in err
+    assert attempts(local, 2) == {"good": 1, "bad": 2, "new": 1} and attempts(local, 1) == {"good": 1, "bad": 1}
+    assert "has not completed" not in cli("run", "spec.json", ok=0)[2]
+    assert len(list(local.items("/workflows"))) == 3
+
+
+def test_workflows_update_says_what_it_takes(cli, local, tmp_path, monkeypatch):
+    make(local, {"a": []})
+    write_spec(tmp_path, {"a": "true", "b": "true"})
+    assert "was not made from a file; to name its specification:\n  torc workflows update 1 SPEC\n" in cli("workflows", "update", 1)[2]
+    assert "mutually exclusive" in cli("workflows", "update", 1, "spec.json", "-d", "x")[2]
+    cli("workflows", "update", 1, "spec.json", "--no-prompts", ok=0)
+    assert statuses(local, 1) == {"a": "ready", "b": "ready"}
+    assert local.get("/workflows/1")["source"] == str(tmp_path / "spec.json")
+    assert "Nothing has changed." in cli("workflows", "update", 1, "--dry-run", ok=0)[1]
+    (tmp_path / "spec.json").unlink()
+    assert "No such file" in cli("workflows", "update", 1, "--dry-run")[2]
+    monkeypatch.setattr(torc, "EXTENSIONS", ())
+    write_spec(tmp_path, {"a": "true"})
+    assert "lacks update_spec, which is needed here" in cli("run", "spec.json", "--resume")[2]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_that_is_killed_goes_on_as_its_dry_run_said(tmp_path):
+    database, spec = str(tmp_path / "x.db"), traced_spec(tmp_path, 30)
+    assert start_run(tmp_path, spec, "--database", database).wait(60) == 0
+    edited = json.loads(spec.read_text())
+    edited["jobs"][0]["command"] += "; true"
+    edited["jobs"].append({"name": "new", "command": "true"})
+    spec.write_text(json.dumps(edited))
+    client = torc.LocalClient(database)
+    again = {job["job_name"] for job in update_plan(client, 1, torc.read_spec(str(spec))).data["jobs"]}
+    assert again == {"j0", "j15"}
+    runner = start_run(tmp_path, spec, "--database", database, "--resume")
+    until(lambda: "updated workflow 1: 2 jobs" in (tmp_path / "run.log").read_text())
+    runner.kill()
+    runner.wait()
+    until(lambda: not processes_in(tmp_path))                        # its guardian, too
+    assert start_run(tmp_path, spec, "--database", database, "--resume").wait(60) == 0
+    counted = attempts(client, 1)
+    assert {name for name, number in counted.items() if number == 1} >= set(counted) - again - {"new"}
+    assert set(statuses(client, 1).values()) == {"completed"}
+    client.close()
+
+
 SUBMITTED = {"name": "w", "jobs": [{"name": "a", "command": "true"}],
              "slurm_schedulers": [{"name": "s", "account": "a", "nodes": 1, "walltime": "00:10:00"}],
              "actions": [{"trigger_type": "on_workflow_start", "action_type": "schedule_nodes",
@@ -7634,7 +7922,7 @@ def test_the_allocation_in_focus_is_explained(api, tmp_path):
 def test_a_server_that_lacks_what_the_pages_need_is_named(api, tmp_path, monkeypatch):
     monkeypatch.setattr(torc, "EXTENSIONS", ("summary", "search"))
     text = " ".join(Hands(api, tmp_path).text().split())     # a long path breaks the line elsewhere
-    assert "lacks failures, graph, include_results, which these pages need" in text
+    assert "lacks failures, graph, include_results, which is needed here" in text
 
 
 def test_a_terminal_without_utf_8_gets_ascii_glyphs(client, ui):

@@ -69,7 +69,8 @@ LEASE_MARGIN_S = 60.0
 BUSY = "too many passwords are waiting to be checked"
 EXTENSIONS = ("runner_step", "changes", "server_info", "workflow_specs", "unfinished",
               "why", "stop_job", "release", "summary", "graph", "failures", "include_results",
-              "include_counts", "search", "family", "timeline", "usage", "events_stream")
+              "include_counts", "search", "family", "timeline", "usage", "events_stream",
+              "update_spec")
 
 
 def own_hash():
@@ -590,6 +591,7 @@ KINDS = {kind.table: kind for kind in (
         name                            str     required                    spec name!
         user                            str     required
         description                     str                                 spec str
+        source                          str
         timestamp                       str     server
         project                         str                                 spec str
         metadata                        json                                spec json
@@ -607,7 +609,7 @@ KINDS = {kind.table: kind for kind in (
         use_pending_failed              bool                                spec bool
         enable_ro_crate                 bool                                spec bool
         status_id                       int     server"""),
-        filters=fields("name str, user str, description str, is_archived bool"),
+        filters=fields("name str, user str, description str, source str, is_archived bool"),
         unsorted="slurm_config execution_config env limits", ops=""),
     Kind("job", "job", "/jobs", fields("""
         id                              int     server
@@ -1018,6 +1020,7 @@ class Spec(NamedTuple):
     payload: dict                         # body of POST /workflow_specs
     summary: dict
     warnings: list
+    seen_at: float = 0.0                  # when its files were looked at: time.time()
 
 
 # ---- reading
@@ -1838,7 +1841,8 @@ def read_spec(path, text=None, skip_checks=False):
     path: a .yaml, .yml or .json file; with `text` it only names that. skip_checks: jobs that do
     not fit their Slurm scheduler are warnings. Raises SpecError with all errors, MissingPackage.
     """
-    text = read_spec_text(path) if text is None else text
+    is_file = text is None
+    text = read_spec_text(path) if is_file else text
     value, _ = parse_spec_text(path, text)
     if not isinstance(value, dict):
         kind = {"list": "a list", "str": "a string"}.get(type(value).__name__, "a single value")
@@ -1855,11 +1859,14 @@ def read_spec(path, text=None, skip_checks=False):
             else:
                 warnings.append(f"{job.what}: {sentence}")
     raise_faults(path, text, place.faults)
+    seen_at = time.time()
     for file in reader.made["files"]:
         with contextlib.suppress(OSError, ValueError):
             file["st_mtime"] = os.stat(file["path"]).st_mtime
+    if is_file:
+        workflow["source"] = os.path.abspath(path)
     payload = {"workflow": workflow, **reader.made}
-    return Spec(payload, spec_summary(top, payload), warnings + warnings_of(reader))
+    return Spec(payload, spec_summary(top, payload), warnings + warnings_of(reader), seen_at)
 
 
 SPEC_EXAMPLES = {
@@ -2304,7 +2311,17 @@ CREATE VIEW limit_short AS                 -- what a job asks for and is not fre
             || f.free || ' of ' || f.most || ' free)', ' and ')
         FROM json_each(j.limits) e CROSS JOIN limit_free f
         WHERE f.workflow_id = j.workflow_id AND f.name = e.key AND f.free < e.value) AS words
-    FROM job j
+    FROM job j;
+CREATE TRIGGER file_moves AFTER UPDATE OF path ON file WHEN OLD.path <> NEW.path BEGIN
+    UPDATE job SET outdated = outdated | 4
+    WHERE id IN (SELECT job_id FROM job_input_file WHERE file_id = NEW.id);
+END;
+CREATE TRIGGER input_file_comes AFTER INSERT ON job_input_file BEGIN
+    UPDATE job SET outdated = outdated | 4 WHERE id = NEW.job_id AND outdated IS NOT NULL;
+END;
+CREATE TRIGGER input_user_data_comes AFTER INSERT ON job_input_user_data BEGIN
+    UPDATE job SET outdated = outdated | 8 WHERE id = NEW.job_id AND outdated IS NOT NULL;
+END
 """
 # Step n brings a database from user_version n to n + 1.
 MIGRATIONS = (SCHEMA, ACCESS_SCHEMA, ALLOCATION_SCHEMA, VIEW_SCHEMA, CLUSTER_SCHEMA,
@@ -2607,13 +2624,15 @@ class Store:
         with self._lock:
             self._news = set()
             self._events = []
+            self._discarded = False
             self._writer_thread = threading.get_ident()
             try:
                 self._writer.execute("BEGIN IMMEDIATE")
                 yield
-                self._writer.execute("COMMIT")
-                news = self._news
-                self._publish(self._events)
+                if not self._discarded:
+                    self._writer.execute("COMMIT")
+                    news = self._news
+                    self._publish(self._events)
             except sqlite3.IntegrityError as error:
                 raise refusal(error) from None
             except sqlite3.DatabaseError as error:
@@ -2624,6 +2643,10 @@ class Store:
                     self._writer.execute("ROLLBACK")
         for workflow_id in news:
             self._tell(workflow_id)
+
+    def discard(self):
+        """In a transaction: undo all of it at its end; it was to show what it would do."""
+        self._discarded = True
 
     def execute(self, sql, params=()):
         """Run a statement inside the transaction of this thread; returns the number of rows."""
@@ -4136,6 +4159,226 @@ def process_changed_job_inputs(store, workflow_id, dry_run):
     jobs = find_jobs(store, f"id IN {IDS}", (compact(list(changed)),))
     return {"reinitialized_jobs": [job.name for job in jobs],
             "reasons": {str(job.id): join_names(changed[job.id]) for job in jobs}}
+
+
+# ---- what a specification says now
+
+# A specification is stored as a workflow of its own, :new, and merged into the one that it is to
+# change, :old: records whose keys are equal are pairs, of which the old ones take the new values.
+SIDES = " UNION ALL ".join(f"""
+    SELECT '{table}' AS kind, id, workflow_id AS side, name AS key, name, {goes} AS goes
+    FROM {table} WHERE workflow_id IN (:old, :new)""" for table, goes in (
+        ("file", 1), ("user_data", 1), ("failure_handler", 1), ("job", 1),
+        # What a recovery has made stays, and schedulers that had allocations.
+        ("resource_requirements", "name NOT GLOB '*_recovered[0-9]*'"),
+        ("slurm_scheduler", """id NOT IN (SELECT scheduler_config_id FROM scheduled_compute_node)
+            AND id NOT IN (SELECT coalesce(json_extract(action_config, '$.scheduler_id'), 0)
+                           FROM workflow_action WHERE is_recovery)""")))
+ACTION_SIDES = """
+    SELECT 'workflow_action' AS kind, id, workflow_id AS side, json_array(
+            trigger_type, action_config, persistent, (
+            SELECT group_concat(job_id) FROM action_job WHERE action_id = a.id)) AS key,
+        trigger_type AS name, NOT is_recovery AS goes
+    FROM workflow_action a WHERE workflow_id IN (:old, :new)"""
+PAIR = """
+INSERT INTO side {};
+INSERT INTO pair SELECT o.kind, o.id, n.id FROM side o
+    JOIN side n ON n.kind = o.kind AND n.key = o.key AND n.side = :new WHERE o.side = :old;
+INSERT INTO change SELECT kind, id, name, 'added', NULL FROM side
+    WHERE side = :new
+    AND NOT EXISTS (SELECT 1 FROM pair WHERE kind = side.kind AND new = side.id);
+INSERT INTO change SELECT kind, id, name, 'removed', NULL FROM side
+    WHERE side = :old AND goes
+    AND NOT EXISTS (SELECT 1 FROM pair WHERE kind = side.kind AND old = side.id);
+DELETE FROM side;
+"""
+TAKE = """
+INSERT INTO change SELECT '{table}', old, name, 'changed', (
+        SELECT group_concat(replace(x.key, '_id', ''), ', ') FROM json_each(was) x
+        WHERE json_extract(will, x.fullkey) IS NOT x.value)
+    FROM (SELECT p.old, (SELECT name FROM {table} WHERE id = p.old) AS name,
+            (SELECT json_object({said}) FROM {table} WHERE id = p.old) AS was,
+            (SELECT json_object({said}) FROM {table} WHERE id = p.new) AS will
+        FROM pair p WHERE p.kind = '{table}')
+    WHERE was <> will;
+UPDATE {table} SET ({names}) = (SELECT {names} FROM pair p JOIN {table} n ON n.id = p.new
+        WHERE p.kind = '{table}' AND p.old = {table}.id)
+    WHERE id IN (SELECT id FROM change WHERE kind = '{table}' AND change = 'changed');
+"""
+# For each table of RELATIONS: new jobs refer to old records of pairs; old jobs to what new ones do.
+REFER = """
+INSERT INTO {0} ({1}, {2}) SELECT l.{1}, p.old FROM pair p JOIN {0} l ON l.{2} = p.new
+    WHERE p.kind = '{3}';
+DELETE FROM {0} WHERE {2} IN (SELECT new FROM pair WHERE kind = '{3}');
+"""
+TAKE_LINKS = """
+INSERT INTO change SELECT 'job', p.old, (SELECT name FROM job WHERE id = p.old), 'changed', '{4}'
+    FROM pair p WHERE p.kind = 'job' AND (
+        EXISTS (SELECT 1 FROM {0} l WHERE {1} = p.old AND NOT EXISTS (
+            SELECT 1 FROM {0} WHERE {1} = p.new AND {2} = l.{2}))
+        OR EXISTS (SELECT 1 FROM {0} l WHERE {1} = p.new AND NOT EXISTS (
+            SELECT 1 FROM {0} WHERE {1} = p.old AND {2} = l.{2})));
+DELETE FROM {0} WHERE {1} IN (SELECT old FROM pair WHERE kind = 'job') AND NOT EXISTS (
+    SELECT 1 FROM pair p JOIN {0} l ON l.{1} = p.new AND l.{2} = {0}.{2}
+    WHERE p.kind = 'job' AND p.old = {0}.{1});
+INSERT OR IGNORE INTO {0} ({1}, {2})
+    SELECT p.old, l.{2} FROM pair p JOIN {0} l ON l.{1} = p.new WHERE p.kind = 'job';
+DELETE FROM {0} WHERE {1} IN (SELECT new FROM pair WHERE kind = 'job');
+"""
+MERGE_BEGINS = """
+DROP TABLE IF EXISTS temp.side;
+DROP TABLE IF EXISTS temp.pair;
+DROP TABLE IF EXISTS temp.change;
+CREATE TEMP TABLE side (kind TEXT, id INTEGER, side INTEGER, key TEXT, name TEXT, goes INTEGER);
+CREATE TEMP TABLE pair (kind TEXT, old INTEGER, new INTEGER);
+CREATE TEMP TABLE change (kind TEXT, id INTEGER, name TEXT, change TEXT, fields TEXT);
+CREATE INDEX temp.side_key ON side (kind, key, side);
+CREATE INDEX temp.pair_old ON pair (kind, old);
+CREATE INDEX temp.pair_new ON pair (kind, new);
+INSERT INTO pair VALUES ('workflow', :old, :new);
+INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM file t
+    JOIN job_input_file i ON i.file_id = t.id JOIN job_output_file o ON o.file_id = t.id
+    WHERE t.workflow_id IN (:old, :new);
+INSERT OR IGNORE INTO job_dependency SELECT i.job_id, o.job_id FROM user_data t
+    JOIN job_input_user_data i ON i.user_data_id = t.id
+    JOIN job_output_user_data o ON o.user_data_id = t.id
+    WHERE t.workflow_id IN (:old, :new);
+INSERT INTO pair SELECT 'busy', id, NULL FROM job WHERE workflow_id = :old AND status IN (3, 4);
+"""
+REFERENCES = """
+INSERT INTO action_job (action_id, job_id) SELECT l.action_id, p.old
+    FROM pair p JOIN action_job l ON l.job_id = p.new WHERE p.kind = 'job';
+DELETE FROM action_job WHERE job_id IN (SELECT new FROM pair WHERE kind = 'job');
+UPDATE job SET resource_requirements_id = coalesce((SELECT old FROM pair
+        WHERE kind = 'resource_requirements' AND new = resource_requirements_id),
+        resource_requirements_id),
+    failure_handler_id = coalesce((SELECT old FROM pair
+        WHERE kind = 'failure_handler' AND new = failure_handler_id), failure_handler_id),
+    scheduler_id = coalesce((SELECT old FROM pair
+        WHERE kind = 'slurm_scheduler' AND new = scheduler_id), scheduler_id)
+    WHERE workflow_id = :new;
+UPDATE workflow_action SET action_config = json_set(action_config, '$.scheduler_id', (
+        SELECT old FROM pair WHERE kind = 'slurm_scheduler'
+        AND new = json_extract(action_config, '$.scheduler_id')))
+    WHERE workflow_id = :new AND json_extract(action_config, '$.scheduler_id') IN (
+        SELECT new FROM pair WHERE kind = 'slurm_scheduler');
+-- What jobs write stays as it is, times of files that are the same, and what a recovery has raised.
+INSERT INTO pair SELECT 'lost', coalesce(p.old, f.id), NULL FROM file f
+    LEFT JOIN pair p ON p.kind = 'file' AND p.new = f.id
+    WHERE f.workflow_id = :new AND f.st_mtime IS NULL;
+UPDATE file SET st_mtime = (SELECT o.st_mtime FROM pair p JOIN file o ON o.id = p.old
+                            WHERE p.kind = 'file' AND p.new = file.id)
+    WHERE id IN (SELECT p.new FROM pair p JOIN file o ON o.id = p.old JOIN file n ON n.id = p.new
+        WHERE p.kind = 'file' AND (abs(o.st_mtime - n.st_mtime) < 0.01 OR EXISTS (
+            SELECT 1 FROM job_output_file l JOIN job j ON j.id = l.job_id AND j.workflow_id = :old
+            LEFT JOIN result r ON r.id = j.result_id
+            WHERE l.file_id = o.id AND (o.st_mtime IS NULL OR n.st_mtime IS NULL OR j.status <> 5
+                                        OR coalesce(r.end_ms, 0) >= 1000 * :seen))));
+UPDATE resource_requirements SET
+    (num_cpus, num_gpus, num_nodes, memory, memory_bytes, runtime, runtime_s) = (
+        SELECT num_cpus, num_gpus, num_nodes, memory, memory_bytes, runtime, runtime_s
+        FROM resource_requirements WHERE workflow_id = :old AND name = 'default')
+    WHERE workflow_id = :new AND name = 'default';
+UPDATE user_data SET data = (SELECT o.data FROM pair p JOIN user_data o ON o.id = p.old
+                             WHERE p.kind = 'user_data' AND p.new = user_data.id)
+    WHERE id IN (SELECT p.new FROM pair p JOIN user_data n ON n.id = p.new
+        WHERE p.kind = 'user_data' AND (n.data IS NULL
+            OR EXISTS (SELECT 1 FROM job_output_user_data WHERE user_data_id = p.old)));
+UPDATE job SET resource_requirements_id = (
+        SELECT o.resource_requirements_id FROM pair p JOIN job o ON o.id = p.old
+        WHERE p.kind = 'job' AND p.new = job.id)
+    WHERE id IN (SELECT n.id FROM resource_requirements x
+        JOIN job o ON o.resource_requirements_id = x.id
+        JOIN pair p ON p.kind = 'job' AND p.old = o.id JOIN job n ON n.id = p.new
+        JOIN resource_requirements y ON y.id = n.resource_requirements_id
+        WHERE x.workflow_id = :old AND x.name GLOB y.name || '_recovered[0-9]*');
+"""
+# Jobs go before their requirements, with which they would be deleted.
+MERGE_ENDS = """
+UPDATE resource_requirements SET (memory_bytes, runtime_s) = (
+        SELECT memory_bytes, runtime_s FROM pair p JOIN resource_requirements n ON n.id = p.new
+        WHERE p.kind = 'resource_requirements' AND p.old = resource_requirements.id)
+    WHERE id IN (SELECT id FROM change WHERE kind = 'resource_requirements' AND change = 'changed');
+DELETE FROM {0} WHERE id IN (SELECT id FROM change WHERE kind = '{0}' AND change = 'removed');
+UPDATE {0} SET workflow_id = :old
+    WHERE id IN (SELECT id FROM change WHERE kind = '{0}' AND change = 'added');
+"""
+MERGED = """
+-- The new workflow is deleted before anybody has seen its id; new actions are due.
+UPDATE sqlite_sequence SET seq = seq - 1 WHERE name = 'workflow';
+UPDATE workflow_action SET trigger_count = required_triggers
+    WHERE trigger_type NOT IN ('on_jobs_ready', 'on_jobs_complete')
+    AND id IN (SELECT id FROM change WHERE kind = 'workflow_action' AND change = 'added');
+"""
+
+
+def merge_workflow(store, workflow_id, new_id, seen_at):
+    """In a transaction: make the records of a workflow those of another one; what is the same in
+    both stays, with its results. seen_at: when the files of the new one were looked at. Returns
+    [{"kind", "change", "name", "fields"}]."""
+    tables, taken = [*SPEC_LISTS.values()], []
+    links = [(*RELATIONS[field.name], field.refers, field.spec)
+             for field in KINDS["job"].fields if field.type == "ids"]
+    for table in ("workflow", *tables):
+        names = [field.name for field in columns(KINDS[table])
+                 if field.spec or field.name == "source"]
+        said = ", ".join(f"'{name}', {name}" for name in names)
+        taken.append(TAKE.format(table=table, names=", ".join(names), said=said))
+    for statement in statements("".join([
+            MERGE_BEGINS, PAIR.format(SIDES), *(REFER.format(*link) for link in links), REFERENCES,
+            *taken, *(TAKE_LINKS.format(*link) for link in links),
+            *map(MERGE_ENDS.format, reversed(tables)),
+            PAIR.format(ACTION_SIDES), MERGE_ENDS.format("workflow_action"), MERGED])):
+        store.execute(statement, {"old": workflow_id, "new": new_id, "seen": seen_at})
+    return store.query("""
+        SELECT kind, change, name, group_concat(fields, ', ') AS fields FROM change
+        GROUP BY kind, change, id""", (), dicts_of)
+
+
+def outdated_jobs(store, workflow_id, seen_at):
+    """[what is said of each job that has to run again, and of all downstream that have run or are
+    running]. seen_at: when files were looked for, those that are lost."""
+    started = f"status NOT IN ({UNINITIALIZED}, {BLOCKED}, {READY}, {DISABLED})"
+    changed = changes_since(store, f"j.workflow_id = ? AND j.{started}", (workflow_id,))
+    first = dict.fromkeys(job_ids(store, f"""
+        workflow_id = ? AND (id IN {IDS}
+            OR status IN ({FAILED}, {CANCELED}, {TERMINATED}, {PENDING_FAILED})
+            OR status = {COMPLETED} AND (SELECT end_ms FROM result WHERE id = result_id) < 1000 * ?
+            AND id IN (SELECT l.job_id FROM pair p JOIN job_output_file l ON l.file_id = p.old
+                       WHERE p.kind = 'lost'))""", (workflow_id, compact([*changed]), seen_at)))
+    below = DOWNSTREAM.format(f"p.id IN {IDS}")
+    jobs = find_jobs(store, f"id IN {IDS} OR id IN {below} AND {started}", [compact([*first])] * 2)
+    return [{"job_id": job.id, "job_name": job.name, "status": STATUS_NAMES[job.status],
+             "reason": join_names(changed.get(job.id) or [
+                 "it depends on a job that runs again" if job.id not in first else
+                 "its output file is missing" if job.status == COMPLETED else
+                 "it did not succeed"])} for job in jobs]
+
+
+def run_outdated(store, workflow_id, ids, ended):
+    """In a transaction: make jobs run again, and new ones run. ended: the workflow was complete or
+    canceled, so that this is another run; otherwise others may be at work in this one."""
+    reopen_jobs(store, ids, UNINITIALIZED if ended else BLOCKED, again=not ended, result=None)
+    if not ended:
+        set_status(store, job_ids(store, f"workflow_id = ? AND status = {UNINITIALIZED}",
+                                  (workflow_id,)), BLOCKED)
+        propagate(store, workflow_id)
+    elif store.execute(f"""
+            UPDATE workflow SET is_canceled = 0, run_id = run_id + 1
+            WHERE id = ? AND EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id
+                                     AND status IN {NOT_COMPLETE})""", (workflow_id,)):
+        initialize_jobs(store, workflow_id, only_uninitialized=True)
+
+
+def busy_names(store, ids):
+    """Names of the jobs that a merge changes, or that are these, and that are pending or running.
+    """
+    return [f'"{row[0]}"' for row in store.query(f"""
+        SELECT name FROM job WHERE id IN {IDS}
+            AND EXISTS (SELECT 1 FROM pair WHERE kind = 'busy' AND old = id)
+        UNION SELECT name FROM change c WHERE kind = 'job'
+            AND EXISTS (SELECT 1 FROM pair WHERE kind = 'busy' AND old = c.id)""",
+        (compact(ids),))]
 
 
 def add_scheduled_node(store, body, once, action_id=None):
@@ -6498,10 +6741,44 @@ def create_from_spec(request, store, body):
         insert_jobs(store, records) if table == "job" else add_many(store, KINDS[table], records)
     for action in body.get("actions", ()):
         check_action(action)
+        action = {**action, "action_config": {**action["action_config"]}}
         replace_ids([action], PARTS["new_action"].values(), ids)
         replace_ids([action["action_config"]], PARTS["allocations"].values(), ids)
         add_action(store, workflow_id, action)
     return {"id": workflow_id, "name": workflow["name"], "jobs": len(ids["job"])}
+
+
+@gc_paused
+def update_from_spec(request, store, workflow_id, body, dry_run):
+    """Bring a workflow to what a specification says now, and make what this concerns run again
+    (ours).
+
+    body: as for POST /workflow_specs, and when its files were looked at. Records are matched by
+    their names; jobs that stay keep their results. Answers what changes, and which jobs run again
+    and why; dry_run: and changes nothing. Raises Conflict if that concerns a job that is pending or
+    running.
+    """
+    refuse_archived(store, workflow_id)
+    started = not small_view(store, workflow_id, "is_uninitialized")["is_uninitialized"]
+    ended = small_view(store, workflow_id, "is_complete")["is_complete"]
+    new_id = create_from_spec(request, store, body)["id"]
+    changes = merge_workflow(store, workflow_id, new_id, body["seen_at"])
+    jobs = outdated_jobs(store, workflow_id, body["seen_at"]) if started else []
+    again = [job["job_id"] for job in jobs]
+    names = busy_names(store, again)
+    if names:
+        raise Conflict("jobs that would change or run again are pending or running, so nothing was "
+                       f"changed: {join_names(names, 10)}; to wait until all jobs have ended: torc "
+                       f"wait {workflow_id}")
+    if started:
+        run_outdated(store, workflow_id, again, ended)
+    if dry_run:
+        store.discard()
+    else:
+        remove_workflow(store, new_id)
+    bump_shape(store, workflow_id)
+    store.news(workflow_id)
+    return {"workflow_id": workflow_id, "changes": changes, "jobs": jobs}
 
 
 def replace_ids(records, wanted, ids):
@@ -7031,6 +7308,10 @@ def listed(table, more=(), page=PAGE):
     return (*own, *page, *AFTER_ID, *KINDS[table].filters, *declared(more))
 
 
+SPEC_BODY = "workflow part:new_workflow required, actions parts:new_action, " + ", ".join(
+    f"{name} parts:new_{table}" for name, table in SPEC_LISTS.items())
+
+
 def crud_routes():
     """Routes of the generic operations that each kind takes part in."""
     for kind in KINDS.values():
@@ -7052,9 +7333,7 @@ ROUTES = (
     route("GET /version", version, who=ANYONE),
     route("GET /server_info", server_info, who=ANYONE),
     route("POST /workflow_specs", create_from_spec,
-          body="workflow part:new_workflow required, actions parts:new_action, " + ", ".join(
-              f"{name} parts:new_{table}" for name, table in SPEC_LISTS.items()),
-          who=SOMEBODY),
+          body=SPEC_BODY, who=SOMEBODY),
     route("POST /workflows", create_workflow, body="workflow", who=SOMEBODY),
     route("GET /workflows", list_workflows,
           listed("workflow", "search str, all_users bool = true, usable_by str,"
@@ -7065,6 +7344,8 @@ ROUTES = (
     route("GET /workflows/<workflow>", get_workflow, "include_counts bool = false"),
     route("PUT /workflows/<workflow>", update_workflow, body="workflow", who=PERSON),
     route("DELETE /workflows/<workflow>", delete_workflow, who=PERSON),
+    route("PUT /workflows/<workflow>/spec", update_from_spec, "dry_run bool = false",
+          SPEC_BODY + ", seen_at float required", PERSON),
     route("GET /workflows/<workflow>/status", workflow_status),
     route("PUT /workflows/<workflow>/status", update_workflow_status, body=WORKFLOW_STATUS.fields,
           who=PERSON),
@@ -11661,6 +11942,8 @@ class Wishes(NamedTuple):
     runtime_multiplier: float = 1.4
     retry_unknown: bool | None = None     # also where neither would help; None: lets choose
     recovery_hook: str | None = None
+    specification: Spec | None = None     # of an update; None: the file it was made from
+    resume: bool = False                  # of a Spec to run: its newest workflow
 
 
 class Choice(NamedTuple):
@@ -11783,6 +12066,14 @@ def one_or_all(key, records):
     return records[0] if len(records) == 1 else {key: records}
 
 
+def require_extensions(client, *names):
+    """Raise TorcError if the server lacks some of EXTENSIONS, as upstream's does."""
+    lacks = set(names) - set(client.get("/version").get("extensions", ()))
+    if lacks:
+        raise TorcError(f"{client.where} lacks {', '.join(sorted(lacks))}, which is needed here: "
+                        "start a server of this program with torc-server run")
+
+
 # ---- initialize and reinitialize
 
 FAILED_STATUSES = ("failed", "canceled", "terminated", "pending_failed")
@@ -11881,6 +12172,15 @@ def required_user_data(client, workflow_id, counted):
         [row["user_data_id"] for row in rows if "producer_job_id" in row])]
 
 
+def rerun_lines(jobs):
+    """Which jobs run again, and why, in sentences."""
+    lines = [f"{row['job_name']} ({said(row['status'])}): {row['reason']}"
+             for row in jobs[:MAX_NAMED]]
+    if len(jobs) > MAX_NAMED:
+        lines.append(f"and {plural(len(jobs) - MAX_NAMED, 'job')} more")
+    return lines
+
+
 class Rerun:
     """Which jobs of a workflow run again, and why; apply() makes the change."""
 
@@ -11977,11 +12277,7 @@ class Rerun:
 
     def lines(self):
         """What runs again, and why, in sentences."""
-        jobs = self.report()["jobs"]
-        lines = [f"{row['job_name']} ({said(row['status'])}): {row['reason']}"
-                 for row in jobs[:MAX_NAMED]]
-        if len(jobs) > MAX_NAMED:
-            lines.append(f"and {plural(len(jobs) - MAX_NAMED, 'job')} more")
+        lines = rerun_lines(self.report()["jobs"])
         if self.waiting:
             lines.append(f"{plural(self.waiting, 'job')} would run for the first time.")
         if self.missing:
@@ -12651,6 +12947,51 @@ def plan_reset(client, workflow_id, wishes):
                 strict=True, obstacle=obstacle)
 
 
+def newest_workflow(client, spec):
+    """The user's newest workflow that was made from the file of a Spec, or None."""
+    source = spec.payload["workflow"].get("source")
+    found = client.items("/workflows", source=source, user=client.user,
+                         is_archived=False) if source else ()
+    return max((one["id"] for one in found if one.get("source") == source), default=None)
+
+
+def update_lines(report):
+    """What an update changes and runs, in sentences."""
+    lines = []
+    for (kind, change), rows in itertools.groupby(
+            report["changes"], lambda one: (KINDS.get(one["kind"]), one["change"])):
+        names = [one["name"] + (f" ({one['fields']})" if one["fields"] else "") for one in rows]
+        what = plural(len(names), kind.name if kind else "action")
+        lines.append(f"{what} {change}: {join_names(names, MAX_NAMED)}")
+    return [*lines, *rerun_lines(report["jobs"])]
+
+
+@operation_of("workflows update")
+def plan_update(client, workflow_id, wishes):
+    """Bring a workflow to what its specification says now, and run again what that changes."""
+    require_extensions(client, "update_spec")
+    spec = wishes.specification
+    if not spec:
+        source = client.get(f"/workflows/{workflow_id}").get("source")
+        if not source:
+            raise UsageError(f"workflow {workflow_id} was not made from a file; to name its "
+                             f"specification: torc workflows update {workflow_id} SPEC")
+        spec = read_spec(source)
+    cleaned_up = clean_up_dead(client, workflow_id, wishes.output_dir)      # jobs are free then
+    workflow = {**spec.payload["workflow"], "user": client.user}
+    body = {**spec.payload, "workflow": workflow, "seen_at": spec.seen_at}
+
+    def update(client, dry_run=False):
+        report = client.put(f"/workflows/{workflow_id}/spec", body, dry_run=dry_run)
+        return Outcome(f"Updated workflow {workflow_id}: {plural(len(report['jobs']), 'job')} to "
+                       "run again", report, steps=(*cleaned_up, *update_lines(report)))
+
+    planned = update(client, True)
+    return Plan(f"Update workflow {workflow_id}", planned.steps or ["Nothing has changed."],
+                [Choice("update it", update)], planned.data, sure=not planned.steps,
+                obstacle=missing_message(workflow_id, missing_inputs(spec.payload), verb="update"))
+
+
 def plan_start(client, target, wishes):
     """What `run` and `submit` begin with: create a Spec's workflow, or take an existing one."""
     if isinstance(target, Spec):
@@ -12693,8 +13034,20 @@ def plan_run(client, target, wishes):
 
     target: its id, or the Spec of a new one.
     """
-    plan = plan_start(client, target, wishes)
-    steps, hosts, reset = [], [], Plan("")
+    steps, hosts, reset, plan = [], [], Plan(""), None
+    if wishes.resume:
+        require_extensions(client, "update_spec")
+    last = newest_workflow(client, target) if client and isinstance(target, Spec) else None
+    if last and wishes.resume:
+        plan = plan_update(client, last, wishes._replace(specification=target))
+        target = last
+    elif last:
+        counted = client.get(f"/workflows/{last}/counts")
+        if end_code(counted):
+            steps = [f"workflow {last} of this file has not completed ({counts_text(counted)}); to "
+                     "go on with it instead: torc run "
+                     f"{target.payload['workflow']['source']} --resume"]
+    plan = plan or plan_start(client, target, wishes)
     if isinstance(target, Spec):
         if wishes.failed_only:
             raise UsageError("--failed runs the failed jobs of an existing workflow: name its id")
@@ -12702,7 +13055,7 @@ def plan_run(client, target, wishes):
     else:
         name = target
         counted = client.get(f"/workflows/{target}/counts")
-        if counted["is_complete"] and counted["total"]:
+        if counted["is_complete"] and counted["total"] and not wishes.resume:
             steps = [f"all jobs of workflow {target} have already ended; "
                      f"{rerun_text(target, counted)}"]
         hosts = [node["hostname"] for node in client.items(
@@ -12730,7 +13083,7 @@ def plan_run(client, target, wishes):
         named = ("--output-dir", place) if place != DEFAULT_OUTPUT_DIR else ()
         return Start(f"run of workflow {workflow_id}", (
             "run", str(workflow_id), *named, "--allow-owner", owner),
-            workflow_id, (*steps, made.sentence))
+            workflow_id, (*steps, *made.steps, made.sentence))
 
     return plan._replace(title=f"Run workflow {name} here", lines=lines, strict=False,
                          choices=[Choice("run it", do)], sure=not lines,
@@ -14956,15 +15309,6 @@ def cells_line(columns, cells, width):
 
 # ---- loaders: functions of (client, a copy of the View, Terminal), called by the worker thread
 
-def require_extensions(client):
-    """Raise TorcError if the server lacks what the pages need, as upstream's does."""
-    lacks = {"summary", "search", "graph", "failures", "include_results"} - set(
-        client.get("/version").get("extensions", ()))
-    if lacks:
-        raise TorcError(f"{client.where} lacks {', '.join(sorted(lacks))}, which these pages need: "
-                        "start a server of this program with torc-server run")
-
-
 def fetch_each(client, path, ids):
     """Fetch records as {id: record}; those that no longer exist are left out."""
     found = {}
@@ -15900,6 +16244,7 @@ KEYS = read_keys("""
     i             initialize     -          initialize: start from the beginning
     I             reinitialize   -          reinitialize: run again what changed
     R             reset          -          reset jobs: those that failed, or all
+    U             update         -          update: bring it to what its specification says now
     x             run            run        run on this machine
     s             submit         submit     submit to Slurm
     W             watch          -          watch: look after it until it ends
@@ -16104,7 +16449,8 @@ class Loading:
 
         def task(client):
             if not self.checked:
-                require_extensions(client)
+                require_extensions(client, "summary", "search", "graph", "failures",
+                                   "include_results")
                 self.checked = True
             begun = time.monotonic()
             return page.kind.load(client, asked, self), time.monotonic() - begun
@@ -18060,6 +18406,7 @@ def carry_out_start(args, make_plan, start=None):
 
 @command("run", SPEC, SPEC_OPTIONS, """
          --failed -> failed_only    first reset failed and canceled jobs and their dependents
+         --resume                   go on with the newest workflow made from this file, as it is now
          -j, --max-parallel-jobs N  run at most this many at a time, whatever they need
          --num-cpus N               default: those of this machine
          --memory-gb GB
@@ -18106,7 +18453,8 @@ def do_run(args):
             make_private(args.output_dir)
         return plan_run(client, target, wishes)
 
-    if args.dry_run and not names_workflow(args):    # needs neither server nor database
+    if args.dry_run and not args.resume and not names_workflow(args):
+        # It needs neither server nor database.
         return carry_out(args, None, plan_run(None, load_spec(args, args.spec), wishes_of(args)))
     return carry_out_start(args, plan, run)
 
@@ -18572,6 +18920,8 @@ def api_command(name, place, summary, *texts, example="", noun="", columns="", t
         assign(client, path, body)
         if before:
             body = before(args, client, body)
+            if isinstance(body, int):     # it has done something else
+                return body
         if method == "PUT" and not body:
             raise UsageError(f"name what to change: see torc {name} --help")
         answer = client.request(method, path, options_for(args, endpoint.query), body or None)
@@ -18808,17 +19158,34 @@ SETTINGS = """
 api_command("workflows get", "GET /workflows/{workflow_id}",
             "Show a workflow's settings.",
             WORKFLOW)
+
+
+def update_from_file(args, client, values):
+    """Return the values; without any, update the workflow from a specification."""
+    if values and args.specification:
+        raise UsageError(f"{args.specification} and options for what it says are mutually "
+                         "exclusive")
+    if not values:
+        spec = args.specification and read_spec(args.specification)
+        wishes = wishes_of(args)._replace(specification=spec)
+        return carry_out(args, client, plan_update(client, args.workflow_id, wishes))
+    return values
+
+
 api_command("workflows update", "PUT /workflows/{workflow_id}",
-            "Change a workflow's settings.",
+            "Bring a workflow to what its specification says now, or change its settings.",
             WORKFLOW, """
+            [SPEC] -> specification  what the workflow is to be, unless options say what to change;
+                                     default: the file it was made from
+            """, FORCE_INPUTS, NO_PROMPTS, DRY_RUN, """
             -n, --name NAME
             -d, --description TEXT
             --owner-user USER -> user
             --project TEXT
             --metadata JSON
             """, SETTINGS,
-            told="Updated workflow {id}",
-            example="torc workflows update 3 -d 'second try'")
+            told="Updated workflow {id}", before=update_from_file,
+            example="torc workflows update 3 workflow.yaml --dry-run")
 
 
 operation_command("archive", """
@@ -22477,6 +22844,8 @@ const ACTIONS = {                    // verb: [label, states with a button, stat
   release: ["Clean up…", "", "running stuck", "Requeue the jobs of dead runners and ended allocations"],
   reinitialize: ["Reinitialize…", "", "done failed canceled", "Rerun only jobs whose inputs changed, and their dependents"],
   reset: ["Reset…", "", "waiting done failed canceled stuck", "Reset all jobs; earlier results are kept"],
+  update: ["Update…", "", "not initialized waiting running done failed canceled stuck",
+    "Bring it to what its specification file says now, and run again what that changes"],
   export: ["Export", "", "waiting running done failed canceled stuck", "Save one JSON file with jobs, results and events"],
   archive: ["Archive", "", "done failed canceled", "Hide it from lists; nothing is deleted"],
   delete: ["Delete…", "", Object.keys(STATES).join(" "), "Remove jobs and results; output files stay"],
