@@ -1021,6 +1021,7 @@ class Spec(NamedTuple):
     summary: dict
     warnings: list
     seen_at: float = 0.0                  # when its files were looked at: time.time()
+    made_from: str = "file"               # or commands
 
 
 # ---- reading
@@ -1087,9 +1088,9 @@ def raise_faults(name, text, faults):
 
 
 def read_spec_text(path):
-    """The text of a specification file. Raises SpecError."""
+    """The text of a specification file, - for standard input. Raises SpecError."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(0 if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise SpecError([f"{path}: not UTF-8 text (byte {error.start})"]) from None
@@ -8284,9 +8285,9 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
 # one talks to the server, one listens for news, one samples what the jobs use. The first two share
 # a deque of claimed jobs and a list of completions, under one lock.
 
-PREFETCH_LIMIT = 16
+PREFETCH_LIMIT = 64
 ENOUGH_AHEAD = 4                          # jobs in the queue that allow completions to be gathered
-GATHER_S = 0.01                           # for so long
+GATHER_S = 0.03                           # for so long
 PREFETCH_S = 0.1                          # work for this long is claimed ahead at the recent rate
 RETURN_AHEAD_S = 0.5                      # a prefetched job not started by then goes back
 RUNTIME_GRACE_S = 120                     # by which a requirement's runtime may exceed what is left
@@ -8317,6 +8318,8 @@ class RunOptions(NamedTuple):
     quiet: bool = False
     schedule: Any = None                  # function(client, action) that submits its allocations
     share_password: bool = False          # jobs get the user's own password, and no token
+    tail: bool = False                    # print what each job wrote when it has ended,
+    keep_order: bool = False              # in the order of their starts
 
 
 def start_thread(target, *args):
@@ -8999,6 +9002,50 @@ class Progress:
         os.close(self.log)
 
 
+# ---- what the jobs wrote
+
+def copy_output(path, position, prefix, ended, stream):
+    """Copy a file from a position on to stdout or stderr; return the new position. prefix: put
+    before each line; an unfinished one then waits until the job has ended."""
+    import shutil
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(position)
+        stream.flush()                    # of what was printed before
+        if not prefix:
+            shutil.copyfileobj(file, stream.buffer)
+            position = file.tell()
+        for line in file if prefix else ():
+            if line.endswith(b"\n") or ended:
+                stream.buffer.write(prefix + line.rstrip(b"\n") + b"\n")
+                position += len(line)
+        stream.flush()
+    return position
+
+
+def print_output(out, err):
+    """Print what a job wrote: paths, or None."""
+    for path, stream in reversed({err: sys.stderr, out: sys.stdout}.items()):
+        # A reader that has left ends no job.
+        with contextlib.suppress(OSError, TypeError):
+            copy_output(path, 0, b"", True, stream)
+
+
+def print_outputs(ended, in_order):
+    """Print what jobs wrote as they come out of a queue, until None does.
+
+    in_order: of their starts, 1, 2, 3, ...
+    """
+    waiting, due = {}, 1
+    for number, paths in iter(ended.get, None):
+        waiting[number] = paths
+        due = due if in_order else number
+        while due in waiting:
+            print_output(*waiting.pop(due))
+            due += 1
+    for number in sorted(waiting):        # others before them were interrupted
+        print_output(*waiting[number])
+
+
 # ---- the runner, in seven parts and what holds them together
 
 # What a part alone looks after stands at its head, as it is at first; what they share stands in
@@ -9475,6 +9522,8 @@ class Reaping:
             cause = last[6:] if last.startswith("torc: ") else f"return code {done['return_code']}"
             self.say(f"job {job['id']} \"{job['name']}\" {done['status'].replace('_', ' ')}: "
                      f"{cause}{then}")
+        if self.options.tail and not done.get("requeue"):
+            self.outputs.put((child.start, child.outputs))
 
     def _usage(self, child):
         """Return peak and average memory and CPU of an attempt, without what is unknown."""
@@ -10094,6 +10143,7 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
     own_allocations = 0                   # scheduled ones that bring no other runner
 
     def __init__(self, client, workflow_id, options=RunOptions()):
+        import queue
         import secrets
         import socket
         self.client = client
@@ -10112,6 +10162,7 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
         self.suspect_failures = []        # (when to tell, child that failed)
         self.ends = collections.deque(maxlen=32)     # when the last jobs ended
         self.situation = {}               # the server's last answer
+        self.outputs = queue.SimpleQueue()           # to be printed: (start, paths)
         self.scripts = {}                 # pid: Process of an action or a recovery
         self.tried_actions = set()
         self.ended = threading.Event()
@@ -10135,6 +10186,8 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
         self.limits = read_limits(self.workflow)
         self.progress = Progress(self.options.quiet, os.path.join(
             self.directory, f"job_runner_{self.labels()[0]}.log"))
+        if self.options.tail and sys.stdout.isatty():          # its line would mix with the output
+            self.progress.terminal = False
         self.say = self.progress.say
         for sentence in release_dead_nodes(self.client, self.workflow_id, self.directory):
             self.say(sentence)
@@ -10215,7 +10268,9 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
         if self.limits.enabled:
             targets.append(self._sample_all)
         threads = [threading.Thread(target=target, daemon=True) for target in targets]
-        for thread in threads:
+        printer = threading.Thread(target=print_outputs, daemon=True, args=(
+            self.outputs, self.options.keep_order))
+        for thread in (*threads, printer):
             thread.start()
         try:
             self._loop()
@@ -10224,6 +10279,8 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
             self.waiting.interrupt()
             for thread in threads:        # none may be at work when the interpreter ends
                 thread.join(10)
+            self.outputs.put(None)
+            printer.join()                # which waits for a pager
 
     def _signals(self):
         """Set up signals: they write a byte to the wake-up pipe, and the loop handles them."""
@@ -13044,9 +13101,8 @@ def plan_run(client, target, wishes):
     elif last:
         counted = client.get(f"/workflows/{last}/counts")
         if end_code(counted):
-            steps = [f"workflow {last} of this file has not completed ({counts_text(counted)}); to "
-                     "go on with it instead: torc run "
-                     f"{target.payload['workflow']['source']} --resume"]
+            steps = [f"workflow {last} is of the same {target.made_from} and has not completed "
+                     f"({counts_text(counted)}); to go on with it instead, add --resume"]
     plan = plan or plan_start(client, target, wishes)
     if isinstance(target, Spec):
         if wishes.failed_only:
@@ -17461,11 +17517,9 @@ def parse_local_time(text):
 def json_file(path):
     """The JSON value in a file, - for standard input. Raises TorcError."""
     try:
-        with open(0 if path == "-" else path, encoding="utf-8", closefd=path != "-") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        place = "standard input" if path == "-" else path
-        raise TorcError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
+        return json.loads(read_spec_text(path))
+    except ValueError as error:
+        raise TorcError(f"{path}: {error}") from None
 
 
 def json_value(text):
@@ -17781,9 +17835,7 @@ def build_parser(name, options, description="", example=""):
 def check_options(found, rest):
     """Raise UsageError for an unknown option of a command, suggesting the nearest one."""
     known = flags_of([*GLOBAL, *found.options])
-    for word in rest:
-        if word == "--":
-            return
+    for word in before_dashes(rest):
         flag = flag_of(word)
         if re.match(r"--?[A-Za-z]", word) and " " not in word and flag not in known:
             raise UsageError(f"torc {found.name} has no option {flag}{did_you_mean(flag, known)}: "
@@ -17799,18 +17851,24 @@ def parse_command(found, head, rest):
     parser = build_parser(found.name, found.options)
     # Intermixed, so that an optional WORKFLOW_ID may also follow the options.
     args.prog = parser.prog
-    args = parser.parse_intermixed_args(rest, args)
+    own = list(before_dashes(rest)) if found.name == "exec" else rest
+    args = parser.parse_intermixed_args(own, args)
+    args.after_dashes = rest[len(own) + 1:]
     args.names_output_dir = any(option.dest == "output_dir" and flag_of(word) in option.flags
-                                for option in found.options for word in rest)
+                                for option in found.options for word in own)
     if args.format == "csv" and all(option.dest != "format" for option in found.options):
         raise UsageError(f"torc {found.name} has no CSV output (only lists do): use -f json")
     return args
 
 
+def before_dashes(words):
+    """The words before "--"."""
+    return itertools.takewhile(lambda word: word != "--", words)
+
+
 def has_flag(words, short, long):
     """Whether a flag is given before "--"."""
-    before = itertools.takewhile(lambda word: word != "--", words)
-    return any(word in (short, long) for word in before)
+    return any(word in (short, long) for word in before_dashes(words))
 
 
 def wants_json(argv):
@@ -17821,7 +17879,7 @@ def wants_json(argv):
 # ---- help
 
 GROUPS = (
-    ("Workflows", "run create submit examples status failures wait cancel delete workflows"),
+    ("Workflows", "exec run create submit examples status failures wait cancel delete workflows"),
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
@@ -18322,7 +18380,7 @@ def load_spec(args, path):
     elif not path:
         raise UsageError("name a specification file, or --example hello")
     else:
-        text = sys.stdin.read() if path == "-" else None
+        text = None
     spec = read_spec(path, text, args.skip_checks)
     workflow = spec.payload["workflow"]
     if args.no_resource_monitoring:
@@ -18385,12 +18443,14 @@ def names_workflow(args):
                 or os.path.exists(text) and not os.path.isdir(text))
 
 
-def carry_out_start(args, make_plan, start=None):
-    """Carry out the Plan of `run` or `submit` for the specification or workflow that is named.
+def carry_out_start(args, make_plan, start=None, target=None):
+    """Carry out the Plan of `run` or `submit` for the Spec, or the specification or workflow that
+    is named.
 
     start: function(client, Start) that does here what a Start would do; gives the exit code.
     """
-    target = None if names_workflow(args) else load_spec(args, args.spec)
+    if not target and not names_workflow(args):
+        target = load_spec(args, args.spec)
     if target:
         tell_warnings(args, target)
     try:
@@ -18404,36 +18464,37 @@ def carry_out_start(args, make_plan, start=None):
         return carry_out(args, client, make_plan(client, target, wishes_of(args)), False, start)
 
 
-@command("run", SPEC, SPEC_OPTIONS, """
-         --failed -> failed_only    first reset failed and canceled jobs and their dependents
-         --resume                   go on with the newest workflow made from this file, as it is now
-         -j, --max-parallel-jobs N  run at most this many at a time, whatever they need
-         --num-cpus N               default: those of this machine
-         --memory-gb GB
-         --num-gpus NUMBER
-         """, OUTPUT_DIR, """
-         --time-limit DURATION  as in PT2H: jobs that still run then are terminated
-         --end-time MOMENT      as in 2026-01-02T03:04:05Z; counts before --time-limit
-         --allow-owner NAME...  run workflows of this user too, whose commands then run as you; may
-                                be repeated
-         """, WORKER_URL, SHARE_PASSWORD, POLL, DRY_RUN,
-         example="torc run workflow.yaml --num-cpus 4")
-def do_run(args):
-    """Run a specification, or an existing workflow, on this machine."""
+RUN_OPTIONS = """
+    -j, --max-parallel-jobs N  run at most this many at a time, whatever they need
+    """, OUTPUT_DIR, """
+    --time-limit DURATION  as in PT2H: jobs that still run then are terminated
+    --end-time MOMENT      as in 2026-01-02T03:04:05Z; counts before --time-limit
+    """, WORKER_URL, SHARE_PASSWORD, POLL, DRY_RUN
+
+
+def run_here(args):
+    """The functions that plan the run of a workflow here, and run it: see carry_out_start."""
+    def plan(client, target, wishes):
+        if not isinstance(target, Spec) and not args.names_output_dir:   # where the last run's is
+            last = client.get(f"/workflows/{target}/summary")["output_dir"] or ""
+            if os.access(last, os.W_OK):
+                args.output_dir = last.removeprefix(os.getcwd() + "/")
+        if not args.dry_run:              # before there is a workflow
+            make_private(args.output_dir)
+        return plan_run(client, target, wishes)
+
     def run(client, start):
         for sentence in clean_up_dead(client, start.workflow_id, args.output_dir):
             tell(args, sentence)
         initialize_new(client, start.workflow_id)
-        end_time = args.end_time
-        if end_time is None and args.time_limit is not None:
-            end_time = time.time() + parse_duration(args.time_limit)
-        runner = Runner(client, start.workflow_id, wishes_of(
-            args, RunOptions, end_time=end_time, schedule=scheduling(
-                client, lambda: worker_request(client, wishes_of(args)))))
+        if args.end_time is None and args.time_limit is not None:
+            args.end_time = time.time() + parse_duration(args.time_limit)
+        runner = Runner(client, start.workflow_id, wishes_of(args, RunOptions, schedule=scheduling(
+            client, lambda: worker_request(client, wishes_of(args)))))
         code = runner.run()
         if args.format == "json":
             print_json({**workflow_report(client, start.workflow_id), "exit_code": code})
-        stuck = code == 3 and end_time is None and client.page(
+        stuck = code == 3 and args.end_time is None and client.page(
             "/jobs", workflow_id=start.workflow_id, status="ready", limit=1)["items"]
         if stuck:
             tell(args, f"why it does not run here: torc why {stuck[0]['id']}")
@@ -18444,19 +18505,102 @@ def do_run(args):
             say_next(args, client, start.workflow_id)
         return code
 
-    def plan(client, target, wishes):
-        if names_workflow(args) and not args.names_output_dir:       # where the last run's is
-            last = client.get(f"/workflows/{target}/summary")["output_dir"] or ""
-            if os.access(last, os.W_OK):
-                args.output_dir = last.removeprefix(os.getcwd() + "/")
-        if not args.dry_run:              # before there is a workflow
-            make_private(args.output_dir)
-        return plan_run(client, target, wishes)
+    return plan, run
 
+
+@command("run", SPEC, SPEC_OPTIONS, """
+         --failed -> failed_only  first reset failed and canceled jobs and their dependents
+         --resume                 go on with the newest workflow made from this file, as it is now
+         --num-cpus N             default: those of this machine
+         --memory-gb GB
+         --num-gpus NUMBER
+         --allow-owner NAME...    run workflows of this user too, whose commands then run as you;
+                                  may be repeated
+         """, RUN_OPTIONS, example="torc run workflow.yaml --num-cpus 4")
+def do_run(args):
+    """Run a specification, or an existing workflow, on this machine."""
     if args.dry_run and not args.resume and not names_workflow(args):
         # It needs neither server nor database.
         return carry_out(args, None, plan_run(None, load_spec(args, args.spec), wishes_of(args)))
-    return carry_out_start(args, plan, run)
+    return carry_out_start(args, *run_here(args))
+
+
+def spec_of_commands(args, commands):
+    """The Spec of a workflow with a job for each command, or for each value of the parameters in
+    it. Raises UsageError if a command lacks a parameter, SpecError."""
+    place, jobs = Place([], what="--param"), []
+    # A runner's own options have the same names.
+    need = {field.name: vars(args).pop(field.name, None)
+            for field in KINDS["resource_requirements"].fields}
+    parameters = dict(text.partition("=")[::2] for text in args.parameters or ())
+    for number, command in enumerate(commands, 1):
+        for name, values in parameters.items():
+            if not (values and placeholder([name]).search(command)):
+                raise UsageError(f"--param takes NAME=VALUES and replaces {{NAME}} in each command:"
+                                 f" {name!r} has no values, or is not in {command!r:.60}")
+        # The program: sort of "X=1 /usr/bin/sort -n".
+        word = re.match(r"\W*(?:\w+=\S*\s+)*(?:\S*/)?([\w.+-]{0,30})", command)[1] or "job"
+        suffix = "".join(f"_{name}={{{name}}}" for name in parameters)
+        jobs += expand(place, {
+            "name": f"{word}_{number}{suffix}", "command": command, "parameters": parameters,
+            "parameter_mode": args.link, "resource_requirements_id": 1}, {})[1]
+        raise_faults("exec", "", place.faults)
+    key = compact([commands, parameters, args.link, os.path.abspath(args.output_dir)])
+    return Spec({"jobs": jobs, "resource_requirements": [{**need, "name": "each"}], "workflow": {
+        "name": args.title or word, "description": args.description,
+        "source": hashlib.sha256(key.encode()).hexdigest(),
+        "execution_config": {"stdio": {"mode": args.stdio},
+                             "limit_resources": bool(need["memory"])},
+        "resource_monitor_config": {
+            "enabled": args.monitor != "off", "sample_interval_seconds": args.sample_interval,
+            "granularity": "time_series" if "-" in args.monitor else "summary"}}}, {}, [],
+        time.time(), "commands")
+
+
+@command("exec", """
+         [WORD...] -> words  after --: one command, its words quoted for the shell
+         -c, --command COMMAND... -> commands  may be repeated
+         -C, --commands-file FILE... -> files  one command a line, - for standard input; empty lines
+                                               and those that begin with # are skipped
+         --param PARAMETER... -> parameters    NAME=VALUES, as in lr='[0.1,0.01]' or seed=1:10: a
+                                               job for each value, which replaces {NAME}
+         --link product|zip=product  how several parameters are combined
+         -n, --name NAME -> title    of the workflow; default: the program
+         --description TEXT
+         --resume                    go on with the newest workflow of the same commands, whose
+                                     requirements stay: run only what has not completed
+         --tail                      print the output of each job when it has ended
+         -k, --keep-order            the same, in the order of the commands
+         --num-cpus N                of each job, like the next three
+         --num-gpus NUMBER
+         --memory SIZE               a job that takes more is killed
+         --runtime DURATION          no job starts if less is left of --time-limit
+         --stdio separate|combined|no_stdout|no_stderr|none=separate  what output is kept
+         --monitor off|summary|time-series=summary  the memory and CPU use of jobs
+         -i, --sample-interval N=10  seconds between samples of a time series
+         """, RUN_OPTIONS, example="torc exec -C commands.txt -j 8")
+def do_exec(args):
+    """Run commands on this machine, without a specification.
+
+    torc exec -C commands.txt -j 8
+    torc exec -c 'train --lr {lr}' --param lr='[0.1,0.01]'
+    torc exec -- gzip 'my file'
+    """
+    import shlex
+    if args.words:
+        raise UsageError(f"put -- before {args.words[0]}, so that its options are not taken for "
+                         f"those of torc exec; if it is a specification: torc run {args.words[0]}")
+    commands = sum(map(read_commands, args.files or ()), args.commands or [])
+    if args.after_dashes:
+        commands.append(shlex.join(args.after_dashes))
+    if not commands:
+        raise UsageError("name a command, or a file of commands, for example: "
+                         "torc exec -C commands.txt -j 8")
+    spec, args.tail = spec_of_commands(args, commands), args.tail or args.keep_order
+    if args.dry_run and not args.resume:  # needs neither server nor database
+        commands = [job["command"] for job in spec.payload["jobs"]]
+        return say(args, "\n".join(commands), commands=commands)
+    return carry_out_start(args, *run_here(args), spec)
 
 
 @command("examples", "[NAME]", LIST, example="torc examples hello > hello.json")
@@ -18704,24 +18848,6 @@ def find_attempt(client, job, number, *directories):
     return Attempt(run_id, attempt_id, *paths, node.get("hostname", ""))
 
 
-def copy_output(path, position, prefix, ended):
-    """Copy a file from a position on to stdout; return the new position. prefix: put before each
-    line; an unfinished one then waits until the job has ended."""
-    import shutil
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(position)
-        sys.stdout.flush()                # of what was printed before
-        if not prefix:
-            shutil.copyfileobj(file, sys.stdout.buffer)
-            position = file.tell()
-        for line in file if prefix else ():
-            if line.endswith(b"\n") or ended:
-                sys.stdout.buffer.write(prefix + line.rstrip(b"\n") + b"\n")
-                position += len(line)
-        sys.stdout.flush()
-    return position
-
-
 def tail_position(path, lines):
     """The position in a file where its last lines begin, all of it if that is None; what is before
     them is not read: of lines longer than 64 KiB on average there may be fewer."""
@@ -18793,7 +18919,8 @@ def do_logs(args, client):
             for path in positions:
                 if len(positions) > 1 and not several and not args.follow and os.path.getsize(path):
                     print(f"==> {path} <==")
-                positions[path] = copy_output(path, positions[path], prefix, ended)
+                positions[path] = copy_output(path, positions[path], prefix, ended,
+                                              sys.stdout)
             if not ended:
                 running.append((job, attempt, positions))
             elif not any(positions.values()):
@@ -19270,6 +19397,8 @@ api_command("jobs create", "POST /jobs",
 
 def read_commands(path):
     """Read the commands in a file: lines that are neither empty nor comments. Raises TorcError."""
+    if path.endswith(SPEC_ENDINGS):
+        raise UsageError(f"{path} is a specification, to run it: torc run {path}")
     lines = map(str.strip, read_spec_text(path).split("\n"))
     commands = [line for line in lines if line and not line.startswith("#")]
     if not commands:
@@ -20126,7 +20255,7 @@ def read_for_planning(args):
 
     Raises SpecError with all errors; TorcError if it already has allocations, unless --overwrite.
     """
-    text = sys.stdin.read() if args.file == "-" else read_spec_text(args.file)
+    text = read_spec_text(args.file)
     spec = read_spec(args.file, text, skip_checks=True)
     document, as_json = parse_spec_text(args.file, text)
     has = [name for name, there in (
