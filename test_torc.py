@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import ast
 import atexit
+import base64
 import contextlib
 import csv
+import gzip
 import hashlib
 import http.client
 import http.server
@@ -10413,6 +10415,50 @@ def test_a_bundle_serves_with_nothing_installed(cli, tmp_path):
         process.communicate(timeout=20)
 
 
+def read_report(text):
+    """What is inside of a report."""
+    packed = re.search(r'<script type="text/plain" id="report">([\w+/=]+)</script>', text)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def test_a_report_is_one_private_file_that_replaces_nothing(cli, client, tmp_path, monkeypatch):
+    where = {"TORC_DATABASE": getattr(client, "path", None)} if client.is_local else {"TORC_API_URL": client.where}
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    evil = "</script><script>alert(1)</script>"
+    workflow_id, ids = make(client, {evil: [], "b": [evil]})
+    complete(client, ids[evil], workflow_id, make_node(client, workflow_id), 3)
+    done = cli_json(cli, "report", workflow_id)
+    path = tmp_path / f"torc_report_{workflow_id}.html"
+    assert done == {"path": path.name, "workflow_id": workflow_id}
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    text = path.read_text()
+    assert text.count("</script>") == 2 and "alert(1)" not in text and "</body>" in text
+    assert "</script" not in torc.DASH_JS and "</style" not in torc.DASH_CSS
+    report = read_report(text)
+    fields, first, second = report["jobs"]
+    assert dict(zip(fields, first))["name"] == evil and dict(zip(fields, second))["status"] == "canceled"
+    assert report["failures"]["total"] == 1 and "env" not in report["workflow"]
+    path.write_text("mine")
+    _, _, err = cli("report", workflow_id, ok=1)
+    assert "exists: name another file, or replace it with --force" in err and path.read_text() == "mine"
+    cli("report", workflow_id, "--force", ok=0)
+    assert read_report(path.read_text())["jobs"] == report["jobs"]
+    assert read_report(cli("report", workflow_id, "-o", "-", ok=0)[1])["jobs"] == report["jobs"]
+    _, _, err = cli("report", workflow_id, "-o", tmp_path / "no" / "r.html", ok=1)
+    assert "no/r.html cannot be written: No such file or directory" in err
+    cli("report", 99, ok=1)
+
+
+@pytest.mark.slow
+def test_a_report_of_100000_jobs_is_below_20_mb(cli, tmp_path, monkeypatch):
+    workflow_id = half_done(tmp_path / "views.db", 100_000)
+    monkeypatch.setenv("TORC_DATABASE", str(tmp_path / "views.db"))
+    cli("report", workflow_id, "-o", "big.html", ok=0)
+    assert os.path.getsize("big.html") < 20e6
+    assert len(read_report(Path("big.html").read_text())["jobs"]) > 99_000
+
+
 def test_an_exported_workflow_is_made_anew(cli, api, tmp_path, monkeypatch):
     spec = tmp_path / "full.json"
     spec.write_text(json.dumps({
@@ -11273,6 +11319,45 @@ def test_a_browser_exports_reinitializes_cancels_and_archives(chromium, dash, se
     until(lambda: client.get(f"/workflows/{workflow_id}/status")["is_archived"])
     visit.go("/", see="No workflows yet")
     assert visit.trouble == []
+
+
+@pytest.mark.browser
+def test_a_report_opens_from_a_file_without_a_network(chromium, dash, server, tmp_path):
+    client, number = server.client(), 2005
+    workflow_id = client.post("/workflow_specs", {
+        "workflow": {"name": "study", "user": "tester", "description": "</script><b>x</b>"},
+        "jobs": [{"name": "fails", "command": "echo no such mesh >&2; exit 3"},
+                 {"name": "never", "command": "true", "depends_on_job_ids": [1]},
+                 *({"name": f"solve_{i:04}", "command": "true"} for i in range(number))]})["id"]
+    assert start_run(tmp_path, workflow_id, "-j", 4, "--url", server.url).wait(120) == 1
+    shown = Visit(chromium, dash)
+    shown.go(f"/w/{workflow_id}")
+    with shown.page.expect_download() as download:
+        shown.menu("Report")
+    path = tmp_path / "r.html"
+    download.value.save_as(path)
+    visit = Visit(chromium, None, link=f"file://{path}")
+    visit.context.set_offline(True)
+    page = visit.page
+    visit.see("2,007 of 2,007 jobs done")
+    visit.see("exit 3: no such mesh")
+    assert page.locator("#link").inner_text().startswith("report of ")
+    for path, text in (("jobs?status=failed", "1–1 of 1"), ("jobs?family=solve", "1–50 of 2,005"),
+                       ("jobs?q=solve_2004", "1–1 of 1"), ("jobs/1", "no such mesh"), ("jobs/3", "completed"),
+                       ("graph", "solve_*"), ("timeline", "Longest gap"), ("resources", "Requested and used"),
+                       ("failures", "1 dependent was canceled"), ("nodes", "0 active"), ("events", "solve_2004 completed"),
+                       ("data", "No files"), ("jobs/9999", "this report has no such job")):
+        visit.go(f"/w/{workflow_id}/{path}", see=text)
+        assert page.locator("[data-verb]:visible, .menu:visible, button:has-text('New workflow')").count() == 0, path
+    visit.go(f"/w/{workflow_id}/timeline")
+    for _ in range(8):                    # closer, until single jobs can be told apart
+        visit.click("Zoom in")
+    page.locator("a.run").first.wait_for()
+    page.keyboard.press("c")
+    page.keyboard.press("?")
+    visit.see("previous, next page")
+    assert page.get_by_text("New workflow").count() == 0
+    assert shown.trouble == visit.trouble == []
 
 
 @pytest.mark.browser

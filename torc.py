@@ -12889,6 +12889,76 @@ def plan_export(client, workflow_id, wishes):
                                     "job_count": jobs}, sure=True)
 
 
+# ---- reports
+
+# The lists that the pages ask for, and the fields that they show: no others leave the database.
+REPORT_LISTS = """
+    jobs id name family command status note host start_ms ran_s peak_memory_bytes memory_bytes
+        runtime_s num_cpus requirement attempt_id priority;
+    results id job_id run_id attempt_id compute_node_id return_code exec_time_minutes
+        completion_time status peak_memory_bytes stderr_tail;
+    events id timestamp event_type category severity data;
+    compute_nodes id hostname pid is_active start_time duration_seconds num_cpus memory_gb num_gpus
+        compute_node_type scheduler;
+    scheduled_compute_nodes id scheduler_id scheduler_config_id status note;
+    slurm_schedulers id name nodes walltime;
+    files id name path st_mtime;
+    user_data id name data is_ephemeral;
+    resource_requirements id name num_cpus memory num_gpus runtime"""
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def shorter(value):
+    """A value for a report: of a long text the beginning and the end."""
+    if isinstance(value, str) and len(value) > 1000:
+        return f"{value[:500]} \u2026 {value[-500:]}"
+    return value
+
+
+def report_page(client, workflow_id):
+    """The pages of the dashboard as one file, with what they would ask a server for inside."""
+    import base64
+    import gzip
+    path = f"/workflows/{workflow_id}"
+    workflow = client.get(path)
+    data = {name: client.get(f"{path}/{name}", bins=400)
+            for name in ("summary", "graph", "failures", "usage", "timeline")}
+    data["made_ms"] = 1000 * time.time()
+    data["workflow"] = {name: workflow.get(name)
+                        for name in "id name description user project".split()}
+    for text in REPORT_LISTS.split(";"):
+        kind, *names = text.split()
+        data[kind] = [names, *([shorter(record.get(name)) for name in names]
+                               for record in client.items(
+                                   f"/{kind}", workflow_id=workflow_id, include_results=True,
+                                   all_runs=True, include_stderr=True))]
+    packed = base64.b64encode(gzip.compress(compact(data).encode())).decode()
+    head = f"""<meta http-equiv="Content-Security-Policy" content="{REPORT_POLICY}">
+<style>{DASH_CSS}</style>
+<script type="text/plain" id="report">{packed}</script>
+<script type="module">{DASH_JS}</script>"""
+    return re.sub('<link rel="icon".*</script>', lambda _: head, DASH_HTML, flags=re.S)
+
+
+@operation_of("report")
+def plan_report(client, workflow_id, wishes):
+    """Write the pages of a workflow to one HTML file, which opens without a server or a network."""
+    path = wishes.output or f"torc_report_{workflow_id}.html"
+
+    def do(client):
+        page = report_page(client, workflow_id)
+        if path == "-":
+            return Outcome("", page)
+        write_private(path, page)
+        return Outcome(f"Wrote {path} ({format_bytes(len(page))})", data)
+
+    data = {"path": path, "workflow_id": workflow_id}
+    return Plan(f"Write a report of workflow {workflow_id} to {path}", (),
+                [Choice("write it", do)], data, sure=True,
+                obstacle=f"{path} exists: name another file, or replace it with --force"
+                if os.path.exists(path) else "")
+
+
 # ---- operations on workflows
 
 SUMMARY_LINES = rows_of("""
@@ -14894,7 +14964,8 @@ class Dashboard(Site):
             if http.path.startswith(API_PREFIX + "/"):
                 return self.forward(http, response)
             if http.path.startswith("/dash/"):
-                return compact(self.own(http))
+                answer = self.own(http)
+                return answer if isinstance(answer, str) else compact(answer)
         except (Unreachable, Unauthorized) as error:     # which is no fault of the browser's
             raise HttpError(502, str(error)) from None
         raise NotFound(f"there is no {http.path} here")
@@ -16308,6 +16379,7 @@ KEYS = read_keys("""
     C             cancel         cancel     cancel: nothing more starts, what runs is ended
     S             release        -          clean up after dead runners and ended allocations
     H             archive        -          archive: hide the workflow from lists
+    P             report         -          report: write these pages to one HTML file
   everywhere = Everywhere
     ?             help           help       this help
     g             go             -          go to a page: its letter follows
@@ -17879,7 +17951,8 @@ def wants_json(argv):
 # ---- help
 
 GROUPS = (
-    ("Workflows", "exec run create submit examples status failures wait cancel delete workflows"),
+    ("Workflows", "exec run create submit examples status failures wait report cancel delete "
+     "workflows"),
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
@@ -18243,6 +18316,8 @@ def carry_out(args, client, plan, ask=True, start=None):
         tell(args, error, "error")
     if done.sentence:
         show(args, done.data, done.sentence)
+    elif isinstance(done.data, str):
+        print(done.data)
     else:                                 # a document, which is JSON whatever was asked for
         print_json(done.data)
     about = re.search(r'"workflow_id":(\d+)', compact(done.data))
@@ -18776,6 +18851,12 @@ def do_wait(args, client):
 
 
 operation_command("cancel", WORKFLOW, ask=False)
+
+
+operation_command("report", WORKFLOW, """
+                  -o, --output FILE  default: torc_report_ID.html; - for standard output
+                  --force            replace the file if it exists
+                  """, example="torc report 3 -o study.html", ask=False)
 
 
 operation_command("delete", "WORKFLOW_ID... -> ids  ids or names", FORCE, NO_PROMPTS,
@@ -20628,7 +20709,7 @@ class DashActions:
     def table(self):
         """{method and name: function}, as Dashboard takes it."""
         return {f"{method} {name}": getattr(self, name) for method, names in (
-            ("GET", "user log allocations export doctor"),
+            ("GET", "user log allocations export report doctor"),
             ("POST", "validate create open wizard do")) for name in names.split()}
 
     def user(self, client):
@@ -20672,6 +20753,10 @@ class DashActions:
         """The workflow with its results and events, for the browser to save."""
         wishes = Wishes(include_results=True, include_events=True)
         return plan_export(client, int(workflow_id), wishes).do(client).data
+
+    def report(self, client, workflow_id):
+        """The report of the workflow, for the browser to save."""
+        return report_page(client, int(workflow_id))
 
     # -- new workflows
 
@@ -21587,6 +21672,7 @@ dialog h2 { margin-bottom: 8px; }
 #crumbs li:first-child { flex-shrink: 0; } #crumbs li:nth-child(2):not(:last-child) { flex-shrink: 20; } #crumbs li:last-child { font-weight: 500; } #crumbs li:nth-child(3) { flex-shrink: 0; max-width: 60%; }
 #link { display: inline-flex; align-items: center; gap: 6px; color: var(--muted); font-size: var(--small); white-space: nowrap; }
 #link::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: var(--accent); }
+#link.report::before { display: none; }
 #link.every::before { background: none; border: 2px solid var(--edge); }
 #link.away::before, #link.denied::before { border-radius: 0; background: var(--failed); }
 .tabs { position: sticky; top: 44px; z-index: 4; height: 37px; display: flex; align-items: stretch; padding: 0 var(--gutter); background: var(--bg); border-bottom: 1px solid var(--line); }
@@ -21603,6 +21689,7 @@ main { padding: 16px var(--gutter) 48px; max-width: 1760px; margin: 0 auto; }
   border-left: 4px solid var(--failed); position: sticky; top: 81px; z-index: 3; }
 #toasts { position: fixed; bottom: 20px; left: 0; right: 0; display: grid; justify-items: center; gap: 8px; pointer-events: none; z-index: 9; }
 #toasts p { background: var(--text); color: var(--bg); padding: 7px 14px; border-radius: var(--radius); max-width: min(640px, calc(100vw - 24px)); }
+[data-link=report] :is([data-verb], .menu) { display: none; }
 #toasts p.bad { box-shadow: inset 4px 0 var(--failed); padding-left: 18px; }
 
 /* 4 Parts: status, bars, tables, toolbars, facts, notes, code, logs, charts */
@@ -21839,6 +21926,7 @@ function morph(old, now) {
 }
 
 // 2 Store and server -----------------------------------------------------------------------------------------
+const report = document.getElementById("report") && {};       // a file that was mailed: it has its data inside
 const API = "/torc-service/v1";
 const store = {
   route: null, workflow: null, summary: null, theme: null, event: null, events: [],
@@ -21880,6 +21968,7 @@ async function send(method, url, body) {
   }
 }
 async function api(path, query = {}, method = "GET", body = undefined) {
+  if (report) return reported(path, query);
   const asked = new URLSearchParams(Object.entries(query).filter(([, value]) => value != null && value !== ""));
   const url = "." + (path.startsWith("/dash/") ? "" : API) + path + (asked.toString() && "?" + asked);
   let answer;
@@ -21897,6 +21986,77 @@ async function api(path, query = {}, method = "GET", body = undefined) {
   return answer.body;
 }
 const post = (path, query, body) => api(path, query, "POST", body);
+
+// A report answers its pages itself, from a compressed text at its end. It says nothing of what it does not have.
+async function unpack() {
+  const packed = Uint8Array.from(atob($("report").textContent), c => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  Object.assign(report, await new Response(stream).json());
+  for (const [name, list] of Object.entries(report)) {
+    if (!Array.isArray(list)) continue;
+    const [fields, ...rows] = list;
+    report[name] = rows.map(row => Object.fromEntries(fields.map((field, i) => [field, row[i]])));
+  }
+  report.of = new Map(report.jobs.map(job => [job.id, job]));
+  for (const result of report.results) report.of.get(result.job_id).tail = result.stderr_tail;
+  put("link", {state: "report", since: report.made_ms});
+}
+async function reported(path, query) {
+  await report.ready;
+  const [, kind, id, part] = path.split("/"), job = report.of.get(Number(id));
+  if (kind === "workflows") {
+    if (Number(id) !== report.workflow.id) throw new Refused(404, "this report is of another workflow");
+    return part === "timeline" && query.from ? stretch(report.timeline, query.from, query.to)
+      : part === "graph" && query.around ? around(Number(query.around)) : report[part || "workflow"];
+  }
+  if (kind === "dash") {             // output; what Slurm says of allocations today is of no use here
+    if (id !== "log") return {lines: []};
+    const text = query.stream === "stderr" && report.of.get(Number(query.job)).tail;
+    if (!text) throw new Refused(404, "A report has only the last lines that failed jobs wrote to stderr");
+    return {text, from: 0, size: text.length};
+  }
+  if (id && !job) throw new Refused(404, "this report has no such job");
+  if (part) return {sentence: job.note ? `${word(job.status)}: ${job.note}` : word(job.status)};
+  return id ? job : listed(report[kind], query);
+}
+const SORTED = {start: "start_ms", ran: "ran_s", memory: "peak_memory_bytes"};
+function listed(items, {job_id: job, family, search, status, sort_by: by, reverse_sort: down, offset = 0, limit = 1e9}) {
+  const key = SORTED[by] || by || "id", sign = down ? -1 : 1, words = search?.toLowerCase();
+  const known = family && items.some(item => item.family === family);
+  const found = items.filter(item => (!job || item.job_id === Number(job))
+    && (!family || (known ? item.family === family : family === "#" || item.name.startsWith(family)))
+    && (!words || `${item.name}\n${item.command}`.toLowerCase().includes(words))
+    && (!status || status.split(",").includes(item.status)));
+  const rank = item => key === "status" ? Object.keys(STATUS).indexOf(item.status) : item[key];
+  found.sort((a, b) => {
+    const [x, y] = [rank(a), rank(b)];
+    return x == null || y == null ? (x == null) - (y == null) : sign * (x < y ? -1 : x > y ? 1 : a.id - b.id);
+  });
+  return {items: found.slice(offset, offset + limit), total_count: found.length};
+}
+function around(id) {                // a job with its neighbors, where the report's graph shows jobs
+  const {families, nodes, edges} = report.graph, near = families ? [] : edges.filter(edge => edge.includes(id));
+  const kept = near.slice(0, 10), job = report.of.get(id), alone = {id, name: job.name, status: job.status, sub: "", href: ""};
+  const shown = families ? [alone] : nodes.filter(node => node.id === id || kept.some(edge => edge.includes(node.id)));
+  return {nodes: shown, edges: kept, more: families ? "not in a report of so many jobs" : near.length > 10 && `${near.length - 10} more`};
+}
+function stretch({from, to, runners}, begin, end) {     // of a timeline: job by job where that can be drawn
+  if (!runners.some(runner => runner.bins)) return {from: begin, to: end, runners};
+  const within = report.results.flatMap(r => {
+    const stop = Date.parse(r.completion_time), start = stop - r.exec_time_minutes * 60000;
+    return stop > begin && start < end ? [{...report.of.get(r.job_id), ...r, id: r.job_id, start, end: stop}] : [];
+  }).sort((a, b) => a.start - b.start);
+  const cut = t => Math.round((t - from) / (to - from) * 400);
+  return {from: begin, to: end, runners: runners.map(runner => {
+    if (within.length > 2000) return {...runner, jobs: [], bins: runner.bins?.slice(Math.max(0, cut(begin)), cut(end))};
+    const free = [], jobs = within.filter(job => job.compute_node_id === runner.id).map(job => {
+      const first = free.findIndex(until => until <= job.start), lane = first < 0 ? free.length : first;
+      free[lane] = job.end;
+      return {...job, lane};
+    });
+    return {...runner, bins: [], jobs};
+  })};
+}
 
 const retry = {after: 1, timer: 0};
 function lost(why) {                 // the server is away: keep what is shown, say of when it is, try with back-off
@@ -21920,7 +22080,7 @@ const MANY = /^(user_action|workflow_)/, STORED = /^(user_action|workflow_cancel
 const stream = {stop: null, asking: 0, asked: 0, many: null, gap: false};
 async function follow(id) {
   stream.stop?.();
-  if (!id || document.hidden) return;
+  if (!id || document.hidden || report) return;
   const hold = () => new Promise(done => {
     const source = new EventSource(`.${API}/workflows/${id}/events/stream?level=info`);
     stream.stop = () => { source.close(); stream.stop = null; done(); };
@@ -21997,9 +22157,9 @@ const PAGES = [
   ["/w/:id/events",     "Events",    "e", eventsPage],
   ["/w/:id/data",       "Data",      "a", dataPage],
   ["/w/:id/jobs/:job",  null,        "",  jobPage],
-];
+].filter(([path]) => !report || path.includes(":id"));
 function here() {
-  const [path, query] = (location.hash.slice(1) || "/").split("?");
+  const [to, query] = (location.hash.slice(1) || "/").split("?"), path = report && to === "/" ? `/w/${report.workflow.id}` : to;
   for (const [pattern, tab, , page] of PAGES) {
     const found = new RegExp(`^${pattern.replace(/:\w+/g, "(\\d+)")}$`).exec(path);
     if (found) return {path, page, tab: tab || "Jobs", id: found[1], job: found[2], query: new URLSearchParams(query)};
@@ -22010,7 +22170,9 @@ function here() {
 function setQuery(changes) {         // the state of a list lives in the address; changing it draws nothing by itself
   const {query, path} = store.route;
   for (const [key, value] of Object.entries(changes)) value ? query.set(key, value) : query.delete(key);
-  history.replaceState(null, "", "#" + path + (query.toString() && "?" + query));
+  try {
+    history.replaceState(null, "", "#" + path + (query.toString() && "?" + query));
+  } catch { return; }                // in a viewer that gives a report no address; the lists do without
 }
 async function render() {
   const route = store.route = here(), main = $("main");
@@ -22035,7 +22197,7 @@ async function render() {
 }
 function shell(route) {
   const flow = store.workflow, job = route.job && `job ${route.job}`;
-  const path = [["#/", "Workflows"]];
+  const path = report ? [] : [["#/", "Workflows"]];
   if (flow) path.push([`#/w/${flow.id}`, `${flow.id} ${flow.name}`]);
   if (job) path.push([location.hash, job]);
   const crumbs = path.slice(innerWidth < 720 ? -1 : 0).map(([href, text]) => h("li", h("a", {href}, text)));
@@ -22054,7 +22216,7 @@ function shell(route) {
   $("tabs").querySelector("[aria-current]")?.scrollIntoView({block: "nearest", inline: "center"});
 }
 function showLink(link) {
-  const words = {live: "live", every: "every 15 s", away: "server away", denied: "no access"};
+  const words = {live: "live", every: "every 15 s", away: "server away", denied: "no access", report: `report of ${clock(link.since)}`};
   const seconds = Math.ceil((link.next - Date.now()) / 1000);
   document.body.dataset.link = link.state;
   morph($("link"), h("span", {id: "link", role: "status", class: link.state}, words[link.state]));
@@ -22097,7 +22259,7 @@ function onKey(event) {
   if (key === "g") armed = Date.now();
   else if (step && rows.length) rows[Math.max(0, Math.min(rows.length - 1, at))].focus();
   else if (key === "?") helpDialog();
-  else if (key === "c") createDialog();
+  else if (key === "c" && !report) createDialog();
   else if (key === "/") document.querySelector("main input[type=search]")?.focus();
   else if (key === "r") render();
   else if (key === "[" || key === "]") document.querySelector(`main [data-page="${key}"]`)?.click();
@@ -22552,7 +22714,7 @@ function workflowsPage({query}) {
 }
 
 function headline(summary) {         // how far, how fast, what to do
-  const {counts, total, done, rate, left_s: left} = summary, until = clock(Date.now() + left * 1000, false);
+  const {counts, total, done, rate, left_s: left} = summary, until = clock((report?.made_ms || Date.now()) + left * 1000, false);
   const speed = rate < 2 ? `${num(rate * 60)} an hour` : `${num(rate)} a minute`;
   const pace = !total ? "no jobs" : done === total ? `took ${span(summary.elapsed_s)}, ended ${clock(summary.ended_ms)}`
     : left ? `${speed}, about ${span(left)} left (until ${until})`
@@ -22863,7 +23025,7 @@ function shownNode(node) {            // what the table shows of a record
   const began = Date.parse(node.start_time), slurm = node.scheduler?.scheduler_id;
   return {...node, glyph: node.is_active ? "running" : "completed", state: node.is_active ? "active" : "ended",
     kind: slurm ? `Slurm ${slurm}` : `${node.compute_node_type}, pid ${node.pid}`, memory: node.memory_gb * 2 ** 30,
-    up_s: node.is_active ? (Date.now() - began) / 1000 : node.duration_seconds};
+    up_s: node.is_active ? ((report?.made_ms || Date.now()) - began) / 1000 : node.duration_seconds};
 }
 const PHASES = {pending: "pending", active: "running", complete: "completed", canceled: "canceled"};
 function shownAllocation(record, schedulers) {
@@ -22976,6 +23138,7 @@ const ACTIONS = {                    // verb: [label, states with a button, stat
   update: ["Update…", "", "not initialized waiting running done failed canceled stuck",
     "Bring it to what its specification file says now, and run again what that changes"],
   export: ["Export", "", "waiting running done failed canceled stuck", "Save one JSON file with jobs, results and events"],
+  report: ["Report", "", "waiting running done failed canceled stuck", "Save these pages as one file that can be mailed"],
   archive: ["Archive", "", "done failed canceled", "Hide it from lists; nothing is deleted"],
   delete: ["Delete…", "", Object.keys(STATES).join(" "), "Remove jobs and results; output files stay"],
 };
@@ -22991,9 +23154,9 @@ function actionBar(now) {
 // Every verb is asked twice: the dry run gives the words of the question (or none), the real one those of the answer.
 async function act(verb, target) {
   const body = {workflow_id: store.workflow?.id, ...target};
-  if (verb === "export") {
-    const {id, name} = store.workflow, file = `${name.replace(/[^\w.-]+/g, "_")}_${id}.json`;
-    h("a", {href: `dash/export?workflow_id=${id}`, download: file}).click();
+  if (verb === "export" || verb === "report") {
+    const {id, name} = store.workflow, file = `${name.replace(/[^\w.-]+/g, "_")}_${id}.${verb === "export" ? "json" : "html"}`;
+    h("a", {href: `dash/${verb}?workflow_id=${id}`, download: file}).click();
     return;
   }
   try {
@@ -23124,10 +23287,13 @@ function setTheme(choice) {          // auto, light or dark; the style sheet onl
   $("theme").title = `Theme: ${choice}`;
   put("theme", choice);
 }
-setTheme(localStorage.getItem("torc-theme") || "auto");
+const remembered = choice => {       // a viewer of files may have no storage
+  try { return choice ? localStorage.setItem("torc-theme", choice) : localStorage.getItem("torc-theme"); } catch { return null; }
+};
+setTheme(remembered() || "auto");
 $("theme").onclick = () => {
   setTheme({auto: "light", light: "dark", dark: "auto"}[store.theme]);
-  localStorage.setItem("torc-theme", store.theme);
+  remembered(store.theme);
   toast(`Theme: ${store.theme}`);
 };
 $("help").onclick = helpDialog;
@@ -23152,7 +23318,8 @@ setInterval(() => {                  // the countdown while away; without a stre
   refresh();
   put("missed", Date.now());
 }, 1000);
-render();
+const unreadable = ({message}) => $("main").replaceChildren(note("This browser cannot show the report", message));
+report ? (report.ready = unpack()).then(render, unreadable) : render();
 """
 
 if __name__ == "__main__":
