@@ -12762,6 +12762,50 @@ def start_run(directory, *words, env=None):
                                 env={**os.environ, **(env or {})})
 
 
+def test_a_detached_run_outlives_its_terminal(tmp_path):
+    pexpect = pytest.importorskip("pexpect")
+    command = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done"
+    (tmp_path / "w.json").write_text(json.dumps({"name": "w", "jobs": [{"name": "a", "command": command}]}))
+    terminal = pexpect.spawn(COMMAND[0], [*COMMAND[1:], "run", "w.json", "--detach"], cwd=str(tmp_path), timeout=30)
+    terminal.expect(r"runs in the background \(pid (\d+)\), its log is (\S+)\r\n")
+    pid, log = int(terminal.match[1]), Path(terminal.match[2].decode())
+    for name in ("status", "wait", "cancel"):
+        terminal.expect(rf"torc \S* ?{name} 1|{name} 1")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    status = Path(f"/proc/{pid}/status").read_text()
+    assert os.getsid(pid) == pid and int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16) & 1     # SIGHUP
+    assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null" and os.readlink(f"/proc/{pid}/fd/2") == str(log)
+    assert log.parent == tmp_path / "torc_output" and os.stat(log).st_mode & 0o777 == 0o600
+    os.kill(pid, signal.SIGHUP)
+    (tmp_path / "go").touch()
+    wait = subprocess.run([*COMMAND, "wait", "1"], cwd=tmp_path, timeout=60, capture_output=True, text=True)
+    assert wait.returncode == 0 and wait.stdout == "Workflow 1: 1 completed\n"
+    until(lambda: "completed after" in log.read_text())
+
+
+def test_a_detached_run_tells_at_once_what_is_wrong_and_can_be_canceled(tmp_path):
+    def detach(spec, *words):
+        (tmp_path / "w.json").write_text(json.dumps(spec))
+        return subprocess.run([*COMMAND, "run", "w.json", "--detach", *words], cwd=tmp_path, timeout=60,
+                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    bad = detach({"name": "w", "jobs": [{"nam": "a", "command": "true"}]})
+    assert bad.returncode == 1 and "unknown field 'nam'" in bad.stderr
+    missing = detach({"name": "w", "files": [{"name": "f", "path": "f.txt"}],
+                      "jobs": [{"name": "a", "command": "true", "input_files": ["f"]}]})
+    assert missing.returncode == 1 and 'input files missing: "f.txt"' in missing.stderr
+    assert "Dry run" in detach({"name": "w", "jobs": [{"name": "a", "command": "true"}]}, "--dry-run").stdout
+    assert not list(tmp_path.rglob("run_wf*"))
+    done = detach({"name": "w", "jobs": [{"name": "a", "command": "sleep 300"}]}, "-f", "json", "-j", "1")
+    found = json.loads(done.stdout)
+    assert sorted(found) == ["log", "pid", "workflow_id"] and done.returncode == 0
+    subprocess.run([*COMMAND, "cancel", "1"], cwd=tmp_path, timeout=60, check=True)
+    until(lambda: torc.process_start(found["pid"]) is None)
+    assert "ended with failures" in Path(found["log"]).read_text()
+
+
 def processes_in(directory):
     """pids of processes (not ours) whose working directory is `directory`."""
     found = []

@@ -14560,15 +14560,14 @@ def lock_pid_file(path):
         os.close(fd)                      # its former holder has just removed it
 
 
-def go_to_background(args):
-    """Fork for --daemon. The process that the user started exits here, once the server is ready or
-    has failed; in the server, return the function to call when it is ready.
+def go_to_background():
+    """Fork. The process that the user started exits here, as soon as the other is ready or with the
+    exit code of the other; the other gets the function to call when it is ready, with the path of
+    its log.
 
     Until then both write to the same stderr, so that a failure looks like one in the foreground.
-    Raises Conflict if the pid file names a server that runs.
     """
     import signal
-    args.log_dir = os.path.abspath(args.log_dir or torc_home("logs"))
     read_end, write_end = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -14578,8 +14577,24 @@ def go_to_background(args):
             raise SystemExit(0)
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     os.close(read_end)
-    os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def ready(log=os.devnull):
+        os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        sys.stdout.flush()
+        for fd, path in enumerate((os.devnull, log, log)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), fd)
+        os.write(write_end, b"r")
+        os.close(write_end)
+
+    return ready
+
+
+def daemonize(args):
+    """Go on in the background for --daemon; return the function to call when the server is ready,
+    with what its pid file says. Raises Conflict if the pid file names a server that runs."""
+    args.log_dir = os.path.abspath(args.log_dir or torc_home("logs"))
+    leave = go_to_background()
     held = lock_pid_file(os.path.abspath(args.pid_file or torc_home("torc-server.pid")))
 
     def ready(note):
@@ -14588,11 +14603,7 @@ def go_to_background(args):
         print(f"torc: the server runs in the background (pid {os.getpid()}), its log is "
               f"{os.path.join(args.log_dir, 'torc-server.log')}; torc server stop ends it"
               + logout_hint(), file=sys.stderr, flush=True)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.write(write_end, b"r")
-        os.close(write_end)
+        leave()
 
     return ready
 
@@ -14746,7 +14757,7 @@ def serve(args):
     options on passwords and TLS.
     """
     os.umask(0o077)                       # logs and notes are the user's own
-    ready = go_to_background(args) if args.daemon else None
+    ready = daemonize(args) if args.daemon else None
     import_web("the server")
     sys.setswitchinterval(0.0001)         # SQLite gives up the interpreter's lock at every step
     log = make_log(args.log_level, args.log_dir, args.json_logs)
@@ -18544,11 +18555,14 @@ RUN_OPTIONS = """
     """, OUTPUT_DIR, """
     --time-limit DURATION  as in PT2H: jobs that still run then are terminated
     --end-time MOMENT      as in 2026-01-02T03:04:05Z; counts before --time-limit
+    --detach               go on in the background, also after you log out
     """, WORKER_URL, SHARE_PASSWORD, POLL, DRY_RUN
 
 
 def run_here(args):
     """The functions that plan the run of a workflow here, and run it: see carry_out_start."""
+    leave = go_to_background() if args.detach and not args.dry_run else None
+
     def plan(client, target, wishes):
         if not isinstance(target, Spec) and not args.names_output_dir:   # where the last run's is
             last = client.get(f"/workflows/{target}/summary")["output_dir"] or ""
@@ -18566,6 +18580,15 @@ def run_here(args):
             args.end_time = time.time() + parse_duration(args.time_limit)
         runner = Runner(client, start.workflow_id, wishes_of(args, RunOptions, schedule=scheduling(
             client, lambda: worker_request(client, wishes_of(args)))))
+        if leave:
+            workflow_id, pid = start.workflow_id, os.getpid()
+            log = os.path.abspath(f"{args.output_dir}/run_wf{workflow_id}_{pid}.log")
+            say(args, f"Workflow {workflow_id} runs in the background (pid {pid}), its log is "
+                f"{log}{logout_hint()}", workflow_id=workflow_id, pid=pid, log=log)
+            for purpose in ("see how far it is: torc status", "wait for its end: torc wait",
+                            "end it: torc cancel"):
+                tell(args, f"to {purpose} {workflow_id}")
+            leave(log)
         code = runner.run()
         if args.format == "json":
             print_json({**workflow_report(client, start.workflow_id), "exit_code": code})
