@@ -12762,6 +12762,90 @@ def start_run(directory, *words, env=None):
                                 env={**os.environ, **(env or {})})
 
 
+@pytest.fixture
+def hook():
+    """A web server that keeps what is posted to it: .url, .posts, .status of its answers."""
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            known.posts.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.send_response(known.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    known = types.SimpleNamespace(url=f"http://127.0.0.1:{made.server_port}/hook?token=s3cret", posts=[], status=200)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield known
+    made.shutdown()
+    made.server_close()
+
+
+def test_a_url_is_told_once_when_a_run_is_over(hook, tmp_path):
+    spec = {"name": "w", "jobs": [{"name": "a", "command": "echo ${TORC_NOTIFY:-hidden}; tr '\\0' ' ' < /proc/$PPID/cmdline"}]}
+    (tmp_path / "w.json").write_text(json.dumps(spec))
+    assert start_run(tmp_path, "w.json", env={"TORC_NOTIFY": hook.url}).wait(60) == 0
+    assert hook.posts == [("/hook?token=s3cret", {"workflow_id": 1, "state": "done", "text": "Workflow 1 is done: 1 completed"})]
+    [output] = (tmp_path / "torc_output" / "job_stdio").glob("*.o")
+    assert output.read_text().startswith("hidden\n")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    for hook.status, said in ((404, "HTTPError Not Found"), (0, "URLError")):
+        url = hook.url if hook.status else f"http://127.0.0.1:{free_port()}/s3cret"
+        done = subprocess.run([*COMMAND, "wait", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "TORC_NOTIFY": url})
+        assert done.returncode == 0 and done.stdout == "Workflow 1: 1 completed\n"
+        assert f"no notice was sent: {said}" in done.stderr and "s3cret" not in done.stderr
+
+
+def test_a_command_is_told_without_a_shell(cli, local, tmp_path, monkeypatch):
+    (tmp_path / "tools").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}/tools:{os.environ['PATH']}")
+    tool = tmp_path / "tools" / "mail"
+    tool.write_text("#!/bin/sh\nprintf '%s|' \"$@\" > told; cat >> told; exit ${CODE:-0}\n")
+    tool.chmod(0o755)
+    workflow_id, ids = make(local, {"a": [], "b": []})
+    end_jobs(local, workflow_id, ids, a=0, b=1)
+    text = f"Workflow {workflow_id} is failed: 1 completed, 1 failed"
+    facts = {"workflow_id": workflow_id, "state": "failed", "text": text}
+    for target, words in (("mail:me@example.org", ["-s", text, "me@example.org"]),
+                          ("mail '$(touch x); {state}' {other} \"{text}\"", ["$(touch x); failed", "{other}", text])):
+        cli("wait", workflow_id, "--notify", target, ok=1)
+        told, _, sent = Path("told").read_text().rpartition("|")
+        assert told.split("|") == words and json.loads(sent) == facts
+    assert not os.path.exists("x")
+    monkeypatch.setenv("CODE", "7")
+    _, out, err = cli("wait", workflow_id, "--notify", "mail s3cret", ok=1)
+    assert "no notice was sent: CalledProcessError" in err and "s3cret" not in err
+    monkeypatch.setattr(torc, "NOTICE_S", 0.1)
+    assert "TimeoutExpired" in cli("wait", workflow_id, "--notify", "sleep 60", ok=1)[2]
+    _, out, err = cli("run", "--example", "hello", "--notify", "no-such-program {text}", ok=2)
+    assert "there is no program ['no-such-program'] here" in err and len(list(local.items("/workflows"))) == 1
+    tool.unlink()
+    if not shutil.which("mail"):
+        assert "there is no program ['mail'] here" in cli("wait", 1, "--notify", "mail:me", ok=2)[2]
+
+
+def test_a_watch_tells_once_that_a_workflow_is_stuck_and_once_that_it_has_ended(client, tmp_path, monkeypatch):
+    workflow_id, ids = make(client, {"a": []})
+    complete(client, ids["a"], workflow_id, make_node(client, workflow_id, is_active=False), 1, "pending_failed")
+    told = []
+    monkeypatch.setattr(torc, "send_notice", lambda args, client, workflow_id, code: told.append(code))
+    args = torc.parse_command(torc.COMMANDS["watch"], [], [str(workflow_id), "-o", str(tmp_path), "-s", "-p", "1"])
+    looks, look = [], torc.Watcher.look
+
+    def again(self):
+        look(self)
+        looks.append(0)
+        if len(looks) == 3:
+            torc.plan_resolve(client, [ids["a"]], torc.Wishes(decision="fail")).choices[0].do(client)
+
+    monkeypatch.setattr(torc.Watcher, "look", again)
+    args.workflow_id = workflow_id
+    assert torc.COMMANDS["watch"].function(args, client) == 1 and told == [3, 1]
+
+
 def test_a_detached_run_outlives_its_terminal(tmp_path):
     pexpect = pytest.importorskip("pexpect")
     command = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done"

@@ -10138,7 +10138,7 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
 
     claim_values = {}                     # what else its claims,
     node_values = {}                      # and the record of its compute node say
-    hidden = ()                           # variables that jobs do not get
+    hidden = ("TORC_NOTIFY",)             # variables that jobs do not get
     most_tries = math.inf                 # starts that may fail, one after the other
     own_allocations = 0                   # scheduled ones that bring no other runner
 
@@ -11067,7 +11067,8 @@ class SlurmRunner(Accounting):
     for jobs of several nodes, which run on the first one and start their own steps.
     """
 
-    hidden = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU")       # srun takes one of three
+    # Of the three of memory srun takes one.
+    hidden = (*Runner.hidden, "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU")
     most_tries = 3                        # a node that cannot start jobs takes no more of them
     own_allocations = 1
     failure_delay_s = 3.0                 # Slurm may signal jobs so long before us
@@ -13599,8 +13600,9 @@ MAX_FRUITLESS = 3                         # allocations in a row that started no
 class Watcher:
     """Looks after a workflow until it ends: `torc watch`."""
 
-    def __init__(self, args, client, wishes, tell):
+    def __init__(self, args, client, wishes, tell, notify=None):
         self.args, self.client, self.wishes, self.tell = args, client, wishes, tell
+        self.notify = notify              # called when the workflow is stuck
         self.workflow_id = args.workflow_id
         self.watch = Watch()
         self.retries = 0
@@ -13609,7 +13611,7 @@ class Watcher:
         self.attempts = None              # that had ended when the last allocations were requested
         self.pause = 0.0                  # seconds between that request and the next
         self.ready_since = None           # when jobs became ready
-        self.told = None
+        self.told = self.hinted = None
         make_private(args.output_dir)
         import socket
         self.log = os.path.join(args.output_dir,
@@ -13664,9 +13666,11 @@ class Watcher:
             trouble, hint = stall_reasons(client, workflow_id)
             if trouble:
                 hint = "; ".join(filter(None, [trouble, next_step(client, workflow_id)]))
-            if hint and hint != self.told:
+            if hint and hint != self.hinted:
                 self.say(hint)
-                self.told = hint
+                if trouble:
+                    self.notify(3)
+                self.hinted = hint
 
     def schedule(self, counted):
         """--auto-schedule: request allocations for ready jobs that no runner takes; less and less
@@ -17653,6 +17657,17 @@ def slurm_walltime(text):
         raise ValueError(f"{text!r} is not a time such as 04:00:00, 1-12:00:00 or PT4H") from None
 
 
+def read_target(text):
+    """The words of the command that --notify asks for, or its URL alone."""
+    import shlex
+    import shutil
+    words = shlex.split(re.sub("^mail:", "mail -s {text} ", text))
+    if "://" not in text and not shutil.which("".join(words[:1])):
+        raise ValueError(f"there is no program {words[:1]} here: name a command, a URL, or "
+                         "mail:ADDRESS where there is `mail`")
+    return words
+
+
 NUMBER, AMOUNT = (bounded(kind, 0, "a number of at least 0") for kind in (int, float))
 # Converters of option values, by the placeholder in the help. Other placeholders accept any
 # string, or list the choices: yes|no. Those of records, JOB_ID, are converted by replace_names.
@@ -17671,6 +17686,7 @@ VALUES = {
     "DURATION": validated_string(parse_duration),
     "TIME": slurm_walltime,
     "MOMENT": parse_local_time,
+    "TARGET": read_target,
     "4-31": bounded(int, 4, "a cost from 4 to 31", 31),
     "true|false": parse_bool,
 }
@@ -17801,6 +17817,10 @@ MAX_PARALLEL = """
     """
 KEEP_SCRIPTS = "--keep-submission-scripts  keep the batch scripts in the output directory"
 POLL = "-p, --poll-interval S  hidden"
+NOTIFY = """
+    --notify TARGET=$TORC_NOTIFY  when it is done, failed or stuck: a URL, which gets JSON; mail:ADDRESS;
+                                  or a command, as in "notify-send {text}"
+    """
 SHARE_PASSWORD = """
     --share-password  jobs find your password in TORC_PASSWORD, not a token that is good for their
                       workflow while they run
@@ -18242,6 +18262,37 @@ def say_next(args, client, workflow_id):
             tell(args, step)
 
 
+NOTICE_STATES = {0: "done", 1: "failed", 3: "stuck"}      # by exit code; none of an interruption
+NOTICE_S = 20.0
+
+
+def send_notice(args, client, workflow_id, code):
+    """Tell where --notify says that a workflow has ended with this exit code.
+
+    A URL gets a POST of JSON, a command the same from its stdin; {text} and the other names in its
+    words are replaced, which no shell sees. A failure is only a warning, without words of others,
+    which may hold the URL or the command.
+    """
+    import subprocess
+    import urllib.request
+    if not args.notify or code not in NOTICE_STATES:
+        return
+    try:
+        counted = client.get(f"/workflows/{workflow_id}/counts")
+        facts = {"workflow_id": workflow_id, "state": NOTICE_STATES[code], "text": (
+            f"Workflow {workflow_id} is {NOTICE_STATES[code]}: {counts_text(counted)}")}
+        how = {"timeout": NOTICE_S}
+        if "://" in args.notify[0]:
+            urllib.request.urlopen(urllib.request.Request(args.notify[0], compact(
+                facts).encode(), {"Content-Type": "application/json"}), **how).close()
+        else:
+            subprocess.run([substitute(word, facts) for word in args.notify], check=True, text=True,
+                           input=compact(facts), stdout=subprocess.DEVNULL, **how)
+    except Exception as error:
+        tell(args, f"no notice was sent: {type(error).__name__} {getattr(error, 'reason', '')}",
+             "warn")
+
+
 # ---- asking
 
 def can_ask():
@@ -18556,7 +18607,7 @@ RUN_OPTIONS = """
     --time-limit DURATION  as in PT2H: jobs that still run then are terminated
     --end-time MOMENT      as in 2026-01-02T03:04:05Z; counts before --time-limit
     --detach               go on in the background, also after you log out
-    """, WORKER_URL, SHARE_PASSWORD, POLL, DRY_RUN
+    """, NOTIFY, WORKER_URL, SHARE_PASSWORD, POLL, DRY_RUN
 
 
 def run_here(args):
@@ -18590,6 +18641,7 @@ def run_here(args):
                 tell(args, f"to {purpose} {workflow_id}")
             leave(log)
         code = runner.run()
+        send_notice(args, client, start.workflow_id, code)
         if args.format == "json":
             print_json({**workflow_report(client, start.workflow_id), "exit_code": code})
         stuck = code == 3 and args.end_time is None and client.page(
@@ -18828,7 +18880,7 @@ def do_failures(args, client):
                 else f"No job of workflow {workflow_id} has failed.", ())
 
 
-@command("wait", WORKFLOW, OUTPUT_DIR, WORKER_URL, "--timeout S",
+@command("wait", WORKFLOW, OUTPUT_DIR, NOTIFY, WORKER_URL, "--timeout S",
          example="torc wait 3 && echo done")
 def do_wait(args, client):
     """Wait until a workflow ends.
@@ -18869,6 +18921,7 @@ def do_wait(args, client):
         code = 3
     say(args, f"Workflow {args.workflow_id}: {counts_text(counted) or 'no jobs'}",
         workflow_id=args.workflow_id, exit_code=code, **counted)
+    send_notice(args, client, args.workflow_id, code)
     say_next(args, client, args.workflow_id)
     return code
 
@@ -20192,7 +20245,7 @@ operation_command("recover", WORKFLOW, WORKERS, RECOVERY,
 
 # ---- watching
 
-@command("watch", WORKFLOW, OUTPUT_DIR, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, RECOVERY, """
+@command("watch", WORKFLOW, OUTPUT_DIR, NOTIFY, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, RECOVERY, """
          -p, --poll-interval S=60        how often to ask Slurm; the end is noticed at
                                          once
          -r, --recover                   when it ends with failures, run again what failed, with
@@ -20211,7 +20264,9 @@ def do_watch(args, client):
 
     Exit code 0: all completed; 1: some failed or were canceled, or could not be recovered.
     """
-    code = Watcher(args, client, wishes_of(args), functools.partial(tell, args)).run()
+    notify = functools.partial(send_notice, args, client, args.workflow_id)
+    code = Watcher(args, client, wishes_of(args), functools.partial(tell, args), notify).run()
+    notify(code)
     say_next(args, client, args.workflow_id)
     return code
 
