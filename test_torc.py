@@ -6,6 +6,7 @@ import atexit
 import base64
 import contextlib
 import csv
+import doctest
 import gzip
 import hashlib
 import http.client
@@ -13164,6 +13165,81 @@ def test_a_client_killed_in_the_middle_of_a_creation_leaves_nothing(server):
     client = server.client()
     assert client.page("/workflows")["total_count"] == 0
     assert client.post("/workflows", {"name": "w", "user": "u"})["id"] == 1
+
+
+# ==================================================================================================
+# 17 Python
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("name", ["Workflow", "map"])
+def test_the_examples_of_the_docstrings_are_true(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [found] = doctest.DocTestFinder(recurse=False).find(getattr(torc, name), name, globs={"torc": torc})
+    runner = doctest.DocTestRunner()
+    runner.run(found, out=lambda text: pytest.fail(text))
+    assert runner.tries > 0
+
+
+def test_the_builtin_map_is_hidden_from_nobody():
+    assert torc.map is torc.map_items and "map" not in vars(torc)
+    with pytest.raises(AttributeError, match="module 'torc' has no attribute 'filter'"):
+        torc.filter
+
+
+def test_what_is_wrong_is_raised_with_all_that_a_command_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(torc.TorcError, match="unknown field 'nam'"):
+        torc.run({"name": "w", "jobs": [{"nam": "a", "command": "true"}]})
+    with pytest.raises(torc.TorcError, match="nope.yaml: No such file"):
+        torc.run("nope.yaml")
+    with pytest.raises(torc.TorcError, match="unknown field 'memry'"):
+        torc.map(len, ["a"], memry="1g")
+    with pytest.raises(torc.NotFound):
+        torc.Workflow(9).status()
+    assert torc.map(len, []) == []
+
+
+MAP_SCRIPT = """
+import sys
+sys.path.insert(0, ROOT)
+import torc
+
+def inverse(number):
+    if number == 9:
+        return lambda: 0                  # which cannot be pickled
+    return 1 / number
+
+def work():
+    print(torc.map(inverse, [4, 1, 2], server=SERVER, max_parallel_jobs=2, output_dir="out"))
+    for items in ([1, 0], [9]):
+        try:
+            torc.map(inverse, items, server=SERVER, output_dir="out")
+        except Exception as error:
+            print(type(error).__name__, error, str(error.__cause__).count("in inverse"))
+
+"""
+
+
+def test_a_map_runs_a_scripts_function_in_jobs(client, tmp_path):
+    server = None if client.is_local else client.where
+    text = MAP_SCRIPT.replace("ROOT", repr(str(ROOT))).replace("SERVER", repr(server))
+    script = tmp_path / "script.py"
+    script.write_text(text + 'if __name__ == "__main__":\n    work()\n')
+    done = subprocess.run([PYTHON, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    first, second, third = done.stdout.splitlines()[:3]
+    assert first == "[0.25, 1.0, 0.5]" and second == "ZeroDivisionError division by zero 1", done
+    assert third.startswith("TorcError item_0 failed: ") and "pickle" in done.stdout
+    files = [path for folder in (tmp_path / "out").glob("map_*") for path in (folder, *folder.iterdir())]
+    assert len(files) > 6 and not [path for path in files if os.stat(path).st_mode & 0o077]
+
+
+def test_a_map_without_a_guard_is_told_and_does_not_repeat_itself(tmp_path):
+    text = MAP_SCRIPT.replace("ROOT", repr(str(ROOT))).replace("SERVER", "None")
+    (tmp_path / "script.py").write_text(text + "torc.map(inverse, [1], output_dir='out')\n")
+    done = subprocess.run([PYTHON, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and 'call it under `if __name__ == "__main__":`' in done.stderr
+    assert len(list((tmp_path / "out").glob("map_*"))) == 1
 
 
 # ==================================================================================================

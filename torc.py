@@ -26,7 +26,8 @@ Map of this file. Code uses only what is defined above it.
   14 Server                  bottle and waitress; sockets, logging, shutdown
   15 Terminal UI             state to lines, keys, curses
   16 Command line            commands and their options, tables and JSON, main
-  17 Pages                   HTML, CSS and JavaScript of the dashboard
+  17 Python                  run, map and Workflow for scripts and notebooks
+  18 Pages                   HTML, CSS and JavaScript of the dashboard
 """
 from __future__ import annotations
 
@@ -7508,10 +7509,10 @@ def call_endpoint(endpoint, texts, request):
     request = request._replace(query=read_query(endpoint.query, request.query), body=body)
     changes_nothing = endpoint.method == "GET"
     with contextlib.nullcontext() if changes_nothing else request.store.transaction():
-        return run(endpoint, values, request)
+        return call_checked(endpoint, values, request)
 
 
-def run(endpoint, values, request):
+def call_checked(endpoint, values, request):
     """Check existence, access and references, and call the operation."""
     if request.only is not None and endpoint.who not in ("", ANYONE, NAMED):
         raise Forbidden(f"jobs may not do this: their token is valid for workflow {request.only} "
@@ -21631,7 +21632,173 @@ main_dash = program("dash")
 
 
 # ==================================================================================================
-# 17 Pages
+# 17 Python
+# ==================================================================================================
+# `import torc_workflows as torc`: what the command line does, for scripts and notebooks. Runners are
+# processes of their own, which outlive an interpreter, so nothing here takes its signals or threads.
+
+class Workflow:
+    """A workflow, by its id or name.
+
+    >>> flow = torc.run({"name": "pair", "jobs": [{"name": "a", "command": "echo hello"},
+    ...                                           {"name": "b", "command": "exit 3"}]})
+    >>> flow.wait()
+    1
+    >>> flow.status()
+    'failed'
+    >>> [(job["name"], job["status"], job["note"]) for job in flow.results()]
+    [('a', 'completed', ''), ('b', 'failed', 'exit 3')]
+    >>> flow.logs("pair/a")
+    'hello'
+    >>> torc.Workflow("pair").id == flow.id
+    True
+    """
+
+    def __init__(self, workflow_id: int | str, *, output_dir: str = DEFAULT_OUTPUT_DIR,
+                 server: str | None = None) -> None:
+        """output_dir, server: as for run()."""
+        found = COMMANDS["wait"]
+        self.args = parse_command(found, [], [str(workflow_id), *option_words(
+            {"output-dir": output_dir, "url": server})])
+        self.client = open_client(self.args, make=True)
+        replace_names(found, self.args, self.client)
+        self.id: int = self.args.workflow_id
+
+    def status(self) -> str:
+        """Its state in a word: running, waiting, stuck, done, failed, canceled."""
+        return self.client.get(f"/workflows/{self.id}/summary")["state"]
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it ends: 0, all jobs completed; 1, some failed or were canceled; 3, it is stuck
+        or has not ended within timeout seconds."""
+        self.args.timeout = timeout
+        with contextlib.redirect_stdout(sys.stderr):
+            return do_wait(self.args, self.client)
+
+    def results(self) -> list[dict]:
+        """Its jobs, with status, note, host, ran_s, peak_memory_bytes, ..."""
+        return list(self.client.items("/jobs", workflow_id=self.id, include_results=True))
+
+    def logs(self, job: int | str, stream: str = "stdout") -> str:
+        """What the latest attempt of a job wrote to stdout or stderr."""
+        number, = find_ids(self.args, self.client, read_option("JOB_ID"), str(job))
+        attempt = find_attempt(self.client, self.client.get(f"/jobs/{number}"), None)
+        return read_text(getattr(attempt, stream))
+
+    def cancel(self) -> None:
+        """End its running jobs and start no more."""
+        plan_cancel(self.client, self.id, Wishes()).choices[0].do(self.client)
+
+
+def run(spec: str | dict, *, output_dir: str = DEFAULT_OUTPUT_DIR,
+        max_parallel_jobs: int | None = None, server: str | None = None) -> Workflow:
+    """Create a workflow, start a runner for it on this machine, and return at once.
+
+    spec: a specification, or the path of one. server: its URL; without one, as for a command. Raises
+    TorcError, whose text says all that is wrong with the specification.
+    """
+    import subprocess
+    done = subprocess.run([
+        *torc_command(), "run", "-" if isinstance(spec, dict) else spec, "--detach", "-f", "json",
+        *option_words({"output-dir": output_dir, "max-parallel-jobs": max_parallel_jobs,
+                       "url": server})], input=json.dumps(spec), capture_output=True, text=True)
+    if done.returncode:
+        raise TorcError(done.stderr.strip())
+    return Workflow(json.loads(done.stdout)["workflow_id"], output_dir=output_dir, server=server)
+
+
+# What the job of an item runs, with its file: it starts faster without this module.
+MAP_JOB = """
+import multiprocessing.pool, multiprocessing.spawn, os, pickle, sys
+os.umask(0o077)
+path = sys.argv[1]
+with open(path, "rb") as file:
+    place, call = pickle.load(file)
+multiprocessing.current_process()._inheriting = True
+multiprocessing.spawn.prepare(place)
+del multiprocessing.current_process()._inheriting
+try:
+    function, item = pickle.loads(call)
+    outcome, code = (True, function(item)), 0
+except Exception as error:
+    sys.excepthook(type(error), error, error.__traceback__)
+    told = multiprocessing.pool.ExceptionWithTraceback(error, error.__traceback__)
+    outcome, code = (False, told), 1
+with open(path + ".new", "wb") as file:
+    pickle.dump(outcome, file)
+os.rename(path + ".new", path + ".out")
+sys.exit(code)
+"""
+
+
+def map_items(function, items, *, output_dir: str = DEFAULT_OUTPUT_DIR,
+              max_parallel_jobs: int | None = None, server: str | None = None,
+              **requirements) -> list:
+    """torc.map: the results of function(item) for all items, in order, each from a job of its own.
+
+    function: of a module, or of a script that calls map under `if __name__ == "__main__":`.
+    requirements: num_cpus, num_gpus, memory, runtime of each job. Items and results are pickled in
+    files of the output directory that only you can read. An error of the function is raised here,
+    with the job's traceback.
+
+    >>> torc.map(len, ["a", "bcd"], max_parallel_jobs=2, memory="100m")
+    [1, 3]
+    """
+    import multiprocessing.spawn
+    import pickle
+    import shlex
+    import tempfile
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UsageError("the script calls torc.map when it is imported, as each of its jobs does: "
+                         'call it under `if __name__ == "__main__":`')
+    make_private(output_dir)
+    folder = tempfile.mkdtemp(prefix="map_", dir=os.path.abspath(output_dir))
+    place = multiprocessing.spawn.get_preparation_data("torc")
+    del place["authkey"]
+    paths = []
+    for item in items:
+        paths.append(f"{folder}/{len(paths)}")
+        private = functools.partial(os.open, mode=0o600)
+        with open(paths[-1], "wb", opener=private) as file:
+            pickle.dump((place, pickle.dumps((function, item))), file)
+    if not paths:
+        return []
+    write_private(f"{folder}/job.py", MAP_JOB)
+    words = map(shlex.quote, [sys.executable, f"{folder}/job.py", folder])
+    job = {"name": "item_{i}", "parameters": {"i": f"0:{len(paths) - 1}"},
+           "command": f"{' '.join(words)}/{{i}}"}
+    spec = {"name": f"map {function.__name__}", "jobs": [job]}
+    if requirements:
+        job["resource_requirements"] = "item"
+        spec["resource_requirements"] = [{"name": "item", "num_cpus": 1, "memory": "1g",
+                                          **requirements}]
+    flow = run(spec, output_dir=output_dir, max_parallel_jobs=max_parallel_jobs, server=server)
+    try:
+        flow.wait()
+    except KeyboardInterrupt:
+        flow.cancel()
+        raise
+    results = []
+    for path, job in zip(paths, flow.results()):
+        outcome = read_bytes(path + ".out")
+        if not outcome:
+            raise TorcError(f"{job['name']} {job['status']}: {flow.logs(job['id'], 'stderr')}")
+        good, result = pickle.loads(outcome)
+        if not good:
+            raise result
+        results.append(result)
+    return results
+
+
+def __getattr__(name):
+    """torc.map: under this name it would hide the builtin function from this file."""
+    if name == "map":
+        return map_items
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# ==================================================================================================
+# 18 Pages
 # ==================================================================================================
 # What the dashboard shows, served byte for byte. Plain DOM code without a framework or a build; the
 # only texts of this program whose lines may be longer than a hundred characters.
