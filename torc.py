@@ -12866,29 +12866,31 @@ def import_action(action, ids):
     return made
 
 
+def plan_written(client, workflow_id, path, title, line, make):
+    """Write the text that make(client) gives to a file; without a path, give it back."""
+    jobs = count_records(client, "/jobs", workflow_id=workflow_id)
+    data = {"path": path, "workflow_id": workflow_id, "job_count": jobs}
+
+    def do(client):
+        text = make(client)
+        if path in (None, "-"):
+            return Outcome("", text)
+        write_private(path, text)
+        return Outcome(f"Wrote {path} ({format_bytes(os.path.getsize(path))}, "
+                       f"{plural(jobs, 'job')})", data)
+
+    return Plan(f"{title} {workflow_id}{f' to {path}' if path else ''}",
+                (f"{plural(jobs, 'job')} with {line}",), (Choice("y", "write it", do),), data,
+                sure=True)
+
+
 @operation_of("workflows export")
 def plan_export(client, workflow_id, wishes):
     """Write a workflow as one JSON document."""
-    jobs = count_records(client, "/jobs", workflow_id=workflow_id)
-    more = [name for name, wanted in (("results", wishes.include_results),
-                                      ("events", wishes.include_events)) if wanted]
-
-    def do(client):
-        document = export_workflow(client, workflow_id, wishes.include_results,
-                                   wishes.include_events)
-        if not wishes.output:
-            return Outcome("", document)
-        write_private(wishes.output, json.dumps(document, indent=1))
-        size = format_bytes(os.path.getsize(wishes.output))
-        return Outcome(f"Wrote {wishes.output} ({size}, {plural(len(document['jobs']), 'job')})",
-                       {"path": wishes.output, "workflow_id": workflow_id,
-                        "job_count": len(document["jobs"])})
-
-    where = f" to {wishes.output}" if wishes.output else ""
-    return Plan(f"Export workflow {workflow_id}{where}", (
-        f"{plural(jobs, 'job')} with what they refer to" + "".join(f", {name}" for name in more),),
-        [Choice("export it", do)], {"path": wishes.output, "workflow_id": workflow_id,
-                                    "job_count": jobs}, sure=True)
+    return plan_written(
+        client, workflow_id, wishes.output, "Export workflow", "what they refer to",
+        lambda client: json.dumps(export_workflow(
+            client, workflow_id, wishes.include_results, wishes.include_events), indent=1))
 
 
 # ---- reports
@@ -12907,7 +12909,6 @@ REPORT_LISTS = """
     files id name path st_mtime;
     user_data id name data is_ephemeral;
     resource_requirements id name num_cpus memory num_gpus runtime"""
-REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def shorter(value):
@@ -12935,7 +12936,8 @@ def report_page(client, workflow_id):
                                    f"/{kind}", workflow_id=workflow_id, include_results=True,
                                    all_runs=True, include_stderr=True))]
     packed = base64.b64encode(gzip.compress(compact(data).encode())).decode()
-    head = f"""<meta http-equiv="Content-Security-Policy" content="{REPORT_POLICY}">
+    head = f"""<meta http-equiv="Content-Security-Policy" content="default-src 'none';\
+ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <style>{DASH_CSS}</style>
 <script type="text/plain" id="report">{packed}</script>
 <script type="module">{DASH_JS}</script>"""
@@ -12946,19 +12948,11 @@ def report_page(client, workflow_id):
 def plan_report(client, workflow_id, wishes):
     """Write the pages of a workflow to one HTML file, which opens without a server or a network."""
     path = wishes.output or f"torc_report_{workflow_id}.html"
-
-    def do(client):
-        page = report_page(client, workflow_id)
-        if path == "-":
-            return Outcome("", page)
-        write_private(path, page)
-        return Outcome(f"Wrote {path} ({format_bytes(len(page))})", data)
-
-    data = {"path": path, "workflow_id": workflow_id}
-    return Plan(f"Write a report of workflow {workflow_id} to {path}", (),
-                [Choice("write it", do)], data, sure=True,
-                obstacle=f"{path} exists: name another file, or replace it with --force"
-                if os.path.exists(path) else "")
+    return plan_written(
+        client, workflow_id, path, "Write a report of workflow", "commands, values of user data, "
+        "and the end of what failed ones wrote", lambda client: report_page(client, workflow_id)
+        )._replace(obstacle=f"{path} exists: name another file, or replace it with --force"
+                   if os.path.exists(path) else "")
 
 
 # ---- operations on workflows
@@ -14577,11 +14571,9 @@ def go_to_background():
     sys.stdout.flush()
     pid = os.fork()
     if pid:
-        os.close(write_end)
-        if os.read(read_end, 1):
-            raise SystemExit(0)
-        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    os.close(read_end)
+        os.close(write_end)               # so that the end of the other is the end of the pipe
+        raise SystemExit(0 if os.read(read_end, 1) else
+                         os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
     def ready(log=os.devnull):
         os.setsid()
@@ -17819,8 +17811,8 @@ MAX_PARALLEL = """
 KEEP_SCRIPTS = "--keep-submission-scripts  keep the batch scripts in the output directory"
 POLL = "-p, --poll-interval S  hidden"
 NOTIFY = """
-    --notify TARGET=$TORC_NOTIFY  when it is done, failed or stuck: a URL, which gets JSON; mail:ADDRESS;
-                                  or a command, as in "notify-send {text}"
+    --notify TARGET=$TORC_NOTIFY  tell when it is done, failed or stuck: a URL, which gets JSON,
+                                  mail:ADDRESS, or a command, as in "notify-send {text}"
     """
 SHARE_PASSWORD = """
     --share-password  jobs find your password in TORC_PASSWORD, not a token that is good for their
@@ -18276,19 +18268,20 @@ def send_notice(args, client, workflow_id, code):
     """
     import subprocess
     import urllib.request
-    if not args.notify or code not in NOTICE_STATES:
+    state = NOTICE_STATES.get(code)
+    if not args.notify or not state:
         return
     try:
         counted = client.get(f"/workflows/{workflow_id}/counts")
-        facts = {"workflow_id": workflow_id, "state": NOTICE_STATES[code], "text": (
-            f"Workflow {workflow_id} is {NOTICE_STATES[code]}: {counts_text(counted)}")}
-        how = {"timeout": NOTICE_S}
+        facts = {"workflow_id": workflow_id, "state": state,
+                 "text": f"Workflow {workflow_id} is {state}: {counts_text(counted)}"}
+        data = compact(facts).encode()
         if "://" in args.notify[0]:
-            urllib.request.urlopen(urllib.request.Request(args.notify[0], compact(
-                facts).encode(), {"Content-Type": "application/json"}), **how).close()
+            urllib.request.urlopen(urllib.request.Request(args.notify[0], data, {
+                "Content-Type": "application/json"}), timeout=NOTICE_S).close()
         else:
-            subprocess.run([substitute(word, facts) for word in args.notify], check=True, text=True,
-                           input=compact(facts), stdout=subprocess.DEVNULL, **how)
+            subprocess.run([substitute(word, facts) for word in args.notify], input=data,
+                           check=True, stdout=subprocess.DEVNULL, timeout=NOTICE_S)
     except Exception as error:
         tell(args, f"no notice was sent: {type(error).__name__} {getattr(error, 'reason', '')}",
              "warn")
@@ -18379,10 +18372,8 @@ def carry_out(args, client, plan, ask=True, start=None):
         tell(args, error, "error")
     if done.sentence:
         show(args, done.data, done.sentence)
-    elif isinstance(done.data, str):
+    else:                                 # a document, whatever format was asked for
         print(done.data)
-    else:                                 # a document, which is JSON whatever was asked for
-        print_json(done.data)
     about = re.search(r'"workflow_id":(\d+)', compact(done.data))
     if done.sentence and about and plan.choices[0].verb != "delete":
         say_next(args, client, int(about[1]))
@@ -18633,13 +18624,13 @@ def run_here(args):
         runner = Runner(client, start.workflow_id, wishes_of(args, RunOptions, schedule=scheduling(
             client, lambda: worker_request(client, wishes_of(args)))))
         if leave:
-            workflow_id, pid = start.workflow_id, os.getpid()
-            log = os.path.abspath(f"{args.output_dir}/run_wf{workflow_id}_{pid}.log")
-            say(args, f"Workflow {workflow_id} runs in the background (pid {pid}), its log is "
-                f"{log}{logout_hint()}", workflow_id=workflow_id, pid=pid, log=log)
+            pid = os.getpid()
+            log = os.path.abspath(f"{args.output_dir}/run_wf{start.workflow_id}_{pid}.log")
+            say(args, f"Workflow {start.workflow_id} runs in the background (pid {pid}), its log "
+                f"is {log}{logout_hint()}", workflow_id=start.workflow_id, pid=pid, log=log)
             for purpose in ("see how far it is: torc status", "wait for its end: torc wait",
                             "end it: torc cancel"):
-                tell(args, f"to {purpose} {workflow_id}")
+                tell(args, f"to {purpose} {start.workflow_id}")
             leave(log)
         code = runner.run()
         send_notice(args, client, start.workflow_id, code)
@@ -20246,7 +20237,8 @@ operation_command("recover", WORKFLOW, WORKERS, RECOVERY,
 
 # ---- watching
 
-@command("watch", WORKFLOW, OUTPUT_DIR, NOTIFY, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, RECOVERY, """
+@command("watch", WORKFLOW, OUTPUT_DIR, NOTIFY, WORKER_URL, MAX_PARALLEL, KEEP_SCRIPTS, RECOVERY,
+         """
          -p, --poll-interval S=60        how often to ask Slurm; the end is noticed at
                                          once
          -r, --recover                   when it ends with failures, run again what failed, with
@@ -20788,8 +20780,8 @@ class DashActions:
     def table(self):
         """{method and name: function}, as Dashboard takes it."""
         return {f"{method} {name}": getattr(self, name) for method, names in (
-            ("GET", "user log allocations export report doctor"),
-            ("POST", "validate create open wizard do")) for name in names.split()}
+            ("GET", "user log allocations export doctor"),
+            ("POST", "validate create open do")) for name in names.split()}
 
     def user(self, client):
         """The user on whose behalf the dashboard sends requests."""
@@ -20828,75 +20820,40 @@ class DashActions:
         """What Slurm reports about unfinished allocations, in sentences."""
         return {"lines": allocation_lines(client, int(workflow_id))}
 
-    def export(self, client, workflow_id):
-        """The workflow with its results and events, for the browser to save."""
-        wishes = Wishes(include_results=True, include_events=True)
-        return plan_export(client, int(workflow_id), wishes).do(client).data
-
-    def report(self, client, workflow_id):
-        """The report of the workflow, for the browser to save."""
-        return report_page(client, int(workflow_id))
+    def export(self, client, workflow_id, report=False):
+        """The workflow with its results and events, or its report, for the browser to save."""
+        return report_page(client, int(workflow_id)) if report else export_workflow(
+            client, int(workflow_id), True, True)
 
     # -- new workflows
 
     def validate(self, client, spec):
-        """The errors of a specification by line, or a summary of it."""
+        """The errors of a specification, or a summary of it."""
         try:
             found = pasted(spec)
         except (SpecError, MissingPackage) as error:
-            problems = []
-            for sentence in error.errors or [str(error)]:
-                line, message, hint = re.match(
-                    r"(?:spec\.\w+(?: line (\d+))?: )?(.*?)(?: \((did you mean .*)\))?$",
-                    sentence, re.S).groups()
-                problems.append({"line": int(line or 1), "message": message, "hint": hint or ""})
-            return {"problems": problems, "summary": ""}
+            return {"problems": getattr(error, "errors", None) or [str(error)]}
         if isinstance(found, dict):
-            summary = f"An exported workflow, {plural(len(found['jobs']), 'job')}: it will be " \
-                      "recreated"
-        else:
-            needs = found.summary["resource_requirements_count"]
-            summary = f"Valid: {plural(found.summary['job_count'], 'job')}, " \
-                      f"{plural(needs, 'resource requirements')}"
-            if found.warnings:
-                summary += f", {plural(len(found.warnings), 'warning')}: {found.warnings[0]}"
-        return {"problems": [], "summary": summary}
+            return {"problems": [], "exported": len(found["jobs"])}
+        return {"problems": [], "warnings": found.warnings, "summary": found.summary}
 
     def create(self, client, spec, run=False):
         """Create a workflow from a specification, and run it here on request."""
         done = plan_create(client, pasted(spec), None).do(client)
-        answer = {"id": done.data["workflow_id"], "message": done.sentence}
+        workflow_id = done.data["workflow_id"]
         if run:
-            plan = plan_run(client, answer["id"], Wishes(self.output_dir))
+            plan = plan_run(client, workflow_id, Wishes(self.output_dir))
             self.start(client, plan.do(client))
-            answer["message"] += "; a runner starts"
-        return answer
+        return {"id": workflow_id, "message": done.sentence}
 
     def open(self, client, path):
         """The text of a specification file on this machine."""
         path = os.path.expanduser(path)
-        if os.path.exists(path) and not os.path.isfile(path):
+        if not os.path.isfile(path):
             raise BadRequest(f"{path} is not a file")
         if os.path.getsize(path) > 16 * 2**20:
             raise TooLarge(f"{path} is larger than 16 MB: create it with torc create")
-        with open(path, encoding="utf-8") as file:
-            return {"spec": file.read()}
-
-    def wizard(self, client, name="", command="", after="", values="1:3", cpus="", memory="",
-               runtime=""):
-        """A specification built from a few answers; an example if there are none."""
-        if not name:
-            return {"spec": DASH_EXAMPLE}
-        each = {"name": f"{name}_{{i}}", "command": command, "use_parameters": ["i"],
-                "resource_requirements": "each"}
-        jobs = [each]
-        if after:
-            jobs.append({**each, "name": f"{name}_after", "command": after,
-                         "depends_on": [each["name"]]})
-        needs = {"name": "each", "num_cpus": int(cpus or 1), "memory": memory or "1g",
-                 "runtime": runtime or "PT1H"}
-        return {"spec": json.dumps({"name": name, "parameters": {"i": values},
-                                    "resource_requirements": [needs], "jobs": jobs}, indent=2)}
+        return {"spec": read_spec_text(path)}
 
     # -- the server
 
@@ -20932,10 +20889,8 @@ class DashActions:
             return {"message": plan.title}
         if dry_run == "true":
             return {} if plan.sure else {
-                "title": plan.title + "?", "lines": plan.lines, "typed": plan.typed,
-                "danger": verb in ("cancel", "cancel_job", "delete", "reset"),
-                "choices": [{"key": choice.key, "verb": choice.verb[:1].upper() + choice.verb[1:]}
-                            for choice in plan.choices]}
+                "title": plan.title, "lines": plan.lines, "typed": plan.typed,
+                "choices": [choice[:2] for choice in plan.choices]}
         done = next((one for one in plan.choices if one.key == choice), plan.choices[0]).do(client)
         if isinstance(done, Start):
             return {"title": done.title, "log": self.start(client, done)}
@@ -20949,28 +20904,6 @@ class DashActions:
         threading.Thread(target=child.process.wait, daemon=True).start()      # reaps it
         self.children.append(child)
         return number
-
-
-DASH_EXAMPLE = """\
-name: my_sweep
-parameters:
-  i: "1:10"
-resource_requirements:
-  - name: small
-    num_cpus: 1
-    memory: 500m
-    runtime: PT5M
-jobs:
-  - name: simulate_{i}
-    use_parameters: [i]
-    command: echo "case {i}"; sleep 1
-    resource_requirements: small
-  - name: merge
-    use_parameters: [i]
-    depends_on: ["simulate_{i}"]
-    command: echo "all done"
-    resource_requirements: small
-"""
 
 
 @advising(f"{MOVE_HOME}, or use --auth-file")
@@ -21634,101 +21567,102 @@ main_dash = program("dash")
 # ==================================================================================================
 # 17 Python
 # ==================================================================================================
-# `import torc_workflows as torc`: what the command line does, for scripts and notebooks. Runners are
-# processes of their own, which outlive an interpreter, so nothing here takes its signals or threads.
+# `import torc_workflows as torc`: what commands do, for scripts and notebooks. A runner is another
+# process, which outlives the interpreter, so nothing here takes its signals or threads.
 
 class Workflow:
     """A workflow, by its id or name.
+
+    server: its URL; without one, the workflow is in the database of the output directory. All raise
+    TorcError.
 
     >>> flow = torc.run({"name": "pair", "jobs": [{"name": "a", "command": "echo hello"},
     ...                                           {"name": "b", "command": "exit 3"}]})
     >>> flow.wait()
     1
-    >>> flow.status()
-    'failed'
-    >>> [(job["name"], job["status"], job["note"]) for job in flow.results()]
-    [('a', 'completed', ''), ('b', 'failed', 'exit 3')]
+    >>> flow.status()["jobs_by_status"]["failed"]
+    1
+    >>> sorted((one["job_name"], one["return_code"]) for one in flow.results())
+    [('a', 0), ('b', 3)]
     >>> flow.logs("pair/a")
     'hello'
-    >>> torc.Workflow("pair").id == flow.id
-    True
     """
 
     def __init__(self, workflow_id: int | str, *, output_dir: str = DEFAULT_OUTPUT_DIR,
-                 server: str | None = None) -> None:
-        """output_dir, server: as for run()."""
-        found = COMMANDS["wait"]
-        self.args = parse_command(found, [], [str(workflow_id), *option_words(
-            {"output-dir": output_dir, "url": server})])
-        self.client = open_client(self.args, make=True)
-        replace_names(found, self.args, self.client)
-        self.id: int = self.args.workflow_id
+                 server: str | None = None):
+        self.id = workflow_id
+        self.place = option_words({
+            "url": server, "database": not server and f"{output_dir}/{LOCAL_DATABASE}"})
 
-    def status(self) -> str:
-        """Its state in a word: running, waiting, stuck, done, failed, canceled."""
-        return self.client.get(f"/workflows/{self.id}/summary")["state"]
+    def ask(self, *words) -> dict:
+        """The JSON that a command prints."""
+        import io
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            execute([*map(str, words), "--format=json", "--log-level=warn", *self.place])
+        return json.loads(out.getvalue())
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait until it ends: 0, all jobs completed; 1, some failed or were canceled; 3, it is stuck
-        or has not ended within timeout seconds."""
-        self.args.timeout = timeout
-        with contextlib.redirect_stdout(sys.stderr):
-            return do_wait(self.args, self.client)
+    def status(self) -> dict:
+        """What `torc status` reports: jobs_by_status, is_complete, failures, ..."""
+        return self.ask("status", self.id)
+
+    def wait(self) -> int:
+        """Wait until it ends: 0, all jobs completed; 1, some failed or were canceled; 3, stuck."""
+        return self.ask("wait", self.id)["exit_code"]
 
     def results(self) -> list[dict]:
-        """Its jobs, with status, note, host, ran_s, peak_memory_bytes, ..."""
-        return list(self.client.items("/jobs", workflow_id=self.id, include_results=True))
+        """How its jobs ended: job_name, status, return_code, exec_time_minutes, job_stdout, ..."""
+        return self.ask("results", "list", self.id, "--include-logs")["results"]
 
     def logs(self, job: int | str, stream: str = "stdout") -> str:
-        """What the latest attempt of a job wrote to stdout or stderr."""
-        number, = find_ids(self.args, self.client, read_option("JOB_ID"), str(job))
-        attempt = find_attempt(self.client, self.client.get(f"/jobs/{number}"), None)
-        return read_text(getattr(attempt, stream))
+        """What the latest attempt of a job wrote to stdout, or to stderr."""
+        return read_text(self.ask("logs", job)[f"job_{stream}"])
 
-    def cancel(self) -> None:
+    def cancel(self) -> dict:
         """End its running jobs and start no more."""
-        plan_cancel(self.client, self.id, Wishes()).choices[0].do(self.client)
+        return self.ask("cancel", self.id)
 
 
 def run(spec: str | dict, *, output_dir: str = DEFAULT_OUTPUT_DIR,
         max_parallel_jobs: int | None = None, server: str | None = None) -> Workflow:
     """Create a workflow, start a runner for it on this machine, and return at once.
 
-    spec: a specification, or the path of one. server: its URL; without one, as for a command. Raises
-    TorcError, whose text says all that is wrong with the specification.
+    spec: a specification, or the path of one. Raises TorcError, which says all that is wrong.
     """
     import subprocess
+    flow = Workflow("", output_dir=output_dir, server=server)
     done = subprocess.run([
-        *torc_command(), "run", "-" if isinstance(spec, dict) else spec, "--detach", "-f", "json",
-        *option_words({"output-dir": output_dir, "max-parallel-jobs": max_parallel_jobs,
-                       "url": server})], input=json.dumps(spec), capture_output=True, text=True)
+        *torc_command(), "run", "-" if isinstance(spec, dict) else spec, "--detach",
+        "--format=json", *flow.place, *option_words({
+            "output-dir": output_dir, "max-parallel-jobs": max_parallel_jobs})],
+        input=json.dumps(spec), capture_output=True, text=True)
     if done.returncode:
-        raise TorcError(done.stderr.strip())
-    return Workflow(json.loads(done.stdout)["workflow_id"], output_dir=output_dir, server=server)
+        raise TorcError(done.stderr)
+    flow.id = json.loads(done.stdout)["workflow_id"]
+    return flow
 
 
-# What the job of an item runs, with its file: it starts faster without this module.
+# What a job runs. It starts in less time than this module takes.
 MAP_JOB = """
-import multiprocessing.pool, multiprocessing.spawn, os, pickle, sys
-os.umask(0o077)
-path = sys.argv[1]
-with open(path, "rb") as file:
-    place, call = pickle.load(file)
-multiprocessing.current_process()._inheriting = True
-multiprocessing.spawn.prepare(place)
-del multiprocessing.current_process()._inheriting
+import multiprocessing.pool, multiprocessing.spawn, os
+path, place = sys.argv[1] + "." + sys.argv[2], pickle.load(file)
+file.seek(int(sys.argv[2]))
 try:
-    function, item = pickle.loads(call)
-    outcome, code = (True, function(item)), 0
+    multiprocessing.current_process()._inheriting = True     # refuses what has no __main__ guard
+    multiprocessing.spawn.prepare(place)
+    del multiprocessing.current_process()._inheriting
+    function, item = pickle.loads(pickle.load(file))
+    outcome, code = pickle.dumps((True, function(item))), 0
 except Exception as error:
     sys.excepthook(type(error), error, error.__traceback__)
     told = multiprocessing.pool.ExceptionWithTraceback(error, error.__traceback__)
-    outcome, code = (False, told), 1
+    outcome, code = pickle.dumps((False, told)), 1
+os.umask(0o077)
 with open(path + ".new", "wb") as file:
-    pickle.dump(outcome, file)
-os.rename(path + ".new", path + ".out")
+    file.write(outcome)
+os.rename(path + ".new", path)
 sys.exit(code)
 """
+MAP_START = "import pickle, sys; file = open(sys.argv[1], 'rb'); exec(pickle.load(file))"
 
 
 def map_items(function, items, *, output_dir: str = DEFAULT_OUTPUT_DIR,
@@ -21748,41 +21682,37 @@ def map_items(function, items, *, output_dir: str = DEFAULT_OUTPUT_DIR,
     import pickle
     import shlex
     import tempfile
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UsageError("the script calls torc.map when it is imported, as each of its jobs does: "
-                         'call it under `if __name__ == "__main__":`')
-    make_private(output_dir)
-    folder = tempfile.mkdtemp(prefix="map_", dir=os.path.abspath(output_dir))
     place = multiprocessing.spawn.get_preparation_data("torc")
     del place["authkey"]
-    paths = []
-    for item in items:
-        paths.append(f"{folder}/{len(paths)}")
-        private = functools.partial(os.open, mode=0o600)
-        with open(paths[-1], "wb", opener=private) as file:
-            pickle.dump((place, pickle.dumps((function, item))), file)
-    if not paths:
+    make_private(output_dir)
+    with tempfile.NamedTemporaryFile(prefix="map_", dir=os.path.abspath(output_dir),
+                                     delete=False) as file:
+        pickle.dump(MAP_JOB, file)
+        pickle.dump(place, file)
+        places = []
+        for item in items:
+            places.append(file.tell())
+            pickle.dump(pickle.dumps((function, item)), file)
+    if not places:
         return []
-    write_private(f"{folder}/job.py", MAP_JOB)
-    words = map(shlex.quote, [sys.executable, f"{folder}/job.py", folder])
-    job = {"name": "item_{i}", "parameters": {"i": f"0:{len(paths) - 1}"},
-           "command": f"{' '.join(words)}/{{i}}"}
-    spec = {"name": f"map {function.__name__}", "jobs": [job]}
-    if requirements:
-        job["resource_requirements"] = "item"
-        spec["resource_requirements"] = [{"name": "item", "num_cpus": 1, "memory": "1g",
-                                          **requirements}]
-    flow = run(spec, output_dir=output_dir, max_parallel_jobs=max_parallel_jobs, server=server)
+    command = shlex.join([sys.executable, "-c", MAP_START, file.name])
+    flow = run({
+        "name": f"map {function.__name__}",
+        "resource_requirements": [{"name": "each", "num_cpus": 1, "memory": "1g", **requirements}],
+        "jobs": [{"name": "item_{i}", "command": f"{command} {{at}}",
+                  "parameters": {"i": f"1:{len(places)}", "at": places}, "parameter_mode": "zip",
+                  "resource_requirements": "each" if requirements else None}]},
+        output_dir=output_dir, max_parallel_jobs=max_parallel_jobs, server=server)
     try:
         flow.wait()
     except KeyboardInterrupt:
         flow.cancel()
         raise
     results = []
-    for path, job in zip(paths, flow.results()):
-        outcome = read_bytes(path + ".out")
+    for at in places:
+        outcome = read_bytes(f"{file.name}.{at}")
         if not outcome:
-            raise TorcError(f"{job['name']} {job['status']}: {flow.logs(job['id'], 'stderr')}")
+            raise TorcError(f"item_{len(results) + 1} has no result: torc failures {flow.id}")
         good, result = pickle.loads(outcome)
         if not good:
             raise result
@@ -23401,13 +23331,14 @@ async function act(verb, target) {
   const body = {workflow_id: store.workflow?.id, ...target};
   if (verb === "export" || verb === "report") {
     const {id, name} = store.workflow, file = `${name.replace(/[^\w.-]+/g, "_")}_${id}.${verb === "export" ? "json" : "html"}`;
-    h("a", {href: `dash/${verb}?workflow_id=${id}`, download: file}).click();
+    h("a", {href: `dash/export?workflow_id=${id}${verb === "report" ? "&report=1" : ""}`, download: file}).click();
     return;
   }
   try {
     const plan = await post(`/dash/do/${verb}`, {dry_run: true}, body);
     if (plan.message) return toast(plan.message);
-    const choice = plan.title ? await confirmDialog(plan) : "y";
+    const danger = /^(cancel|cancel_job|delete|reset)$/.test(verb);
+    const choice = plan.title ? await confirmDialog({...plan, title: plan.title + "?", danger}) : "y";
     if (!choice) return;
     const done = await post(`/dash/do/${verb}`, {}, {...body, choice});
     if (done.message) toast(done.message);
@@ -23432,8 +23363,8 @@ const closing = h("div.foot", h("button", {value: "close"}, "Close"));
 const plain = text => text.replace(/\s+/g, " ").trim();       // as it is shown, and can be typed
 function confirmDialog({title, lines: words, choices, danger, typed}) {       // the key of what was chosen
   return new Promise(answer => {
-    const yes = choices.map(({key, verb}) =>
-      h("button", {value: key, class: danger ? "danger" : "primary", disabled: Boolean(typed)}, verb));
+    const yes = choices.map(([value, verb]) => h("button", {value, class: danger ? "danger" : "primary",
+      disabled: Boolean(typed)}, verb[0].toUpperCase() + verb.slice(1)));
     const no = h("button", {value: "", autofocus: true}, "Keep as it is");
     const field = h("input", {"aria-label": `Type ${typed}`, autocomplete: "off",
       oninput: () => { yes[0].disabled = plain(field.value) !== plain(typed); }});
@@ -23456,6 +23387,31 @@ function helpDialog() {
 const WIZARD = {name: ["Name", "my_sweep"], command: ["Command, with {i}", "python simulate.py --seed {i}"],
   values: ["Values of i", "1:100"], cpus: ["CPUs a job", "1"], memory: ["Memory a job", "2g"],
   runtime: ["Longest runtime", "PT30M"], after: ["Afterwards, once", "python merge.py"]};
+function wizard({name, command, values, cpus, memory, runtime, after}) {
+  const each = {name: `${name}_{i}`, command, use_parameters: ["i"], resource_requirements: "each"};
+  const last = {...each, name: `${name}_after`, command: after, depends_on: [each.name]};
+  return JSON.stringify({name, parameters: {i: values}, jobs: after ? [each, last] : [each],
+    resource_requirements: [{name: "each", num_cpus: Number(cpus) || cpus, memory, runtime}]}, null, 2);
+}
+const EXAMPLE = `name: my_sweep
+parameters:
+  i: "1:10"
+resource_requirements:
+  - name: small
+    num_cpus: 1
+    memory: 500m
+    runtime: PT5M
+jobs:
+  - name: simulate_{i}
+    use_parameters: [i]
+    command: echo "case {i}"; sleep 1
+    resource_requirements: small
+  - name: merge
+    use_parameters: [i]
+    depends_on: ["simulate_{i}"]
+    command: echo "all done"
+    resource_requirements: small
+`;
 function createDialog() {            // every source ends in the same editor: what it shows is what is sent
   const text = h("textarea", {spellcheck: "false", "aria-label": "Specification"});
   const gutter = h("pre", {"aria-hidden": "true"}), sorry = error => toast(error.message, true);
@@ -23470,12 +23426,23 @@ function createDialog() {            // every source ends in the same editor: wh
     text.setSelectionRange(start, start + rows()[line - 1].length);
     text.scrollTop = (line - 6) * text.scrollHeight / rows().length;
   }
+  function problemOf(sentence) {     // spec.yaml line 4: unknown field 'comand' (did you mean "command"?)
+    const [, line, message, hint] = /^(?:spec\.\w+(?: line (\d+))?: )?([^]*?)(?: \((did you mean .*)\))?$/.exec(sentence);
+    return {line: Number(line || 1), message, hint: hint || ""};
+  }
+  function summaryOf({exported, summary, warnings}) {
+    if (exported != null) return `An exported workflow, ${many(exported, "job")}: it will be recreated`;
+    const needs = many(summary.resource_requirements_count, "resource requirement");
+    return [`Valid: ${many(summary.job_count, "job")}`, needs,
+      ...(warnings.length ? [`${many(warnings.length, "warning")}: ${warnings[0]}`] : [])].join(", ");
+  }
   async function check() {
-    const spec = text.value, {problems, summary} = await post("/dash/validate", {}, {spec});
+    const spec = text.value, found = await post("/dash/validate", {}, {spec});
     if (spec !== text.value) return;               // another text is there by now
+    const problems = found.problems.map(problemOf);
     const bad = new Set(problems.map(p => p.line));
     gutter.replaceChildren(...rows().flatMap((_, i) => [bad.has(i + 1) ? h("b", `✗ ${i + 1}`) : `${i + 1}`, "\n"]));
-    const verdict = problems.length ? chip("failed", many(problems.length, "problem")) : chip("completed", summary);
+    const verdict = problems.length ? chip("failed", many(problems.length, "problem")) : chip("completed", summaryOf(found));
     list.replaceChildren(h("p", verdict),
       ...problems.map(p => button([h("b", `line ${p.line}: `), p.message, h("small", p.hint)], () => jump(p.line))));
     hint.textContent = problems.length ? "Nothing is created while there are problems." : "";
@@ -23485,7 +23452,7 @@ function createDialog() {            // every source ends in the same editor: wh
   async function make(start) {
     const made = await post("/dash/create", {}, {spec: text.value, run: start});
     box.close();
-    toast(made.message);
+    toast(made.message + (start ? "; a runner starts" : ""));
     location.hash = `#/w/${made.id}`;
   }
   function edit({spec}) {
@@ -23495,9 +23462,9 @@ function createDialog() {            // every source ends in the same editor: wh
     text.scrollTop = 0;
     check().catch(sorry);
   }
-  function form(fields, label, path) {                  // fields: {key: [label, value]}; the answer is {spec}
+  function form(fields, label, load) {                  // fields: {key: [label, value]}; load(values) gives {spec}
     const inputs = Object.entries(fields).map(([key, [, value]]) => h("input", {id: "new-" + key, name: key, value}));
-    const ask = () => post(path, {}, Object.fromEntries(inputs.map(el => [el.name, el.value]))).then(edit, sorry);
+    const ask = () => load(Object.fromEntries(inputs.map(el => [el.name, el.value]))).then(edit, sorry);
     return h("div.form", inputs.map(el => [h("label", {for: el.id}, fields[el.name][0]), el]), h("span"),
       h("div", button(label, ask)));
   }
@@ -23506,8 +23473,8 @@ function createDialog() {            // every source ends in the same editor: wh
     "Upload": () => h("div.drop", h("p", "A YAML or JSON file; it opens in the editor first."),
       h("input", {type: "file", "aria-label": "Specification file", accept: ".yaml,.yml,.json,.json5,.kdl",
         onchange: async ({target}) => edit({spec: await target.files[0].text()})})),
-    "Server path": () => form({path: ["Path on the server’s machine", ""]}, "Open", "/dash/open"),
-    "Wizard": () => form(WIZARD, "Write the specification", "/dash/wizard"),
+    "Server path": () => form({path: ["Path on the server’s machine", ""]}, "Open", path => post("/dash/open", {}, path)),
+    "Wizard": () => form(WIZARD, "Write the specification", async values => ({spec: wizard(values)})),
   };
   const tabs = h("div.chips", {role: "group", "aria-label": "Source"},
     Object.keys(sources).map(name => button(name, () => open(name))));
@@ -23521,7 +23488,7 @@ function createDialog() {            // every source ends in the same editor: wh
   text.addEventListener("scroll", () => { gutter.scrollTop = text.scrollTop; });
   const foot = h("div.foot", hint, h("button", {value: "no"}, "Close"), create, run);
   const box = dialog("New workflow", true, tabs, place, foot);
-  post("/dash/wizard", {}, {}).then(made => text.value || edit(made), sorry);
+  edit({spec: EXAMPLE});
 }
 
 // 10 Start -----------------------------------------------------------------------------------------------------
