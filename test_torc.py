@@ -7974,7 +7974,8 @@ def test_the_keys_that_people_know_are_there_on_workflows(upstream):
 
 @pytest.mark.parametrize("client", ["local"], indirect=True)
 @pytest.mark.parametrize("name", list(torc.PAGES))
-def test_every_key_of_the_help_can_be_pressed_on_every_page(client, ui, name, monkeypatch):
+def test_every_key_of_the_help_can_be_pressed_on_every_page(client, ui, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)           # where a report is written
     monkeypatch.setattr(torc, "Started", lambda *args: pytest.fail("nothing is to be started"))
     workflow_id, ids = small(client)
     hands = ui()
