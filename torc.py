@@ -12880,8 +12880,7 @@ def plan_written(client, workflow_id, path, title, line, make):
                        f"{plural(jobs, 'job')})", data)
 
     return Plan(f"{title} {workflow_id}{f' to {path}' if path else ''}",
-                (f"{plural(jobs, 'job')} with {line}",), (Choice("y", "write it", do),), data,
-                sure=True)
+                [f"{plural(jobs, 'job')} with {line}"], [Choice("write it", do)], data, sure=True)
 
 
 @operation_of("workflows export")
@@ -20890,7 +20889,7 @@ class DashActions:
         if dry_run == "true":
             return {} if plan.sure else {
                 "title": plan.title, "lines": plan.lines, "typed": plan.typed,
-                "choices": [choice[:2] for choice in plan.choices]}
+                "choices": [(choice.key, choice.verb) for choice in plan.choices]}
         done = next((one for one in plan.choices if one.key == choice), plan.choices[0]).do(client)
         if isinstance(done, Start):
             return {"title": done.title, "log": self.start(client, done)}
