@@ -658,6 +658,7 @@ BAD_JOB_LINES = (
      "job that lists such files"),
     ("priority: -1", "priority: -1 is not an integer of at least 0"),
     ("priority: 1.5", "priority: 1.5 is not an integer of at least 0"),
+    ("timeout: PT0.5S", "timeout: 'PT0.5S' is not an ISO 8601 duration of at least a second such as \"PT30M\""),
     ("depends_on: b", "depends_on: 'b' is not a list of strings"),
     ("input_files: [nope]", "input_files names no file 'nope'"),
     ("output_user_data: [nope]", "output_user_data names no user data 'nope'"),
@@ -3960,6 +3961,34 @@ def test_a_job_over_its_memory_is_killed_with_all_its_children(run):
 
 
 @pytest.mark.slow
+def test_a_job_is_terminated_at_its_time_out_with_its_children(run):
+    ran = run({"late": {"command": "trap 'echo saved; exit 0' TERM; sleep 300 & wait", "timeout": "PT1S"},
+               "deaf": {"command": "trap '' TERM; sleep 301 & sleep 302; sleep 303", "timeout": "PT1S"},
+               "quick": {"command": "true", "timeout": "PT1H"}}, "-j", 3,
+              execution_config={"sigterm_lead_seconds": 1, "timeout_exit_code": 99})
+    assert ran.code == 1, ran.log
+    assert {name: (items[0]["status"], items[0]["return_code"]) for name, items in ran.results().items()} == {
+        "late": ("terminated", 99), "deaf": ("terminated", 99), "quick": ("completed", 0)}
+    assert ran.output(1) == "saved\n" and ran.output(1, "e") == "torc: ended after its time-out of 1.0s\n"
+    assert '"late" terminated: ended after its time-out of 1.0s' in ran.log
+    answer = ran.client.get("/jobs/1/why")
+    assert answer["sentence"].endswith("torc: ended after its time-out of 1.0s")
+    assert "its time-out is 1.0s. Run torc jobs update 1 --timeout PT1M, then" in answer["next"]
+    [group] = ran.client.get("/workflows/1/failures")["groups"]
+    assert (group["count"], group["cause"], group["verdict"]) == (2, "exit 99, time limit", "runtime")
+    until(lambda: not processes_in(ran.directory), what="the end of all processes")
+
+
+@pytest.mark.slow
+def test_limit_runtime_makes_the_runtime_of_each_job_its_time_out(run):
+    ran = run({"a": {"command": "sleep 300", "resource_requirements": "r"},
+               "own": {"command": "sleep 1.5", "resource_requirements": "r", "timeout": "PT1H"}, "free": "sleep 1.5"},
+              "-j", 3, execution_config={"limit_runtime": True},
+              resource_requirements=[{"name": "r", "num_cpus": 1, "memory": "1g", "runtime": "PT1S"}])
+    assert {name: items[0]["return_code"] for name, items in ran.results().items()} == {"a": 152, "own": 0, "free": 0}
+
+
+@pytest.mark.slow
 def test_the_time_limit_ends_jobs_with_their_children_as_terminated(run):
     ran = run({"a": "sleep 300 & sleep 301", "quick": "true",
                "saves": "trap 'echo saved; exit 0' TERM; sleep 302 & wait"}, "--time-limit", "PT8S",
@@ -5564,7 +5593,7 @@ NEED = {"name": "r", "memory": "1g", "runtime": "PT1H"}
 def test_a_failure_is_diagnosed(need, result, peak, cause, change):
     found, _, changed = torc.diagnose(
         False, result["return_code"], result["exec_time_minutes"] * 60, peak,
-        (need["name"], *torc.parsed_requirements(need).values()), {"memory": 137, "time": 152})
+        (need["name"], *torc.parsed_requirements(need).values(), None), {"memory": 137, "time": 152})
     assert (found, changed) == (cause, change)
 
 
@@ -9530,6 +9559,18 @@ def test_a_job_ended_by_its_runners_time_limit_is_not_told_of_another(cli, local
     cli("run", "w.yaml", "--time-limit", "PT3S")
     assert "Ended by the runner's time limit after" in cli("why", 1)[1]
     assert "ended by the runner's time limit after" in cli("recover", 1, "--dry-run", "--no-prompts")[1]
+
+
+@pytest.mark.slow
+def test_recover_gives_a_job_a_longer_time_out_and_so_does_a_person(cli, local, tmp_path):
+    (tmp_path / "w.yaml").write_text("name: w\njobs:\n  - {name: a, command: sleep 1.5, timeout: PT1S}\n")
+    cli("run", "w.yaml", ok=1)
+    assert "its time-out is 1.0s, then timeout PT1M" in cli("recover", 1, "--dry-run", "--no-prompts", ok=0)[1]
+    cli("recover", 1, "--force", ok=0)
+    cli("run", 1, ok=0)
+    assert (local.get("/jobs/1")["timeout"], local.get("/resource_requirements/1")["name"]) == ("PT1M", "default")
+    cli("jobs", "update", 1, "--timeout", "PT2M", ok=0)
+    assert local.get("/jobs/1")["timeout"] == "PT2M"
 
 
 def test_cancel_and_its_dry_run(cli, local):

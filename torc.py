@@ -239,6 +239,14 @@ def parse_duration(text):
     return int(seconds)
 
 
+def timeout_seconds(text):
+    """Seconds of a job's time-out, infinity without one. Raises ValueError."""
+    seconds = parse_duration(text) if text else math.inf
+    if not seconds:
+        raise ValueError("a time-out is at least a second")
+    return seconds
+
+
 def parse_walltime(text):
     """Seconds of a Slurm time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S (sbatch(1)).
 
@@ -511,6 +519,8 @@ TYPES = {                                 # name: check, and what is expected in
     "time": (reads(parse_time), "a time such as 2026-01-02T03:04:05Z"),
     "memory": (reads(parse_memory), 'a size such as "500m" or "2g"'),
     "duration": (reads(parse_duration), 'an ISO 8601 duration such as "PT30M"'),
+    "timeout": (reads(timeout_seconds),
+                'an ISO 8601 duration of at least a second such as "PT30M"'),
     "walltime": (reads(parse_walltime), 'a time such as "04:00:00" or "1-12:00:00"'),
     "slurm-memory": (lambda value: type(value) is int and value >= 0 or reads(slurm_memory)(
         value), 'a size such as "200g" (MB without a letter)'),
@@ -629,6 +639,7 @@ KINDS = {kind.table: kind for kind in (
         stdio                           json:stdio                          spec map
         env                             env                                 spec env
         limits                          limits                              spec limits
+        timeout                         timeout                             spec timeout
         schedule_compute_nodes          echo
         depends_on_job_ids              ids     > job                       as depends_on
         input_file_ids                  ids     > file                      as input_files
@@ -637,7 +648,7 @@ KINDS = {kind.table: kind for kind in (
         output_user_data_ids            ids     > user_data                 as output_user_data"""),
         filters=fields("status statuses, needs_file_id int, upstream_job_id int,"
                        " active_compute_node_id int"),
-        unsorted="priority stdio env limits", ops="clear delete"),
+        unsorted="priority stdio env limits timeout", ops="clear delete"),
     Kind("file", "file", "/files", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -814,6 +825,7 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
         timeout_exit_code           byte = 152
         staggered_start             bool = true
         limit_resources             bool = true
+        limit_runtime               bool = false
         termination_signal          signal = "SIGTERM"
         sigterm_lead_seconds        count = 30
         oom_exit_code               byte = 137
@@ -849,7 +861,7 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
     "claim": fields("limit int required, bins sizes, whole size, time_left_s float, prefetch"
                     " part:prefetch, scheduler_config_id int, strict_scheduler_match bool"),
     "prefetch": fields("resource_requirements_id int required, limit int required"),
-    "rerun": fields("job_id int required > job,"
+    "rerun": fields("job_id int required > job, timeout timeout,"
                     " resource_requirements_id int > resource_requirements"),
 }.items()}
 # Names that are not fields here, and what to say of them.
@@ -3760,7 +3772,7 @@ def claimed_jobs(store, ids, prefetched=()):
     """Claimed jobs as the runner needs them, in the order of `ids`, and their requirements."""
     names = ("id", "workflow_id", "name", "command", "invocation_script",
              "resource_requirements_id", "failure_handler_id", "attempt_id", "priority", "stdio",
-             "environment", "run_id")
+             "environment", "run_id", "timeout")
     text = compact(ids)
     jobs = {}
     for row in store.query(f"SELECT {', '.join(names)} FROM job_to_run WHERE id IN {IDS}", (text,)):
@@ -5369,7 +5381,7 @@ def failed_jobs(store, where, params):
             coalesce(r.end_ms - r.start_ms, 0) / 1000.0 AS ran_s, r.end_ms AS ended_ms,
             coalesce(r.peak_memory_bytes, 0) AS peak, n.hostname AS host,
             coalesce(substr(r.stderr_tail, -400), '') AS tail, q.memory_bytes AS memory,
-            q.runtime_s, q.name AS need
+            q.runtime_s, q.name AS need, t.timeout
         FROM job t {ENDED}
         JOIN resource_requirements q ON q.id = t.resource_requirements_id
         WHERE {where} AND t.status IN {UNSUCCESSFUL_SQL}
@@ -5437,11 +5449,11 @@ def diagnose(terminated, code, ran_s, peak, need, codes, more_memory=1.5, more_t
     """Why an attempt failed: (memory, runtime, lost or unknown; the same in words; the fields of
     its resource requirements that would help).
 
-    peak: bytes, 0 if unknown. need: its requirements: name, bytes, seconds. codes: see exit_codes.
-    Memory: it was over its limit, or was killed before 80 % of its runtime. Runtime: it was ended
-    after 90 % of it.
+    peak: bytes, 0 if unknown. need: its requirements, name, bytes and seconds, and its time-out.
+    codes: see exit_codes. Memory: it was over its limit, or was killed before 80 % of its runtime.
+    Runtime: it was ended after 90 % of it, or at its time-out.
     """
-    name, limit, runtime_s = need
+    name, limit, runtime_s, timeout = need
     known = name != "default"             # those requirements mean nothing
     if known and peak > limit or code == codes["memory"] and (
             not known or ran_s < 0.8 * runtime_s):
@@ -5454,10 +5466,16 @@ def diagnose(terminated, code, ran_s, peak, need, codes, more_memory=1.5, more_t
     if code == ORPHAN_RETURN_CODE:
         return "lost", "the runner died; the command itself may be fine", {}
     ended = terminated or code == codes["time"]
+    limits = {}
     if known and ran_s > 0.9 * runtime_s and (ended or code > 128):
-        return "runtime", (f"ran for {format_duration(ran_s)}, requested "
-                           f"{format_duration(runtime_s)}"), {
-            "runtime": f"PT{math.ceil(max(ran_s, runtime_s, 1) * more_time / 60)}M"}
+        limits["runtime"] = "requested", runtime_s
+    if ended and ran_s >= timeout_seconds(timeout):
+        limits["timeout"] = "its time-out is", parse_duration(timeout)
+    if limits:
+        words = ", ".join(f"{word} {format_duration(limit)}" for word, limit in limits.values())
+        return "runtime", f"ran for {format_duration(ran_s)}, {words}", {
+            name: f"PT{math.ceil(max(ran_s, limit, 1) * more_time / 60)}M"
+            for name, (_, limit) in limits.items()}
     return ("lost", f"ended by the runner's time limit after {format_duration(ran_s)}", {}) \
         if ended else ("unknown", f"return code {code}", {})
 
@@ -5468,7 +5486,7 @@ def failure_remedy(jobs, codes):
     one, memory = jobs[0], max(job.memory for job in jobs)
     cause, text, need = diagnose(
         one.status == TERMINATED, one.code, max(job.ran_s for job in jobs),
-        max(job.peak for job in jobs), (one.need, memory, one.runtime_s), codes)
+        max(job.peak for job in jobs), (one.need, memory, one.runtime_s, one.timeout), codes)
     if cause == "unknown" and one.need == "default" and one.code == codes["memory"]:
         need["memory"] = "2g"
     elif cause == "unknown":
@@ -8722,12 +8740,13 @@ class Need(NamedTuple):
     gpus: int
     nodes: int
     name: str = ""                        # of the resource requirements
+    runtime: str = "PT1H"                 # at most
 
 
 def read_need(record):
     """Return the Need of a record of resource requirements, stored or of a specification."""
     return Need(record["num_cpus"], parse_memory(record["memory"]), record.get("num_gpus") or 0,
-                record.get("num_nodes") or 1, record["name"])
+                record.get("num_nodes") or 1, record["name"], record["runtime"])
 
 
 class Room(Bins):
@@ -8810,6 +8829,7 @@ class Child(Process):
     done = None                           # its completion, as the server takes it
     note = ""                             # for the tail of its stderr
     limit = None                          # bytes, enforced by the sampler
+    timeout_s = math.inf
     ticks = None                          # (monotonic, CPU ticks) of the last sample
 
     def __init__(self, job, need, give_back_at=math.inf):
@@ -9095,6 +9115,8 @@ class Starting:
         self.last_kind = job["resource_requirements_id"]
         if self.limits.limit_resources and self.limits.enabled and need.name != "default":
             child.limit = need.memory
+        limited = self.limits.limit_runtime and need.name != "default"
+        child.timeout_s = timeout_seconds(job.get("timeout") or limited and need.runtime)
         self.number += 1
         child.start = self.number
         self.journal.add({"start": list(child.key), "n": child.start})
@@ -9258,6 +9280,8 @@ class Stopping:
         for process in due:
             process.kill_at = now + 5     # until it is gone
         self._signal(due, signal.SIGKILL)
+        self._end([child for child in self.children.values()
+                   if now >= child.started + child.timeout_s], "timeout")
         if self.retry_at and now >= self.retry_at:
             self.retry_at = 0.0
             self._request_step()
@@ -9380,7 +9404,10 @@ class Reaping:
         """Determine the status and return code of an attempt that has ended."""
         job, code, limits = child.job, child.code, self.limits
         status = "completed" if code == 0 else "failed"
-        if child.verdict == "oom" or child.verdict == "timeout" and code != 0:
+        late = child.verdict == "timeout" and child.elapsed >= child.timeout_s
+        if late:                          # it may have ended with 0 when it was asked to
+            child.note = f"torc: ended after its time-out of {span(child.timeout_s)}\n"
+        if late or child.verdict == "oom" or child.verdict == "timeout" and code != 0:
             status, code = ended_as(child.verdict, limits).values()
         elif child.verdict in ("canceled", "terminated"):
             status = child.verdict
@@ -10335,7 +10362,9 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
     def _patience(self):
         """Return the milliseconds until something is due, a day at most."""
         now = time.monotonic()
-        due = [self.leave_at, self._stop_at(), *(one.kill_at for one in self._processes())]
+        due = [self.leave_at, self._stop_at(), *(one.kill_at for one in self._processes()),
+               *(child.started + child.timeout_s for child in self.children.values()
+                 if not child.verdict)]
         with self.lock:
             due += [when for when, _ in self.suspect_failures]
         if self.retry_at > now:
@@ -12724,7 +12753,8 @@ def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
         peak = max(result.get("peak_memory_bytes") or 0, peaks.get(attempt_key(result), 0))
         found.append(Diagnosis(job, *diagnose(
             job["status"] == "terminated", result["return_code"], result["exec_time_minutes"] * 60,
-            peak, needs[job["resource_requirements_id"]], codes, memory_factor, runtime_factor)))
+            peak, (*needs[job["resource_requirements_id"]], job.get("timeout")), codes,
+            memory_factor, runtime_factor)))
     return sorted(found, key=lambda one: one.cause == "unknown")
 
 
@@ -12757,20 +12787,23 @@ def apply_diagnoses(client, workflow_id, chosen):
         key = one.job["resource_requirements_id"], compact(one.need)
         groups.setdefault(key, []).append(one)
     for (need_id, _), members in groups.items():
-        new_id = raise_need(client, workflow_id, need_id, members) if members[0].need else need_id
-        more = {"resource_requirements_id": new_id} if new_id != need_id else {}
+        need = dict(members[0].need)
+        more = {"timeout": need.pop("timeout")} if "timeout" in need else {}
+        if need:
+            more["resource_requirements_id"] = raise_need(client, workflow_id, need_id, members,
+                                                          need)
         rows += [{"job_id": one.job["id"], **more} for one in members]
     client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": rows})
 
 
-def raise_need(client, workflow_id, need_id, members):
+def raise_need(client, workflow_id, need_id, members, more):
     """Raise resource requirements; a copy of them if other jobs, which did not fail, use them.
 
-    Members want the same. Returns the id of the requirements that they are to have.
+    more: what the members want. Returns the id of the requirements that they are to have.
     """
     ids = {one.job["id"] for one in members}
     need = client.get(f"/resource_requirements/{need_id}")
-    changed = {**need, **members[0].need}
+    changed = {**need, **more}
     others = any(job["resource_requirements_id"] == need_id and job["id"] not in ids
                  for job in client.items("/jobs", workflow_id=workflow_id))
     if not others and need["name"] != "default":
@@ -19639,6 +19672,7 @@ api_command("jobs update", "PUT /jobs/{id}",
             -n, --name NAME
             -c, --command COMMAND
             --priority NUMBER
+            --timeout DURATION      as in PT30M; it is ended then
             --resource-requirements-id RESOURCE_REQUIREMENTS_ID
             """, SETTINGS, REQUIREMENTS,
             before=own_requirements,
