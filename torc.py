@@ -239,14 +239,6 @@ def parse_duration(text):
     return int(seconds)
 
 
-def timeout_seconds(text):
-    """Seconds of a job's time-out, infinity without one. Raises ValueError."""
-    seconds = parse_duration(text) if text else math.inf
-    if not seconds:
-        raise ValueError("a time-out is at least a second")
-    return seconds
-
-
 def parse_walltime(text):
     """Seconds of a Slurm time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S (sbatch(1)).
 
@@ -496,6 +488,10 @@ def is_signal(value):
     return isinstance(value, str) and isinstance(getattr(signal, value, None), signal.Signals)
 
 
+CAUSES = {"memory": "oom", "runtime": "timeout", "lost": "node_failure",
+          "unknown": "exit_code"}         # of diagnose, as rules of failure handlers name them
+
+
 TYPES = {                                 # name: check, and what is expected in words
     "str": (is_string, "a string"),
     "when": (is_string, "a string"),      # a time, but in any form
@@ -519,13 +515,18 @@ TYPES = {                                 # name: check, and what is expected in
     "time": (reads(parse_time), "a time such as 2026-01-02T03:04:05Z"),
     "memory": (reads(parse_memory), 'a size such as "500m" or "2g"'),
     "duration": (reads(parse_duration), 'an ISO 8601 duration such as "PT30M"'),
-    "timeout": (reads(timeout_seconds),
+    "timeout": (reads(lambda text: parse_duration(text) or None),
                 'an ISO 8601 duration of at least a second such as "PT30M"'),
     "walltime": (reads(parse_walltime), 'a time such as "04:00:00" or "1-12:00:00"'),
     "slurm-memory": (lambda value: type(value) is int and value >= 0 or reads(slurm_memory)(
         value), 'a size such as "200g" (MB without a letter)'),
     "signal": (is_signal, 'the name of a signal such as "SIGTERM"'),
     "ints": (list_of("int"), "a list of integers"),
+    "causes": (lambda value: isinstance(value, list) and all(
+        one in CAUSES.values() for one in value),
+               f"a list of {', '.join(CAUSES.values())}"),
+    "factor": (lambda value: type(value) in (int, float) and 1 < value <= 1000,
+               "a number above 1, and at most 1000"),
     "ids": (list_of("int"), "a list of integers"),           # kept in a table of RELATIONS
     "echo": (is_json, "a JSON value"),    # answered, and not kept
     "strs": (list_of("str"), "a list of strings"),
@@ -682,7 +683,7 @@ KINDS = {kind.table: kind for kind in (
         id                  int     server
         workflow_id         int     required > workflow
         name                str     required    spec name!
-        rules               str     required    spec maps!"""),
+        rules               rules   required    spec maps!"""),
         ops="create get delete"),
     Kind("Slurm scheduler", "slurm_scheduler", "/slurm_schedulers", fields("""
         id                  int     server
@@ -767,6 +768,8 @@ KINDS = {kind.table: kind for kind in (
         exec_time_minutes   float   required
         completion_time     time    required
         status              status  required
+        asked_memory        int     server
+        asked_runtime       int     server
         peak_memory_bytes   int
         avg_memory_bytes    int
         peak_cpu_percent    float
@@ -839,8 +842,15 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
     "rule": fields("""
         exit_codes                  ints
         match_all_exit_codes        bool
+        on                          causes
         recovery_script             str
-        max_retries                 count"""),
+        max_retries                 count
+        max_attempts                count
+        memory_multiplier           factor
+        runtime_multiplier          factor
+        max_memory                  memory
+        max_runtime                 timeout
+        delay_s                     count"""),
     "attempt": fields("job_id int required, attempt_id int required"),
     "completion": fields("""
         job_id                      int     required
@@ -856,12 +866,15 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
         avg_cpu_percent             float
         stderr_tail                 str
         output_files                parts:file_time
-        requeue                     bool"""),
+        requeue                     bool
+        raised                      part:raised
+        delay_s                     float"""),
+    "raised": fields("memory memory, runtime duration, timeout timeout"),
     "file_time": fields("id int required, st_mtime float required"),
     "claim": fields("limit int required, bins sizes, whole size, time_left_s float, prefetch"
                     " part:prefetch, scheduler_config_id int, strict_scheduler_match bool"),
     "prefetch": fields("resource_requirements_id int required, limit int required"),
-    "rerun": fields("job_id int required > job, timeout timeout,"
+    "rerun": fields("job_id int required > job, memory memory, runtime duration, timeout timeout,"
                     " resource_requirements_id int > resource_requirements"),
 }.items()}
 # Names that are not fields here, and what to say of them.
@@ -923,13 +936,16 @@ def read_value(value, kind, strict=False):
         return read_object(value, kind)
     elif kind == "parts" and isinstance(value, list):
         return [read_part(one, PARTS[more]) for one in value]
-    elif kind == "json":                  # an object, or the text of one, which stays as it is
+    elif kind in ("json", "rules"):       # an object, or the text of one, which stays as it is
         try:
             inner = json.loads(value) if is_string(value) else value
         except (ValueError, RecursionError):
             inner = None
         if not is_json(inner) or inner is None:
             raise ValueError(f"{value!r:.80} is not JSON")
+        if kind == "rules":
+            return compact([kept_rule(read_part(rule, PARTS["rule"])) for rule in (
+                inner if isinstance(inner, list) else [inner])])
         if more or not isinstance(value, str):
             read_part(inner, PARTS[more or "slurm_defaults"], strict and bool(more))
         return compact(value) if isinstance(value, dict) else value
@@ -938,6 +954,17 @@ def read_value(value, kind, strict=False):
         if not check(value):
             raise ValueError(f"{value!r:.80} is not {expected}")
     return value
+
+
+def kept_rule(rule):
+    """A rule of a failure handler as it is kept, with Torc's name for the number of attempts.
+    Raises ValueError if it makes no sense."""
+    if not any(map(rule.get, ("exit_codes", "match_all_exit_codes", "on"))):
+        raise ValueError("it has none of exit_codes, match_all_exit_codes and on, so it never "
+                         "applies")
+    if "max_attempts" in rule and "max_retries" in rule:
+        raise ValueError("max_attempts and max_retries are the same: keep one")
+    return {"max_retries" if name == "max_attempts" else name: rule[name] for name in rule}
 
 
 def check_record(record, wanted, note, partial=False, strict=True, inner=False):
@@ -1588,10 +1615,11 @@ class Reader:
             record["stdio"] = inner.check(record["stdio"], PARTS["stdio"])
         for number, raw in enumerate(record.get("rules", ())):
             inner = place.inner(f"{place.what} rule {number + 1}", "rules", number)
-            rule = inner.check(raw, PARTS["rule"])
-            if not raw.get("exit_codes") and not rule.get("match_all_exit_codes"):
-                inner.fault("it has neither exit_codes nor match_all_exit_codes, so it never "
-                            "applies")
+            inner.check(raw, PARTS["rule"])
+            try:
+                kept_rule(raw)
+            except ValueError as error:
+                inner.fault(str(error))
 
     def _find(self, place, field, name, table):
         """Id of a named record, or None with an error that suggests the nearest name."""
@@ -2296,6 +2324,18 @@ ALTER TABLE workflow ADD COLUMN automatic TEXT;         -- how allocations are r
 ALTER TABLE job ADD COLUMN env TEXT;
 ALTER TABLE job ADD COLUMN limits TEXT;                 -- {name: how much of it the job takes}
 ALTER TABLE job ADD COLUMN timeout TEXT;
+ALTER TABLE job ADD COLUMN ready_ms INTEGER;            -- its next attempt is delayed until then
+DROP INDEX job_unsettled;
+CREATE INDEX job_unsettled ON job (workflow_id)
+    WHERE status = 1 AND unfinished = 0 AND ready_ms IS NULL OR status = 2 AND unfinished > 0;
+CREATE INDEX job_delayed ON job (workflow_id, ready_ms) WHERE ready_ms IS NOT NULL;
+ALTER TABLE result ADD COLUMN asked_runtime INTEGER NOT NULL DEFAULT 0;     -- seconds
+DROP VIEW asked;
+CREATE VIEW asked AS
+    SELECT j.id AS job_id, q.id AS id, q.num_cpus * q.num_nodes AS cpus,
+        CASE q.name WHEN 'default' THEN 0 ELSE q.memory_bytes * q.num_nodes END AS memory,
+        CASE q.name WHEN 'default' THEN 0 ELSE q.runtime_s END AS runtime
+    FROM job j JOIN resource_requirements q ON q.id = j.resource_requirements_id;
 CREATE TRIGGER env_changes AFTER UPDATE OF env ON job WHEN OLD.env IS NOT NEW.env BEGIN
     UPDATE job SET outdated = outdated | 32 WHERE id = NEW.id;
 END;
@@ -3169,18 +3209,19 @@ def emit_node_event(store, node_id, started):
 # ---- the status of a job
 
 def set_status(store, ids, status, owner=KEEP, cascaded=False, again=0, code=None, started_ms=None,
-               result=KEEP):
+               result=KEEP, ready_ms=None):
     """In a transaction: change the status of jobs of a workflow, which happens nowhere else.
 
     owner: the compute node that has them, None if no process of them is left. KEEP leaves them with
     their node if it is active and runs our runner, which will report when they have ended.
     cascaded: they are canceled only because of a dependency. again: 1 for the next attempt. code:
     the return code of failed ones. result: the id of the result that counts, None if that of the
-    last attempt no longer does.
+    last attempt no longer does. ready_ms: blocked ones stay so until then.
     """
     if not ids:
         return
     values = {"status": status, "cascaded": cascaded, "started_ms": started_ms,
+              "ready_ms": ready_ms,
               "dooms": status in (CANCELED, TERMINATED) or status == FAILED and code != 0}
     keep = ""
     if status in (BLOCKED, PENDING):      # an attempt sees everything as of its claim
@@ -3238,7 +3279,7 @@ def unblock_jobs(store, workflow_id):
                         WHERE d.job_id = j.id AND p.dooms) THEN {CANCELED}
                     ELSE {READY} END
                 FROM workflow w CROSS JOIN job j INDEXED BY job_unsettled ON j.workflow_id = w.id
-                    AND (j.status = {BLOCKED} AND j.unfinished = 0
+                    AND (j.status = {BLOCKED} AND j.unfinished = 0 AND j.ready_ms IS NULL
                          OR j.status = {READY} AND j.unfinished > 0)
                 WHERE w.id = ? AND (j.status = {READY} OR NOT w.is_canceled)""", (workflow_id,)):
             becomes[status].append(job_id)
@@ -3249,6 +3290,16 @@ def unblock_jobs(store, workflow_id):
             break
         set_status(store, becomes[CANCELED], CANCELED, cascaded=True, result=None)
     return freed
+
+
+def end_delays(store, now):
+    """In a transaction: free the jobs of all workflows whose delay is over."""
+    over = store.query("SELECT DISTINCT workflow_id FROM job INDEXED BY job_delayed"
+                       " WHERE ready_ms <= ?", (now * 1000,))
+    for workflow_id, in over:
+        store.execute("UPDATE job SET ready_ms = NULL WHERE workflow_id = ? AND ready_ms <= ?",
+                      (workflow_id, now * 1000))
+        propagate(store, workflow_id)
 
 
 def propagate(store, workflow_id):
@@ -3629,8 +3680,8 @@ def store_result(store, body, replace=False):
         store.execute("DELETE FROM result WHERE job_id = ? AND run_id = ? AND attempt_id = ?",
                       [values[name] for name in ("job_id", "run_id", "attempt_id")])
     return store.insert(f"""
-        INSERT INTO result ({', '.join(values)}, asked_id, asked_cpus, asked_memory)
-        SELECT {', '.join('?' * len(values))}, id, cpus, memory FROM asked
+        INSERT INTO result ({', '.join(values)}, asked_id, asked_cpus, asked_memory, asked_runtime)
+        SELECT {', '.join('?' * len(values))}, id, cpus, memory, runtime FROM asked
         WHERE job_id = ?""", (*values.values(), values["job_id"]))
 
 
@@ -3686,14 +3737,47 @@ def apply_completion(store, job, values, result):
         store.execute("UPDATE file SET st_mtime = ? WHERE id = ? AND workflow_id = ?",
                       (file["st_mtime"], file["id"], job.workflow_id))
     if values.get("requeue"):
-        set_status(store, [job.id], BLOCKED, None, again=1, result=result)
+        ended_ms = parse_time(values["completion_time"])
+        raise_job(store, job.id, values.get("raised", {}))
+        set_status(store, [job.id], BLOCKED, None, again=1, result=result,
+                   ready_ms=ended_ms + 1000 * values["delay_s"] if "delay_s" in values else None)
         again = retry_text(store, job.id)
         if again:                         # otherwise it was interrupted
-            store_retry(store, job, values["run_id"], parse_time(values["completion_time"]) / 1000,
-                        f"job {job.name}: {again}")
+            store_retry(store, job, values["run_id"], ended_ms / 1000, f"job {job.name}: {again}")
     else:
         set_status(store, [job.id], STATUS_OF_NAME[values["status"]], None,
                    code=values["return_code"], result=result)
+
+
+def find_rule(rules, cause, code):
+    """The rule of a failure handler that applies: the first that names the cause, see diagnose, or
+    the return code, else the first for all codes; None if none does. code: None if the job was
+    ended."""
+    for rule in rules:
+        if CAUSES[cause] in rule.get("on", ()) or code in (rule.get("exit_codes") or ()):
+            return rule
+    return next((rule for rule in rules if code and rule.get("match_all_exit_codes")), None)
+
+
+def raise_job(store, job_id, more):
+    """In a transaction: give a job more memory, runtime or timeout.
+
+    It gets a copy of its requirements, since others may have them. Jobs that are raised alike share
+    one, so that a thousand of them are still claimed and explained together.
+    """
+    kind = KINDS["resource_requirements"]
+    changed = {name: more[name] for name in ("memory", "runtime") if name in more}
+    if changed:
+        need = fetch(store, kind, fetch(store, KINDS["job"], job_id)["resource_requirements_id"])
+        if need["name"] == "default":     # whose runtime means nothing
+            changed = {"runtime": "PT1H", **changed}
+        need.update(changed, name="_".join([need["name"], *changed.values()]))
+        del need["id"]
+        same = store.one(f"SELECT id FROM {kind.table} WHERE {' = ? AND '.join(need)} = ?",
+                         list(need.values()))
+        more = {**more, "resource_requirements_id": same[0] if same else
+                add_many(store, kind, [need])[0]}
+    change(store, KINDS["job"], job_id, more)
 
 
 def retry_text(store, job_id):
@@ -3704,7 +3788,10 @@ def retry_text(store, job_id):
         FROM job j
         JOIN result r ON r.id = j.result_id
         JOIN failure_handler h ON h.id = j.failure_handler_id
-        WHERE j.id = ? AND r.status = {FAILED} AND r.attempt_id = j.attempt_id - 1""", (job_id,))
+        JOIN workflow w ON w.id = j.workflow_id
+        WHERE j.id = ? AND r.attempt_id = j.attempt_id - 1 AND (r.status = {FAILED} OR
+            r.return_code = coalesce(
+                json_extract(w.execution_config, '$.timeout_exit_code'), 152))""", (job_id,))
     return row[0] if row else ""
 
 
@@ -3812,6 +3899,7 @@ def runner_step(store, workflow_id, step, now):
     is_new = bool(replay) or number > last[0]
     answer = {"jobs": [], "requirements": {}, "stop": [], "run_id": run_id}
     freed, completions = [], step.get("completions", ())
+    end_delays(store, now)
     if is_new or number == last[0]:
         if not replay:
             store.heard[node_id] = time.monotonic()
@@ -3847,6 +3935,10 @@ def runner_step(store, workflow_id, step, now):
         store.news(workflow_id)
         state = situation(store, workflow_id)
     answer.update(state, lease_s=lease_s(minutes))
+    answer["delay_s"], = store.one("""
+        SELECT min(ready_ms) / 1e3 - ? FROM workflow w
+        JOIN job j ON j.workflow_id = w.id AND j.ready_ms > 0
+        WHERE w.id = ? AND NOT w.is_canceled""", (now, workflow_id))
     if step.get("counts"):
         answer["counts"] = counts(store, workflow_id)
     return answer
@@ -3929,7 +4021,15 @@ def release_node(store, node_id, now, evidence, ended=None):
                 "exec_time_minutes": 0.0, "completion_time": iso_time(now),
                 "status": STATUS_NAMES[status], "stderr_tail":
                 f"torc: {evidence.text}"}, replace=True)
-        if job.status == RUNNING and ended:
+        most = (not ended or status == TERMINATED) and store.one("""
+            SELECT coalesce(json_extract(v.value, '$.max_retries'), 3) FROM job j
+            JOIN failure_handler h ON h.id = j.failure_handler_id
+            JOIN json_each(h.rules) v
+            WHERE j.id = ? AND EXISTS (
+                SELECT 1 FROM json_each(v.value, '$.on') WHERE value = 'node_failure')
+            ORDER BY v.key""", (job.id,))
+        again = job.attempt_id < most[0] if most else not ended
+        if job.status == RUNNING and not again:
             set_status(store, [job.id], status, None, code=code, result=result)
         elif job.status in (PENDING, RUNNING):
             set_status(store, [job.id], BLOCKED, None, again=1, result=result)
@@ -4693,9 +4793,11 @@ def blocker_text(cause, number, facts):
 def unfinished(store, workflow_id):
     """What keeps a workflow from completing: see the API's GET /workflows/{id}/unfinished."""
     by_status = dict(store.query(f"""
-        SELECT {STATUS_NAME.format('job')}, count(*) FROM job
+        SELECT CASE WHEN ready_ms > 0 THEN 'delayed' ELSE {STATUS_NAME.format('job')} END,
+            count(*)
+        FROM job
         WHERE workflow_id = ? AND status IN {NOT_COMPLETE}
-        GROUP BY status
+        GROUP BY 1
         ORDER BY status""", (workflow_id,)))
     # The name is that of the first: a column beside min() comes from its row.
     ready = store.query(f"""
@@ -4739,7 +4841,8 @@ def waiting_for(store, workflow_id):
              " EXISTS (SELECT 1 FROM job_dependency d JOIN job b ON b.id = d.job_id WHERE"
              f" d.depends_on_job_id = j.id AND b.status = {BLOCKED})))")
     circle = (f"j.status = {BLOCKED} AND NOT EXISTS (SELECT 1 FROM job WHERE workflow_id ="
-              f" j.workflow_id AND status IN ({READY}, {PENDING}, {RUNNING}))")
+              f" j.workflow_id AND status IN ({READY}, {PENDING}, {RUNNING})) AND NOT EXISTS ("
+              "SELECT 1 FROM job WHERE workflow_id = j.workflow_id AND ready_ms > 0)")
     for condition in (stuck, circle):
         found = found or store.query(f"""
             SELECT j.id AS job_id, j.name AS job_name, {STATUS_NAME.format('j')} AS status,
@@ -4800,8 +4903,13 @@ def why_blocked(store, job):
     rows = blocking_dependencies(store, f"j.id = ? AND p.status NOT IN {COMPLETE}", (job.id,))
     named = [f'"{name}" (job {job_id}, {STATUS_NAMES[status]})'
              for _, _, job_id, name, status in rows]
-    return f"it waits for {join_names(named, 4)}" if named else \
-        "it is blocked, though it waits for no job"
+    if named:
+        return f"it waits for {join_names(named, 4)}"
+    return store.one("""
+        SELECT coalesce('its next attempt is delayed until '
+            || strftime('%Y-%m-%dT%H:%M:%SZ', ready_ms / 1000, 'unixepoch'),
+            'it is blocked, though it waits for no job') FROM job
+        WHERE id = ?""", (job.id,))[0]
 
 
 def why_ready(store, job):
@@ -5008,6 +5116,9 @@ def progress(store, workflow_ids):
         number = json.loads(row["counts"])
         statuses = {STATUS_OF_NAME[name] for name in number}
         state = workflow_state(statuses, canceled, active, row["run_id"])
+        if state == "stuck" and store.one(
+                "SELECT 1 FROM job WHERE workflow_id = ? AND ready_ms > 0", (workflow_id,)):
+            state = "waiting"
         if state == "running" and statuses.isdisjoint((PENDING, RUNNING)) and all(
                 cause == "unfit" for cause, _, _ in blockers(
                     store, workflow_id, nodes_of(store, workflow_id))):
@@ -5445,6 +5556,12 @@ def failure_group(store, members, codes, most):
             "tail": tail}
 
 
+def raised(name, had, factor):
+    """More memory (had: bytes) or time (seconds), as resource requirements have it."""
+    more = math.ceil(had * factor / (2**20 if name == "memory" else 60))
+    return f"PT{more}M" if name != "memory" else f"{more}m" if more % 1024 else f"{more // 1024}g"
+
+
 def diagnose(terminated, code, ran_s, peak, need, codes, more_memory=1.5, more_time=1.4):
     """Why an attempt failed: (memory, runtime, lost or unknown; the same in words; the fields of
     its resource requirements that would help).
@@ -5460,22 +5577,17 @@ def diagnose(terminated, code, ran_s, peak, need, codes, more_memory=1.5, more_t
         if not known and not peak:
             return "unknown", "killed, perhaps out of memory; it has no memory request", {}
         used = f"used {format_bytes(peak)}" if peak else "killed"
-        more = math.ceil(max(limit if known else 0, peak) * more_memory / 2**20)
         return "memory", f"{used}, requested {format_bytes(limit) if known else 'nothing'}", {
-            "memory": f"{more}m" if more % 1024 else f"{more // 1024}g"}
+            "memory": raised("memory", max(limit if known else 0, peak), more_memory)}
     if code == ORPHAN_RETURN_CODE:
         return "lost", "the runner died; the command itself may be fine", {}
     ended = terminated or code == codes["time"]
-    limits = {}
-    if known and ran_s > 0.9 * runtime_s and (ended or code > 128):
-        limits["runtime"] = "requested", runtime_s
-    if ended and ran_s >= timeout_seconds(timeout):
-        limits["timeout"] = "its time-out is", parse_duration(timeout)
-    if limits:
-        words = ", ".join(f"{word} {format_duration(limit)}" for word, limit in limits.values())
-        return "runtime", f"ran for {format_duration(ran_s)}, {words}", {
-            name: f"PT{math.ceil(max(ran_s, limit, 1) * more_time / 60)}M"
-            for name, (_, limit) in limits.items()}
+    late = ended and timeout and ran_s >= parse_duration(timeout)
+    if late or known and ran_s > 0.9 * runtime_s and (ended or code > 128):
+        name, word, limit = ("timeout", "its time-out is", parse_duration(timeout)) if late else (
+            "runtime", "requested", runtime_s)
+        return "runtime", f"ran for {format_duration(ran_s)}, {word} {format_duration(limit)}", {
+            name: raised(name, max(ran_s, limit, 1), more_time)}
     return ("lost", f"ended by the runner's time limit after {format_duration(ran_s)}", {}) \
         if ended else ("unknown", f"return code {code}", {})
 
@@ -6932,7 +7044,7 @@ def rerun_selected_jobs(request, store, workflow_id, body, subject, now, only, d
     check_references(request, PARTS["rerun"].values(), rows)
     if not dry_run:
         for row in rows:                  # which may have resource_requirements_id
-            change(store, KINDS["job"], row["job_id"], row)
+            raise_job(store, row["job_id"], row)
     ids = list(dict.fromkeys(row["job_id"] for row in rows))
     jobs = rerun_jobs(store, workflow_id, ids, subject, now, only, dry_run)
     return {"count": len(jobs), "jobs": [
@@ -8927,6 +9039,7 @@ def read_limits(workflow):
     limits = types.SimpleNamespace(**with_defaults("execution_config", config),
                                    **with_defaults("resource_monitor", monitor))
     limits.stdio = with_defaults("stdio", limits.stdio or {})
+    limits.codes = {"memory": limits.oom_exit_code, "time": limits.timeout_exit_code}
     return limits
 
 
@@ -9115,12 +9228,14 @@ class Starting:
         self.last_kind = job["resource_requirements_id"]
         if self.limits.limit_resources and self.limits.enabled and need.name != "default":
             child.limit = need.memory
-        limited = self.limits.limit_runtime and need.name != "default"
-        child.timeout_s = timeout_seconds(job.get("timeout") or limited and need.runtime)
         self.number += 1
         child.start = self.number
         self.journal.add({"start": list(child.key), "n": child.start})
         child.started = time.monotonic()
+        timeout = job.get("timeout") or (
+            self.limits.limit_runtime and need.name != "default" and need.runtime)
+        child.timeout_s = timeout and parse_duration(timeout) or math.inf
+        child.kill_at = child.started + child.timeout_s          # first it is asked to end
         try:
             if not self.journal.flush():
                 raise OSError(None, self.journal.trouble)
@@ -9279,9 +9394,8 @@ class Stopping:
         due = [process for process in self._processes() if now >= process.kill_at]
         for process in due:
             process.kill_at = now + 5     # until it is gone
-        self._signal(due, signal.SIGKILL)
-        self._end([child for child in self.children.values()
-                   if now >= child.started + child.timeout_s], "timeout")
+        self._signal([process for process in due if process.verdict], signal.SIGKILL)
+        self._end(due, "timeout")         # the others
         if self.retry_at and now >= self.retry_at:
             self.retry_at = 0.0
             self._request_step()
@@ -9407,7 +9521,7 @@ class Reaping:
         late = child.verdict == "timeout" and child.elapsed >= child.timeout_s
         if late:                          # it may have ended with 0 when it was asked to
             child.note = f"torc: ended after its time-out of {span(child.timeout_s)}\n"
-        if late or child.verdict == "oom" or child.verdict == "timeout" and code != 0:
+        if late or child.verdict == "oom" or child.verdict == "timeout" and code:
             status, code = ended_as(child.verdict, limits).values()
         elif child.verdict in ("canceled", "terminated"):
             status = child.verdict
@@ -9463,7 +9577,7 @@ class Reaping:
 
     def _report(self, child):
         """Create the completion; a failure goes through its failure handler first."""
-        job, status, code = child.job, child.status, child.return_code
+        status, code = child.status, child.return_code
         usage = self._usage(child) if self.limits.enabled else {}
         child.done = done = {
             **dict(zip(ATTEMPT_KEY, child.key)), "status": status, "return_code": code,
@@ -9480,8 +9594,8 @@ class Reaping:
                 remove_file(path)
         if child.verdict == "interrupt" and code != 0:
             done["requeue"], done["status"] = True, "terminated"
-        failed = done["status"] == "failed" and not self.interrupted
-        child.rule = self._rule(job, code) if failed else None
+        failed = done["status"] == "failed" or child.verdict == "timeout" and code != 0
+        child.rule = self._rule(child) if failed and not self.interrupted else None
         if child.rule and child.rule.get("recovery_script"):
             self._request_step()
             if not start_thread(self._recover, child):
@@ -9493,12 +9607,33 @@ class Reaping:
             done["requeue"] = True
         self._submit_completion(child)
 
-    def _rule(self, job, code):
-        """Return the failure handler's rule for a return code if retries are left, else None."""
-        rules = self.handlers.get(job.get("failure_handler_id"), ())
-        match = next((rule for rule in rules if code in (rule.get("exit_codes") or ())), None)
-        match = match or next((rule for rule in rules if rule.get("match_all_exit_codes")), None)
-        return match if match and job["attempt_id"] < match.get("max_retries", 3) else None
+    def _rule(self, child):
+        """Return the rule by which a failed job gets another attempt, or None; its completion then
+        says what that is to have."""
+        import random
+        job, done, need = child.job, child.done, child.need
+        peak = done.get("peak_memory_bytes", 0)
+        known, timeout = need.name != "default", job.get("timeout")
+        runtime_s = parse_duration(timeout or need.runtime)
+        cause = "memory" if child.verdict == "oom" else diagnose(
+            child.status == "terminated", child.return_code, child.elapsed, peak,
+            (need.name, need.memory, runtime_s, timeout), self.limits.codes)[0]
+        rule = find_rule(self.handlers.get(job.get("failure_handler_id"), ()), cause,
+                         child.return_code if child.status == "failed" else None)
+        if not rule or job["attempt_id"] >= rule.get("max_retries", 3):
+            return None
+        more = done["raised"] = {}
+        for kind, name, read, had in (
+                ("memory", "memory", parse_memory, max(known and need.memory, peak)),
+                ("runtime", "timeout" if timeout else "runtime", parse_duration,
+                 (timeout or known) and runtime_s)):
+            factor = rule.get(f"{kind}_multiplier")
+            if factor and had and cause in (kind, "unknown"):
+                wanted = raised(name, had, factor)
+                more[name] = min(wanted, rule.get(f"max_{kind}", wanted), key=read)
+        if "delay_s" in rule:             # those that failed together come back one by one
+            done["delay_s"] = rule["delay_s"] * random.uniform(1, 1.25)
+        return rule
 
     def _recover(self, child):
         """Run a recovery script and requeue the job if it succeeds (a thread)."""
@@ -9544,7 +9679,8 @@ class Reaping:
             if done.get("requeue"):
                 then = "; it will be tried again" if not rule else (
                     f"; failure handler \"{rule['handler']}\" tries it again: attempt "
-                    f"{job['attempt_id'] + 1} of {rule.get('max_retries', 3)}")
+                    f"{job['attempt_id'] + 1} of {rule.get('max_retries', 3)}"
+                    + " with more " * bool(done["raised"]) + join_names(done["raised"]))
                 then = "" if self.gone else then
             last = done.get("stderr_tail", "").strip().rpartition("\n")[2]
             cause = last[6:] if last.startswith("torc: ") else f"return code {done['return_code']}"
@@ -9700,7 +9836,8 @@ class Talking:
                 counted = now
             answer = self._exchange(count)
             with self.lock:               # anything held, or left to report
-                busy = self.held or self.done or self.returns or self.acting
+                busy = self.held or self.done or self.returns or self.acting or (
+                    answer.get("delay_s") and not self.own_allocations and not self.draining)
             if busy or self.news and not self.interrupted:
                 idle_since = None
                 continue
@@ -9711,7 +9848,8 @@ class Talking:
 
     def _wait_for_cause(self, idle_since):
         """Sleep until there is something to report or to ask, or the heartbeat is due."""
-        deadline = time.monotonic() + HEARTBEAT_S
+        deadline = time.monotonic() + min(
+            HEARTBEAT_S, self.situation.get("delay_s") or HEARTBEAT_S)
         with self.talk:
             while not (self.returns or self.news):
                 now = time.monotonic()
@@ -10084,7 +10222,8 @@ class Leaving:
         waited = idle_since is not None and time.monotonic() - idle_since >= self._patience_s()
         ignoring = answer["is_complete"] and not answer["is_canceled"]
         coming = report["scheduled"] > self.own_allocations
-        if (others or coming or stopping or ignoring or fitting) and not waited:
+        delayed = answer.get("delay_s")
+        if (others or coming or stopping or ignoring or fitting or delayed) and not waited:
             return None
         if ignoring:
             return self._verdict()
@@ -10362,9 +10501,7 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
     def _patience(self):
         """Return the milliseconds until something is due, a day at most."""
         now = time.monotonic()
-        due = [self.leave_at, self._stop_at(), *(one.kill_at for one in self._processes()),
-               *(child.started + child.timeout_s for child in self.children.values()
-                 if not child.verdict)]
+        due = [self.leave_at, self._stop_at(), *(one.kill_at for one in self._processes())]
         with self.lock:
             due += [when for when, _ in self.suspect_failures]
         if self.retry_at > now:
@@ -12430,7 +12567,7 @@ def is_served(left):
 def stall_reasons(client, workflow_id):
     """(why a workflow is stuck, why nothing is happening now); None for what does not apply."""
     left = client.get(f"/workflows/{workflow_id}/unfinished")
-    if not any(left["by_status"].get(name) for name in ("ready", "pending", "running")):
+    if not any(left["by_status"].get(name) for name in ("delayed", "ready", "pending", "running")):
         waiting = ", ".join(f'"{job["job_name"]}" (job {job["job_id"]}, {job["status"]})'
                             for job in left["waiting"][:5])
         return (f"workflow {workflow_id} is stuck: it waits for "
@@ -12735,8 +12872,7 @@ class Diagnosis(NamedTuple):
 
 def diagnose_all(client, workflow_id, memory_factor, runtime_factor):
     """Diagnoses of all jobs that failed or were terminated; the unknown causes come last."""
-    limits = read_limits(client.get(f"/workflows/{workflow_id}"))
-    codes = {"memory": limits.oom_exit_code, "time": limits.timeout_exit_code}
+    codes = read_limits(client.get(f"/workflows/{workflow_id}")).codes
     needs = {need["id"]: (need["name"], *parsed_requirements(need).values())
              for need in client.items("/resource_requirements", workflow_id=workflow_id)}
     results = {result["job_id"]: result for result in client.items("/results",
@@ -12782,40 +12918,8 @@ def check_recoverable(client, workflow_id):
 
 def apply_diagnoses(client, workflow_id, chosen):
     """Give the jobs what they need and make them ready again, with what their failure canceled."""
-    groups, rows = {}, []
-    for one in chosen:
-        key = one.job["resource_requirements_id"], compact(one.need)
-        groups.setdefault(key, []).append(one)
-    for (need_id, _), members in groups.items():
-        need = dict(members[0].need)
-        more = {"timeout": need.pop("timeout")} if "timeout" in need else {}
-        if need:
-            more["resource_requirements_id"] = raise_need(client, workflow_id, need_id, members,
-                                                          need)
-        rows += [{"job_id": one.job["id"], **more} for one in members]
-    client.post(f"/workflows/{workflow_id}/rerun_jobs", {"jobs": rows})
-
-
-def raise_need(client, workflow_id, need_id, members, more):
-    """Raise resource requirements; a copy of them if other jobs, which did not fail, use them.
-
-    more: what the members want. Returns the id of the requirements that they are to have.
-    """
-    ids = {one.job["id"] for one in members}
-    need = client.get(f"/resource_requirements/{need_id}")
-    changed = {**need, **more}
-    others = any(job["resource_requirements_id"] == need_id and job["id"] not in ids
-                 for job in client.items("/jobs", workflow_id=workflow_id))
-    if not others and need["name"] != "default":
-        client.put(f"/resource_requirements/{need_id}", changed)
-        return need_id
-    taken = {record["name"] for record in client.items("/resource_requirements",
-                                                       workflow_id=workflow_id)}
-    base = re.sub(r"_recovered\d*$", "", need["name"])
-    names = (f"{base}_recovered{number}" for number in itertools.count(1))
-    changed["name"] = next(name for name in names if name not in taken)
-    del changed["id"]
-    return client.post("/resource_requirements", changed)["id"]
+    client.post(f"/workflows/{workflow_id}/rerun_jobs",
+                {"jobs": [{"job_id": one.job["id"], **one.need} for one in chosen]})
 
 
 def run_hook(command, workflow_id, client):
@@ -14433,6 +14537,8 @@ def watch_leases(store, log, stop):
             if time.monotonic() - looked > wait + 5:         # it was us who were frozen
                 started = time.monotonic()
             expired, wait = expired_nodes(store, time.monotonic(), started)
+            with store.transaction():
+                end_delays(store, time.time())
             for node_id in expired:
                 with store.transaction():
                     expire_node(store, node_id, time.time(), started)
@@ -19390,7 +19496,8 @@ NOUNS = (
          create=("-d, --data JSON  (required)",)),
     Noun("resource-requirements", "resource_requirements", "create list get update delete",
          create=(NAME, REQUIREMENTS), update=(NEW_NAME, REQUIREMENTS)),
-    Noun("failure-handlers", "failure_handler", "list get"),
+    Noun("failure-handlers", "failure_handler", "create list get",
+         create=(NAME, "-r, --rules JSON  (required)")),
     Noun("compute-nodes", "compute_node", "list get",
          filters=("--scheduled-compute-node NUMBER -> scheduled_compute_node_id",),
          paging=SHORT_PAGING),
@@ -19419,6 +19526,7 @@ NOUN_EXAMPLES = dict(rows_of("""
     slurm                  torc slurm create 3 -n small -a myaccount -p short -W 00:30:00
     files                  torc files create 3 -n input -p data/input.csv
     user-data              torc user-data create 3 -n config -d '{"x": 1}'
+    failure-handlers       torc failure-handlers create 3 -n h -r '[{"on": ["timeout"]}]'
     events                 torc events create 3 -d '{"note": "started by hand"}'
     resource-requirements  torc resource-requirements create 3 -n large --num-cpus 8 -m 16g
     """))
@@ -23031,7 +23139,8 @@ function jobsPage({id, query}) {
 const TONES = {failed: "bad", terminated: "bad", pending_failed: "bad", running: "live", completed: "good"};
 const ATTEMPTS = [["Run", r => r.run_id, "num wide", "4.5rem"], ["Try", r => r.attempt_id, "num", "4.5rem"],
   ["Status", r => chip(r.status), "", "10.5rem"], ["Ended with", r => r.ended], ["Node", r => r.host, "wide", "6.5rem"],
-  ["Ran", r => span(r.ran_s), "num", "7rem"], ["Memory", r => bytes(r.peak_memory_bytes), "num wide", "7.5rem"]];
+  ["Ran", r => of(span(r.ran_s), r.asked_runtime ? span(r.asked_runtime) : ""), "num", "9rem"],
+  ["Memory", r => of(bytes(r.peak_memory_bytes), r.asked_memory ? bytes(r.asked_memory) : ""), "num wide", "12rem"]];
 function jobPage({id, job: jobId}) {
   const ask = () => Promise.all([api(`/jobs/${jobId}`, {include_results: true}), api(`/jobs/${jobId}/why`),
     api("/results", {workflow_id: id, job_id: jobId, all_runs: true, sort_by: "id", reverse_sort: true}),
@@ -23072,7 +23181,7 @@ function jobPage({id, job: jobId}) {
     const about = facts([["Job", `${job.id}, priority ${job.priority}`], ["Started", clock(job.start_ms)],
       ["Ran", of(span(job.ran_s), span(job.runtime_s))], ["CPUs", of(job.cpu_used, job.num_cpus)],
       ["Memory", memory(job) || bytes(job.memory_bytes)], ["Node", job.host],
-      ["Needs", go(`#/w/${id}/resources`, job.requirement)], ["On failure", job.handler],
+      ["Needs", go(`#/w/${id}/resources`, job.requirement)], ["On failure", job.handler], ["Ends after", job.timeout],
       ["Reads", job.inputs], ["Writes", job.outputs]]);
     return [top, shown[0], h("div.split",
       h("div", section("Command", null, code(job.command)), section("Output", `attempt ${job.attempt_id}`, output),
