@@ -4498,6 +4498,8 @@ def test_a_full_disk_is_the_fault_of_the_machine_and_fails_no_job(tmp_path):
         assert "jobs cannot be started on this machine: No space left on device: " in log
         with contextlib.closing(torc.LocalClient(str(tmp_path / "x.db"))) as client:
             assert set(statuses(client, 1).values()) == {"completed", "ready"}
+            [node] = client.page("/compute_nodes", workflow_id=1)["items"]
+            assert node["death"]["text"].startswith("it could start no jobs: No space left on device")
     finally:
         subprocess.run(["umount", tmp_path / "torc_output"], check=True)
     assert start_run(tmp_path, 1, "--database", tmp_path / "x.db").wait(60) == 0
@@ -5616,6 +5618,31 @@ def test_an_allocation_is_read_from_slurms_variables(monkeypatch):
     assert torc.read_allocation({**given, "SLURM_JOB_CPUS_PER_NODE": "8,104(x2),16"}).cpus == 8
     with pytest.raises(torc.UsageError, match="there is no SLURM_JOB_ID"):
         torc.read_allocation({})
+
+
+def test_new_allocations_leave_out_nodes_that_failed_by_themselves(server, tmp_path, monkeypatch):
+    client = server.client()
+    workflow_id, _ = make(client, {"a": []})
+    runners = [Conversation(client, workflow_id, compute_node_type="slurm", boot_id="b", scheduler={
+        "type": "slurm", "scheduler_id": number, "node": f"c{number}"}) for number in range(1, 5)]
+    for runner, kind, reason in zip(runners, ("allocation", "allocation", "reboot"), ("NODE_FAIL", "TIMEOUT", "it did")):
+        client.post(f"/compute_nodes/{runner.node}/release", kind=kind, reason=reason)
+    runners[3].step(closing=True, fault="No space left on device")
+    texts = []
+    monkeypatch.setattr(torc, "submit_script", lambda path, name, env: texts.append(open(path).read()) or 7)
+    monkeypatch.setattr(torc, "cluster_name", lambda: "here")
+    request = torc.WorkerRequest(str(tmp_path / "out"), str(tmp_path), ("http://a:1",))
+    scheduler = client.post("/slurm_schedulers", {"workflow_id": workflow_id, "name": "s", "account": "acc", "nodes": 1,
+                                                  "walltime": "01:00:00"})
+    torc.submit_allocations(client, client.get(f"/workflows/{workflow_id}"), scheduler, 1, request)
+    assert "#SBATCH --exclude=c1,c3,c4\n" in texts[0]
+    with contextlib.closing(torc.Store(server.database)) as store:
+        assert torc.departure_text(store, runners[3].node) == (
+            "ended; it could start no jobs: No space left on device; new allocations leave it out")
+    for number in range(5, 11):           # so many: it is not the nodes
+        runner = Conversation(client, workflow_id, scheduler={"type": "slurm", "node": f"c{number}"})
+        runner.step(closing=True, fault="No space left on device")
+    assert client.get(f"/workflows/{workflow_id}/failing_nodes") == {"exclude": None}
 
 
 def test_a_dead_allocations_jobs_get_what_ended_them(client):

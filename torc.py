@@ -2329,6 +2329,12 @@ DROP INDEX job_unsettled;
 CREATE INDEX job_unsettled ON job (workflow_id)
     WHERE status = 1 AND unfinished = 0 AND ready_ms IS NULL OR status = 2 AND unfinished > 0;
 CREATE INDEX job_delayed ON job (workflow_id, ready_ms) WHERE ready_ms IS NOT NULL;
+CREATE VIEW failing_node AS                -- of Slurm, which ended runners or kept them from work
+    SELECT id, workflow_id, json_extract(scheduler, '$.node') AS node,
+        json_extract(death, '$.text') AS text
+    FROM compute_node
+    WHERE NOT is_active AND node <> '' AND (
+        json_extract(death, '$.kind') IN ('machine', 'reboot') OR text LIKE '%NODE_FAIL%');
 ALTER TABLE result ADD COLUMN asked_runtime INTEGER NOT NULL DEFAULT 0;     -- seconds
 DROP VIEW asked;
 CREATE VIEW asked AS
@@ -3927,7 +3933,7 @@ def runner_step(store, workflow_id, step, now):
                 answer["jobs"], answer["requirements"] = claimed_jobs(
                     store, chosen + extra, extra)
         if step.get("closing"):
-            close_node(store, node_id, now)
+            close_node(store, node_id, now, step.get("fault"))
         freed = freed or free != store.query(FREE_LIMITS, (workflow_id,))
     state = situation(store, workflow_id)
     if (step.get("closing") or freed and state["has_ready"]    # others may take what is left
@@ -3965,12 +3971,17 @@ def situation(store, workflow_id):
 
 # ---- dead runners
 
-def close_node(store, node_id, now):
-    """In a transaction: a node's runner has ended and owns nothing any more."""
+def close_node(store, node_id, now, fault=None):
+    """In a transaction: a node's runner has ended and owns nothing any more. fault: why it could
+    start no jobs."""
     if store.execute("""
             UPDATE compute_node
-            SET is_active = 0, duration_seconds = ? - strftime('%s', start_time)
-            WHERE id = ? AND is_active = 1""", (round(now, 3), node_id)):
+            SET is_active = 0, duration_seconds = round(?, 3) - strftime('%s', start_time),
+                death = coalesce((
+                    SELECT json_object('kind', 'machine', 'text', said)
+                    FROM (SELECT 'it could start no jobs: ' || ? AS said)
+                    WHERE said <> ''), death)
+            WHERE id = ? AND is_active = 1""", (now, fault, node_id)):
         emit_node_event(store, node_id, started=False)
     store.execute(f"""
         UPDATE job SET compute_node_id = NULL
@@ -5813,9 +5824,21 @@ def gap_cause(store, workflow_id, node, first, last):
 
 def departure_text(store, node_id):
     """What happened to a runner that is gone."""
-    lost = store.one("SELECT count(*) FROM result WHERE compute_node_id = ? AND return_code = ?",
-                     (node_id, ORPHAN_RETURN_CODE))[0]
-    return f"lost, with {plural(lost, 'job')} that ran there" if lost else "ended"
+    lost, fault = store.one("""
+        SELECT count(*), coalesce((SELECT '; ' || text || '; new allocations leave it out'
+            FROM failing_node WHERE id = ?), '')
+        FROM result
+        WHERE compute_node_id = ? AND return_code = ?""", (node_id, node_id, ORPHAN_RETURN_CODE))
+    return (f"lost, with {plural(lost, 'job')} that ran there" if lost else "ended") + fault
+
+
+def failing_nodes(store, workflow_id):
+    """Nodes of Slurm that failed by themselves, as sbatch is to exclude them; none if there are so
+    many that the fault is not theirs."""
+    return {"exclude": store.one("""
+        SELECT CASE WHEN count(DISTINCT node) <= 8 THEN group_concat(DISTINCT node) END
+        FROM failing_node
+        WHERE workflow_id = ?""", (workflow_id,))[0]}
 
 
 def usage(store, workflow_id, now, begin=None, end=None, bins=240):
@@ -7489,6 +7512,7 @@ ROUTES = (
     route("GET /workflows/<workflow>/summary", summary, "totals bool = false"),
     route("GET /workflows/<workflow>/graph", graph, "around int, data bool = false"),
     route("GET /workflows/<workflow>/failures", failures, "group str, jobs int = 3"),
+    route("GET /workflows/<workflow>/failing_nodes", failing_nodes),
     route("GET /workflows/<workflow>/timeline", timeline,
           "from float as begin, to float as end, bins int = 300, jobs bool = true"),
     route("GET /workflows/<workflow>/usage", usage,
@@ -7496,7 +7520,7 @@ ROUTES = (
     route("POST /workflows/<workflow>/runner_step", handle_runner_step,
           body="compute_node_id int required, step int required, starts parts:attempt, returns"
           " parts:attempt, completions parts:completion, held pairs, claim part:claim, counts bool,"
-          " closing bool, replay bool, tokens bool",
+          " closing bool, fault str, replay bool, tokens bool",
           who=PERSON),
     route("PUT /workflows/<workflow>/cancel", cancel_workflow, who=PERSON, show=workflow_status),
     route("POST /workflows/<workflow>/reset_status", reset_workflow, "force bool = false",
@@ -10285,7 +10309,8 @@ class Leaving:
         """Close the compute node and set the exit code: `verdict` unless there was a signal."""
         code = 128 + self.interrupted if self.interrupted else verdict
         self.run_actions(self.client, ("on_worker_complete",))
-        answer = self._retry_until_answered(self._post, self._step(counts=True, closing=True))
+        answer = self._retry_until_answered(self._post, self._step(
+            counts=True, closing=True, fault=self.fault))
         self.progress.update(answer["counts"])
         self.progress.finish()
         elapsed = format_duration(time.monotonic() - self.progress.began)
@@ -10778,7 +10803,8 @@ def allocation_script(workflow, scheduler, name, request, words, user):
                        f"slurm_output_wf{workflow['id']}_sl%j")
     options = {"job-name": name, "output": f"{log}.o", "error": f"{log}.e", "open-mode": "append",
                "chdir": request.work_dir, "time": scheduler["walltime"]}
-    for key in ("account", "nodes", "ntasks-per-node", "partition", "qos", "mem", "gres", "tmp"):
+    for key in ("account", "nodes", "ntasks-per-node", "partition", "qos", "mem", "gres", "tmp",
+                "exclude"):
         options[key] = scheduler.get(key.replace("-", "_"))
     # A second warning beside the worker's own clock. Slurm may send it a minute early; and srun,
     # which stands before several workers, would end them at once.
@@ -10857,6 +10883,7 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
                 need["num_nodes"] == 1 for need in client.items("/resource_requirements",
                                                                 workflow_id=workflow["id"]))))
     make_private(request.output_dir)
+    scheduler = {**scheduler, **client.get(f"/workflows/{workflow['id']}/failing_nodes")}
     words = worker_words(client, workflow, scheduler, request, number)
     defaults = json.loads(workflow.get("slurm_defaults") or "{}")
     if (client.password or client.cookie) and exports_nothing(scheduler, defaults):
@@ -11267,6 +11294,7 @@ class SlurmRunner(Accounting):
             "scheduler_config_id": self.claim_values["scheduler_config_id"],
             "scheduler": {"type": "slurm", "scheduler_id": where.job_id,
                           "node_index": where.node_index, "restarts": where.restarts,
+                          "node": os.environ.get("SLURMD_NODENAME"),
                           "cluster": cluster_name()}}
         self.steps = not self.alone and (where.nodes > 1 or by_steps(self.workflow))
         if self.steps:
