@@ -5034,22 +5034,119 @@ def test_a_submission_that_may_be_queued_keeps_its_workflow(server, cli, program
             assert [one["name"] for one in client.items("/workflows")] == left
 
 
-def test_allocations_that_start_no_job_are_asked_for_later_and_later(server, monkeypatch, tmp_path):
-    client, said, now = server.client(), [], [1000.0]
-    workflow_id, _ = make(client, {"a": []})
-    args = torc.parse_command(torc.COMMANDS["watch"], [], [str(workflow_id), "--auto-schedule", "-o", str(tmp_path)])
-    watcher = torc.Watcher(args, client, torc.wishes_of(args), None)
-    monkeypatch.setattr(torc, "regenerate", lambda *_, **__: {"slurm_jobs": [len(said)]})
-    monkeypatch.setattr(torc.Watcher, "say", lambda self, text, level="info": said.append((now[0], text)))
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    counted = client.get(f"/workflows/{workflow_id}/counts")
-    for _ in range(1000):
-        watcher.schedule(counted)
-        now[0] += 1
-    *asked, (_, last) = said
-    first, second, third = (when for when, _ in asked)
-    assert 60 <= second - first <= 92 and 120 <= third - second <= 182
-    assert "3 allocations in a row have ended without starting a job" in last
+# ---- automatic allocations
+
+ONE_PARTITION = {"sinfo": "echo 'short*|4|4000|1:00:00|(null)|2'", "squeue": "exit 0", "sacct": "exit 0",
+                 "scontrol": "case \"$*\" in *config*) echo 'ClusterName = here';; *) echo 'PartitionName=short State=UP "
+                             "OverSubscribe=NO';; esac"}
+
+
+@pytest.fixture
+def automatic(server, cli, programs, tmp_path, monkeypatch):
+    """automatic(jobs, ...) submits a workflow without a word about allocations; gives run(*words) of the command line,
+    which counts what sbatch is given, and a client."""
+    monkeypatch.setattr(torc, "worker_urls", lambda client, named=(): (server.url,))
+    count = tmp_path / "count"
+    count.write_text("")
+    programs(**ONE_PARTITION, sbatch=f"echo $@ >> {count}; /usr/bin/wc -l < {count}")
+
+    def run(*words, ok=0, later=True):
+        if later:                         # the time to wait has passed
+            with contextlib.closing(sqlite3.connect(server.database)) as store, store:
+                store.execute("UPDATE workflow_action SET wait_until = 0")
+        before = len(count.read_text().splitlines())
+        code, out, err = cli(*map(str, words), "--url", server.url)
+        assert code == ok, err
+        return len(count.read_text().splitlines()) - before, out + err
+
+    def make_spec(jobs, needs=({"name": "small", "num_cpus": 1, "memory": "100m", "runtime": "PT10M"},), **top):
+        path = tmp_path / "spec.json"
+        path.write_text(json.dumps({"name": "w", "resource_requirements": list(needs), **top, "jobs": [
+            {"name": name, "command": "true", "depends_on": after, "resource_requirements": need}
+            for name, (need, after) in jobs.items()]}))
+        return path
+    return types.SimpleNamespace(run=run, spec=make_spec, client=server.client())
+
+
+SMALL_JOBS = {**{f"a{number}": ("small", []) for number in range(10)},
+              **{f"b{number}": ("small", ["a0"]) for number in range(10)}}
+
+
+def test_submit_requests_what_ready_jobs_fill_and_no_more(automatic):
+    spec = automatic.spec(SMALL_JOBS)
+    number, said = automatic.run("submit", spec, "--dry-run", "--max-allocations", 2)
+    assert number == 0 and "2 allocations of scheduler" in said and "--cpus-per-task=4" in said
+    assert "--account" not in said        # Slurm's default
+    assert not list(automatic.client.items("/workflows"))
+    number, said = automatic.run("submit", spec)             # ten jobs, four at a time
+    assert number == 3 and "3 allocations submitted: Slurm jobs 1, 2, 3" in said
+    for _ in range(2):                    # living ones take them all
+        assert automatic.run("status", 1)[0] == 0
+    number, said = automatic.run("submit-slurm", 1, ok=1)
+    assert number == 0 and "have been submitted before" in said
+    automatic.client.put("/scheduled_compute_nodes/2", {"status": "canceled"})
+    assert automatic.run("status", 1)[0] == 1                # and one of them is gone
+
+
+def test_no_more_than_the_maximum_are_queued_or_active(automatic):
+    assert automatic.run("submit", automatic.spec(SMALL_JOBS), "--max-allocations", 2)[0] == 2
+    assert automatic.run("slurm", "auto", 1, "--max", 2)[0] == 0
+    number, said = automatic.run("slurm", "auto", 1, "--max", 5, "--idle", "2m")
+    assert number == 1 and "at most 5 at a time; a worker leaves when it has been idle for 2m" in said
+    assert automatic.client.get("/workflows/1")["compute_node_wait_for_new_jobs_seconds"] == 120
+
+
+def test_another_requirement_that_becomes_ready_gets_allocations_that_take_it(automatic):
+    needs = [{"name": "small", "num_cpus": 1, "memory": "100m", "runtime": "PT10M"},
+             {"name": "large", "num_cpus": 4, "memory": "2g", "runtime": "PT10M"}]
+    jobs = {"a": ("small", []), "b": ("large", ["a"])}
+    assert automatic.run("submit", automatic.spec(jobs, needs))[0] == 1
+    runner = Conversation(automatic.client, 1)
+    [job] = runner.step(limit=1)["jobs"]
+    runner.step([runner.done(job)])
+    assert automatic.run("status", 1)[0] == 1
+    names = {one["name"]: one["extra"] for one in automatic.client.items("/slurm_schedulers", workflow_id=1)}
+    assert names == {"small_scheduler": "--cpus-per-task=1", "large_scheduler": "--cpus-per-task=4"}
+
+
+def test_allocations_that_start_no_job_are_asked_for_again_later_and_then_no_more(automatic, monkeypatch):
+    automatic.run("submit", automatic.spec({"a": ("small", [])}))
+    for number in (1, 2, 3):
+        automatic.client.put(f"/scheduled_compute_nodes/{number}", {"status": "complete"})
+        asked, said = automatic.run("status", 1)
+        assert asked == 0 and "without starting a job" in said
+        assert automatic.run("status", 1, later=False)[0] == 0
+        assert automatic.run("status", 1)[0] == (number < 3)
+    assert "paused: 3 requests" in automatic.run("slurm", "auto", "status", 1)[1]
+    assert automatic.run("slurm", "auto", "resume", 1)[0] == 1
+
+
+def test_automatic_allocations_pause_and_end_with_the_workflow(automatic):
+    _, said = automatic.run("slurm", "auto", "pause", make(automatic.client, {"a": []})[0], ok=1)
+    assert "to have it do so:\n  torc slurm auto 1" in said
+    assert automatic.run("slurm", "auto", 1)[0] == 1
+    assert "paused: by the user" in automatic.run("slurm", "auto", "pause", 1)[1]
+    automatic.client.put("/scheduled_compute_nodes/1", {"status": "canceled"})
+    assert automatic.run("status", 1)[0] == 0
+    automatic.run("slurm", "auto", "resume", 1)
+    automatic.client.put("/workflows/1/cancel")
+    assert automatic.client.get("/workflows/1/actions/pending", waiting=True) == []
+
+
+def test_one_at_a_time_requests_allocations_and_who_dies_is_succeeded(store, api):
+    workflow_id, _ = make(api, {"a": []})
+    with store.transaction():
+        action = torc.add_action(store, workflow_id, torc.new_automatic(torc.Wishes()))
+        torc.claim_action(store, workflow_id, action, None, time.time() - 300)
+        assert torc.actions(store, workflow_id, pending=True) == []
+        with pytest.raises(torc.Conflict):
+            torc.claim_action(store, workflow_id, action, None, time.time())
+        store.execute("UPDATE workflow_action SET executed_at = ?", (torc.iso_time(time.time() - 700),))
+        assert torc.actions(store, workflow_id, pending=True)
+        torc.claim_action(store, workflow_id, action, None, time.time())
+        torc.leave_action(store, workflow_id, action, None, time.time(), True)
+        assert not torc.actions(store, workflow_id, pending=True)                  # looked at a moment ago
+        assert torc.actions(store, workflow_id, pending=True, waiting=True)
 
 
 # ---- who may be called dead
@@ -12314,6 +12411,33 @@ def test_an_allocation_that_sbatch_says_nothing_of_is_found_and_used(cluster, ba
     assert "1 completed" in site.torc("wait", 1).stdout, site.logs()
     records = site.json("scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"]
     assert [record["scheduler_id"] for record in records] == [number]
+
+
+def staged_spec(cluster, name, stages, **top):
+    """A specification of stages {name: (number of jobs, command)}, each after the one before; without allocations."""
+    jobs, before = [], []
+    for stage, (number, command) in stages.items():
+        made = [{"name": f"{stage}_{one}", "command": command, "depends_on": before, "resource_requirements": "small"}
+                for one in range(number)]
+        before = [job["name"] for job in made]
+        jobs += made
+    path = cluster.directory / "hpcuser" / f"{name}.json"
+    path.write_text(json.dumps({"name": name, "resource_requirements": [SMALL], "jobs": jobs, **top}))
+    shutil.chown(path, "hpcuser", "hpcuser")
+    return path
+
+
+@pytest.mark.slurm
+def test_submit_is_enough_for_a_pipeline_without_a_word_about_allocations(cluster):
+    site = Site(cluster, "enough")
+    spec = staged_spec(cluster, "enough", {"a": (12, "sleep 2"), "b": (12, "sleep 2"), "c": (1, "true")})
+    done = site.torc("submit", spec, "-o", site.output, "--partition", "debug")
+    assert "allocations submitted: Slurm job" in done.stdout
+    done = site.torc("wait", 1, timeout=120)
+    assert "25 completed" in done.stdout, site.logs()
+    records = site.json("scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"]
+    assert 1 <= len(records) <= 4, site.logs()
+    until(lambda: not cluster.run("squeue", "-h", "-u", "hpcuser").stdout, 60)
 
 
 @pytest.mark.slurm

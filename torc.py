@@ -439,6 +439,7 @@ UNSUCCESSFUL = (FAILED, CANCELED, TERMINATED)
 FINAL_SET = (*COMPLETE_SET, PENDING_FAILED)                   # in which an attempt can end
 TRIGGERS = ("on_workflow_start", "on_workflow_complete", "on_jobs_ready", "on_jobs_complete",
             "on_worker_start", "on_worker_complete")
+AUTOMATIC = "automatic"                   # trigger of allocations for whatever jobs are ready
 STDIO_ENDINGS = {                         # of the files with stdout and stderr, by mode
     "separate": ("o", "e"), "combined": ("log", "log"), "no_stdout": (None, "e"),
     "no_stderr": ("o", None), "none": (None, None)}
@@ -800,7 +801,7 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
     "new_action": fields(f"""
         id                          int     server
         workflow_id                 int
-        trigger_type                enum:{'|'.join(TRIGGERS)}           required
+        trigger_type                enum:{'|'.join(TRIGGERS)}|{AUTOMATIC}   required
         action_type                 enum:run_commands|schedule_nodes    required
         action_config               any     required
         job_ids                     ids     > job
@@ -817,6 +818,16 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
         num_allocations             int
         start_one_worker_per_node   bool
         max_parallel_jobs           int"""),
+    "automatic": fields("""
+        scheduler_type              str
+        num_allocations             positive    required
+        account                     str
+        partition                   str
+        profile                     str
+        walltime                    walltime
+        paused                      str
+        attempts                    count
+        fruitless                   count"""),
     "resource_monitor": fields("""
         enabled                     bool = true
         granularity                 enum:summary|time_series
@@ -3103,7 +3114,16 @@ BLOCKS_JOB = f"(p.status NOT IN {COMPLETE} OR p.dooms AND j.cancel_on_blocking_j
 IS_COMPLETE = ("(is_canceled OR NOT EXISTS (SELECT 1 FROM job WHERE workflow_id = workflow.id"
                f" AND status IN {NOT_COMPLETE}))")
 # An action that is due. If all of its jobs were canceled before they were ready, it never is.
-DUE_ACTION = f"""executed = 0 AND CASE trigger_type
+# An automatic one is due again and again, also if who has claimed it never returned it.
+LOOK_EVERY_S = 20                         # at most, for allocations that are to be requested
+IS_CLAIMED = f"""(executed AND NOT (trigger_type = '{AUTOMATIC}' AND NOT done
+    AND executed_at < strftime('%Y-%m-%dT%H:%M:%fZ', 'now', '-10 minutes')))"""
+DUE_ACTION = f"""NOT {IS_CLAIMED} AND CASE trigger_type
+    WHEN '{AUTOMATIC}' THEN
+        json_extract(action_config, '$.paused') IS NULL
+        AND NOT (SELECT is_canceled FROM workflow WHERE id = a.workflow_id)
+        AND EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id AND status = {READY}
+                    AND compute_node_id IS NULL)
     WHEN 'on_workflow_complete' THEN
         EXISTS (SELECT 1 FROM job WHERE workflow_id = a.workflow_id)
         AND NOT EXISTS (SELECT 1 FROM job
@@ -4612,9 +4632,9 @@ def actions(store, workflow_id, pending=False, triggers=(), waiting=False):
 
 
 def action_row(store, workflow_id, action_id):
-    """(executed, persistent, executed_by) of an action. Raises NotFound."""
-    row = store.one("""
-        SELECT executed, persistent, executed_by FROM workflow_action
+    """(whether it is claimed, persistent, executed_by) of an action. Raises NotFound."""
+    row = store.one(f"""
+        SELECT {IS_CLAIMED}, persistent, executed_by FROM workflow_action
         WHERE id = ? AND workflow_id = ?""", (action_id, workflow_id))
     if not row:
         raise NotFound(f"Workflow action not found with ID: {action_id}")
@@ -4633,6 +4653,18 @@ def claim_action(store, workflow_id, action_id, node_id, now):
         WHERE id = ?""", (not persistent, iso_time(now), node_id, action_id))
 
 
+def change_action(store, workflow_id, action_id, values):
+    """In a transaction: change values of an action's configuration; None removes one. Returns it.
+    Raises NotFound."""
+    action_row(store, workflow_id, action_id)
+    store.execute("""
+        UPDATE workflow_action SET action_config = json_patch(action_config, ?), wait_until = 0
+        WHERE id = ?""", (json.dumps(values), action_id))
+    store.news(workflow_id)
+    [made] = [one for one in actions(store, workflow_id) if one["id"] == action_id]
+    return made
+
+
 def leave_action(store, workflow_id, action_id, node_id, now, done):
     """In a transaction: mark a claimed action as done or, if it could not be carried out, make it
     pending again after a minute, doubled each time. Raises NotFound; Conflict if another node has
@@ -4643,8 +4675,10 @@ def leave_action(store, workflow_id, action_id, node_id, now, done):
     store.execute("DELETE FROM action_token WHERE action_id = ? AND compute_node_id = ?",
                   (action_id, node_id))
     store.execute(
-        "UPDATE workflow_action SET done = 1, executed = NOT persistent, submitted = CASE WHEN"
-        " persistent THEN 0 ELSE submitted END WHERE id = ?" if done else
+        f"UPDATE workflow_action SET done = 1, executed = NOT (persistent OR trigger_type ="
+        f" '{AUTOMATIC}'), submitted = CASE WHEN persistent THEN 0 ELSE submitted END, tries = 0,"
+        f" wait_until = CASE trigger_type WHEN '{AUTOMATIC}' THEN {int(now) + LOOK_EVERY_S} ELSE 0"
+        " END WHERE id = ?" if done else
         "UPDATE workflow_action SET executed = 0, executed_at = NULL, executed_by = NULL, tries ="
         f" tries + 1, wait_until = {int(now)} + min(3600, 60 << min(tries, 6)) WHERE id = ?",
         (action_id,))
@@ -7227,8 +7261,9 @@ def check_action(action):
     if not isinstance(config, dict):
         raise Invalid("action_config is not an object")
     if action["action_type"] == "schedule_nodes":
+        part = "automatic" if action["trigger_type"] == AUTOMATIC else "allocations"
         try:
-            read_part(config, PARTS["allocations"])
+            read_part(config, PARTS[part])
         except ValueError as error:
             raise Invalid(f"action_config of schedule_nodes: {error}") from None
     elif list(config) != ["commands"] or not TYPES["strs"][0](config["commands"]) or not all(
@@ -7243,6 +7278,13 @@ def create_action(request, store, workflow_id, body):
     action_id = add_action(store, workflow_id, body)
     store.news(workflow_id)
     return {**body, "workflow_id": workflow_id, "id": action_id}
+
+
+def update_action(store, workflow_id, action_id, body):
+    """Change values of an action's action_config (ours); null removes one."""
+    made = change_action(store, workflow_id, action_id, body["action_config"])
+    check_action(made)
+    return made
 
 
 def take_action(request, store, workflow_id, action_id, body, now):
@@ -7553,6 +7595,8 @@ ROUTES = (
     route("GET /workflows/<workflow>/actions", actions),
     route("GET /workflows/<workflow>/actions/pending", actions,
           "trigger_type strs as triggers, waiting bool = false", pending=True),
+    route("PUT /workflows/<workflow>/actions/<action:int>", update_action,
+          body="action_config map required"),
     route("POST /workflows/<workflow>/actions/<action:int>/claim", take_action,
           body="compute_node_id int > compute_node, tokens bool", who=PERSON),
     route("DELETE /workflows/<workflow>/actions/<action:int>/claim",
@@ -8452,7 +8496,7 @@ HEARTBEAT_S = LEASE_MARGIN_S / 4          # a runner that has nothing to say say
                                           # times in the shortest lease
 BACK_OFF_S = 5.0                          # after a start that failed by the machine's fault
 FINAL_WAIT_S = 1.5                        # how long a server that is away is waited for at the end
-JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete")
+JOB_TRIGGERS = ("on_jobs_ready", "on_jobs_complete", AUTOMATIC)
 GPU_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
                  "TORC_GPU_VISIBLE_DEVICES")
 ATTEMPT_KEY = ("job_id", "run_id", "attempt_id")
@@ -10045,6 +10089,8 @@ class Talking:
             self.progress.update(answer["counts"])
         if answer["pending_actions"]:
             self._start_actions()
+        else:                             # one that backs off is looked at again afterwards
+            self.looked_at = None
         self.wake()
 
     def _stop(self, stops):
@@ -10121,7 +10167,8 @@ class Acting:
         """Return the pending actions of these triggers that this runner can carry out; others are
         mentioned once. Allocations at the start of a workflow are left to `torc submit`."""
         path = f"/workflows/{self.workflow_id}/actions/pending"
-        pending = self._retry_until_answered(client.get, path, trigger_type=list(triggers))
+        pending = self._retry_until_answered(client.get, path, trigger_type=list(triggers),
+                                             waiting=triggers != JOB_TRIGGERS)
         runnable = []
         for action in pending:
             if action["action_type"] == "run_commands" or (
@@ -10156,7 +10203,9 @@ class Acting:
         """Submit the allocations of an action; returns whether all were submitted. The rest is left
         to whoever tries next."""
         try:
-            self.say(self.options.schedule(client, action))
+            said = self.options.schedule(client, action, self.draining and self.node_id)
+            if said:
+                self.say(said)
             return True
         except TorcError as error:
             self.say(f"action {action['id']}: {error}")
@@ -10308,7 +10357,7 @@ class Leaving:
     def _close(self, verdict):
         """Close the compute node and set the exit code: `verdict` unless there was a signal."""
         code = 128 + self.interrupted if self.interrupted else verdict
-        self.run_actions(self.client, ("on_worker_complete",))
+        self.run_actions(self.client, ("on_worker_complete", AUTOMATIC))
         answer = self._retry_until_answered(self._post, self._step(
             counts=True, closing=True, fault=self.fault))
         self.progress.update(answer["counts"])
@@ -10805,7 +10854,7 @@ def allocation_script(workflow, scheduler, name, request, words, user):
                "chdir": request.work_dir, "time": scheduler["walltime"]}
     for key in ("account", "nodes", "ntasks-per-node", "partition", "qos", "mem", "gres", "tmp",
                 "exclude"):
-        options[key] = scheduler.get(key.replace("-", "_"))
+        options[key] = scheduler.get(key.replace("-", "_")) or None     # "": Slurm's default
     # A second warning beside the worker's own clock. Slurm may send it a minute early; and srun,
     # which stands before several workers, would end them at once.
     if not request.one_worker_per_node and parse_walltime(scheduler["walltime"]) >= 300:
@@ -10977,13 +11026,15 @@ def credentials_path(workflow_id, server_id, output_dir):
     return os.path.join(output_dir, f".credentials_wf{workflow_id}_{server_id}.json")
 
 
-def schedule_action(client, action, request):
+def schedule_action(client, action, request, leaving=None):
     """Submit the remaining allocations of a claimed schedule_nodes action; returns the Slurm job
-    ids."""
+    ids. leaving: see schedule_ready."""
     config = action["action_config"]
     if config.get("scheduler_type", "slurm") != "slurm":
         raise UsageError(f"action {action['id']}: there are no allocations of "
                          f"{config['scheduler_type']!r} here")
+    if action["trigger_type"] == AUTOMATIC:
+        return schedule_ready(client, action, request, leaving)
     scheduler = client.get(f"/slurm_schedulers/{config['scheduler_id']}")
     number = config.get("num_allocations", 1) - action.get("submitted", 0)
     workflow = client.get(f"/workflows/{action['workflow_id']}")
@@ -11006,12 +11057,13 @@ def schedule_pending(client, workflow_id, request, triggers=None, waiting=False)
             continue
         try:
             client.post(f"{path}/{action['id']}/claim", {})
-            done.append((action, schedule_action(client, action, request)))
+            ids = schedule_action(client, action, request)
+            done += [(action, ids)] if ids else []
             client.put(f"{path}/{action['id']}/claim")
         except Conflict:
             continue
         except BaseException as error:    # also Ctrl-C: else nobody could go on
-            some = error.submitted
+            some = getattr(error, "submitted", ())
             with contextlib.suppress(TorcError):
                 client.delete(f"{path}/{action['id']}/claim")
             error.submitted = [*(number for _, ids in done for number in ids), *some]
@@ -12057,6 +12109,112 @@ def plan_scheduler(parts, wish, name, account, single_allocation):
             "start_one_worker_per_node": nodes > 1 and first.need.nodes == 1}
 
 
+# ---- automatic allocations
+
+MAX_FRUITLESS = 3                         # allocations in a row that started no job
+
+
+def jobs_taken(profile, scheduler, left_s, part):
+    """How many jobs of a Part an allocation takes in the seconds that it has left."""
+    asked = re.search(r"--cpus-per-task=(\d+)", scheduler.get("extra") or "")
+    cpus = [int(asked[1]) if asked else scheduler.get("ntasks_per_node"), *(
+        one.cpus_per_node for one in profile.partitions if one.name == scheduler.get("partition"))]
+    memory = scheduler.get("mem")
+    one = Partition(scheduler["name"], next(filter(None, cpus), 1),
+                    memory and slurm_memory(memory) >> 20, None, scheduler["nodes"],
+                    gpus_per_node=gpus_in(scheduler.get("gres") or "")[0])
+    if partition_shortfalls(one, part.need, 0, named=True):
+        return 0
+    rounds = max(0, int((left_s + RUNTIME_GRACE_S) // part.runtime_s))
+    return part._replace(partition=one).at_once * (one.max_nodes // part.need.nodes) * rounds
+
+
+def living_allocations(client, workflow_id, nodes, leaving):
+    """[(scheduler, seconds left)] of the allocations that have not ended, but that of the compute
+    node `leaving`. nodes: those that are active."""
+    schedulers = {record["id"]: record for record in client.items("/slurm_schedulers",
+                                                                  workflow_id=workflow_id)}
+    begun = {node["scheduler"]["scheduler_id"]: node for node in nodes if node.get("scheduler")}
+    living = []
+    for record in unended_allocations(client, workflow_id):
+        node = begun.get(record["scheduler_id"])
+        scheduler = schedulers.get(record["scheduler_config_id"])
+        if scheduler and not (node and node["id"] == leaving):
+            used_s = time.time() - parse_time(node["start_time"]) / 1000 if node else 0
+            living.append((scheduler, parse_walltime(scheduler["walltime"]) - used_s))
+    return living
+
+
+def check_fruitless(client, action, living):
+    """Note how many attempts have ended before allocations are requested. Raises TorcError if the
+    last ones have all ended without one: to wait, and after a few times to pause."""
+    config = action["action_config"]
+    path = f"/workflows/{action['workflow_id']}/actions/{action['id']}"
+    attempts = client.page("/results", workflow_id=action["workflow_id"], all_runs=True,
+                           limit=1)["total_count"]
+    before, fruitless = config.get("attempts"), config.get("fruitless", 0)
+    if living or before != attempts:
+        client.put(path, {"action_config": {
+            "attempts": attempts, "fruitless": fruitless if before is None else 0}})
+        return
+    fruitless += 1
+    said = f"{plural(fruitless, 'request')} for allocations in a row came to nothing: they ended " \
+           "without starting a job (their logs: slurm_output_* in the output directory)"
+    paused = said if fruitless >= MAX_FRUITLESS else None
+    client.put(path, {"action_config": {"attempts": None, "fruitless": fruitless,
+                                        "paused": paused}})
+    raise TorcError(said + (f"; no more are requested. Fix the cause, and go on: torc slurm auto "
+                            f"resume {action['workflow_id']}" if paused else ""))
+
+
+def schedule_ready(client, action, request, leaving=None):
+    """Submit the allocations that ready jobs fill and that living ones cannot take, for a claimed
+    automatic action; returns the Slurm job ids.
+
+    leaving: the compute node whose allocation takes no more jobs. Raises TorcError.
+    """
+    workflow_id, config, made = action["workflow_id"], action["action_config"], []
+    left = client.get(f"/workflows/{workflow_id}/unfinished")
+    living = living_allocations(client, workflow_id, left["active_nodes"], leaving)
+    room = config["num_allocations"] - len(living)
+    if room <= 0:
+        return made
+    profile, parts = find_profile(config.get("profile")), []
+    for row in left["ready"]:
+        part = ready_part(row["resource_requirements"], row["count"] - row["stopping"])
+        number = part.width - sum(jobs_taken(profile, scheduler, left_s, part)
+                                  for scheduler, left_s in living)
+        if number > 0:
+            parts.append(part._replace(levels=[range(number)]))
+    plan = plan_allocations(
+        parts, profile, config.get("account") or profile.default_account or "",
+        partition=config.get("partition"), walltime=config.get("walltime"))
+    if plan:
+        check_fruitless(client, action, living)
+    workflow = client.get(f"/workflows/{workflow_id}")
+    known = list(client.items("/slurm_schedulers", workflow_id=workflow_id))
+    for one in plan:
+        number = min(room - len(made), one["num_allocations"])
+        if number <= 0:
+            break
+        wanted = {**one["scheduler"], "workflow_id": workflow_id}
+        same = [record for record in known if wanted.items() <= record.items()]
+        scheduler = same[0] if same else client.post("/slurm_schedulers", wanted)
+        try:
+            made += submit_allocations(client, workflow, scheduler, number, request._replace(
+                one_worker_per_node=one["start_one_worker_per_node"] or None), action["id"])
+        except BaseException as error:
+            error.submitted = [*made, *error.submitted]
+            raise
+    return made
+
+
+def ready_part(need, number):
+    """The Part of jobs of one requirement (a record) that wait for nothing."""
+    runtime_s = max(1, parse_duration(need.get("runtime") or "PT1H"))
+    return Part(read_need(need), need["id"], runtime_s, 0, [range(number)], set())
+
+
 # ---- a specification with its allocations
 
 def schedules_nodes(action):
@@ -12191,6 +12349,9 @@ class Wishes(NamedTuple):
     profile: str | None = None
     partition: str | None = None
     walltime: str | None = None
+    max_allocations: int | None = None    # that are requested automatically
+    idle_s: int | None = None             # for which their workers wait for jobs
+    automatic: str | None = None          # pause or resume that
     memory_multiplier: float = 1.5        # of a recovery
     runtime_multiplier: float = 1.4
     retry_unknown: bool | None = None     # also where neither would help; None: lets choose
@@ -12651,12 +12812,8 @@ def submitted(ids):
             f"{names}")
 
 
-START_ACTIONS = ("on_workflow_start",)
-NO_ALLOCATIONS = (
-    "workflow {name} asks for no allocations: it needs slurm_schedulers and an action with "
-    "trigger_type on_workflow_start and action_type schedule_nodes. `torc slurm generate SPEC` "
-    "writes them, `torc slurm schedule-nodes ID` requests allocations for a workflow that exists, "
-    "`torc run` needs none")
+START_ACTIONS = ("on_workflow_start", AUTOMATIC)
+MAX_ALLOCATIONS = 10                      # automatic ones that are queued or active
 
 
 def submission(client, workflow, actions, schedulers, request):
@@ -12676,8 +12833,60 @@ def submission(client, workflow, actions, schedulers, request):
                                 workflow, scheduler, f"wf{workflow['id']}", wanted, words,
                                 client.user)})
     if not scripts:
-        raise UsageError(NO_ALLOCATIONS.format(name=f'"{workflow["name"]}"'))
+        raise UsageError(f'workflow "{workflow["name"]}" requests no allocations when it starts: '
+                         "no job of it is left to run, or its actions request them later")
     return scripts
+
+
+def automatic_action(client, workflow_id):
+    """The action that requests a workflow's allocations automatically, or None."""
+    return next((action for action in client.get(f"/workflows/{workflow_id}/actions")
+                 if action["trigger_type"] == AUTOMATIC), None)
+
+
+def new_automatic(wishes):
+    """An action that requests allocations automatically."""
+    wanted = {name: getattr(wishes, name) for name in (
+        "account", "partition", "profile", "walltime") if getattr(wishes, name)}
+    return {"trigger_type": AUTOMATIC, "action_type": "schedule_nodes", "action_config": {
+        "scheduler_type": "slurm", "num_allocations": wishes.max_allocations or MAX_ALLOCATIONS,
+        **wanted}}
+
+
+def automatic_lines(client, workflow_id):
+    """A sentence on how a workflow's allocations are requested, if it is automatically."""
+    action = automatic_action(client, workflow_id)
+    if not action:
+        return []
+    config = action["action_config"]
+    idle_s = client.get(f"/workflows/{workflow_id}")["compute_node_wait_for_new_jobs_seconds"]
+    paused = config.get("paused")
+    return [f"Allocations are requested automatically, at most {config['num_allocations']} at a "
+            f"time; a worker leaves when it has been idle for {span(idle_s)}"
+            + (f"; paused: {paused}; to go on: torc slurm auto resume {workflow_id}" if paused
+               else "")]
+
+
+def first_allocations(jobs, needs, automatic):
+    """(actions, schedulers by number) of what an automatic action requests first, as submission()
+    takes them. jobs, needs: as group_jobs takes them. Raises TorcError if some jobs fit nowhere."""
+    config = automatic["action_config"]
+    profile, parts = find_profile(config.get("profile")), group_jobs(jobs, needs)
+    plan, room = [], config["num_allocations"]
+    for some_parts in ([part for part in parts if not part.level], parts):
+        found = plan_allocations(
+            some_parts, profile, config.get("account") or profile.default_account or "",
+            partition=config.get("partition"), walltime=config.get("walltime"))
+        plan = plan or found
+    actions = []
+    for number, one in enumerate(plan, 1):
+        actions.append({**automatic, "action_config": {
+            "scheduler_id": number, "num_allocations": min(room, one["num_allocations"]),
+            "start_one_worker_per_node": one["start_one_worker_per_node"] or None}})
+        room -= actions[-1]["action_config"]["num_allocations"]
+        if not room:
+            break
+    return actions, {number: one["scheduler"] for number, one in enumerate(plan, 1)}
 
 
 def submit_start(client, workflow_id, request):
@@ -12705,17 +12914,19 @@ def run_pending_allocations(client, workflow_id, wishes):
     returns what was done, in sentences. Commands such as `status` call it in passing."""
     if client.is_local or not on_path("sbatch"):
         return []
-    pending = [action for action in client.get(f"/workflows/{workflow_id}/actions/pending")
-               if action["action_type"] == "schedule_nodes"
-               and action["trigger_type"] not in START_ACTIONS]
-    if not pending or client.get(f"/workflows/{workflow_id}")["user"] != client.user or \
-            count_records(client, "/compute_nodes", workflow_id=workflow_id, is_active=True):
+    triggers = {action["trigger_type"]
+                for action in client.get(f"/workflows/{workflow_id}/actions/pending")
+                if action["action_type"] == "schedule_nodes"} - {"on_workflow_start"}
+    if triggers and count_records(client, "/compute_nodes", workflow_id=workflow_id,
+                                  is_active=True):
+        triggers &= {AUTOMATIC}           # for which it does not matter who asks
+    if not triggers or client.get(f"/workflows/{workflow_id}")["user"] != client.user:
         return []
     try:
         request = later_request(client, workflow_id, wishes)
         return [f"action {action['id']} ({action['trigger_type']}): {submitted(ids)}"
-                for action, ids in schedule_pending(client, workflow_id, request, sorted(
-                    {action["trigger_type"] for action in pending}))]
+                for action, ids in schedule_pending(client, workflow_id, request,
+                                                    sorted(triggers))]
     except TorcError as error:
         return [str(error)]
 
@@ -12783,7 +12994,7 @@ def allocation_lines(client, workflow_id):
     """A sentence on each allocation that has not ended, and what its worker reports if it cannot
     start."""
     scheduled = unended_allocations(client, workflow_id)
-    queue, lines = None, []
+    queue, lines = None, automatic_lines(client, workflow_id)
     if scheduled and on_path("squeue"):
         with contextlib.suppress(TorcError):
             queue = ask_queue({record["scheduler_id"] for record in scheduled
@@ -13387,12 +13598,11 @@ def plan_watch(client, workflow_id, wishes):
 
 @operation_of("submit")
 def plan_submit(client, target, wishes):
-    """Run a workflow in Slurm allocations, as its actions request them.
+    """Run a workflow in Slurm allocations, as its actions request them, else automatically.
 
     target: its id, or the Spec of a new one, which is deleted if Slurm refuses the submission.
     """
     request = worker_request(client, wishes)
-    plan = plan_start(client, target, wishes)
     is_new = isinstance(target, Spec)
     if is_new:
         workflow = {"id": 0, **target.payload["workflow"]}
@@ -13403,6 +13613,18 @@ def plan_submit(client, target, wishes):
         actions, schedulers = client.get(f"/workflows/{target}/actions"), {
             record["id"]: record for record in client.items("/slurm_schedulers",
                                                             workflow_id=target)}
+    automatic = None
+    if not any(action["action_type"] == "schedule_nodes" and action["trigger_type"] != AUTOMATIC
+               for action in actions):
+        automatic = next((action for action in actions if action["trigger_type"] == AUTOMATIC),
+                         new_automatic(wishes))
+        jobs, needs = (target.payload["jobs"], target.payload["resource_requirements"]
+                       ) if is_new else open_jobs(client, target)[1:]
+        actions, schedulers = first_allocations(jobs, needs, automatic)
+    if automatic and is_new:
+        target = target._replace(payload={**target.payload, "actions": [
+            *target.payload["actions"], automatic]})
+    plan = plan_start(client, target, wishes)
     scripts = submission(client, workflow, actions, schedulers, request)
     number = plural(sum(script["num_allocations"] for script in scripts), "allocation")
 
@@ -13411,6 +13633,8 @@ def plan_submit(client, target, wishes):
         workflow_id = made.data["workflow_id"]
         try:
             initialize_new(client, workflow_id, wishes.force)
+            if automatic and not automatic_action(client, workflow_id):
+                client.post(f"/workflows/{workflow_id}/actions", automatic)
             done = submit_start(client, workflow_id, request)
         except (TorcError, OSError, KeyboardInterrupt) as error:
             if not is_new:
@@ -13435,12 +13659,49 @@ def plan_submit(client, target, wishes):
         words = one["script"].splitlines()
         lines += [what, *(line for line in words if line.startswith("#SBATCH"))]
         whole.append(f"# {what} would be submitted:\n{one['script']}")
+    if automatic:
+        lines.append("More are requested when jobs are ready that these cannot take, at most "
+                     f"{automatic['action_config']['num_allocations']} at a time.")
     lines.append(f"Workers reach the server at {request.urls[0]}.")
     return plan._replace(
         title=f"Submit workflow {name} to Slurm", lines=lines, data={"scripts": scripts},
         choices=[Choice(f"submit {number}", do)], sure=False, text="\n".join(whole),
         obstacle=plan.obstacle and plan.obstacle.partition("; to go on")[0]
         + "; --ignore-missing-data goes on without")
+
+
+@operation_of("slurm auto")
+def plan_automate(client, workflow_id, wishes):
+    """Request allocations automatically: for ready jobs that living ones cannot take."""
+    action, path = automatic_action(client, workflow_id), f"/workflows/{workflow_id}"
+    if wishes.automatic and not action:
+        raise Invalid(f"workflow {workflow_id} requests no allocations automatically; to have it "
+                      f"do so: torc slurm auto {workflow_id}")
+    wanted = new_automatic(wishes)
+    values = {name: value for name, value in wanted["action_config"].items()
+              if wishes.max_allocations or name != "num_allocations"}
+    if wishes.automatic:
+        values = {"paused": "by the user" if wishes.automatic == "pause" else None,
+                  "attempts": None, "fruitless": None}
+
+    def do(client):
+        if action:
+            client.put(f"{path}/actions/{action['id']}", {"action_config": values})
+        else:
+            worker_request(client, wishes)               # what cannot be done later must fail now
+            client.post(f"{path}/actions", wanted)
+        if wishes.idle_s is not None:
+            client.put(path, {"compute_node_wait_for_new_jobs_seconds": wishes.idle_s})
+        if not wishes.automatic:
+            initialize_new(client, workflow_id)
+        [said] = automatic_lines(client, workflow_id)
+        return Outcome(said, {"workflow_id": workflow_id, **automatic_action(
+            client, workflow_id)["action_config"]},
+            steps=tuple(run_pending_allocations(client, workflow_id, wishes)))
+
+    verb = wishes.automatic or "request"
+    return Plan(f"{verb.capitalize()} allocations of workflow {workflow_id} automatically", (),
+                [Choice(f"{verb} them", do)], {"workflow_id": workflow_id, **values}, sure=True)
 
 
 @operation_of("recover")
@@ -13469,7 +13730,13 @@ def plan_recover(client, workflow_id, wishes):
             run_hook(wishes.recovery_hook, workflow_id, client)
         client.post(f"/workflows/{workflow_id}/reset_status", force=True)
         apply_diagnoses(client, workflow_id, chosen)
-        ids = regenerate(client, workflow_id, wishes, submit=True)["slurm_jobs"] if on_slurm else ()
+        ids = []
+        if on_slurm and automatic_action(client, workflow_id):
+            for _, some in schedule_pending(client, workflow_id, later_request(
+                    client, workflow_id, wishes), (AUTOMATIC,), True):
+                ids += some
+        elif on_slurm:
+            ids = regenerate(client, workflow_id, wishes, submit=True)["slurm_jobs"]
         step = f"; {submitted(ids)}" if ids else ""
         return Outcome(f"{plural(len(chosen), 'job')} of workflow {workflow_id} to run again{step}",
                        report(len(chosen), ids))
@@ -13753,9 +14020,6 @@ def plan_for(name, client, target, output_dir):
 
 # ---- watching
 
-MAX_FRUITLESS = 3                         # allocations in a row that started no job
-
-
 class Watcher:
     """Looks after a workflow until it ends: `torc watch`."""
 
@@ -13765,11 +14029,6 @@ class Watcher:
         self.workflow_id = args.workflow_id
         self.watch = Watch()
         self.retries = 0
-        self.scheduled_at = -math.inf     # when allocations were last requested
-        self.fruitless = 0                # allocations in a row in which no job ended
-        self.attempts = None              # that had ended when the last allocations were requested
-        self.pause = 0.0                  # seconds between that request and the next
-        self.ready_since = None           # when jobs became ready
         self.told = self.hinted = None
         make_private(args.output_dir)
         import socket
@@ -13786,6 +14045,8 @@ class Watcher:
         """Watch; returns the exit code."""
         path = f"/workflows/{self.workflow_id}"
         generation = -1
+        if self.args.auto_schedule and not automatic_action(self.client, self.workflow_id):
+            self.client.post(f"{path}/actions", new_automatic(self.wishes))
         while True:
             try:
                 news = self.client.get(f"{path}/changes", since=generation, wait_s=math.ceil(
@@ -13819,9 +14080,7 @@ class Watcher:
             if text != self.told:
                 self.say(text)
             self.told = text
-        if self.args.auto_schedule:
-            self.schedule(counted)
-        elif not counted["is_complete"]:
+        if not counted["is_complete"]:
             trouble, hint = stall_reasons(client, workflow_id)
             if trouble:
                 hint = "; ".join(filter(None, [trouble, next_step(client, workflow_id)]))
@@ -13830,53 +14089,6 @@ class Watcher:
                 if trouble:
                     self.notify(3)
                 self.hinted = hint
-
-    def schedule(self, counted):
-        """--auto-schedule: request allocations for ready jobs that no runner takes; less and less
-        often after allocations that started no job, and then not at all."""
-        import random
-        args, now = self.args, time.monotonic()
-        left = self.client.get(f"/workflows/{self.workflow_id}/unfinished")
-        ready = counted["ready"]
-        if not ready:
-            self.ready_since = None
-            return
-        self.ready_since = self.ready_since or now
-        nobody = not left["active_nodes"] and not left["scheduled"]
-        if nobody and self.attempts is not None:
-            attempts = count_records(self.client, "/results", workflow_id=self.workflow_id,
-                                     all_runs=True)
-            self.fruitless = self.fruitless + 1 if attempts == self.attempts else 0
-            self.attempts = None
-            self.pause = self.fruitless and 30 * 2 ** self.fruitless * random.uniform(1, 1.5)
-            if self.fruitless >= MAX_FRUITLESS:
-                self.say(f"{self.fruitless} allocations in a row have ended without starting a job:"
-                         f" no more are asked for; their logs are in {args.output_dir} "
-                         "(slurm_output_*). Fix the cause and watch again", "error")
-        if self.fruitless >= MAX_FRUITLESS:
-            return
-        retried = sum(job["attempt_id"] > 1 for job in self.client.items(
-            "/jobs", workflow_id=self.workflow_id, status="ready")) if not nobody else 0
-        stranded = args.auto_schedule_stranded_timeout
-        passed = now - self.scheduled_at
-        due = nobody or passed >= args.auto_schedule_cooldown and (
-            retried >= args.auto_schedule_threshold
-            or retried and stranded and now - self.ready_since >= stranded)
-        if due and passed >= self.pause and not counted["is_canceled"]:
-            self.scheduled_at = now
-            try:
-                made = regenerate(self.client, self.workflow_id, self.wishes, submit=True)
-                self.attempts = count_records(self.client, "/results", all_runs=True,
-                                              workflow_id=self.workflow_id)
-            except Unreachable:           # of the server: run() tries again soon
-                raise
-            except TorcError as error:
-                self.pause = max(self.pause, args.auto_schedule_cooldown)
-                self.say(f"{error}; trying again in "
-                         f"{span(args.auto_schedule_cooldown)}", "warn")
-                return
-            self.say(f"no runner is active for {plural(ready, 'ready job')}: "
-                     + submitted(made["slurm_jobs"]))
 
     def at_end(self):
         """The workflow is complete: the exit code, or None if it goes on after a recovery."""
@@ -17749,6 +17961,11 @@ def bounded(kind, least, what, most=2**63 - 1):
     return convert
 
 
+def parse_period(text):
+    """Parse a time such as 90s, 5m, 2h or PT5M to seconds."""
+    return parse_duration(f"PT{text.upper()}" if text[:1].isdigit() else text)
+
+
 def parse_local_time(text):
     """Parse a time such as 2026-01-02T03:04:05Z, local without an offset, to seconds since 1970."""
     try:
@@ -17843,6 +18060,7 @@ VALUES = {
     "SIZE": validated_string(parse_memory),
     "MEM": validated_string(slurm_memory),
     "DURATION": validated_string(parse_duration),
+    "PERIOD": readable(parse_period),
     "TIME": slurm_walltime,
     "MOMENT": parse_local_time,
     "TARGET": read_target,
@@ -17983,6 +18201,12 @@ NOTIFY = """
 SHARE_PASSWORD = """
     --share-password  jobs find your password in TORC_PASSWORD, not a token that is good for their
                       workflow while they run
+    """
+ALLOCATIONS = """
+    -a, --account NAME  of new allocations (default: as before, else Slurm's)
+    --partition NAME    of those (default: the best for each requirement)
+    --walltime TIME     of those (default: by the runtime of the jobs)
+    --profile NAME      of torc hpc list (default: detected)
     """
 WORKERS = (MAX_PARALLEL, OUTPUT_DIR, WORKER_URL, KEEP_SCRIPTS, SHARE_PASSWORD, POLL)
 
@@ -18141,8 +18365,8 @@ def wants_json(argv):
 # ---- help
 
 GROUPS = (
-    ("Workflows", "exec run create submit examples status failures wait report cancel delete "
-     "workflows"),
+    ("Workflows", "exec run create submit submit-slurm examples status failures wait report cancel "
+     "delete workflows"),
     ("Jobs and their output", "why logs jobs results"),
     ("What belongs to a workflow", "files user-data resource-requirements failure-handlers "
      "job-dependencies events compute-nodes scheduled-compute-nodes"),
@@ -20165,14 +20389,51 @@ def do_doctor(args):
 # ---- Slurm
 
 
-@command("submit", SPEC, SPEC_OPTIONS, WORKERS, """
-         -i, --ignore-missing-data -> force  even if inputs are missing
-         --allow-owner NAME...      submit workflows of this user too, whose commands then run as
-                                    you; may be repeated
-         """, DRY_RUN, example="torc submit workflow.yaml")
+SUBMIT = (SPEC, SPEC_OPTIONS, WORKERS, ALLOCATIONS, """
+    --max-allocations N                 at most this many at a time (default: 10)
+    -i, --ignore-missing-data -> force  even if inputs are missing
+    --allow-owner NAME...               submit workflows of this user too, whose commands then run
+                                        as you; may be repeated
+    """, DRY_RUN)
+
+
+@command("submit-slurm", *SUBMIT, summary="The same as submit.",
+         example="torc submit-slurm workflow.yaml --account proj")
+@command("submit", *SUBMIT, example="torc submit workflow.yaml")
 def do_submit(args):
-    """Run a workflow in Slurm allocations, as its on_workflow_start actions request them."""
+    """Run a workflow in Slurm allocations.
+
+    They are requested by the workflow's schedule_nodes actions or, if it has none, automatically:
+    as many as its ready jobs fill, and more when other jobs become ready that these cannot take.
+    """
     return carry_out_start(args, plan_submit)
+
+
+operation_command("automate", WORKFLOW, WORKERS, ALLOCATIONS, """
+                  --max N -> max_allocations  at most this many at a time (default: 10)
+                  --idle PERIOD -> idle_s     after which an idle worker leaves, as in 5m
+                  """, example="torc slurm auto 3 --max 4 --idle 5m")
+
+
+def switch_automatic(args, client):
+    """Carry out the operation for the last word of the command, pause or resume."""
+    return carry_out(args, client, plan_automate(client, args.workflow_id, wishes_of(
+        args, automatic=args.prog.split()[-1])), False)
+
+
+command("slurm auto pause", WORKFLOW, OUTPUT_DIR, WORKER_URL,
+        summary="Request no allocations for now; those that there are go on.")(switch_automatic)
+command("slurm auto resume", WORKFLOW, OUTPUT_DIR, WORKER_URL,
+        summary="Request allocations automatically again.")(switch_automatic)
+
+
+@command("slurm auto status", WORKFLOW)
+def do_slurm_auto_status(args, client):
+    """Show how allocations are requested, and those that have not ended."""
+    lines = allocation_lines(client, args.workflow_id)
+    say(args, "\n".join(lines) or f"workflow {args.workflow_id} has no allocations",
+        workflow_id=args.workflow_id, automatic=automatic_action(client, args.workflow_id),
+        allocations=lines)
 
 
 def choose_scheduler(args, client):
@@ -20349,9 +20610,9 @@ def scheduling(client, make_request):
     if client.is_local or not on_path("sbatch"):
         return None
 
-    def schedule(client, action):
-        ids = schedule_action(client, action, make_request())
-        return f"action {action['id']}: {submitted(ids)}"
+    def schedule(client, action, leaving=None):
+        ids = schedule_action(client, action, make_request(), leaving)
+        return ids and f"action {action['id']}: {submitted(ids)}"
     return schedule
 
 
@@ -20387,15 +20648,11 @@ def do_slurm_regenerate(args, client):
 
 operation_command("release", WORKFLOW, OUTPUT_DIR, WORKER_URL,
                   example="torc workflows sync-status 3 --dry-run")
-RECOVERY = """
+RECOVERY = ALLOCATIONS + """
     --memory-multiplier X=1.5  for jobs that ran out of memory
     --retry-unknown            also jobs that failed for another reason
     --recovery-hook COMMAND    run before, with the workflow's id as argument and in
                                TORC_WORKFLOW_ID; jobs that failed for another reason run again then
-    --partition NAME           of the new allocations
-    --walltime TIME            of those
-    -a, --account NAME         for those (default: as before)
-    --profile NAME             of torc hpc list (default: detected)
     """
 
 
@@ -20415,10 +20672,12 @@ operation_command("recover", WORKFLOW, WORKERS, RECOVERY,
          --max-retries NUMBER            recover at most this often (default: no limit)
          --runtime-multiplier X=1.5      for jobs that ran out of time
          -s, --show-job-counts
-         --auto-schedule                 request allocations for ready jobs that no runner takes
-         --auto-schedule-threshold NUMBER=5  also while others run, for this many retried jobs
-         --auto-schedule-cooldown S=1800  wait at least this long between such requests
-         --auto-schedule-stranded-timeout S=7200  for fewer of them after this time; 0: never
+         --auto-schedule                 request allocations for ready jobs automatically, as torc
+                                         slurm auto does
+         --max-allocations N             at most this many at a time then (default: 10)
+         --auto-schedule-threshold N     hidden
+         --auto-schedule-cooldown S      hidden
+         --auto-schedule-stranded-timeout S  hidden
          """,
          example="torc watch 3 --recover")
 def do_watch(args, client):
