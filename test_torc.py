@@ -5631,6 +5631,28 @@ def test_the_queue_tells_what_waits_runs_and_has_ended(tmp_path, monkeypatch):
     assert len((tmp_path / "asked").read_text().splitlines()) == 3
 
 
+def test_an_allocation_without_a_word_about_memory_has_what_slurm_gave_it(programs):
+    programs(scontrol="echo 'JobId=7 NumNodes=2 AllocTRES=cpu=4,mem=1.50G,node=2 Other=1'")
+    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "2(x2)", "SLURM_JOB_NUM_NODES": "2"}
+    assert torc.read_allocation(environ).memory_bytes == 768 * 2**20
+    assert torc.read_allocation({**environ, "SLURM_MEM_PER_NODE": "300"}).memory_bytes == 300 * 2**20
+    programs(scontrol="exit 1")
+    assert torc.read_allocation(environ).memory_bytes == torc.usable_memory()
+
+
+@pytest.mark.parametrize("environ, alone", [
+    ({"SLURM_JOB_ID": "7"}, False), ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, True),
+    ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "4294967290"}, False), ({}, None),      # salloc's interactive step
+    ({"SLURM_JOB_ID": "7", "TORC_RUNNER": "x"}, None)])
+def test_run_takes_an_allocation_of_the_users_own_for_its_machine(api, programs, monkeypatch, environ, alone):
+    programs(scontrol="exit 1")
+    for name, value in {"SLURM_JOB_ID": "", "TORC_RUNNER": None, **environ}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    runner = torc.runner_here(api, 1, torc.RunOptions())
+    assert getattr(runner, "alone", None) is alone
+    os.close(runner.wake_pipe[0]), os.close(runner.wake_pipe[1])
+
+
 def test_a_queue_that_cannot_be_asked_says_nothing_about_allocations(tmp_path, monkeypatch):
     monkeypatch.setattr(torc.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("PATH", fake_program(
@@ -12438,6 +12460,56 @@ def test_submit_is_enough_for_a_pipeline_without_a_word_about_allocations(cluste
     records = site.json("scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"]
     assert 1 <= len(records) <= 4, site.logs()
     until(lambda: not cluster.run("squeue", "-h", "-u", "hpcuser").stdout, 60)
+
+
+def in_allocation(cluster, name, jobs, *options, needs=(SMALL,), timeout=150):
+    """Run jobs {name: command} by `torc run` in an allocation of the user's own; its output, and the database."""
+    path = cluster.directory / "hpcuser" / f"{name}.json"
+    path.write_text(json.dumps({"name": name, "resource_requirements": needs, "jobs": [
+        {"name": key, "command": command, "resource_requirements": needs[0]["name"]} for key, command in jobs.items()]}))
+    shutil.chown(path, "hpcuser", "hpcuser")
+    script = f"{cluster.python} {cluster.directory}/torc.py run {path} -o {path.parent}/out_{name}"
+    done = cluster.run("bash", "-c", f"sbatch --wait -o {path.parent}/{name}.log {shlex.join(options)} --wrap "
+                       f"{shlex.quote(script)}; cat {path.parent}/{name}.log", timeout=timeout)
+    return done.stdout + done.stderr, f"{path.parent}/out_{name}/torc.db"
+
+
+def records_in(cluster, database, *words):
+    """The records that a command lists."""
+    [records] = json.loads(cluster.torc("-f", "json", "--database", database, *words).stdout).values()
+    return records
+
+
+@pytest.mark.slurm
+def test_run_in_an_allocation_keeps_to_its_cpus_memory_and_end(cluster):
+    said, database = in_allocation(cluster, "inside", {**{f"j{number}": "sleep 1" for number in range(4)}},
+                                   "--cpus-per-task=2", "--mem=800M", "--time=2")
+    assert "with 2 CPUs, 800.0 MB, 0 GPUs" in said and "4 completed" in said, said
+    [node] = records_in(cluster, database, "compute-nodes", "list", "1")
+    assert (node["compute_node_type"], node["num_cpus"]) == ("slurm", 2)
+    long = {"name": "long", "num_cpus": 1, "memory": "100m", "runtime": "PT10M"}
+    said, database = in_allocation(cluster, "outlasts", {"a": "sleep 500"}, "--cpus-per-task=2", "--time=2", needs=[long])
+    assert "needs PT10M (there are" in said and "with 2 CPUs, 2.0 GB" in said, said       # 1000 MB a CPU by default
+    assert not records_in(cluster, database, "results", "list", "1")
+
+
+@pytest.mark.slurm
+def test_run_in_an_allocation_of_two_nodes_uses_both(cluster):
+    said, database = in_allocation(cluster, "both", {f"j{number}": "hostname; sleep 2" for number in range(8)},
+                                   "--nodes=2", "--ntasks-per-node=4", "--time=5")
+    assert "8 completed" in said, said
+    hosts = [path.read_text().strip() for path in Path(database).parent.glob("job_stdio/*.o")]
+    assert sorted(hosts) == ["c1"] * 4 + ["c2"] * 4
+
+
+@pytest.mark.slurm
+def test_run_under_salloc_on_the_login_host_runs_jobs_in_the_allocation(cluster):
+    path = cluster.directory / "hpcuser" / "salloc.json"
+    path.write_text(json.dumps({"name": "salloc", "jobs": [{"name": "a", "command": "hostname"}]}))
+    done = cluster.run("salloc", "--time=5", cluster.python, cluster.directory / "torc.py", "run", path, "-o",
+                       path.parent / "out_salloc", timeout=120)
+    assert "1 completed" in done.stderr, done.stderr
+    assert next((path.parent / "out_salloc" / "job_stdio").glob("*.o")).read_text().strip() in ("c1", "c2")
 
 
 @pytest.mark.slurm

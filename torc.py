@@ -10670,6 +10670,7 @@ PHASES = {state: phase for phase, states in (
 VERDICTS = {"TIMEOUT": "timeout", "DEADLINE": "timeout", "OUT_OF_MEMORY": "oom"}     # on its jobs
 FORGOTTEN_S = 600.0                       # an allocation without a runner that Slurm does not know
                                           # for so long is over
+SPECIAL_STEPS = 0xFFFFFF00                # steps from here on are an allocation's own, such as batch
 SILENT_S = 30.0                           # a runner in an allocation steps more often
 
 
@@ -11165,10 +11166,29 @@ def read_allocation(environ):
     numbers = re.findall(r"(?:^|,)(\d+)", environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
     cpus = min(map(int, numbers), default=0) or number("SLURM_CPUS_ON_NODE") or usable_cpus()
     memory = usable_memory()
+    nodes = number("SLURM_JOB_NUM_NODES", 1)
     given = number("SLURM_MEM_PER_NODE") or cpus * number("SLURM_MEM_PER_CPU", 0)
-    return Allocation(int(job_id), number("SLURM_NODEID", 0), number("SLURM_JOB_NUM_NODES", 1),
-                      cpus, min(memory, given * 2**20) if given else memory,
+    if not given:                         # the partition's default, of which no variable tells
+        with contextlib.suppress(TorcError):
+            match = re.search(r"TRES=\S*\bmem=(\S+?)(,|\s)", slurm(
+                "scontrol", "-o", "show", "job", job_id, again=0))
+            given = match and slurm_number(match[1], 1024) // 2**20 // nodes
+    return Allocation(int(job_id), number("SLURM_NODEID", 0), nodes, cpus,
+                      min(memory, given * 2**20) if given else memory,
                       number("SLURM_RESTART_COUNT", 0))
+
+
+def runner_here(client, workflow_id, options):
+    """A Runner for this machine or, in an allocation of the user's own (sbatch, salloc), for all of
+    that; in a step of srun for the step's node. A job of a runner has no more than it asked for."""
+    inside = os.environ.get("SLURM_JOB_ID", "").isdigit() and "TORC_RUNNER" not in os.environ
+    if not inside:
+        return Runner(client, workflow_id, options)
+    step = os.environ.get("SLURM_STEP_ID", "")
+    runner = SlurmRunner(client, workflow_id, options, read_allocation(os.environ),
+                         alone=step.isdigit() and int(step) < SPECIAL_STEPS)
+    runner.own_allocations = 0            # torc has not asked for it
+    return runner
 
 
 def worker_note(output_dir, workflow_id, job_id):
@@ -11348,7 +11368,9 @@ class SlurmRunner(Accounting):
                           "node_index": where.node_index, "restarts": where.restarts,
                           "node": os.environ.get("SLURMD_NODENAME"),
                           "cluster": cluster_name()}}
-        self.steps = not self.alone and (where.nodes > 1 or by_steps(self.workflow))
+        self.steps = not self.alone and (
+            where.nodes > 1 or by_steps(self.workflow)
+            or "SLURMD_NODENAME" not in os.environ)          # on the login host, by salloc
         if self.steps:
             import shutil
             self.srun = shutil.which("srun")
@@ -11362,7 +11384,8 @@ class SlurmRunner(Accounting):
             self.free_gpus = []           # srun gives each step its own
             self.room = Room(where.nodes, self.room.node, self.room.most)
         left = self._ask_time_left()
-        self.from_slurm = left is not None and self.end_time is None
+        self.from_slurm = left is not None and (
+            self.end_time is None or time.monotonic() + left < self.end_time)
         if self.from_slurm:
             self._end_in(left)
 
@@ -19011,8 +19034,9 @@ def run_here(args):
         initialize_new(client, start.workflow_id)
         if args.end_time is None and args.time_limit is not None:
             args.end_time = time.time() + parse_duration(args.time_limit)
-        runner = Runner(client, start.workflow_id, wishes_of(args, RunOptions, schedule=scheduling(
-            client, lambda: worker_request(client, wishes_of(args)))))
+        options = wishes_of(args, RunOptions, schedule=scheduling(
+            client, lambda: worker_request(client, wishes_of(args))))
+        runner = runner_here(client, start.workflow_id, options)
         if leave:
             pid = os.getpid()
             log = os.path.abspath(f"{args.output_dir}/run_wf{start.workflow_id}_{pid}.log")
@@ -19026,7 +19050,7 @@ def run_here(args):
         send_notice(args, client, start.workflow_id, code)
         if args.format == "json":
             print_json({**workflow_report(client, start.workflow_id), "exit_code": code})
-        stuck = code == 3 and args.end_time is None and client.page(
+        stuck = code == 3 and runner.end_time is None and client.page(
             "/jobs", workflow_id=start.workflow_id, status="ready", limit=1)["items"]
         if stuck:
             tell(args, f"why it does not run here: torc why {stuck[0]['id']}")
