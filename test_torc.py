@@ -5017,6 +5017,14 @@ def test_a_job_that_sbatch_says_nothing_of_is_looked_for_and_adopted(programs, t
     assert calls.read_text() == "x\n" * 6 and "queued" not in str(caught.value)
 
 
+def test_in_a_chain_only_a_job_that_is_not_known_is_adopted(programs, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    programs(squeue="echo 41; echo 42", sacct="exit 0", sbatch="echo 'Socket timed out' >&2; exit 1")
+    assert torc.submit_script("script", "torc-wf1-s1", dict(os.environ), {41}) == 42
+    with pytest.raises(torc.TorcError, match="may be queued all the same"):
+        torc.submit_script("script", "torc-wf1-s1", dict(os.environ), {41, 42})
+
+
 def test_a_submission_that_may_be_queued_keeps_its_workflow(server, cli, programs, tmp_path, monkeypatch):
     """The worker that starts after all must find the workflow; after a refusal nothing is left."""
     monkeypatch.setattr(torc, "worker_urls", lambda client, named=(): (server.url,))
@@ -12510,6 +12518,33 @@ def test_run_under_salloc_on_the_login_host_runs_jobs_in_the_allocation(cluster)
                        path.parent / "out_salloc", timeout=120)
     assert "1 completed" in done.stderr, done.stderr
     assert next((path.parent / "out_salloc" / "job_stdio").glob("*.o")).read_text().strip() in ("c1", "c2")
+
+
+@pytest.mark.slurm
+def test_allocations_of_a_chain_run_one_after_the_other(cluster):
+    site = Site(cluster, "chain")
+    numbers = site.submit(allocation_spec(cluster, "chain", {f"j{number}": "sleep 12" for number in range(4)},
+                                          number=2, scheduler={"serialize_allocations": True}))
+    names = cluster.run("squeue", "-h", "-o", "%j|%E|%T", "-j", ",".join(map(str, numbers))).stdout.split()
+    assert {name.split("|")[0] for name in names} == {"torc-wf1-s1"} and "singleton" in str(names)
+    site.until({f"j{number}": "completed" for number in range(4)}, seconds=90)
+    nodes = site.json("compute-nodes", "list", 1)["compute_nodes"]
+    starts = sorted((torc.parse_time(node["start_time"]), node["scheduler"]["scheduler_id"]) for node in nodes)
+    assert len(starts) == 1 or starts[1][0] - starts[0][0] >= 12_000
+    done = site.torc("slurm", "schedule-nodes", 1, "--job-prefix", "x", ok=False)
+    assert done.returncode == 2 and "--job-prefix is not for them" in done.stderr
+
+
+@pytest.mark.slurm
+def test_workers_that_suppress_actions_carry_out_none(cluster):
+    site = Site(cluster, "suppress")
+    spec = allocation_spec(cluster, "suppress", {"a": "true"}, actions=[
+        {"trigger_type": "on_workflow_start", "action_type": "run_commands", "commands": ["touch began"]}])
+    site.torc("create", spec)
+    site.torc("slurm", "schedule-nodes", 1, "-o", site.output, "--suppress-actions")
+    site.torc("wait", 1)
+    assert site.statuses() == {"a": "completed"} and not (site.output / "began").exists(), site.logs()
+    assert len(site.json("scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"]) == 1
 
 
 @pytest.mark.slurm

@@ -699,7 +699,8 @@ KINDS = {kind.table: kind for kind in (
         qos                 str                 spec str
         tmp                 str                 spec str
         walltime            str     required    spec walltime
-        extra               str                 spec str""")),
+        extra               str                 spec str
+        serialize_allocations   bool            spec bool""")),
     Kind("compute node", "compute_node", "/compute_nodes", fields("""
         id                  int     server
         workflow_id         int     required > workflow
@@ -892,7 +893,7 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
 HINTS = {"slurm_config": "it was removed: use slurm_defaults and execution_config",
          "retries": "use a failure_handler", "depends_on": "depends_on_job_ids takes ids",
          **dict.fromkeys(("labels", "variables", "parameters_file", "use_parameters_file",
-                          "dynamic_jobs", "access_groups", "serialize_allocations", "origin",
+                          "dynamic_jobs", "access_groups", "origin",
                           "submission_directory"), "of Torc 1.0, not supported here")}
 
 
@@ -2331,10 +2332,10 @@ DEMAND_SCHEMA = """
 ALTER TABLE workflow ADD COLUMN env TEXT;               -- {name: value} for all jobs
 ALTER TABLE workflow ADD COLUMN limits TEXT;            -- {name: how much of it there is}
 ALTER TABLE workflow ADD COLUMN source TEXT;            -- path of the specification it was made of
-ALTER TABLE workflow ADD COLUMN automatic TEXT;         -- how allocations are requested
 ALTER TABLE job ADD COLUMN env TEXT;
 ALTER TABLE job ADD COLUMN limits TEXT;                 -- {name: how much of it the job takes}
 ALTER TABLE job ADD COLUMN timeout TEXT;
+ALTER TABLE slurm_scheduler ADD COLUMN serialize_allocations INTEGER;    -- one after the other
 ALTER TABLE job ADD COLUMN ready_ms INTEGER;            -- its next attempt is delayed until then
 DROP INDEX job_unsettled;
 CREATE INDEX job_unsettled ON job (workflow_id)
@@ -8519,6 +8520,7 @@ class RunOptions(NamedTuple):
     share_password: bool = False          # jobs get the user's own password, and no token
     tail: bool = False                    # print what each job wrote when it has ended,
     keep_order: bool = False              # in the order of their starts
+    suppress_actions: bool = False        # they are left to other runners
 
 
 def start_thread(target, *args):
@@ -10166,6 +10168,8 @@ class Acting:
     def _runnable(self, client, triggers):
         """Return the pending actions of these triggers that this runner can carry out; others are
         mentioned once. Allocations at the start of a workflow are left to `torc submit`."""
+        if self.options.suppress_actions:
+            return []
         path = f"/workflows/{self.workflow_id}/actions/pending"
         pending = self._retry_until_answered(client.get, path, trigger_type=list(triggers),
                                              waiting=triggers != JOB_TRIGGERS)
@@ -10769,6 +10773,7 @@ class WorkerRequest(NamedTuple):
     keep_script: bool = False
     prefix: str = ""                      # of the Slurm job's name
     share_password: bool = False
+    suppress_actions: bool = False
 
 
 def torc_command():
@@ -10856,6 +10861,8 @@ def allocation_script(workflow, scheduler, name, request, words, user):
     for key in ("account", "nodes", "ntasks-per-node", "partition", "qos", "mem", "gres", "tmp",
                 "exclude"):
         options[key] = scheduler.get(key.replace("-", "_")) or None     # "": Slurm's default
+    if scheduler.get("serialize_allocations"):
+        options["dependency"] = "singleton"          # among the jobs of one name
     # A second warning beside the worker's own clock. Slurm may send it a minute early; and srun,
     # which stands before several workers, would end them at once.
     if not request.one_worker_per_node and parse_walltime(scheduler["walltime"]) >= 300:
@@ -10904,6 +10911,7 @@ def worker_words(client, workflow, scheduler, request, number):
                 "tls-insecure": bool(tls.get("insecure")),
                 "is-subtask": bool(request.one_worker_per_node),
                 "share-password": request.share_password,
+                "suppress-actions": request.suppress_actions,
                 "startup-delay-seconds": staggered and min(60, runners // 50)})]
 
 
@@ -10940,15 +10948,24 @@ def submit_allocations(client, workflow, scheduler, number, request, action_id=N
         path = credentials_path(workflow["id"], client.server_id(), request.output_dir)
         write_private(path, compact({"password": client.password, "cookie": client.cookie}))
         words += ["--credentials", path]
-    made = []
+    made, chain, known = [], scheduler.get("serialize_allocations"), set()
+    if chain:                             # their names do not tell them apart
+        if request.prefix:
+            raise UsageError(f'the allocations of scheduler "{scheduler["name"]}" run one after '
+                             "the other, which their common name brings about: --job-prefix is "
+                             "not for them")
+        known = {record["scheduler_id"] for record in client.items(
+            "/scheduled_compute_nodes", workflow_id=workflow["id"])}
     for index in range(1, number + 1):
         name = f"{request.prefix}wf{workflow['id']}_{SCRIPT_MARK}_{next(SCRIPT_NUMBERS)}"
         path = os.path.join(request.output_dir, f"{name}.sh")
+        if chain:
+            name = f"torc-wf{workflow['id']}-s{scheduler['id']}"
         write_private(path, allocation_script(workflow, scheduler, name, request, words,
                                               client.user))
         job_id = None
         try:
-            job_id = submit_script(path, name, submission_environment(client))
+            job_id = submit_script(path, name, submission_environment(client), {*known, *made})
             client.post("/scheduled_compute_nodes", {
                 "workflow_id": workflow["id"],
                 "scheduler_id": job_id,
@@ -10979,11 +10996,12 @@ SCRIPT_NUMBERS = itertools.count(1)
 SCRIPT_MARK = f"{os.getpid()}{int(time.time() * 1000) % 10**7:07d}"     # no other one's names
 
 
-def submit_script(path, name, env):
+def submit_script(path, name, env, known=()):
     """Hand a batch script to sbatch; returns the id of the Slurm job.
 
     When sbatch did not get the controller's answer, the job may be queued all the same: it is
-    looked for by its name, and adopted. Raises TorcError; .unsure: nobody knows yet.
+    looked for by its name, and adopted unless it is `known` already. Raises TorcError; .unsure:
+    nobody knows yet.
     """
     for left in (2, 1, 0):
         try:
@@ -10991,7 +11009,7 @@ def submit_script(path, name, env):
         except TorcError as error:
             if not CONTROLLER_AWAY.search(str(error)):
                 raise                     # a refusal
-            found = job_named(name)
+            found = job_named(name, known)
             if found:
                 return found
             if found is None or not left:
@@ -11006,18 +11024,20 @@ def submit_script(path, name, env):
             return int(match[1])
 
 
-def job_named(name):
-    """The id of the Slurm job of this unique name, looked for during a quarter of a minute: a
-    request that timed out may be carried out later. 0: there is none; None: Slurm does not say."""
+def job_named(name, known=()):
+    """The id of the Slurm job of this name that is not `known`, looked for during a quarter of a
+    minute: a request that timed out may be carried out later. 0: there is none; None: Slurm does
+    not say."""
     found = None
     for pause in (0, 1, 2, 4, 8):
         time.sleep(pause)
         for words in (("squeue", "-h", "-t", "all", "-n", name, "-o", "%i"),
                       ("sacct", "-X", "-n", "-P", f"--name={name}", "-o", "JobIDRaw")):
             with contextlib.suppress(TorcError):
-                match = re.search(r"^\s*(\d+)", slurm(*words, again=0), re.M)
-                if match:
-                    return int(match[1])
+                ids = map(int, re.findall(r"^\s*(\d+)", slurm(*words, again=0), re.M))
+                one = next((job_id for job_id in ids if job_id not in known), None)
+                if one:
+                    return one
                 found = 0 if words[0] == "squeue" else found
     return found
 
@@ -20479,6 +20499,8 @@ def choose_scheduler(args, client):
          --scheduler-config-id SLURM_SCHEDULER_ID  one of torc slurm list
          --start-one-worker-per-node
          -j, --job-prefix TEXT=    of the Slurm jobs' names
+         --suppress-actions         the workers carry out none of the workflow's actions: they run no
+                                    commands beside the jobs and request no further allocations
          """,
          example="torc slurm schedule-nodes 3 -n 2")
 def do_slurm_schedule(args, client):
@@ -20488,6 +20510,7 @@ def do_slurm_schedule(args, client):
         raise UsageError(f"scheduler {scheduler['id']} belongs to workflow "
                          f"{scheduler['workflow_id']}, not to {args.workflow_id}")
     request = worker_request(client, wishes_of(args), prefix=args.job_prefix or "",
+                             suppress_actions=args.suppress_actions,
                              one_worker_per_node=args.start_one_worker_per_node or None)
     initialize_new(client, args.workflow_id)
     ids = submit_allocations(client, client.get(f"/workflows/{args.workflow_id}"), scheduler,
@@ -20545,6 +20568,7 @@ def do_slurm_sacct(args, client):
          --strict-scheduler-match     only jobs of that scheduler
          --credentials FILE           a file that `torc submit` has written, where allocations get
                                       no environment
+         --suppress-actions           carry out no actions
          """, SHARE_PASSWORD, "--program-hash HASH  hidden",
          example="torc slurm-job-runner http://login1:8080 3 torc_output")
 def do_slurm_job_runner(args):
