@@ -12470,6 +12470,59 @@ def test_submit_is_enough_for_a_pipeline_without_a_word_about_allocations(cluste
     until(lambda: not cluster.run("squeue", "-h", "-u", "hpcuser").stdout, 60)
 
 
+def allocations_of(site):
+    """{Slurm job: status} of a workflow's allocations."""
+    return {record["scheduler_id"]: record["status"] for record in site.json(
+        "scheduled-compute-nodes", "list", 1)["scheduled_compute_nodes"]}
+
+
+@pytest.mark.slurm
+def test_automatic_allocations_come_and_go_with_the_stages(cluster):
+    """From none to two, to none while nothing is ready, and again; no worker is idle for longer than it may be."""
+    site = Site(cluster, "stages")
+    spec = staged_spec(cluster, "stages", {"a": (8, "sleep 3"), "gate": (1, "test -e go"), "b": (8, "sleep 3")},
+                       use_pending_failed=True)
+    site.torc("submit", spec, "-o", site.output, "--partition", "debug", "--max-allocations", 2)
+    site.torc("slurm", "auto", 1, "--idle", "3s")
+    until(lambda: site.statuses()["gate_0"] == "pending_failed", 60)
+    until(lambda: set(allocations_of(site).values()) == {"complete"} and not cluster.run("squeue", "-h").stdout, 60)
+    first = allocations_of(site)
+    assert 1 <= len(first) <= 2, site.logs()
+    assert "submitted" not in site.torc("status", 1).stderr          # nothing is ready
+    (cluster.directory / "hpcuser" / "go").touch()
+    site.torc("jobs", "resolve", 1 + 8, "retry")
+    watch = site.torc("watch", 1, "-o", site.output, timeout=120)
+    assert "allocation submitted" in watch.stderr and set(site.statuses().values()) == {"completed"}, site.logs()
+    until(lambda: not cluster.run("squeue", "-h").stdout, 60)
+    assert len(allocations_of(site)) - len(first) <= 2, site.logs()
+    assert set(allocations_of(site).values()) <= {"complete", "canceled"}
+    ends = {}
+    for row in site.json("results", "list", 1, "--all-runs")["results"]:
+        ends[row["compute_node_id"]] = max(ends.get(row["compute_node_id"], 0), torc.parse_time(row["completion_time"]) / 1000)
+    for node in site.json("compute-nodes", "list", 1)["compute_nodes"]:
+        begun = torc.parse_time(node["start_time"]) / 1000
+        assert begun + node["duration_seconds"] - ends.get(node["id"], begun) <= 3 + 6
+
+
+@pytest.mark.slurm
+def test_automatic_allocations_survive_a_paused_queue_and_scancel(cluster):
+    site = Site(cluster, "survives")
+    spec = staged_spec(cluster, "survives", {"a": (2, 'test "$TORC_ATTEMPT_ID" = 2 || sleep 100')})
+    try:
+        as_root("scontrol", "update", "nodename=c1,c2", "state=drain", "reason=test")
+        [number] = site.json("submit", spec, "-o", site.output, "--partition", "debug")["slurm_jobs"]
+        site.torc("slurm", "auto", 1, "--max", 9)
+        assert list(allocations_of(site)) == [number]        # it waits, and no other is requested
+    finally:
+        as_root("scontrol", "update", "nodename=c1,c2", "state=resume")
+    site.until({"a_0": "running", "a_1": "running"})
+    cluster.run("scancel", number)
+    site.until({"a_0": "ready", "a_1": "ready"}, seconds=30)
+    done = site.torc("watch", 1, "-o", site.output, timeout=150)
+    assert site.statuses() == {"a_0": "completed", "a_1": "completed"}, done.stderr + site.logs()
+    assert len(allocations_of(site)) == 2
+
+
 def in_allocation(cluster, name, jobs, *options, needs=(SMALL,), timeout=150):
     """Run jobs {name: command} by `torc run` in an allocation of the user's own; its output, and the database."""
     path = cluster.directory / "hpcuser" / f"{name}.json"
