@@ -5028,7 +5028,7 @@ def test_in_a_chain_only_a_job_that_is_not_known_is_adopted(programs, monkeypatc
 def test_a_submission_that_may_be_queued_keeps_its_workflow(server, cli, programs, tmp_path, monkeypatch):
     """The worker that starts after all must find the workflow; after a refusal nothing is left."""
     monkeypatch.setattr(torc, "worker_urls", lambda client, named=(): (server.url,))
-    monkeypatch.setattr(torc, "job_named", lambda name: None)
+    monkeypatch.setattr(torc, "job_named", lambda name, known: None)
     spec = {"name": "w", "jobs": [{"name": "a", "command": "true"}],
             "slurm_schedulers": [{"name": "s", "account": "a", "nodes": 1, "walltime": "00:10:00"}],
             "actions": [{"trigger_type": "on_workflow_start", "action_type": "schedule_nodes",
@@ -5139,6 +5139,28 @@ def test_automatic_allocations_pause_and_end_with_the_workflow(automatic):
     automatic.run("slurm", "auto", "resume", 1)
     automatic.client.put("/workflows/1/cancel")
     assert automatic.client.get("/workflows/1/actions/pending", waiting=True) == []
+
+
+def test_options_of_automatic_allocations_are_refused_where_the_workflow_says_which_it_needs(automatic):
+    spec = automatic.spec({"a": ("small", [])}, slurm_schedulers=[{"name": "s", "account": "x"}], actions=[
+        {"trigger_type": "on_workflow_start", "action_type": "schedule_nodes", "scheduler": "s", "scheduler_type": "slurm"}])
+    number, said = automatic.run("submit", spec, "--partition", "short", ok=2)
+    assert number == 0 and "says itself which allocations it needs" in said
+    assert not list(automatic.client.items("/workflows"))
+    number, said = automatic.run("submit", automatic.spec({"a": (None, [])}), ok=1)
+    assert number == 0 and "without resource_requirements it is unknown what to request" in said
+
+
+def test_an_action_is_changed_only_to_what_it_may_be(client):
+    workflow_id, _ = make(client, {"a": []})
+    action = client.post(f"/workflows/{workflow_id}/actions", torc.new_automatic(torc.Wishes()))
+    path = f"/workflows/{workflow_id}/actions/{action['id']}"
+    with pytest.raises(torc.Invalid):
+        client.put(path, {"action_config": {"num_allocations": 0}})
+    assert client.put(path, {"action_config": {"account": "x", "scheduler_type": None}})["action_config"] == {
+        "num_allocations": 10, "account": "x"}
+    with pytest.raises(torc.NotFound):
+        client.put(f"/workflows/{workflow_id}/actions/99", {"action_config": {}})
 
 
 def test_one_at_a_time_requests_allocations_and_who_dies_is_succeeded(store, api):

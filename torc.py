@@ -7281,10 +7281,11 @@ def create_action(request, store, workflow_id, body):
     return {**body, "workflow_id": workflow_id, "id": action_id}
 
 
-def update_action(store, workflow_id, action_id, body):
+def update_action(request, store, workflow_id, action_id, body):
     """Change values of an action's action_config (ours); null removes one."""
     made = change_action(store, workflow_id, action_id, body["action_config"])
     check_action(made)
+    check_references(request, PARTS["allocations"].values(), [made["action_config"]])
     return made
 
 
@@ -10674,7 +10675,7 @@ PHASES = {state: phase for phase, states in (
 VERDICTS = {"TIMEOUT": "timeout", "DEADLINE": "timeout", "OUT_OF_MEMORY": "oom"}     # on its jobs
 FORGOTTEN_S = 600.0                       # an allocation without a runner that Slurm does not know
                                           # for so long is over
-SPECIAL_STEPS = 0xFFFFFF00                # steps from here on are an allocation's own, such as batch
+SPECIAL_STEPS = 0xFFFFFF00                # steps from here on are Slurm's own, such as batch
 SILENT_S = 30.0                           # a runner in an allocation steps more often
 
 
@@ -12229,9 +12230,7 @@ def schedule_ready(client, action, request, leaving=None):
                                   for scheduler, left_s in living)
         if number > 0:
             parts.append(part._replace(levels=[range(number)]))
-    plan = plan_allocations(
-        parts, profile, config.get("account") or profile.default_account or "",
-        partition=config.get("partition"), walltime=config.get("walltime"))
+    plan = plan_automatic(parts, profile, config)
     if plan:
         check_fruitless(client, action, living)
     workflow = client.get(f"/workflows/{workflow_id}")
@@ -12250,6 +12249,12 @@ def schedule_ready(client, action, request, leaving=None):
             error.submitted = [*made, *error.submitted]
             raise
     return made
+
+
+def plan_automatic(parts, profile, config):
+    """See plan_allocations. config: of an automatic action."""
+    return plan_allocations(parts, profile, config.get("account") or profile.default_account or "",
+                            partition=config.get("partition"), walltime=config.get("walltime"))
 
 
 def ready_part(need, number):
@@ -12896,6 +12901,19 @@ def new_automatic(wishes):
         **wanted}}
 
 
+def set_automatic(client, workflow_id, wishes, paused=None):
+    """Have a workflow's allocations requested automatically, at once, or change how."""
+    action, wanted = automatic_action(client, workflow_id), new_automatic(wishes)
+    path, config = f"/workflows/{workflow_id}/actions", wanted["action_config"]
+    if not action:
+        client.post(path, wanted)
+        return
+    if not wishes.max_allocations:
+        del config["num_allocations"]
+    client.put(f"{path}/{action['id']}", {"action_config": {
+        **config, "paused": paused, "attempts": None, "fruitless": None}})
+
+
 def automatic_lines(client, workflow_id):
     """A sentence on how a workflow's allocations are requested, if it is automatically."""
     action = automatic_action(client, workflow_id)
@@ -12915,20 +12933,15 @@ def first_allocations(jobs, needs, automatic):
     takes them. jobs, needs: as group_jobs takes them. Raises TorcError if some jobs fit nowhere."""
     config = automatic["action_config"]
     profile, parts = find_profile(config.get("profile")), group_jobs(jobs, needs)
-    plan, room = [], config["num_allocations"]
-    for some_parts in ([part for part in parts if not part.level], parts):
-        found = plan_allocations(
-            some_parts, profile, config.get("account") or profile.default_account or "",
-            partition=config.get("partition"), walltime=config.get("walltime"))
-        plan = plan or found
-    actions = []
+    plan = plan_automatic([part for part in parts if not part.level], profile, config)
+    plan_automatic(parts, profile, config)
+    actions, room = [], config["num_allocations"]
     for number, one in enumerate(plan, 1):
-        actions.append({**automatic, "action_config": {
-            "scheduler_id": number, "num_allocations": min(room, one["num_allocations"]),
-            "start_one_worker_per_node": one["start_one_worker_per_node"] or None}})
-        room -= actions[-1]["action_config"]["num_allocations"]
-        if not room:
-            break
+        wanted = min(room, one["num_allocations"])
+        room -= wanted
+        actions += [{**automatic, "action_config": {
+            "scheduler_id": number, "num_allocations": wanted,
+            "start_one_worker_per_node": one["start_one_worker_per_node"] or None}}] * bool(wanted)
     return actions, {number: one["scheduler"] for number, one in enumerate(plan, 1)}
 
 
@@ -13664,9 +13677,11 @@ def plan_submit(client, target, wishes):
         jobs, needs = (target.payload["jobs"], target.payload["resource_requirements"]
                        ) if is_new else open_jobs(client, target)[1:]
         actions, schedulers = first_allocations(jobs, needs, automatic)
-    if automatic and is_new:
-        target = target._replace(payload={**target.payload, "actions": [
-            *target.payload["actions"], automatic]})
+    elif any((wishes.max_allocations, wishes.account, wishes.partition, wishes.walltime,
+              wishes.profile)):
+        raise UsageError(f'workflow "{workflow["name"]}" says itself which allocations it needs: '
+                         "--max-allocations, --account, --partition, --walltime and --profile are "
+                         "for those whose specification has no schedule_nodes actions")
     plan = plan_start(client, target, wishes)
     scripts = submission(client, workflow, actions, schedulers, request)
     number = plural(sum(script["num_allocations"] for script in scripts), "allocation")
@@ -13676,8 +13691,8 @@ def plan_submit(client, target, wishes):
         workflow_id = made.data["workflow_id"]
         try:
             initialize_new(client, workflow_id, wishes.force)
-            if automatic and not automatic_action(client, workflow_id):
-                client.post(f"/workflows/{workflow_id}/actions", automatic)
+            if automatic:
+                set_automatic(client, workflow_id, wishes)
             done = submit_start(client, workflow_id, request)
         except (TorcError, OSError, KeyboardInterrupt) as error:
             if not is_new:
@@ -13716,35 +13731,28 @@ def plan_submit(client, target, wishes):
 @operation_of("slurm auto")
 def plan_automate(client, workflow_id, wishes):
     """Request allocations automatically: for ready jobs that living ones cannot take."""
-    action, path = automatic_action(client, workflow_id), f"/workflows/{workflow_id}"
-    if wishes.automatic and not action:
+    word = wishes.automatic or "request"
+    if word == "status":
+        return Plan("\n".join(allocation_lines(client, workflow_id)) or f"Workflow {workflow_id} "
+                    "has no allocations", data=automatic_action(client, workflow_id) or {})
+    if wishes.automatic and not automatic_action(client, workflow_id):
         raise Invalid(f"workflow {workflow_id} requests no allocations automatically; to have it "
                       f"do so: torc slurm auto {workflow_id}")
-    wanted = new_automatic(wishes)
-    values = {name: value for name, value in wanted["action_config"].items()
-              if wishes.max_allocations or name != "num_allocations"}
-    if wishes.automatic:
-        values = {"paused": "by the user" if wishes.automatic == "pause" else None,
-                  "attempts": None, "fruitless": None}
 
     def do(client):
-        if action:
-            client.put(f"{path}/actions/{action['id']}", {"action_config": values})
-        else:
-            worker_request(client, wishes)               # what cannot be done later must fail now
-            client.post(f"{path}/actions", wanted)
+        worker_request(client, wishes)                   # what cannot be done later must fail now
+        set_automatic(client, workflow_id, wishes, "by the user" if word == "pause" else None)
         if wishes.idle_s is not None:
-            client.put(path, {"compute_node_wait_for_new_jobs_seconds": wishes.idle_s})
-        if not wishes.automatic:
+            client.put(f"/workflows/{workflow_id}",
+                       {"compute_node_wait_for_new_jobs_seconds": wishes.idle_s})
+        if word == "request":
             initialize_new(client, workflow_id)
-        [said] = automatic_lines(client, workflow_id)
-        return Outcome(said, {"workflow_id": workflow_id, **automatic_action(
-            client, workflow_id)["action_config"]},
-            steps=tuple(run_pending_allocations(client, workflow_id, wishes)))
+        steps = run_pending_allocations(client, workflow_id, wishes)
+        return Outcome("\n".join(automatic_lines(client, workflow_id)),
+                       automatic_action(client, workflow_id), steps=tuple(steps))
 
-    verb = wishes.automatic or "request"
-    return Plan(f"{verb.capitalize()} allocations of workflow {workflow_id} automatically", (),
-                [Choice(f"{verb} them", do)], {"workflow_id": workflow_id, **values}, sure=True)
+    return Plan(f"{word.capitalize()} allocations of workflow {workflow_id} automatically", (),
+                [Choice(f"{word} them", do)], {"workflow_id": workflow_id}, sure=True)
 
 
 @operation_of("recover")
@@ -14088,8 +14096,8 @@ class Watcher:
         """Watch; returns the exit code."""
         path = f"/workflows/{self.workflow_id}"
         generation = -1
-        if self.args.auto_schedule and not automatic_action(self.client, self.workflow_id):
-            self.client.post(f"{path}/actions", new_automatic(self.wishes))
+        if self.args.auto_schedule:
+            set_automatic(self.client, self.workflow_id, self.wishes)
         while True:
             try:
                 news = self.client.get(f"{path}/changes", since=generation, wait_s=math.ceil(
@@ -16804,6 +16812,7 @@ KEYS = read_keys("""
     x             run            run        run on this machine
     s             submit         submit     submit to Slurm
     W             watch          -          watch: look after it until it ends
+    L             automate       -          request Slurm allocations automatically
     v             recover        -          recover: run again what failed, with more memory or time
     C             cancel         cancel     cancel: nothing more starts, what runs is ended
     S             release        -          clean up after dead runners and ended allocations
@@ -20459,25 +20468,19 @@ operation_command("automate", WORKFLOW, WORKERS, ALLOCATIONS, """
                   """, example="torc slurm auto 3 --max 4 --idle 5m")
 
 
-def switch_automatic(args, client):
-    """Carry out the operation for the last word of the command, pause or resume."""
+def do_slurm_auto(args, client):
+    """Carry out the last word of the command."""
     return carry_out(args, client, plan_automate(client, args.workflow_id, wishes_of(
         args, automatic=args.prog.split()[-1])), False)
 
 
-command("slurm auto pause", WORKFLOW, OUTPUT_DIR, WORKER_URL,
-        summary="Request no allocations for now; those that there are go on.")(switch_automatic)
-command("slurm auto resume", WORKFLOW, OUTPUT_DIR, WORKER_URL,
-        summary="Request allocations automatically again.")(switch_automatic)
-
-
-@command("slurm auto status", WORKFLOW)
-def do_slurm_auto_status(args, client):
-    """Show how allocations are requested, and those that have not ended."""
-    lines = allocation_lines(client, args.workflow_id)
-    say(args, "\n".join(lines) or f"workflow {args.workflow_id} has no allocations",
-        workflow_id=args.workflow_id, automatic=automatic_action(client, args.workflow_id),
-        allocations=lines)
+for _word, _summary in rows_of("""
+        pause   Request no allocations for now; those that there are go on.
+        resume  Request allocations automatically again.
+        status  Show how allocations are requested, and those that have not ended.
+        """):
+    command(f"slurm auto {_word}", WORKFLOW, OUTPUT_DIR, WORKER_URL,
+            summary=_summary)(do_slurm_auto)
 
 
 def choose_scheduler(args, client):
@@ -20499,8 +20502,8 @@ def choose_scheduler(args, client):
          --scheduler-config-id SLURM_SCHEDULER_ID  one of torc slurm list
          --start-one-worker-per-node
          -j, --job-prefix TEXT=    of the Slurm jobs' names
-         --suppress-actions         the workers carry out none of the workflow's actions: they run no
-                                    commands beside the jobs and request no further allocations
+         --suppress-actions         the workers carry out none of the workflow's actions: they run
+                                    no commands beside the jobs and request no allocations
          """,
          example="torc slurm schedule-nodes 3 -n 2")
 def do_slurm_schedule(args, client):
@@ -23783,6 +23786,7 @@ const ACTIONS = {                    // verb: [label, states with a button, stat
   rerun: ["Rerun failed…", "failed", "running canceled", "Reset failed jobs and their dependents, keep the rest"],
   recover: ["Recover…", "failed", "running", "Rerun jobs that ran out of memory or time, with more of it"],
   cancel: ["Cancel…", "running", "waiting stuck", "End running jobs, start no more"],
+  automate: ["Request allocations…", "", "waiting running stuck", "Request Slurm allocations for whatever jobs are ready, automatically"],
   watch: ["Watch here…", "", "waiting running stuck", "Look after it on this machine until it ends"],
   release: ["Clean up…", "", "running stuck", "Requeue the jobs of dead runners and ended allocations"],
   reinitialize: ["Reinitialize…", "", "done failed canceled", "Rerun only jobs whose inputs changed, and their dependents"],
