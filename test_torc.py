@@ -5073,7 +5073,7 @@ def automatic(server, cli, programs, tmp_path, monkeypatch):
             {"name": name, "command": "true", "depends_on": after, "resource_requirements": need}
             for name, (need, after) in jobs.items()]}))
         return path
-    return types.SimpleNamespace(run=run, spec=make_spec, client=server.client())
+    return types.SimpleNamespace(run=run, spec=make_spec, client=server.client(), programs=programs, count=count)
 
 
 SMALL_JOBS = {**{f"a{number}": ("small", []) for number in range(10)},
@@ -5127,6 +5127,23 @@ def test_allocations_that_start_no_job_are_asked_for_again_later_and_then_no_mor
         assert automatic.run("status", 1)[0] == (number < 3)
     assert "paused: 3 requests" in automatic.run("slurm", "auto", "status", 1)[1]
     assert automatic.run("slurm", "auto", "resume", 1)[0] == 1
+
+
+def test_submissions_that_slurm_refuses_are_no_allocations_that_started_no_job(automatic):
+    automatic.run("submit", automatic.spec({"a": ("small", [])}), "-j", 3, "--walltime", "00:30:00")
+    automatic.client.put("/scheduled_compute_nodes/1", {"status": "complete"})
+    runner = Conversation(automatic.client, 1)
+    [job] = runner.step(limit=1)["jobs"]
+    runner.step([runner.done(job)], closing=True)
+    automatic.run("jobs", "retry", job["id"])
+    automatic.programs(sbatch="echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1")
+    for _ in range(4):
+        assert "QOSMaxSubmit" in automatic.run("status", 1)[1]
+    automatic.programs(sbatch=f"/bin/cat $3 >> {automatic.count}; echo 9")
+    asked, said = automatic.run("status", 1)
+    assert "1 allocation submitted: Slurm job 9" in said
+    script = automatic.count.read_text()
+    assert "--max-parallel-jobs=3" in script and "--time=00:30:00" in script
 
 
 def test_automatic_allocations_pause_and_end_with_the_workflow(automatic):

@@ -826,6 +826,7 @@ PARTS = {name: {field.name: field for field in wanted} for name, wanted in {
         partition                   str
         profile                     str
         walltime                    walltime
+        max_parallel_jobs           positive
         paused                      str
         attempts                    count
         fruitless                   count"""),
@@ -10362,7 +10363,8 @@ class Leaving:
     def _close(self, verdict):
         """Close the compute node and set the exit code: `verdict` unless there was a signal."""
         code = 128 + self.interrupted if self.interrupted else verdict
-        self.run_actions(self.client, ("on_worker_complete", AUTOMATIC))
+        self.run_actions(self.client, ("on_worker_complete",
+                                       *(() if self.interrupted else (AUTOMATIC,))))
         answer = self._retry_until_answered(self._post, self._step(
             counts=True, closing=True, fault=self.fault))
         self.progress.update(answer["counts"])
@@ -12178,7 +12180,7 @@ def living_allocations(client, workflow_id, nodes, leaving):
     node `leaving`. nodes: those that are active."""
     schedulers = {record["id"]: record for record in client.items("/slurm_schedulers",
                                                                   workflow_id=workflow_id)}
-    begun = {node["scheduler"]["scheduler_id"]: node for node in nodes if node.get("scheduler")}
+    begun = {(node.get("scheduler") or {}).get("scheduler_id"): node for node in nodes}
     living = []
     for record in unended_allocations(client, workflow_id):
         node = begun.get(record["scheduler_id"])
@@ -12190,23 +12192,20 @@ def living_allocations(client, workflow_id, nodes, leaving):
 
 
 def check_fruitless(client, action, living):
-    """Note how many attempts have ended before allocations are requested. Raises TorcError if the
-    last ones have all ended without one: to wait, and after a few times to pause."""
+    """What to note of an automatic action when allocations were submitted. Raises TorcError if the
+    last ones have all ended without a job: to wait, and after a few times to pause."""
     config = action["action_config"]
-    path = f"/workflows/{action['workflow_id']}/actions/{action['id']}"
     attempts = client.page("/results", workflow_id=action["workflow_id"], all_runs=True,
                            limit=1)["total_count"]
     before, fruitless = config.get("attempts"), config.get("fruitless", 0)
     if living or before != attempts:
-        client.put(path, {"action_config": {
-            "attempts": attempts, "fruitless": fruitless if before is None else 0}})
-        return
+        return {"attempts": attempts, "fruitless": fruitless if before is None else 0}
     fruitless += 1
     said = f"{plural(fruitless, 'request')} for allocations in a row came to nothing: they ended " \
            "without starting a job (their logs: slurm_output_* in the output directory)"
     paused = said if fruitless >= MAX_FRUITLESS else None
-    client.put(path, {"action_config": {"attempts": None, "fruitless": fruitless,
-                                        "paused": paused}})
+    client.put(f"/workflows/{action['workflow_id']}/actions/{action['id']}", {"action_config": {
+        "attempts": None, "fruitless": fruitless, "paused": paused}})
     raise TorcError(said + (f"; no more are requested. Fix the cause, and go on: torc slurm auto "
                             f"resume {action['workflow_id']}" if paused else ""))
 
@@ -12231,8 +12230,7 @@ def schedule_ready(client, action, request, leaving=None):
         if number > 0:
             parts.append(part._replace(levels=[range(number)]))
     plan = plan_automatic(parts, profile, config)
-    if plan:
-        check_fruitless(client, action, living)
+    noted = plan and check_fruitless(client, action, living)
     workflow = client.get(f"/workflows/{workflow_id}")
     known = list(client.items("/slurm_schedulers", workflow_id=workflow_id))
     for one in plan:
@@ -12244,10 +12242,13 @@ def schedule_ready(client, action, request, leaving=None):
         scheduler = same[0] if same else client.post("/slurm_schedulers", wanted)
         try:
             made += submit_allocations(client, workflow, scheduler, number, request._replace(
+                max_parallel_jobs=config.get("max_parallel_jobs", request.max_parallel_jobs),
                 one_worker_per_node=one["start_one_worker_per_node"] or None), action["id"])
         except BaseException as error:
             error.submitted = [*made, *error.submitted]
             raise
+    if made:
+        client.put(f"/workflows/{workflow_id}/actions/{action['id']}", {"action_config": noted})
     return made
 
 
@@ -12895,7 +12896,8 @@ def automatic_action(client, workflow_id):
 def new_automatic(wishes):
     """An action that requests allocations automatically."""
     wanted = {name: getattr(wishes, name) for name in (
-        "account", "partition", "profile", "walltime") if getattr(wishes, name)}
+        "account", "partition", "profile", "walltime", "max_parallel_jobs")
+        if getattr(wishes, name)}
     return {"trigger_type": AUTOMATIC, "action_type": "schedule_nodes", "action_config": {
         "scheduler_type": "slurm", "num_allocations": wishes.max_allocations or MAX_ALLOCATIONS,
         **wanted}}
