@@ -9599,7 +9599,7 @@ def test_run_creates_initializes_and_hands_over_to_the_runner(cli, monkeypatch, 
     seen = []
 
     class FakeRunner:
-        gave_up = False
+        gave_up, end_time = False, 9.0
 
         def __init__(self, client, workflow_id, options):
             seen.append((statuses(client, workflow_id), options))
