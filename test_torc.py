@@ -5088,6 +5088,7 @@ def test_submit_requests_what_ready_jobs_fill_and_no_more(automatic):
     assert not list(automatic.client.items("/workflows"))
     number, said = automatic.run("submit", spec)             # ten jobs, four at a time
     assert number == 3 and "3 allocations submitted: Slurm jobs 1, 2, 3" in said
+    assert '3 allocations of scheduler "small_scheduler": time=00:15:00, nodes=1, partition=short, mem=' in said
     for _ in range(2):                    # living ones take them all
         assert automatic.run("status", 1)[0] == 0
     number, said = automatic.run("submit-slurm", 1, ok=1)

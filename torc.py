@@ -13709,15 +13709,18 @@ def plan_submit(client, target, wishes):
             if isinstance(error, OSError):
                 raise TorcError(str(error)) from None
             raise
-        return done._replace(steps=(made.sentence,))
+        return done._replace(steps=(made.sentence, *planned))
 
     name = f'"{workflow["name"]}"' if is_new else target
-    lines, whole = list(plan.lines), []
+    lines, whole, planned = list(plan.lines), [], []
     for one in scripts:
         what = (f"{plural(one['num_allocations'], 'allocation')} of scheduler "
                 f"\"{one['scheduler']}\"")
         words = one["script"].splitlines()
         lines += [what, *(line for line in words if line.startswith("#SBATCH"))]
+        sizes = re.findall(r"^#SBATCH --((?:time|nodes|partition|mem|gres|cpus)\S*)",
+                           one["script"], re.M)
+        planned.append(f"{what}: {', '.join(sizes)}")
         whole.append(f"# {what} would be submitted:\n{one['script']}")
     if automatic:
         lines.append("More are requested when jobs are ready that these cannot take, at most "
