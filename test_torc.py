@@ -1826,7 +1826,7 @@ def test_a_delay_outlasts_the_server_and_ends_without_a_runner(api, store):
     [again] = runner.step(limit=1)["jobs"]
     assert again["attempt_id"] == 2
     need = api.get(f"/resource_requirements/{again['resource_requirements_id']}")
-    assert (need["name"], need["runtime"]) == ("default_PT1H_3g", "PT1H")
+    assert (need["name"], need["runtime"]) == ("default_recovered_PT1H_3g", "PT1H")
 
 
 def test_a_job_that_is_reset_waits_no_longer(api, store):
@@ -1846,7 +1846,7 @@ def test_a_thousand_jobs_that_are_raised_alike_share_their_requirements(api, sto
         for job_id in ids.values():
             torc.raise_job(store, job_id, {"memory": "2g"})
     needs = list(api.items("/resource_requirements", workflow_id=workflow_id))
-    assert [need["name"] for need in needs] == ["default", "default_PT1H_2g"]
+    assert [need["name"] for need in needs] == ["default", "default_recovered_PT1H_2g"]
 
 
 def test_a_killed_runner_does_not_leave_jobs_running_for_ever(store, api):

@@ -3799,7 +3799,7 @@ def raise_job(store, job_id, more):
         need = fetch(store, kind, fetch(store, KINDS["job"], job_id)["resource_requirements_id"])
         if need["name"] == "default":     # whose runtime means nothing
             changed = {"runtime": "PT1H", **changed}
-        need.update(changed, name="_".join([need["name"], *changed.values()]))
+        need.update(changed, name="_".join([need["name"], "recovered", *changed.values()]))
         del need["id"]
         same = store.one(f"SELECT id FROM {kind.table} WHERE {' = ? AND '.join(need)} = ?",
                          list(need.values()))
@@ -4317,7 +4317,7 @@ SIDES = " UNION ALL ".join(f"""
     FROM {table} WHERE workflow_id IN (:old, :new)""" for table, goes in (
         ("file", 1), ("user_data", 1), ("failure_handler", 1), ("job", 1),
         # What a recovery has made stays, and schedulers that had allocations.
-        ("resource_requirements", "name NOT GLOB '*_recovered[0-9]*'"),
+        ("resource_requirements", "name NOT GLOB '*_recovered*'"),
         ("slurm_scheduler", """id NOT IN (SELECT scheduler_config_id FROM scheduled_compute_node)
             AND id NOT IN (SELECT coalesce(json_extract(action_config, '$.scheduler_id'), 0)
                            FROM workflow_action WHERE is_recovery)""")))
@@ -4438,7 +4438,7 @@ UPDATE job SET resource_requirements_id = (
         JOIN job o ON o.resource_requirements_id = x.id
         JOIN pair p ON p.kind = 'job' AND p.old = o.id JOIN job n ON n.id = p.new
         JOIN resource_requirements y ON y.id = n.resource_requirements_id
-        WHERE x.workflow_id = :old AND x.name GLOB y.name || '_recovered[0-9]*');
+        WHERE x.workflow_id = :old AND x.name GLOB y.name || '_recovered*');
 """
 # Jobs go before their requirements, with which they would be deleted.
 MERGE_ENDS = """
