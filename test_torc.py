@@ -5796,7 +5796,7 @@ def test_new_allocations_leave_out_nodes_that_failed_by_themselves(server, tmp_p
         client.post(f"/compute_nodes/{runner.node}/release", kind=kind, reason=reason)
     runners[3].step(closing=True, fault="No space left on device")
     texts = []
-    monkeypatch.setattr(torc, "submit_script", lambda path, name, env: texts.append(open(path).read()) or 7)
+    monkeypatch.setattr(torc, "submit_script", lambda path, name, env, known: texts.append(open(path).read()) or 7)
     monkeypatch.setattr(torc, "cluster_name", lambda: "here")
     request = torc.WorkerRequest(str(tmp_path / "out"), str(tmp_path), ("http://a:1",))
     scheduler = client.post("/slurm_schedulers", {"workflow_id": workflow_id, "name": "s", "account": "acc", "nodes": 1,
@@ -10312,6 +10312,16 @@ def test_exec_works_with_a_server_that_wants_a_password_and_inside_a_job(cli, tm
     inner = shlex.join([*COMMAND, "exec", "-k", "-c", "echo inner"])
     monkeypatch.delenv("TORC_USERNAME"), monkeypatch.delenv("TORC_PASSWORD")
     assert cli("exec", "-c", inner, "-k", ok=0)[1] == "inner\n"
+
+
+def test_where_several_are_meant_the_example_is_the_command_as_it_was_typed(cli, local):
+    for _ in range(2):
+        make(local, {"a": []})
+    for words, then in ((["jobs", "update", "a", "-c", "echo 'x y'"], ["jobs", "update", "2", "-c", "echo 'x y'"]),
+                        (["logs", "--failed"], ["logs", "--failed", "--workflow", "2"]),
+                        (["results", "list", "--failed"], ["results", "list", "--failed", "2"])):
+        err = cli(*words)[2]
+        assert "for example:" in err and err.endswith(f" {shlex.join(then)}\n"), err
 
 
 def test_requirements_of_one_job_leave_the_others_alone(cli, local):

@@ -18397,6 +18397,7 @@ def parse_command(found, head, rest):
     own = list(before_dashes(rest)) if found.name == "exec" else rest
     args = parser.parse_intermixed_args(own, args)
     args.after_dashes = rest[len(own) + 1:]
+    args.typed = [*head, *found.name.split(), *rest]
     args.names_output_dir = any(option.dest == "output_dir" and flag_of(word) in option.flags
                                 for option in found.options for word in own)
     if args.format == "csv" and all(option.dest != "format" for option in found.options):
@@ -18835,11 +18836,12 @@ def pick(args, title, records, columns, *flags, text=None):
     """
     lines = "\n".join(record_lines(read_columns(columns), records))
     if not can_ask():
+        import shlex
         number = str(records[0]["id"])
-        example = " ".join([args.prog, *flags, number])
-        if text in sys.argv[1:]:
-            example = " ".join(["torc", *(number if word == text else word
-                                          for word in sys.argv[1:])])
+        words = [number if word == text else word for word in args.typed]
+        if words == args.typed:
+            words += [*flags, number]
+        example = shlex.join(["torc", *words])
         raise UsageError(f"which {title}? Give its id:\n{lines}\nfor example: {example}")
     print(lines, file=sys.stderr)
     answer = ask(f"Which {title} (ID)?")
@@ -18857,9 +18859,9 @@ def job_workflow(args):
     return own if own.isdecimal() and not (args.database or args.url) else None
 
 
-def choose_workflow(args, client):
+def choose_workflow(args, client, *flags):
     """Return the id of the job's own workflow or of the user's only one that is not archived, or
-    ask for one of several."""
+    ask for one of several. flags: see pick."""
     own = job_workflow(args)
     if own:
         return int(own)
@@ -18870,7 +18872,7 @@ def choose_workflow(args, client):
                         "torc run SPEC create one, for example: torc run --example hello")
     if len(found) > 1:
         return pick(args, "workflow", found,
-                    "ID=id, Name=name, Description=description, Created=timestamp")
+                    "ID=id, Name=name, Description=description, Created=timestamp", *flags)
     tell(args, f'workflow {found[0]["id"]} "{found[0]["name"]}"')
     return found[0]["id"]
 
@@ -19475,7 +19477,7 @@ def do_logs(args, client):
     jobs = [client.get(f"/jobs/{number}") for number in args.ids]
     if args.failed:
         jobs = client.items("/jobs", status="failed,terminated,pending_failed", workflow_id=(
-            args.workflow_id or choose_workflow(args, client)))
+            args.workflow_id or choose_workflow(args, client, "--workflow")))
     lines = args.tail or (10 if args.failed else None)
     both = args.stdout == args.stderr
 
