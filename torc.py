@@ -19292,9 +19292,9 @@ def do_status(args, client):
         print("Failures by cause:")
     for group in report["failures"]:
         print(f"  {plural(group['count'], 'job')}: {clean(failure_text(group))}")
-    print_lines(verdict(report), report["allocations"] + [
-        f"{plural(one['count'], 'ready job')}: {one['why']}" for one in report["waiting"]
-        if one["status"] == "ready"])
+    waiting = [f"{plural(one['count'], 'ready job')}: {one['why']}" for one in report["waiting"]
+               if one["status"] == "ready"]
+    print_lines(verdict(report), waiting + report["allocations"])
     say_next(args, client, args.workflow_id)
 
 
