@@ -5,6 +5,7 @@ import ast
 import atexit
 import base64
 import contextlib
+import copy
 import csv
 import doctest
 import gzip
@@ -254,8 +255,8 @@ NAMED_VALUES = {"role": "admin", "trigger_type": "on_workflow_start", "action_ty
 
 
 def valid_value(field):
-    """A valid value of a Field."""
-    return NAMED_VALUES.get(field.name, VALUES.get(field.type.partition(":")[0]))
+    """A valid value of a Field, which may be changed."""
+    return copy.deepcopy(NAMED_VALUES.get(field.name, VALUES.get(field.type.partition(":")[0])))
 
 
 def valid_request(method, path, every=False):
@@ -4019,7 +4020,7 @@ def test_out_of_memory_and_of_time_recover_by_rules_alone(run):
         "torc: ended after its time-out of 1.0s\n")
     needs = {row["id"]: row for row in ran.client.items("/resource_requirements", workflow_id=1)}
     used = [needs[ran.client.get(f"/jobs/{number}")["resource_requirements_id"]] for number in (1, 2, 3)]
-    assert [used[1]["name"], used[2]["memory"]] == ["r", "60m"] and used[0]["name"] == f"r_{used[0]['memory']}"
+    assert [used[1]["name"], used[2]["memory"]] == ["r", "60m"] and used[0]["name"] == f"r_recovered_{used[0]['memory']}"
     assert 'failure handler "h" tries it again: attempt 2 of 2 with more memory' in ran.log
 
 
@@ -8731,7 +8732,9 @@ def test_every_key_of_the_help_works_in_a_real_terminal(place, tty):
             if action in ("suspend", "run", "watch", "back", "submit"):
                 continue
             for key in names.split():
-                screen.send(keys)
+                screen.send(keys[:2])
+                if keys[2:]:
+                    screen.see("merge", then=keys[2:])
                 screen.see(see, then=CODES.get(key, key))
                 screen.quiet()
                 while not re.match(" torc / workflows(  | of)", screen.quiet()):
@@ -8944,7 +8947,7 @@ def cli(tmp_path, monkeypatch, capsys):
         code = torc.main([str(word) for word in words])
         captured = capsys.readouterr()
         if ok is not None:
-            assert code == ok, captured
+            assert code == ok, captured.err
         return code, captured.out, captured.err
 
     return run
@@ -13729,7 +13732,7 @@ def test_a_map_runs_a_scripts_function_in_jobs(client, tmp_path):
     done = subprocess.run([PYTHON, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     first, second, third = done.stdout.splitlines()[:3]
     assert first == "[0.25, 1.0, 0.5]" and second == "ZeroDivisionError division by zero 1", done
-    assert "pickle" in third and third.endswith(" 0")
+    assert re.search("pickle|local object", third) and third.endswith(" 0")
     files = list((tmp_path / "out").glob("map_*"))
     assert len(files) == 3 + 6 and not [path for path in files if os.stat(path).st_mode & 0o077]
 
