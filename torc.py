@@ -8480,6 +8480,11 @@ def connect(database=None, url=None, output_dir=DEFAULT_OUTPUT_DIR, how=None, te
     return LocalClient(path)
 
 
+def count_records(client, path, **query):
+    """How many records a list has."""
+    return client.page(path, limit=1, **query)["total_count"]
+
+
 # ==================================================================================================
 # 11 Runner
 # ==================================================================================================
@@ -8575,14 +8580,13 @@ def usable_memory():
 
 def usable_gpus():
     """Return the ids of the GPUs this process may use, as strings."""
-    import shutil
     import subprocess
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if os.environ.get(name) is not None:
             words = [word.strip() for word in os.environ[name].split(",")]
             # CUDA sees only devices before the first invalid one: -1, NoDevFiles, an empty word.
             return list(itertools.takewhile(re.compile(r"\d+$|(GPU|MIG)-\S+$").match, words))
-    if shutil.which("nvidia-smi"):
+    if on_path("nvidia-smi"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True,
                                     timeout=10)
@@ -10418,7 +10422,6 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
 
     def run(self):
         """Run the workflow; returns the exit code: 0, 1, 3, or 128 + signal."""
-        import shutil
         sys.setswitchinterval(0.0001)     # each system call of the spawner waits that long
         for name, mode in (("", 0o700), ("job_stdio", 0o777), ("journal", 0o700)):
             folder = os.path.join(self.directory, name)
@@ -10426,7 +10429,7 @@ class Runner(Starting, Stopping, Reaping, Sampling, Talking, Acting, Leaving):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise TorcError(f"{folder} cannot be written by you: make it writable, or name "
                                 "another --output-dir")
-        self.bash = shutil.which("bash")
+        self.bash = on_path("bash")
         if not self.bash:
             raise TorcError("there is no bash on the PATH, which runs the commands of jobs")
         self.workflow = self.client.get(f"/workflows/{self.workflow_id}")
@@ -11395,8 +11398,7 @@ class SlurmRunner(Accounting):
             where.nodes > 1 or by_steps(self.workflow)
             or "SLURMD_NODENAME" not in os.environ)          # on the login host, by salloc
         if self.steps:
-            import shutil
-            self.srun = shutil.which("srun")
+            self.srun = on_path("srun")
             if not self.srun:
                 raise TorcError("there is no srun on the PATH, which starts jobs in an allocation "
                                 "of several nodes")
@@ -11727,7 +11729,6 @@ def find_profile(name=None):
 
     Raises TorcError.
     """
-    import shutil
     if name == DYNAMIC_PROFILE:
         return slurm_profile()
     profiles = known_profiles()
@@ -11738,7 +11739,7 @@ def find_profile(name=None):
                            f"{', '.join(names)}")
         return profiles[name]
     found = detect_profile(profiles)
-    if found or shutil.which("sinfo"):
+    if found or on_path("sinfo"):
         return found or slurm_profile()
     raise TorcError("this machine belongs to no known HPC system and has no Slurm (no sinfo on "
                     f"the PATH): name a profile ({', '.join(profiles)})")
@@ -11970,6 +11971,13 @@ def dependency_levels(jobs):
     return keys, after
 
 
+def part_of(need, number, level, jobs):
+    """Return the Part of jobs of one level. need: the record of their requirements; number: its id.
+    """
+    runtime_s = max(1, parse_duration(need.get("runtime") or "PT1H"))
+    return Part(read_need(need), number, runtime_s, level, [jobs], set())
+
+
 def group_jobs(jobs, requirements):
     """Return the Parts for plan_allocations: jobs of one requirement and level.
 
@@ -11986,9 +11994,7 @@ def group_jobs(jobs, requirements):
     for one, job in enumerate(jobs, 1):
         key = level, number = keys[one]
         if key not in parts:
-            record = requirements[number - 1]
-            runtime_s = max(1, parse_duration(record.get("runtime") or "PT1H"))
-            parts[key] = Part(read_need(record), number, runtime_s, level, [[]], set())
+            parts[key] = part_of(requirements[number - 1], number, level, [])
         parts[key].levels[0].append(job["name"])
         parts[key].after.update(after[one])
     return [parts[key] for key in sorted(parts)]
@@ -12195,8 +12201,7 @@ def check_fruitless(client, action, living):
     """What to note of an automatic action when allocations were submitted. Raises TorcError if the
     last ones have all ended without a job: to wait, and after a few times to pause."""
     config = action["action_config"]
-    attempts = client.page("/results", workflow_id=action["workflow_id"], all_runs=True,
-                           limit=1)["total_count"]
+    attempts = count_records(client, "/results", workflow_id=action["workflow_id"], all_runs=True)
     before, fruitless = config.get("attempts"), config.get("fruitless", 0)
     if living or before != attempts:
         return {"attempts": attempts, "fruitless": fruitless if before is None else 0}
@@ -12224,7 +12229,8 @@ def schedule_ready(client, action, request, leaving=None):
         return made
     profile, parts = find_profile(config.get("profile")), []
     for row in left["ready"]:
-        part = ready_part(row["resource_requirements"], row["count"] - row["stopping"])
+        need = row["resource_requirements"]
+        part = part_of(need, need["id"], 0, range(row["count"] - row["stopping"]))
         number = part.width - sum(jobs_taken(profile, scheduler, left_s, part)
                                   for scheduler, left_s in living)
         if number > 0:
@@ -12256,12 +12262,6 @@ def plan_automatic(parts, profile, config):
     """See plan_allocations. config: of an automatic action."""
     return plan_allocations(parts, profile, config.get("account") or profile.default_account or "",
                             partition=config.get("partition"), walltime=config.get("walltime"))
-
-
-def ready_part(need, number):
-    """The Part of jobs of one requirement (a record) that wait for nothing."""
-    runtime_s = max(1, parse_duration(need.get("runtime") or "PT1H"))
-    return Part(read_need(need), need["id"], runtime_s, 0, [range(number)], set())
 
 
 # ---- a specification with its allocations
@@ -12771,11 +12771,6 @@ def missing_inputs(payload):
 
 
 # ---- how far a workflow is
-
-def count_records(client, path, **query):
-    """How many records a list has."""
-    return client.page(path, limit=1, **query)["total_count"]
-
 
 def counts_text(counted):
     """How many jobs have which status, in words."""
@@ -18093,9 +18088,8 @@ def slurm_walltime(text):
 def read_target(text):
     """The words of the command that --notify asks for, or its URL alone."""
     import shlex
-    import shutil
     words = shlex.split(re.sub("^mail:", "mail -s {text} ", text))
-    if "://" not in text and not shutil.which("".join(words[:1])):
+    if "://" not in text and not on_path("".join(words[:1])):
         raise ValueError(f"there is no program {words[:1]} here: name a command, a URL, or "
                          "mail:ADDRESS where there is `mail`")
     return words
